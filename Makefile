@@ -1,0 +1,48 @@
+# Two commands set everything up on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint slow gpu wheel clean
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	# torch first and pinned: a plain request would bring the newest build with all of CUDA
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]' -C editable_mode=strict
+	touch $@
+
+# The strict editable install links each file: a new file needs a new install.
+MODULES := $(shell find exporter models calibration -name '*.py')
+.venv/linked: .venv/installed $(MODULES)
+	$(BIN)/pip install --quiet --no-deps --editable . -C editable_mode=strict
+	touch $@
+
+demo: .venv/linked
+	$(BIN)/python scripts/photographs.py demo/photographs
+	$(BIN)/msn-export onnx random:vit-msn-small:0 --head tokens --images demo/photographs --output demo/vit-msn-small.onnx --force
+	$(BIN)/msn-export trt demo/vit-msn-small.onnx --fp16 --backend tensorrt-rtx --compute-capability 8.9 --images demo/photographs --output demo/vit-msn-small.engine --force
+
+lint: .venv/linked
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+slow: .venv/linked
+	$(BIN)/python -m pytest -m slow
+
+gpu: .venv/linked
+	$(BIN)/python -m pytest -m gpu
+
+# The tests against the built wheel, in an environment that has no editable tree
+wheel: .venv/linked
+	rm -rf dist build/wheel-env
+	$(BIN)/python -m build --wheel --outdir dist
+	$(PYTHON) -m venv build/wheel-env --system-site-packages
+	$(BIN)/python scripts/test_wheel.py dist
+
+clean:
+	rm -rf .venv build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache

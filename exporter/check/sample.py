@@ -1,0 +1,102 @@
+"""The pictures a check runs on, and the batch sizes it runs them at."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from msn_export import images
+from msn_export.preprocessing import Preprocessing
+from msn_export.spec import BatchRange, InputKind
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+LIMIT = 16  # pictures a check decodes at most: its cost must stay near that of the export
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Decoded pictures [count, h, w, c] uint8, with how a model wants them."""
+
+    pixels: NDArray[np.uint8]
+    names: tuple[str, ...]
+    source: str
+    preprocessing: Preprocessing
+    broken: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def feed(self, indices: Sequence[int], stem: InputKind) -> NDArray[Any]:
+        """Make a batch for a graph that takes ``stem``; indices past the end start over."""
+        chosen = self.pixels[np.asarray(indices) % len(self)]
+        if stem is InputKind.UINT8:
+            return chosen
+        return images.normalize(chosen, self.preprocessing)
+
+
+def draw(folder: Path | None, preprocessing: Preprocessing, limit: int = LIMIT) -> Sample:
+    """Decode up to ``limit`` pictures of a folder; without one, seeded noise, named as such.
+
+    Raises:
+        ImageError: the folder has no readable picture.
+    """
+    if folder is None:
+        pixels = images.noise(preprocessing, 4)
+        names = tuple(f"noise {i}" for i in range(len(pixels)))
+        return Sample(pixels, names, "seeded noise (no --images given)", preprocessing)
+    loaded = images.load(folder, preprocessing, limit)
+    return Sample(loaded.pixels, loaded.names, str(folder), preprocessing, loaded.broken)
+
+
+def batch_sizes(batch: BatchRange, affordable: int) -> tuple[int, ...]:
+    """Choose the smallest size, the largest that memory affords, and one between."""
+    largest = max(batch.min, min(batch.max, affordable))
+    between = min(batch.opt, largest)
+    if between in {batch.min, largest}:
+        between = (batch.min + largest) // 2
+    return tuple(sorted({batch.min, between, largest}))
+
+
+def batches(sizes: Sequence[int], count: int) -> Iterator[list[int]]:
+    """Deal ``count`` images into batches of ``sizes``, each image at least once.
+
+    One batch of each size, then as many of the largest as it takes; a batch larger than what is
+    left starts over with the first image.
+    """
+    start = 0
+    for size in sizes:
+        yield list(range(start, start + size))
+        start += size
+    while start < count:
+        yield list(range(start, start + sizes[-1]))
+        start += sizes[-1]
+
+
+def affordable_batch(tokens: int, dim: int, mlp_dim: int, heads: int) -> int:
+    """Estimate how many images fit in half of the memory that is free now.
+
+    onnxruntime's CPU attention holds the scores and the probabilities, [h, n, n] fp32 each; the
+    rest of a block peaks at two MLP activations and a few of the residual stream.
+    """
+    each = 4 * (2 * heads * tokens * tokens + tokens * (2 * mlp_dim + 8 * dim))
+    return max(1, available_memory() // 2 // each)
+
+
+def available_memory() -> int:
+    """Bytes the system can give without swapping: MemAvailable of proc(5), else free pages."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

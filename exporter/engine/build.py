@@ -1,0 +1,167 @@
+"""Compile an ONNX graph into an engine in a child process, and say what came of it."""
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from msn_export.engine.backend import Backend, require_buildable
+from msn_export.engine.census import Census, by_profile
+from msn_export.engine.driver import Driver, NoDriver, find_driver
+from msn_export.engine.header import read_header
+from msn_export.engine.job import BuildSpec, Progress
+from msn_export.engine.kernels import Kernel
+from msn_export.engine.supervise import Limits, run_child
+from msn_export.errors import BuildError, OutputError
+from msn_export.records import from_plain
+from msn_export.spec import ComputeCapability
+
+
+@dataclass(frozen=True, slots=True)
+class BuildResult:
+    """An engine that compiled. Nothing has run it.
+
+    ``censuses`` has one census a profile. ``peak_rss`` is the compiler process' highest resident
+    memory, in bytes. ``notes`` are for the user, ``warnings`` are TensorRT's own.
+    """
+
+    output: Path
+    bytes: int
+    seconds: float
+    peak_rss: int
+    backend: Backend
+    capabilities: tuple[ComputeCapability, ...]
+    censuses: tuple[Census, ...]
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def census(self) -> Census:
+        """The kernels of the first profile."""
+        return self.censuses[0]
+
+
+def build_engine(
+    spec: BuildSpec,
+    backend: Backend,
+    output: Path,
+    log: Path | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> BuildResult:
+    """Compile ``spec.model`` and write the engine to ``output``, a staging path.
+
+    Whatever interrupts this call (Ctrl-C, an error in ``progress``) ends the compiler's process.
+
+    Args:
+        spec: what to compile.
+        backend: what to compile with.
+        output: where the engine goes; the caller moves it once it has passed its gate.
+        log: where all that TensorRT says goes, verbatim; also, and above all, when it fails.
+        progress: is told how far the build is.
+
+    Raises:
+        BuildError: TensorRT refused or crashed, or a limit of ``spec`` was reached.
+        OutputError: ``log`` cannot be written.
+    """
+    driver = find_driver()
+    require_buildable(backend, driver)
+    notes = _judge_options(spec, backend)
+    if not spec.model.is_file():
+        raise BuildError(f"graph {spec.model} does not exist")
+    started = time.monotonic()
+    with _open_raw(log) as raw:
+        done = run_child(
+            _job(spec, backend, output),
+            raw,
+            Limits(spec.timeout, spec.memory_limit),
+            progress or _ignore,
+        )
+    kernels = from_plain(tuple[Kernel, ...], done["kernels"], "kernels")
+    return BuildResult(
+        output=output,
+        bytes=output.stat().st_size,
+        seconds=time.monotonic() - started,
+        peak_rss=done["peak_rss"],
+        backend=backend,
+        capabilities=_capabilities(spec, backend, output, driver),
+        censuses=by_profile(kernels),
+        notes=(*notes, *done["notes"]),
+        warnings=tuple(done["warnings"]),
+    )
+
+
+def _ignore(_progress: Progress) -> None:
+    """Tell nobody."""
+
+
+def _judge_options(spec: BuildSpec, backend: Backend) -> tuple[str, ...]:
+    """Refuse the options the backend cannot have, and tell of those it ignores."""
+    flavour, options = backend.flavour, spec.options_set()
+    for option in options.keys() & flavour.refused.keys():
+        raise BuildError(f"{backend} cannot take {_flag(option)}: {flavour.refused[option]}")
+    notes = [
+        f"{_flag(option)} has no effect: {flavour.ignored[option]}"
+        for option in options
+        if option in flavour.ignored
+    ]
+    if len(spec.capabilities) > 1:
+        # measured: an engine for 8.9 and 12.0 has the kernels of the one for 8.9 alone
+        notes.append(
+            f"one set of kernels serves all targets, that of {min(spec.capabilities)}; an engine "
+            "for each target may be faster"
+        )
+    return tuple(notes)
+
+
+def _flag(option: str) -> str:
+    """Spell an option as the command line does."""
+    return {"capabilities": "--compute-capability"}.get(option, f"--{option.replace('_', '-')}")
+
+
+def _job(spec: BuildSpec, backend: Backend, output: Path) -> dict[str, Any]:
+    plain = spec.to_json()
+    for option in backend.flavour.ignored.keys() & spec.options_set().keys():
+        plain[option] = None  # told above; TensorRT is not even asked
+    plain["model"] = str(spec.model.absolute())
+    return {"module": backend.flavour.module, "spec": plain, "output": str(output.absolute())}
+
+
+def _capabilities(
+    spec: BuildSpec, backend: Backend, output: Path, driver: Driver | NoDriver
+) -> tuple[ComputeCapability, ...]:
+    """Say which GPUs the engine is for, as its header claims where that can be read.
+
+    Raises:
+        BuildError: it claims others than were asked for.
+    """
+    if not backend.flavour.targets_capabilities:
+        return (driver.devices[0].capability,) if isinstance(driver, Driver) else ()
+    claimed = read_header(output).capabilities
+    if spec.capabilities and set(claimed) != set(spec.capabilities):
+        raise BuildError(
+            f"asked for compute capability {_join(spec.capabilities)}, and the engine claims "
+            f"{_join(claimed)}"
+        )
+    return claimed
+
+
+def _join(capabilities: tuple[ComputeCapability, ...]) -> str:
+    return ", ".join(str(capability) for capability in sorted(capabilities))
+
+
+@contextlib.contextmanager
+def _open_raw(log: Path | None) -> Iterator[IO[bytes]]:
+    if log is None:
+        with tempfile.TemporaryFile() as raw:
+            yield raw
+        return
+    try:
+        descriptor = os.open(log, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+    except OSError as error:
+        raise OutputError(f"log {log} cannot be written: {error.strerror}") from error
+    with os.fdopen(descriptor, "w+b") as raw:
+        yield raw

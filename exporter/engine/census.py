@@ -1,0 +1,214 @@
+"""What a compiled engine is made of, and whether that is what was asked for."""
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from msn_export.engine.kernels import Kernel
+from msn_export.engine.roles import (
+    gemm_dtype,
+    is_closed,
+    is_convolution,
+    is_fused_attention,
+    is_gemm,
+    is_layout_only,
+)
+from msn_export.errors import BuildError
+from msn_export.records import from_plain, to_plain
+
+# What a GEMM may multiply in, by the precision asked for; the first must occur.
+_ALLOWED = {
+    "fp32": ("Float",),
+    "fp16": ("Half",),
+    "bf16": ("BFloat16",),
+    "int8": ("Int8", "Half", "BFloat16"),
+    "fp8": ("FP8", "Half", "BFloat16"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Census:
+    """The kernels of one optimisation profile; every figure is derived from them."""
+
+    kernels: tuple[Kernel, ...]
+    profile: int = 0
+
+    @property
+    def kernels_per_block(self) -> dict[int, int]:
+        """Count kernels by transformer block; those that name no block (embedding) are left out."""
+        counts = Counter(kernel.block for kernel in self.kernels if kernel.block is not None)
+        return {block: counts[block] for block in sorted(counts)}
+
+    @property
+    def by_kind(self) -> dict[str, int]:
+        """Count kernels by TensorRT's LayerType, the most frequent first."""
+        return dict(Counter(kernel.kind for kernel in self.kernels).most_common())
+
+    @property
+    def fused_attention(self) -> tuple[Kernel, ...]:
+        """The kernels that compute softmax(q k) v in one."""
+        return tuple(kernel for kernel in self.kernels if is_fused_attention(kernel))
+
+    @property
+    def gemms(self) -> tuple[Kernel, ...]:
+        """The matrix products, without those inside fused attention."""
+        return tuple(kernel for kernel in self.kernels if is_gemm(kernel))
+
+    @property
+    def gemm_dtypes(self) -> dict[str, int]:
+        """Count matrix products by the dtype they multiply in."""
+        return dict(Counter(gemm_dtype(kernel) for kernel in self.gemms).most_common())
+
+    @property
+    def convolution_dtypes(self) -> dict[str, int]:
+        """Count convolutions (the patch embedding) by the dtype they multiply in."""
+        found = (kernel for kernel in self.kernels if is_convolution(kernel))
+        return dict(Counter(gemm_dtype(kernel) for kernel in found).most_common())
+
+    @property
+    def layout_only(self) -> tuple[Kernel, ...]:
+        """The kernels that compute nothing: they move, copy or convert elements."""
+        return tuple(kernel for kernel in self.kernels if is_layout_only(kernel))
+
+    @property
+    def closed(self) -> tuple[Kernel, ...]:
+        """The layers whose kernels TensorRT does not tell."""
+        return tuple(kernel for kernel in self.kernels if is_closed(kernel))
+
+    @property
+    def weight_bytes(self) -> dict[str, int]:
+        """Sum the constants by dtype, in bytes; one that several kernels share counts once."""
+        constants = {c.name: c for kernel in self.kernels for c in kernel.constants}
+        sizes: Counter[str] = Counter()
+        for constant in constants.values():
+            sizes[constant.dtype] += constant.bytes
+        return dict(sizes.most_common())
+
+    def to_json(self) -> dict[str, Any]:
+        """Give plain JSON values; ``from_json`` reads them back."""
+        plain: dict[str, Any] = to_plain(self)
+        return plain
+
+    @classmethod
+    def from_json(cls, plain: Any) -> "Census":
+        """Read what ``to_json`` gave.
+
+        Raises:
+            ManifestError: it is not that.
+        """
+        return from_plain(cls, plain, "census")
+
+
+def by_profile(kernels: tuple[Kernel, ...]) -> tuple[Census, ...]:
+    """Make one census a profile: each has its own copy of every kernel, so a sum says nothing."""
+    numbers = sorted({kernel.profile for kernel in kernels})
+    return tuple(
+        Census(tuple(kernel for kernel in kernels if kernel.profile == number), number)
+        for number in numbers
+    )
+
+
+def require(
+    census: Census,
+    *,
+    depth: int,
+    precision: str,
+    allow_unfused: bool = False,
+    fp32_islands: Collection[str] = (),
+) -> None:
+    """Require that an engine is what was asked for.
+
+    Args:
+        census: one profile of the engine.
+        depth: transformer blocks; each must have one fused attention kernel.
+        precision: fp32, fp16, bf16, int8 or fp8: what the matrix products must multiply in
+            (int8 and fp8: some of them; the rest in fp16 or bf16).
+        allow_unfused: do not ask about attention.
+        fp32_islands: ONNX nodes, or modules, that are meant to stay in fp32.
+
+    Raises:
+        BuildError: it is not; the message names the blocks and the ONNX nodes.
+    """
+    faults = []
+    if not allow_unfused:
+        fusion = _fusion_faults(census, depth)
+        faults = [f"{fault}; --allow-unfused accepts that" for fault in fusion]
+    if not census.closed:
+        faults += _precision_faults(census, depth, precision, fp32_islands)
+    if faults:
+        where = f" (profile {census.profile})" if census.profile else ""
+        raise BuildError(f"engine is not what was asked for{where}: {'; '.join(faults)}")
+
+
+def _fusion_faults(census: Census, depth: int) -> list[str]:
+    if census.closed:
+        name = census.closed[0].name[:60]
+        return [
+            f"fusion and precision are not proven: TensorRT does not tell what is inside {name!r}"
+        ]
+    fused = census.fused_attention
+    if len(fused) == depth:
+        return []
+    with_one = {kernel.block for kernel in fused}
+    without = [str(block) for block in range(depth) if block not in with_one]
+    where = f" (none in block {', '.join(without)})" if None not in with_one and without else ""
+    return [f"fused attention in {len(fused)} of {depth} blocks{where}"]
+
+
+def _precision_faults(
+    census: Census, depth: int, precision: str, islands: Collection[str]
+) -> list[str]:
+    allowed = _ALLOWED[precision]
+    unread = [
+        str(block)
+        for block in range(depth)
+        if not any(kernel.block == block for kernel in census.gemms)
+    ]
+    if not census.gemms or (unread and any(kernel.block is not None for kernel in census.gemms)):
+        where = f" in block {', '.join(unread)}" if census.gemms else ""
+        return [f"no matrix product is recognised{where}, so their precision is not proven"]
+    wrong = [
+        kernel
+        for kernel in (*census.gemms, *census.fused_attention)
+        if gemm_dtype(kernel) not in allowed and not _is_island(kernel, islands)
+    ]
+    if wrong:
+        named = [f"{gemm_dtype(kernel)} in {_layers(kernel)}" for kernel in wrong[:3]]
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        return [
+            f"{len(wrong)} of {len(census.gemms) + len(census.fused_attention)} matrix products "
+            f"and attention kernels are not {' or '.join(allowed)}: {', '.join(named)}{more}"
+        ]
+    if allowed[0] not in census.gemm_dtypes:
+        return [f"no matrix product multiplies in {allowed[0]}; is the graph quantised?"]
+    return []
+
+
+def _is_island(kernel: Kernel, islands: Collection[str]) -> bool:
+    return any(
+        layer == island or layer.startswith((f"{island}.", f"{island}/"))
+        for layer in kernel.layers
+        for island in islands
+    )
+
+
+def _layers(kernel: Kernel) -> str:
+    return "+".join(kernel.layers) or kernel.name
+
+
+def summary(census: Census) -> Mapping[str, Any]:
+    """Give the figures as ``--json`` and manifests name them."""
+    return {
+        "kernels": len(census.kernels),
+        "kernels_per_block": {str(k): v for k, v in census.kernels_per_block.items()},
+        "fused_attention": len(census.fused_attention),
+        "gemm_dtypes": census.gemm_dtypes,
+        "convolution_dtypes": census.convolution_dtypes,
+        "layout_only": [
+            {"kernel": kernel.name, "block": kernel.block, "layers": list(kernel.layers)}
+            for kernel in census.layout_only
+        ],
+        "kinds": census.by_kind,
+        "weight_bytes": census.weight_bytes,
+    }

@@ -1,0 +1,140 @@
+"""Put a job's profiles, targets, types and options into a builder's configuration."""
+
+from msn_export.engine.bindings import (
+    Builder,
+    IBuilderConfig,
+    ILayer,
+    INetworkDefinition,
+    IOptimizationProfile,
+    ITensor,
+    TensorRT,
+)
+from msn_export.engine.flavours import Flavour
+from msn_export.engine.job import BuildSpec
+from msn_export.errors import BuildError
+from msn_export.spec import BatchRange, ComputeCapability, Dtype
+
+# The first GPU generation that computes in a dtype; TensorRT-RTX refuses a named older one, and
+# where none is named writes an engine that claims GPUs which cannot run it: those from Ampere on.
+_FIRST_CAPABILITY = {
+    "BF16": ComputeCapability(8, 0),
+    "FP8": ComputeCapability(8, 9),
+    "FP4": ComputeCapability(12, 0),
+}
+_AMPERE = ComputeCapability(8, 0)
+
+
+def add_profiles(
+    builder: Builder, config: IBuilderConfig, network: INetworkDefinition, spec: BuildSpec
+) -> None:
+    """Add a profile a batch range; the batch is the first axis of every dynamic input."""
+    dynamic: dict[str, tuple[int, ...]] = {}
+    for index in range(network.num_inputs):
+        tensor: ITensor = network.get_input(index)
+        shape = tuple(tensor.shape)
+        if -1 in shape[1:]:
+            raise BuildError(
+                f"input {tensor.name!r} is {list(shape)}: only the batch may be dynamic; export "
+                "the graph with a fixed --image-size"
+            )
+        if shape[:1] == (-1,):
+            dynamic[tensor.name] = shape[1:]
+        elif shape:
+            _require_static(tensor.name, shape, spec.profiles)
+    for batch in spec.profiles if dynamic else ():
+        profile: IOptimizationProfile = builder.create_optimization_profile()
+        for name, rest in dynamic.items():
+            profile.set_shape(name, *((size, *rest) for size in (batch.min, batch.opt, batch.max)))
+        if config.add_optimization_profile(profile) < 0:
+            raise BuildError(f"TensorRT refuses the profile --batch {batch} for this graph")
+
+
+def _require_static(name: str, shape: tuple[int, ...], profiles: tuple[BatchRange, ...]) -> None:
+    for batch in profiles:
+        if not batch.is_static or batch.min != shape[0]:
+            raise BuildError(
+                f"--batch {batch} lies outside the graph: the batch of input {name!r} is fixed at "
+                f"{shape[0]}; give --batch {shape[0]}, or export the graph with a dynamic batch"
+            )
+
+
+def set_types(
+    trt: TensorRT,
+    flavour: Flavour,
+    config: IBuilderConfig,
+    network: INetworkDefinition,
+    spec: BuildSpec,
+) -> None:
+    """Set capabilities and, where types are not the graph's, the precision flags."""
+    dtypes = _dtypes(network)
+    if flavour.targets_capabilities:
+        _require_capable(dtypes, spec.capabilities)
+        _set_capabilities(trt, config, spec.capabilities)
+    if flavour.strongly_typed:
+        return
+    if spec.precision is Dtype.BF16:
+        raise BuildError("this TensorRT has no bf16; use --fp16, or TensorRT 10 or later")
+    if spec.precision is Dtype.FP16:
+        dtypes.add("HALF")
+    for dtype, flag in flavour.precision_flags.items():
+        if dtype in dtypes:
+            config.set_flag(getattr(trt.BuilderFlag, flag))
+
+
+def _dtypes(network: INetworkDefinition) -> set[str]:
+    """Collect the dtypes of all tensors that layers write, in TensorRT's spelling."""
+    found: set[str] = set()
+    for index in range(network.num_layers):
+        layer: ILayer = network.get_layer(index)
+        for output in range(layer.num_outputs):
+            tensor: ITensor = layer.get_output(output)
+            if tensor is not None:  # an optional output that nothing reads
+                found.add(tensor.dtype.name)
+    return found
+
+
+def _require_capable(dtypes: set[str], capabilities: tuple[ComputeCapability, ...]) -> None:
+    for dtype, first in _FIRST_CAPABILITY.items():
+        if dtype not in dtypes:
+            continue
+        if not capabilities and first > _AMPERE:
+            raise BuildError(
+                f"the graph computes in {dtype.lower()}, which GPUs before {first} cannot; name "
+                f"the target: --compute-capability {first}"
+            )
+        for capability in capabilities:
+            if capability < first:
+                raise BuildError(
+                    f"the graph computes in {dtype.lower()}, which --compute-capability "
+                    f"{capability} cannot; it takes {first} or later"
+                )
+
+
+def _set_capabilities(
+    trt: TensorRT, config: IBuilderConfig, capabilities: tuple[ComputeCapability, ...]
+) -> None:
+    if not capabilities:
+        return
+    known = {
+        name: value for name, value in trt.ComputeCapability.__members__.items() if name[:2] == "SM"
+    }
+    config.num_compute_capabilities = len(capabilities)
+    for index, capability in enumerate(capabilities):
+        name = f"SM{capability.major}{capability.minor}"
+        if name not in known:
+            names = ", ".join(f"{key[2:-1]}.{key[-1]}" for key in known)
+            raise BuildError(
+                f"TensorRT-RTX cannot compile for compute capability {capability}; it can for "
+                f"{names}"
+            )
+        config.set_compute_capability(known[name], index)
+
+
+def set_options(trt: TensorRT, config: IBuilderConfig, spec: BuildSpec) -> None:
+    """Set what the user asked for; what the flavour ignores or refuses does not get here."""
+    if spec.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, spec.workspace)
+    if spec.optimization_level is not None:
+        config.builder_optimization_level = spec.optimization_level
+    if spec.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)

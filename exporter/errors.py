@@ -1,0 +1,45 @@
+"""Every error a user can meet; ``str(error)`` is one line: what, where, expected, what to do."""
+
+
+class MsnExportError(Exception):
+    """The base of all errors this package raises on purpose."""
+
+
+class SpecError(MsnExportError):
+    """A value that no command could act on: a batch range out of order, an unknown name."""
+
+
+class CheckpointError(MsnExportError):
+    """A checkpoint that is missing, of another model, incomplete, or not to be trusted."""
+
+
+class ImageError(MsnExportError):
+    """No usable image, or preprocessing that cannot be carried out."""
+
+
+class GraphError(MsnExportError):
+    """An ONNX graph that is not a ViT we understand, or a graph step that cannot be done."""
+
+
+class FusionError(GraphError):
+    """Other than the expected number of attention cores was found."""
+
+
+class BuildError(MsnExportError):
+    """The TensorRT builder refused the graph, or built something other than was asked for."""
+
+
+class ToleranceError(MsnExportError):
+    """An artifact does not agree with its reference within the gate."""
+
+
+class ManifestError(MsnExportError):
+    """A manifest that is missing, malformed, or does not belong to its artifact."""
+
+
+class OutputError(MsnExportError):
+    """An output path that exists, cannot be written, or has no room."""
+
+
+class MissingPackageError(MsnExportError):
+    """A package that this command needs is not installed; the message has the line that does."""

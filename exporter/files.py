@@ -1,0 +1,123 @@
+"""Output files appear whole or not at all; hashes of what is on disk."""
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from msn_export.errors import OutputError
+
+STAGING_PREFIX = ".msn-export-"
+
+
+def sha256_of(path: Path) -> str:
+    """Hash a file's bytes, as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_writable(outputs: Sequence[Path], *, force: bool) -> None:
+    """Refuse, before any work is done, outputs that could not be put in place after it.
+
+    Raises:
+        OutputError: an output exists and ``force`` is not set, or its folder cannot be written.
+    """
+    for output in outputs:
+        folder = output.parent
+        if output.is_dir():
+            raise OutputError(f"output {output} is a folder; name a file with -o")
+        if not folder.is_dir():
+            raise OutputError(
+                f"output folder {folder} does not exist; create it or choose another -o"
+            )
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise OutputError(f"output folder {folder} is not writable; choose another with -o")
+        if output.exists() and not force:
+            raise OutputError(f"output {output} exists; --force replaces it, -o writes elsewhere")
+
+
+@contextmanager
+def staging(folder: Path) -> Iterator[Path]:
+    """Give a private folder beside the outputs; what is left in it at the end is deleted.
+
+    The folder lives on the outputs' file system, so that moving a file out of it is one rename.
+    A process that is killed leaves its folder behind; it holds a lock while it lives, so the
+    next run knows the folder to be dead and removes it.
+
+    Raises:
+        OutputError: the folder cannot be made, or the disk is full.
+    """
+    try:
+        with _lock_on(folder):  # nobody takes the new folder for an abandoned one
+            _remove_abandoned(folder)
+            stage = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=folder))
+            lock = os.open(stage, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        raise OutputError(f"cannot write in {folder}: {error.strerror}") from error
+    try:
+        yield stage
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+            raise OutputError(
+                f"no room left in {folder} ({error.strerror}); free some or choose another -o"
+            ) from error
+        raise
+    finally:
+        os.close(lock)
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextmanager
+def _lock_on(folder: Path) -> Iterator[None]:
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    for stage in folder.glob(f"{STAGING_PREFIX}*"):
+        try:
+            lock = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:
+            continue  # another run removed it first, or it is not ours to read
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue  # its owner is alive
+        else:
+            shutil.rmtree(stage, ignore_errors=True)
+        finally:
+            os.close(lock)
+
+
+def publish(staged: Path, output: Path, manifest: str) -> None:
+    """Move a checked artifact to its place, then write its manifest beside it.
+
+    The old manifest goes first: at no moment does one lie beside an artifact it does not describe.
+
+    Raises:
+        OutputError: the file system refused.
+    """
+    sidecar = manifest_path(output)
+    staged_sidecar = manifest_path(staged)
+    try:
+        staged_sidecar.write_text(manifest, encoding="utf-8")
+        sidecar.unlink(missing_ok=True)
+        staged.replace(output)
+        staged_sidecar.replace(sidecar)
+    except OSError as error:
+        raise OutputError(f"cannot write {output}: {error.strerror}") from error
+
+
+def manifest_path(artifact: Path) -> Path:
+    """Name the sidecar of an artifact: ``model.onnx`` has ``model.onnx.json``."""
+    return artifact.with_name(artifact.name + ".json")

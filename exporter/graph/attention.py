@@ -1,0 +1,200 @@
+"""Recognise an attention core in whatever form an exporter wrote it.
+
+A core is ``softmax(q @ k.T * scale) @ v`` with q, k, v of shape [b, h, n, d] (b batch, h heads,
+n tokens, d head size). Three forms occur: the Attention operator of opset 23; MatMul, Softmax,
+MatMul with the scale applied to the scores or to q and k; and either with a mask that lets
+everything through.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+HEADS_FIRST = (0, 2, 1, 3)  # [b, n, h, d] -> [b, h, n, d]
+KEYS_TRANSPOSED = (0, 1, 3, 2)  # [b, h, n, d] -> [b, h, d, n]
+KEYS_FROM_TOKENS = (0, 2, 3, 1)  # [b, n, h, d] -> [b, h, d, n]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCore:
+    """One matched core: its operands, scale, result, and the node that computes the result.
+
+    ``tokens_first`` says that ``k`` is [b, n, h, d] and still has to be transposed.
+    """
+
+    q: ir.Value
+    k: ir.Value
+    v: ir.Value
+    scale: float
+    output: ir.Value
+    tokens_first: bool = False
+
+    @property
+    def node(self) -> ir.Node:
+        """The node that computes the core's result."""
+        node = self.output.producer()
+        assert node is not None  # a core's output is computed
+        return node
+
+
+def match(node: ir.Node) -> AttentionCore | str:
+    """Match the core around a Softmax or Attention node; text says why it is none."""
+    return _of_operator(node) if node.op_type == "Attention" else _of_softmax(node)
+
+
+def _of_operator(node: ir.Node) -> AttentionCore | str:
+    for name in ("is_causal", "softcap"):
+        attribute = node.attributes.get(name)
+        if attribute is not None and attribute.value:
+            return f"its {name} is {attribute.value}, a ViT has none"
+    inputs = list(node.inputs)
+    q, k, v = inputs[:3]
+    if q is None or k is None or v is None:
+        return "it lacks an operand"
+    if any(value is not None for value in inputs[4:]) or len(node.outputs) > 1:
+        return "it caches keys and values, a ViT does not"
+    if len(inputs) > 3 and inputs[3] is not None and not _lets_all_through(inputs[3]):
+        return f"its mask {inputs[3].name!r} is not known to let every token through"
+    if _rank(q) != 4:
+        return f"its query has rank {_rank(q)}; expected 4, [b, h, n, d]"
+    scale = node.attributes.get("scale")
+    factor = scale.as_float() if scale is not None else _default_scale(q)
+    if factor is None:
+        return f"the head size of {q.name!r} is unknown"
+    return AttentionCore(q, k, v, factor, node.outputs[0])
+
+
+def _of_softmax(softmax: ir.Node) -> AttentionCore | str:
+    axis = softmax.attributes.get("axis")
+    if axis is not None and axis.as_int() not in {-1, 3}:
+        return f"softmax runs over axis {axis.as_int()}; expected the last"
+    scores, scale = _unscaled(_without_mask(softmax.inputs[0]))
+    product = scores.producer()
+    if product is None or product.op_type != "MatMul":
+        return f"scores {scores.name!r} are not a MatMul's, scaled or masked by constants"
+    q, q_scale = _unscaled(product.inputs[0])
+    keys, k_scale = _unscaled(product.inputs[1])
+    found = _untransposed(keys)
+    if found is None:
+        return f"keys {keys.name!r} are not a transposed tensor"
+    k, tokens_first = found
+    result = _weighted_sum(softmax.outputs[0])
+    if result is None:
+        return f"probabilities {softmax.outputs[0].name!r} are not multiplied with values once"
+    v = result.inputs[1]
+    assert v is not None  # MatMul has two inputs
+    return AttentionCore(
+        q, k, v, scale * q_scale * k_scale, result.outputs[0], tokens_first=tokens_first
+    )
+
+
+def _without_mask(value: ir.Value | None) -> ir.Value:
+    """Step over the addition of a mask that lets every token through."""
+    assert value is not None  # Softmax has one input
+    node = value.producer()
+    if node is not None and node.op_type == "Add":
+        left, right = node.inputs
+        if left is not None and right is not None:
+            if _lets_all_through(right):
+                return left
+            if _lets_all_through(left):
+                return right
+    return value
+
+
+def _lets_all_through(mask: ir.Value) -> bool:
+    """Whether a mask is constant and true (boolean) or zero (added) everywhere."""
+    constant = mask.const_value
+    if constant is not None:
+        values = constant.numpy()
+        return bool(values.all() if values.dtype == np.bool_ else not values.any())
+    node = mask.producer()
+    if node is None:
+        return False
+    if node.op_type in {"Expand", "Reshape", "Unsqueeze", "Cast"} and node.inputs[0] is not None:
+        return _lets_all_through(node.inputs[0])
+    if node.op_type == "Where":
+        condition, chosen = node.inputs[0], node.inputs[1]
+        return (
+            condition is not None
+            and chosen is not None
+            and _lets_all_through(condition)
+            and _lets_all_through(chosen)
+        )
+    return False
+
+
+def _unscaled(value: ir.Value | None) -> tuple[ir.Value, float]:
+    """Step over multiplications and divisions by a constant, and collect their factor."""
+    assert value is not None  # operands of arithmetic are never left out
+    factor = 1.0
+    while (node := value.producer()) is not None and node.op_type in {"Mul", "Div"}:
+        left, right = node.inputs
+        assert left is not None
+        assert right is not None
+        if (constant := _scalar(right)) is not None:
+            value, factor = left, factor * (constant if node.op_type == "Mul" else 1 / constant)
+        elif node.op_type == "Mul" and (constant := _scalar(left)) is not None:
+            value, factor = right, factor * constant
+        else:
+            break
+    return value, factor
+
+
+def _scalar(value: ir.Value) -> float | None:
+    constant = value.const_value
+    if constant is None or constant.size != 1:
+        return None
+    number = float(constant.numpy().reshape(()))
+    return number if np.isfinite(number) and number != 0 else None
+
+
+def _untransposed(keys: ir.Value) -> tuple[ir.Value, bool] | None:
+    """Find k behind k.T; True if it is still [b, n, h, d]."""
+    node = keys.producer()
+    if node is None or node.inputs[0] is None:
+        return None
+    if node.op_type == "Transpose":
+        permutation = tuple(node.attributes["perm"].as_ints())
+        if permutation == KEYS_TRANSPOSED:
+            return node.inputs[0], False
+        return (node.inputs[0], True) if permutation == KEYS_FROM_TOKENS else None
+    if node.op_type != "Reshape":
+        return None
+    # torch below opset 23 transposes the last two axes as [b*h, n, d] -> [b*h, d, n]
+    transpose = node.inputs[0].producer()
+    if transpose is None or transpose.op_type != "Transpose":
+        return None
+    merged = transpose.inputs[0].producer() if transpose.inputs[0] is not None else None
+    if merged is None or merged.op_type != "Reshape" or merged.inputs[0] is None:
+        return None
+    k = merged.inputs[0]
+    swapped = tuple(transpose.attributes["perm"].as_ints()) == (0, 2, 1)
+    if not swapped or k.shape is None or len(k.shape) != 4:
+        return None
+    return k, False
+
+
+def _weighted_sum(probabilities: ir.Value) -> ir.Node | None:
+    """Find the MatMul with v, past the guard torch writes for rows that are masked whole."""
+    users = [use.node for use in probabilities.uses()]
+    guards = [node for node in users if node.op_type == "Where"]
+    if guards and all(node.op_type in {"Where", "IsNaN"} for node in users):
+        probabilities = guards[0].outputs[0]
+        users = [use.node for use in probabilities.uses()]
+    if len(users) != 1 or users[0].op_type != "MatMul" or users[0].inputs[0] is not probabilities:
+        return None
+    return users[0]
+
+
+def _rank(value: ir.Value) -> int | None:
+    return None if value.shape is None else len(value.shape)
+
+
+def _default_scale(q: ir.Value) -> float | None:
+    """1 / sqrt(d): onnx.ai operators, Attention, attribute scale."""
+    size = q.shape[-1] if q.shape is not None else None
+    return float(size) ** -0.5 if isinstance(size, int) else None

@@ -1,0 +1,136 @@
+"""Bring every attention core of a graph into one form, and count."""
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from msn_export.errors import FusionError
+from msn_export.graph.attention import (
+    HEADS_FIRST,
+    KEYS_FROM_TOKENS,
+    KEYS_TRANSPOSED,
+    AttentionCore,
+    match,
+)
+from msn_export.graph.io import infer_shapes
+from msn_export.graph.patch import Patch, replace
+from msn_export.spec import AttentionForm
+
+# b batch, h heads, n tokens, d head size
+
+
+def fuse_attention(model: ir.Model, form: AttentionForm, *, expected: int | None = None) -> int:
+    """Write every attention core of ``model`` in ``form``, in place.
+
+    Args:
+        model: changed in place.
+        form: how each core is written.
+        expected: how many cores there must be; None takes as many as there are softmaxes.
+
+    Returns:
+        How many cores there are, each in ``form``.
+
+    Raises:
+        FusionError: a core was missed, or there are other than ``expected``; each miss is named.
+    """
+    candidates = [node for node in model.graph if node.op_type in {"Softmax", "Attention"}]
+    cores, misses = [], []
+    for node in candidates:
+        core = match(node)
+        if isinstance(core, str):
+            misses.append(f"{node.op_type} of {node.outputs[0].name!r}: {core}")
+        else:
+            cores.append(core)
+    wanted = len(candidates) if expected is None else expected
+    if misses or len(cores) != wanted or not cores:
+        listed = "; ".join(misses) or "there is no other Softmax or Attention"
+        raise FusionError(f"fused {len(cores)} of {wanted} attention cores: {listed}")
+    for core in cores:
+        _WRITERS[form](model.graph, core)
+    RemoveUnusedNodesPass()(model)
+    infer_shapes(model)
+    return len(cores)
+
+
+def _write_heads(graph: ir.Graph, core: AttentionCore) -> None:
+    """One Attention over q, k, v [b, h, n, d]."""
+    if core.node.op_type == "Attention" and len(core.node.inputs) == 3:
+        return
+    patch = Patch(graph, core.node)
+    keys = patch.op("Transpose", [core.k], {"perm": HEADS_FIRST}) if core.tokens_first else core.k
+    replace(core.output, patch.op("Attention", [core.q, keys, core.v], {"scale": core.scale}))
+
+
+def _write_plain(graph: ir.Graph, core: AttentionCore) -> None:
+    """MatMul, Softmax, MatMul; half of the scale on q and half on k, so that fp16 has room."""
+    patch = Patch(graph, core.node)
+    half = patch.constant(np.asarray(np.sqrt(core.scale), np.float32), "attention.scale")
+    swap = KEYS_FROM_TOKENS if core.tokens_first else KEYS_TRANSPOSED
+    keys = patch.op("Mul", [patch.op("Transpose", [core.k], {"perm": swap}), half])
+    scores = patch.op("MatMul", [patch.op("Mul", [core.q, half]), keys])
+    probabilities = patch.op("Softmax", [scores], {"axis": -1})
+    replace(core.output, patch.op("MatMul", [probabilities, core.v]))
+
+
+def _write_packed(graph: ir.Graph, core: AttentionCore) -> None:
+    """One Attention over q, k, v [b, n, h * d], which needs no transposition at all.
+
+    The packed projection's Reshape, Transpose, Split and the Transpose, Reshape after the core
+    give way to one Split.
+
+    Raises:
+        FusionError: the core does not read the thirds of one packed projection.
+    """
+    packed, merged = _packed_projection(core), _merged_heads(core.output)
+    heads = core.q.shape[1] if core.q.shape is not None else None
+    if packed is None or merged is None or not isinstance(heads, int):
+        raise FusionError(
+            f"attention {core.output.name!r} does not read one packed query-key-value projection; "
+            "choose --target tensorrt"
+        )
+    patch = Patch(graph, core.node)
+    thirds = patch.ops("Split", [packed], {"axis": -1, "num_outputs": 3}, outputs=3)
+    attributes = {"q_num_heads": heads, "kv_num_heads": heads, "scale": core.scale}
+    replace(merged, patch.op("Attention", thirds, attributes))
+
+
+def _packed_projection(core: AttentionCore) -> ir.Value | None:
+    """Find the [b, n, 3 * h * d] tensor that q, k and v are the thirds of."""
+    split = core.q.producer()
+    if split is None or split.op_type != "Split" or core.tokens_first:
+        return None
+    if [core.q, core.k, core.v] != list(split.outputs):
+        return None
+    transpose = _producer(split.inputs[0], "Transpose")
+    if transpose is None or tuple(transpose.attributes["perm"].as_ints()) != HEADS_FIRST:
+        return None
+    reshape = _producer(transpose.inputs[0], "Reshape")
+    return None if reshape is None else reshape.inputs[0]
+
+
+def _merged_heads(output: ir.Value) -> ir.Value | None:
+    """Find the [b, n, h * d] tensor that the core's [b, h, n, d] becomes."""
+    transpose = _only_user(output, "Transpose")
+    if transpose is None or tuple(transpose.attributes["perm"].as_ints()) != HEADS_FIRST:
+        return None
+    reshape = _only_user(transpose.outputs[0], "Reshape")
+    return None if reshape is None else reshape.outputs[0]
+
+
+def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type == op_type else None
+
+
+def _only_user(value: ir.Value, op_type: str) -> ir.Node | None:
+    users = [use.node for use in value.uses()]
+    return users[0] if len(users) == 1 and users[0].op_type == op_type else None
+
+
+_WRITERS: dict[AttentionForm, Callable[[ir.Graph, AttentionCore], None]] = {
+    AttentionForm.HEADS: _write_heads,
+    AttentionForm.PACKED: _write_packed,
+    AttentionForm.PLAIN: _write_plain,
+}

@@ -1,0 +1,223 @@
+"""Read and write ONNX files, and hand a graph's skeleton to libraries that copy what they get.
+
+A skeleton is the graph without its weights: onnxsim, the version converter and the checker
+serialise what they are given several times, which for a ViT-L is gigabytes each.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
+
+from msn_export.errors import GraphError
+from msn_export.spec import TensorSpec
+
+# A protobuf message holds less than 2 GiB: protobuf.dev/programming-guides/proto-limits
+PROTOBUF_LIMIT = 2**31 - 1
+# Smaller constants stay in a skeleton: shapes and indices, which simplification must see.
+SKELETON_KEEPS = 1024  # bytes
+
+# Field numbers of onnx/onnx.proto; wire type 2 is length-delimited
+_MODEL_GRAPH = 7
+_GRAPH_INITIALIZER = 5
+_TENSOR_RAW_DATA = 9
+
+
+def load(path: Path) -> ir.Model:
+    """Read an ONNX file; external weights are mapped, and only from the file's own folder.
+
+    Raises:
+        GraphError: the file is missing, is not ONNX, or points outside its folder.
+    """
+    try:
+        model = ir.load(path)
+    except FileNotFoundError as error:
+        raise GraphError(f"{path} does not exist; give an .onnx file") from error
+    except (DecodeError, OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise GraphError(f"{path} is not an ONNX file ({reason}); export it again") from error
+    if not model.graph.outputs:
+        raise GraphError(f"{path} is not an ONNX file (no graph in it); export it again")
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            location = Path(tensor.location)
+            if location.is_absolute() or ".." in location.parts:
+                raise GraphError(
+                    f"{path}: weight {value.name!r} lies outside the folder ({location}); "
+                    "refused, save the model with its weights beside it"
+                )
+            if not (path.parent / location).is_file():
+                raise GraphError(f"{path}: its weight file {location} is missing; copy it along")
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    return model
+
+
+def save(model: ir.Model, path: Path) -> None:
+    """Write an ONNX file, one weight at a time.
+
+    The graph message is written by hand around weights that are never gathered in memory: first
+    the skeleton, then each initializer as one more field, which protobuf reads as appended.
+
+    Raises:
+        GraphError: the file would pass protobuf's 2 GiB.
+    """
+    with _weights_aside(model, keeps=-1) as weights:
+        proto = ir.to_proto(model)
+    graph = proto.graph.SerializeToString(deterministic=True)
+    proto.ClearField("graph")
+    head = proto.SerializeToString(deterministic=True)
+    entries = [(tensor, _initializer_head(name, tensor)) for name, tensor in weights.items()]
+    size = len(graph) + sum(len(entry) + tensor.nbytes for tensor, entry in entries)
+    if size + len(head) + 16 > PROTOBUF_LIMIT:
+        raise GraphError(
+            f"the graph is {size / 2**30:.1f} GiB and one ONNX file holds less than 2; "
+            "export it with --dtype fp16 or bf16"
+        )
+    with path.open("wb") as file:
+        file.write(head + _field(_MODEL_GRAPH, size) + graph)
+        for tensor, entry in entries:
+            file.write(entry)
+            file.write(tensor.tobytes())
+
+
+def _initializer_head(name: str, tensor: ir.TensorProtocol) -> bytes:
+    described = onnx.TensorProto(name=name, data_type=tensor.dtype.value)
+    described.dims.extend(tensor.shape.numpy())
+    body: bytes = described.SerializeToString(deterministic=True)
+    body += _field(_TENSOR_RAW_DATA, tensor.nbytes)
+    return _field(_GRAPH_INITIALIZER, len(body) + tensor.nbytes) + body
+
+
+def _field(number: int, length: int) -> bytes:
+    """Start a length-delimited field: protobuf.dev/programming-guides/encoding."""
+    return _varint(number << 3 | 2) + _varint(length)
+
+
+def _varint(number: int) -> bytes:
+    encoded = bytearray()
+    while number > 0x7F:
+        encoded.append(number & 0x7F | 0x80)
+        number >>= 7
+    encoded.append(number)
+    return bytes(encoded)
+
+
+@contextmanager
+def _weights_aside(model: ir.Model, *, keeps: int) -> Iterator[Mapping[str, ir.TensorProtocol]]:
+    """Take the initializers above ``keeps`` bytes out of the graph, and put them back after."""
+    initializers = model.graph.initializers
+    aside: dict[str, ir.Value] = {
+        name: value
+        for name, value in initializers.items()
+        if value.const_value is not None and value.const_value.nbytes > keeps
+    }
+    tensors: dict[str, ir.TensorProtocol] = {}
+    for name, value in aside.items():
+        assert value.const_value is not None  # chosen above
+        tensors[name] = value.const_value
+        value.shape = value.shape or ir.Shape(value.const_value.shape.numpy())
+        value.dtype = value.dtype or value.const_value.dtype
+        del initializers[name]
+    try:
+        yield tensors
+    finally:
+        for value in aside.values():
+            initializers.add(value)
+
+
+def skeleton(model: ir.Model) -> onnx.ModelProto:
+    """Serialise the graph with its weights as extra inputs."""
+    with _weights_aside(model, keeps=SKELETON_KEEPS) as weights:
+        proto = ir.to_proto(model)
+        for name, tensor in weights.items():
+            proto.graph.input.append(
+                onnx.helper.make_tensor_value_info(
+                    name, tensor.dtype.value, list(tensor.shape.numpy())
+                )
+            )
+    return proto
+
+
+def refill(proto: onnx.ModelProto, source: ir.Model) -> ir.Model:
+    """Make a graph from a processed skeleton and the weights of the graph it came from.
+
+    Raises:
+        GraphError: the skeleton asks for a weight that the source does not have.
+    """
+    model = ir.from_proto(proto)
+    kept = [value.name for value in source.graph.inputs]
+    for value in list(model.graph.inputs):
+        if value.name in kept:
+            continue
+        weight = source.graph.initializers.get(value.name or "")
+        if weight is None:
+            raise GraphError(f"the processed graph asks for {value.name!r}, which is no weight")
+        model.graph.inputs.remove(value)
+        if value.uses():
+            value.const_value = weight.const_value
+            model.graph.initializers.add(value)
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    return model
+
+
+def infer_shapes(model: ir.Model) -> None:
+    """Give every value its type and shape, in place.
+
+    Raises:
+        GraphError: the graph contradicts itself.
+    """
+    try:
+        proto = onnx.shape_inference.infer_shapes(
+            skeleton(model), check_type=True, strict_mode=True, data_prop=True
+        )
+    except onnx.shape_inference.InferenceError as error:
+        reason = " ".join(str(error).split())
+        raise GraphError(f"the graph's types or shapes do not fit: {reason}") from error
+    inferred = {info.name: info for info in (*proto.graph.value_info, *proto.graph.output)}
+    for node in model.graph:
+        for value in node.outputs:
+            info = inferred.get(value.name or "")
+            if info is not None:
+                value.type = ir.serde.deserialize_type_proto_for_type(info.type)
+                value.shape = ir.serde.deserialize_type_proto_for_shape(info.type)
+
+
+def check(path: Path) -> None:
+    """Run onnx's checker on a file, with strict shape inference.
+
+    Raises:
+        GraphError: the file breaks the ONNX specification.
+    """
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        reason = " ".join(str(error).split())
+        raise GraphError(f"{path.name} breaks the ONNX specification: {reason}") from error
+
+
+def operators(model: ir.Model) -> dict[str, int]:
+    """Count the graph's nodes by operator, the most frequent first."""
+    counts = Counter(
+        f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in model.graph
+    )
+    return dict(counts.most_common())
+
+
+def tensor_specs(values: list[ir.Value]) -> tuple[TensorSpec, ...]:
+    """Describe graph inputs or outputs: names, dtypes as ONNX spells them, shapes."""
+    return tuple(
+        TensorSpec(
+            name=value.name or "",
+            dtype=value.dtype.name.lower() if value.dtype else "undefined",
+            shape=tuple(
+                size if isinstance(size, int) else str(size.value) for size in (value.shape or ())
+            ),
+        )
+        for value in values
+    )

@@ -1,0 +1,93 @@
+"""Write a graph of opset 23 for a parser that ends earlier, and raise an older one to 23."""
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from msn_export.errors import GraphError
+from msn_export.graph.io import infer_shapes, refill, skeleton
+from msn_export.graph.patch import Patch, replace
+
+# onnx/docs/Versioning.md: the IR version that came with each opset
+_IR_VERSIONS = {17: 8, 20: 9, 23: 11}
+
+# Operators of a ViT graph that mean the same from opset 17 to 23, apart from the attributes and
+# forms written below; anything else is refused rather than relabelled.
+_UNCHANGED = frozenset(
+    """
+    Abs Add Cast Clip Concat Constant Conv Div Elu Equal Erf Exp Expand Gather Gelu Gemm
+    HardSigmoid HardSwish Identity LayerNormalization LeakyRelu Log MatMul Max Min Mish Mul Neg
+    Pow Reciprocal ReduceMean Relu Reshape Shape Sigmoid Slice Softmax Softplus Softsign Split
+    Sqrt Squeeze Sub Tanh Transpose Unsqueeze Where
+    """.split()  # noqa: SIM905  fifty quoted words would be five times as long
+)
+
+
+def lower(model: ir.Model, opset: int) -> None:
+    """Rewrite ``model`` in place from opset 23 to 17 or 20; attention must be in its plain form.
+
+    Raises:
+        GraphError: the graph has an operator that the older opset lacks or means differently.
+    """
+    strange = {node.op_type for node in model.graph} - _UNCHANGED
+    if strange:
+        raise GraphError(f"opset {opset} has no form of {', '.join(sorted(strange))} written here")
+    for node in list(model.graph):
+        if node.op_type == "Gelu" and opset < 20:
+            _write_gelu(model.graph, node)
+        elif node.op_type == "Split" and opset < 18:
+            node.attributes.pop("num_outputs", None)  # new in 18; equal parts before
+        elif node.op_type == "ReduceMean" and opset < 18:
+            _write_reduce_mean(node)
+    model.graph.opset_imports[""] = opset
+    model.ir_version = _IR_VERSIONS[opset]
+    RemoveUnusedNodesPass()(model)
+    infer_shapes(model)
+
+
+def raise_opset(model: ir.Model, opset: int = 23) -> ir.Model:
+    """Convert a graph to ``opset`` with onnx's version converter; same graph if it is there.
+
+    Raises:
+        GraphError: the converter has no way.
+    """
+    held = model.graph.opset_imports.get("", 0)
+    if held >= opset:
+        return model
+    try:
+        return refill(onnx.version_converter.convert_version(skeleton(model), opset), model)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise GraphError(f"opset {held} cannot be converted to {opset}: {reason}") from error
+
+
+def _write_gelu(graph: ir.Graph, node: ir.Node) -> None:
+    """Gelu as operators of opset 17: onnx.ai operators, Gelu, its function body."""
+    patch = Patch(graph, node)
+    x = node.inputs[0]
+    half = patch.constant(np.asarray(0.5, np.float32), "gelu.half")
+    one = patch.constant(np.asarray(1.0, np.float32), "gelu.one")
+    approximate = node.attributes.get("approximate")
+    if approximate is not None and approximate.as_string() == "tanh":
+        cubic = patch.constant(np.asarray(0.044715, np.float32), "gelu.cubic")
+        factor = patch.constant(np.asarray(np.sqrt(2 / np.pi), np.float32), "gelu.factor")
+        cube = patch.op("Mul", [patch.op("Mul", [x, x]), x])
+        inner = patch.op("Add", [x, patch.op("Mul", [cube, cubic])])
+        bend = patch.op("Tanh", [patch.op("Mul", [inner, factor])])
+    else:
+        root = patch.constant(np.asarray(np.sqrt(2), np.float32), "gelu.sqrt2")
+        bend = patch.op("Erf", [patch.op("Div", [x, root])])
+    halved = patch.op("Mul", [x, half])
+    replace(node.outputs[0], patch.op("Mul", [halved, patch.op("Add", [bend, one])]))
+
+
+def _write_reduce_mean(node: ir.Node) -> None:
+    """Opset 18 moved ReduceMean's axes from an attribute to an input."""
+    axes = node.inputs[1] if len(node.inputs) > 1 else None
+    if axes is not None:
+        if axes.const_value is None:
+            raise GraphError(f"the axes of {node.name!r} are not constant")
+        node.attributes.add(ir.AttrInt64s("axes", axes.const_value.numpy().tolist()))
+        node.resize_inputs(1)
+    node.attributes.pop("noop_with_empty_axes", None)

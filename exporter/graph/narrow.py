@@ -1,0 +1,184 @@
+"""Compute only what the outputs need: the last block for the [CLS] token alone.
+
+An output that reads one token of the final LayerNorm needs keys and values of every token, and
+of everything else in the last block one row. The result is the same numbers: each row of a
+token-wise operator depends on that row only.
+
+Shapes: ``b`` batch, ``n`` tokens, ``h`` heads, ``d`` head size, ``c`` channels.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from msn_export.graph.attention import HEADS_FIRST
+from msn_export.graph.io import infer_shapes
+from msn_export.graph.patch import Patch
+from msn_export.graph.projection import split_queries
+
+_ROWWISE = frozenset(
+    """
+    Abs Add Cast Clip Div Elu Erf Exp Gelu HardSigmoid HardSwish Identity LeakyRelu Log Max Min
+    Mish Mul Neg Pow Reciprocal Relu Sigmoid Softplus Softsign Sqrt Sub Tanh Where Greater Less
+    """.split()  # noqa: SIM905
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Narrowed:
+    """How many nodes now compute one row instead of all tokens."""
+
+    nodes: int
+    projection_split: bool
+
+
+def narrow_to_first_token(model: ir.Model) -> Narrowed:
+    """Rewrite in place; a graph whose outputs read more than the first token is left alone."""
+    infer_shapes(model)
+    chosen = _rows_needed(model.graph)
+    if not chosen:
+        return Narrowed(0, projection_split=False)
+    cut: dict[tuple[ir.Value, int], ir.Value] = {}
+    for node in list(model.graph):
+        if node in chosen:
+            _narrow(model.graph, node, chosen, cut)
+    split = split_queries(model.graph)
+    RemoveUnusedNodesPass()(model)
+    infer_shapes(model)
+    return Narrowed(len(chosen), projection_split=split)
+
+
+def _rows_needed(graph: ir.Graph) -> dict[ir.Node, int]:
+    """Find, from the outputs back, the nodes of whose result only the first row is read.
+
+    Returns:
+        Each such node with the axis of its output that runs over tokens.
+    """
+    chosen: dict[ir.Node, int] = {}
+    for node in reversed(graph):
+        axis = _selected_axis(node, chosen)
+        if axis is not None:
+            chosen[node] = axis
+    return chosen
+
+
+def _selected_axis(node: ir.Node, chosen: dict[ir.Node, int]) -> int | None:
+    if len(node.outputs) != 1 or node.outputs[0].is_graph_output():
+        return None
+    axes = {_axis_read(use.node, use.idx, chosen) for use in node.outputs[0].uses()}
+    if len(axes) != 1 or (axis := axes.pop()) is None:
+        return None
+    return axis if _passes_rows(node, axis) else None
+
+
+def _axis_read(reader: ir.Node, index: int, chosen: dict[ir.Node, int]) -> int | None:
+    """Say along which axis ``reader`` takes only the first row of its input, if it does."""
+    if _takes_first(reader) and index == 0:
+        return 1
+    if reader not in chosen:
+        return None
+    axis = chosen[reader]
+    if reader.op_type == "Transpose":
+        return int(reader.attributes["perm"].as_ints()[axis])
+    if reader.op_type in {"MatMul", "LayerNormalization", "Reshape", "Attention"} and index > 0:
+        return None  # weights, shapes, keys and values are read whole
+    return axis
+
+
+def _takes_first(node: ir.Node) -> bool:
+    """Whether a node reads row 0 of axis 1 and nothing else."""
+    if node.op_type == "Gather":
+        indices = node.inputs[1].const_value if node.inputs[1] is not None else None
+        axis = node.attributes.get("axis")
+        at_tokens = axis is not None and axis.as_int() == 1
+        return at_tokens and indices is not None and not indices.numpy().any()
+    if node.op_type == "Slice" and len(node.inputs) >= 4:
+        bounds = [value.const_value for value in node.inputs[1:4] if value is not None]
+        if len(bounds) == 3 and all(bound is not None for bound in bounds):
+            return [bound.numpy().tolist() for bound in bounds if bound] == [[0], [1], [1]]
+    return False
+
+
+def _passes_rows(node: ir.Node, axis: int) -> bool:
+    """Whether row 0 of the output along ``axis`` depends on row 0 of the input alone."""
+    shape = node.outputs[0].shape
+    if shape is None or axis >= len(shape) - 1:
+        return False
+    if node.op_type == "MatMul":
+        right = node.inputs[1]
+        return right is not None and right.const_value is not None and len(right.shape or ()) == 2
+    if node.op_type == "LayerNormalization":
+        return node.attributes["axis"].as_int() in {-1, len(shape) - 1}
+    if node.op_type == "Attention":
+        return axis == 2 and len(shape) == 4 and len(node.inputs) == 3
+    if node.op_type == "Transpose":
+        return tuple(node.attributes["perm"].as_ints()) == HEADS_FIRST
+    if node.op_type == "Reshape":
+        return _merges_last(node) and axis == 1
+    return node.op_type in _ROWWISE
+
+
+def _merges_last(node: ir.Node) -> bool:
+    """Whether a Reshape is [b, n, h, d] -> [b, n, h * d] with a constant shape."""
+    source, target = node.inputs[0], node.inputs[1]
+    if source is None or target is None or target.const_value is None or source.shape is None:
+        return False
+    wanted = target.const_value.numpy().tolist()
+    return len(source.shape) == 4 and len(wanted) == 3 and source.shape[1] == wanted[1]
+
+
+def _narrow(
+    graph: ir.Graph,
+    node: ir.Node,
+    chosen: dict[ir.Node, int],
+    cut: dict[tuple[ir.Value, int], ir.Value],
+) -> None:
+    """Feed ``node`` rows instead of tokens where its producers do not already give rows."""
+    axis = chosen[node]
+    sizes = list(node.outputs[0].shape or ())
+    rank, sizes[axis] = len(sizes), 1
+    node.outputs[0].shape = ir.Shape(sizes)
+    for index, value in enumerate(node.inputs):
+        if value is None or value.producer() in chosen:
+            continue
+        read = _axis_read(node, index, chosen)
+        shape = value.shape
+        if read is None or shape is None:
+            continue
+        position = read - rank + len(shape)  # broadcasting aligns the last axes
+        if position >= 0 and shape[position] != 1 and value.name not in _constants(node, value):
+            node.replace_input_with(index, _cut(graph, node, value, position, cut))
+    if node.op_type == "Reshape":
+        target = node.inputs[1]
+        assert target is not None
+        assert target.const_value is not None
+        wanted = target.const_value.numpy().copy()
+        wanted[axis] = 1
+        patch = Patch(graph, node)
+        name = "x".join(str(size) for size in wanted.tolist()).replace("-1", "b")
+        node.replace_input_with(1, patch.constant(wanted, f"shape.{name}"))
+
+
+def _constants(node: ir.Node, value: ir.Value) -> tuple[str | None, ...]:
+    """Name the operands that hold no tokens: weights with one value for every row."""
+    weight = value.const_value is not None and node.op_type in {"MatMul", "LayerNormalization"}
+    return (value.name,) if weight else ()
+
+
+def _cut(
+    graph: ir.Graph,
+    node: ir.Node,
+    value: ir.Value,
+    axis: int,
+    cut: dict[tuple[ir.Value, int], ir.Value],
+) -> ir.Value:
+    """Take row 0 of ``value`` along ``axis``, keeping the axis; once per value."""
+    if (value, axis) not in cut:
+        patch = Patch(graph, node)
+        zero = patch.constant(np.array([0]), "index.0")
+        one = patch.constant(np.array([1]), "index.1")
+        along = patch.constant(np.array([axis]), f"index.{axis}")
+        cut[value, axis] = patch.op("Slice", [value, zero, one, along])
+    return cut[value, axis]

@@ -1,0 +1,74 @@
+"""Put new nodes into a graph in place of an old value."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+
+class Patch:
+    """Nodes that go into ``graph`` before ``anchor``, named after it.
+
+    The names matter: the compiler's log repeats them, and by them a kernel is traced to its block.
+    """
+
+    def __init__(self, graph: ir.Graph, anchor: ir.Node) -> None:
+        self.graph = graph
+        self.anchor = anchor
+        self._names = {node.name for node in graph}
+
+    def op(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: Mapping[str, Any] | None = None,
+    ) -> ir.Value:
+        """Add a node of one output and return that output."""
+        return self.ops(op_type, inputs, attributes, outputs=1)[0]
+
+    def ops(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: Mapping[str, Any] | None = None,
+        *,
+        outputs: int,
+    ) -> Sequence[ir.Value]:
+        """Add a node of several outputs and return them."""
+        node = ir.node(op_type, inputs, attributes, num_outputs=outputs)
+        stem = f"{self.anchor.name or self.anchor.outputs[0].name}.{op_type}"
+        node.name = stem
+        while node.name in self._names:
+            number = int(node.name.removeprefix(stem).lstrip("_") or 1) + 1
+            node.name = f"{stem}_{number}"
+        self._names.add(node.name)
+        for index, value in enumerate(node.outputs):
+            value.name = node.name if outputs == 1 else f"{node.name}.{index}"
+        self.graph.insert_before(self.anchor, node)
+        return node.outputs
+
+    def constant(self, array: np.ndarray[Any, Any], name: str) -> ir.Value:
+        """Add an initializer, or give the one of that name if it holds the same."""
+        tensor = ir.tensor(np.asarray(array, order="C"), name=name)
+        known = self.graph.initializers.get(name)
+        if known is not None and known.const_value is not None:
+            held = known.const_value.numpy()
+            if held.dtype == array.dtype and np.array_equal(held, array):
+                return known
+            return self.constant(array, f"{name}_")
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
+        value.const_value = tensor
+        self.graph.register_initializer(value)
+        return value
+
+
+def replace(old: ir.Value, new: ir.Value) -> None:
+    """Let everything that reads ``old`` read ``new``, which takes over type, shape and name."""
+    new.type, new.shape = old.type, old.shape
+    was_output = old.is_graph_output()
+    name = old.name
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    if was_output:
+        old.name = f"{name}.before"
+        new.name = name

@@ -1,0 +1,175 @@
+"""Type a graph as fp16 or bf16; what cannot live there stays fp32.
+
+TensorRT builds strongly typed networks: the precision of an engine is the precision written in
+its graph, and onnxruntime runs that very graph.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from msn_export.errors import GraphError
+from msn_export.graph.io import infer_shapes
+from msn_export.spec import Dtype
+
+# Largest finite values: IEEE 754 binary16; bfloat16 shares binary32's exponent.
+LARGEST = {Dtype.FP16: 65504.0, Dtype.BF16: 3.3895313892515355e38}
+
+_ONNX = {Dtype.FP16: ir.DataType.FLOAT16, Dtype.BF16: ir.DataType.BFLOAT16}
+_FLOAT = ir.DataType.FLOAT
+
+# Operators with a float input or attribute that is float32 whatever the data's type
+_FIXED = frozenset({"Resize", "Upsample", "NonMaxSuppression", "DynamicQuantizeLinear"})
+
+
+@dataclass(frozen=True, slots=True)
+class Typed:
+    """What typing did: ``islands`` are the values and weights that stay fp32."""
+
+    islands: tuple[str, ...]
+    casts: int
+
+
+def type_graph(model: ir.Model, dtype: Dtype, islands: Collection[str] = ()) -> Typed:
+    """Type ``model`` in place; graph inputs and outputs keep their types.
+
+    A node computes in fp32 if any value it reads or writes is an island: a value too large for
+    fp16 must neither be written in it nor be read through it. Weights that overflow are islands.
+
+    Args:
+        model: an fp32 graph with every value typed; changed in place.
+        dtype: fp16 or bf16.
+        islands: names of values that stay fp32.
+
+    Raises:
+        GraphError: an island is no value of this graph, the graph is not fp32, or has an operator
+            whose inputs cannot be retyped.
+    """
+    infer_shapes(model)
+    _require_fp32(model)
+    wanted = set(islands) | set(overflowing_weights(model, dtype))
+    unknown = wanted - _names(model)
+    if unknown:
+        raise GraphError(f"island {min(unknown)!r} is no value of this graph; measure them again")
+    typing = _Typing(model, dtype, wanted)
+    for node in list(model.graph):
+        typing.type_node(node)
+    typing.restore_outputs()
+    RemoveUnusedNodesPass()(model)
+    return Typed(tuple(sorted(wanted)), sum(node.op_type == "Cast" for node in model.graph))
+
+
+def overflowing_weights(model: ir.Model, dtype: Dtype) -> list[str]:
+    """Name the weights whose largest absolute value ``dtype`` cannot hold."""
+    return [
+        name
+        for name, value in model.graph.initializers.items()
+        if value.dtype == _FLOAT
+        and value.const_value is not None
+        and value.const_value.size
+        and np.abs(value.const_value.numpy()).max() > LARGEST[dtype]
+    ]
+
+
+def graph_dtype(model: ir.Model) -> Dtype:
+    """Say how a graph's weights are typed, by bytes."""
+    held: dict[Dtype, int] = dict.fromkeys(Dtype, 0)
+    names = {_FLOAT: Dtype.FP32, **{onnx: dtype for dtype, onnx in _ONNX.items()}}
+    for value in model.graph.initializers.values():
+        if value.dtype in names and value.const_value is not None:
+            held[names[value.dtype]] += value.const_value.size
+    return max(held, key=lambda dtype: held[dtype])
+
+
+def _require_fp32(model: ir.Model) -> None:
+    for node in model.graph:
+        if node.op_type in _FIXED:
+            raise GraphError(f"node {node.name!r} ({node.op_type}) cannot be retyped")
+        for value in node.outputs:
+            if value.dtype in _ONNX.values():
+                raise GraphError(f"{value.name!r} is {value.dtype} already; give the fp32 graph")
+            if value.dtype is None and value.uses():
+                raise GraphError(f"{value.name!r} has no known type; is the graph well formed?")
+
+
+def _names(model: ir.Model) -> set[str]:
+    values = [value for node in model.graph for value in node.outputs]
+    return {value.name or "" for value in (*values, *model.graph.initializers.values())}
+
+
+class _Typing:
+    """One pass over the nodes in order, each value at hand in both types once it was asked for."""
+
+    def __init__(self, model: ir.Model, dtype: Dtype, islands: set[str]) -> None:
+        self.graph = model.graph
+        self.dtype = _ONNX[dtype]
+        self.islands = islands
+        self.casted: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+        self.outputs = [value.dtype for value in model.graph.outputs]
+
+    def type_node(self, node: ir.Node) -> None:
+        floats = [value for value in node.outputs if value.dtype == _FLOAT]
+        read = [value for value in node.inputs if value is not None and value.dtype == _FLOAT]
+        stays = any(value.name in self.islands for value in (*floats, *read))
+        target = _FLOAT if stays else self.dtype
+        if node.op_type == "Cast":
+            self._type_cast(node, target)
+            return
+        for index, value in enumerate(node.inputs):
+            if value is not None and value.dtype in {_FLOAT, self.dtype}:
+                node.replace_input_with(index, self._as(value, target, node))
+        for value in floats:
+            value.type = ir.TensorType(target)
+
+    def _type_cast(self, node: ir.Node, target: ir.DataType) -> None:
+        """A cast to float is a cast to whatever float is now; from bytes, at no cost."""
+        if node.attributes["to"].as_int() == _FLOAT:
+            node.attributes["to"] = ir.AttrInt64("to", target)
+            node.outputs[0].type = ir.TensorType(target)
+
+    def _as(self, value: ir.Value, target: ir.DataType, reader: ir.Node) -> ir.Value:
+        if value.dtype == target:
+            return value
+        key = (value, target)
+        if key not in self.casted:
+            weight = value.is_initializer()
+            self.casted[key] = self._weight(value) if weight else self._cast(value, target, reader)
+        return self.casted[key]
+
+    def _weight(self, value: ir.Value) -> ir.Value:
+        """Round a weight; the fp32 original goes once nobody reads it."""
+        assert value.const_value is not None  # initializers have values
+        array = value.const_value.numpy().astype(self.dtype.numpy())
+        short = "fp16" if self.dtype == ir.DataType.FLOAT16 else "bf16"
+        typed = ir.Value(name=f"{value.name}.{short}", type=ir.TensorType(self.dtype))
+        typed.shape = value.shape
+        typed.const_value = ir.tensor(array, dtype=self.dtype, name=typed.name)
+        self.graph.register_initializer(typed)
+        return typed
+
+    def _cast(self, value: ir.Value, target: ir.DataType, reader: ir.Node) -> ir.Value:
+        node = ir.node("Cast", [value], {"to": int(target)})
+        node.name = f"{value.name}.to_{target.name.lower()}"
+        casted = node.outputs[0]
+        casted.name, casted.shape = node.name, value.shape
+        casted.type = ir.TensorType(target)
+        self.graph.insert_before(reader, node)
+        return casted
+
+    def restore_outputs(self) -> None:
+        """Cast the graph's outputs back to the types they had."""
+        for index, value in enumerate(self.graph.outputs):
+            wanted = self.outputs[index]
+            if wanted is None or value.dtype == wanted:
+                continue
+            name = value.name or ""
+            value.name = f"{name}.typed"
+            node = ir.node("Cast", [value], {"to": int(wanted)})
+            casted = node.outputs[0]
+            node.name, casted.name = f"{name}.Cast", name
+            casted.type, casted.shape = ir.TensorType(wanted), value.shape
+            self.graph.append(node)
+            self.graph.outputs[index] = casted

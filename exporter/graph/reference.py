@@ -1,0 +1,55 @@
+"""Run the PyTorch reference: what every artifact is compared with."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from msn_export.errors import GraphError
+from msn_export.models.vit_msn import VitMsn
+from msn_export.spec import Head
+
+# b batch, n tokens, dim hidden size
+
+
+def read_head(model: VitMsn, head: Head, tokens: Tensor) -> Tensor:
+    """Read a head off the final LayerNorm's tokens [b, n, dim].
+
+    ``mean`` averages the patch tokens without [CLS]: facebookresearch/msn src/deit.py,
+    ``forward_return_n_last_blocks(return_patch_avgpool=True)``.
+
+    Raises:
+        GraphError: logits are asked of a model without a classifier.
+    """
+    match head:
+        case Head.TOKENS:
+            return tokens
+        case Head.MEAN:
+            return tokens[:, 1:].mean(dim=1)
+        case Head.CLS:
+            return tokens[:, 0]
+        case Head.LOGITS:
+            if model.classifier is None:
+                raise GraphError(
+                    "head logits needs a classifier, this checkpoint has none; use cls"
+                )
+            logits: Tensor = model.classifier(tokens[:, 0])
+            return logits
+
+
+class TorchRunner:
+    """The reference in fp32 on the CPU, outputs by name as the graph has them."""
+
+    def __init__(self, model: VitMsn, heads: Sequence[Head]) -> None:
+        self.model = model
+        self.heads = tuple(heads)
+        self.name = f"torch {torch.__version__}, cpu, fp32"
+
+    def __call__(self, pixel_values: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+        """Run normalised planes [b, c, h, w]."""
+        with torch.inference_mode():
+            tokens = self.model(torch.from_numpy(pixel_values))
+            return {head.output: read_head(self.model, head, tokens).numpy() for head in self.heads}

@@ -1,0 +1,200 @@
+"""The only preprocessing: a picture file to the pixels and the floats a ViT-MSN receives.
+
+Calibration, every check, the runtime and the README call this module. Pillow is the reference
+for resizing; it is imported when a picture is opened, not before.
+
+Shapes: ``b`` images, ``h`` and ``w`` pixels, ``c`` channels.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from msn_export.errors import ImageError
+from msn_export.preprocessing import MODES, RESAMPLING, Preprocessing
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from PIL import Image
+
+PICTURES = frozenset(
+    {".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)
+
+
+def fit(picture: Image.Image, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """Resize and crop one picture to uint8 [h, w, c].
+
+    EXIF orientation is not applied: neither the training code nor Hugging Face's processor does.
+
+    Raises:
+        ImageError: the picture has another size and the preprocessing does not resize.
+    """
+    from PIL import Image  # Pillow only where a picture is at hand
+
+    size = preprocessing.size
+    picture = picture.convert(MODES[preprocessing.channels])
+    if preprocessing.resample is None:
+        if picture.size != (size.width, size.height):
+            raise ImageError(
+                f"picture is {picture.height}x{picture.width} and preprocessing "
+                f"{preprocessing.name} does not resize; expected {size}"
+            )
+    else:
+        method = Image.Resampling(RESAMPLING.index(preprocessing.resample))
+        picture = picture.resize(_resize_to(picture, preprocessing), method)
+    if preprocessing.short_side is not None:
+        picture = picture.crop(_centre(picture, preprocessing))
+    pixels = np.asarray(picture)
+    return pixels.reshape(size.height, size.width, preprocessing.channels)
+
+
+def _resize_to(picture: Image.Image, preprocessing: Preprocessing) -> tuple[int, int]:
+    width, height = picture.size
+    short_side = preprocessing.short_side
+    if short_side is None:
+        return preprocessing.size.width, preprocessing.size.height
+    # torchvision.transforms.Resize and transformers.get_resize_output_image_size both truncate
+    if width <= height:
+        return short_side, int(short_side * height / width)
+    return int(short_side * width / height), short_side
+
+
+def _centre(picture: Image.Image, preprocessing: Preprocessing) -> tuple[int, int, int, int]:
+    size = preprocessing.size
+    top, left = (picture.height - size.height) / 2, (picture.width - size.width) / 2
+    if preprocessing.crop_rounds_down:  # transformers.image_transforms.center_crop
+        top, left = math.floor(top), math.floor(left)
+    else:  # torchvision.transforms.functional.center_crop
+        top, left = round(top), round(left)
+    return int(left), int(top), int(left) + size.width, int(top) + size.height
+
+
+def normalize(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.float32]:
+    """Scale, normalise and turn bytes [b, h, w, c] into planes [b, c, h, w]."""
+    mean = np.asarray(preprocessing.mean, np.float32)
+    std = np.asarray(preprocessing.std, np.float32)
+    floats = pixels.astype(np.float32) * np.float32(preprocessing.scale)
+    return np.ascontiguousarray(((floats - mean) / std).transpose(0, 3, 1, 2))
+
+
+def preprocess(
+    pictures: Iterable[Path | str | Image.Image], preprocessing: Preprocessing
+) -> NDArray[np.float32]:
+    """Turn pictures into a batch [b, c, h, w].
+
+    Raises:
+        ImageError: a picture cannot be read (it is named), or there is none.
+    """
+    pixels = [
+        read(Path(picture), preprocessing)
+        if isinstance(picture, str | Path)
+        else fit(picture, preprocessing)
+        for picture in pictures
+    ]
+    if not pixels:
+        raise ImageError("no picture to preprocess; give at least one")
+    return normalize(np.stack(pixels), preprocessing)
+
+
+def read(path: Path, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """Decode one file to uint8 [h, w, c].
+
+    Raises:
+        ImageError: the file is not a picture Pillow can decode, or is a decompression bomb.
+    """
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                return fit(picture, preprocessing)
+    # Pillow's decoders raise these for broken data, SyntaxError (PNG) and ValueError among them
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+        IndexError,
+        TypeError,
+        OverflowError,
+        MemoryError,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as error:
+        raise ImageError(f"{path} is not a readable picture ({error})") from error
+
+
+def find(folder: Path) -> list[Path]:
+    """List the picture files below a folder, sorted; a single file is itself.
+
+    Raises:
+        ImageError: the folder is missing, or holds no file with a picture's ending.
+    """
+    if folder.is_file():
+        return [folder]
+    if not folder.is_dir():
+        raise ImageError(f"image folder {folder} does not exist; give a folder of pictures")
+    paths = sorted(
+        path for path in folder.rglob("*") if path.suffix.lower() in PICTURES and path.is_file()
+    )
+    if not paths:
+        raise ImageError(
+            f"image folder {folder} holds no picture; expected files ending in "
+            f"{', '.join(sorted(PICTURES))}"
+        )
+    return paths
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSet:
+    """Decoded pictures: ``pixels`` uint8 [b, h, w, c], and what could not be decoded."""
+
+    pixels: NDArray[np.uint8]
+    names: tuple[str, ...]
+    broken: tuple[str, ...] = field(default=())
+
+
+def load(folder: Path, preprocessing: Preprocessing, limit: int) -> ImageSet:
+    """Decode up to ``limit`` pictures below a folder, evenly spread over its sorted list.
+
+    Raises:
+        ImageError: there is no picture, or none can be decoded.
+    """
+    pixels: list[NDArray[np.uint8]] = []
+    names: list[str] = []
+    broken: list[str] = []
+    paths = spread(find(folder), limit)
+    for path in paths:
+        try:
+            pixels.append(read(path, preprocessing))
+            names.append(str(path.relative_to(folder)) if path != folder else path.name)
+        except ImageError as error:
+            broken.append(str(error))
+    if not pixels:
+        raise ImageError(
+            f"all {len(paths)} pictures of {folder} are broken; the first: {broken[0]}"
+        )
+    return ImageSet(np.stack(pixels), tuple(names), tuple(broken))
+
+
+def spread(paths: Sequence[Path], limit: int) -> list[Path]:
+    """Choose at most ``limit`` paths, evenly spread, the first one always among them."""
+    if len(paths) <= limit:
+        return list(paths)
+    return [paths[i * len(paths) // limit] for i in range(limit)]
+
+
+def noise(preprocessing: Preprocessing, count: int, seed: int = 0) -> NDArray[np.uint8]:
+    """Draw seeded random bytes [count, h, w, c] for checks without pictures; not images."""
+    size = preprocessing.size
+    shape = (count, size.height, size.width, preprocessing.channels)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)

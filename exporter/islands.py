@@ -1,0 +1,72 @@
+"""Decide which values of a graph stay fp32: measured on images, read from a file, or none."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from msn_export.check.sample import Sample
+from msn_export.errors import GraphError
+from msn_export.graph import io
+from msn_export.graph.islands import HEADROOM, MAXIMA, choose, observe
+from msn_export.runtime.ort import OrtRunner
+from msn_export.spec import Dtype, InputKind
+
+MEASURED = "measured"
+NONE = "none"
+
+
+def decide(
+    model: ir.Model, choice: str, dtype: Dtype, sample: Sample, stem: InputKind, stage: Path
+) -> dict[str, float]:
+    """Name the values that stay fp32, each with its largest absolute value over the images.
+
+    Args:
+        model: the fp32 graph.
+        choice: ``measured``, ``none``, or the path of a JSON object of name to maximum.
+        dtype: bf16 has fp32's range: it never needs an island.
+        sample: what to measure on.
+        stem: what the graph takes.
+        stage: a folder for the instrumented graph.
+
+    Raises:
+        GraphError: the islands file cannot be read.
+    """
+    if choice == NONE or dtype is not Dtype.FP16:
+        return {}
+    if choice == MEASURED:
+        return choose(measure(model, sample, stem, stage), dtype, HEADROOM)
+    return _read(Path(choice))
+
+
+def measure(
+    model: ir.Model, sample: Sample, stem: InputKind, stage: Path, batch: int = 4
+) -> dict[str, float]:
+    """Run the graph over the sample and give each value's largest absolute value."""
+    observed = observe(model)
+    path = stage / "observed.onnx"
+    io.save(observed.model, path)
+    runner = OrtRunner(path)
+    path.unlink()
+    peaks = np.zeros(len(observed.names), np.float32)
+    for start in range(0, len(sample), batch):
+        indices = range(start, min(start + batch, len(sample)))
+        peaks = np.maximum(peaks, runner(sample.feed(indices, stem))[MAXIMA])
+    return dict(zip(observed.names, (float(peak) for peak in peaks), strict=True))
+
+
+def _read(path: Path) -> dict[str, float]:
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise GraphError(f"islands file {path} cannot be read: {error}") from error
+    valid = isinstance(listed, dict) and all(
+        isinstance(peak, int | float) and not isinstance(peak, bool) for peak in listed.values()
+    )
+    if not valid:
+        raise GraphError(
+            f"islands file {path} is not a JSON object of tensor name to largest value; "
+            "take the 'islands' of a manifest"
+        )
+    return {name: float(peak) for name, peak in listed.items()}

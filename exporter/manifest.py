@@ -1,0 +1,166 @@
+"""The sidecar of an artifact: what it is, what it came from, and what was checked.
+
+``model.onnx`` has ``model.onnx.json``. Standard library only: the runtime reads it first.
+"""
+
+import importlib.metadata
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from msn_export import __version__
+from msn_export.errors import ManifestError
+from msn_export.files import manifest_path, sha256_of
+from msn_export.preprocessing import Preprocessing
+from msn_export.records import from_plain
+from msn_export.spec import BatchRange, Dtype, TensorSpec
+
+SCHEMA = 1
+LIMIT = 16 * 2**20  # bytes; a larger file is no manifest of ours
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRecord:
+    """Where the weights came from."""
+
+    source: str
+    sha256: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionRecord:
+    """How many attention cores the model has, and how many are fused operators."""
+
+    expected: int
+    fused: int
+    form: str
+
+
+@dataclass(frozen=True, slots=True)
+class CheckRecord:
+    """What a check measured; figures are those of the worst output. None: not a number."""
+
+    images: int
+    source: str
+    batches: tuple[int, ...]
+    max_abs: float | None
+    mean_abs: float | None
+    cosine_min: float | None
+    cosine_p1: float | None
+    cosine_median: float | None
+    passed: bool
+    executed_on: str
+    reference: str
+    outputs: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRecord:
+    """What a compiled engine is made of, and whether it has run."""
+
+    backend: str
+    version: str
+    compute_capabilities: tuple[str, ...]
+    precision: str
+    kernels: int
+    kernels_per_block: dict[str, int]
+    fused_attention: int
+    gemm_dtypes: dict[str, int]
+    executed: bool
+    reason: str
+    census: Any = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRecord:
+    """The file an artifact was made from."""
+
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """All that is known of an artifact."""
+
+    kind: Literal["onnx", "engine"]
+    output: str
+    sha256: str
+    bytes: int
+    dtype: Dtype
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    profiles: tuple[BatchRange, ...]
+    preprocessing: Preprocessing | None
+    nodes: int
+    ops: dict[str, int]
+    attention: AttentionRecord
+    check: CheckRecord | None
+    opset: int
+    target: str
+    labels: tuple[str, ...] = ()
+    checkpoint: CheckpointRecord | None = None
+    config: dict[str, Any] | None = None
+    islands: dict[str, float | None] = field(default_factory=dict)
+    simplified: str = ""
+    source: SourceRecord | None = None
+    engine: EngineRecord | None = None
+    notes: tuple[str, ...] = ()
+    command: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    peak_rss_bytes: int = 0
+    product: str = f"msn-export {__version__}"
+    schema: int = SCHEMA
+
+
+def read(artifact: Path) -> Manifest | None:
+    """Read the manifest beside ``artifact``; None if there is none.
+
+    Raises:
+        ManifestError: it is malformed, or of a later schema.
+    """
+    path = manifest_path(artifact)
+    if not path.is_file():
+        return None
+    if path.stat().st_size > LIMIT:
+        raise ManifestError(f"{path} is larger than a manifest can be; export the artifact again")
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ManifestError(f"{path} is not JSON ({error}); export the artifact again") from error
+    schema = plain.get("schema") if isinstance(plain, dict) else None
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise ManifestError(
+            f"{path} has schema {schema}, this version reads up to {SCHEMA}; upgrade msn-export"
+        )
+    return from_plain(Manifest, plain, path.name)
+
+
+def require_match(artifact: Path, manifest: Manifest) -> None:
+    """Require that an artifact is the one its manifest describes.
+
+    Raises:
+        ManifestError: its hash is another.
+    """
+    found = sha256_of(artifact)
+    if found != manifest.sha256:
+        raise ManifestError(
+            f"{artifact} is not the file its manifest describes (sha256 {found[:12]}…, "
+            f"manifest {manifest.sha256[:12]}…); export it again or remove the manifest"
+        )
+
+
+def versions_of(*packages: str) -> dict[str, str]:
+    """Look up the installed versions of what took part."""
+    found = {"msn-export": __version__}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

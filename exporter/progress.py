@@ -1,0 +1,27 @@
+"""What a long step reports to, whoever shows it."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Shows which step is under way, and how far it is where that is known."""
+
+    def step(self, title: str) -> AbstractContextManager[None]:
+        """Say that a step runs for as long as the context is open."""
+
+    def advance(self, done: int, of: int, detail: str = "") -> None:
+        """Say how far the open step is."""
+
+
+class Silent:
+    """Shows nothing."""
+
+    @contextmanager
+    def step(self, title: str) -> Iterator[None]:  # noqa: ARG002
+        """Run the step."""
+        yield
+
+    def advance(self, done: int, of: int, detail: str = "") -> None:
+        """Ignore it."""

@@ -1,0 +1,133 @@
+"""Frozen dataclasses to JSON and back, strictly: what is read has the types that are declared.
+
+Manifests are hostile input and the runtime reads them with the standard library alone.
+"""
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from enum import Enum
+from functools import cache
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+from msn_export.errors import ManifestError, SpecError
+
+T = TypeVar("T")
+
+
+def to_plain(value: Any) -> Any:
+    """Turn a record into dicts, lists, numbers and text; what is no number becomes None."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+        return {field.name: to_plain(getattr(value, field.name)) for field in fields}
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [to_plain(item) for item in value]
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # JSON has no NaN; a figure that is none never passed a gate
+    return value
+
+
+def to_json(value: Any) -> str:
+    """Write a record as indented JSON with a line end."""
+    return json.dumps(to_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def from_plain(kind: type[T], plain: Any, where: str) -> T:
+    """Make a ``kind`` from parsed JSON.
+
+    Args:
+        kind: a dataclass, scalar, ``tuple[X, ...]``, ``dict[str, X]`` or union with None.
+        plain: what ``json.loads`` gave.
+        where: what to call it in errors.
+
+    Raises:
+        ManifestError: a field is missing, unknown or of another type; the message has its path.
+    """
+    return typing.cast(T, _read(kind, plain, where))
+
+
+def _read(kind: Any, plain: Any, where: str) -> Any:
+    origin = get_origin(kind)
+    if kind is Any:
+        return plain
+    if origin is Literal:
+        if plain not in get_args(kind):
+            raise ManifestError(f"{where} is {_short(plain)}; expected one of {get_args(kind)}")
+        return plain
+    if origin in {typing.Union, types.UnionType}:
+        return _read_union(kind, plain, where)
+    if origin is tuple:
+        item = get_args(kind)[0]
+        return tuple(
+            _read(item, x, f"{where}[{i}]") for i, x in enumerate(_expect(list, plain, where))
+        )
+    if origin in {dict, Mapping} or (isinstance(origin, type) and issubclass(origin, Mapping)):
+        item = get_args(kind)[1]
+        return {k: _read(item, x, f"{where}.{k}") for k, x in _expect(dict, plain, where).items()}
+    if dataclasses.is_dataclass(kind):
+        return _read_record(kind, _expect(dict, plain, where), where)
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        try:
+            return kind(plain)
+        except ValueError as error:
+            raise ManifestError(f"{where} is {plain!r}, which is no {kind.__name__}") from error
+    if kind is float and isinstance(plain, int) and not isinstance(plain, bool):
+        return float(plain)
+    return _expect(kind, plain, where)
+
+
+def _read_union(kind: Any, plain: Any, where: str) -> Any:
+    choices = get_args(kind)
+    if plain is None and type(None) in choices:
+        return None
+    reasons = []
+    for choice in choices:
+        if choice is type(None):
+            continue
+        try:
+            return _read(choice, plain, where)
+        except ManifestError as error:
+            reasons.append(str(error))
+    raise ManifestError(reasons[-1])
+
+
+def _read_record(kind: Any, plain: dict[str, Any], where: str) -> Any:
+    hints = _hints(kind)
+    required = {
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+    for name in sorted(required - plain.keys()):
+        raise ManifestError(f"{where}.{name} is missing")
+    for name in sorted(plain.keys() - hints.keys()):
+        raise ManifestError(f"{where}.{name} is unknown to this version")
+    values = {name: _read(hints[name], plain[name], f"{where}.{name}") for name in plain}
+    try:
+        return kind(**values)
+    except SpecError as error:
+        raise ManifestError(f"{where}: {error}") from error
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _expect(kind: type, plain: Any, where: str) -> Any:
+    right = isinstance(plain, kind) and not (isinstance(plain, bool) and kind is not bool)
+    if not right:
+        raise ManifestError(f"{where} is {_short(plain)}; expected {kind.__name__}")
+    return plain
+
+
+def _short(plain: Any) -> str:
+    text = repr(plain)
+    return text if len(text) <= 40 else text[:37] + "..."

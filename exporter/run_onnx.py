@@ -1,0 +1,229 @@
+"""The story of ``msn-export onnx``: checkpoint, trace, graph steps, check, file."""
+
+import resource
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import onnx_ir as ir
+
+from msn_export import __version__, preprocessing
+from msn_export.check.gate import GATES
+from msn_export.check.sample import Sample, affordable_batch, batch_sizes, draw
+from msn_export.check.verify import Reference, run_reference, verify
+from msn_export.files import manifest_path, publish, require_writable, sha256_of, staging
+from msn_export.graph import io
+from msn_export.graph.fuse import fuse_attention
+from msn_export.graph.lower import lower
+from msn_export.graph.reference import TorchRunner
+from msn_export.graph.simplify import simplify
+from msn_export.graph.trace import trace
+from msn_export.manifest import (
+    AttentionRecord,
+    CheckpointRecord,
+    CheckRecord,
+    Manifest,
+    versions_of,
+)
+from msn_export.models.checkpoints import Checkpoint, load_checkpoint
+from msn_export.progress import Progress
+from msn_export.records import to_json
+from msn_export.spec import BatchRange, Dtype, Head, ImageSize, InputKind, Target
+from msn_export.typed import cpu_runner, type_as
+
+PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxsim", "onnxruntime-gpu", "onnxruntime")
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxJob:
+    """What ``msn-export onnx`` was asked for."""
+
+    checkpoint: str
+    output: Path | None = None
+    variant: str | None = None
+    heads: tuple[Head, ...] = ()
+    stem: InputKind = InputKind.FLOAT
+    dtype: Dtype = Dtype.FP32
+    batch: BatchRange = BatchRange()
+    image_size: ImageSize | None = None
+    target: Target = Target.TENSORRT
+    preprocess: str = "auto"
+    images: Path | None = None
+    islands: str = "measured"
+    simplify: bool = True
+    check: bool = True
+    force: bool = False
+    command: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A written, not yet published graph with what is known of it."""
+
+    path: Path
+    model: ir.Model
+    fused: int
+    simplified: str
+    islands: dict[str, float]
+
+
+def run_onnx(job: OnnxJob, progress: Progress) -> tuple[Path, Manifest]:
+    """Export a checkpoint to a checked ONNX file with its manifest.
+
+    Returns:
+        The file's path and its manifest.
+
+    Raises:
+        MsnExportError: whatever kept the export from its gate; the output path is as it was.
+    """
+    started = time.monotonic()
+    output = job.output or default_output(job)
+    require_writable([output, manifest_path(output)], force=job.force)
+    with progress.step("load checkpoint"):
+        checkpoint = _sized(load_checkpoint(job.checkpoint, variant=job.variant), job.image_size)
+    heads = job.heads or ((Head.LOGITS,) if checkpoint.config.labels else (Head.CLS,))
+    with progress.step("read images"):
+        sample = draw(job.images, preprocessing_of(checkpoint, job.preprocess))
+    with staging(output.parent) as stage:
+        reference = None
+        if job.check:
+            with progress.step("run the PyTorch reference"):
+                reference = run_reference(TorchRunner(checkpoint.model, heads), sample)
+        built = _build(job, checkpoint, heads, sample, stage / output.name, progress)
+        check = _check(job, checkpoint, built, reference, progress)
+        manifest = replace(
+            _describe(job, checkpoint, sample, built, check),
+            seconds=round(time.monotonic() - started, 3),
+            peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        )
+        publish(built.path, output, to_json(manifest))
+    return output, manifest
+
+
+def default_output(job: OnnxJob) -> Path:
+    """Name the output after the checkpoint: ``vit-msn-small.onnx`` in the current folder."""
+    source = job.checkpoint.rstrip("/").split("@")[0]
+    stem = source.split(":")[1] if source.startswith("random:") else Path(source).name
+    for ending in (".safetensors", ".bin", ".tar", ".pth"):
+        stem = stem.removesuffix(ending)
+    suffix = "" if job.dtype is Dtype.FP32 else f".{job.dtype}"
+    return Path(f"{stem or 'model'}{suffix}.onnx")
+
+
+def preprocessing_of(checkpoint: Checkpoint, choice: str) -> preprocessing.Preprocessing:
+    """Choose the preprocessing: ``auto`` follows the checkpoint's own file where it has one."""
+    size = ImageSize(*checkpoint.config.image_size)
+    channels = checkpoint.config.channels
+    if choice == "auto" and checkpoint.processor is not None:
+        return preprocessing.from_processor_config(checkpoint.processor, size, channels)
+    return preprocessing.preset("hf" if choice == "auto" else choice, size, channels)
+
+
+def _sized(checkpoint: Checkpoint, size: ImageSize | None) -> Checkpoint:
+    wanted = (size.height, size.width) if size else checkpoint.config.image_size
+    if wanted == checkpoint.config.image_size:
+        return checkpoint
+    model = checkpoint.model.for_image_size(wanted)
+    note = (
+        f"position embedding interpolated from {ImageSize(*checkpoint.config.image_size)} to {size}"
+    )
+    return replace(checkpoint, model=model, config=model.config, notes=(*checkpoint.notes, note))
+
+
+def _build(
+    job: OnnxJob,
+    checkpoint: Checkpoint,
+    heads: tuple[Head, ...],
+    sample: Sample,
+    path: Path,
+    progress: Progress,
+) -> Built:
+    with progress.step("trace"):
+        model = trace(
+            checkpoint.model,
+            heads=heads,
+            stem=job.stem,
+            batch=job.batch,
+            preprocessing=sample.preprocessing,
+        )
+    simplified = "not asked for"
+    if job.simplify:
+        with progress.step("simplify"):
+            outcome = simplify(model)
+            model, simplified = outcome.model, outcome.reason
+    with progress.step("fuse attention"):
+        fused = fuse_attention(model, job.target.attention, expected=checkpoint.config.depth)
+        if job.target.opset < 23:
+            lower(model, job.target.opset)
+    islands: dict[str, float] = {}
+    if job.dtype is not Dtype.FP32:
+        with progress.step(f"type as {job.dtype}"):
+            islands = type_as(model, job.dtype, job.islands, sample, job.stem, path.parent)
+    model.producer_name, model.producer_version = "msn-export", __version__
+    model.metadata_props.update(_metadata(checkpoint, sample))
+    with progress.step("write and check the file"):
+        io.save(model, path)
+        io.check(path)
+    return Built(path, model, fused, simplified, islands)
+
+
+def _metadata(checkpoint: Checkpoint, sample: Sample) -> dict[str, str]:
+    return {
+        "product": f"msn-export {__version__}",
+        "checkpoint": checkpoint.source,
+        "checkpoint_sha256": checkpoint.sha256,
+        "preprocessing": to_json(sample.preprocessing).strip(),
+    }
+
+
+def _check(
+    job: OnnxJob,
+    checkpoint: Checkpoint,
+    built: Built,
+    reference: Reference | None,
+    progress: Progress,
+) -> CheckRecord | None:
+    if reference is None:
+        return None
+    config = checkpoint.config
+    room = affordable_batch(config.tokens, config.dim, config.mlp_dim, config.heads)
+    with progress.step("compare with the reference"):
+        runner = cpu_runner(built.path, job.dtype, built.path.parent)
+        verified = verify(runner, reference, job.stem, batch_sizes(job.batch, room))
+    return verified.require(GATES[job.dtype], f"the {job.dtype} graph")
+
+
+def _describe(
+    job: OnnxJob,
+    checkpoint: Checkpoint,
+    sample: Sample,
+    built: Built,
+    check: CheckRecord | None,
+) -> Manifest:
+    form = job.target.attention
+    model = built.model
+    return Manifest(
+        kind="onnx",
+        output=built.path.name,
+        sha256=sha256_of(built.path),
+        bytes=built.path.stat().st_size,
+        dtype=job.dtype,
+        inputs=io.tensor_specs(list(model.graph.inputs)),
+        outputs=io.tensor_specs(list(model.graph.outputs)),
+        profiles=(job.batch,),
+        preprocessing=sample.preprocessing,
+        nodes=len(model.graph),
+        ops=io.operators(model),
+        attention=AttentionRecord(checkpoint.config.depth, built.fused, form.value),
+        check=check,
+        opset=model.graph.opset_imports[""],
+        target=job.target,
+        labels=checkpoint.config.labels,
+        checkpoint=CheckpointRecord(checkpoint.source, checkpoint.sha256, checkpoint.notes),
+        config=checkpoint.config.to_json(),
+        islands=dict(built.islands),
+        simplified=built.simplified,
+        notes=tuple(f"skipped: {broken}" for broken in sample.broken),
+        command=job.command,
+        versions=versions_of(*PACKAGES),
+    )

@@ -1,0 +1,300 @@
+"""The story of ``msn-export trt``: graph, precision, check, compile in a child, census, engine."""
+
+import resource
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from msn_export.check.gate import GATES
+from msn_export.check.sample import Sample, affordable_batch, draw
+from msn_export.check.verify import run_reference, verify
+from msn_export.engine.backend import Backend, find_backend
+from msn_export.engine.build import BuildResult, build_engine
+from msn_export.engine.census import require, summary
+from msn_export.engine.driver import NoDriver, find_driver
+from msn_export.engine.job import BuildSpec
+from msn_export.engine.job import Progress as BuildProgress
+from msn_export.errors import GraphError, SpecError
+from msn_export.files import manifest_path, publish, require_writable, sha256_of, staging
+from msn_export.graph import io
+from msn_export.graph.fuse import fuse_attention
+from msn_export.manifest import (
+    AttentionRecord,
+    CheckRecord,
+    EngineRecord,
+    Manifest,
+    SourceRecord,
+    versions_of,
+)
+from msn_export.progress import Progress
+from msn_export.records import to_json, to_plain
+from msn_export.runtime.ort import OrtRunner
+from msn_export.source import Source, read_source
+from msn_export.spec import AttentionForm, BatchRange, ComputeCapability, Dtype
+from msn_export.typed import cpu_runner, type_as
+
+PACKAGES = (
+    "onnx",
+    "onnx-ir",
+    "onnxsim",
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "tensorrt",
+    "tensorrt-rtx",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TrtJob:
+    """What ``msn-export trt`` was asked for; ``precision`` None is as the graph is typed."""
+
+    model: Path
+    output: Path | None = None
+    precision: Dtype | None = None
+    backend: str = "auto"
+    capabilities: tuple[ComputeCapability, ...] = ()
+    profiles: tuple[BatchRange, ...] = ()
+    islands: str = "measured"
+    workspace: int | None = None
+    optimization_level: int | None = None
+    timing_cache: Path | None = None
+    version_compatible: bool = False
+    timeout: float | None = None
+    memory_limit: int | None = None
+    images: Path | None = None
+    allow_unfused: bool = False
+    check: bool = True
+    log: Path | None = None
+    force: bool = False
+    command: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """The graph that is compiled: typed, its attention in the form the compiler fuses."""
+
+    path: Path
+    dtype: Dtype
+    cores: int
+    form: AttentionForm
+    nodes: int
+    ops: dict[str, int]
+    islands: dict[str, float]
+    changed: bool
+
+
+def run_trt(job: TrtJob, progress: Progress) -> tuple[Path, Manifest]:
+    """Compile a graph into an engine with its manifest.
+
+    Returns:
+        The engine's path and its manifest.
+
+    Raises:
+        MsnExportError: whatever kept the engine from its gate; the output path is as it was.
+    """
+    started = time.monotonic()
+    output = job.output or Path(job.model.with_suffix(".engine").name)
+    require_writable([output, manifest_path(output)], force=job.force)
+    backend = find_backend(job.backend)
+    with progress.step("read the graph"):
+        source = read_source(job.model)
+        profiles = _profiles(job, source)
+    with progress.step("read images"):
+        sample = draw(job.images, source.preprocessing)
+    with staging(output.parent) as stage:
+        graph = _prepare(job, source, sample, stage, progress)
+        check = _check(job, source, graph, sample, profiles, progress)
+        result = _compile(job, graph, profiles, backend, stage / output.name, progress)
+        manifest = replace(
+            _describe(job, source, graph, sample, check, result),
+            profiles=profiles,
+            seconds=round(time.monotonic() - started, 3),
+            peak_rss_bytes=max(
+                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, result.peak_rss
+            ),
+        )
+        publish(result.output, output, to_json(manifest))
+    return output, manifest
+
+
+def _profiles(job: TrtJob, source: Source) -> tuple[BatchRange, ...]:
+    """Take the batch ranges asked for, or the graph's own.
+
+    Raises:
+        SpecError: the graph's batch is fixed at another size.
+    """
+    profiles = job.profiles or (source.batch,)
+    for profile in profiles:
+        fixed = source.batch.is_static and profile != source.batch
+        if fixed:
+            raise SpecError(
+                f"--batch {profile}: the graph has a fixed batch of {source.batch.max}; "
+                f"export it again with --batch {profile}"
+            )
+    return profiles
+
+
+def _prepare(job: TrtJob, source: Source, sample: Sample, stage: Path, progress: Progress) -> Graph:
+    """Type the graph and write its attention in the form that the compiler fuses."""
+    model = source.model
+    dtype = job.precision or source.dtype
+    if dtype is not source.dtype and source.dtype is not Dtype.FP32:
+        raise GraphError(f"{source.path} is typed {source.dtype}; --{dtype} needs the fp32 graph")
+    # an fp32 Attention operator has no kernel: "not supported by a dedicated kernel"
+    form = AttentionForm.PLAIN if dtype is Dtype.FP32 else AttentionForm.HEADS
+    before = io.operators(model)
+    islands: dict[str, float] = {}
+    with progress.step(f"type as {dtype}"):
+        cores = fuse_attention(model, form, expected=_expected(source))
+        if dtype is not source.dtype:
+            islands = type_as(model, dtype, job.islands, sample, source.stem, stage)
+    path = stage / source.path.name
+    with progress.step("write and check the typed graph"):
+        io.save(model, path)
+        io.check(path)
+    ops = io.operators(model)
+    return Graph(path, dtype, cores, form, len(model.graph), ops, islands, changed=ops != before)
+
+
+def _expected(source: Source) -> int | None:
+    return source.manifest.attention.expected if source.manifest is not None else None
+
+
+def _check(
+    job: TrtJob,
+    source: Source,
+    graph: Graph,
+    sample: Sample,
+    profiles: tuple[BatchRange, ...],
+    progress: Progress,
+) -> CheckRecord | None:
+    """Compare the typed graph with the graph that was given, at each profile's sizes."""
+    if not job.check:
+        return None
+    with progress.step("run the given graph"):
+        reference = run_reference(OrtRunner(source.path), sample, source.stem)
+    affordable = _affordable(source)
+    sizes = {min(size, max(p.min, affordable)) for p in profiles for size in (p.min, p.opt, p.max)}
+    with progress.step("compare the typed graph"):
+        runner = cpu_runner(graph.path, graph.dtype, graph.path.parent)
+        verified = verify(runner, reference, source.stem, sorted(sizes))
+    return verified.require(GATES[graph.dtype], f"the {graph.dtype} graph")
+
+
+def _affordable(source: Source) -> int:
+    """Estimate the batch that memory affords, from any attention core's shape [b, h, n, d]."""
+    for node in source.model.graph:
+        shape = node.inputs[0].shape if node.inputs and node.inputs[0] is not None else None
+        if node.op_type in {"Attention", "Softmax"} and shape is not None and len(shape) == 4:
+            sizes = [size if isinstance(size, int) else 0 for size in shape]
+            heads, tokens, size = sizes[1], sizes[2], sizes[3]
+            dim = heads * (size if node.op_type == "Attention" else 64)
+            if heads and tokens:
+                return affordable_batch(tokens, dim, 4 * dim, heads)
+    return 1
+
+
+def _compile(
+    job: TrtJob,
+    graph: Graph,
+    profiles: tuple[BatchRange, ...],
+    backend: Backend,
+    output: Path,
+    progress: Progress,
+) -> BuildResult:
+    spec = BuildSpec(
+        model=graph.path,
+        profiles=profiles,
+        capabilities=job.capabilities,
+        precision=graph.dtype,
+        workspace=job.workspace,
+        optimization_level=job.optimization_level,
+        timing_cache=job.timing_cache,
+        version_compatible=job.version_compatible,
+        decompose_attention=job.allow_unfused,
+        timeout=job.timeout,
+        memory_limit=job.memory_limit,
+    )
+
+    def advance(at: BuildProgress) -> None:
+        progress.advance(int(at.fraction * 1000), 1000, at.phase)
+
+    with progress.step(f"compile with {backend}"):
+        result = build_engine(spec, backend, output, job.log, advance)
+    for census in result.censuses:
+        require(
+            census,
+            depth=graph.cores,
+            precision=graph.dtype,
+            # no TensorRT has fused attention in fp32: there is nothing to require
+            allow_unfused=job.allow_unfused or graph.dtype is Dtype.FP32,
+            fp32_islands=tuple(graph.islands),
+        )
+    return result
+
+
+def _engine_record(job: TrtJob, graph: Graph, result: BuildResult) -> EngineRecord:
+    driver = find_driver()
+    figures = summary(result.census)
+    options = {
+        name: getattr(job, name)
+        for name in ("workspace", "optimization_level", "version_compatible")
+        if getattr(job, name) not in {None, False}
+    }
+    return EngineRecord(
+        backend=result.backend.name,
+        version=result.backend.version,
+        compute_capabilities=tuple(str(capability) for capability in result.capabilities),
+        precision=graph.dtype,
+        kernels=figures["kernels"],
+        kernels_per_block=figures["kernels_per_block"],
+        fused_attention=figures["fused_attention"],
+        gemm_dtypes=figures["gemm_dtypes"],
+        executed=False,
+        reason="compiled, not executed: "
+        + (driver.reason if isinstance(driver, NoDriver) else "this version runs no engine yet"),
+        census=[to_plain(census) for census in result.censuses],
+        options=options,
+    )
+
+
+def _describe(
+    job: TrtJob,
+    source: Source,
+    graph: Graph,
+    sample: Sample,
+    check: CheckRecord | None,
+    result: BuildResult,
+) -> Manifest:
+    known = source.manifest
+    engine = _engine_record(job, graph, result)
+    return Manifest(
+        kind="engine",
+        output=result.output.name,
+        sha256=sha256_of(result.output),
+        bytes=result.bytes,
+        dtype=graph.dtype,
+        inputs=io.tensor_specs(list(source.model.graph.inputs)),
+        outputs=io.tensor_specs(list(source.model.graph.outputs)),
+        profiles=(),
+        preprocessing=source.preprocessing,
+        nodes=graph.nodes,
+        ops=graph.ops,
+        attention=AttentionRecord(graph.cores, engine.fused_attention, "kernel"),
+        check=check,
+        opset=source.model.graph.opset_imports[""],
+        target=engine.backend,
+        labels=known.labels if known else (),
+        checkpoint=known.checkpoint if known else None,
+        config=known.config if known else None,
+        islands=dict(graph.islands),
+        source=SourceRecord(source.path.name, sha256_of(source.path)),
+        engine=engine,
+        notes=(
+            *source.notes,
+            *result.notes,
+            *(f"skipped: {broken}" for broken in sample.broken),
+        ),
+        command=job.command,
+        versions=versions_of(*PACKAGES),
+    )

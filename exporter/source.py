@@ -1,0 +1,111 @@
+"""An ONNX file as a command takes it: the graph, its manifest, and what both say of the model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+from msn_export import manifest as manifests
+from msn_export.errors import GraphError
+from msn_export.graph import io
+from msn_export.graph.lower import raise_opset
+from msn_export.graph.precision import graph_dtype
+from msn_export.graph.simplify import simplify
+from msn_export.manifest import Manifest
+from msn_export.preprocessing import Preprocessing, preset
+from msn_export.spec import BatchRange, Dtype, ImageSize, InputKind
+
+DYNAMIC = BatchRange()  # what a foreign graph with a dynamic batch is taken for
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A graph that was read and understood; ``manifest`` is None where another tool wrote it."""
+
+    path: Path
+    model: ir.Model
+    manifest: Manifest | None
+    stem: InputKind
+    dtype: Dtype
+    size: ImageSize
+    preprocessing: Preprocessing
+    batch: BatchRange
+    notes: tuple[str, ...]
+
+
+def read_source(path: Path) -> Source:
+    """Read an ONNX file; one that another tool wrote is accepted if it is a ViT we understand.
+
+    Raises:
+        GraphError: it is not; the message says what it would have to be.
+        ManifestError: it is not the file its manifest describes.
+    """
+    model = io.load(path)
+    manifest = manifests.read(path)
+    _require_plain_operators(model, path)
+    stem, size, channels, batch = _image_input(model, path)
+    notes: tuple[str, ...] = ()
+    if manifest is None:
+        ClearMetadataAndDocStringPass()(model)
+        outcome = simplify(raise_opset(model))
+        model = outcome.model
+        notes = (
+            f"{path.name} has no manifest: preprocessing hf assumed, graph simplified "
+            f"({outcome.before} to {outcome.after} nodes)",
+        )
+    else:
+        manifests.require_match(path, manifest)
+        batch = batch or manifest.profiles[0]
+    known = manifest.preprocessing if manifest is not None else None
+    return Source(
+        path=path,
+        model=model,
+        manifest=manifest,
+        stem=stem,
+        dtype=manifest.dtype if manifest is not None else graph_dtype(model),
+        size=size,
+        preprocessing=known or preset("hf", size, channels),
+        batch=batch or DYNAMIC,
+        notes=notes,
+    )
+
+
+def _require_plain_operators(model: ir.Model, path: Path) -> None:
+    for node in model.graph:
+        if node.domain not in {"", "ai.onnx"}:
+            hint = (
+                "it was optimised by onnxruntime; export it again without"
+                if node.domain == "com.microsoft"
+                else "no TensorRT parser reads it; export it again from the checkpoint"
+            )
+            raise GraphError(
+                f"{path}: node {node.name or node.outputs[0].name!r} is "
+                f"{node.domain}.{node.op_type}: {hint}"
+            )
+
+
+def _image_input(
+    model: ir.Model, path: Path
+) -> tuple[InputKind, ImageSize, int, BatchRange | None]:
+    """Find the image input; None as batch range means dynamic."""
+    weights = model.graph.initializers
+    inputs = [value for value in model.graph.inputs if value.name not in weights]
+    if len(inputs) != 1:
+        names = ", ".join(repr(value.name) for value in inputs) or "none"
+        raise GraphError(f"{path} takes {names}; expected one image input")
+    value = inputs[0]
+    shape = list(value.shape) if value.shape is not None else []
+    described = f"{path}: input {value.name!r} is {value.dtype}{value.shape or ''}"
+    stems = {ir.DataType.FLOAT: InputKind.FLOAT, ir.DataType.UINT8: InputKind.UINT8}
+    stem = stems.get(value.dtype) if value.dtype is not None else None
+    if stem is None or len(shape) != 4:
+        raise GraphError(f"{described}; expected float32 [b, c, h, w] or uint8 [b, h, w, c] images")
+    channels, height, width = shape[1:] if stem is InputKind.FLOAT else (shape[3], *shape[1:3])
+    if not (isinstance(channels, int) and isinstance(height, int) and isinstance(width, int)):
+        raise GraphError(
+            f"{described}; height, width and channels must be fixed, batch alone may be dynamic"
+        )
+    batch = shape[0]
+    fixed = BatchRange(batch, batch, batch) if isinstance(batch, int) else None
+    return stem, ImageSize(height, width), channels, fixed

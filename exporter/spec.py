@@ -1,0 +1,183 @@
+"""The nouns of an export: values that cannot be wrong once they exist. Standard library only."""
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Self
+
+from msn_export.errors import SpecError
+
+
+class Dtype(StrEnum):
+    """How a graph's weights and activations are typed."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+class Head(StrEnum):
+    """What is read off the final LayerNorm's tokens [b, n, dim]."""
+
+    CLS = "cls"
+    MEAN = "mean"
+    TOKENS = "tokens"
+    LOGITS = "logits"
+
+    @property
+    def output(self) -> str:
+        """The name of this head's output tensor."""
+        return _OUTPUT_NAMES[self]
+
+
+_OUTPUT_NAMES = {
+    Head.CLS: "embedding",
+    Head.MEAN: "mean_embedding",
+    Head.TOKENS: "last_hidden_state",
+    Head.LOGITS: "logits",
+}
+
+
+class InputKind(StrEnum):
+    """What a graph takes: normalised floats as planes, or the bytes a decoder gives."""
+
+    FLOAT = "float"
+    UINT8 = "uint8"
+
+    @property
+    def tensor(self) -> str:
+        """The name of the input tensor."""
+        return "pixel_values" if self is InputKind.FLOAT else "images"
+
+
+class AttentionForm(StrEnum):
+    """How an attention core is written in ONNX."""
+
+    HEADS = "4-D Attention"  # q, k, v as [b, h, n, d]
+    PACKED = "3-D Attention"  # q, k, v as [b, n, h * d] with q_num_heads
+    PLAIN = "MatMul, Softmax, MatMul"
+
+
+class Target(StrEnum):
+    """What the graph is written for; decides opset and the form of attention."""
+
+    TENSORRT = "tensorrt"
+    ONNXRUNTIME = "onnxruntime"
+    TENSORRT_8 = "tensorrt-8"
+
+    @property
+    def opset(self) -> int:
+        """ONNX opset: 23 brought Attention; TensorRT 8.6's parser ends at 17."""
+        return 17 if self is Target.TENSORRT_8 else 23
+
+    @property
+    def attention(self) -> AttentionForm:
+        """The form measured best for this target (docs/performance.md)."""
+        return _ATTENTION_FORMS[self]
+
+
+_ATTENTION_FORMS = {
+    Target.TENSORRT: AttentionForm.HEADS,
+    Target.ONNXRUNTIME: AttentionForm.PACKED,
+    Target.TENSORRT_8: AttentionForm.PLAIN,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRange:
+    """Batch sizes an artifact accepts. ``opt`` is the one TensorRT tunes for."""
+
+    min: int = 1
+    opt: int = 8
+    max: int = 32
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise SpecError(f"batch range {self} is not ordered; expected 1 <= MIN <= OPT <= MAX")
+
+    def __str__(self) -> str:
+        return f"{self.min}:{self.opt}:{self.max}"
+
+    @property
+    def is_static(self) -> bool:
+        """Whether only one batch size is accepted."""
+        return self.min == self.max
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``N`` or ``MIN:OPT:MAX``."""
+        parts = text.split(":")
+        if len(parts) not in {1, 3} or not all(re.fullmatch(r"[0-9]{1,6}", part) for part in parts):
+            raise SpecError(
+                f"batch {text!r} is not a size; expected N or MIN:OPT:MAX, as in 1:8:32"
+            )
+        sizes = [int(part) for part in parts]
+        return cls(*(sizes if len(sizes) == 3 else sizes * 3))
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSize:
+    """Height and width of what the model receives, in pixels."""
+
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.height <= 16384 and 1 <= self.width <= 16384):
+            raise SpecError(f"image size {self} is out of range; expected 1 to 16384 pixels a side")
+
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``N`` (square) or ``HxW``."""
+        match = re.fullmatch(r"([0-9]{1,6})(?:x([0-9]{1,6}))?", text)
+        if match is None:
+            raise SpecError(
+                f"image size {text!r} is not a size; expected N or HxW, as in 224 or 224x320"
+            )
+        return cls(int(match[1]), int(match[2] or match[1]))
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ComputeCapability:
+    """An NVIDIA GPU generation, such as 8.9 (Ada)."""
+
+    major: int
+    minor: int
+
+    def __str__(self) -> str:
+        return f"{self.major}.{self.minor}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``8.9``."""
+        match = re.fullmatch(r"([0-9]{1,2})\.([0-9])", text)
+        if match is None:
+            raise SpecError(f"compute capability {text!r} is not a version; expected as in 8.9")
+        return cls(int(match[1]), int(match[2]))
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A graph's input or output: ``shape`` holds sizes, and names where a size is dynamic."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+_UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """Read an amount of memory: ``4GiB``, ``512MiB``, ``1048576``.
+
+    Raises:
+        SpecError: it is none, or zero.
+    """
+    match = re.fullmatch(r"([0-9]{1,15})\s*([KMGT]iB|B|)", text)
+    if match is None or int(match[1]) == 0:
+        raise SpecError(f"{text!r} is no amount of memory; expected as in 4GiB or 512MiB")
+    return int(match[1]) * _UNITS[match[2]]

@@ -1,0 +1,79 @@
+"""Exit codes and messages: 2 for usage, naming the option; 1 with one line for our errors."""
+
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from msn_export.cli import main
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(main, list(arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["onnx", "x", "--batch", "9:1"], "Invalid value for '--batch': batch '9:1' is not a size"),
+        (["onnx", "x", "--batch", "9:1:2"], "'--batch': batch range 9:1:2 is not ordered"),
+        (["onnx", "x", "--image-size", "big"], "'--image-size': image size 'big' is not a size"),
+        (["onnx", "x", "--head", "tail"], "Invalid value for '--head'"),
+        (["onnx", "x", "--dtype", "fp8"], "Invalid value for '--dtype'"),
+        (["onnx", "x", "--images", "nowhere"], "'--images': Path 'nowhere' does not exist"),
+        (["onnx"], "Missing argument 'CHECKPOINT'"),
+        (["trt", "x", "--compute-capability", "89"], "compute capability '89' is not a version"),
+        (["trt", "x", "--workspace", "much"], "'much' is no amount of memory"),
+        (["trt", "x", "--optimization-level", "9"], "Invalid value for '--optimization-level'"),
+        (["nothing"], "No such command 'nothing'"),
+    ],
+)
+def test_usage_errors_name_the_option_and_exit_with_2(arguments, message) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_our_errors_are_one_line_and_exit_with_1(tmp_path) -> None:
+    result = invoke("trt", str(tmp_path / "none.onnx"), "-o", str(tmp_path / "x.engine"))
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in result.output
+
+
+def test_verbose_shows_the_traceback(tmp_path) -> None:
+    command = [sys.executable, "-m", "msn_export.cli"]
+    run = subprocess.run(
+        [*command, "-v", "trt", "none.onnx"], cwd=tmp_path, capture_output=True, text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert "Traceback" in run.stderr
+
+
+def test_a_missing_package_says_what_to_install(monkeypatch, tmp_path) -> None:
+    monkeypatch.setitem(sys.modules, "onnx_ir", None)
+    for name in [name for name in sys.modules if name.startswith("msn_export.")]:
+        if name != "msn_export.cli" and not name.startswith(("msn_export.errors", "msn_export.spec")):
+            monkeypatch.delitem(sys.modules, name)
+    result = invoke("trt", str(tmp_path / "x.onnx"))
+    assert result.exit_code == 1
+    assert "package onnx_ir is not installed; pip install 'msn-export[export]'" in result.stderr
+
+
+@pytest.mark.parametrize("code", ["import msn_export", "import msn_export.cli"])
+def test_importing_loads_nothing_heavy(code) -> None:
+    heavy = ["torch", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "PIL", "rich"]
+    script = f"import sys; {code}; print([name for name in {heavy} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_help_names_every_command_that_there_is() -> None:
+    result = invoke("--help")
+    assert result.exit_code == 0
+    for name in main.commands:
+        assert name in result.output
+        assert invoke(name, "--help").exit_code == 0

@@ -1,0 +1,172 @@
+"""Graphs are read from hostile files and written without gathering their weights."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from graphs import parse, random_feeds, run
+from hypothesis import given
+from hypothesis import strategies as st
+
+from msn_export.errors import GraphError
+from msn_export.graph import io
+
+TEXT = """
+g (float[b,4] x) => (float[b,2] y) <float[4,2] w = {1, 2, 3, 4, 5, 6, 7, 8}> { y = MatMul (x, w) }
+"""
+
+
+def with_big_weight() -> ir.Model:
+    return parse(
+        TEXT.replace("[4,2]", "[4,600]")
+        .replace("b,2]", "b,600]")
+        .replace("{1, 2, 3, 4, 5, 6, 7, 8}", "{" + ", ".join(str(i % 7) for i in range(2400)) + "}")
+    )
+
+
+def test_a_saved_graph_is_what_onnx_would_have_saved(tmp_path) -> None:
+    model = with_big_weight()
+    io.save(model, tmp_path / "m.onnx")
+    ours, theirs = onnx.load(tmp_path / "m.onnx"), ir.to_proto(model)
+    assert onnx.numpy_helper.to_array(ours.graph.initializer[0]).tolist() == (
+        onnx.numpy_helper.to_array(theirs.graph.initializer[0]).tolist()
+    )
+    theirs.graph.ClearField("value_info")  # that of the weight, which repeats the weight's own
+    for proto in (ours, theirs):
+        proto.graph.ClearField("initializer")
+    assert ours == theirs
+    io.check(tmp_path / "m.onnx")
+    feeds = random_feeds(model)
+    np.testing.assert_array_equal(run(io.load(tmp_path / "m.onnx"), feeds), run(model, feeds))
+
+
+def test_saving_twice_gives_the_same_bytes(tmp_path) -> None:
+    for name in ("a", "b"):
+        io.save(with_big_weight(), tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_graph_over_two_gib_is_refused_before_it_is_written(tmp_path) -> None:
+    model = parse(TEXT)
+    weight = model.graph.initializers["w"]
+
+    class Huge(ir.LazyTensor):
+        nbytes = 2**31
+
+    weight.const_value = Huge(
+        lambda: ir.tensor(np.zeros(1, np.float32)), ir.DataType.FLOAT, ir.Shape([2**29])
+    )
+    with pytest.raises(GraphError, match=r"the graph is 2.0 GiB .* export it with --dtype fp16"):
+        io.save(model, tmp_path / "m.onnx")
+    assert not (tmp_path / "m.onnx").exists()
+
+
+def test_a_skeleton_has_weights_as_inputs_and_is_refilled() -> None:
+    model = with_big_weight()
+    proto = io.skeleton(model)
+    assert [value.name for value in proto.graph.input] == ["x", "w"]
+    assert proto.ByteSize() < 1000
+    assert "w" in model.graph.initializers
+    refilled = io.refill(proto, model)
+    feeds = random_feeds(model)
+    np.testing.assert_array_equal(run(refilled, feeds), run(model, feeds))
+
+
+def test_a_skeleton_that_asks_for_an_unknown_weight_is_refused() -> None:
+    model = with_big_weight()
+    proto = io.skeleton(model)
+    proto.graph.input[1].name = "other"
+    proto.graph.node[0].input[1] = "other"
+    with pytest.raises(GraphError, match="asks for 'other', which is no weight"):
+        io.refill(proto, model)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist; give an .onnx file"),
+        (b"", "is not an ONNX file"),
+        (b"not protobuf at all", "is not an ONNX file"),
+        (b"\x08\x0a", "is not an ONNX file"),
+    ],
+)
+def test_what_is_not_onnx_is_named(content, message, tmp_path) -> None:
+    path = tmp_path / "m.onnx"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(GraphError, match=rf"m\.onnx {message}"):
+        io.load(path)
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_never_raise_anything_else(data: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "m.onnx"
+        path.write_bytes(data)
+        with pytest.raises(GraphError):
+            io.load(path)
+
+
+@given(st.data())
+def test_a_truncated_or_flipped_file_is_read_or_refused(data: st.DataObject) -> None:
+    original = ir.to_proto(parse(TEXT)).SerializeToString()
+    broken = bytearray(original[: data.draw(st.integers(0, len(original)))])
+    if broken and data.draw(st.booleans()):
+        broken[data.draw(st.integers(0, len(broken) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "m.onnx"
+        path.write_bytes(bytes(broken))
+        try:
+            io.load(path)
+        except GraphError as error:
+            assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("location", ["../w.bin", "/etc/hostname", "a/../../w.bin"])
+def test_weights_outside_the_folder_are_refused(location, tmp_path) -> None:
+    proto = ir.to_proto(with_big_weight())
+    external(proto, location)
+    path = tmp_path / "m.onnx"
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(GraphError, match="weight 'w' lies outside the folder"):
+        io.load(path)
+
+
+def test_missing_external_weights_are_named(tmp_path) -> None:
+    proto = ir.to_proto(with_big_weight())
+    external(proto, "w.bin")
+    path = tmp_path / "m.onnx"
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(GraphError, match=r"its weight file w\.bin is missing"):
+        io.load(path)
+
+
+def test_external_weights_beside_the_file_are_read(tmp_path) -> None:
+    model = with_big_weight()
+    path = tmp_path / "m.onnx"
+    onnx.save(ir.to_proto(model), path, save_as_external_data=True, location="w.bin")
+    feeds = random_feeds(model)
+    io.save(io.load(path), tmp_path / "whole.onnx")
+    np.testing.assert_array_equal(run(io.load(tmp_path / "whole.onnx"), feeds), run(model, feeds))
+
+
+def test_a_graph_that_contradicts_itself_fails_its_check(tmp_path) -> None:
+    proto = ir.to_proto(parse(TEXT))
+    proto.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 3
+    path = tmp_path / "m.onnx"
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(GraphError, match=r"m\.onnx breaks the ONNX specification: .*hape"):
+        io.check(path)
+    with pytest.raises(GraphError, match="types or shapes do not fit"):
+        io.infer_shapes(io.load(path))
+
+
+def external(proto: onnx.ModelProto, location: str) -> None:
+    tensor = proto.graph.initializer[0]
+    tensor.raw_data = onnx.numpy_helper.to_array(tensor).tobytes()
+    onnx.external_data_helper.set_external_data(tensor, location)
+    tensor.ClearField("raw_data")
+    tensor.ClearField("float_data")

@@ -1,0 +1,83 @@
+"""Which tensors stay fp32 is measured on images, read from a file, or none."""
+
+import json
+
+import numpy as np
+import pytest
+from graphs import parse, run
+
+from msn_export.check.sample import Sample
+from msn_export.errors import GraphError
+from msn_export.graph.islands import MAXIMA, choose, observe
+from msn_export.islands import decide, measure
+from msn_export.preprocessing import preset
+from msn_export.spec import Dtype, ImageSize, InputKind
+
+MODEL = """
+g (float[b,3,2,2] x) => (float[b,3,2,2] y) <float gain = {30000.0}>
+{
+    big = Mul (x, gain)
+    y = Tanh (big)
+}
+"""
+
+
+@pytest.fixture
+def sample() -> Sample:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 2, 2, 3), dtype=np.uint8)
+    return Sample(pixels, ("a", "b", "c"), "test", preset("hf", ImageSize(2, 2)))
+
+
+def test_observing_leaves_the_outputs_and_adds_the_maxima() -> None:
+    model = parse(MODEL)
+    observed = observe(model)
+    assert observed.names == ("big", "y")
+    assert [value.name for value in observed.model.graph.outputs] == ["y", MAXIMA]
+    assert len(model.graph) == 2
+    x = np.full((1, 3, 2, 2), -2.0, np.float32)
+    observed.model.graph.outputs.pop(0)
+    np.testing.assert_array_equal(run(observed.model, {"x": x}), np.float32([60000, 1]))
+
+
+def test_maxima_are_the_largest_over_all_batches(sample, tmp_path) -> None:
+    x = sample.feed(range(3), InputKind.FLOAT)
+    for batch in (1, 2, 3):
+        peaks = measure(parse(MODEL), sample, InputKind.FLOAT, tmp_path, batch)
+        assert peaks == {"big": np.abs(x * np.float32(30000)).max(), "y": 1.0}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_comes_within_the_headroom_of_overflow_stays_fp32() -> None:
+    # 65504 / 4 = 16376
+    maxima = {"low": 16000.0, "high": 17000.0, "unknown": float("nan")}
+    assert choose(maxima).keys() == {"high", "unknown"}
+    assert choose(maxima, headroom=1.0).keys() == {"unknown"}
+
+
+def test_none_and_bf16_have_no_islands(sample, tmp_path) -> None:
+    for choice, dtype in (("none", Dtype.FP16), ("measured", Dtype.BF16)):
+        assert decide(parse(MODEL), choice, dtype, sample, InputKind.FLOAT, tmp_path) == {}
+
+
+def test_islands_come_from_a_file(sample, tmp_path) -> None:
+    path = tmp_path / "islands.json"
+    path.write_text(json.dumps({"big": 70000}))
+    chosen = decide(parse(MODEL), str(path), Dtype.FP16, sample, InputKind.FLOAT, tmp_path)
+    assert chosen == {"big": 70000.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", "is not a JSON object of tensor name to largest value"),
+        ('{"a": true}', "is not a JSON object of tensor name to largest value"),
+        ("{", "cannot be read"),
+        (None, "cannot be read: .*No such file"),
+    ],
+)
+def test_a_bad_islands_file_is_named(text, message, sample, tmp_path) -> None:
+    path = tmp_path / "islands.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(GraphError, match=f"islands file .*islands.json {message}"):
+        decide(parse(MODEL), str(path), Dtype.FP16, sample, InputKind.FLOAT, tmp_path)

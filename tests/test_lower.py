@@ -1,0 +1,60 @@
+"""A graph of opset 23 written for opset 17 computes the same, with operators 17 knows."""
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from graphs import op_types, parse, random_feeds, run
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
+
+from msn_export.errors import GraphError
+from msn_export.graph.lower import lower, raise_opset
+
+BODIES = {
+    "gelu": "y = Gelu (x)",
+    "gelu, tanh": 'y = Gelu <approximate = "tanh"> (x)',
+    "split": "a, c = Split <axis = 1, num_outputs = 2> (x)  y = Concat <axis = 1> (c, a)",
+    "mean": """axes = Constant <value = int64[1] {1}> ()
+               m = ReduceMean <keepdims = 1> (x, axes)  y = Sub (x, m)""",
+}
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES.keys())
+def test_lowered_graph_is_valid_at_17_and_computes_the_same(body) -> None:
+    model = lifted(f"g (float[b,6] x) => (float[b,6] y) {{ {body} }}")
+    feeds = random_feeds(model)
+    before = run(model, feeds)
+    lower(model, 17)
+    assert model.graph.opset_imports[""] == 17
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    # the same arithmetic, written out: rounding of a handful of operations
+    np.testing.assert_allclose(run(model, feeds), before, rtol=1e-6, atol=1e-6)
+
+
+def test_gelu_stays_whole_at_20() -> None:
+    model = parse("g (float[2] x) => (float[2] y) { y = Gelu (x) }")
+    lower(model, 20)
+    assert op_types(model) == ["Gelu"]
+
+
+def test_an_operator_without_an_older_form_is_refused() -> None:
+    model = parse("""g (float[1,1,2,4] x) => (float[1,1,2,4] y) { y = Attention (x, x, x) }""")
+    with pytest.raises(GraphError, match="opset 17 has no form of Attention"):
+        lower(model, 17)
+
+
+def test_raising_converts_older_graphs_and_leaves_newer_ones() -> None:
+    model = parse(
+        "g (float[b,6] x) => (float[b,1] y) { y = ReduceMean <axes = [1]> (x) }", opset=17
+    )
+    feeds = random_feeds(model)
+    raised = raise_opset(model)
+    assert raised.graph.opset_imports[""] == 23
+    np.testing.assert_array_equal(run(raised, feeds), run(model, feeds))
+    assert raise_opset(raised) is raised
+
+
+def lifted(text: str) -> ir.Model:
+    model = parse(text)
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    return model

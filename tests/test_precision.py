@@ -1,0 +1,116 @@
+"""Typing casts where it must and nowhere else; what fp16 cannot hold stays fp32."""
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from graphs import op_types, parse, random_feeds, run
+
+from msn_export.errors import GraphError
+from msn_export.graph.precision import graph_dtype, overflowing_weights, type_graph
+from msn_export.spec import Dtype
+
+CHAIN = """
+g (float[b,4] x) => (float[b,4] y)
+<float[4,4] w = {1,0,0,0, 0,1,0,0, 0,0,1,0, 0,0,0,1}, float[4] gain = {1,1,1,1}>
+{
+    h = MatMul (x, w)
+    r = Relu (h)
+    y = LayerNormalization <axis = -1> (r, gain)
+}
+"""
+
+
+def types(model: ir.Model) -> dict[str, str]:
+    return {
+        value.name or "": value.dtype.name if value.dtype else "?"
+        for node in model.graph
+        for value in node.outputs
+    }
+
+
+@pytest.mark.parametrize(
+    ("dtype", "onnx", "tolerance"),
+    # a rounding a value: half of 2**-10 and 2**-7, times three nodes
+    [(Dtype.FP16, "FLOAT16", 2e-3), (Dtype.BF16, "BFLOAT16", 2e-2)],
+)
+def test_only_the_ends_are_cast(dtype, onnx, tolerance) -> None:
+    model = parse(CHAIN)
+    feeds = random_feeds(model)
+    before = run(model, feeds)
+    typed = type_graph(model, dtype)
+    assert op_types(model) == ["Cast", "MatMul", "Relu", "LayerNormalization", "Cast"]
+    assert typed.casts == 2
+    assert types(model)["h"] == types(model)["r"] == onnx
+    assert [value.dtype for value in model.graph.inputs] == [ir.DataType.FLOAT]
+    assert [value.name for value in model.graph.outputs] == ["y"]
+    assert [value.dtype for value in model.graph.outputs] == [ir.DataType.FLOAT]
+    assert graph_dtype(model) is dtype
+    if dtype is Dtype.FP16:  # onnxruntime has no bf16 kernels on the CPU
+        np.testing.assert_allclose(run(model, feeds), before, atol=tolerance)
+
+
+def test_an_island_is_neither_written_nor_read_in_fp16() -> None:
+    model = parse(CHAIN)
+    feeds = {"x": np.array([[1e5, 1, -2, 3]], np.float32)}
+    wanted = run(model, feeds)
+    narrow = parse(CHAIN)
+    type_graph(narrow, Dtype.FP16)
+    assert not np.isfinite(run(narrow, feeds)).all()
+    typed = type_graph(model, Dtype.FP16, ["h", "r"])
+    assert typed.islands == ("h", "r")
+    assert types(model)["h"] == types(model)["r"] == types(model)["y"] == "FLOAT"
+    assert op_types(model) == ["MatMul", "Relu", "LayerNormalization"]
+    np.testing.assert_array_equal(run(model, feeds), wanted)
+
+
+def test_a_value_read_in_both_types_is_cast_once() -> None:
+    model = parse("""
+        g (float[4] x) => (float[4] y, float[4] z) {
+            h = Relu (x)
+            big = Exp (h)
+            huge = Softplus (h)
+            a = Tanh (h)
+            c = Sigmoid (h)
+            y = Add (a, c)
+            z = Sub (big, huge)
+        }""")
+    type_graph(model, Dtype.FP16, ["big", "huge"])
+    assert op_types(model).count("Cast") == 3  # x down, h up for both islands, y up
+    assert types(model)["z"] == "FLOAT"
+
+
+def test_weights_that_overflow_are_islands_by_themselves() -> None:
+    text = CHAIN.replace("{1,1,1,1}", "{1e5,1,1,1}")
+    assert overflowing_weights(parse(text), Dtype.FP16) == ["gain"]
+    assert overflowing_weights(parse(text), Dtype.BF16) == []
+    model = parse(text)
+    assert type_graph(model, Dtype.FP16).islands == ("gain",)
+    assert np.isfinite(run(model, random_feeds(model))).all()
+
+
+def test_bytes_are_cast_straight_to_fp16() -> None:
+    model = parse("g (uint8[4] x) => (float[4] y) { f = Cast <to = 1> (x)  y = Relu (f) }")
+    type_graph(model, Dtype.FP16)
+    assert op_types(model) == ["Cast", "Relu", "Cast"]
+    assert types(model)["f"] == "FLOAT16"
+
+
+def test_an_unknown_island_is_refused() -> None:
+    with pytest.raises(GraphError, match=r"island 'blocks\.9\.Add' is no value of this graph"):
+        type_graph(parse(CHAIN), Dtype.FP16, ["blocks.9.Add"])
+
+
+def test_a_typed_graph_is_refused() -> None:
+    model = parse(CHAIN)
+    type_graph(model, Dtype.FP16)
+    with pytest.raises(GraphError, match="is FLOAT16 already; give the fp32 graph"):
+        type_graph(model, Dtype.FP16)
+
+
+def test_an_operator_with_fixed_float_inputs_is_refused() -> None:
+    model = parse("""
+        g (float[1,1,4,4] x) => (float[1,1,8,8] y) <float[4] scales = {1, 1, 2, 2}> {
+            y = Resize <mode = "nearest"> (x, , scales)
+        }""")
+    with pytest.raises(GraphError, match=r"node 'Resize0' \(Resize\) cannot be retyped"):
+        type_graph(model, Dtype.FP16)

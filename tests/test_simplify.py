@@ -1,0 +1,72 @@
+"""Simplification is kept only if it is smaller and the same."""
+
+import numpy as np
+import onnx_ir as ir
+import onnxsim
+import pytest
+from graphs import op_types, parse, random_feeds, run
+
+from msn_export.graph import simplify as module
+from msn_export.graph.simplify import simplify
+
+ROUNDABOUT = """
+g (float[b,4] x) => (float[b,4] y) <int64[2] shape = {-1, 4}, float[4,4] w = {
+    1,0,0,2, 0,1,0,0, 0,0,1,0, 0,3,0,1}, float[4] bias = {1,2,3,4}>
+{
+    a = Identity (x)
+    t = Transpose <perm = [1, 0]> (a)
+    back = Transpose <perm = [1, 0]> (t)
+    r = Reshape (back, shape)
+    m = MatMul (r, w)
+    y = Add (m, bias)
+}
+"""
+
+
+def test_what_cancels_is_dropped_and_the_result_is_the_same() -> None:
+    model = parse(ROUNDABOUT)
+    feeds = random_feeds(model)
+    outcome = simplify(model)
+    assert outcome.after < outcome.before == 6
+    assert outcome.reason == f"kept: {outcome.before - outcome.after} nodes fewer"
+    assert "Transpose" not in op_types(outcome.model)
+    np.testing.assert_allclose(run(outcome.model, feeds), run(model, feeds), rtol=1e-6)
+
+
+def test_the_bias_of_a_batched_product_is_left_where_it_is() -> None:
+    model = parse("""
+        g (float[b,5,4] x) => (float[b,5,4] y)
+        <float[4,4] w = {1,0,0,2, 0,1,0,0, 0,0,1,0, 0,3,0,1}, float[4] bias = {1,2,3,4}>
+        { m = MatMul (x, w)  y = Add (m, bias) }""")
+    outcome = simplify(model)
+    assert op_types(outcome.model) == ["MatMul", "Add"]
+    assert outcome.reason == "nothing left to simplify"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("g (float[b,4] x) => (float[b,4] y) { y = Neg (x) }", "not kept: outputs moved by"),
+        (
+            """g (float[b,4] x) => (float[b,4] y) {
+            a = Abs (x)  c = Abs (a)  d = Abs (c)  e = Abs (d)  f = Abs (e)  h = Abs (f)
+            y = Abs (h) }""",
+            "not kept: 7 nodes instead of 6",
+        ),
+    ],
+)
+def test_a_wrong_or_larger_result_is_not_kept(text, reason, monkeypatch) -> None:
+    wrong = ir.to_proto(parse(text))
+    monkeypatch.setattr(onnxsim, "simplify", lambda *_, **__: (wrong, True))
+    model = parse(ROUNDABOUT)
+    outcome = simplify(model)
+    assert outcome.model is model
+    assert outcome.reason.startswith(reason)
+
+
+def test_the_input_is_not_changed() -> None:
+    model = parse(ROUNDABOUT)
+    before = op_types(model)
+    simplify(model)
+    assert op_types(model) == before
+    assert module.HARMFUL_PASSES == ["fuse_matmul_add_bias_into_gemm_batched"]
