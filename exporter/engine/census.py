@@ -29,7 +29,10 @@ _ALLOWED = {
 
 @dataclass(frozen=True, slots=True)
 class Census:
-    """The kernels of one optimisation profile; every figure is derived from them."""
+    """The kernels of one optimisation profile; every figure is derived from them.
+
+    TensorRT-RTX makes one set of kernels for all its targets, so there is no census a target.
+    """
 
     kernels: tuple[Kernel, ...]
     profile: int = 0

@@ -67,16 +67,13 @@ def compile_engine(
     network: INetworkDefinition = builder.create_network(flags)
     parser: OnnxParser = trt.OnnxParser(network, log)  # owns the weights: lives until the end
     _parse(parser, spec.model)
-    config: IBuilderConfig = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    add_profiles(builder, config, network, spec)
-    set_types(trt, flavour, config, network, spec)
-    set_options(trt, config, spec)
-    notes = []
-    if spec.timing_cache and (note := timing_cache.attach(config, spec.timing_cache)):
-        notes.append(note)
     if spec.decompose_attention and flavour.has_attention:
         _decompose_attention(trt, network)
+    config: IBuilderConfig = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # kernels are told one by one
+    add_profiles(builder, config, network, spec)
+    set_types(trt, flavour, config, network, spec)
+    notes = set_options(trt, config, spec)
     if flavour.reports_progress:
         config.progress_monitor = make_monitor(trt, report)
     plan: IHostMemory = builder.build_serialized_network(network, config)
@@ -86,7 +83,7 @@ def compile_engine(
         timing_cache.store(config, spec.timing_cache)
     from_log = flavour.kernels_from == "log"
     kernels = read_log(heard.records) if from_log else _inspect(trt, plan, log)
-    return Compiled(plan, kernels, tuple(notes))
+    return Compiled(plan, kernels, notes)
 
 
 def _parse(parser: OnnxParser, model: Path) -> None:

@@ -1,5 +1,6 @@
 """Put a job's profiles, targets, types and options into a builder's configuration."""
 
+from msn_export.engine import timing_cache
 from msn_export.engine.bindings import (
     Builder,
     IBuilderConfig,
@@ -130,11 +131,16 @@ def _set_capabilities(
         config.set_compute_capability(known[name], index)
 
 
-def set_options(trt: TensorRT, config: IBuilderConfig, spec: BuildSpec) -> None:
-    """Set what the user asked for; what the flavour ignores or refuses does not get here."""
+def set_options(trt: TensorRT, config: IBuilderConfig, spec: BuildSpec) -> tuple[str, ...]:
+    """Set what the user asked for, and give notes on it.
+
+    What the flavour ignores or refuses does not get here.
+    """
     if spec.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, spec.workspace)
     if spec.optimization_level is not None:
         config.builder_optimization_level = spec.optimization_level
     if spec.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    note = timing_cache.attach(config, spec.timing_cache) if spec.timing_cache else None
+    return (note,) if note else ()

@@ -13,8 +13,8 @@ _MEANINGS: tuple[tuple[str, str], ...] = (
     (
         r"Attention operation was not supported by a dedicated kernel",
         "TensorRT has no fused kernel for this graph's Attention operator (it has them for fp16 "
-        "and bf16 with head sizes 16 to 256); build an fp16 graph, or --allow-unfused takes it "
-        "apart",
+        "and bf16, head sizes 16 to 256; for a single query only where heads x smallest batch is "
+        "4 or more); build an fp16 graph, or --allow-unfused takes it apart",
     ),
     (
         r"Cannot compile for target\(s\) (?P<target>[\w, ]+), because the model contains "
@@ -50,7 +50,7 @@ _MEANINGS: tuple[tuple[str, str], ...] = (
         "(com.microsoft operators), export it again without that",
     ),
     (
-        r"Failed to import initializer: (?P<name>[^\n]+)$",
+        r".*Failed to import initializer: (?P<name>[^\n]+)$",  # .*: it says so twice
         "the weight {name!r} cannot be read; is the graph's external data file beside it?",
     ),
     (

@@ -34,6 +34,10 @@ _FULL = b"ftrt"
 _PLAN = b"ptrt"  # first bytes of the ENGN section
 _HEADER = struct.Struct("<4s4xQQ4B4sQ16xQ")
 _SECTION = struct.Struct("<4s4xQQ")
+# The plan repeats the version at its byte 20: a serialisation version and four numbers, each
+# behind a tag.
+_VERSION_AGAIN = struct.Struct("<" + "4sB" * 5)
+_TAG = b"\x02\x80\x01\x00"
 _SEARCHED = 1 << 20  # bytes in which a tool's prefix is looked for
 
 # Bit of the mask -> capability; bit 6 alone is set where none was named ("Ampere and later").
@@ -86,15 +90,15 @@ def read_header(path: Path) -> EngineHeader:
 def _read_rtx(path: Path, start: bytes, size: int) -> EngineHeader:
     if size < _HEADER.size or len(start) < _HEADER.size:
         raise _damaged(path, f"it ends after {size} bytes, inside its header")
-    _, sections, claimed, major, minor, patch, build, again, mask, weights = _HEADER.unpack_from(
-        start
-    )
+    _, sections, claimed, *version, again, mask, weights = _HEADER.unpack_from(start)
     if again != _RTX:
         raise _damaged(path, "its header is not TensorRT-RTX's")
     if claimed != size:
         kind = "truncated" if size < claimed else "longer than it should be"
         raise _damaged(path, f"it is {kind}: {size} bytes, and its header says {claimed}")
     found = _read_sections(path, start, size, sections)
+    if _version_again(start) not in {None, tuple(version)}:
+        raise _damaged(path, "it gives two versions of TensorRT-RTX")
     if found.get("WGHT") != weights:
         raise _damaged(path, "its header gives two sizes for the weights")
     unknown = mask & ~(_LATER | ((1 << len(_CAPABILITIES)) - 1))
@@ -105,7 +109,7 @@ def _read_rtx(path: Path, start: bytes, size: int) -> EngineHeader:
         )
     return EngineHeader(
         "tensorrt-rtx",
-        f"{major}.{minor}.{patch}.{build}",
+        ".".join(map(str, version)),
         size,
         tuple(item for bit, item in enumerate(_CAPABILITIES) if mask >> bit & 1),
         bool(mask & _LATER),
@@ -132,11 +136,20 @@ def _read_sections(path: Path, start: bytes, size: int, count: int) -> dict[str,
     return sections
 
 
+def _version_again(start: bytes) -> tuple[int, ...] | None:
+    """Read the version out of the plan; None where it is not where 1.5 to 1.7 put it."""
+    offset = start.find(_PLAN, _HEADER.size) + 20
+    if offset < 20 or len(start) < offset + _VERSION_AGAIN.size:
+        return None
+    fields = _VERSION_AGAIN.unpack_from(start, offset)
+    return fields[3::2] if set(fields[::2]) == {_TAG} else None
+
+
 def _read_full(path: Path, start: bytes, size: int) -> EngineHeader:
     if len(start) < 28:
         raise _damaged(path, f"it ends after {size} bytes, inside its header")
-    if start[4:8] != bytes(4):
-        raise _damaged(path, "its serialisation version is unknown")
+    if start[4:8] != bytes(4) or start[24] < 8:
+        raise _damaged(path, "its header is not TensorRT's")
     return EngineHeader("tensorrt", ".".join(str(byte) for byte in start[24:28]), size)
 
 

@@ -72,16 +72,18 @@ def _child(raw: IO[bytes]) -> Iterator[tuple["subprocess.Popen[bytes]", int]]:
     """Start the child and the pipe of its events; on the way out it is dead, whatever happened."""
     reading, writing = os.pipe()
     try:
-        # this interpreter and a module of this package; the job itself travels on stdin
-        child = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-P", "-m", "msn_export.engine.child", str(writing)],
-            stdin=subprocess.PIPE,
-            stdout=raw,
-            stderr=subprocess.STDOUT,
-            pass_fds=(writing,),
-            start_new_session=True,  # Ctrl-C reaches this process only, which ends the child
-        )
-        os.close(writing)
+        try:
+            # this interpreter and a module of this package; the job itself travels on stdin
+            child = subprocess.Popen(  # noqa: S603
+                [sys.executable, "-P", "-m", "msn_export.engine.child", str(writing)],
+                stdin=subprocess.PIPE,
+                stdout=raw,
+                stderr=subprocess.STDOUT,
+                pass_fds=(writing,),
+                start_new_session=True,  # Ctrl-C reaches this process only, which ends the child
+            )
+        finally:
+            os.close(writing)
         try:
             yield child, reading
         finally:

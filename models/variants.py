@@ -1,0 +1,110 @@
+"""The shape of a ViT-MSN, and the five that were published. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from msn_export.errors import CheckpointError
+
+_LARGEST = 1 << 20  # no dimension of a real ViT comes near; a hostile config.json may
+
+
+@dataclass(frozen=True, slots=True)
+class VitConfig:
+    """The shape of a model. Sizes are (height, width) in pixels; ``labels`` () means no head.
+
+    Raises:
+        CheckpointError: the numbers contradict each other; the message names them.
+    """
+
+    image_size: tuple[int, int]
+    patch_size: tuple[int, int]
+    channels: int
+    dim: int
+    depth: int
+    heads: int
+    mlp_dim: int
+    activation: str = "gelu"
+    eps: float = 1e-6
+    qkv_bias: bool = True
+    labels: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        sizes = {
+            "image height": self.image_size[0],
+            "image width": self.image_size[1],
+            "patch height": self.patch_size[0],
+            "patch width": self.patch_size[1],
+            "channels": self.channels,
+            "hidden size": self.dim,
+            "layers": self.depth,
+            "attention heads": self.heads,
+            "intermediate size": self.mlp_dim,
+        }
+        for name, size in sizes.items():
+            if not 1 <= size <= _LARGEST:
+                raise CheckpointError(f"{name} {size} is out of range; expected 1 to {_LARGEST}")
+        if self.dim % self.heads:
+            raise CheckpointError(
+                f"hidden size {self.dim} is not divisible by {self.heads} attention heads"
+            )
+        if not 0 < self.eps < 1:
+            raise CheckpointError(f"LayerNorm eps {self.eps} is out of range; expected 1e-6 or so")
+        for side, image, patch in zip(
+            ("height", "width"), self.image_size, self.patch_size, strict=True
+        ):
+            if image % patch:
+                raise CheckpointError(
+                    f"image {side} {image} is not divisible by the patch's {patch}; "
+                    f"nearest sizes are {image - image % patch} and {image - image % patch + patch}"
+                )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return (
+            self.image_size[0] // self.patch_size[0],
+            self.image_size[1] // self.patch_size[1],
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Sequence length: the patches and [CLS]."""
+        return self.grid[0] * self.grid[1] + 1
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one attention head."""
+        return self.dim // self.heads
+
+    def for_image_size(self, size: tuple[int, int]) -> VitConfig:
+        """Give the same model for another image size.
+
+        Raises:
+            CheckpointError: the patch does not divide it.
+        """
+        return replace(self, image_size=size)
+
+    def to_json(self) -> dict[str, Any]:
+        """Give plain JSON values."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
+
+
+def _vit(patch: int, dim: int, depth: int, heads: int) -> VitConfig:
+    # facebookresearch/msn src/deit.py: mlp_ratio=4, qkv_bias=True, LayerNorm eps 1e-6; images of
+    # 224 pixels, main config configs/pretrain/msn_vits16.yaml (rand_size: 224)
+    return VitConfig((224, 224), (patch, patch), 3, dim, depth, heads, 4 * dim)
+
+
+# facebookresearch/msn README, "Pre-trained models", and the src/deit.py function of each:
+VARIANTS = {
+    "vit-msn-small": _vit(16, 384, 12, 6),  # vits16_800ep.pth.tar, deit_small
+    "vit-msn-base": _vit(16, 768, 12, 12),  # vitb16_600ep.pth.tar, deit_base
+    "vit-msn-large": _vit(16, 1024, 24, 16),  # vitl16_600ep.pth.tar, deit_large
+    "vit-msn-base-4": _vit(4, 768, 12, 12),  # vitb4_300ep.pth.tar, deit_base_p4
+    "vit-msn-large-7": _vit(7, 1024, 24, 16),  # vitl7_200ep.pth.tar, deit_large_p7
+}

@@ -1,0 +1,132 @@
+"""ViT-MSN, the PyTorch reference: "Masked Siamese Networks", arXiv 2204.07141.
+
+The same function as Hugging Face's ViTMSNModel and the original src/deit.py. One packed
+projection gives queries, keys and values [b, 3 * h, n, d] in three ONNX nodes, from which
+TensorRT builds the fewest kernels (docs/performance.md).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from msn_export.models.activations import activation
+from msn_export.models.variants import VitConfig
+
+# b batch, n tokens, h heads, d head size, dim = h * d, c channels
+
+AttentionKind = Literal["sdpa", "eager"]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; ``eager`` writes out what ``sdpa`` fuses."""
+
+    def __init__(self, config: VitConfig, kind: AttentionKind) -> None:
+        super().__init__()
+        self.heads, self.kind = config.heads, kind
+        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=config.qkv_bias)
+        self.proj = nn.Linear(config.dim, config.dim)
+
+    def forward(self, x: Tensor) -> Tensor:  # [b, n, dim] -> [b, n, dim]
+        """Attend."""
+        packed = self.qkv(x).unflatten(-1, (3 * self.heads, -1)).transpose(1, 2)  # [b, 3h, n, d]
+        q, k, v = packed.chunk(3, dim=1)
+        if self.kind == "sdpa":
+            x = F.scaled_dot_product_attention(q, k, v)
+        else:
+            scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+            x = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype) @ v
+        projected: Tensor = self.proj(x.transpose(1, 2).flatten(2))
+        return projected
+
+
+class Mlp(nn.Module):
+    """Two linear layers with the configured activation between."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.dim, config.mlp_dim)
+        self.act = activation(config.activation)
+        self.fc2 = nn.Linear(config.mlp_dim, config.dim)
+
+    def forward(self, x: Tensor) -> Tensor:  # [b, n, dim] -> [b, n, dim]
+        """Run."""
+        out: Tensor = self.fc2(self.act(self.fc1(x)))
+        return out
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, config: VitConfig, kind: AttentionKind) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.dim, eps=config.eps)
+        self.attn = Attention(config, kind)
+        self.norm2 = nn.LayerNorm(config.dim, eps=config.eps)
+        self.mlp = Mlp(config)
+
+    def forward(self, x: Tensor) -> Tensor:  # [b, n, dim] -> [b, n, dim]
+        """Add attention, then the MLP, to the residual stream."""
+        x = x + self.attn(self.norm1(x))
+        x = x + self.mlp(self.norm2(x))
+        return x  # noqa: RET504  two lines of the same form
+
+
+class VitMsn(nn.Module):
+    """The encoder; ``classifier`` is for callers to apply to ``tokens[:, 0]``."""
+
+    def __init__(self, config: VitConfig, *, attention: AttentionKind = "sdpa") -> None:
+        super().__init__()
+        self.config, self.attention = config, attention
+        self.patch = nn.Conv2d(config.channels, config.dim, config.patch_size, config.patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.tokens, config.dim))
+        self.blocks = nn.ModuleList(Block(config, attention) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.dim, eps=config.eps)
+        labels = len(config.labels)
+        self.classifier = nn.Linear(config.dim, labels) if labels else None
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Turn normalised images [b, c, height, width] into tokens [b, n, dim], [CLS] first."""
+        return self.encode(self.patch(pixel_values))
+
+    def encode(self, patches: Tensor) -> Tensor:
+        """Turn embedded patches [b, dim, rows, columns] into tokens [b, n, dim]."""
+        x = patches.flatten(2).transpose(1, 2)
+        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        tokens: Tensor = self.norm(x)
+        return tokens
+
+    def for_image_size(self, size: tuple[int, int]) -> VitMsn:
+        """Give the model for images of ``size`` (height, width); weights are shared.
+
+        Raises:
+            CheckpointError: the patch does not divide ``size``.
+        """
+        config = self.config.for_image_size(size)
+        with torch.device("meta"):
+            model = VitMsn(config, attention=self.attention)
+        weights = self.state_dict(keep_vars=True)
+        resized = interpolate(self.pos_embed.detach(), self.config.grid, config.grid)
+        weights["pos_embed"] = nn.Parameter(resized, requires_grad=False)
+        model.load_state_dict(weights, assign=True)
+        return model.train(self.training)
+
+
+def interpolate(pos_embed: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+    """Resample position embeddings [1, 1 + rows * columns, dim] to another grid.
+
+    transformers ViTMSNEmbeddings.interpolate_pos_encoding: [CLS] kept, the rest bicubic,
+    align_corners false, to a size and not by a factor.
+    """
+    if grid == wanted:
+        return pos_embed
+    cls, patches = pos_embed[:, :1], pos_embed[:, 1:]
+    image = patches.reshape(1, *grid, -1).permute(0, 3, 1, 2)  # [1, dim, rows, columns]
+    image = F.interpolate(image, size=wanted, mode="bicubic", align_corners=False)
+    return torch.cat((cls, image.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)

@@ -1,0 +1,111 @@
+"""Read weights files. They are hostile input: no pickle runs code, no index leaves its folder."""
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from msn_export.errors import CheckpointError
+from msn_export.models.hf_config import read_json
+
+# Where a training script keeps the weights among its optimiser's state, best first:
+# facebookresearch/msn src/msn_train.py, save_checkpoint (its evaluation reads target_encoder).
+_WRAPPERS = ("target_encoder", "state_dict", "model")
+
+_SINGLE = ("model.safetensors", "pytorch_model.bin")
+_INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """Read a Hugging Face folder's weights: safetensors before .bin, whole or sharded.
+
+    Raises:
+        CheckpointError: there are none, or a file cannot be read or lies elsewhere.
+    """
+    for single, index in zip(_SINGLE, _INDEX, strict=True):
+        if (folder / single).is_file():
+            return read_file(folder / single)
+        if (folder / index).is_file():
+            return _read_shards(folder, index)
+    raise CheckpointError(
+        f"{folder} holds no weights; expected one of {', '.join((*_SINGLE, *_INDEX))}"
+    )
+
+
+def _read_shards(folder: Path, index: str) -> dict[str, Tensor]:
+    listed = read_json(folder / index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise CheckpointError(f"{folder / index} has no weight_map")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted({str(shard) for shard in listed.values()}):
+        if Path(name).name != name or name in {"", ".", ".."}:
+            raise CheckpointError(f"{folder / index} points outside its folder: {name!r}; refused")
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name}, a shard of the weights, is missing")
+        for key, tensor in read_file(folder / name).items():
+            if key in tensors:
+                raise CheckpointError(f"{folder}: weight {key!r} is in two shards")
+            tensors[key] = tensor
+    return tensors
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """Read a .safetensors, .bin, .pth or .pth.tar file.
+
+    Raises:
+        CheckpointError: it is damaged, would execute code, or holds no weights.
+    """
+    read = _read_safetensors if path.suffix == ".safetensors" else _read_pickle
+    return read(path)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no dict
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({_line(error)}); download it again"
+        ) from error
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        # mapped, so that an optimiser's state in the file is never read; old formats cannot be
+        loaded = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is refused: it holds more than weights, and a pickle can execute code "
+            f"({_line(error)}); convert it to safetensors where you trust it"
+        ) from error
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a whole weights file ({_line(error)})") from error
+    return _state_dict(loaded, path)
+
+
+def _state_dict(loaded: Any, path: Path) -> dict[str, Tensor]:
+    for wrapper in _WRAPPERS:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
+            loaded = loaded[wrapper]
+            break
+    if not isinstance(loaded, Mapping) or not loaded:
+        raise CheckpointError(f"{path} holds no weights by name; expected a state dict")
+    odd = [key for key, value in loaded.items() if not isinstance(value, Tensor)]
+    if odd:
+        raise CheckpointError(
+            f"{path} holds {odd[0]!r}, which is no weight; expected a state dict, or one under "
+            f"{', '.join(_WRAPPERS)}"
+        )
+    return {str(key): tensor for key, tensor in loaded.items()}
+
+
+def _line(error: Exception) -> str:
+    text = str(error).strip()
+    return " ".join(text.splitlines()[0].split())[:160] if text else type(error).__name__
