@@ -29,6 +29,10 @@ class BuildError(MsnExportError):
     """The TensorRT builder refused the graph, or built something other than was asked for."""
 
 
+class EngineFileError(MsnExportError):
+    """A file that is no engine, or one that is damaged."""
+
+
 class ToleranceError(MsnExportError):
     """An artifact does not agree with its reference within the gate."""
 

@@ -29,7 +29,7 @@ from msn_export.models.checkpoints import Checkpoint, load_checkpoint
 from msn_export.progress import Progress
 from msn_export.records import to_json
 from msn_export.spec import BatchRange, Dtype, Head, ImageSize, InputKind, Target
-from msn_export.typed import cpu_runner, type_as
+from msn_export.typed import Islands, cpu_runner, type_as
 
 PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxsim", "onnxruntime-gpu", "onnxruntime")
 
@@ -64,7 +64,7 @@ class Built:
     model: ir.Model
     fused: int
     simplified: str
-    islands: dict[str, float]
+    islands: Islands
 
 
 def run_onnx(job: OnnxJob, progress: Progress) -> tuple[Path, Manifest]:
@@ -155,10 +155,8 @@ def _build(
         fused = fuse_attention(model, job.target.attention, expected=checkpoint.config.depth)
         if job.target.opset < 23:
             lower(model, job.target.opset)
-    islands: dict[str, float] = {}
-    if job.dtype is not Dtype.FP32:
-        with progress.step(f"type as {job.dtype}"):
-            islands = type_as(model, job.dtype, job.islands, sample, job.stem, path.parent)
+    with progress.step(f"type as {job.dtype}"):
+        islands = type_as(model, job.dtype, job.islands, sample, job.stem, path.parent)
     model.producer_name, model.producer_version = "msn-export", __version__
     model.metadata_props.update(_metadata(checkpoint, sample))
     with progress.step("write and check the file"):
@@ -221,7 +219,7 @@ def _describe(
         labels=checkpoint.config.labels,
         checkpoint=CheckpointRecord(checkpoint.source, checkpoint.sha256, checkpoint.notes),
         config=checkpoint.config.to_json(),
-        islands=dict(built.islands),
+        islands=dict(built.islands.maxima),
         simplified=built.simplified,
         notes=tuple(f"skipped: {broken}" for broken in sample.broken),
         command=job.command,

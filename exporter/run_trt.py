@@ -8,10 +8,10 @@ from pathlib import Path
 from msn_export.check.gate import GATES
 from msn_export.check.sample import Sample, affordable_batch, draw
 from msn_export.check.verify import run_reference, verify
+from msn_export.driver import NoDriver, find_driver
 from msn_export.engine.backend import Backend, find_backend
 from msn_export.engine.build import BuildResult, build_engine
 from msn_export.engine.census import require, summary
-from msn_export.engine.driver import NoDriver, find_driver
 from msn_export.engine.job import BuildSpec
 from msn_export.engine.job import Progress as BuildProgress
 from msn_export.errors import GraphError, SpecError
@@ -31,17 +31,9 @@ from msn_export.records import to_json, to_plain
 from msn_export.runtime.ort import OrtRunner
 from msn_export.source import Source, read_source
 from msn_export.spec import AttentionForm, BatchRange, ComputeCapability, Dtype
-from msn_export.typed import cpu_runner, type_as
+from msn_export.typed import Islands, cpu_runner, type_as
 
-PACKAGES = (
-    "onnx",
-    "onnx-ir",
-    "onnxsim",
-    "onnxruntime-gpu",
-    "onnxruntime",
-    "tensorrt",
-    "tensorrt-rtx",
-)
+PACKAGES = ("onnx", "onnx-ir", "onnxsim", "onnxruntime-gpu", "onnxruntime")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +71,7 @@ class Graph:
     form: AttentionForm
     nodes: int
     ops: dict[str, int]
-    islands: dict[str, float]
+    islands: Islands
     changed: bool
 
 
@@ -143,7 +135,7 @@ def _prepare(job: TrtJob, source: Source, sample: Sample, stage: Path, progress:
     # an fp32 Attention operator has no kernel: "not supported by a dedicated kernel"
     form = AttentionForm.PLAIN if dtype is Dtype.FP32 else AttentionForm.HEADS
     before = io.operators(model)
-    islands: dict[str, float] = {}
+    islands = Islands({})
     with progress.step(f"type as {dtype}"):
         cores = fuse_attention(model, form, expected=_expected(source))
         if dtype is not source.dtype:
@@ -228,7 +220,7 @@ def _compile(
             precision=graph.dtype,
             # no TensorRT has fused attention in fp32: there is nothing to require
             allow_unfused=job.allow_unfused or graph.dtype is Dtype.FP32,
-            fp32_islands=tuple(graph.islands),
+            fp32_islands=graph.islands.nodes,
         )
     return result
 
@@ -287,7 +279,7 @@ def _describe(
         labels=known.labels if known else (),
         checkpoint=known.checkpoint if known else None,
         config=known.config if known else None,
-        islands=dict(graph.islands),
+        islands=dict(graph.islands.maxima),
         source=SourceRecord(source.path.name, sha256_of(source.path)),
         engine=engine,
         notes=(
@@ -296,5 +288,5 @@ def _describe(
             *(f"skipped: {broken}" for broken in sample.broken),
         ),
         command=job.command,
-        versions=versions_of(*PACKAGES),
+        versions=versions_of(*PACKAGES, engine.backend),
     )

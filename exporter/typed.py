@@ -1,6 +1,7 @@
 """Carry out a choice of precision on a graph, and run what came of it on the CPU."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
@@ -14,23 +15,30 @@ from msn_export.runtime.ort import OrtRunner
 from msn_export.spec import Dtype, InputKind
 
 
-def type_as(
-    model: ir.Model, dtype: Dtype, islands: str, sample: Sample, stem: InputKind, stage: Path
-) -> dict[str, float]:
-    """Type an fp32 graph in place.
+@dataclass(frozen=True, slots=True)
+class Islands:
+    """What stays fp32: values and weights with their largest absolute value, and the nodes.
 
-    Returns:
-        The values and weights that stay fp32 with their largest absolute value; infinity for a
-        weight that overflows by itself.
+    A weight that overflows by itself has infinity.
+    """
+
+    maxima: dict[str, float]
+    nodes: tuple[str, ...] = ()
+
+
+def type_as(
+    model: ir.Model, dtype: Dtype, choice: str, sample: Sample, stem: InputKind, stage: Path
+) -> Islands:
+    """Type an fp32 graph in place; ``choice`` is ``measured``, ``none`` or an islands file.
 
     Raises:
         GraphError: the islands file does not fit, or the graph cannot be typed.
     """
     if dtype is Dtype.FP32:
-        return {}
-    measured = decide(model, islands, dtype, sample, stem, stage)
+        return Islands({})
+    measured = decide(model, choice, dtype, sample, stem, stage)
     typed = type_graph(model, dtype, measured)
-    return {name: measured.get(name, math.inf) for name in typed.islands}
+    return Islands({name: measured.get(name, math.inf) for name in typed.islands}, typed.fp32_nodes)
 
 
 def cpu_runner(path: Path, dtype: Dtype, stage: Path) -> OrtRunner:

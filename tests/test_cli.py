@@ -46,7 +46,10 @@ def test_our_errors_are_one_line_and_exit_with_1(tmp_path) -> None:
 def test_verbose_shows_the_traceback(tmp_path) -> None:
     command = [sys.executable, "-m", "msn_export.cli"]
     run = subprocess.run(
-        [*command, "-v", "trt", "none.onnx"], cwd=tmp_path, capture_output=True, text=True,
+        [*command, "-v", "trt", "none.onnx"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
         check=False,
     )
     assert run.returncode == 1
@@ -55,8 +58,9 @@ def test_verbose_shows_the_traceback(tmp_path) -> None:
 
 def test_a_missing_package_says_what_to_install(monkeypatch, tmp_path) -> None:
     monkeypatch.setitem(sys.modules, "onnx_ir", None)
+    light = ("msn_export.cli", "msn_export.errors", "msn_export.spec")
     for name in [name for name in sys.modules if name.startswith("msn_export.")]:
-        if name != "msn_export.cli" and not name.startswith(("msn_export.errors", "msn_export.spec")):
+        if name not in light:
             monkeypatch.delitem(sys.modules, name)
     result = invoke("trt", str(tmp_path / "x.onnx"))
     assert result.exit_code == 1

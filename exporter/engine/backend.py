@@ -5,7 +5,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-from msn_export.engine.driver import Driver, NoDriver, find_driver
+from msn_export.driver import Driver, NoDriver, find_driver
 from msn_export.engine.flavours import FLAVOURS, Flavour, flavour_for
 from msn_export.errors import BuildError, MissingPackageError, SpecError
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from msn_export.driver import Driver, NoDriver, find_driver
 from msn_export.engine.backend import Backend, require_buildable
 from msn_export.engine.census import Census, by_profile
-from msn_export.engine.driver import Driver, NoDriver, find_driver
 from msn_export.engine.header import read_header
 from msn_export.engine.job import BuildSpec, Progress
 from msn_export.engine.kernels import Kernel

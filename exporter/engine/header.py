@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from msn_export.errors import MsnExportError
+from msn_export.errors import EngineFileError
 from msn_export.spec import ComputeCapability
 
 _RTX = b"vtrt"
@@ -34,9 +34,8 @@ _FULL = b"ftrt"
 _PLAN = b"ptrt"  # first bytes of the ENGN section
 _HEADER = struct.Struct("<4s4xQQ4B4sQ16xQ")
 _SECTION = struct.Struct("<4s4xQQ")
-# The plan repeats the version at its byte 20: a serialisation version and four numbers, each
-# behind a tag.
-_VERSION_AGAIN = struct.Struct("<" + "4sB" * 5)
+# The plan repeats the version at its byte 20: four numbers, each behind a tag.
+_VERSION_AGAIN = struct.Struct("<" + "4sB" * 4)
 _TAG = b"\x02\x80\x01\x00"
 _SEARCHED = 1 << 20  # bytes in which a tool's prefix is looked for
 
@@ -45,10 +44,6 @@ _CAPABILITIES = tuple(
     ComputeCapability(*pair) for pair in ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
 )
 _LATER = 1 << 6
-
-
-class EngineFileError(MsnExportError):
-    """A file that is no engine, or one that is damaged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +137,7 @@ def _version_again(start: bytes) -> tuple[int, ...] | None:
     if offset < 20 or len(start) < offset + _VERSION_AGAIN.size:
         return None
     fields = _VERSION_AGAIN.unpack_from(start, offset)
-    return fields[3::2] if set(fields[::2]) == {_TAG} else None
+    return fields[1::2] if set(fields[::2]) == {_TAG} else None
 
 
 def _read_full(path: Path, start: bytes, size: int) -> EngineHeader:

@@ -27,9 +27,10 @@ _FIXED = frozenset({"Resize", "Upsample", "NonMaxSuppression", "DynamicQuantizeL
 
 @dataclass(frozen=True, slots=True)
 class Typed:
-    """What typing did: ``islands`` are the values and weights that stay fp32."""
+    """What typing did: values and weights that stay fp32, and the nodes that compute in it."""
 
     islands: tuple[str, ...]
+    fp32_nodes: tuple[str, ...]
     casts: int
 
 
@@ -59,7 +60,8 @@ def type_graph(model: ir.Model, dtype: Dtype, islands: Collection[str] = ()) -> 
         typing.type_node(node)
     typing.restore_outputs()
     RemoveUnusedNodesPass()(model)
-    return Typed(tuple(sorted(wanted)), sum(node.op_type == "Cast" for node in model.graph))
+    casts = sum(node.op_type == "Cast" for node in model.graph)
+    return Typed(tuple(sorted(wanted)), tuple(typing.fp32_nodes), casts)
 
 
 def overflowing_weights(model: ir.Model, dtype: Dtype) -> list[str]:
@@ -107,6 +109,7 @@ class _Typing:
         self.graph = model.graph
         self.dtype = _ONNX[dtype]
         self.islands = islands
+        self.fp32_nodes: list[str] = []
         self.casted: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
         self.outputs = [value.dtype for value in model.graph.outputs]
 
@@ -115,6 +118,8 @@ class _Typing:
         read = [value for value in node.inputs if value is not None and value.dtype == _FLOAT]
         stays = any(value.name in self.islands for value in (*floats, *read))
         target = _FLOAT if stays else self.dtype
+        if stays:
+            self.fp32_nodes.append(node.name or "")
         if node.op_type == "Cast":
             self._type_cast(node, target)
             return

@@ -1,0 +1,46 @@
+"""Tiny ViT-MSN checkpoints, written by transformers or as the original repository writes them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import ViTMSNConfig, ViTMSNForImageClassification, ViTMSNModel
+
+# 17 tokens; heads of 32, the smallest batch of 2 heads TensorRT has a fused kernel for
+TINY = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 128,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Draw every parameter: transformers starts positions, biases and gains at 0 and 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            torch.nn.init.normal_(parameter, std=0.15, generator=generator)
+            if "layernorm" in name and name.endswith("weight"):
+                parameter += 1
+    return model.eval()
+
+
+def hugging_face(folder: Path, *, labels: int = 0, seed: int = 0, **config: Any) -> torch.nn.Module:
+    """Save a model with ``save_pretrained`` and give it back."""
+    settings: dict[str, Any] = {**TINY, **config}
+    if labels:
+        settings["id2label"] = {i: f"class {i}" for i in range(labels)}
+        settings["label2id"] = {f"class {i}": i for i in range(labels)}
+    kind = ViTMSNForImageClassification if labels else ViTMSNModel
+    model = randomised(kind(ViTMSNConfig(**settings)), seed)
+    model.save_pretrained(folder)
+    return model
+
+
+def processor(folder: Path, **settings: Any) -> None:
+    """Write a preprocessor_config.json."""
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))

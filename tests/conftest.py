@@ -1,0 +1,19 @@
+"""What several tests share: photographs, and a tiny checkpoint with the graphs made from it."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+
+import photographs as photographs_script
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixteen photographs of scikit-image."""
+    folder = tmp_path_factory.mktemp("photographs")
+    photographs_script.main(folder)
+    return folder

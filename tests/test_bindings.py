@@ -1,0 +1,183 @@
+"""Every TensorRT name the code uses exists in the real modules; no GPU, no TensorRT libraries."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from engine_bindings import Names, collect, declared_classes, look_up
+
+import msn_export
+from msn_export.engine import bindings
+from msn_export.engine.flavours import FLAVOURS, Flavour, flavour_for
+
+PACKAGE = Path(msn_export.__file__).parent
+CLASSES = declared_classes(Path(bindings.__file__).read_text())
+DATA = Path(__file__).parent / "data"
+
+# PyPI distribution and version -> major of the libraries its module links
+RELEASES = {
+    ("tensorrt-cu12-bindings", "10.9.0.34"): 10,
+    ("tensorrt-cu13-bindings", "10.16.1.11"): 10,
+    ("tensorrt-cu13-bindings", "11.0.0.114"): 11,
+    ("tensorrt-cu13-bindings", "11.4.0.106"): 11,
+}
+# What the modules of 10.x and 11.x import from libnvinfer, libnvonnxparser, libnvinfer_plugin.
+SYMBOLS = (
+    "createInferBuilder_INTERNAL", "createInferRefitter_INTERNAL", "createInferRuntime_INTERNAL",
+    "createNvOnnxParser_INTERNAL", "createNvOnnxParserRefitter_INTERNAL",
+    "getBuilderPluginRegistry", "getPluginRegistry", "getNvOnnxParserVersion",
+    "initLibNvInferPlugins",
+)  # fmt: skip
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "msn-export-tests"
+
+
+@pytest.fixture(scope="session")
+def code() -> Names:
+    """What engine/ and runtime/ use."""
+    names = Names()
+    for folder in ("engine", "runtime"):
+        for file in sorted((PACKAGE / folder).glob("*.py")):
+            source = file.read_text()
+            found = collect(source, CLASSES | declared_classes(source))
+            found.unclear = [f"{folder}/{file.name} {text}" for text in found.unclear]
+            names |= found
+    return names
+
+
+@pytest.fixture(scope="session")
+def stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Libraries that define what the modules link, and do nothing."""
+    if shutil.which("gcc") is None:
+        pytest.skip("no gcc to compile the stub libraries with")
+    folder = tmp_path_factory.mktemp("stubs")
+    source = folder / "stubs.c"
+    source.write_text("".join(f"void *{symbol}(void) {{ return 0; }}\n" for symbol in SYMBOLS))
+    for major in set(RELEASES.values()):
+        for library in ("libnvinfer", "libnvonnxparser", "libnvinfer_plugin"):
+            name = f"{library}.so.{major}"
+            subprocess.run(
+                ["gcc", "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", folder / name, source],
+                check=True,
+            )
+    return folder
+
+
+def module_of(distribution: str, version: str) -> Path:
+    """Install a distribution into the cache, once; skip the test where pip cannot."""
+    python = f"py{sys.version_info.major}{sys.version_info.minor}"
+    target = CACHE / f"{distribution}-{version}-{python}"
+    if not target.is_dir():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            run = subprocess.run(
+                [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile",
+                 "--target", f"{folder}/module", f"{distribution}=={version}"],
+                capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            if run.returncode != 0:
+                reason = (run.stderr.strip().splitlines() or ["no reason given"])[-1]
+                pytest.skip(f"pip cannot fetch {distribution} {version}: {reason}")
+            if not target.is_dir():  # another run may have been faster
+                Path(folder, "module").rename(target)
+    return target
+
+
+def required(names: Names, row: Flavour) -> set[str]:
+    return (names.used - row.lacks) | row.named_members()
+
+
+def test_every_object_of_tensorrt_has_a_known_class(code: Names) -> None:
+    assert code.unclear == []
+
+
+def test_the_code_names_what_it_is_known_to_use(code: Names) -> None:
+    expected = {
+        "Builder", "OnnxParser", "Runtime", "IBuilderConfig.set_flag", "MemoryPoolType.WORKSPACE",
+        "IProgressMonitor.step_complete", "IOptimizationProfile.set_shape", "ITensor.dtype",
+        "EngineInspector.get_engine_information", "IAttention.decomposable",
+    }  # fmt: skip
+    assert expected <= code.used
+    assert code.optional >= {"ParserError.node_name", "ParserError.node_operator"}
+
+
+@pytest.mark.network
+@pytest.mark.parametrize(("distribution", "version"), RELEASES, ids=lambda value: value)
+def test_real_module_has_every_name(
+    distribution: str, version: str, code: Names, stubs: Path
+) -> None:
+    row = flavour_for("tensorrt", version)
+    assert row is not None
+    folder = module_of(distribution, version)
+    found = look_up(required(code, row) | row.lacks, folder, "tensorrt_bindings", stubs)
+    assert found["version"] == version
+    assert set(found["missing"]) - row.lacks == set(), "used, but not in this TensorRT"
+    assert row.lacks - set(found["missing"]) == set(), "declared as lacking, but there"
+
+
+def test_installed_rtx_module_has_every_name(code: Names) -> None:
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        pytest.skip("tensorrt-rtx is not installed")
+    found = look_up(code.used, Path(), "tensorrt_rtx")
+    row = flavour_for("tensorrt_rtx", found["version"])
+    assert row is not None
+    assert look_up(required(code, row), Path(), "tensorrt_rtx")["missing"] == []
+
+
+def test_8_6_has_every_name(code: Names) -> None:
+    facts = json.loads((DATA / "tensorrt_8_6_members.json").read_text())
+    classes = {name: set(members.split()) for name, members in facts["members"].items()}
+    row = flavour_for("tensorrt", facts["version"])
+    assert row is not None
+    there = set(classes) | {f"{name}.{one}" for name, members in classes.items() for one in members}
+    assert required(code, row) - there == set()
+    assert row.lacks & there == set()
+
+
+def test_rows_declare_no_name_that_nothing_uses(code: Names) -> None:
+    for row in FLAVOURS:
+        assert row.lacks - code.used == set()
+
+
+@pytest.mark.network
+@pytest.mark.parametrize(
+    ("snippet", "removed"),
+    [
+        ("def f(trt: TensorRT): return trt.BuilderFlag.FP16", "BuilderFlag.FP16"),
+        ("def f(c: IBuilderConfig): c.int8_calibrator = 1", "IBuilderConfig.int8_calibrator"),
+        ("def f(trt):\n  class C(trt.IInt8EntropyCalibrator2): ...", "IInt8EntropyCalibrator2"),
+        ("class M(trt.IProgressMonitor):\n  def step(self): ...", "IProgressMonitor.step"),
+        ("e: ICudaEngine = make()\ne.max_batch_size", "ICudaEngine.max_batch_size"),
+    ],
+)
+def test_a_removed_member_is_found(snippet: str, removed: str, stubs: Path) -> None:
+    row = flavour_for("tensorrt", "11.4.0.106")
+    assert row is not None
+    names = collect(snippet, CLASSES)
+    assert names.unclear == []
+    folder = module_of("tensorrt-cu13-bindings", "11.4.0.106")
+    missing = look_up(required(names, row), folder, "tensorrt_bindings", stubs)["missing"]
+    assert removed in missing
+
+
+@pytest.mark.parametrize(
+    "snippet",
+    [
+        "def f(trt):\n  b = trt.Builder(1)\n  b.reset()",
+        "def f(b: Builder):\n  b.create_builder_config().flags = 1",
+        "def f(layer: ILayer):\n  layer.precision.anything",
+        "def f(n: INetworkDefinition):\n  t = n.get_input(0)\n  t.shape",
+    ],
+)
+def test_an_object_without_a_class_is_told(snippet: str) -> None:
+    assert len(collect(snippet, CLASSES).unclear) == 1
+
+
+def test_only_the_8_6_row_names_removed_flags() -> None:
+    naming = [row.since for row in FLAVOURS if "BuilderFlag.FP16" in row.named_members()]
+    assert naming == [(8, 6)]

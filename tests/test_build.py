@@ -1,0 +1,570 @@
+"""Builds are reproducible, cancellable, limited, and say in one sentence why they fail."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import numpy as np
+import onnx
+import pytest
+from engine_builds import built, graph, rtx, spec_of
+from engine_graphs import Vit
+from onnx import numpy_helper
+
+from msn_export.driver import Device, Driver
+from msn_export.engine import build as subject
+from msn_export.engine import timing_cache
+from msn_export.engine.backend import Backend
+from msn_export.engine.build import build_engine
+from msn_export.engine.compile import compile_engine
+from msn_export.engine.failures import explain, explain_or_quote
+from msn_export.engine.flavours import flavour_for
+from msn_export.engine.job import BuildSpec, Phases, Progress
+from msn_export.engine.listeners import Heard, make_monitor
+from msn_export.errors import BuildError, OutputError, SpecError
+from msn_export.spec import BatchRange, ComputeCapability, Dtype
+
+DEEP = Vit(depth=24)  # long enough to be interrupted
+
+
+def test_result_tells_what_was_built(tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    engine, log = tmp_path / "vit.engine", tmp_path / "vit.log"
+    result = build_engine(spec_of(Vit()), rtx(), engine, log, seen.append)
+    assert result.bytes == engine.stat().st_size > 1_000_000
+    assert result.capabilities == (ComputeCapability(8, 9),)
+    assert result.notes == ()
+    assert 0 < result.seconds < 60
+    assert 50 * 2**20 < result.peak_rss < 2 * 2**30
+    assert len(result.census.kernels) == 22
+    assert "[V] Layers:\nName: " in log.read_text()
+    fractions = [progress.fraction for progress in seen]
+    assert fractions == sorted(fractions)
+    assert fractions[0] == 0
+    assert seen[-1] == Progress("done", 1, 1, 1.0)
+    assert len({progress.phase for progress in seen}) > 5
+
+
+def test_same_graph_gives_the_same_bytes(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "other name.onnx"
+    elsewhere.write_bytes(graph(Vit()).read_bytes())
+    again = build_engine(replace(spec_of(Vit()), model=elsewhere), rtx(), tmp_path / "b.engine")
+    assert again.output.read_bytes() == built(Vit()).output.read_bytes()
+
+
+# --- graphs that cannot be compiled ---------------------------------------------------------------
+
+
+def edited(folder: Path, edit: Callable[[onnx.ModelProto], None], vit: Vit) -> Path:
+    model = onnx.load(graph(vit))
+    edit(model)
+    path = folder / "edited.onnx"
+    onnx.save(model, path)
+    return path
+
+
+def of_onnxruntime(model: onnx.ModelProto) -> None:
+    gelu = next(node for node in model.graph.node if node.op_type == "Gelu")
+    gelu.op_type, gelu.domain = "BiasGelu", "com.microsoft"
+
+
+def with_plugin(model: onnx.ModelProto) -> None:
+    model.graph.node[0].op_type = "EfficientNMS_Custom"
+
+
+def with_mixed_types(model: onnx.ModelProto) -> None:
+    pos = next(item for item in model.graph.initializer if item.name == "pos")
+    values = numpy_helper.to_array(pos).astype(np.float32)
+    pos.CopyFrom(numpy_helper.from_array(values, "pos"))
+
+
+def with_dynamic_height(model: onnx.ModelProto) -> None:
+    model.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "height"
+
+
+def without_a_node(model: onnx.ModelProto) -> None:
+    del model.graph.node[3]
+
+
+def unchanged(_model: onnx.ModelProto) -> None: ...
+
+
+# (graph it starts from, what is done to it, what the message must say)
+BAD_GRAPHS = [
+    (Vit(), of_onnxruntime, r"cannot read edited\.onnx: node 'blocks\.0\.gelu' \(BiasGelu\): Tens"
+     r"orRT has no importer for this operator; if onnxruntime optimised the graph"),
+    (Vit(), with_plugin, r"\(EfficientNMS_Custom\): TensorRT has no importer"),
+    (Vit(), with_mixed_types, r"node 'pos\.Add' \(Add\): it mixes Half and Float operands without"),
+    (Vit(), with_dynamic_height, r"input 'x' is \[-1, 3, -1, 32\]: only the batch may be dynamic"),
+    (Vit(), without_a_node, r"cannot read edited\.onnx: node '\S+' \(\w+\): "),
+    (Vit(dtype="fp32"), unchanged, r"cannot compile edited\.onnx: TensorRT has no fused kernel for"
+     r" this graph's Attention operator .*; build an fp16 graph, or --allow-unfused"),
+    (Vit(quantised="int8", zero_point=3), unchanged, r"node 'blocks\.0\.attn\.qkv\.input\.Quantize"
+     r"' \(QuantizeLinear\): the graph is quantised with zero points other than 0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("vit", "edit", "message"), BAD_GRAPHS, ids=range(len(BAD_GRAPHS)))
+def test_a_graph_that_does_not_compile_says_why(
+    tmp_path: Path, vit: Vit, edit: Callable[[onnx.ModelProto], None], message: str
+) -> None:
+    spec = replace(spec_of(vit), model=edited(tmp_path, edit, vit))
+    log = tmp_path / "raw.log"
+    with pytest.raises(BuildError, match=message) as raised:
+        build_engine(spec, rtx(), tmp_path / "x.engine", log)
+    assert "\n" not in str(raised.value)
+    assert log.stat().st_size > 0
+    assert not (tmp_path / "x.engine").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda data: data[: len(data) // 2], "it is not an ONNX file, or a truncated one"),
+        (lambda data: b"", "it holds no graph with an output"),
+        (lambda data: b"hello world" * 99, "it holds no graph with an output"),
+    ],
+)
+def test_a_file_that_is_no_graph(
+    tmp_path: Path, content: Callable[[bytes], bytes], message: str
+) -> None:
+    path = tmp_path / "bad.onnx"
+    path.write_bytes(content(graph(Vit()).read_bytes()))
+    with pytest.raises(BuildError, match=message):
+        build_engine(replace(spec_of(Vit()), model=path), rtx(), tmp_path / "x.engine")
+
+
+def test_a_missing_file_and_missing_weights(tmp_path: Path) -> None:
+    spec = replace(spec_of(Vit()), model=tmp_path / "absent.onnx")
+    with pytest.raises(BuildError, match=r"graph .*absent\.onnx does not exist"):
+        build_engine(spec, rtx(), tmp_path / "x.engine")
+    path = tmp_path / "external.onnx"
+    onnx.save(
+        onnx.load(graph(Vit())), path, save_as_external_data=True, location="w.bin",
+        size_threshold=16,
+    )  # fmt: skip
+    (tmp_path / "w.bin").unlink()
+    with pytest.raises(
+        BuildError, match=r"the weight 'patch\.weight' cannot be read; is the graph"
+    ):
+        build_engine(replace(spec, model=path), rtx(), tmp_path / "x.engine")
+
+
+def test_attention_is_taken_apart_where_that_is_allowed() -> None:
+    census = built(Vit(dtype="fp32"), decompose=True).census
+    assert census.fused_attention == ()
+    assert census.gemm_dtypes == {"Float": 12}
+    kept = built(Vit(), decompose=True).census  # where a fused kernel exists it is taken
+    assert len(kept.fused_attention) == 2
+
+
+# --- jobs that contradict the graph or the backend ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (spec_of(Vit(batch=4)), r"--batch 1:8:32 lies outside the graph: the batch of input 'x' is "
+         r"fixed at 4; give --batch 4, or export"),
+        (spec_of(Vit(batch=4), profiles="8"), "--batch 8:8:8 lies outside the graph"),
+        (spec_of(Vit(quantised="fp8"), "8.6"), r"computes in fp8, which --compute-capability 8\.6 "
+         r"cannot; it takes 8\.9 or later"),
+        (spec_of(Vit(quantised="fp8"), "8.9 8.6"), r"which --compute-capability 8\.6 cannot"),
+        (spec_of(Vit(quantised="fp8"), ""), r"computes in fp8, which GPUs before 8\.9 cannot; name "
+         r"the target: --compute-capability 8\.9"),
+        (spec_of(Vit(dtype="bf16"), "7.5"), r"bf16, which --compute-capability 7\.5 cannot"),
+        (spec_of(Vit(dtype="fp32", attention="plain"), "7.5"), r"7\.5 has no fp32 matrix products"),
+        (spec_of(Vit(), "9.0"), r"cannot compile for compute capability 9\.0; it can for 7\.5, 8\.0"
+         r", 8\.6, 8\.9, 12\.0, 12\.1"),
+        (spec_of(Vit(), workspace=1024), "no kernel fits into --workspace; raise it"),
+        (spec_of(Vit(), version_compatible=True), r"cannot take --version-compatible: TensorRT-RTX "
+         r"ships without the lean runtime"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_a_contradiction_is_refused(tmp_path: Path, spec: BuildSpec, message: str) -> None:
+    with pytest.raises(BuildError, match=message):
+        build_engine(spec, rtx(), tmp_path / "x.engine")
+    assert not (tmp_path / "x.engine").exists()
+
+
+def test_options_without_effect_are_told_and_do_not_change_the_engine(tmp_path: Path) -> None:
+    cache = tmp_path / "timing.cache"
+    spec = spec_of(Vit(), optimization_level=5, timing_cache=cache)
+    result = build_engine(spec, rtx(), tmp_path / "x.engine")
+    assert [note.split(":")[0] for note in result.notes] == [
+        "--optimization-level has no effect",
+        "--timing-cache has no effect",
+    ]
+    assert not cache.exists()
+    assert result.output.read_bytes() == built(Vit()).output.read_bytes()
+
+
+def test_several_targets_are_told_to_share_their_kernels() -> None:
+    assert built(Vit(), "8.9 12.0").notes == (
+        "one set of kernels serves all targets, that of 8.9; an engine for each target may be "
+        "faster",
+    )
+
+
+def test_an_engine_that_claims_other_gpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = SimpleNamespace(capabilities=(ComputeCapability(12, 0),))
+    monkeypatch.setattr(subject, "read_header", lambda _path: other)
+    with pytest.raises(BuildError, match=r"asked for compute capability 8\.9, .* claims 12\.0"):
+        build_engine(spec_of(Vit()), rtx(), Path(graph(Vit())).with_suffix(".claims"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"profiles": ()}, "no batch range; give at least one --batch"),
+        ({"profiles": (BatchRange(), BatchRange())}, "--batch 1:8:32 is given twice"),
+        (
+            {"capabilities": (ComputeCapability(8, 9),) * 2},
+            r"--compute-capability 8\.9 is given tw",
+        ),
+        ({"optimization_level": 6}, "optimization level 6 is not one of 0 to 5"),
+        ({"workspace": 0}, "workspace 0 must be above zero"),
+        ({"timeout": float("nan")}, "timeout nan must be above zero"),
+        ({"memory_limit": -1}, "memory limit -1 must be above zero"),
+    ],
+)
+def test_a_spec_that_makes_no_sense(options: dict[str, object], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        BuildSpec(**{"model": Path("x.onnx"), "profiles": (BatchRange(),), **options})
+
+
+def test_a_spec_survives_json() -> None:
+    spec = BuildSpec(
+        Path("x.onnx"), (BatchRange(), BatchRange(64, 64, 64)), (ComputeCapability(8, 9),),
+        Dtype.FP16, 1 << 30, 3, Path("t.cache"), True, True, 60.0, 1 << 32,
+    )  # fmt: skip
+    assert BuildSpec.from_json(spec.to_json()) == spec
+    bare = BuildSpec(Path("x.onnx"), (BatchRange(),))
+    assert BuildSpec.from_json(bare.to_json()) == bare
+    assert bare.options_set() == {}
+    assert len(spec.options_set()) == 9
+
+
+# --- limits, interruptions, crashes ---------------------------------------------------------------
+
+
+def children_of(process: int) -> list[int]:
+    text = Path(f"/proc/{process}/task/{process}/children").read_text()
+    return [int(child) for child in text.split()]
+
+
+def is_alive(process: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    return False
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def test_a_timeout_ends_the_build(tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(BuildError, match=r"^the build took longer than its limit of 0\.2 s$"):
+        build_engine(spec_of(DEEP, timeout=0.2), rtx(), tmp_path / "x.engine")
+    assert time.monotonic() - started < 5
+    assert children_of(os.getpid()) == []
+
+
+def test_a_memory_limit_ends_the_build(tmp_path: Path) -> None:
+    with pytest.raises(
+        BuildError, match=r"^the build needs more than its memory limit of 0\.10 GiB \(it was at "
+    ):
+        build_engine(spec_of(Vit(), memory_limit=100 << 20), rtx(), tmp_path / "x.engine")
+    assert children_of(os.getpid()) == []
+
+
+def test_an_error_in_the_progress_display_ends_the_build(tmp_path: Path) -> None:
+    def interrupt(_progress: Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(spec_of(DEEP), rtx(), tmp_path / "x.engine", progress=interrupt)
+    assert children_of(os.getpid()) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from msn_export.engine.backend import find_backend
+from msn_export.engine.build import build_engine
+from msn_export.engine.job import BuildSpec
+from msn_export.spec import BatchRange
+spec = BuildSpec(Path(sys.argv[1]), (BatchRange(),))
+tell = lambda progress: print(progress.phase, flush=True)
+try:
+    build_engine(spec, find_backend("tensorrt-rtx"), Path(sys.argv[2]), None, tell)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_compiler_does_not_outlive_its_parent(tmp_path: Path, end: signal.Signals) -> None:
+    rtx()
+    with subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, graph(DEEP), tmp_path / "x.engine"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as parent:  # fmt: skip
+        assert parent.stdout is not None
+        parent.stdout.readline()  # the build is under way
+        compilers = children_of(parent.pid)
+        assert len(compilers) == 1
+        parent.send_signal(end)
+        _, errors = parent.communicate(timeout=20)
+        wait_until(lambda: not is_alive(compilers[0]))
+    assert parent.returncode == (130 if end == signal.SIGINT else -end)
+    assert errors == b""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("import os; print('deep inside', flush=True); os.kill(os.getpid(), 11)",
+         r"^the TensorRT compiler crashed \(SIGSEGV\)\. Its last line: deep inside$"),
+        ("import os; os.kill(os.getpid(), 9)",
+         r"^the TensorRT compiler was killed \(SIGKILL\), most likely because memory ran out"),
+        ("import os; os._exit(3)", r"^the TensorRT compiler ended without a result \(exit 3\)"),
+        ("raise MemoryError", "there is not enough memory"),
+        ("raise RuntimeError('no')", "TensorRT's Python module raised RuntimeError: no"),
+    ],
+)  # fmt: skip
+def test_a_crash_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str, message: str
+) -> None:
+    (tmp_path / "crashing.py").write_text(source)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    backend = Backend(replace(rtx().flavour, module="crashing"), "1.7")
+    with pytest.raises(BuildError, match=message):
+        build_engine(spec_of(Vit()), backend, tmp_path / "x.engine")
+
+
+def test_an_engine_that_cannot_be_written_is_an_os_error(tmp_path: Path) -> None:
+    """The caller's staging folder turns a full disk into its own message."""
+    with pytest.raises(FileNotFoundError):
+        build_engine(spec_of(Vit()), rtx(), tmp_path / "absent" / "x.engine")
+
+
+def test_a_log_that_cannot_be_written_is_told_before_the_build(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"log .*absent/x\.log cannot be written: No such file"):
+        build_engine(spec_of(Vit()), rtx(), tmp_path / "x", tmp_path / "absent" / "x.log")
+
+
+# --- progress -------------------------------------------------------------------------------------
+
+
+def test_nested_phases_are_one_fraction() -> None:
+    phases = Phases()
+    phases.start("build", None, 2)
+    phases.start("optimise", "build", 4)
+    assert phases.step("optimise", 1) == Progress("optimise", 2, 4, 0.25)
+    phases.finish("optimise")
+    assert phases.step("build", 0) == Progress("build", 1, 2, 0.5)
+    assert phases.start("optimise", "build", 4) == Progress("optimise", 0, 4, 0.5)
+    assert phases.step("unheard of", 0) is None
+    assert phases.step("build", 7) == Progress("build", 2, 2, 1.0)
+
+
+def test_fraction_never_goes_back() -> None:
+    phases = Phases()
+    phases.start("build", None, 1)
+    phases.start("a", "build", 2)
+    phases.step("a", 1)
+    phases.finish("a")
+    again = phases.start("b", "build", 2)
+    assert again.fraction == 1.0
+
+
+def test_a_listener_that_is_gone_cancels_the_build() -> None:
+    trt = SimpleNamespace(IProgressMonitor=type("IProgressMonitor", (), {}))
+    answers = iter([True, True, False])
+    monitor = make_monitor(trt, lambda _progress: next(answers))
+    monitor.phase_start("build", None, 3)
+    monitor.phase_start("optimise", "build", 2)
+    assert monitor.step_complete("optimise", 0) is True  # so soon that it is not told
+    assert monitor.step_complete("unheard of", 0) is True
+    assert monitor.step_complete("build", 0) is False
+
+
+def test_a_child_that_nobody_listens_to_stops(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    job = {
+        "module": "tensorrt_rtx",
+        "spec": spec_of(DEEP).to_json(),
+        "output": str(tmp_path / "x.engine"),
+        "parent": os.getpid(),
+    }
+    run = subprocess.run(
+        [sys.executable, "-m", "msn_export.engine.child", str(writing)],
+        input=json.dumps(job) + "\n", capture_output=True, text=True, pass_fds=(writing,),
+        check=False,
+    )  # fmt: skip
+    os.close(writing)
+    assert run.returncode == 0
+    assert "Layers:" not in run.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- the flavours that need a GPU, through stand-ins ----------------------------------------------
+
+
+def stand_in(dtypes: tuple[str, ...] = ("HALF",)) -> MagicMock:
+    """A TensorRT module whose network has one dynamic input and one tensor of each dtype."""
+    trt = MagicMock()
+    network = trt.Builder.return_value.create_network.return_value
+    network.num_inputs, network.num_layers = 1, len(dtypes)
+    network.get_input.return_value = SimpleNamespace(name="x", shape=(-1, 3, 32, 32))
+    network.get_layer.side_effect = [
+        MagicMock(num_outputs=1, get_output=lambda _i, d=dtype: MagicMock(dtype=named(d)))
+        for dtype in dtypes
+    ]
+    builder = trt.Builder.return_value
+    builder.create_builder_config.return_value.add_optimization_profile.return_value = 0
+    inspector = trt.Runtime.return_value.deserialize_cuda_engine.return_value
+    inspector.create_engine_inspector.return_value.get_engine_information.return_value = (
+        '{"Layers": [{"Name": "_gemm_mha_v2", "LayerType": "kgen"}]}'
+    )
+    return trt
+
+
+def named(name: str) -> SimpleNamespace:
+    return SimpleNamespace(name=name)
+
+
+def compile_with(trt: MagicMock, version: str, **options: object) -> tuple[object, MagicMock]:
+    row = flavour_for("tensorrt", version)
+    assert row is not None
+    spec = BuildSpec(Path("x.onnx"), (BatchRange(),), **options)
+    done = compile_engine(trt, row, spec, MagicMock(), Heard(), lambda _progress: True)
+    return done, trt.Builder.return_value.create_builder_config.return_value
+
+
+def test_8_6_is_told_its_batch_and_its_precisions() -> None:
+    trt = stand_in(("HALF", "INT8"))
+    del trt.IProgressMonitor, trt.ComputeCapability, trt.IAttentionInputLayer, trt.LayerType
+    trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH = 0
+    done, config = compile_with(trt, "8.6.1")
+    trt.Builder.return_value.create_network.assert_called_once_with(1)
+    assert [call.args[0] for call in config.set_flag.call_args_list] == [
+        trt.BuilderFlag.FP16,
+        trt.BuilderFlag.INT8,
+    ]
+    assert [kernel.name for kernel in done.kernels] == ["_gemm_mha_v2"]
+
+
+def test_8_6_takes_fp16_for_a_graph_in_fp32_and_has_no_bf16() -> None:
+    trt = stand_in(("FLOAT",))
+    del trt.IProgressMonitor
+    _, config = compile_with(trt, "8.6.1", precision=Dtype.FP16)
+    config.set_flag.assert_called_once_with(trt.BuilderFlag.FP16)
+    with pytest.raises(BuildError, match="this TensorRT has no bf16; use --fp16"):
+        compile_with(stand_in(("FLOAT",)), "8.6.1", precision=Dtype.BF16)
+
+
+def test_11_is_strongly_typed_and_takes_its_options() -> None:
+    trt = stand_in()
+    trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED = 1
+    trt.IProgressMonitor = type("IProgressMonitor", (), {})
+    options = {"workspace": 1 << 30, "optimization_level": 4, "version_compatible": True}
+    _, config = compile_with(trt, "11.4.0", **options)
+    trt.Builder.return_value.create_network.assert_called_once_with(2)
+    config.set_memory_pool_limit.assert_called_once_with(trt.MemoryPoolType.WORKSPACE, 1 << 30)
+    assert config.builder_optimization_level == 4
+    config.set_flag.assert_called_once_with(trt.BuilderFlag.VERSION_COMPATIBLE)
+    config.set_compute_capability.assert_not_called()
+    profile = trt.Builder.return_value.create_optimization_profile.return_value
+    profile.set_shape.assert_called_once_with("x", (1, 3, 32, 32), (8, 3, 32, 32), (32, 3, 32, 32))
+
+
+def test_full_tensorrt_builds_for_its_own_gpu_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    row = flavour_for("tensorrt", "11.4.0")
+    assert row is not None
+    card = Driver("13.0", (Device(0, "NVIDIA H200", ComputeCapability(9, 0), 1),))
+    monkeypatch.setattr(subject, "find_driver", lambda: card)
+    with pytest.raises(
+        BuildError, match=r"11\.4\.0 cannot take --compute-capability: TensorRT com"
+    ):
+        build_engine(spec_of(Vit()), Backend(row, "11.4.0"), tmp_path / "x.engine")
+
+
+def test_a_timing_cache_is_merged_and_written_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "timing.cache"
+    config = MagicMock()
+    config.get_timing_cache.return_value.serialize.return_value = b"first"
+    assert timing_cache.attach(config, path) is None
+    timing_cache.store(config, path)
+    assert path.read_bytes() == b"first"
+    config.get_timing_cache.return_value.serialize.return_value = b"both"
+    timing_cache.store(config, path)
+    config.create_timing_cache.assert_called_with(b"first")
+    config.get_timing_cache.return_value.combine.assert_called_once()
+    assert path.read_bytes() == b"both"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_foreign_timing_cache_is_started_anew(tmp_path: Path) -> None:
+    path = tmp_path / "timing.cache"
+    path.write_bytes(b"of another GPU")
+    config = MagicMock()
+    config.set_timing_cache.return_value = False
+    assert "is of another TensorRT or GPU, or damaged" in str(timing_cache.attach(config, path))
+    config.create_timing_cache.assert_called_with(b"")
+
+
+def test_timing_caches_are_kept_by_version_and_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    path = timing_cache.default_path("11.4.0.106", "NVIDIA H200 NVL", ComputeCapability(9, 0))
+    assert path == Path("/cache/msn-export/timing-11.4.0.106-sm90-nvidia-h200-nvl")
+
+
+# --- what errors mean -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("raw", "meaning"),
+    [
+        ("Error Code 1: Cuda Runtime (cudaError 35: CUDA driver version is insufficient",
+         "needs an NVIDIA driver"),
+        ("Version tag does not match. Note: Current Version: 239", "built by another version of"),
+        ("Cannot compile for target(s) sm86, because the model contains HW-specific datatypes: "
+         "fp8_e4m3", "sm86 cannot compute in fp8_e4m3"),
+        ("Network has dynamic or shape inputs, but no optimization profile has been defined",
+         "give a --batch"),
+        ("Input tensor x has static dimensions that don't match kMIN dimensions in profile index 0",
+         "lies outside the graph's fixed shape"),
+        ("In node 3 (importFallbackPluginImporter): Plugin not found", "com.microsoft operators"),
+        ("Requested amount of GPU memory could not be allocated. OutOfMemory", "enough memory"),
+        ("Unable to load library: libnvinfer_lean.so.1: cannot", "missing: libnvinfer_lean.so.1"),
+    ],
+)  # fmt: skip
+def test_known_errors_are_translated(raw: str, meaning: str) -> None:
+    assert meaning in str(explain(raw))
+
+
+def test_an_unknown_error_is_quoted_and_silence_is_told() -> None:
+    assert explain("a\nb") is None
+    assert explain_or_quote(["something\n new", "else"]) == "TensorRT says: something new"
+    assert "gave no reason; --log FILE keeps all it said" in explain_or_quote([])

@@ -1,0 +1,377 @@
+"""What a census says of real engines, of recorded ones, and what it refuses."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from engine_builds import built
+from engine_graphs import Vit
+
+from msn_export.engine.census import Census, by_profile, require, summary
+from msn_export.engine.kernels import Constant, Kernel, block_of, read_inspector, read_log
+from msn_export.engine.roles import gemm_dtype, is_fused_attention, is_gemm, is_layout_only
+from msn_export.errors import BuildError, ManifestError
+
+
+def names(kernels: tuple[Kernel, ...]) -> list[str]:
+    return [kernel.name for kernel in kernels]
+
+
+# Figures of TensorRT-RTX 1.7.1 for a ViT of two blocks; each block has four matrix products.
+@pytest.mark.parametrize(
+    ("vit", "capability", "kernels", "fused", "gemms", "convolutions"),
+    [
+        (Vit(), "8.9", 22, 2, {"Half": 8}, {"Half": 1}),
+        (Vit(), "7.5", 22, 2, {"Half": 8}, {"Half": 1}),
+        (Vit(), "12.0", 22, 2, {"Half": 8}, {"Half": 1}),
+        (Vit(dtype="bf16"), "8.9", 22, 2, {"BFloat16": 8}, {"BFloat16": 1}),
+        (Vit(quantised="int8"), "8.9", 24, 2, {"Int8": 8}, {"Half": 1}),
+        (Vit(quantised="fp8"), "8.9", 24, 2, {"FP8": 8}, {"Half": 1}),
+        (Vit(attention="plain"), "8.9", 25, 2, {"Half": 8}, {"Half": 1}),
+        # one query a head: a kernel of its own, from 4 heads x images on
+        (Vit(cls_only=True, heads=4), "8.9", 22, 2, {"Half": 8}, {"Half": 1}),
+        # q k and p v are products of their own where attention is not fused
+        (Vit(dtype="fp32", attention="plain"), "8.9", 38, 0, {"Float": 12}, {"Float": 1}),
+        (Vit(attention="float"), "8.9", 30, 0, {"Half": 8, "Float": 4}, {"Half": 1}),
+    ],
+    ids=str,
+)
+def test_figures_of_real_engines(
+    vit: Vit, capability: str, kernels: int, fused: int, gemms: dict, convolutions: dict
+) -> None:
+    census = built(vit, capability).census
+    assert len(census.kernels) == kernels
+    assert len(census.fused_attention) == fused
+    assert census.gemm_dtypes == gemms
+    assert census.convolution_dtypes == convolutions
+    assert list(census.kernels_per_block) == [0, 1]
+    assert census.closed == ()
+
+
+def test_kernels_belong_to_blocks() -> None:
+    census = built(Vit()).census
+    assert census.kernels_per_block == {0: 9, 1: 10}
+    outside = [kernel for kernel in census.kernels if kernel.block is None]
+    assert [kernel.kind for kernel in outside] == ["shape_call", "kgen", "correlation"]
+    assert [kernel.block for kernel in census.fused_attention] == [0, 1]
+
+
+def test_layout_only_kernels_are_named_with_their_place() -> None:
+    census = built(Vit()).census
+    assert [(kernel.name[:20], kernel.block) for kernel in census.layout_only] == [
+        ("__myl_MoveReplConc_m", None),
+        ("__myl_MoveReshTran_m", 0),
+        ("__myl_MoveReshTran_m", 1),
+    ]
+    told = summary(census)["layout_only"]
+    assert told[1]["layers"] == ["blocks.0.attn.Attention", "blocks.0.attn.merge.Transpose"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["/vit/encoder/layer.{block}/{part}", "/layers.{block}/{part}", "enc.block_{block}.{part}"],
+)
+def test_blocks_of_foreign_graphs_are_found(name: str) -> None:
+    census = built(Vit(name=name)).census
+    assert census.kernels_per_block == {0: 9, 1: 10}
+    require(census, depth=2, precision="fp16")
+
+
+def test_a_graph_without_block_names_is_judged_as_a_whole() -> None:
+    census = built(Vit(name="n{block}_{part}")).census
+    assert census.kernels_per_block == {}
+    require(census, depth=2, precision="fp16")
+    with pytest.raises(BuildError, match="fused attention in 2 of 3 blocks; --allow-unfused"):
+        require(census, depth=3, precision="fp16")
+
+
+def test_each_profile_has_its_own_census() -> None:
+    first, second = built(Vit(), profiles="1:8:32 64:64:128").censuses
+    assert (first.profile, second.profile) == (0, 1)
+    assert len(first.kernels) == len(second.kernels) == 22
+    for census in (first, second):
+        require(census, depth=2, precision="fp16")
+    with pytest.raises(BuildError, match=r"not what was asked for \(profile 1\): fused attention"):
+        require(second, depth=3, precision="fp16")
+
+
+def test_several_targets_are_one_set_of_kernels() -> None:
+    both = built(Vit(), "8.9 12.0")
+    assert len(both.censuses) == 1
+    assert names(both.census.kernels) == names(built(Vit(), "8.9").census.kernels)
+
+
+def test_a_fixed_batch_saves_the_shape_computation() -> None:
+    assert "shape_call" in built(Vit()).census.by_kind
+    fixed = built(Vit(batch=4), profiles="4")
+    assert "shape_call" not in fixed.census.by_kind
+    assert len(fixed.census.kernels) == 21
+
+
+@pytest.mark.parametrize(
+    "vit",
+    [Vit(input="fp32"), Vit(input="fp32", output="fp32"), Vit(input="uint8", output="fp32")],
+    ids=str,
+)
+def test_converting_input_and_output_costs_no_kernel(vit: Vit) -> None:
+    assert len(built(vit).census.kernels) == len(built(Vit()).census.kernels)
+
+
+def test_weights_by_dtype() -> None:
+    vit = Vit()
+    dim, patch = vit.dim, 4 * vit.patch**2  # the convolution's three channels are padded to four
+    blocks = vit.depth * (dim * 12 * dim + 13 * dim)  # four products; biases and norms
+    halves = 2 * (blocks + dim * patch)
+    assert built(vit).census.weight_bytes["Half"] == pytest.approx(halves, rel=0.01)
+
+
+def test_census_survives_json() -> None:
+    census = built(Vit(quantised="int8")).census
+    assert Census.from_json(json.loads(json.dumps(census.to_json()))) == census
+    with pytest.raises(ManifestError, match=r"census\.kernels is missing"):
+        Census.from_json({"profile": 0})
+
+
+# --- what require() refuses ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("vit", "precision"),
+    [(Vit(), "fp16"), (Vit(dtype="bf16"), "bf16"), (Vit(quantised="int8"), "int8"),
+     (Vit(quantised="fp8"), "fp8")],
+    ids=str,
+)  # fmt: skip
+def test_what_was_asked_for_passes(vit: Vit, precision: str) -> None:
+    require(built(vit).census, depth=2, precision=precision)
+
+
+def test_unfused_attention_is_refused_unless_allowed() -> None:
+    census = built(Vit(dtype="fp32", attention="plain")).census
+    with pytest.raises(
+        BuildError,
+        match=r"^engine is not what was asked for: fused attention in 0 of 2 blocks "
+        r"\(none in block 0, 1\); --allow-unfused accepts that$",
+    ):
+        require(census, depth=2, precision="fp32")
+    require(census, depth=2, precision="fp32", allow_unfused=True)
+
+
+def test_one_unfused_block_is_named() -> None:
+    census = built(Vit()).census
+    kept = tuple(kernel for kernel in census.kernels if kernel is not census.fused_attention[1])
+    with pytest.raises(BuildError, match=r"1 of 2 blocks \(none in block 1\)"):
+        require(replace(census, kernels=kept), depth=2, precision="fp16")
+
+
+def test_products_of_another_precision_are_named() -> None:
+    census = built(Vit(attention="float")).census
+    with pytest.raises(
+        BuildError,
+        match=r"^engine is not what was asked for: 4 of 12 matrix products and attention kernels "
+        r"are not Half: Float in blocks\.0\.attn\.scores\.MatMul.*, Float in .* and 1 more$",
+    ):
+        require(census, depth=2, precision="fp16", allow_unfused=True)
+
+
+def test_islands_may_stay_in_fp32() -> None:
+    census = built(Vit(attention="float")).census
+    islands = ["blocks.0.attn", "blocks.1.attn"]
+    require(census, depth=2, precision="fp16", allow_unfused=True, fp32_islands=islands)
+    with pytest.raises(BuildError, match="2 of 12 matrix products"):
+        require(census, depth=2, precision="fp16", allow_unfused=True, fp32_islands=islands[:1])
+
+
+def test_an_unquantised_engine_is_not_int8() -> None:
+    with pytest.raises(BuildError, match="no matrix product multiplies in Int8; is the graph qua"):
+        require(built(Vit()).census, depth=2, precision="int8")
+
+
+def test_products_that_are_not_recognised_prove_nothing() -> None:
+    census = built(Vit()).census
+    none = tuple(kernel for kernel in census.kernels if not is_gemm(kernel))
+    with pytest.raises(BuildError, match="no matrix product is recognised, so their precision"):
+        require(replace(census, kernels=none), depth=2, precision="fp16")
+    some = tuple(k for k in census.kernels if not (is_gemm(k) and k.block == 1))
+    with pytest.raises(BuildError, match="no matrix product is recognised in block 1, so"):
+        require(replace(census, kernels=some), depth=2, precision="fp16")
+
+
+def test_a_closed_layer_proves_nothing() -> None:
+    layer = Kernel("{ForeignNode[patch.Conv...norm]}", "Myelin", ("Half",), ("Half",))
+    census = Census((layer,))
+    assert census.closed == (layer,)
+    with pytest.raises(BuildError, match=r"are not proven: TensorRT does not tell what is inside"):
+        require(census, depth=2, precision="fp16")
+    require(census, depth=2, precision="fp16", allow_unfused=True)
+
+
+# --- single kernels -----------------------------------------------------------------------------
+
+
+def kernel(name: str, kind: str = "kgen", **fields: object) -> Kernel:
+    return Kernel(name, kind, **{"inputs": ("Half",), "outputs": ("Half",), **fields})
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "fused", "gemm", "layout"),
+    [
+        ("_gemm_mha_v2_myl0_6", "kgen", True, False, False),
+        ("_gemv_mha_v1_myl0_15", "kgen", True, False, False),
+        ("__mye8037_gemm_mha_v2", "kgen", True, False, False),
+        ("encoder.mha.qkv.MatMul_myl0_4", "gemm", False, True, False),
+        ("blocks.0._gemm_mha.MatMul_myl0_4", "gemm", False, True, False),
+        ("__myl_FcAddCastMean_myl5_249", "runtime_fusion", False, True, False),
+        ("__mye30160+__mye30148_myl0_4", "gemm", False, True, False),
+        ("__myl_MoveReshTran_myl0_7", "kgen", False, False, True),
+        ("__myl_TraRepRes_myl0_7", "kgen", False, False, True),
+        ("__myl_MoveReshMulTran_myl0_7", "kgen", False, False, False),
+        ("__myl_SlicReshMaxrSubExp_myl0_9", "kgen", False, False, False),
+        ("Reformatting CopyNode for Input Tensor 0", "Reformat", False, False, True),
+        ("__mye7575_0_myl0_0", "shape_call", False, False, False),
+    ],
+)
+def test_roles(name: str, kind: str, fused: bool, gemm: bool, layout: bool) -> None:
+    one = kernel(name, kind)
+    assert (is_fused_attention(one), is_gemm(one), is_layout_only(one)) == (fused, gemm, layout)
+
+
+def test_a_product_has_its_weights_dtype_not_its_residuals() -> None:
+    weight = Constant("w", "Half", (64, 192))
+    bias = Constant("b", "Float", (1, 192))
+    fused = kernel("__myl_FcAddAdd_myl0_8", constants=(bias, weight), inputs=("Float", "Half"))
+    assert gemm_dtype(fused) == "Half"
+    assert gemm_dtype(kernel("p", "gemm", inputs=("Half", "Float"))) == "Float"
+    assert gemm_dtype(kernel("p", "gemm", inputs=("Half", "Surprise"))) == "Surprise"
+    assert gemm_dtype(kernel("p", "gemm", inputs=())) == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("layers", "block"),
+    [
+        (("blocks.3.attn.qkv.MatMul", "blocks.3.attn.qkv.Add"), 3),
+        (("blocks.3.add2", "blocks.4.norm1"), 3),
+        (("blocks.3.add2", "blocks.4.norm1", "blocks.4.norm1.Cast"), 4),
+        (("pos.Add", "blocks.0.norm1"), 0),
+        (("norm", "pos.Add"), None),
+        ((), None),
+    ],
+)
+def test_a_kernel_belongs_to_the_block_most_of_its_nodes_name(
+    layers: tuple[str, ...], block: int | None
+) -> None:
+    assert kernel("k", layers=layers).block == block
+
+
+@pytest.mark.parametrize(
+    ("node", "block"),
+    [
+        ("blocks.11.mlp.fc1.MatMul", 11),
+        ("/vit/encoder/layer.7/attention/attention/query/MatMul", 7),
+        ("/layers.0/q_proj/MatMul", 0),
+        ("vit.encoder.layer.0.attentionvalue", 0),
+        ("encoder/layers/encoder_layer_5/self_attention", 5),
+        ("node_layer_norm_12", None),
+        ("node_MatMul_12", None),
+        ("layernorm.0", None),
+        ("", None),
+    ],
+)
+def test_block_of_a_node(node: str, block: int | None) -> None:
+    assert block_of(node) == block
+
+
+# --- records ------------------------------------------------------------------------------------
+
+# One record of each form out of a log of TensorRT-RTX 1.7.1, strides left out.
+LOG = """Layers:
+Name: __mye7575_0_myl0_0, LayerType: shape_call, Inputs: [], Constants: [], Outputs: [], \
+TacticName: , StreamId: 0, Metadata:\x20
+Name: __myl_FcAdd_myl1_4, LayerType: runtime_fusion, Inputs: [ { Name: a [profile 1], \
+Dimensions: [-1,64], Datatype: Half, Format: (Linear) Row major linear format }], Constants: [ \
+{ Name: b, Dimensions: [1,192], Datatype: Half, Format: (Linear) Row major linear format }, \
+{ Name: w, Dimensions: [64,192], Datatype: Half, Format: (Linear) Row major linear format }], \
+Outputs: [ { Name: c, Dimensions: [-1,192], Datatype: Half, Format: (Linear) Row major linear \
+format }], TacticName: , StreamId: 0, Metadata: [ONNX Layer: blocks.0.a][ONNX Layer: blocks.0.b]
+
+I/O Tensors:
+ Name: x, IOMode: Input, DataType: Half
+"""
+
+
+def test_records_of_a_log() -> None:
+    shape, product = read_log(["[W] something else", LOG])
+    assert shape == Kernel("__mye7575_0_myl0_0", "shape_call", (), ())
+    assert product == Kernel(
+        "__myl_FcAdd_myl1_4",
+        "runtime_fusion",
+        ("Half",),
+        ("Half",),
+        (Constant("b", "Half", (1, 192)), Constant("w", "Half", (64, 192))),
+        ("blocks.0.a", "blocks.0.b"),
+        profile=1,
+    )
+    assert product.constants[1].bytes == 2 * 64 * 192
+    assert [census.profile for census in by_profile((shape, product))] == [0, 1]
+
+
+def test_a_log_without_records_is_refused() -> None:
+    with pytest.raises(BuildError, match="log has no kernel records; the engine cannot be judged"):
+        read_log(["nothing of interest"])
+
+
+def test_a_record_of_unknown_form_is_refused() -> None:
+    with pytest.raises(BuildError, match=r"unknown form \(no '\], TacticName:' in 'Name: x, Lay"):
+        read_log(
+            ["Layers:\nName: x, LayerType: y, Inputs: [], Constants: [], Outputs: [ and so on"]
+        )
+
+
+INSPECTED = {
+    "Layers": [
+        {
+            "Name": "_gemm_mha_v2_myl0_6",
+            "LayerType": "kgen",
+            "Inputs": [{"Name": "q", "Dimensions": [-1, 6, 197, 64], "Format/Datatype": "Half"}],
+            "Outputs": [
+                {"Name": "y", "Dimensions": [-1], "Format/Datatype": "Row major linear FP16 format"}
+            ],
+            "TacticName": "_gemm_mha_v2_0xf3",
+            "StreamId": 0,
+            "Metadata": "[ONNX Layer: blocks.0.q]\x1e[ONNX Layer: blocks.0.attn]",
+        },
+        {
+            "Name": "fc1 [profile 1]",
+            "LayerType": "gemm",
+            "Inputs": [{"Name": "x", "Datatype": "Half"}],
+            "Outputs": [{"Name": "y", "Datatype": "Half"}],
+            "Constants": [{"Name": "w", "Dimensions": [64, 256], "Datatype": "Half"}],
+            "Metadata": None,
+        },
+    ],
+    "Bindings": ["x", "y"],
+}
+
+
+def test_layers_of_an_inspector() -> None:
+    attention, product = read_inspector(json.dumps(INSPECTED))
+    assert is_fused_attention(attention)
+    assert (attention.inputs, attention.outputs) == (("Half",), ("Half",))
+    assert attention.layers == ("blocks.0.q", "blocks.0.attn")
+    assert product.constants == (Constant("w", "Half", (64, 256)),)
+    assert (attention.profile, product.profile) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"Layers": ["conv1", "fc1"]}', "tells only the names of its layers"),
+        ('{"Layers": []}', "tells only the names of its layers"),
+        ("", "inspector's answer is not understood"),
+        ("{}", "inspector's answer is not understood"),
+        ('{"Layers": [{"Name": "x"}]}', "inspector's answer is not understood"),
+        ('{"Layers": 3}', "inspector's answer is not understood"),
+    ],
+)
+def test_an_inspector_that_tells_too_little(text: str, message: str) -> None:
+    with pytest.raises(BuildError, match=message):
+        read_inspector(text)
