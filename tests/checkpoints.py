@@ -25,7 +25,7 @@ def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
         for name, parameter in sorted(model.named_parameters()):
             torch.nn.init.normal_(parameter, std=0.15, generator=generator)
             if "layernorm" in name and name.endswith("weight"):
-                parameter += 1
+                parameter.add_(1)
     return model.eval()
 
 

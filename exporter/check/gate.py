@@ -48,8 +48,7 @@ class Gate:
         failures = self.failures(agreement)
         if failures:
             raise ToleranceError(
-                f"{what} does not agree with its reference over {agreement.images} images: "
-                + "; ".join(failures)
+                f"{what} does not agree with its reference: " + "; ".join(failures)
             )
 
 

@@ -20,9 +20,6 @@ def read_head(model: VitMsn, head: Head, tokens: Tensor) -> Tensor:
 
     ``mean`` averages the patch tokens without [CLS]: facebookresearch/msn src/deit.py,
     ``forward_return_n_last_blocks(return_patch_avgpool=True)``.
-
-    Raises:
-        GraphError: logits are asked of a model without a classifier.
     """
     match head:
         case Head.TOKENS:
@@ -32,18 +29,26 @@ def read_head(model: VitMsn, head: Head, tokens: Tensor) -> Tensor:
         case Head.CLS:
             return tokens[:, 0]
         case Head.LOGITS:
-            if model.classifier is None:
-                raise GraphError(
-                    "head logits needs a classifier, this checkpoint has none; use cls"
-                )
+            assert model.classifier is not None
             logits: Tensor = model.classifier(tokens[:, 0])
             return logits
+
+
+def require_readable(model: VitMsn, heads: Sequence[Head]) -> None:
+    """Require that a model has what ``heads`` read.
+
+    Raises:
+        GraphError: logits are asked of a model without a classifier.
+    """
+    if Head.LOGITS in heads and model.classifier is None:
+        raise GraphError("head logits needs a classifier, this checkpoint has none; use cls")
 
 
 class TorchRunner:
     """The reference in fp32 on the CPU, outputs by name as the graph has them."""
 
     def __init__(self, model: VitMsn, heads: Sequence[Head]) -> None:
+        require_readable(model, heads)
         self.model = model
         self.heads = tuple(heads)
         self.name = f"torch {torch.__version__}, cpu, fp32"

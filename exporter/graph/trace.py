@@ -14,7 +14,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor, nn
 
 from msn_export.errors import GraphError
-from msn_export.graph.reference import read_head
+from msn_export.graph.reference import read_head, require_readable
 from msn_export.models.vit_msn import VitMsn
 from msn_export.preprocessing import Preprocessing
 from msn_export.spec import BatchRange, Head, InputKind
@@ -40,33 +40,37 @@ def trace(
     Raises:
         GraphError: torch cannot export the model, or a head asks for a classifier it lacks.
     """
-    config = model.config
-    size, dtype = config.image_size, torch.float32
-    # two images: torch.export would specialise on a batch of one
-    images = 1 if batch.is_static and batch.max == 1 else 2
-    images = batch.max if batch.is_static else images
-    if stem is InputKind.FLOAT:
-        example = torch.zeros(images, config.channels, *size, dtype=dtype)
-    else:
-        example = torch.zeros(images, *size, config.channels, dtype=torch.uint8)
+    require_readable(model, heads)
     wrapped = _Graph(model, heads, stem, preprocessing).eval()
-    with _quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            wrapped,
-            (example,),
-            dynamo=True,
-            opset_version=TRACE_OPSET,
-            dynamic_shapes=None if batch.is_static else ({0: torch.export.Dim("batch")},),
-            input_names=[stem.tensor],
-            output_names=[head.output for head in heads],
-            verbose=False,
-        )
-    if program is None:
-        raise GraphError("torch.onnx.export gave no graph; is the installed torch supported?")
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                wrapped,
+                (_example(model, stem, batch),),
+                dynamo=True,
+                opset_version=TRACE_OPSET,
+                dynamic_shapes=None if batch.is_static else ({0: torch.export.Dim("batch")},),
+                input_names=[stem.tensor],
+                output_names=[head.output for head in heads],
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise GraphError(f"torch {torch.__version__} cannot export the model: {reason}") from error
+    assert program is not None  # only without dynamo is there nothing to return
     traced = program.model
     name_after_modules(traced)
     ClearMetadataAndDocStringPass()(traced)  # stack traces would carry this machine's paths
     return traced
+
+
+def _example(model: VitMsn, stem: InputKind, batch: BatchRange) -> Tensor:
+    # two images for a dynamic batch: torch.export would specialise on one
+    images = batch.max if batch.is_static else 2
+    size, channels = model.config.image_size, model.config.channels
+    if stem is InputKind.FLOAT:
+        return torch.zeros(images, channels, *size)
+    return torch.zeros(images, *size, channels, dtype=torch.uint8)
 
 
 class _Graph(nn.Module):
