@@ -1,0 +1,263 @@
+"""``msn-export trt`` with the real TensorRT-RTX: the engine is what was asked for, or none is."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from checkpoints import hugging_face
+from click.testing import CliRunner
+from graphs import parse
+
+from msn_export import manifest
+from msn_export.cli import main
+from msn_export.driver import NoDriver, find_driver
+from msn_export.graph import io
+
+pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+RTX = ("--backend", "tensorrt-rtx", "--compute-capability", "8.9")
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Export a tiny checkpoint, all tokens out: an fp32 graph of two blocks."""
+    folder = tmp_path_factory.mktemp("trt")
+    hugging_face(folder / "hf")
+    output = folder / "m.onnx"
+    result = CliRunner().invoke(
+        main, ["onnx", str(folder / "hf"), "-o", str(output), "--head", "tokens"]
+    )
+    assert result.exit_code == 0, result.output
+    return output
+
+
+def build(model: Path, output: Path, *options: str, target: tuple[str, ...] = RTX):
+    arguments = ["trt", str(model), "-o", str(output), "--json", *target, *options]
+    return CliRunner().invoke(main, arguments)
+
+
+def told(result) -> dict:
+    assert result.exit_code == 0, result.output
+    parsed: dict = json.loads(result.stdout)
+    return parsed
+
+
+@pytest.mark.parametrize(
+    ("option", "gemms"), [("--fp16", {"Half": 8}), ("--bf16", {"BFloat16": 8})]
+)
+def test_a_half_precision_engine_is_half_and_fused(graph, tmp_path, option, gemms) -> None:
+    output = tmp_path / "m.engine"
+    said = told(build(graph, output, option))
+    engine = said["engine"]
+    assert engine["gemm_dtypes"] == gemms
+    assert engine["fused_attention"] == 2
+    assert set(engine["kernels_per_block"]) == {"0", "1"}
+    assert engine["compute_capabilities"] == ["8.9"]
+    assert said["check"]["passed"] is True
+    assert said["check"]["batches"] == [1, 8, 32]
+    assert said["source"]["file"] == "m.onnx"
+    written = manifest.read(output)
+    assert written is not None
+    manifest.require_match(output, written)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.engine", "m.engine.json"]
+
+
+@pytest.mark.skipif(not isinstance(find_driver(), NoDriver), reason="a driver is found here")
+def test_without_a_driver_the_manifest_says_that_nothing_ran(graph, tmp_path) -> None:
+    engine = told(build(graph, tmp_path / "m.engine", "--fp16"))["engine"]
+    assert engine["executed"] is False
+    assert engine["reason"].startswith("compiled, not executed: no NVIDIA driver")
+
+
+def test_an_fp32_engine_has_its_attention_taken_apart(graph, tmp_path) -> None:
+    engine = told(build(graph, tmp_path / "m.engine", "--fp32"))["engine"]
+    assert set(engine["gemm_dtypes"]) == {"Float"}
+    assert engine["precision"] == "fp32"
+
+
+def test_two_builds_give_the_same_bytes(graph, tmp_path) -> None:
+    for name in ("a", "b"):
+        told(build(graph, tmp_path / f"{name}.engine", "--fp16"))
+    assert (tmp_path / "a.engine").read_bytes() == (tmp_path / "b.engine").read_bytes()
+
+
+def test_several_batches_are_several_profiles_each_checked(graph, tmp_path) -> None:
+    said = told(build(graph, tmp_path / "m.engine", "--fp16", "--batch", "1", "--batch", "2:4:6"))
+    assert said["profiles"] == [{"min": 1, "opt": 1, "max": 1}, {"min": 2, "opt": 4, "max": 6}]
+    assert said["check"]["batches"] == [1, 2, 4, 6]
+
+
+def test_an_ignored_option_is_told(graph, tmp_path) -> None:
+    said = told(build(graph, tmp_path / "m.engine", "--fp16", "--optimization-level", "5"))
+    assert any("--optimization-level has no effect" in note for note in said["notes"])
+
+
+def test_the_log_has_what_tensorrt_said(graph, tmp_path) -> None:
+    told(build(graph, tmp_path / "m.engine", "--fp16", "--log", str(tmp_path / "build.log")))
+    assert "_gemm_mha" in (tmp_path / "build.log").read_text()
+
+
+def test_a_graph_of_another_tool_is_understood(graph, tmp_path) -> None:
+    foreign = tmp_path / "theirs.onnx"
+    io.save(io.load(graph), foreign)
+    said = told(build(foreign, tmp_path / "m.engine", "--fp16"))
+    assert said["attention"]["expected"] == 2
+    assert any("theirs.onnx has no manifest" in note for note in said["notes"])
+
+
+def test_an_overflowing_activation_is_kept_in_fp32(tmp_path) -> None:
+    import torch
+
+    model = hugging_face(tmp_path / "hf")
+    with torch.no_grad():  # one residual channel near 1e5, as trained ViTs have near 1e3
+        model.embeddings.position_embeddings[..., 5] += 1e5
+    model.save_pretrained(tmp_path / "hf")
+    source = tmp_path / "m.onnx"
+    arguments = ["onnx", str(tmp_path / "hf"), "-o", str(source)]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    refused = build(source, tmp_path / "none.engine", "--fp16", "--islands", "none")
+    assert refused.exit_code == 1
+    assert "NaN" in refused.stderr or "infinite" in refused.stderr
+    assert not (tmp_path / "none.engine").exists()
+    said = told(build(source, tmp_path / "m.engine", "--fp16"))
+    assert said["check"]["cosine_min"] >= 0.999
+    assert "blocks.0.Add" in said["islands"]
+    assert said["engine"]["gemm_dtypes"] == {"Half": 8}
+
+
+def save(text: str, path: Path) -> Path:
+    model = parse(text)
+    model.ir_version = 10
+    io.save(model, path)
+    return path
+
+
+def microsoft(tmp: Path) -> Path:
+    model = parse("g (float[b,3,8,8] x) => (float[b,3,8,8] y) { y = Relu (x) }")
+    next(iter(model.graph)).domain = "com.microsoft"
+    next(iter(model.graph)).op_type = "BiasGelu"
+    model.graph.opset_imports["com.microsoft"] = 1
+    (tmp / "x.onnx").write_bytes(ir.to_proto(model).SerializeToString())
+    return tmp / "x.onnx"
+
+
+BAD_GRAPHS = {
+    "none": (lambda tmp: tmp / "none.onnx", "none.onnx does not exist; give an .onnx file"),
+    "optimised by onnxruntime": (microsoft, "is com.microsoft.BiasGelu: it was optimised by"),
+    "no attention": (
+        lambda tmp: save("g (float[b,3,8,8] x) => (float[b,3,8,8] y) { y = Relu (x) }", tmp / "x"),
+        "fused 0 of 0 attention cores",
+    ),
+    "two inputs": (
+        lambda tmp: save(
+            "g (float[b,3,8,8] x, float[b,3,8,8] z) => (float[b,3,8,8] y) { y = Add (x, z) }",
+            tmp / "x",
+        ),
+        "takes 'x', 'z'; expected one image input",
+    ),
+    "dynamic height": (
+        lambda tmp: save("g (float[b,3,h,8] x) => (float[b,3,h,8] y) { y = Relu (x) }", tmp / "x"),
+        "height, width and channels must be fixed",
+    ),
+    "no image": (
+        lambda tmp: save("g (int64[b,3] x) => (int64[b,3] y) { y = Neg (x) }", tmp / "x"),
+        "expected float32 [b, c, h, w] or uint8 [b, h, w, c] images",
+    ),
+}
+
+
+@pytest.mark.parametrize(("prepare", "message"), BAD_GRAPHS.values(), ids=BAD_GRAPHS.keys())
+def test_a_graph_we_do_not_understand_is_refused(prepare, message, tmp_path) -> None:
+    outputs = tmp_path / "outputs"
+    outputs.mkdir()
+    result = build(prepare(tmp_path), outputs / "m.engine", "--fp16")
+    assert result.exit_code == 1
+    assert message in result.stderr.strip().splitlines()[-1]
+    assert list(outputs.iterdir()) == []
+
+
+def test_a_graph_that_is_not_its_manifests_is_refused(graph, tmp_path) -> None:
+    changed = tmp_path / "m.onnx"
+    changed.write_bytes(graph.read_bytes())
+    beside = manifest.manifest_path(changed)
+    beside.write_bytes(manifest.manifest_path(graph).read_bytes())
+    model = io.load(changed)
+    weight = model.graph.initializers["norm.bias"]
+    assert weight.const_value is not None
+    weight.const_value = ir.tensor(np.zeros(64, np.float32), name="norm.bias")
+    io.save(model, changed)
+    result = build(changed, tmp_path / "m.engine", "--fp16")
+    assert result.exit_code == 1
+    assert "is not the file its manifest describes" in result.stderr
+
+
+def test_a_typed_graph_cannot_be_widened(graph, tmp_path) -> None:
+    half = tmp_path / "half.onnx"
+    arguments = ["onnx", str(graph.parent / "hf"), "-o", str(half), "--dtype", "fp16"]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    result = build(half, tmp_path / "m.engine", "--fp32")
+    assert result.exit_code == 1
+    assert "is typed fp16; --fp32 needs the fp32 graph" in result.stderr
+    assert told(build(half, tmp_path / "m.engine", "--batch", "2"))["engine"]["precision"] == "fp16"
+
+
+def test_a_fixed_batch_cannot_be_widened(graph, tmp_path) -> None:
+    static = tmp_path / "static.onnx"
+    arguments = ["onnx", str(graph.parent / "hf"), "-o", str(static), "--batch", "4"]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    result = build(static, tmp_path / "m.engine", "--fp16", "--batch", "1:2:8")
+    assert result.exit_code == 1
+    assert "the graph has a fixed batch of 4; export it again with --batch 1:2:8" in result.stderr
+
+
+def test_an_existing_engine_is_kept_unless_forced(graph, tmp_path) -> None:
+    output = tmp_path / "m.engine"
+    output.write_bytes(b"mine")
+    assert "--force replaces it" in build(graph, output, "--fp16").stderr
+    assert output.read_bytes() == b"mine"
+    told(build(graph, output, "--fp16", "--force"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_ending_the_command_ends_the_compiler_and_leaves_no_engine(graph, tmp_path, number) -> None:
+    command = [sys.executable, "-m", "msn_export.cli", "trt", str(graph), "--fp16", *RTX]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, cwd=tmp_path, text=True)
+    compiler = None
+    deadline = time.monotonic() + 60
+    while compiler is None and time.monotonic() < deadline:
+        compiler = child_of(run.pid)
+    assert compiler is not None
+    run.send_signal(number)
+    run.communicate(timeout=60)
+    while time.monotonic() < deadline and alive(compiler):
+        time.sleep(0.05)
+    assert not alive(compiler)
+    assert not list(tmp_path.glob("*.engine"))
+    if number is signal.SIGINT:
+        assert run.returncode == 130
+        assert list(tmp_path.iterdir()) == []
+
+
+def child_of(parent: int) -> int | None:
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            arguments = (entry / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if int(fields[1]) == parent and b"msn_export.engine.child" in arguments:
+            return int(entry.name)
+    return None
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
