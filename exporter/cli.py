@@ -230,6 +230,25 @@ def trt(model: Path, **options: Any) -> None:
     console.show(output, manifest)
 
 
+@main.command()
+@click.argument(
+    "artifacts",
+    nargs=-1,
+    required=True,
+    metavar="ARTIFACT [OTHER]",
+    type=click.Path(dir_okay=False, path_type=Path),
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+def inspect(artifacts: tuple[Path, ...], as_json: bool) -> None:
+    """Show what an engine, an ONNX file or a manifest is made of; two of them side by side."""
+    if len(artifacts) > 2:
+        raise click.UsageError("give one artifact, or two to compare")
+    from msn_export.console import show_inspections
+    from msn_export.inspection import inspect as inspect_artifact
+
+    show_inspections([inspect_artifact(path) for path in artifacts], as_json=as_json)
+
+
 def _command_line() -> str:
     return shlex.join(["msn-export", *sys.argv[1:]])
 

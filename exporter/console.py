@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console as RichConsole
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from msn_export.inspection import Inspection
+from msn_export.inspection_rows import rows as inspection_rows
 from msn_export.manifest import CheckRecord, EngineRecord, Manifest
 from msn_export.records import to_plain
 
@@ -42,13 +45,18 @@ class Steps:
             self._progress.update(self._task, completed=done, total=of, detail=detail)
 
 
+def stdout_console() -> RichConsole:
+    """Open stdout; a pipe or a file gets a fixed width."""
+    return RichConsole(highlight=False, width=None if sys.stdout.isatty() else 100)
+
+
 class Console:
     """Prints one command's progress and result."""
 
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
         self._stderr = RichConsole(stderr=True, highlight=False)
-        self._stdout = RichConsole(highlight=False, width=None if sys.stdout.isatty() else 100)
+        self._stdout = stdout_console()
 
     @contextmanager
     def progress(self) -> Iterator[Steps]:
@@ -70,7 +78,7 @@ class Console:
             return
         table = Table(title=str(output), title_justify="left", show_header=False)
         for name, text in rows(manifest):
-            table.add_row(name, text)
+            table.add_row(name, escape(text))
         self._stdout.print(table)
 
 
@@ -84,7 +92,7 @@ def rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
     for title, specs in (("input", manifest.inputs), ("output", manifest.outputs)):
         for spec in specs:
             shape = ", ".join(str(size) for size in spec.shape)
-            yield title, f"{spec.name}: {spec.dtype} \\[{shape}]"
+            yield title, f"{spec.name}: {spec.dtype} [{shape}]"
     yield "batch", ", ".join(str(profile) for profile in manifest.profiles)
     if manifest.preprocessing is not None:
         yield "preprocessing", f"{manifest.preprocessing.name}, {manifest.preprocessing.size}"
@@ -126,4 +134,22 @@ def _check_rows(check: CheckRecord | None) -> Iterator[tuple[str, str]]:
         "cosine",
         (f"min {check.cosine_min:.8f}, p1 {check.cosine_p1:.8f}, median {check.cosine_median:.8f}"),
     )
-    yield "verdict", "[green]passed[/]" if check.passed else "[red]failed[/]"
+    yield "verdict", "passed" if check.passed else "failed"
+
+
+def show_inspections(found: list[Inspection], *, as_json: bool) -> None:
+    """Print one artifact, or two side by side with what differs marked."""
+    if as_json:
+        plain = [{**to_plain(one), "other_bytes": one.other_bytes} for one in found]
+        written = plain[0] if len(plain) == 1 else {"artifacts": plain}
+        sys.stdout.write(json.dumps(written, ensure_ascii=False) + "\n")
+        return
+    described = [dict(inspection_rows(one)) for one in found]
+    names = list(dict.fromkeys(name for one in described for name in one))
+    table = Table("", *(escape(one.file) for one in found), show_lines=len(found) > 1)
+    for name in names:
+        cells = [one.get(name, "-") for one in described]
+        differs = len(set(cells)) > 1
+        title = f"[bold]{name} ≠[/]" if differs else name
+        table.add_row(title, *(escape(cell) for cell in cells))
+    stdout_console().print(table)

@@ -1,0 +1,248 @@
+"""What an artifact is made of, read without a GPU and without the TensorRT that built it."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from msn_export import manifest as manifests
+from msn_export.engine.census import Census, summary
+from msn_export.engine.header import EngineHeader, read_header
+from msn_export.errors import GraphError, ManifestError
+from msn_export.files import manifest_path, sha256_of
+from msn_export.graph import io
+from msn_export.graph.attention import AttentionCore, match
+from msn_export.graph.precision import graph_dtype
+from msn_export.graph.work import multiply_adds
+from msn_export.manifest import Manifest
+from msn_export.spec import BatchRange, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """The facts of one artifact; None where the file does not tell. Sizes in bytes.
+
+    ``described`` says whether a manifest vouches for the rest: only one whose hash is that of the
+    file is believed. ``gemm_dtypes`` counts matrix products by what they multiply in.
+    """
+
+    file: str
+    kind: str
+    bytes: int
+    sha256: str
+    described: str
+    runs_on: str
+    made_by: str | None = None
+    checkpoint: str | None = None
+    command: str | None = None
+    precision: str | None = None
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+    profiles: tuple[BatchRange, ...] = ()
+    nodes: int | None = None
+    ops: dict[str, int] = field(default_factory=dict)
+    multiply_adds: int | None = None
+    attention_expected: int | None = None
+    attention_fused: int | None = None
+    gemm_dtypes: dict[str, int] = field(default_factory=dict)
+    kernels: int | None = None
+    kernels_per_block: dict[str, int] = field(default_factory=dict)
+    kernel_kinds: dict[str, int] = field(default_factory=dict)
+    layout_only: tuple[str, ...] = ()
+    weight_bytes: int | None = None
+    islands: tuple[str, ...] = ()
+    check: str = "unknown"
+    executed: str = "unknown"
+
+    @property
+    def other_bytes(self) -> int | None:
+        """What is not weights: code, names, padding."""
+        return None if self.weight_bytes is None else max(0, self.bytes - self.weight_bytes)
+
+
+def inspect(path: Path) -> Inspection:
+    """Read an engine, an ONNX file, or a manifest.
+
+    Raises:
+        GraphError: there is no such file, or it is none of these.
+        EngineFileError: an engine is damaged.
+        ManifestError: a manifest is malformed.
+    """
+    if not path.is_file():
+        raise GraphError(f"{path} does not exist; give an .onnx, .engine or .json file")
+    if path.suffix == ".json":
+        return _of_manifest(path)
+    manifest, described = _manifest_of(path)
+    if path.suffix == ".onnx":
+        return _of_graph(path, manifest, described)
+    return _of_engine(path, read_header(path), manifest, described)
+
+
+def _manifest_of(path: Path) -> tuple[Manifest | None, str]:
+    """Find the manifest that vouches for a file; one of another file does not."""
+    manifest = manifests.read(path)
+    if manifest is None:
+        return None, "no manifest: only what the file itself tells"
+    try:
+        manifests.require_match(path, manifest)
+    except ManifestError:
+        return None, (
+            f"{manifest_path(path).name} describes another file (its hash differs): not believed"
+        )
+    return manifest, f"{manifest_path(path).name}, hash verified"
+
+
+def _of_manifest(path: Path) -> Inspection:
+    artifact = path.with_suffix("")
+    manifest = manifests.read(artifact)
+    if manifest is None:
+        raise GraphError(f"{path} is no manifest beside an artifact; expected NAME.json")
+    described = "the manifest alone: its artifact is not beside it"
+    if artifact.is_file():
+        vouched, described = _manifest_of(artifact)
+        if vouched is not None:
+            return inspect(artifact)
+    runs_on = _runs_on_engine(manifest) if manifest.engine else _runs_on_graph(manifest.opset)
+    facts = _from_manifest(manifest)
+    return Inspection(
+        artifact.name, manifest.kind, manifest.bytes, manifest.sha256, described, runs_on, **facts
+    )
+
+
+def _of_graph(path: Path, manifest: Manifest | None, described: str) -> Inspection:
+    model = io.load(path)
+    io.infer_shapes(model)
+    facts = _from_manifest(manifest) if manifest is not None else {}
+    candidates = [node for node in model.graph if node.op_type in {"Attention", "Softmax"}]
+    fused = [node for node in candidates if node.op_type == "Attention"]
+    cores = [core for core in map(match, candidates) if isinstance(core, AttentionCore)]
+    weights = model.graph.initializers.values()
+    facts |= {
+        "precision": str(graph_dtype(model)),
+        "inputs": io.tensor_specs(list(model.graph.inputs)),
+        "outputs": io.tensor_specs(list(model.graph.outputs)),
+        "nodes": len(model.graph),
+        "ops": io.operators(model),
+        "multiply_adds": multiply_adds(model),
+        "attention_fused": len(fused),
+        "gemm_dtypes": _product_dtypes(model),
+        "weight_bytes": sum(w.const_value.nbytes for w in weights if w.const_value is not None),
+    }
+    facts.setdefault("attention_expected", max(len(cores), len(fused)))
+    opset = model.graph.opset_imports.get("", 0)
+    return Inspection(
+        path.name, "onnx", path.stat().st_size, sha256_of(path), described,
+        _runs_on_graph(opset), **facts,
+    )  # fmt: skip
+
+
+def _product_dtypes(model: ir.Model) -> dict[str, int]:
+    """Count matrix products by what they multiply in; a dequantised operand counts as quantised."""
+    counts: Counter[str] = Counter()
+    for node in model.graph:
+        if node.op_type not in {"MatMul", "Gemm"} or node.inputs[1] is None:
+            continue
+        value = node.inputs[1]
+        producer = value.producer()
+        if producer is not None and producer.op_type == "DequantizeLinear":
+            value = producer.inputs[0] or value
+        counts[value.dtype.name.lower() if value.dtype else "unknown"] += 1
+    return dict(counts.most_common())
+
+
+def _of_engine(
+    path: Path, header: EngineHeader, manifest: Manifest | None, described: str
+) -> Inspection:
+    facts = _from_manifest(manifest) if manifest is not None else {}
+    facts["weight_bytes"] = header.weight_bytes
+    return Inspection(
+        path.name, "engine", path.stat().st_size, sha256_of(path), described,
+        _runs_on_header(header), **facts,
+    )  # fmt: skip
+
+
+def _from_manifest(manifest: Manifest) -> dict[str, Any]:
+    check = manifest.check
+    facts: dict[str, Any] = {
+        "made_by": f"{manifest.product} ({_versions(manifest)})",
+        "checkpoint": manifest.checkpoint.source if manifest.checkpoint else None,
+        "command": manifest.command or None,
+        "precision": str(manifest.dtype),
+        "inputs": manifest.inputs,
+        "outputs": manifest.outputs,
+        "profiles": manifest.profiles,
+        "nodes": manifest.nodes,
+        "ops": manifest.ops,
+        "attention_expected": manifest.attention.expected,
+        "attention_fused": manifest.attention.fused,
+        "islands": tuple(sorted(manifest.islands)),
+        "check": "none" if check is None else _verdict(manifest),
+        "executed": "on the CPU, in its check" if check is not None else "never",
+    }
+    if manifest.engine is not None:
+        facts |= _census_facts(manifest)
+    return facts
+
+
+def _census_facts(manifest: Manifest) -> dict[str, Any]:
+    engine = manifest.engine
+    assert engine is not None
+    facts: dict[str, Any] = {
+        "kernels": engine.kernels,
+        "kernels_per_block": engine.kernels_per_block,
+        "gemm_dtypes": engine.gemm_dtypes,
+        "attention_fused": engine.fused_attention,
+        "precision": engine.precision,
+        "executed": "yes" if engine.executed else engine.reason,
+    }
+    if isinstance(engine.census, list) and engine.census:
+        census = Census.from_json(engine.census[0])
+        figures = summary(census)
+        facts["kernel_kinds"] = figures["kinds"]
+        facts["layout_only"] = tuple(
+            f"{_where(kernel.block)}: {' '.join(kernel.layers) or kernel.name}"
+            for kernel in census.layout_only
+        )
+    return facts
+
+
+def _where(block: int | None) -> str:
+    return "outside the blocks" if block is None else f"block {block}"
+
+
+def _verdict(manifest: Manifest) -> str:
+    check = manifest.check
+    assert check is not None
+    word = "passed" if check.passed else "failed"
+    return (
+        f"{word}: {check.images} of {check.source}, max_abs {_short(check.max_abs)}, "
+        f"p1 cosine {_short(check.cosine_p1)}, on {check.executed_on}"
+    )
+
+
+def _short(number: float | None) -> str:
+    return "none" if number is None else f"{number:.6g}"
+
+
+def _versions(manifest: Manifest) -> str:
+    return ", ".join(f"{n} {v}" for n, v in manifest.versions.items() if n != "msn-export")
+
+
+def _runs_on_graph(opset: int) -> str:
+    return f"any onnxruntime and TensorRT whose parser knows opset {opset}"
+
+
+def _runs_on_engine(manifest: Manifest) -> str:
+    engine = manifest.engine
+    assert engine is not None
+    capabilities = ", ".join(engine.compute_capabilities) or "its builder's GPU"
+    return f"{engine.backend} {engine.version} on SM {capabilities}"
+
+
+def _runs_on_header(header: EngineHeader) -> str:
+    capabilities = ", ".join(str(capability) for capability in header.capabilities)
+    later = " and later" if header.later else ""
+    where = f"SM {capabilities}{later}" if capabilities else "the GPU generation it was built on"
+    return f"{header.backend} {header.version} on {where}"

@@ -1,0 +1,74 @@
+"""An inspection as lines that a person reads."""
+
+from collections.abc import Iterator, Mapping
+
+from msn_export.inspection import Inspection
+from msn_export.spec import TensorSpec
+
+
+def rows(found: Inspection) -> Iterator[tuple[str, str]]:
+    """Describe an artifact in lines of a name and a text; the names are the same for each."""
+    yield "kind", found.kind
+    yield "described by", found.described
+    yield "size", _size(found)
+    yield "sha256", f"{found.sha256[:16]}…"
+    yield "made by", found.made_by or "unknown"
+    yield "checkpoint", found.checkpoint or "unknown"
+    yield "inputs", _tensors(found.inputs)
+    yield "outputs", _tensors(found.outputs)
+    yield "profiles", ", ".join(map(str, found.profiles)) or "unknown"
+    yield "runs on", found.runs_on
+    yield "precision", found.precision or "unknown"
+    yield "matrix products", _counts(found.gemm_dtypes)
+    yield "fused attention", _fused(found)
+    if found.islands:
+        yield "fp32 islands", ", ".join(found.islands)
+    yield "nodes", str(found.nodes or "unknown")
+    if found.multiply_adds is not None:
+        yield "multiply-adds", f"{found.multiply_adds / 1e9:.3f} billion an image"
+    if found.kind == "engine":
+        yield "kernels", str(found.kernels or "unknown")
+        yield "kernels a block", _per_block(found.kernels_per_block)
+        yield "kinds of kernel", _counts(found.kernel_kinds)
+        yield "layout only", _layout(found)
+    yield "check", found.check
+    yield "executed", found.executed
+    yield "command", found.command or "unknown"
+
+
+def _size(found: Inspection) -> str:
+    whole = f"{found.bytes / 1e6:.1f} MB"
+    if found.weight_bytes is None or found.other_bytes is None:
+        return whole
+    return (
+        f"{whole}: weights {found.weight_bytes / 1e6:.1f} MB, "
+        f"the rest {found.other_bytes / 1e6:.1f} MB"
+    )
+
+
+def _tensors(specs: tuple[TensorSpec, ...]) -> str:
+    return "; ".join(
+        f"{spec.name} {spec.dtype} [{', '.join(map(str, spec.shape))}]" for spec in specs
+    ) or "unknown"  # fmt: skip
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "unknown"
+
+
+def _fused(found: Inspection) -> str:
+    if found.attention_fused is None:
+        return "unknown"
+    return f"{found.attention_fused} of {found.attention_expected}"
+
+
+def _per_block(per_block: Mapping[str, int]) -> str:
+    return " ".join(str(count) for count in per_block.values()) or "unknown"
+
+
+def _layout(found: Inspection) -> str:
+    if not found.kernel_kinds:
+        return "unknown"
+    places = found.layout_only[:4]
+    more = f"; and {len(found.layout_only) - 4} more" if len(found.layout_only) > 4 else ""
+    return f"{len(found.layout_only)} kernels ({'; '.join(places)}{more})"
