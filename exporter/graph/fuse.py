@@ -1,6 +1,6 @@
 """Bring every attention core of a graph into one form, and count."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -77,33 +77,45 @@ def _write_plain(graph: ir.Graph, core: AttentionCore) -> None:
 def _write_packed(graph: ir.Graph, core: AttentionCore) -> None:
     """One Attention over q, k, v [b, n, h * d], which needs no transposition at all.
 
-    The packed projection's Reshape, Transpose, Split and the Transpose, Reshape after the core
-    give way to one Split.
+    The Reshape, Transpose and Split between a projection and the core, and the Transpose and
+    Reshape after it, give way to one Split of the projection.
 
     Raises:
-        FusionError: the core does not read the thirds of one packed projection.
+        FusionError: an operand is not a projection's, or part of one, with its heads apart.
     """
-    packed, merged = _packed_projection(core), _merged_heads(core.output)
+    merged = _merged_heads(core.output)
     heads = core.q.shape[1] if core.q.shape is not None else None
-    if packed is None or merged is None or not isinstance(heads, int):
+    patch = Patch(graph, core.node)
+    splits: dict[ir.Value, Sequence[ir.Value]] = {}
+    operands = [_heads_together(patch, value, splits) for value in (core.q, core.k, core.v)]
+    if core.tokens_first or merged is None or None in operands or not isinstance(heads, int):
         raise FusionError(
             f"attention {core.output.name!r} does not read one packed query-key-value projection; "
             "choose --target tensorrt"
         )
-    patch = Patch(graph, core.node)
-    thirds = patch.ops("Split", [packed], {"axis": -1, "num_outputs": 3}, outputs=3)
     attributes = {"q_num_heads": heads, "kv_num_heads": heads, "scale": core.scale}
-    replace(merged, patch.op("Attention", thirds, attributes))
+    replace(merged, patch.op("Attention", operands, attributes))
 
 
-def _packed_projection(core: AttentionCore) -> ir.Value | None:
-    """Find the [b, n, 3 * h * d] tensor that q, k and v are the thirds of."""
-    split = core.q.producer()
-    if split is None or split.op_type != "Split" or core.tokens_first:
+def _heads_together(
+    patch: Patch, value: ir.Value, splits: dict[ir.Value, Sequence[ir.Value]]
+) -> ir.Value | None:
+    """Find the [b, n, h * d] tensor whose heads were set apart to give ``value`` [b, h, n, d]."""
+    split = _producer(value, "Split")
+    if split is None:
+        return _before_heads(value)
+    packed = _before_heads(split.inputs[0])
+    if packed is None or split.attributes["axis"].as_int() != 1:
         return None
-    if [core.q, core.k, core.v] != list(split.outputs):
-        return None
-    transpose = _producer(split.inputs[0], "Transpose")
+    if packed not in splits:
+        parts = len(split.outputs)
+        attributes = {"axis": -1, "num_outputs": parts}
+        splits[packed] = patch.ops("Split", [packed], attributes, outputs=parts)
+    return splits[packed][list(split.outputs).index(value)]
+
+
+def _before_heads(value: ir.Value | None) -> ir.Value | None:
+    transpose = _producer(value, "Transpose")
     if transpose is None or tuple(transpose.attributes["perm"].as_ints()) != HEADS_FIRST:
         return None
     reshape = _producer(transpose.inputs[0], "Reshape")
