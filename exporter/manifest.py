@@ -3,6 +3,7 @@
 ``model.onnx`` has ``model.onnx.json``. Standard library only: the runtime reads it first.
 """
 
+import hashlib
 import importlib.metadata
 import json
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from msn_export import __version__
 from msn_export.errors import ManifestError
 from msn_export.files import manifest_path, sha256_of
 from msn_export.preprocessing import Preprocessing
-from msn_export.records import from_plain
+from msn_export.records import from_plain, to_plain
 from msn_export.spec import BatchRange, Dtype, TensorSpec
 
 SCHEMA = 1
@@ -133,12 +134,36 @@ def read(artifact: Path) -> Manifest | None:
         plain = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ManifestError(f"{path} is not JSON ({error}); export the artifact again") from error
+    _require_seal(plain, path)
     schema = plain.get("schema") if isinstance(plain, dict) else None
     if isinstance(schema, int) and schema > SCHEMA:
         raise ManifestError(
             f"{path} has schema {schema}, this version reads up to {SCHEMA}; upgrade msn-export"
         )
     return from_plain(Manifest, plain, path.name)
+
+
+def seal(manifest: Manifest) -> str:
+    """Write a manifest as JSON with a hash over the rest, so that damage to it is noticed.
+
+    The hash guards against truncation and flipped bits, not against a forger.
+    """
+    plain = to_plain(manifest)
+    return json.dumps({**plain, "seal": _hash_of(plain)}, indent=2, ensure_ascii=False) + "\n"
+
+
+def _require_seal(plain: Any, path: Path) -> None:
+    found = plain.pop("seal", None) if isinstance(plain, dict) else None
+    if found != _hash_of(plain):
+        raise ManifestError(
+            f"{path} was changed or damaged after it was written (its seal does not fit); "
+            "export the artifact again"
+        )
+
+
+def _hash_of(plain: Any) -> str:
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def require_match(artifact: Path, manifest: Manifest) -> None:

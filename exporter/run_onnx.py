@@ -23,6 +23,7 @@ from msn_export.manifest import (
     CheckpointRecord,
     CheckRecord,
     Manifest,
+    seal,
     versions_of,
 )
 from msn_export.models.checkpoints import Checkpoint, load_checkpoint
@@ -96,7 +97,7 @@ def run_onnx(job: OnnxJob, progress: Progress) -> tuple[Path, Manifest]:
             seconds=round(time.monotonic() - started, 3),
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
-        publish(built.path, output, to_json(manifest))
+        publish(built.path, output, seal(manifest))
     return output, manifest
 
 

@@ -24,10 +24,11 @@ from msn_export.manifest import (
     EngineRecord,
     Manifest,
     SourceRecord,
+    seal,
     versions_of,
 )
 from msn_export.progress import Progress
-from msn_export.records import to_json, to_plain
+from msn_export.records import to_plain
 from msn_export.runtime.ort import OrtRunner
 from msn_export.source import Source, read_source
 from msn_export.spec import AttentionForm, BatchRange, ComputeCapability, Dtype
@@ -105,7 +106,7 @@ def run_trt(job: TrtJob, progress: Progress) -> tuple[Path, Manifest]:
                 resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, result.peak_rss
             ),
         )
-        publish(result.output, output, to_json(manifest))
+        publish(result.output, output, seal(manifest))
     return output, manifest
 
 
