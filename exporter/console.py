@@ -126,7 +126,8 @@ def _check_rows(check: CheckRecord | None) -> Iterator[tuple[str, str]]:
         yield "check", "none (--no-check)"
         return
     sizes = ", ".join(str(size) for size in check.batches)
-    yield "check", f"{check.images} of {check.source}, batches {sizes}"
+    what = "inputs" if check.source.startswith("seeded noise") else "images"
+    yield "check", f"{check.images} {what}: {check.source}; batches {sizes}"
     yield "", f"against {check.reference}"
     yield "", f"on {check.executed_on}"
     yield "max_abs", f"{check.max_abs:.2e} (mean {check.mean_abs:.2e})"

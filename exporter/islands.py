@@ -40,10 +40,9 @@ def decide(
     return _read(Path(choice))
 
 
-def measure(
-    model: ir.Model, sample: Sample, stem: InputKind, stage: Path, batch: int = 4
-) -> dict[str, float]:
+def measure(model: ir.Model, sample: Sample, stem: InputKind, stage: Path) -> dict[str, float]:
     """Run the graph over the sample and give each value's largest absolute value."""
+    batch = min(4, sample.room)
     observed = observe(model)
     path = stage / "observed.onnx"
     io.save(observed.model, path)

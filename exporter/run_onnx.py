@@ -83,15 +83,17 @@ def run_onnx(job: OnnxJob, progress: Progress) -> tuple[Path, Manifest]:
     with progress.step("load checkpoint"):
         checkpoint = _sized(load_checkpoint(job.checkpoint, variant=job.variant), job.image_size)
     heads = job.heads or ((Head.LOGITS,) if checkpoint.config.labels else (Head.CLS,))
+    config = checkpoint.config
+    room = affordable_batch(config.tokens, config.dim, config.mlp_dim, config.heads)
     with progress.step("read images"):
-        sample = draw(job.images, preprocessing_of(checkpoint, job.preprocess))
+        sample = draw(job.images, preprocessing_of(checkpoint, job.preprocess), room=room)
     with staging(output.parent) as stage:
         reference = None
         if job.check:
             with progress.step("run the PyTorch reference"):
                 reference = run_reference(TorchRunner(checkpoint.model, heads), sample)
         built = _build(job, checkpoint, heads, sample, stage / output.name, progress)
-        check = _check(job, checkpoint, built, reference, progress)
+        check = _check(job, built, reference, progress)
         manifest = replace(
             _describe(job, checkpoint, sample, built, check),
             seconds=round(time.monotonic() - started, 3),
@@ -156,8 +158,10 @@ def _build(
         fused = fuse_attention(model, job.target.attention, expected=checkpoint.config.depth)
         if job.target.opset < 23:
             lower(model, job.target.opset)
-    with progress.step(f"type as {job.dtype}"):
-        islands = type_as(model, job.dtype, job.islands, sample, job.stem, path.parent)
+    islands = Islands({})
+    if job.dtype is not Dtype.FP32:
+        with progress.step(f"type as {job.dtype}"):
+            islands = type_as(model, job.dtype, job.islands, sample, job.stem, path.parent)
     model.producer_name, model.producer_version = "msn-export", __version__
     model.metadata_props.update(_metadata(checkpoint, sample))
     with progress.step("write and check the file"):
@@ -176,19 +180,15 @@ def _metadata(checkpoint: Checkpoint, sample: Sample) -> dict[str, str]:
 
 
 def _check(
-    job: OnnxJob,
-    checkpoint: Checkpoint,
-    built: Built,
-    reference: Reference | None,
-    progress: Progress,
+    job: OnnxJob, built: Built, reference: Reference | None, progress: Progress
 ) -> CheckRecord | None:
     if reference is None:
         return None
-    config = checkpoint.config
-    room = affordable_batch(config.tokens, config.dim, config.mlp_dim, config.heads)
     with progress.step("compare with the reference"):
         runner = cpu_runner(built.path, job.dtype, built.path.parent)
-        verified = verify(runner, reference, job.stem, batch_sizes(job.batch, room))
+        verified = verify(
+            runner, reference, job.stem, batch_sizes(job.batch, reference.sample.room)
+        )
     return verified.require(GATES[job.dtype], f"the {job.dtype} graph")
 
 

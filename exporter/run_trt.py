@@ -7,7 +7,7 @@ from pathlib import Path
 
 from msn_export.check.gate import GATES
 from msn_export.check.sample import Sample, affordable_batch, draw
-from msn_export.check.verify import run_reference, verify
+from msn_export.check.verify import Reference, run_reference, verify
 from msn_export.driver import NoDriver, find_driver
 from msn_export.engine.backend import Backend, find_backend
 from msn_export.engine.build import BuildResult, build_engine
@@ -93,7 +93,7 @@ def run_trt(job: TrtJob, progress: Progress) -> tuple[Path, Manifest]:
         source = read_source(job.model)
         profiles = _profiles(job, source)
     with progress.step("read images"):
-        sample = draw(job.images, source.preprocessing)
+        sample = draw(job.images, source.preprocessing, room=_room(source))
     with staging(output.parent) as stage:
         graph = _prepare(job, source, sample, stage, progress)
         check = _check(job, source, graph, sample, profiles, progress)
@@ -165,16 +165,23 @@ def _check(
     if not job.check:
         return None
     with progress.step("run the given graph"):
-        reference = run_reference(OrtRunner(source.path), sample, source.stem)
-    affordable = _affordable(source)
-    sizes = {min(size, max(p.min, affordable)) for p in profiles for size in (p.min, p.opt, p.max)}
+        reference = _run_given(source, sample)
+    room = sample.room
+    sizes = {min(size, max(p.min, room)) for p in profiles for size in (p.min, p.opt, p.max)}
     with progress.step("compare the typed graph"):
         runner = cpu_runner(graph.path, graph.dtype, graph.path.parent)
         verified = verify(runner, reference, source.stem, sorted(sizes))
     return verified.require(GATES[graph.dtype], f"the {graph.dtype} graph")
 
 
-def _affordable(source: Source) -> int:
+def _run_given(source: Source, sample: Sample) -> Reference:
+    """Run the graph that was given; its session is closed before the next one opens."""
+    runner = OrtRunner(source.path)
+    runner.name = f"{source.path.name} in {runner.name}"
+    return run_reference(runner, sample, source.stem)
+
+
+def _room(source: Source) -> int:
     """Estimate the batch that memory affords, from any attention core's shape [b, h, n, d]."""
     for node in source.model.graph:
         shape = node.inputs[0].shape if node.inputs and node.inputs[0] is not None else None

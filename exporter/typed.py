@@ -34,8 +34,6 @@ def type_as(
     Raises:
         GraphError: the islands file does not fit, or the graph cannot be typed.
     """
-    if dtype is Dtype.FP32:
-        return Islands({})
     measured = decide(model, choice, dtype, sample, stem, stage)
     typed = type_graph(model, dtype, measured)
     return Islands({name: measured.get(name, math.inf) for name in typed.islands}, typed.fp32_nodes)

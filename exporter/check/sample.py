@@ -23,13 +23,17 @@ LIMIT = 16  # pictures a check decodes at most: its cost must stay near that of 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Decoded pictures [count, h, w, c] uint8, with how a model wants them."""
+    """Decoded pictures [count, h, w, c] uint8, with how a model wants them.
+
+    ``room`` is how many of them the memory of this machine affords a model at once.
+    """
 
     pixels: NDArray[np.uint8]
     names: tuple[str, ...]
     source: str
     preprocessing: Preprocessing
     broken: tuple[str, ...] = ()
+    room: int = 8
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -42,7 +46,9 @@ class Sample:
         return images.normalize(chosen, self.preprocessing)
 
 
-def draw(folder: Path | None, preprocessing: Preprocessing, limit: int = LIMIT) -> Sample:
+def draw(
+    folder: Path | None, preprocessing: Preprocessing, *, room: int = 8, limit: int = LIMIT
+) -> Sample:
     """Decode up to ``limit`` pictures of a folder; without one, seeded noise, named as such.
 
     Raises:
@@ -51,14 +57,15 @@ def draw(folder: Path | None, preprocessing: Preprocessing, limit: int = LIMIT) 
     if folder is None:
         pixels = images.noise(preprocessing, 4)
         names = tuple(f"noise {i}" for i in range(len(pixels)))
-        return Sample(pixels, names, "seeded noise (no --images given)", preprocessing)
+        source = "seeded noise (no --images given)"
+        return Sample(pixels, names, source, preprocessing, room=room)
     loaded = images.load(folder, preprocessing, limit)
-    return Sample(loaded.pixels, loaded.names, str(folder), preprocessing, loaded.broken)
+    return Sample(loaded.pixels, loaded.names, str(folder), preprocessing, loaded.broken, room)
 
 
-def batch_sizes(batch: BatchRange, affordable: int) -> tuple[int, ...]:
+def batch_sizes(batch: BatchRange, room: int) -> tuple[int, ...]:
     """Choose the smallest size, the largest that memory affords, and one between."""
-    largest = max(batch.min, min(batch.max, affordable))
+    largest = max(batch.min, min(batch.max, room))
     between = min(batch.opt, largest)
     if between in {batch.min, largest}:
         between = (batch.min + largest) // 2
@@ -81,13 +88,14 @@ def batches(sizes: Sequence[int], count: int) -> Iterator[list[int]]:
 
 
 def affordable_batch(tokens: int, dim: int, mlp_dim: int, heads: int) -> int:
-    """Estimate how many images fit in half of the memory that is free now.
+    """Estimate how many images fit in a quarter of the memory that is free now.
 
     onnxruntime's CPU attention holds the scores and the probabilities, [h, n, n] fp32 each; the
-    rest of a block peaks at two MLP activations and a few of the residual stream.
+    rest of a block peaks at two MLP activations and a few of the residual stream. A quarter,
+    because fp16 graphs hold their casts too, and an allocator keeps what it once took.
     """
     each = 4 * (2 * heads * tokens * tokens + tokens * (2 * mlp_dim + 8 * dim))
-    return max(1, available_memory() // 2 // each)
+    return max(1, available_memory() // 4 // each)
 
 
 def available_memory() -> int:

@@ -39,10 +39,9 @@ class Reference:
     name: str
 
 
-def run_reference(
-    runner: Runner, sample: Sample, stem: InputKind = InputKind.FLOAT, batch: int = 8
-) -> Reference:
-    """Run each picture once, in batches of at most ``batch``."""
+def run_reference(runner: Runner, sample: Sample, stem: InputKind = InputKind.FLOAT) -> Reference:
+    """Run each picture once, eight at a time where memory affords it."""
+    batch = min(8, sample.room)
     parts = [
         runner(sample.feed(range(start, min(start + batch, len(sample))), stem))
         for start in range(0, len(sample), batch)
