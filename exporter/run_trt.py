@@ -9,6 +9,7 @@ from msn_export.check.gate import GATES
 from msn_export.check.sample import Sample, affordable_batch, draw
 from msn_export.check.verify import Reference, run_reference, verify
 from msn_export.driver import NoDriver, find_driver
+from msn_export.engine import timing_cache
 from msn_export.engine.backend import Backend, find_backend
 from msn_export.engine.build import BuildResult, build_engine
 from msn_export.engine.census import require, summary
@@ -209,7 +210,7 @@ def _compile(
         precision=graph.dtype,
         workspace=job.workspace,
         optimization_level=job.optimization_level,
-        timing_cache=job.timing_cache,
+        timing_cache=job.timing_cache or _default_timing_cache(backend),
         version_compatible=job.version_compatible,
         decompose_attention=job.allow_unfused,
         timeout=job.timeout,
@@ -231,6 +232,15 @@ def _compile(
             fp32_islands=graph.islands.nodes,
         )
     return result
+
+
+def _default_timing_cache(backend: Backend) -> Path | None:
+    """Name the user's cache for this TensorRT and GPU; None where the backend keeps no timings."""
+    driver = find_driver()
+    if isinstance(driver, NoDriver) or "timing_cache" in backend.flavour.ignored:
+        return None
+    device = driver.devices[0]
+    return timing_cache.default_path(backend.version, device.name, device.capability)
 
 
 def _engine_record(job: TrtJob, graph: Graph, result: BuildResult) -> EngineRecord:
