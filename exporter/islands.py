@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 
 from msn_export.check.sample import Sample
 from msn_export.errors import GraphError
 from msn_export.graph import io
 from msn_export.graph.islands import HEADROOM, MAXIMA, choose, observe
-from msn_export.runtime.ort import OrtRunner
 from msn_export.spec import Dtype, InputKind
 
 MEASURED = "measured"
@@ -46,12 +46,18 @@ def measure(model: ir.Model, sample: Sample, stem: InputKind, stage: Path) -> di
     observed = observe(model)
     path = stage / "observed.onnx"
     io.save(observed.model, path)
-    runner = OrtRunner(path)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # by default it runs the graph first and takes the maxima after, all values in memory:
+    # 5.1 GB instead of 2.0 for one image of vit-msn-base-4
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     path.unlink()
     peaks = np.zeros(len(observed.names), np.float32)
     for start in range(0, len(sample), batch):
-        indices = range(start, min(start + batch, len(sample)))
-        peaks = np.maximum(peaks, runner(sample.feed(indices, stem))[MAXIMA])
+        images = sample.feed(range(start, min(start + batch, len(sample))), stem)
+        (maxima,) = session.run([MAXIMA], {session.get_inputs()[0].name: images})
+        peaks = np.maximum(peaks, maxima)
     return dict(zip(observed.names, (float(peak) for peak in peaks), strict=True))
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -20,40 +19,53 @@ HEADROOM = 4.0
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """A copy of a graph with one more output: ``maxima`` [len(names)], the largest |value| each."""
+    """A copy of a graph whose one output is ``maxima`` [len(names)], the largest |value| each."""
 
     model: ir.Model
     names: tuple[str, ...]
 
 
 def observe(model: ir.Model) -> Observed:
-    """Add an output that holds the largest absolute value of every float value of ``model``."""
+    """Copy ``model`` with one output: the largest absolute value of each of its float values.
+
+    The copy's own outputs go: with them, onnxruntime runs the whole graph first and every
+    value stays in memory until its maximum is taken at the end.
+    """
     copy = model.clone()
     infer_shapes(copy)
     graph = copy.graph
     watched = [
         value for node in graph for value in node.outputs if value.dtype == ir.DataType.FLOAT
     ]
-    scalars = []
-    for value in watched:
-        peak = _add(graph, "Abs", [value], f"{value.name}.abs")
-        peak = _add(graph, "ReduceMax", [peak], f"{value.name}.max", keepdims=0)
-        axes = ir.Value(name=f"{value.name}.axes", const_value=ir.tensor(np.array([0])))
-        graph.register_initializer(axes)
-        scalars.append(_add(graph, "Unsqueeze", [peak, axes], f"{value.name}.peak"))
-    joined = _add(graph, "Concat", scalars, MAXIMA, axis=0)
+    scalars = [_peak(graph, value) for value in watched]
+    node = ir.node("Concat", scalars, {"axis": 0}, name=MAXIMA)
+    graph.append(node)
+    (joined,) = node.outputs
+    joined.name = MAXIMA
     joined.type, joined.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([len(watched)])
+    graph.outputs.clear()
     graph.outputs.append(joined)
     return Observed(copy, tuple(value.name or "" for value in watched))
 
 
-def _add(
-    graph: ir.Graph, op_type: str, inputs: list[ir.Value], name: str, **attributes: Any
-) -> ir.Value:
-    node = ir.node(op_type, inputs, attributes)
-    node.name = node.outputs[0].name = name
-    graph.append(node)
-    return node.outputs[0]
+def _peak(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    """Take the largest absolute value [1] right where ``value`` is computed.
+
+    Right there, for onnxruntime takes nodes in the order of the file where it can: at the end of
+    the graph they would keep every value of it in memory.
+    """
+    producer = value.producer()
+    assert producer is not None
+    largest = ir.node("Abs", [value], name=f"{value.name}.abs")
+    scalar = ir.node("ReduceMax", largest.outputs, {"keepdims": 0}, name=f"{value.name}.max")
+    axes = ir.Value(name=f"{value.name}.axes", const_value=ir.tensor(np.array([0])))
+    graph.register_initializer(axes)
+    vector = ir.node("Unsqueeze", [*scalar.outputs, axes], name=f"{value.name}.peak")
+    nodes = (largest, scalar, vector)
+    for node in nodes:
+        node.outputs[0].name = node.name
+    graph.insert_after(producer, nodes)
+    return vector.outputs[0]
 
 
 def choose(
