@@ -135,13 +135,15 @@ def _processor_size(config: Mapping[str, Any]) -> _Size:
         size = {"height": size, "width": size}
     if isinstance(crop, int):
         crop = {"height": crop, "width": crop}
-    cropped = bool(config.get("do_center_crop", False)) and crop is not None
+    cut = None
+    if config.get("do_center_crop", False) and crop is not None:
+        cut = ImageSize(int(crop["height"]), int(crop["width"]))
     if "shortest_edge" in size:
-        if not cropped:
+        if cut is None:
             raise ValueError("size.shortest_edge without do_center_crop gives no fixed size")
-        return _Size(ImageSize(int(crop["height"]), int(crop["width"])), int(size["shortest_edge"]))
+        return _Size(cut, int(size["shortest_edge"]))
     squashed = ImageSize(int(size["height"]), int(size["width"]))
-    if cropped and ImageSize(int(crop["height"]), int(crop["width"])) != squashed:
+    if cut is not None and cut != squashed:
         raise ValueError("do_center_crop after a resize to another fixed size is not supported")
     return _Size(squashed, None)
 

@@ -81,3 +81,8 @@ def activation(name: str) -> Activation:
         known = ", ".join(sorted(_ACTIVATIONS))
         raise CheckpointError(f"activation {name!r} is unknown; expected one of {known}")
     return _ACTIVATIONS[name]
+
+
+def names() -> list[str]:
+    """List the activations that are supported."""
+    return sorted(_ACTIVATIONS)

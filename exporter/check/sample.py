@@ -40,7 +40,7 @@ class Sample:
 
     def feed(self, indices: Sequence[int], stem: InputKind) -> NDArray[Any]:
         """Make a batch for a graph that takes ``stem``; indices past the end start over."""
-        chosen = self.pixels[np.asarray(indices) % len(self)]
+        chosen: NDArray[np.uint8] = self.pixels[np.asarray(indices) % len(self)]
         if stem is InputKind.UINT8:
             return chosen
         return images.normalize(chosen, self.preprocessing)
