@@ -1,9 +1,31 @@
 """An inspection as lines that a person reads."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
+from rich.markup import escape
+from rich.table import Table
+
+from msn_export.cli.console import Console
 from msn_export.inspection import Inspection
+from msn_export.records import to_plain
 from msn_export.spec import TensorSpec
+
+
+def show_inspections(console: Console, found: list[Inspection]) -> None:
+    """Print one artifact, or two side by side with what differs marked."""
+    if console.as_json:
+        plain: list[Any] = [{**to_plain(one), "other_bytes": one.other_bytes} for one in found]
+        console.print_json(plain[0] if len(plain) == 1 else {"artifacts": plain})
+        return
+    described = [dict(rows(one)) for one in found]
+    names = list(dict.fromkeys(name for one in described for name in one))
+    table = Table("", *(escape(one.file) for one in found), show_lines=len(found) > 1)
+    for name in names:
+        cells = [one.get(name, "-") for one in described]
+        title = f"[bold]{name} ≠[/]" if len(set(cells)) > 1 else name
+        table.add_row(title, *(escape(cell) for cell in cells))
+    console.print(table)
 
 
 def rows(found: Inspection) -> Iterator[tuple[str, str]]:

@@ -1,0 +1,59 @@
+"""The command line: parse, build a job, run it, print. Heavy packages load inside a command."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import click
+
+from msn_export import __version__
+from msn_export.cli.inspect import inspect
+from msn_export.cli.onnx import onnx
+from msn_export.cli.trt import trt
+from msn_export.errors import MsnExportError
+
+INSTALL = "pip install 'msn-export[export]'"
+
+
+class Commands(click.Group):
+    """Turns our errors into one line and exit code 1, and an interrupt into 130."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        """List the commands in the order of a job, not of the alphabet."""
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command."""
+        signal.signal(signal.SIGTERM, _interrupt)  # so that staging folders are removed
+        try:
+            return super().invoke(ctx)
+        except MsnExportError as error:
+            self._fail(ctx, " ".join(str(error).split()), 1)
+        except ModuleNotFoundError as error:
+            if (error.name or "").startswith("msn_export"):
+                raise
+            self._fail(ctx, f"package {error.name} is not installed; {INSTALL}", 1)
+        except KeyboardInterrupt:
+            self._fail(ctx, "interrupted; nothing was written", 130)
+
+    def _fail(self, ctx: click.Context, message: str, code: int) -> None:
+        if ctx.params.get("verbose"):
+            raise  # noqa: PLE0704  called from an except clause: -v shows the traceback
+        click.echo(f"error: {message}", err=True)
+        ctx.exit(code)
+
+
+def _interrupt(signum: int, frame: Any) -> None:  # noqa: ARG001  the signature of a handler
+    raise KeyboardInterrupt
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="msn-export")
+@click.option("-v", "--verbose", is_flag=True, help="Show the traceback of an error.")
+def main(verbose: bool) -> None:
+    """Take a ViT-MSN checkpoint to a proven ONNX graph and TensorRT engine."""
+
+
+for _command in (onnx, trt, inspect):
+    main.add_command(_command)

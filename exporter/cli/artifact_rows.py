@@ -1,0 +1,78 @@
+"""An artifact that was just written, as a person reads it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from msn_export.cli.console import Console
+from msn_export.manifest import CheckRecord, EngineRecord, Manifest
+from msn_export.records import to_plain
+
+
+def show_artifact(console: Console, output: Path, manifest: Manifest) -> None:
+    """Print what was written and what was checked."""
+    if console.as_json:
+        console.print_json({**to_plain(manifest), "output": str(output)})
+        return
+    table = Table(title=str(output), title_justify="left", show_header=False)
+    for name, text in rows(manifest):
+        table.add_row(name, escape(text))
+    console.print(table)
+
+
+def rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """Describe an artifact in lines of a name and a text."""
+    yield "file", f"{manifest.bytes / 1e6:.1f} MB, sha256 {manifest.sha256[:16]}…"
+    if manifest.checkpoint is not None:
+        yield "checkpoint", manifest.checkpoint.source
+        for note in manifest.checkpoint.notes:
+            yield "", note
+    for title, specs in (("input", manifest.inputs), ("output", manifest.outputs)):
+        for spec in specs:
+            shape = ", ".join(str(size) for size in spec.shape)
+            yield title, f"{spec.name}: {spec.dtype} [{shape}]"
+    yield "batch", ", ".join(str(profile) for profile in manifest.profiles)
+    if manifest.preprocessing is not None:
+        yield "preprocessing", f"{manifest.preprocessing.name}, {manifest.preprocessing.size}"
+    attention = manifest.attention
+    yield "graph", f"{manifest.nodes} nodes, opset {manifest.opset}, {manifest.dtype}"
+    yield "attention", f"{attention.fused} of {attention.expected} fused ({attention.form})"
+    if manifest.islands:
+        yield "fp32 islands", f"{len(manifest.islands)}: {', '.join(sorted(manifest.islands))}"
+    if manifest.engine is not None:
+        yield from _engine_rows(manifest.engine)
+    yield from _check_rows(manifest.check)
+    for note in manifest.notes:
+        yield "note", note
+    yield "took", f"{manifest.seconds:.1f} s, peak memory {manifest.peak_rss_bytes / 1e9:.2f} GB"
+
+
+def _engine_rows(engine: EngineRecord) -> Iterator[tuple[str, str]]:
+    capabilities = ", ".join(engine.compute_capabilities)
+    yield "engine", f"{engine.backend} {engine.version} for SM {capabilities}"
+    blocks = sorted(set(engine.kernels_per_block.values()))
+    span = f"{blocks[0]}" if len(blocks) == 1 else f"{blocks[0]} to {blocks[-1]}" if blocks else "?"
+    yield "kernels", f"{engine.kernels} in all, {span} a block"
+    gemms = ", ".join(f"{count} in {dtype}" for dtype, count in engine.gemm_dtypes.items())
+    yield "matrix products", gemms
+    yield "fused attention", f"{engine.fused_attention} kernels"
+    yield "executed", "yes" if engine.executed else f"no: {engine.reason}"
+
+
+def _check_rows(check: CheckRecord | None) -> Iterator[tuple[str, str]]:
+    if check is None:
+        yield "check", "none (--no-check)"
+        return
+    sizes = ", ".join(str(size) for size in check.batches)
+    what = "inputs" if check.source.startswith("seeded noise") else "images"
+    yield "check", f"{check.images} {what}: {check.source}; batches {sizes}"
+    yield "", f"against {check.reference}"
+    yield "", f"on {check.executed_on}"
+    yield "max_abs", f"{check.max_abs:.2e} (mean {check.mean_abs:.2e})"
+    yield (
+        "cosine",
+        (f"min {check.cosine_min:.8f}, p1 {check.cosine_p1:.8f}, median {check.cosine_median:.8f}"),
+    )
+    yield "verdict", "passed" if check.passed else "failed"

@@ -1,0 +1,69 @@
+"""What a person sees: progress on stderr, the result as a table (or JSON) on stdout."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from msn_export.records import to_plain
+
+
+class Steps:
+    """Progress on a terminal: a spinner and a clock a step, a bar where the length is known."""
+
+    def __init__(self, progress: Progress, console: RichConsole) -> None:
+        self._progress = progress
+        self._console = console
+        self._task: Any = None
+
+    @contextmanager
+    def step(self, title: str) -> Iterator[None]:
+        """Show a step while it runs; leave one line with its time."""
+        started = time.monotonic()
+        self._task = self._progress.add_task(title, total=None)
+        try:
+            yield
+        finally:
+            self._progress.remove_task(self._task)
+            self._task = None
+        self._console.print(f"[dim]{time.monotonic() - started:6.1f} s[/]  {title}")
+
+    def advance(self, done: int, of: int, detail: str = "") -> None:
+        """Move the open step's bar."""
+        if self._task is not None:
+            self._progress.update(self._task, completed=done, total=of, detail=detail)
+
+
+class Console:
+    """Prints one command's progress on stderr and its result, a table or JSON, on stdout."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self.as_json = as_json
+        self._stderr = RichConsole(stderr=True, highlight=False)
+        # a pipe or a file gets a fixed width
+        self._stdout = RichConsole(highlight=False, width=None if sys.stdout.isatty() else 100)
+
+    @contextmanager
+    def progress(self) -> Iterator[Steps]:
+        """Show steps on stderr while the context is open."""
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=self._stderr, transient=True) as progress:
+            yield Steps(progress, self._stderr)
+
+    def print(self, shown: Any) -> None:
+        """Print a table or a line for people on stdout."""
+        self._stdout.print(shown)
+
+    def print_json(self, record: Any) -> None:
+        """Print one JSON object on stdout, and nothing else there."""
+        sys.stdout.write(json.dumps(to_plain(record), ensure_ascii=False, allow_nan=False) + "\n")

@@ -1,0 +1,76 @@
+"""``msn-export onnx``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from msn_export.cli.options import (
+    BATCH,
+    FILE,
+    SIZE,
+    artifact_options,
+    choice,
+    command_line,
+    flag_off,
+)
+from msn_export.spec import Dtype, Head, InputKind, Target
+
+
+@click.command()
+@click.argument("checkpoint")
+@click.option("-o", "--output", type=FILE, help="The .onnx file to write.")
+@click.option("--variant", help="Published shape, where a weights file does not say.")
+@click.option(
+    "--head",
+    "heads",
+    type=choice(Head),
+    multiple=True,
+    help="Output; repeatable. Default: logits for a classifier, else cls.",
+)
+@click.option(
+    "--input",
+    "stem",
+    type=choice(InputKind),
+    default="float",
+    show_default=True,
+    help="Normalised planes, or bytes [b, h, w, 3].",
+)
+@click.option("--dtype", type=choice(Dtype), default="fp32", show_default=True)
+@click.option("--batch", type=BATCH, default="1:8:32", show_default=True)
+@click.option("--image-size", type=SIZE, help="Interpolate the position embedding to this size.")
+@click.option(
+    "--target",
+    type=choice(Target),
+    default="tensorrt",
+    show_default=True,
+    help="Form of attention and opset.",
+)
+@click.option(
+    "--preprocess", type=click.Choice(["auto", "hf", "msn-eval"]), default="auto", show_default=True
+)
+@flag_off("--no-simplify", "simplify", help="Keep the graph as it was traced and fused.")
+@artifact_options
+def onnx(checkpoint: str, **options: Any) -> None:
+    """Export CHECKPOINT to a checked ONNX graph.
+
+    CHECKPOINT is a hub id, a Hugging Face folder, a weights file, or random:VARIANT[:SEED].
+    """
+    from msn_export.cli.artifact_rows import show_artifact
+    from msn_export.cli.console import Console
+    from msn_export.run_onnx import OnnxJob, run_onnx
+
+    console = Console(as_json=options.pop("as_json"))
+    job = OnnxJob(
+        checkpoint,
+        command=command_line(),
+        heads=tuple(Head(head) for head in options.pop("heads")),
+        stem=InputKind(options.pop("stem")),
+        dtype=Dtype(options.pop("dtype")),
+        target=Target(options.pop("target")),
+        **options,
+    )
+    with console.progress() as progress:
+        output, manifest = run_onnx(job, progress)
+    show_artifact(console, output, manifest)

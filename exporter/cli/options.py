@@ -1,0 +1,80 @@
+"""What the commands' options have in common: values read by a noun of ``spec``, shared options."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from msn_export.errors import SpecError
+from msn_export.spec import BatchRange, ComputeCapability, ImageSize, parse_bytes
+
+
+class Parsed(click.ParamType[Any]):
+    """A value that a noun of ``spec`` reads from text."""
+
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name = name
+        self.parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read the text, or name the option that is wrong."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return self.parse(value)
+        except (SpecError, ValueError) as error:
+            self.fail(str(error), param, ctx)
+
+
+BATCH = Parsed("N or MIN:OPT:MAX", BatchRange.parse)
+SIZE = Parsed("N or HxW", ImageSize.parse)
+MEMORY = Parsed("bytes, as in 4GiB", parse_bytes)
+CAPABILITY = Parsed("M.m", ComputeCapability.parse)
+IMAGES = click.Path(exists=True, path_type=Path)
+FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+def choice(kind: Any) -> click.Choice[str]:
+    """Offer the values of an enumeration."""
+    return click.Choice([member.value for member in kind])
+
+
+def flag_off(*names: str, help: str | None = None) -> Callable[..., Any]:
+    """Make an option that is on unless it is given, as ``--no-check`` is."""
+    return click.option(*names, is_flag=True, default=True, flag_value=False, help=help)
+
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on stdout."
+)
+force_option = click.option("--force", is_flag=True, help="Replace an existing output.")
+images_option = click.option(
+    "--images", type=IMAGES, help="Pictures to check on; without, seeded noise."
+)
+islands_option = click.option(
+    "--islands",
+    default="measured",
+    show_default=True,
+    metavar="measured|none|FILE",
+    help="fp16: which tensors stay fp32.",
+)
+check_option = flag_off(
+    "--no-check", "check", help="Write without comparing; the manifest says so."
+)
+
+
+def artifact_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that every command that writes a checked artifact has."""
+    for option in (json_option, force_option, check_option, islands_option, images_option):
+        command = option(command)
+    return command
+
+
+def command_line() -> str:
+    """Give the command as the user typed it, for the manifest."""
+    return shlex.join(["msn-export", *sys.argv[1:]])
