@@ -73,7 +73,7 @@ def _kind_of(source: str) -> Literal["random", "file", "folder", "hub"]:
     if source.startswith("random:"):
         return "random"
     try:
-        if Path(source).is_dir():
+        if source and Path(source).is_dir():  # Path("") is the current folder
             return "folder"
         if Path(source).is_file():
             return "file"
@@ -81,7 +81,8 @@ def _kind_of(source: str) -> Literal["random", "file", "folder", "hub"]:
         raise CheckpointError(
             f"checkpoint {source[:200]!r} cannot be read: {error.strerror}"
         ) from error
-    if _HUB_ID.fullmatch(source) and not source.endswith(WEIGHTS) and source[0] not in "./":
+    hub_id = _HUB_ID.fullmatch(source)
+    if hub_id and not source.endswith(WEIGHTS) and not source.startswith("."):
         return "hub"
     raise CheckpointError(
         f"checkpoint {source!r} does not exist; expected a folder, a weights file "
