@@ -45,14 +45,17 @@ def require_writable(outputs: Sequence[Path], *, force: bool, sources: Sequence[
             raise OutputError(f"output folder {folder} is not writable; choose another with -o")
         if output.exists() and not output.is_file():
             raise OutputError(f"output {output} is a device or a pipe; name a file with -o")
-        if any(source.exists() and _same(source, output) for source in sources):
+        if any(_same(source, output) for source in sources):
             raise OutputError(f"output {output} is what is read; choose another with -o")
         if os.path.lexists(output) and not force:
             raise OutputError(f"output {output} exists; --force replaces it, -o writes elsewhere")
 
 
 def _same(one: Path, other: Path) -> bool:
-    return other.exists() and one.samefile(other)
+    try:
+        return one.samefile(other)
+    except (OSError, ValueError):  # one of them is not there, or is no path at all
+        return False
 
 
 @contextmanager
