@@ -7,7 +7,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from msn_export import manifest as manifests
-from msn_export.errors import GraphError
+from msn_export.errors import GraphError, SpecError
 from msn_export.graph import io
 from msn_export.graph.lower import raise_opset
 from msn_export.graph.precision import graph_dtype
@@ -114,5 +114,9 @@ def _image_input(
             "export it again for one image size"
         )
     batch = shape[0]
-    fixed = BatchRange(batch, batch, batch) if isinstance(batch, int) else None
+    try:
+        preset("hf", ImageSize(height, width), channels)
+        fixed = BatchRange(batch, batch, batch) if isinstance(batch, int) else None
+    except SpecError as error:
+        raise GraphError(f"{described}; {error}") from error
     return stem, ImageSize(height, width), channels, fixed
