@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from msn_export import manifest as manifests
 from msn_export.engine.header import read_header
-from msn_export.errors import ManifestError
+from msn_export.errors import GraphError, ManifestError
 from msn_export.graph import io
 from msn_export.triton.artifact import Artifact, Platform
 
@@ -23,11 +23,14 @@ def read_artifact(path: Path, platform: Platform | None = None) -> Artifact:
         EngineFileError: it is no engine, or damaged.
         ManifestError: its manifest is malformed, or describes another file.
     """
-    manifest = manifests.read(path) if path.is_file() else None
-    if manifest is not None:
-        manifests.require_match(path, manifest)
     if platform is None:
         platform = Platform.ONNX if path.suffix == ".onnx" else Platform.PLAN
+    size = path.stat().st_size if path.is_file() else 0
+    if platform is Platform.ONNX and size > io.PROTOBUF_LIMIT:
+        raise GraphError(f"{path} is {size / 2**30:.0f} GiB; no ONNX file holds 2 or more")
+    manifest = manifests.read(path) if size else None
+    if manifest is not None:
+        manifests.require_match(path, manifest)
     if platform is Platform.ONNX:
         return _read_onnx(path, manifest)
     header = read_header(path)

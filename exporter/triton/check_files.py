@@ -88,11 +88,11 @@ def _check_label_file(subject: Subject, output: object, where: str, root: Path) 
     if isinstance(path, str):
         yield subject.wrong(where, path)
         return
-    if not path.is_file() or path.stat().st_size > LARGEST_LABELS:
-        yield subject.wrong(where, f"{name} is no file of labels, one a line")
+    if path.stat().st_size > LARGEST_LABELS:
+        yield subject.wrong(where, f"{name} is too large for labels, one a line")
         return
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8")  # read_text would mend line ends
     except (OSError, UnicodeError) as error:
         yield subject.wrong(where, f"{name} cannot be read as UTF-8 ({error})")
         return

@@ -71,4 +71,4 @@ def safe_file(folder: Path, name: str, root: Path) -> Path | str:
         return f"{name} does not exist" + (" (a broken link)" if path.is_symlink() else "")
     if not path.resolve().is_relative_to(root.resolve()):
         return f"{name} is a link that leads out of the repository"
-    return path
+    return path if path.is_file() else f"{name} is no file"

@@ -74,7 +74,7 @@ def _configurations(
         places += [f"{VARIANTS}/{name}" for name in variants]
     for place in places:
         path = safe_file((folder / place).parent, Path(place).name, root)
-        reason = path if isinstance(path, str) else _why_unreadable(path)
+        reason = path if isinstance(path, str) else _why_too_large(path)
         if reason is None:
             assert isinstance(path, Path)
             try:
@@ -87,9 +87,7 @@ def _configurations(
         found.append(Finding("wrong", folder.name, place, reason))
 
 
-def _why_unreadable(path: Path) -> str | None:
-    if not path.is_file():
-        return "is no file"
+def _why_too_large(path: Path) -> str | None:
     size = path.stat().st_size
     return None if size <= LARGEST_CONFIG else f"is {size} bytes; no configuration is that large"
 
