@@ -40,7 +40,9 @@ def show_findings(console: Console, repository: Path, findings: Sequence[Finding
         )
         return
     ordered = sorted(findings, key=lambda finding: finding.level == "note")
-    table = Table("", "model", "where", "what", show_lines=True)
+    table = Table("", "model", show_lines=True)
+    for title in ("where", "what"):
+        table.add_column(title, overflow="fold")
     for finding in ordered:
         level = f"[bold red]{finding.level}[/]" if finding.level == "wrong" else finding.level
         table.add_row(level, *(escape(x) for x in (finding.model, finding.where, finding.what)))
