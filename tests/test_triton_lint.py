@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import time
 
@@ -144,6 +145,44 @@ def test_any_text_is_a_configuration_or_is_refused_in_one_line(text) -> None:
         messages.from_text(text)
     except SpecError as error:
         assert "\n" not in str(error)
+
+
+@pytest.fixture(scope="module")
+def repositories(tmp_path_factory):
+    """One repository a base, with the text of the configuration that is mutated."""
+    made = {}
+    for base in BASES:
+        folder = tmp_path_factory.mktemp(base)
+        changed = write_base(base, "model", folder / "repo", folder / "work")
+        made[base] = (changed / "config.pbtxt", (changed / "config.pbtxt").read_text())
+    return made
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(BASES), st.randoms(use_true_random=False))
+def test_no_mutated_configuration_crashes_the_check(repositories, base, random) -> None:
+    path, text = repositories[base]
+    lines = text.splitlines()
+    for _ in range(random.randint(1, 4)):
+        place = random.randrange(len(lines))
+        kind = random.choice(["drop", "twice", "number", "word", "swap"])
+        if kind == "drop":
+            del lines[place]
+        elif kind == "twice":
+            lines.insert(place, lines[place])
+        elif kind == "number":
+            number = random.choice(["-1", "0", "2147483647", "9223372036854775807", "-7"])
+            lines[place] = re.sub(r"-?\d+", number, lines[place])
+        elif kind == "word":
+            word = random.choice(['""', '"../x"', '"/etc/passwd"', '"model.onnx"', '"é"', '"9"'])
+            lines[place] = re.sub(r'"[^"]*"', word, lines[place])
+        else:
+            other = random.randrange(len(lines))
+            lines[place], lines[other] = lines[other], lines[place]
+    path.write_text("\n".join(lines))
+    for finding in run_lint(path.parent.parent, None):
+        assert finding.what
+        assert "\n" not in finding.what
 
 
 def test_a_deeply_nested_configuration_is_refused() -> None:

@@ -24,7 +24,7 @@ from msn_export.triton.preprocess import (
     require_floats,
     save_graph,
 )
-from msn_export.triton.readme import Subject, readme
+from msn_export.triton.readme import About, readme
 from msn_export.triton.repository import ModelFolder
 
 
@@ -78,7 +78,7 @@ def model_folders(served: Served, stage: Path) -> list[ModelFolder]:
 def _model_folder(served: Served, config: ModelConfig, ensemble: ModelConfig | None) -> ModelFolder:
     first, settings = served.artifacts[0], served.settings
     file = f"{served.version}/{plan_name(first, served.artifacts)}"
-    about = Subject(served.repository, config, first, file, settings, ensemble)
+    about = About(served.repository, config, first, file, settings, ensemble)
     contents = {**_labels(first), "README.md": readme(about).encode()}
     if served.warmup is not None:
         contents[f"{WARMUP}/{WARMUP_FILE}"] = served.warmup

@@ -1,6 +1,5 @@
 """Check a repository: what Triton would refuse, and what it accepts and serves wrongly."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -162,8 +161,3 @@ def _once(read: ReadArtifact, known: dict[Path, Artifact]) -> ReadArtifact:
         return artifact
 
     return read_once
-
-
-def is_model_name(name: str) -> bool:
-    """Say whether a name is safe as a folder's and in a URL."""
-    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name) is not None

@@ -16,7 +16,7 @@ from msn_export.preprocessing import Preprocessing
 from msn_export.spec import InputKind, TensorSpec
 from msn_export.triton import messages
 from msn_export.triton.artifact import Artifact, Platform
-from msn_export.triton.config import LABELS, Settings, base_config
+from msn_export.triton.config import Settings, base_config
 from msn_export.triton.messages import ModelConfig
 
 OPSET = 17  # every onnxruntime in the table of releases knows it
@@ -142,8 +142,3 @@ def _bytes_dims(planes: Sequence[int]) -> list[int]:
     """Turn [.., c, h, w] into [.., h, w, c]."""
     *batch, channels, height, width = planes
     return [*batch, height, width, channels]
-
-
-def has_labels(config: ModelConfig) -> bool:
-    """Say whether an output names a file of labels."""
-    return any(output.label_filename == LABELS for output in config.output)

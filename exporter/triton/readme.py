@@ -12,7 +12,7 @@ from msn_export.triton.releases import ATTENTION_CUDA_SINCE, ATTENTION_OPSET, nu
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class About:
     """What a README tells of: the model, and the ensemble in front of it where there is one."""
 
     repository: Path
@@ -23,22 +23,22 @@ class Subject:
     ensemble: ModelConfig | None = None
 
 
-def readme(subject: Subject) -> str:
+def readme(about: About) -> str:
     """Write the README of one model's folder."""
     return "\n".join(
         [
-            f"# {subject.config.name}",
+            f"# {about.config.name}",
             "",
-            *_what(subject),
-            *_start(subject),
-            *_call(subject),
-            *_more(subject),
+            *_what(about),
+            *_start(about),
+            *_call(about),
+            *_more(about),
         ]
     )
 
 
-def _what(subject: Subject) -> list[str]:
-    artifact, config = subject.artifact, subject.config
+def _what(about: About) -> list[str]:
+    artifact, config = about.artifact, about.config
     known = artifact.manifest
     lines = [f"{artifact.path.name}, served by Triton's {config.backend} backend."]
     if known is not None and known.checkpoint is not None:
@@ -57,8 +57,8 @@ def _what(subject: Subject) -> list[str]:
             sizes = ", ".join(str(size) for size in tensor.dims)
             dtype = messages.datatype_name(tensor.data_type).removeprefix("TYPE_")
             lines.append(f"| {kind}: `{tensor.name}` | {dtype} | [{batch}{sizes}] |")
-    if subject.ensemble is not None:
-        lines += ["", f"`{subject.ensemble.name}` takes bytes [h, w, c] and normalises them first."]
+    if about.ensemble is not None:
+        lines += ["", f"`{about.ensemble.name}` takes bytes [h, w, c] and normalises them first."]
     return [*lines, ""]
 
 
@@ -81,11 +81,11 @@ def start_command(repository: str, artifact: Artifact, settings: Settings) -> st
     )
 
 
-def _start(subject: Subject) -> list[str]:
-    artifact, settings = subject.artifact, subject.settings
+def _start(about: About) -> list[str]:
+    artifact, settings = about.artifact, about.settings
     lines = [
         "## Start", "", "From the folder that holds the repository:", "", "```sh",
-        start_command(subject.repository.name, artifact, settings), "```", "",
+        start_command(about.repository.name, artifact, settings), "```", "",
     ]  # fmt: skip
     release = settings.release
     if artifact.platform is Platform.PLAN:
@@ -107,21 +107,21 @@ def _start(subject: Subject) -> list[str]:
     return [
         *lines, "", "Ready when this answers 200:", "", "```sh",
         "curl -s -o /dev/null -w '%{http_code}\\n' "
-        f"localhost:8000/v2/models/{subject.config.name}/ready", "```", "",
+        f"localhost:8000/v2/models/{about.config.name}/ready", "```", "",
     ]  # fmt: skip
 
 
-def _call(subject: Subject) -> list[str]:
+def _call(about: About) -> list[str]:
     return [
         "## Call", "", "`pip install 'msn-export[ort,triton]'`, then `python client.py PICTURE…`:",
-        "", "```python", *client(subject).splitlines(), "```", "",
+        "", "```python", *client(about).splitlines(), "```", "",
     ]  # fmt: skip
 
 
-def client(subject: Subject) -> str:
+def client(about: About) -> str:
     """Write a client of the model: pictures on its command line, what they are on its output."""
-    called = subject.ensemble or subject.config
-    source, output = called.input[0], subject.config.output[0]
+    called = about.ensemble or about.config
+    source, output = called.input[0], about.config.output[0]
     datatype = messages.datatype_name(source.data_type).removeprefix("TYPE_")
     bytes_in = source.name == InputKind.UINT8.tensor
     batch = (
@@ -144,8 +144,8 @@ def client(subject: Subject) -> str:
                 "",
                 "from msn_export import images, manifest",
                 "",
-                f'known = manifest.read(Path("{subject.repository.name}/{subject.config.name}/'
-                f'{subject.file}"))',
+                f'known = manifest.read(Path("{about.repository.name}/{about.config.name}/'
+                f'{about.file}"))',
                 f"batch = {batch}",
                 f'tensor = triton.InferInput("{source.name}", list(batch.shape), "{datatype}")',
                 "tensor.set_data_from_numpy(batch)",
@@ -160,8 +160,8 @@ def client(subject: Subject) -> str:
     )
 
 
-def _more(subject: Subject) -> list[str]:
-    repository, name = subject.repository.name, subject.config.name
+def _more(about: About) -> list[str]:
+    repository, name = about.repository.name, about.config.name
     return [
         "## A new version", "", "```sh",
         f"msn-export triton NEW.onnx -o {repository} --name {name} --model-version 2",

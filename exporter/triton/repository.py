@@ -1,6 +1,7 @@
 """Model folders: written in a staging folder, then moved into the repository."""
 
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from pathlib import Path
 from msn_export.errors import OutputError, SpecError
 from msn_export.triton import messages
 from msn_export.triton.check_files import WARMUP, version_folders
-from msn_export.triton.lint import CONFIG, VARIANTS, is_model_name
+from msn_export.triton.lint import CONFIG, VARIANTS
 from msn_export.triton.messages import ModelConfig
 
 HEADER = "Written by msn-export triton; msn-export triton --lint checks it after a change."
@@ -34,7 +35,7 @@ def require_name(name: str) -> None:
     Raises:
         SpecError: it is not.
     """
-    if not is_model_name(name):
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name) is None:
         raise SpecError(
             f"model name {name!r} must be letters, digits, dots, dashes and underscores, and begin "
             "with a letter or digit; choose one with --name"
