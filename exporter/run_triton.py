@@ -123,6 +123,7 @@ def _served(job: TritonJob, name: str, artifacts: Sequence[Artifact], notes: lis
             "--cuda-graphs: only Triton's tensorrt backend has them; build an engine, or leave it "
             "out"
         )
+    notes += [_unproved(artifact) for artifact in artifacts if _unproved(artifact)]
     settings = Settings(
         release=_release(job.release, first),
         max_batch=job.max_batch,
@@ -146,6 +147,18 @@ def _served(job: TritonJob, name: str, artifacts: Sequence[Artifact], notes: lis
         if job.warmup and preprocessing is not None
         else None,
     )
+
+
+def _unproved(artifact: Artifact) -> str:
+    """Say what nobody checked of an artifact; nothing where all was."""
+    known, name = artifact.manifest, artifact.path.name
+    if known is None:
+        return f"{name} has no manifest: nothing says what it is or whether it was checked"
+    if known.check is None:
+        return f"{name} was never compared with its source (--no-check)"
+    if known.engine is not None and not known.engine.executed:
+        return f"{name}: {known.engine.reason}"
+    return ""
 
 
 def _release(asked: str | None, artifact: Artifact) -> Release:

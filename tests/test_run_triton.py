@@ -97,6 +97,12 @@ def test_an_engines_configuration_names_the_release_that_loads_it(tmp_path) -> N
     assert "Engine: no engine: bytes of a test." in readme
 
 
+def test_what_nobody_checked_is_noted(tmp_path) -> None:
+    path = graph(tmp_path / "m.onnx")
+    told = json.loads(invoke(path, "-o", tmp_path / "repo", "--json").stdout)
+    assert told["notes"] == ["m.onnx was never compared with its source (--no-check)"]
+
+
 def test_engines_for_several_gpus_are_one_model(tmp_path) -> None:
     for sm in ("8.6", "8.9"):
         plan(tmp_path / f"m{sm}.engine", capability=sm)
@@ -177,7 +183,7 @@ def test_an_engine_whose_tensorrt_no_release_has_can_be_served_by_a_release_of_o
     line = refused(tmp_path / "m.engine", "-o", tmp_path / "repo")
     assert "no Triton release is known to ship TensorRT 11.2.0.5" in line
     result = invoke(tmp_path / "m.engine", "-o", tmp_path / "repo", "--release", "26.09", "--json")
-    (note,) = json.loads(result.stdout)["notes"]
+    *_, note = json.loads(result.stdout)["notes"]
     assert "which TensorRT is in Triton 26.09 is not known; it needs 11.2.0.5" in note
     wrong = refused(tmp_path / "m.engine", "-o", tmp_path / "two", "--release", "25.10")
     assert "built by TensorRT 11.2.0.5, and Triton 25.10 has 10.13.3.9" in wrong
@@ -245,7 +251,8 @@ def test_weights_beside_a_foreign_graph_come_along(tmp_path) -> None:
     assert result.exit_code == 0, result.output
     assert (tmp_path / "repo/m/1/m.onnx.data").is_file()
     assert json.loads(result.stdout)["notes"] == [
-        "m.onnx has no manifest: preprocessing hf assumed"
+        "m.onnx has no manifest: nothing says what it is or whether it was checked",
+        "m.onnx has no manifest: preprocessing hf assumed",
     ]
     assert config_of(tmp_path / "repo", "m/config.pbtxt").max_batch_size == 32
 
@@ -339,6 +346,7 @@ def test_cuda_graphs_are_for_engines(tmp_path) -> None:
         (["--lint", ".", "-o", "x"], "--lint takes a repository alone"),
         (["--max-batch", "0"], "'--max-batch'"),
         (["nowhere.onnx", "-o", "x"], "'nowhere.onnx' does not exist"),
+        ([__file__, "-o", "x", "--images", "."], "--images is what --warmup runs"),
     ],
 )
 def test_usage_is_told(arguments, message) -> None:

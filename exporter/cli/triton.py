@@ -68,6 +68,8 @@ def triton(
         return
     if not artifacts or output is None:
         raise click.UsageError("give ARTIFACT and -o REPO, or --lint REPO")
+    if options["images"] is not None and not options["warmup"]:
+        raise click.UsageError("--images is what --warmup runs; give both or neither")
     with console.progress() as progress:
         job = TritonJob(artifacts, output, release=release, **options)
         written = run_triton(job, progress)
