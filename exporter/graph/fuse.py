@@ -38,6 +38,10 @@ def fuse_attention(model: ir.Model, form: AttentionForm, *, expected: int | None
     """
     set_heads_apart(model)
     candidates = [node for node in model.graph if _may_be_core(node)]
+    if not candidates:
+        raise FusionError(
+            "the graph has no Softmax and no Attention; expected a vision transformer"
+        )
     cores, misses = [], []
     for node in candidates:
         core = match(node)
