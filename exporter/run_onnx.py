@@ -84,9 +84,13 @@ def run_onnx(job: OnnxJob, progress: Progress) -> tuple[Path, Manifest]:
     )
     with progress.step("load checkpoint"):
         checkpoint = _sized(load_checkpoint(job.checkpoint, variant=job.variant), job.image_size)
-    heads = job.heads or ((Head.LOGITS,) if checkpoint.config.labels else (Head.CLS,))
+    heads = tuple(dict.fromkeys(job.heads)) or (
+        (Head.LOGITS,) if checkpoint.config.labels else (Head.CLS,)
+    )
     config = checkpoint.config
     room = affordable_batch(config.tokens, config.dim, config.mlp_dim, config.heads)
+    if job.check:
+        batch_sizes(job.batch, room)  # refuses before the work what could not be checked after it
     with progress.step("read images"):
         sample = draw(job.images, preprocessing_of(checkpoint, job.preprocess), room=room)
     with staging(output.parent) as stage:

@@ -186,6 +186,20 @@ def test_what_is_no_checkpoint_is_one_message(outputs, source, message) -> None:
     assert len(said) < 2100
 
 
+def test_a_batch_that_memory_cannot_check_is_refused_before_the_work(tiny, outputs) -> None:
+    result = export(tiny, outputs, "--batch", "999999")
+    assert "error: --batch 999999:999999:999999: memory affords a check of about" in last_line(
+        result
+    )
+    assert "trace" not in result.stderr
+
+
+def test_a_head_that_is_named_twice_is_one_output(tiny, outputs) -> None:
+    result = export(tiny, outputs, "--head", "cls", "--head", "mean", "--head", "cls", "--json")
+    told = json.loads(result.stdout)
+    assert [output["name"] for output in told["outputs"]] == ["embedding", "mean_embedding"]
+
+
 def test_a_variant_where_the_shape_is_said_is_refused(tiny, outputs) -> None:
     assert "says its own shape; --variant is for a weights file" in refused(
         tiny, outputs, "--variant", "vit-msn-base"

@@ -11,7 +11,7 @@ from PIL import Image
 from msn_export import images
 from msn_export.check import sample as subject
 from msn_export.check.sample import affordable_batch, batch_sizes, batches, draw
-from msn_export.errors import ImageError
+from msn_export.errors import ImageError, SpecError
 from msn_export.preprocessing import preset
 from msn_export.spec import BatchRange, ImageSize, InputKind
 
@@ -70,7 +70,7 @@ ranges = st.lists(st.integers(1, 64), min_size=3, max_size=3).map(lambda x: Batc
         ("1:1:32", 99, (1, 16, 32)),
         ("1:32:32", 99, (1, 16, 32)),
         ("4", 99, (4,)),
-        ("8:8:16", 2, (8,)),  # the smallest is not optional
+        ("8:8:16", 4, (8,)),  # the smallest is not optional
         ("1:1:2", 99, (1, 2)),
     ],
 )
@@ -78,7 +78,16 @@ def test_the_smallest_the_largest_and_one_between(batch, room, sizes) -> None:
     assert batch_sizes(BatchRange.parse(batch), room) == sizes
 
 
-@given(ranges, st.integers(1, 99))
+def test_a_batch_that_could_not_be_checked_is_refused() -> None:
+    with pytest.raises(SpecError) as raised:
+        batch_sizes(BatchRange.parse("64"), 5)
+    assert str(raised.value) == (
+        "--batch 64:64:64: memory affords a check of about 15 images at once; choose a smaller "
+        "batch, or --no-check"
+    )
+
+
+@given(ranges, st.integers(22, 99))
 def test_every_size_is_one_the_graph_accepts(batch, room) -> None:
     sizes = batch_sizes(batch, room)
     assert sizes[0] == batch.min

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from msn_export import images
+from msn_export.errors import SpecError
 from msn_export.preprocessing import Preprocessing
 from msn_export.spec import BatchRange, InputKind
 
@@ -64,7 +65,16 @@ def draw(
 
 
 def batch_sizes(batch: BatchRange, room: int) -> tuple[int, ...]:
-    """Choose the smallest size, the largest that memory affords, and one between."""
+    """Choose the smallest size, the largest that memory affords, and one between.
+
+    Raises:
+        SpecError: not even the smallest fits in memory: ``room`` is a quarter of what is free.
+    """
+    if batch.min > 3 * room:
+        raise SpecError(
+            f"--batch {batch}: memory affords a check of about {3 * room} images at once; choose a "
+            "smaller batch, or --no-check"
+        )
     largest = max(batch.min, min(batch.max, room))
     between = min(batch.opt, largest)
     if between in {batch.min, largest}:

@@ -69,8 +69,8 @@ def _example(model: VitMsn, stem: InputKind, batch: BatchRange) -> Tensor:
     images = batch.max if batch.is_static else 2
     size, channels = model.config.image_size, model.config.channels
     if stem is InputKind.FLOAT:
-        return torch.zeros(images, channels, *size)
-    return torch.zeros(images, *size, channels, dtype=torch.uint8)
+        return torch.empty(images, channels, *size)  # only its shape is looked at
+    return torch.empty(images, *size, channels, dtype=torch.uint8)
 
 
 class _Graph(nn.Module):
