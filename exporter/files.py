@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from msn_export.errors import OutputError
+from msn_export.errors import OutputError, SpecError
 
 STAGING_PREFIX = ".msn-export-staging-"  # whatever is called so is ours to delete
 
@@ -32,7 +32,10 @@ def require_writable(outputs: Sequence[Path], *, force: bool, sources: Sequence[
     Raises:
         OutputError: an output exists and ``force`` is not set, is no file, is a source, or its
             folder cannot be written.
+        SpecError: a path is one that no library here can open.
     """
+    for path in (*outputs, *sources):
+        _require_text(path)
     for output in outputs:
         folder = output.parent
         if output.is_dir():
@@ -49,6 +52,14 @@ def require_writable(outputs: Sequence[Path], *, force: bool, sources: Sequence[
             raise OutputError(f"output {output} is what is read; choose another with -o")
         if os.path.lexists(output) and not force:
             raise OutputError(f"output {output} exists; --force replaces it, -o writes elsewhere")
+
+
+def _require_text(path: Path) -> None:
+    """Refuse a path that is not UTF-8: torch, safetensors, onnx and TensorRT take no other."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise SpecError(f"path {str(path)!r} is not UTF-8; rename it") from error
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import huggingface_hub.constants as hub_constants
 import pytest
 import torch
-from checkpoints import TINY, hugging_face, processor
+from checkpoints import hugging_face, processor
 from hub import COMMIT, cached, serve
 from safetensors.torch import load_file, save_file
 from test_parity import original_state
@@ -354,7 +354,3 @@ def test_a_hub_that_does_not_answer_is_named(home, monkeypatch) -> None:
     message = message_of("facebook/vit-msn-small")
     assert "hub checkpoint 'facebook/vit-msn-small' cannot be had (" in message
     assert "Connection refused" in message
-
-
-def test_tiny_is_small_enough_for_many_tests(encoder) -> None:
-    assert load_checkpoint(str(encoder)).config.dim == TINY["hidden_size"]

@@ -62,7 +62,9 @@ class Console:
             TextColumn("[dim]{task.fields[detail]}[/]"),
             TimeElapsedColumn(),
         )
-        with Progress(*columns, console=self._stderr, transient=True) as progress:
+        # without a terminal nothing is redrawn; the line that a step leaves is printed all the same
+        still = not self._stderr.is_terminal
+        with Progress(*columns, console=self._stderr, transient=True, disable=still) as progress:
             yield Steps(progress, self._stderr)
 
     def print(self, shown: Any) -> None:
