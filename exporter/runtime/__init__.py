@@ -1,0 +1,22 @@
+"""Run what was exported: ``open_runner("model.onnx")`` or ``open_runner("model.engine")``.
+
+Importing this loads NumPy and the standard library. onnxruntime, TensorRT and CUDA's bindings are
+loaded when a runner is opened, Pillow when pictures are preprocessed.
+"""
+
+from msn_export.errors import DeviceError, InputError, RunnerError
+from msn_export.runtime.opening import open_runner
+from msn_export.runtime.outputs import Outputs
+from msn_export.runtime.runner import Guess, Runner
+from msn_export.runtime.selftest import SelfTest
+
+__all__ = [
+    "DeviceError",
+    "Guess",
+    "InputError",
+    "Outputs",
+    "Runner",
+    "RunnerError",
+    "SelfTest",
+    "open_runner",
+]
