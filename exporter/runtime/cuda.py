@@ -6,7 +6,7 @@ its owner (an ``ExitStack`` in whoever holds several).
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from msn_export.errors import DeviceError
@@ -95,12 +95,21 @@ class Gpu:
             call(self.cuda.cuCtxPopCurrent)
 
     def release(self, free: Callable[[], None]) -> None:
-        """Free things with this GPU current; also where it cannot be made so."""
+        """Free things with this GPU current, whatever CUDA says to that.
+
+        A call may report an error of earlier work, and to free nothing would be worse.
+        """
+        failure = None
         with ExitStack() as owned:
             try:
                 owned.enter_context(self.current())
-            finally:
-                free()
+            except DeviceError as error:
+                failure = error
+                with suppress(DeviceError):
+                    owned.enter_context(self.current())
+            free()
+        if failure is not None:
+            raise failure
 
     def memory(self, size: int) -> Owned:
         """Allocate bytes on the GPU."""

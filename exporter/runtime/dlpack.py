@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from msn_export.errors import InputError
+from msn_export.errors import InputError, MsnExportError
 from msn_export.runtime.elements import OF_DLPACK, Element
 
 if TYPE_CHECKING:
@@ -168,6 +168,8 @@ def borrow(tensor: Any, stream: int | None = None) -> Borrowed:
             capsule = tensor.__dlpack__(**wait, max_version=(1, 1))
         except TypeError:  # a library from before DLPack 1.0
             capsule = tensor.__dlpack__(**wait)
+    except MsnExportError:  # it is an output of a runner, and the GPU failed
+        raise
     except Exception as error:
         raise InputError(
             f"the images' {type(tensor).__name__} cannot be read in place: "

@@ -80,30 +80,40 @@ class Engine:
         Args:
             scratch: memory of that many bytes, unless it is 0.
             graphs: whether TensorRT-RTX shall replay its own CUDA graphs.
+
+        Raises:
+            DeviceError: TensorRT makes none. It holds no context, which must not outlive the GPU.
         """
-        made = self._make_context(graphs=graphs)
-        if made is None:
-            raise DeviceError(f"{self.loaded} made no context for {self.file}: {self.heard()}")
-        context: IExecutionContext = made
-        if scratch is not None and self.loaded.loader.contexts == "strategy":
-            context.set_device_memory(int(scratch), self.scratch)
-        elif scratch is not None:
-            context.device_memory = int(scratch)
+        why = ""
+        try:
+            context: IExecutionContext = self._make_context(scratch, graphs=graphs)
+        except Exception as error:  # noqa: BLE001  pybind raises what it likes
+            context, why = None, " ".join(str(error).split())
+        if context is None:
+            raise DeviceError(
+                f"{self.loaded} makes no context for {self.file}: {why or self.heard()}"
+            )
         return Execution(context, self.input, f"{self.loaded} on {self.file}", self.heard)
 
-    def _make_context(self, *, graphs: bool) -> IExecutionContext:
+    def _make_context(self, scratch: Owned | None, *, graphs: bool) -> IExecutionContext:
         trt: TensorRT = self.loaded.trt
         engine: ICudaEngine = self._engine
         kind = self.loaded.loader.contexts
-        if kind == "bare":
-            return engine.create_execution_context_without_device_memory()
+        if kind == "config":
+            config: IRuntimeConfig = engine.create_runtime_config()
+            if graphs and config is not None:
+                config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            return None if config is None else engine.create_execution_context(config)
         if kind == "strategy":
             strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-            return engine.create_execution_context(strategy)
-        config: IRuntimeConfig = engine.create_runtime_config()
-        if graphs:
-            config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        return engine.create_execution_context(config)
+            context: IExecutionContext = engine.create_execution_context(strategy)
+            if context is not None and scratch is not None:
+                context.set_device_memory(int(scratch), self.scratch)
+            return context
+        bare: IExecutionContext = engine.create_execution_context_without_device_memory()
+        if bare is not None and scratch is not None:
+            bare.device_memory = int(scratch)
+        return bare
 
     def heard(self) -> str:
         """Quote what TensorRT said of its errors."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from msn_export.errors import DeviceError, MsnExportError
+from msn_export.errors import DeviceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -46,34 +46,33 @@ class Execution:
         Raises:
             DeviceError: TensorRT refuses; the message has what it says.
         """
+        why = ""
         try:
-            self._enqueue(profile, batch, addresses, int(stream))
-        except MsnExportError:
-            raise
-        except Exception as error:
-            raise DeviceError(f"{self._name} failed: {' '.join(str(error).split())}") from error
+            refused = self._enqueue(profile, batch, addresses, int(stream))
+        except Exception as error:  # noqa: BLE001  pybind raises what it likes
+            refused, why = "the run", " ".join(str(error).split())
+        if refused:  # raised here, not inside: a traceback would keep the context alive
+            raise DeviceError(f"{self._name} refuses {refused}: {why or self._heard()}")
 
-    def _enqueue(self, profile: int, batch: int, addresses: Mapping[str, int], number: int) -> None:
+    def _enqueue(self, profile: int, batch: int, addresses: Mapping[str, int], stream: int) -> str:
+        """Give the run; what TensorRT refuses, or nothing."""
         context: IExecutionContext = self._context
         if profile != self._profile:
             self._profile, self._batch = None, 0
-            self._require(context.set_optimization_profile_async(profile, number), "the profile")
+            if not context.set_optimization_profile_async(profile, stream):
+                return f"profile {profile}"
             self._profile = profile
         if batch != self._batch:
             self._batch = 0
-            spec = self._images
-            shape = (batch, *spec.shape[1:])
-            self._require(context.set_input_shape(spec.name, shape), f"images of {list(shape)}")
-            self._require(not context.infer_shapes(), f"images of {list(shape)}")
+            shape = (batch, *self._images.shape[1:])
+            if not context.set_input_shape(self._images.name, shape) or context.infer_shapes():
+                return f"images of {list(shape)}"
             self._batch = batch
         for name, address in addresses.items():
-            self._require(context.set_tensor_address(name, address), f"the address of {name!r}")
-        self._require(context.execute_async_v3(number), "to run")
+            if not context.set_tensor_address(name, address):
+                return f"the address of {name!r}"
+        return "" if context.execute_async_v3(stream) else "the run"
 
     def close(self) -> None:
         """Free the context; its stream must have done what it was given."""
         self._context = None
-
-    def _require(self, accepted: bool, what: str) -> None:
-        if not accepted:
-            raise DeviceError(f"{self._name} refuses {what}: {self._heard()}")

@@ -189,14 +189,19 @@ class TrtRunner(Runner):
 
 def _load(plan: Plan, machine: Machine, gpu: Gpu) -> Engine:
     """Load an engine, or let go of the GPU."""
+    engine = None
     try:
         with gpu.current():
-            return Engine(machine.loaded, plan.content, plan.file, compatible=plan.compatible)
+            engine = Engine(machine.loaded, plan.content, plan.file, compatible=plan.compatible)
     except Exception as error:  # noqa: BLE001  pybind raises what it likes
         failure = error
+    else:
+        return engine
 
     def forget() -> None:  # the traceback's frames hold TensorRT's objects: they go with the GPU
         failure.__traceback__ = failure.__context__ = failure.__cause__ = None
+        if engine is not None:
+            engine.close()
 
     with ExitStack() as owned:
         owned.callback(gpu.close)
