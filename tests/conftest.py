@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 import photographs as photographs_script
+import real_bindings
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +18,9 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photographs")
     photographs_script.main(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Libraries that define what the real TensorRT modules link, and do nothing."""
+    return real_bindings.make_stubs(tmp_path_factory.mktemp("stubs"))

@@ -10,8 +10,10 @@ from typing import Any, TypeAlias
 TensorRT: TypeAlias = Any  # the module: tensorrt, tensorrt_lean or tensorrt_rtx
 CudaDriver: TypeAlias = Any  # the module cuda.bindings.driver
 
+DataType: TypeAlias = Any
 ICudaEngine: TypeAlias = Any
 IExecutionContext: TypeAlias = Any
 ILogger: TypeAlias = Any
 IRuntimeConfig: TypeAlias = Any
 Runtime: TypeAlias = Any
+TensorIOMode: TypeAlias = Any

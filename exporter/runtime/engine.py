@@ -13,11 +13,13 @@ from msn_export.spec import BatchRange, TensorSpec
 
 if TYPE_CHECKING:
     from msn_export.runtime.bindings import (
+        DataType,
         ICudaEngine,
         IExecutionContext,
         ILogger,
         IRuntimeConfig,
         Runtime,
+        TensorIOMode,
         TensorRT,
     )
     from msn_export.runtime.cuda import Owned
@@ -149,16 +151,17 @@ def _tensors(
     outputs: list[TensorSpec] = []
     for index in range(engine.num_io_tensors):
         name = engine.get_tensor_name(index)
-        element = OF_TENSORRT.get(engine.get_tensor_dtype(name).name)
+        dtype: DataType = engine.get_tensor_dtype(name)
+        mode: TensorIOMode = engine.get_tensor_mode(name)
+        element = OF_TENSORRT.get(dtype.name)
         batch, *sizes = tuple(engine.get_tensor_shape(name)) or (0,)
         if element is None or -1 in sizes:
             raise GraphError(
-                f"{file}: tensor {name!r} is {engine.get_tensor_dtype(name).name} "
-                f"{[batch, *sizes]}; expected a plain dtype and a batch as the only dynamic size"
+                f"{file}: tensor {name!r} is {dtype.name} {[batch, *sizes]}; expected a plain "
+                "dtype and a batch as the only dynamic size"
             )
         spec = TensorSpec(name, element.onnx, ("batch" if batch == -1 else batch, *sizes))
-        is_input = engine.get_tensor_mode(name).name == "INPUT"
-        (inputs if is_input else outputs).append(spec)
+        (inputs if mode.name == "INPUT" else outputs).append(spec)
     if len(inputs) != 1 or not outputs:
         names = ", ".join(repr(spec.name) for spec in inputs) or "nothing"
         raise GraphError(f"{file} takes {names}; expected one image input")
