@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from msn_export.runtime import dlpack
+from msn_export.runtime.elements import widen
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from numpy.typing import NDArray
 
     from msn_export.runtime.elements import Element
 
@@ -47,6 +50,11 @@ class Tensor:
     def __repr__(self) -> str:
         where = "cpu" if self._device[0] == dlpack.CPU else f"cuda:{self._device[1]}"
         return f"Tensor({list(self.shape)}, {self.dtype}, {where})"
+
+    def array(self) -> NDArray[Any]:
+        """Give a host tensor as NumPy can name it: bfloat16 is widened to float32."""
+        array = dlpack.array_at(self.pointer, self.shape, self._element, self._owner)
+        return array if self._element.numpy else widen(array)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         """Give DLPack's device type and index."""
