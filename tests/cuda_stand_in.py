@@ -228,12 +228,6 @@ class CudaStandIn:
     ) -> tuple[Any, ...]:
         return self._copy(dstDevice, srcDevice, ByteCount, hStream)
 
-    def cuMemsetD8Async(self, dstDevice: Any, uc: int, N: int, hStream: Any) -> tuple[Any, ...]:
-        if (code := self._refusal(capturing=True)) is not None:
-            return (code,)
-        self._enqueue(hStream, lambda: self._at(dstDevice, N).fill(uc))
-        return (CUresult.CUDA_SUCCESS,)
-
     def cuStreamBeginCapture(self, hStream: Any, mode: Any) -> tuple[Any, ...]:
         assert mode is CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         with self._lock:

@@ -55,6 +55,10 @@ class Library:
         assert borrowed.device == 0
         return self._kind(self, borrowed.pointer, borrowed.shape, borrowed.element, borrowed)
 
+    def take(self, tensor: Any) -> Any:
+        """Take a tensor of another library."""
+        return self.from_dlpack(tensor)
+
     def copy(self, tensor: Any) -> Any:
         """Copy on the GPU, in stream order: what a caller's kernel would do."""
         copied = self.to_gpu(np.zeros(tensor.shape, tensor.element.storage))

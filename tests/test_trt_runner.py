@@ -230,6 +230,64 @@ def test_the_librarys_current_stream_is_found(bench) -> None:
             assert bench.recorder.count("cuStreamSynchronize") == waits
 
 
+@pytest.mark.parametrize("dropped", ["before the output is read", "after"])
+def test_the_call_may_have_another_stream_than_the_library(bench, dropped) -> None:
+    library = bench.library()
+    current, called = library.new_stream(), library.new_stream()
+    with bench.open() as runner:
+        for seed in range(4):
+            images = NETWORK.images(3, seed)
+            library.stream = current
+            given = library.to_gpu(images)  # still to be computed, in the current stream
+            outputs = runner(given, stream=called)
+            if dropped != "after":
+                library.stream = called
+                del given  # what comes next in that stream may overwrite it
+                library.to_host(library.to_gpu(images))
+                library.stream = current
+            np.testing.assert_array_equal(
+                library.to_host(outputs.odd), wanted(NETWORK, images)["odd"]
+            )
+            del outputs
+        library.stream = 1
+
+
+class Bare:
+    """A tensor of a library that is not known and takes nothing back."""
+
+    def __init__(self, tensor: Any) -> None:
+        self.tensor = tensor
+
+    def __dlpack__(self, **options: Any) -> object:
+        return self.tensor.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        device: tuple[int, int] = self.tensor.__dlpack_device__()
+        return device
+
+
+def test_a_library_that_is_not_known_gets_outputs_that_are_there(bench) -> None:
+    library = bench.library()
+    with bench.open() as runner:
+        for stream in (1, library.new_stream()):
+            library.stream = stream
+            for seed in range(4):
+                images = NETWORK.images(3, seed)
+                given = library.to_gpu(images)
+                outputs = runner(Bare(given))
+                del given
+                library.to_host(library.to_gpu(images))  # overwrites what was given
+                assert outputs.odd.shape == (3, 3)
+                assert repr(outputs.odd) == "Tensor([3, 3], float32, cuda:0)"
+                taken = library.take(outputs.odd)
+                np.testing.assert_array_equal(
+                    library.to_host(taken), wanted(NETWORK, images)["odd"]
+                )
+                with pytest.raises(BufferError, match="is lent where it lies, without a copy"):
+                    outputs.odd.__dlpack__(copy=True)
+        library.stream = 1
+
+
 def test_a_block_goes_back_to_its_stream_alone(bench) -> None:
     """An output dropped on one stream is not overwritten by a call ordered after another."""
     library = bench.library()

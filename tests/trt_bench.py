@@ -119,6 +119,7 @@ class Torch:
 
     def __init__(self, torch: Any) -> None:
         self.torch = torch
+        self._kept: list[Any] = []
 
     @property
     def stream(self) -> int:
@@ -130,8 +131,8 @@ class Torch:
         self.torch.cuda.set_stream(stream)
 
     def new_stream(self) -> int:
-        self._kept = self.torch.cuda.Stream()
-        return int(self._kept.cuda_stream)
+        self._kept.append(self.torch.cuda.Stream())
+        return int(self._kept[-1].cuda_stream)
 
     def to_gpu(self, array: np.ndarray[Any, Any], *, offset: int = 0) -> Any:
         size = array.dtype.itemsize
@@ -139,6 +140,9 @@ class Torch:
         flat = flat.to(self.torch.from_numpy(array[:0].copy()).dtype)
         flat[offset // size :] = self.torch.from_numpy(array).reshape(-1).cuda()
         return flat[offset // size :].reshape(array.shape)
+
+    def take(self, tensor: Any) -> Any:
+        return self.torch.from_dlpack(tensor)
 
     def copy(self, tensor: Any) -> Any:
         return tensor.clone()

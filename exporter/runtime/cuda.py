@@ -151,10 +151,6 @@ class Gpu:
         """Copy within the GPU."""
         call(self.cuda.cuMemcpyDtoDAsync, target, source, size, stream.handle)
 
-    def zero(self, target: int, size: int, stream: Owned) -> None:
-        """Fill memory of the GPU with zeros."""
-        call(self.cuda.cuMemsetD8Async, target, 0, size, stream.handle)
-
     def capture(self, stream: Owned, enqueue: Callable[[], None]) -> Graph:
         """Capture what ``enqueue`` gives to a stream as a graph, instead of running it.
 

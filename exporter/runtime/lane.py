@@ -88,18 +88,16 @@ class Staging:
             self.close = owned.pop_all().close
         self.addresses = {name: int(memory) for name, memory in self._memory.items()}
 
-    def upload(self, name: str, rows: NDArray[Any], batch: int, stream: Owned) -> None:
-        """Copy a tensor's rows to the GPU, zeros behind them up to ``batch``."""
-        size = batch * self.sizes[name]
-        pinned = self._bytes[name][:size]
-        filled = len(rows) * self.sizes[name]
-        np.copyto(pinned[:filled].view(rows.dtype).reshape(rows.shape), rows)
-        pinned[filled:] = 0
+    def upload(self, name: str, rows: NDArray[Any], stream: Owned) -> None:
+        """Start copying a tensor's rows to the GPU."""
+        size = len(rows) * self.sizes[name]
+        pinned = self._bytes[name][:size].view(rows.dtype).reshape(rows.shape)
+        np.copyto(pinned, rows)
         self._gpu.upload(self.addresses[name], self._pinned[name], size, stream)
 
-    def download(self, name: str, batch: int, stream: Owned) -> None:
+    def download(self, name: str, rows: int, stream: Owned) -> None:
         """Start copying a tensor's rows to the host."""
-        size = batch * self.sizes[name]
+        size = rows * self.sizes[name]
         self._gpu.download(self._pinned[name], self.addresses[name], size, stream)
 
     def read(self, name: str, into: NDArray[Any]) -> None:

@@ -1,4 +1,8 @@
-"""One pass of images through a lane: from and to the host, or in place on the GPU."""
+"""One pass of images through a lane: from and to the host, or in place on the GPU.
+
+A batch that has to be padded is so with what lies behind its images: no image sees another, and
+what comes of the padding is not read.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +39,7 @@ def pass_host(lane: Lane, images: NDArray[Any], pieces: Sequence[Piece]) -> dict
     }
     for piece in pieces:
         rows = slice(piece.start, piece.start + piece.count)
-        staging.upload(engine.input.name, images[rows], piece.size, stream)
+        staging.upload(engine.input.name, images[rows], stream)
         lane.enqueue(piece.profile, piece.size, staging.addresses)
         for name in whole:
             staging.download(name, piece.count, stream)
@@ -95,10 +99,7 @@ def _run_in_place(
     addresses = {name: source}
     if piece.count != piece.size or source % _ALIGNED:
         addresses[name] = lane.staging.addresses[name]
-        given, taken = piece.count * lane.sizes[name], piece.size * lane.sizes[name]
-        gpu.copy(addresses[name], source, given, lane.stream)
-        if taken > given:
-            gpu.zero(addresses[name] + given, taken - given, lane.stream)
+        gpu.copy(addresses[name], source, piece.count * lane.sizes[name], lane.stream)
     moved = {}
     for spec in engine.outputs:
         target = block + offsets[spec.name] + piece.start * lane.sizes[spec.name]
