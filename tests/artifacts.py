@@ -1,4 +1,4 @@
-"""A tiny classifier exported and compiled once a test run, and a machine to pretend to run it on."""
+"""A tiny classifier, exported and compiled once a test run, and a machine to pretend it runs on."""
 
 import tempfile
 from functools import cache

@@ -2,10 +2,11 @@
 
 It keeps what the driver promises and no more. Memory of the GPU is memory of the host at addresses
 of its own; a stream does nothing before somebody waits for it, so that code which does not wait, or
-waits for the wrong stream, reads garbage here every time. It refuses what CUDA refuses: calls without
-a current context, allocation and waiting while this thread captures, work on memory that is freed.
-tests/test_runtime_bindings.py checks its functions against the real module.
+waits for the wrong stream, reads garbage here every time. It refuses what CUDA refuses: calls
+without a current context, allocation and waiting while this thread captures, work on memory that is
+freed. tests/test_runtime_bindings.py checks its functions against the real module.
 """
+# ruff: noqa: N802, N803  the names are CUDA's
 
 import threading
 from collections import deque

@@ -169,7 +169,7 @@ class _Collector(ast.NodeVisitor):
         return parts[2:] if parts[0] == "self" and parts[1] in self.attributes else parts[1:]
 
     def root(self, node: ast.AST) -> str | None:
-        """The class of the variable, or attribute of self, that a chain of attributes starts from."""
+        """The class of the variable, or attribute of self, that a chain starts from."""
         last = node
         while isinstance(node, ast.Attribute):
             last, node = node, node.value

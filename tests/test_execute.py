@@ -18,7 +18,7 @@ from msn_export import execute, manifest
 from msn_export.cli import main
 from msn_export.driver import Device, NoDriver
 from msn_export.errors import MissingPackageError
-from msn_export.runtime import opening, open_runner
+from msn_export.runtime import open_runner, opening
 from msn_export.spec import ComputeCapability
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
@@ -119,7 +119,7 @@ def test_why_it_was_not_run_is_told(tmp_path, monkeypatch) -> None:
     assert reason(tmp_path, "--force").startswith(
         "compiled, not executed: it is for another GPU (tensorrt-rtx "
     )
-    monkeypatch.setattr(execute, "find_driver", lambda: one_device())
+    monkeypatch.setattr(execute, "find_driver", one_device)
     assert reason(tmp_path, "--force", "--no-check") == (
         "compiled, not executed: no check was asked for (--no-check)"
     )
@@ -127,7 +127,7 @@ def test_why_it_was_not_run_is_told(tmp_path, monkeypatch) -> None:
     def missing(_backend: str) -> None:
         raise MissingPackageError("cuda-bindings is not installed; pip install …")
 
-    monkeypatch.setattr(opening, "find_driver", lambda: one_device())
+    monkeypatch.setattr(opening, "find_driver", one_device)
     monkeypatch.setattr(opening, "load_cuda", missing)
     assert reason(tmp_path, "--force") == (
         "compiled, not executed: cuda-bindings is not installed; pip install …"

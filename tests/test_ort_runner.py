@@ -17,10 +17,11 @@ from msn_export.driver import NoDriver
 from msn_export.errors import DeviceError, GraphError, InputError, ManifestError, RunnerError
 from msn_export.files import manifest_path
 from msn_export.graph import io
-from msn_export.runtime import Guess, open_runner
+from msn_export.runtime import open_runner
 from msn_export.runtime import ort as subject
 from msn_export.runtime.ort import OrtRunner
 from msn_export.runtime.providers import CPU, CUDA, choose, require_obtained
+from msn_export.runtime.runner import Guess
 
 NETWORK = Network()
 
@@ -226,7 +227,7 @@ def test_a_provider_that_cannot_be_had_is_an_error(
 
 
 def test_onnxruntime_leaving_a_provider_out_is_an_error(monkeypatch, plain) -> None:
-    """Real: with a driver pretended, this onnxruntime tries CUDA, fails, and falls back silently."""
+    """Real: where a driver is pretended, onnxruntime tries CUDA, fails, and falls back silently."""
     if CUDA not in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime knows no CUDA")
     monkeypatch.setattr(subject, "find_driver", lambda: CARD)

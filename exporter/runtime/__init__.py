@@ -7,16 +7,13 @@ loaded when a runner is opened, Pillow when pictures are preprocessed.
 from msn_export.errors import DeviceError, InputError, RunnerError
 from msn_export.runtime.opening import open_runner
 from msn_export.runtime.outputs import Outputs
-from msn_export.runtime.runner import Guess, Runner
-from msn_export.runtime.selftest import SelfTest
+from msn_export.runtime.runner import Runner
 
 __all__ = [
     "DeviceError",
-    "Guess",
     "InputError",
     "Outputs",
     "Runner",
     "RunnerError",
-    "SelfTest",
     "open_runner",
 ]

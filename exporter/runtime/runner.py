@@ -12,7 +12,6 @@ import numpy as np
 from msn_export import images as pictures
 from msn_export.errors import InputError, ManifestError, RunnerError
 from msn_export.runtime.batching import together
-from msn_export.runtime.selftest import SelfTest, selftest
 from msn_export.spec import BatchRange, InputKind, TensorSpec
 
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
     from msn_export.manifest import Manifest
     from msn_export.runtime.outputs import Outputs
+    from msn_export.runtime.selftest import SelfTest
 
 
 class Guess(NamedTuple):
@@ -160,6 +160,8 @@ class Runner(ABC):
         Raises:
             ManifestError: there is no golden input.
         """
+        from msn_export.runtime.selftest import selftest
+
         return selftest(self, self.name, self.manifest, self._stem)
 
     @property
