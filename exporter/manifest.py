@@ -4,7 +4,6 @@
 """
 
 import hashlib
-import importlib.metadata
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,6 +73,24 @@ class EngineRecord:
     reason: str
     census: Any = None
     options: dict[str, Any] = field(default_factory=dict)
+    check: CheckRecord | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GoldenRecord:
+    """A seeded input as a recipe, and what the reference made of it (``msn_export.golden``).
+
+    ``shape`` is that of the pixels [b, h, w, c]; ``values`` are float32 [b, dim], little endian,
+    in base64: the output called ``output``, of tokens [b, n, dim] the first.
+    """
+
+    generator: str
+    seed: int
+    shape: tuple[int, ...]
+    output: str
+    dim: int
+    values: str
+    reference: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +127,7 @@ class Manifest:
     simplified: str = ""
     source: SourceRecord | None = None
     engine: EngineRecord | None = None
+    golden: GoldenRecord | None = None
     notes: tuple[str, ...] = ()
     command: str = ""
     versions: dict[str, str] = field(default_factory=dict)
@@ -182,6 +200,8 @@ def require_match(artifact: Path, manifest: Manifest) -> None:
 
 def versions_of(*packages: str) -> dict[str, str]:
     """Look up the installed versions of what took part."""
+    import importlib.metadata  # 30 ms that reading a manifest does not need
+
     found = {"msn-export": __version__}
     for package in packages:
         try:

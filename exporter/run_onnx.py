@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from msn_export import __version__, preprocessing
+from msn_export import __version__, golden, preprocessing
 from msn_export.check.gate import GATES
 from msn_export.check.sample import Sample, affordable_batch, batch_sizes, draw
 from msn_export.check.verify import Reference, run_reference, verify
@@ -90,14 +90,18 @@ def run_onnx(job: OnnxJob, progress: Progress) -> tuple[Path, Manifest]:
     with progress.step("read images"):
         sample = draw(job.images, preprocessing_of(checkpoint, job.preprocess), room=room)
     with staging(output.parent) as stage:
-        reference = None
+        reference = known = None
         if job.check:
             with progress.step("run the PyTorch reference"):
-                reference = run_reference(TorchRunner(checkpoint.model, heads), sample)
+                runner = TorchRunner(checkpoint.model, heads)
+                reference = run_reference(runner, sample)
+                stem = InputKind.FLOAT  # the reference takes floats whatever the graph takes
+                known = golden.record(runner, runner.name, sample.preprocessing, stem, room)
         built = _build(job, checkpoint, heads, sample, stage / output.name, progress)
         check = _check(job, built, reference, progress)
         manifest = replace(
             _describe(job, checkpoint, sample, built, check),
+            golden=known,
             seconds=round(time.monotonic() - started, 3),
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from msn_export import golden
 from msn_export.check.gate import GATES
 from msn_export.check.sample import Sample, affordable_batch, draw
 from msn_export.check.verify import Reference, run_reference, verify
@@ -18,6 +19,7 @@ from msn_export.engine.census import require, summary
 from msn_export.engine.job import BuildSpec
 from msn_export.engine.job import Progress as BuildProgress
 from msn_export.errors import GraphError, SpecError
+from msn_export.execute import execute
 from msn_export.files import manifest_path, publish, require_writable, sha256_of, staging
 from msn_export.graph import io
 from msn_export.graph.fuse import fuse_attention
@@ -26,6 +28,7 @@ from msn_export.manifest import (
     AttentionRecord,
     CheckRecord,
     EngineRecord,
+    GoldenRecord,
     Manifest,
     SourceRecord,
     seal,
@@ -81,6 +84,15 @@ class Graph:
     changed: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What came of checking the typed graph; None where no check was asked for."""
+
+    record: CheckRecord | None
+    reference: Reference | None
+    golden: GoldenRecord | None
+
+
 def run_trt(job: TrtJob, progress: Progress) -> tuple[Path, Manifest]:
     """Compile a graph into an engine with its manifest.
 
@@ -101,11 +113,18 @@ def run_trt(job: TrtJob, progress: Progress) -> tuple[Path, Manifest]:
         sample = draw(job.images, source.preprocessing, room=_room(source))
     with staging(output.parent) as stage:
         graph = _prepare(job, source, backend, sample, stage, progress)
-        check = _check(job, source, graph, sample, profiles, progress)
+        checked = _check(job, source, graph, sample, profiles, progress)
         result = _compile(job, graph, profiles, backend, stage / output.name, progress)
         manifest = replace(
-            _describe(job, source, graph, sample, check, result),
+            _describe(job, source, graph, sample, checked.record, result),
             profiles=profiles,
+            golden=checked.golden,
+        )
+        with progress.step("run the engine, where a GPU is"):
+            engine = execute(result.output, manifest, checked.reference, source.stem)
+        manifest = replace(
+            manifest,
+            engine=engine,
             seconds=round(time.monotonic() - started, 3),
             peak_rss_bytes=max(
                 resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, result.peak_rss
@@ -185,25 +204,32 @@ def _check(
     sample: Sample,
     profiles: tuple[BatchRange, ...],
     progress: Progress,
-) -> CheckRecord | None:
+) -> Checked:
     """Compare the typed graph with the graph that was given, at each profile's sizes."""
+    known = source.manifest.golden if source.manifest is not None else None
     if not job.check:
-        return None
+        return Checked(None, None, known)
     with progress.step("run the given graph"):
-        reference = _run_given(source, sample)
+        reference, known = _run_given(source, sample, known)
     room = sample.room
     sizes = {min(size, max(p.min, room)) for p in profiles for size in (p.min, p.opt, p.max)}
     with progress.step("compare the typed graph"):
         runner = cpu_runner(graph.path, graph.dtype, graph.path.parent)
         verified = verify(runner, reference, source.stem, sorted(sizes))
-    return verified.require(GATES[graph.dtype], f"the {graph.dtype} graph")
+    record = verified.require(GATES[graph.dtype], f"the {graph.dtype} graph")
+    return Checked(record, reference, known)
 
 
-def _run_given(source: Source, sample: Sample) -> Reference:
+def _run_given(
+    source: Source, sample: Sample, known: GoldenRecord | None
+) -> tuple[Reference, GoldenRecord]:
     """Run the graph that was given; its session is closed before the next one opens."""
-    runner = OrtRunner(source.path)
-    runner.name = f"{source.path.name} in {runner.name}"
-    return run_reference(runner, sample, source.stem)
+    with OrtRunner(source.path) as runner:
+        runner.name = f"{source.path.name} in {runner.name}"
+        reference = run_reference(runner, sample, source.stem)
+        return reference, known or golden.record(
+            runner, runner.name, source.preprocessing, source.stem, sample.room
+        )
 
 
 def _room(source: Source) -> int:
@@ -274,7 +300,6 @@ def _default_timing_cache(backend: Backend) -> Path | None:
 
 
 def _engine_record(job: TrtJob, graph: Graph, result: BuildResult) -> EngineRecord:
-    driver = find_driver()
     figures = summary(result.census)
     options = {
         name: getattr(job, name)
@@ -291,8 +316,7 @@ def _engine_record(job: TrtJob, graph: Graph, result: BuildResult) -> EngineReco
         fused_attention=figures["fused_attention"],
         gemm_dtypes=figures["gemm_dtypes"],
         executed=False,
-        reason="compiled, not executed: "
-        + (driver.reason if isinstance(driver, NoDriver) else "this version runs no engine yet"),
+        reason="compiled",
         census=[to_plain(census) for census in result.censuses],
         options=options,
     )

@@ -58,7 +58,7 @@ def _engine_rows(engine: EngineRecord) -> Iterator[tuple[str, str]]:
     gemms = ", ".join(f"{count} in {dtype}" for dtype, count in engine.gemm_dtypes.items())
     yield "matrix products", gemms
     yield "fused attention", f"{engine.fused_attention} kernels"
-    yield "executed", "yes" if engine.executed else f"no: {engine.reason}"
+    yield "executed", f"{'yes' if engine.executed else 'no'}: {engine.reason}"
 
 
 def _check_rows(check: CheckRecord | None) -> Iterator[tuple[str, str]]:
