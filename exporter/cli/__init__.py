@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from msn_export import __version__
+from msn_export.cli.embed import embed
 from msn_export.cli.inspect import inspect
 from msn_export.cli.onnx import onnx
 from msn_export.cli.trt import trt
@@ -34,8 +35,8 @@ class Commands(click.Group):
             if (error.name or "").startswith("msn_export"):
                 raise
             self._fail(ctx, f"package {error.name} is not installed; {INSTALL}", 1)
-        except KeyboardInterrupt:
-            self._fail(ctx, "interrupted; nothing was written", 130)
+        except KeyboardInterrupt as stop:
+            self._fail(ctx, str(stop) or "interrupted; nothing was written", 130)
 
     def _fail(self, ctx: click.Context, message: str, code: int) -> None:
         if ctx.params.get("verbose"):
@@ -55,5 +56,5 @@ def main(verbose: bool) -> None:
     """Take a ViT-MSN checkpoint to a proven ONNX graph and TensorRT engine."""
 
 
-for _command in (onnx, trt, inspect):
+for _command in (onnx, trt, inspect, embed):
     main.add_command(_command)

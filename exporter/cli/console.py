@@ -12,6 +12,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from msn_export.records import to_plain
 
+_TELL = 30.0  # seconds between two lines of a long step in a log
+
 
 class Steps:
     """Progress on a terminal: a spinner and a clock a step, a bar where the length is known."""
@@ -20,12 +22,13 @@ class Steps:
         self._progress = progress
         self._console = console
         self._task: Any = None
+        self._told = 0.0
 
     @contextmanager
     def step(self, title: str) -> Iterator[None]:
         """Show a step while it runs; leave one line with its time."""
-        started = time.monotonic()
-        self._task = self._progress.add_task(title, total=None)
+        started = self._told = time.monotonic()
+        self._task = self._progress.add_task(title, total=None, detail="")
         try:
             yield
         finally:
@@ -37,6 +40,9 @@ class Steps:
         """Move the open step's bar."""
         if self._task is not None:
             self._progress.update(self._task, completed=done, total=of, detail=detail)
+        if detail and not self._console.is_terminal and time.monotonic() - self._told > _TELL:
+            self._told = time.monotonic()  # a log shows no bar
+            self._console.print(f"          {detail}")
 
 
 class Console:
@@ -56,6 +62,7 @@ class Console:
             TextColumn("{task.description}"),
             BarColumn(),
             TimeElapsedColumn(),
+            TextColumn("[dim]{task.fields[detail]}[/]"),
         )
         with Progress(*columns, console=self._stderr, transient=True) as progress:
             yield Steps(progress, self._stderr)

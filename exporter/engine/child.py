@@ -21,8 +21,8 @@ from msn_export.engine.compile import compile_engine
 from msn_export.engine.flavours import flavour_for
 from msn_export.engine.job import BuildSpec, Progress
 from msn_export.engine.listeners import Heard, make_log
-from msn_export.engine.supervise import peak_rss
 from msn_export.errors import BuildError, MsnExportError
+from msn_export.memory import peak_rss
 from msn_export.records import to_plain
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h

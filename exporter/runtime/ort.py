@@ -21,30 +21,37 @@ class OrtRunner:
     Args:
         model: an .onnx file.
         providers: execution providers, in order of preference.
+        threads: a run may use; None leaves it to onnxruntime.
 
     Raises:
         GraphError: onnxruntime refuses the graph.
     """
 
-    def __init__(self, model: Path, providers: tuple[str, ...] = ("CPUExecutionProvider",)) -> None:
+    def __init__(
+        self,
+        model: Path,
+        providers: tuple[str, ...] = ("CPUExecutionProvider",),
+        threads: int | None = None,
+    ) -> None:
         options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or 0
         options.log_severity_level = (
             3  # errors; the graph optimiser's remarks are no one's business
         )
         try:
-            self._session = onnxruntime.InferenceSession(
+            self.session = onnxruntime.InferenceSession(
                 str(model), options, providers=list(providers)
             )
         except Exception as error:
             raise GraphError(f"onnxruntime refuses {model.name}: {_one_line(error)}") from error
-        self.input = self._session.get_inputs()[0].name
-        self.outputs = tuple(output.name for output in self._session.get_outputs())
-        self.name = f"onnxruntime {onnxruntime.__version__}, {self._session.get_providers()[0]}"
+        self.input = self.session.get_inputs()[0].name
+        self.outputs = tuple(output.name for output in self.session.get_outputs())
+        self.name = f"onnxruntime {onnxruntime.__version__}, {self.session.get_providers()[0]}"
 
     def __call__(self, images: NDArray[Any]) -> dict[str, NDArray[np.float32]]:
         """Run a batch in the graph's own input type; outputs by name."""
         try:
-            outputs = self._session.run(None, {self.input: images})
+            outputs = self.session.run(None, {self.input: images})
         except Exception as error:
             raise GraphError(f"onnxruntime failed on a batch: {_one_line(error)}") from error
         return dict(zip(self.outputs, outputs, strict=True))
