@@ -181,11 +181,12 @@ class Parts:
         self.journal.write_bytes(whole)
 
     def _require_same(self, began: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
-        for name in origin:
-            if began.get(name) != origin[name]:
+        for name, now in origin.items():
+            before = began.get(name)
+            if before != now:
                 raise OutputError(
-                    f"{self.folder} was begun with another {name.replace('_', ' ')} ({_short(began.get(name))}, now "
-                    f"{_short(origin[name])}); --force without --resume starts over"
+                    f"{self.folder} was begun with another {name.replace('_', ' ')} "
+                    f"({_short(before)}, now {_short(now)}); --force without --resume starts over"
                 )
 
     def _require_rows(self) -> None:

@@ -28,8 +28,8 @@ class Rate:
             self._seen.popleft()
         began, before = self._seen[0]
         rate = (done - before) / max(now - began, 1e-9)
-        left = (self.total - done) / rate if rate > 0 else 0.0
-        return f"{done} of {self.total}, {rate:.1f}/s, {_clock_time(left)} left"
+        left = f"{_clock_time((self.total - done) / rate)} left" if rate else "time left unknown"
+        return f"{done} of {self.total}, {rate:.1f}/s, {left}"
 
 
 def _clock_time(seconds: float) -> str:
