@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from msn_export import __version__
 from msn_export.embed import outputs
 from msn_export.embed.batches import Reading, batches, reading_of
-from msn_export.embed.decode import decode, read, usable_cores
+from msn_export.embed.decode import decode, read
 from msn_export.embed.listing import Listing, list_pictures
 from msn_export.embed.parts import Parts
 from msn_export.embed.rate import Rate
 from msn_export.errors import ImageError, SpecError
 from msn_export.feed import Feed, feed_of
 from msn_export.files import no_room_reported, require_writable, sha256_of, staging
+from msn_export.machine import usable_cores
 from msn_export.memory import peak_rss
 from msn_export.records import to_plain
 from msn_export.runtime import open_runner
@@ -149,7 +150,7 @@ class _Run:
         self.labels = runner.manifest.labels if runner.manifest is not None else ()
         self.batch = job.batch or runner.batch.opt
         # decoding one picture takes a core about a tenth of what a ViT-S takes for it
-        self.workers = job.workers or min(8, max(1, usable_cores() // 2))
+        self.workers = job.workers or min(8, max(1, len(usable_cores()) // 2))
 
     def begin(self) -> Parts:
         """Begin the output's parts, or go on with those that are there."""

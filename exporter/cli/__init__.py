@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from msn_export import __version__
+from msn_export.cli.doctor import doctor
 from msn_export.cli.embed import embed
 from msn_export.cli.inspect import inspect
 from msn_export.cli.onnx import onnx
@@ -56,5 +57,5 @@ def main(verbose: bool) -> None:
     """Take a ViT-MSN checkpoint to a proven ONNX graph and TensorRT engine."""
 
 
-for _command in (onnx, trt, inspect, embed):
+for _command in (onnx, trt, inspect, embed, doctor):
     main.add_command(_command)

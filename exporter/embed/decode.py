@@ -38,11 +38,6 @@ def read(path: Path, preprocessing: Preprocessing) -> Decoded:
         return str(error)
 
 
-def usable_cores() -> int:
-    """Count the cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def decode(
     paths: Iterable[Path], read: Callable[[Path], Decoded], *, workers: int, ahead: int
 ) -> Generator[Decoded]:
