@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from msn_export.files import sha256_of
-from msn_export.memory import rss
+from msn_export.process import rss
 
 RESULTS = Path(__file__).parent / "results" / "embed.json"
 

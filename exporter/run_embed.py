@@ -19,7 +19,7 @@ from msn_export.errors import ImageError, SpecError
 from msn_export.feed import Feed, feed_of
 from msn_export.files import no_room_reported, require_writable, sha256_of, staging
 from msn_export.machine import usable_cores
-from msn_export.memory import peak_rss
+from msn_export.process import peak_rss
 from msn_export.records import to_plain
 from msn_export.runtime import open_runner
 
@@ -149,8 +149,8 @@ class _Run:
         self.reading: Reading = reading_of(job.model.name, runner.outputs, job.output_name)
         self.labels = runner.manifest.labels if runner.manifest is not None else ()
         self.batch = job.batch or runner.batch.opt
-        # decoding one picture takes a core about a tenth of what a ViT-S takes for it
-        self.workers = job.workers or min(8, max(1, len(usable_cores()) // 2))
+        # one a core: decoders that are ahead of the model wait, and leave the core to it
+        self.workers = job.workers or min(16, len(usable_cores()))
 
     def begin(self) -> Parts:
         """Begin the output's parts, or go on with those that are there."""

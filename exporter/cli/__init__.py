@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from msn_export import __version__
+from msn_export.cli.bench import bench
 from msn_export.cli.doctor import doctor
 from msn_export.cli.embed import embed
 from msn_export.cli.inspect import inspect
@@ -57,5 +58,5 @@ def main(verbose: bool) -> None:
     """Take a ViT-MSN checkpoint to a proven ONNX graph and TensorRT engine."""
 
 
-for _command in (onnx, trt, inspect, embed, doctor):
+for _command in (onnx, trt, inspect, bench, embed, doctor):
     main.add_command(_command)

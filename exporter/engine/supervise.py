@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from msn_export.engine.job import Progress
 from msn_export.errors import BuildError
-from msn_export.memory import peak_rss
+from msn_export.process import peak_rss
 
 _POLL = 0.05  # seconds between two looks at clock and memory
 _TAIL = 4096  # bytes of the raw log that are searched for a crash's reason
