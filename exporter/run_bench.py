@@ -29,9 +29,9 @@ from msn_export.bench.process import Process
 from msn_export.bench.records import Agreed, Bench, Contender, Timing
 from msn_export.check.compare import Comparison, worst_of
 from msn_export.check.sample import Sample, draw
-from msn_export.errors import BenchError, SpecError, ToleranceError
+from msn_export.errors import BenchError, MissingPackageError, SpecError, ToleranceError
 from msn_export.feed import Feed, feed_of
-from msn_export.files import require_writable
+from msn_export.files import require_writable, staging
 from msn_export.machine import physical_cores, this_machine
 from msn_export.manifest import versions_of
 from msn_export.records import from_plain, to_plain
@@ -133,6 +133,7 @@ def run_bench(job: BenchJob, progress: Progress) -> Bench:
     """
     if job.report is not None:
         require_writable([job.report], force=job.force)
+        _require_page()
     load = os.getloadavg()[0]
     device = job.device
     if device is None and any(path.suffix != ".onnx" for path in job.artifacts):
@@ -154,7 +155,23 @@ def run_bench(job: BenchJob, progress: Progress) -> Bench:
         timings = []
         for batch in job.batches:
             timings += _time_batch(job, arena, reference, batch, progress)
-    return _summary(job, arena, sample, reference, tuple(timings), load)
+    bench = _summary(job, arena, sample, reference, tuple(timings), load)
+    if job.report is not None:
+        from msn_export.bench.page import write_page
+
+        with progress.step(f"write {job.report}"), staging(job.report.parent) as stage:
+            write_page(bench, stage / "page.html")
+            (stage / "page.html").replace(job.report)
+    return bench
+
+
+def _require_page() -> None:
+    try:
+        import msn_export.bench.page  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(
+            f"--report needs the package {error.name}; pip install 'msn-export[report]'"
+        ) from error
 
 
 def _feed(arena: Arena) -> Feed:
@@ -263,7 +280,8 @@ def _enter(job: BenchJob, arena: Arena, feed: Feed, progress: Progress) -> None:
                 for entry in found:
                     one = arena.start(entry)
                     _give_pictures(arena, one, feed)
-                    _outputs(arena, one, job.batches[0])  # what torch.compile cannot do fails here
+                    if kind == "compile":  # what it cannot compile fails at its first call
+                        _outputs(arena, one, job.batches[0])
                     others.append(one)
             except BenchError as error:
                 reason = str(error).removeprefix(f"{kind}: ")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.markup import escape
 from rich.table import Table
+
+from msn_export.bench.said import said
 
 if TYPE_CHECKING:
     from msn_export.bench.records import Bench, Timing
@@ -25,32 +28,14 @@ def show_bench(console: Console, bench: Bench) -> None:
         console.print(escape(line))
 
 
-def said(bench: Bench) -> list[str]:
-    """Say in sentences what the table leaves open."""
-    lines = [
-        f"time / {bench.baseline}: median over {bench.rounds} rounds of the ratio within a round "
-        "(quartiles).",
-        f"Outputs compared with {bench.reference}, over {bench.pictures} of {bench.pictures_from}.",
-        f"{bench.machine}; {bench.threads} threads a contender; "
-        + ", ".join(f"{name} {version}" for name, version in bench.versions.items()),
-    ]
-    transfers = {one.transfers for one in bench.timed}
-    if transfers - {None}:
-        lines.append(
-            "Copies to and from the GPU are counted."
-            if True in transfers
-            else "Copies to and from the GPU are not counted."
-        )
-    lines += [f"{one.name} left out: {one.skipped}" for one in bench.contenders if one.skipped]
-    few = min(timing.calls for timing in bench.timings)
-    if few < 100:
-        lines.append(f"Some medians are of {few} calls: p99 is near the slowest of them.")
-    return [*lines, *bench.notes]
-
-
 def _contenders(bench: Bench) -> Table:
-    table = Table("contender", "runs in", "dtype", "takes", "CUDA graph", "opened in")
+    table = Table(
+        "contender", "runs in", "dtype", "takes", "CUDA graph", "opened", "peak MB",
+        box=box.SIMPLE_HEAD,
+    )  # fmt: skip
     for one in bench.timed:
+        found = [timing for timing in bench.timings if timing.contender == one.name]
+        peak = max(timing.device_bytes or timing.peak_rss_bytes for timing in found)
         table.add_row(
             escape(one.name),
             escape(one.runs),
@@ -58,15 +43,20 @@ def _contenders(bench: Bench) -> Table:
             escape(one.takes),
             one.cuda_graph or "-",
             f"{one.open_seconds:.1f} s",
+            f"{peak / 1e6:.0f}",
         )
     return table
 
 
 def _times(bench: Bench) -> Table:
-    table = Table(
-        "batch", "contender", "median ms", "p90", "p99", "images/s", f"time / {bench.baseline}",
-        "cosine", "max_abs", "peak MB", "calls",
-    )  # fmt: skip
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("batch", justify="right")
+    table.add_column("contender", no_wrap=True)
+    for title in ("median ms", "p90", "p99", "images/s"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column(f"time / {bench.baseline}", no_wrap=True)
+    table.add_column("cosine", no_wrap=True)
+    table.add_column("max_abs", no_wrap=True)
     for batch in bench.batches:
         for timing in (one for one in bench.timings if one.batch == batch):
             table.add_row(*_row(timing))
@@ -79,20 +69,19 @@ def _row(timing: Timing) -> list[str]:
     if agreement is None:
         compared = ["-", "-"]
     else:
-        compared = [f"{agreement.cosine_min:.7f}", f"{agreement.max_abs:.1e}"]
-    memory = timing.peak_rss_bytes if timing.device_bytes is None else timing.device_bytes
+        compared = [f"{agreement.cosine_min:.6f}", f"{agreement.max_abs:.1e}"]
     return [
         str(timing.batch),
         escape(timing.contender),
-        f"{timing.median_ms:.2f}",
-        f"{timing.p90_ms:.2f}",
-        f"{timing.p99_ms:.2f}",
+        *(_ms(time) for time in (timing.median_ms, timing.p90_ms, timing.p99_ms)),
         f"{timing.images_per_second:.1f}",
         f"{ratio.median:.3f} ({ratio.q1:.3f}-{ratio.q3:.3f})",
         *compared,
-        f"{memory / 1e6:.0f}",
-        str(timing.calls),
     ]
+
+
+def _ms(time: float) -> str:
+    return f"{time:.0f}" if time >= 1000 else f"{time:.1f}" if time >= 100 else f"{time:.2f}"
 
 
 def _paper(bench: Bench) -> Table:
@@ -105,8 +94,8 @@ def _paper(bench: Bench) -> Table:
         found = [bench.timing(name, batch) for name in names]
         table.add_row(
             str(batch),
-            *(f"{timing.mean_ms:.1f}" for timing in found),
+            *(f"{timing.median_ms:.1f}" for timing in found),
             *(f"{1 / timing.ratio.median:.2f}" for timing in found[1:]),
         )
-    table.title = "mean time of a call; speed-up: median of the rounds"
+    table.title = "median time of a call, and the speed-up: median of the rounds"
     return table
