@@ -143,7 +143,7 @@ def test_without_its_checkpoint_an_artifact_is_still_timed(model, tmp_path) -> N
     told = json.loads(result.stdout)
     assert told["baseline"] == "tiny.onnx"
     assert "gone' does not exist" in told["contenders"][-1]["skipped"]
-    assert told["reference"].startswith("tiny.onnx (no PyTorch reference: sdpa: checkpoint")
+    assert told["reference"].startswith("tiny.onnx (no PyTorch reference: checkpoint")
 
 
 def test_another_checkpoint_is_refused_by_its_hash(model, tmp_path) -> None:

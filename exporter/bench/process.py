@@ -22,7 +22,7 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 class Process:
-    """A process that runs ``msn_export.contender`` and answers one request at a time.
+    """A process that runs ``msn_export.contender_process`` and answers one request at a time.
 
     Args:
         name: of the contender, for messages.
@@ -41,7 +41,7 @@ class Process:
             with log.open("wb") as file:
                 # this interpreter and a module of this package; requests travel on stdin
                 self._child = subprocess.Popen(  # noqa: S603
-                    [sys.executable, "-P", "-m", "msn_export.contender", str(writing)],
+                    [sys.executable, "-P", "-m", "msn_export.contender_process", str(writing)],
                     stdin=subprocess.PIPE,
                     stdout=file,
                     stderr=subprocess.STDOUT,

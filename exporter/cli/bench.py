@@ -9,6 +9,7 @@ import click
 
 from msn_export.cli.options import (
     FILE,
+    SIZE,
     Parsed,
     choice,
     command_line,
@@ -65,6 +66,7 @@ def _against(text: str) -> tuple[str, ...]:
 )
 @click.option("--preset", type=click.Choice(["paper"]), help="eager, sdpa; batches 1, 2, 4, 8.")
 @click.option("--images", type=PICTURES, help="Pictures to run; without, seeded noise.")
+@click.option("--image-size", type=SIZE, help="For a graph that leaves height and width open.")
 @click.option("--resident", is_flag=True, help="GPU: data stays there, copies are not counted.")
 @click.option("--report", type=FILE, help="Write a page with plots here.")
 @runner_options
