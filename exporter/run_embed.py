@@ -15,7 +15,7 @@ from msn_export.embed.decode import decode, read
 from msn_export.embed.listing import Listing, list_pictures
 from msn_export.embed.parts import Parts
 from msn_export.embed.rate import Rate
-from msn_export.errors import ImageError, SpecError
+from msn_export.errors import ImageError, MsnExportError, SpecError
 from msn_export.feed import Feed, feed_of
 from msn_export.files import no_room_reported, require_writable, sha256_of, staging
 from msn_export.machine import usable_cores
@@ -95,9 +95,16 @@ def run_embed(job: EmbedJob, progress: Progress) -> Embedded:
         parts = run.begin()
         with closing(parts):
             resumed_at = parts.done
-            run.fill(parts, progress)
-            with progress.step("finish the output"):
-                shape = run.finish(parts)
+            try:
+                run.fill(parts, progress)
+                with progress.step("finish the output"):
+                    shape = run.finish(parts)
+            except KeyboardInterrupt as stop:
+                parts.end_part()
+                raise KeyboardInterrupt(_how_to_go_on(parts)) from stop
+            except MsnExportError:
+                parts.end_part()  # hours of rows are not lost with a device
+                raise
     seconds = time.monotonic() - started
     return Embedded(
         output=str(job.output),
@@ -132,6 +139,15 @@ def require_output(job: EmbedJob) -> None:
     require_writable(outputs.files_of(job.output), force=job.force)
     if job.output.suffix == ".parquet":
         outputs.require_parquet()
+
+
+def _how_to_go_on(parts: Parts) -> str:
+    if not parts.done:
+        return ""
+    return (
+        f"interrupted; {parts.done} of {parts.total} rows are kept in {parts.folder}, the same "
+        "command with --resume goes on from there"
+    )
 
 
 class _Run:
@@ -187,26 +203,19 @@ class _Run:
         )
         done = parts.done
         with progress.step("embed"), closing(decoded):
-            try:
-                for rows in batches(
-                    decoded,
-                    size,
-                    self.feed.preprocessing.channels,
-                    self.batch,
-                    lambda pixels: self.runner(self.feed(pixels)),
-                    self.reading,
-                ):
-                    outputs.require_fit(self.job.output, rows.vectors.shape[1:])
-                    parts.add(rows)
-                    done += len(rows.vectors)
-                    progress.advance(done, parts.total, f"{rate.at(done)}, {parts.broken} broken")
-                parts.end_part()
-            except KeyboardInterrupt as stop:
-                parts.end_part()
-                raise KeyboardInterrupt(
-                    f"interrupted; {parts.done} of {parts.total} rows are kept in {parts.folder}, "
-                    "the same command with --resume goes on from there"
-                ) from stop
+            for rows in batches(
+                decoded,
+                size,
+                self.feed.preprocessing.channels,
+                self.batch,
+                lambda pixels: self.runner(self.feed(pixels)),
+                self.reading,
+            ):
+                outputs.require_fit(self.job.output, rows.vectors.shape[1:])
+                parts.add(rows)
+                done += len(rows.vectors)
+                progress.advance(done, parts.total, f"{rate.at(done)}, {parts.broken} broken")
+        parts.end_part()
 
     def finish(self, parts: Parts) -> tuple[int, ...]:
         """Turn whole parts into the output; give its shape."""

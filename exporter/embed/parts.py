@@ -135,8 +135,10 @@ class Parts:
             self.folder.rmdir()
 
     def close(self) -> None:
-        """Let another run have them."""
+        """Let another run have them; those without a row are of no use to one."""
         if self._lock >= 0:
+            if not self.done:
+                self.remove()
             os.close(self._lock)
             self._lock = -1
 
