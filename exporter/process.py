@@ -42,3 +42,8 @@ def end_with(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it died before the line above
         os._exit(1)
+
+
+def signal_name(code: int) -> str:
+    """Name the signal behind a negative exit code; Python has no name for most real-time ones."""
+    return next((known.name for known in signal.Signals if known == -code), f"signal {-code}")

@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Any, Self
 
 from msn_export.errors import BenchError
+from msn_export.process import signal_name
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -113,5 +114,5 @@ class Process:
         if code == -signal.SIGKILL:
             return f"its process was killed, most likely because memory ran out{last}"
         if code < 0:
-            return f"its process crashed ({signal.Signals(-code).name}){last}"
+            return f"its process crashed ({signal_name(code)}){last}"
         return f"its process ended (exit {code}){last}"

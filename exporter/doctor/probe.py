@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msn_export.process import signal_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -78,5 +79,5 @@ def _fault(code: int, stderr: str) -> str:
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     last = lines[-1][:300] if lines else "it says nothing"
     if code < 0:
-        return f"importing it ends the process ({signal.Signals(-code).name}); {last}"
+        return f"importing it ends the process ({signal_name(code)}); {last}"
     return last

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from msn_export.engine.job import Progress
 from msn_export.errors import BuildError
-from msn_export.process import peak_rss
+from msn_export.process import peak_rss, signal_name
 
 _POLL = 0.05  # seconds between two looks at clock and memory
 _TAIL = 4096  # bytes of the raw log that are searched for a crash's reason
@@ -144,7 +144,7 @@ def _describe_end(code: int, raw: IO[bytes]) -> str:
             f"on a machine with more, or lower --batch.{last}"
         )
     if code < 0:
-        return f"the TensorRT compiler crashed ({signal.Signals(-code).name}).{last}"
+        return f"the TensorRT compiler crashed ({signal_name(code)}).{last}"
     return f"the TensorRT compiler ended without a result (exit {code}).{last}"
 
 
