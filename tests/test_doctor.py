@@ -159,7 +159,7 @@ def test_what_a_command_lacks_is_one_line() -> None:
     assert judged["embed", "an .onnx file"].works
     rtx = judged["embed", "an engine of TensorRT-RTX"]
     assert not rtx.works
-    assert rtx.mend.startswith("pip install 'msn-export[rtx]'; a machine with an NVIDIA GPU (here:")
+    assert rtx.mend == "pip install 'msn-export[rtx]'; an NVIDIA GPU with its driver"
     assert verdicts(ORT, RTX, found=driver("13.0"))["embed", "an engine of TensorRT-RTX"].works
 
 

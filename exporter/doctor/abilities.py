@@ -47,7 +47,7 @@ ABILITIES = (
     Ability("embed", "an engine of TensorRT-RTX", ("ort", "rtx"), gpu=True),
     Ability("embed", "an engine of TensorRT", ("ort", "tensorrt"), gpu=True),
     Ability("embed", "to .parquet", ("ort", "parquet")),
-    Ability("triton", "write a model repository", ("ort",)),
+    Ability("triton", "write or check a model repository", ("export", "triton")),
     Ability("doctor", "this"),
 )
 
@@ -105,7 +105,7 @@ def _needs(
         if package.name in broken and set(package.extras) & {*ability.extras, ""}:
             yield broken[package.name]
     if ability.gpu and isinstance(driver, NoDriver):
-        yield f"a machine with an NVIDIA GPU (here: {driver.reason})"
+        yield "an NVIDIA GPU with its driver"
     for package in packages:
         if ability.gpu and package.stand_in == "onnxruntime" and "ort" in ability.extras:
             yield "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"

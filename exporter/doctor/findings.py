@@ -50,9 +50,7 @@ def find_faults(
         probed = probes.get(package.module or "")
         if not package.fits:
             what = f"{package.version} is installed, {package.range} is needed"
-            found.append(
-                Finding(package.name, what, f"pip install '{package.name}{package.range}'")
-            )
+            found.append(Finding(package.name, what, f"pip install {package.line}"))
         elif probed is not None and probed.fault is not None:
             found.append(Finding(package.name, probed.fault, _mend(package, probed.fault)))
         elif package.name == "cuda-bindings" and isinstance(driver, Driver):
@@ -82,7 +80,7 @@ def _overwritten(
             package.name,
             f"{' and '.join(names)} both install the module {module}: each has overwritten files "
             "of the other, and what runs is a mixture",
-            f"pip uninstall -y {' '.join(names)} && pip install '{package.name}{package.range}'",
+            f"pip uninstall -y {' '.join(names)} && pip install {package.line}",
         )
 
 
@@ -100,7 +98,7 @@ def _needs_driver(package: Wanted, driver: Driver) -> Iterator[Finding]:
 
 def _mend(package: Wanted, fault: str) -> str:
     """Give the line that mends a package that does not import."""
-    again = f"pip install --force-reinstall --no-deps '{package.name}{package.range}'"
+    again = f"pip install --force-reinstall --no-deps {package.line}"
     library = re.search(r"(lib(?:nvinfer|nvonnxparser|tensorrt)[\w.-]*)", fault)
     if library is None:
         return again

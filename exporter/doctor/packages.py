@@ -28,7 +28,8 @@ _STANDS_IN = {"onnxruntime-gpu": "onnxruntime", "onnxruntime": "onnxruntime-gpu"
 class Wanted:
     """A package that extras ask for; ``module`` is what proves that it works, if it has one.
 
-    ``stand_in`` is another build of it that is installed in its place.
+    ``parts`` are the package's own extras that are asked for. ``stand_in`` is another build of it
+    that is installed in its place.
     """
 
     name: str
@@ -38,6 +39,13 @@ class Wanted:
     fits: bool = True
     module: str | None = None
     stand_in: str | None = None
+    parts: tuple[str, ...] = ()
+
+    @property
+    def line(self) -> str:
+        """The requirement as pip takes it."""
+        parts = f"[{','.join(self.parts)}]" if self.parts else ""
+        return f"'{self.name}{parts}{self.range}'"
 
 
 def wanted_packages() -> tuple[Wanted, ...]:
@@ -89,18 +97,23 @@ def _of(extra: str, listed: list[Requirement]) -> Iterator[Requirement]:
 
 
 def _found(requirement: Requirement, extras: tuple[str, ...]) -> Wanted:
-    name, wanted = requirement.name, str(requirement.specifier)
+    name, wanted, parts = (
+        requirement.name,
+        str(requirement.specifier),
+        tuple(sorted(requirement.extras)),
+    )
     distribution, stand_in = _installed(name), None
     if distribution is None and name in _STANDS_IN:
         distribution, stand_in = _installed(_STANDS_IN[name]), _STANDS_IN[name]
     if distribution is None:
-        return Wanted(name, wanted, extras)
+        return Wanted(name, wanted, extras, parts=parts)
     version = distribution.version
     try:
         fits = requirement.specifier.contains(version, prereleases=True)
     except InvalidVersion:
         fits = False
-    return Wanted(name, wanted, extras, version, fits, module_of(distribution), stand_in)
+    module = module_of(distribution)
+    return Wanted(name, wanted, extras, version, fits, module, stand_in, parts)
 
 
 def _installed(name: str) -> Distribution | None:

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 _TIMEOUT = 180.0  # seconds; torch from a cold network disk takes one minute
 
 # What else of a module must load for it to be of use
-_DEEPER = {"cuda.bindings": ("cuda.bindings.driver", "cuda.bindings.runtime")}
+_DEEPER = {
+    "cuda.bindings": ("cuda.bindings.driver", "cuda.bindings.runtime"),
+    "tritonclient": ("tritonclient.grpc",),
+}
 
 # What a module says of itself, as an expression of ``m``
 _FACTS = {
