@@ -57,5 +57,9 @@ class OutputError(MsnExportError):
     """An output path that exists, cannot be written, or has no room."""
 
 
+class BenchError(MsnExportError):
+    """A contender of a benchmark that cannot be opened, or that failed while it ran."""
+
+
 class MissingPackageError(MsnExportError):
     """A package that this command needs is not installed; the message has the line that does."""

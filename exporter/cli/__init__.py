@@ -9,6 +9,9 @@ from typing import Any
 import click
 
 from msn_export import __version__
+from msn_export.cli.bench import bench
+from msn_export.cli.doctor import doctor
+from msn_export.cli.embed import embed
 from msn_export.cli.inspect import inspect
 from msn_export.cli.onnx import onnx
 from msn_export.cli.triton import triton
@@ -42,8 +45,8 @@ class Commands(click.Group):
                 raise  # whoever read our output is gone: click ends quietly
             where = f"{error.filename}: " if error.filename else ""
             self._fail(ctx, _one_line(f"{where}{error.strerror or error}"), 1)
-        except KeyboardInterrupt:
-            self._fail(ctx, "interrupted; nothing was written", 130)
+        except KeyboardInterrupt as stop:
+            self._fail(ctx, _one_line(str(stop)) or "interrupted; nothing was written", 130)
 
     def _fail(self, ctx: click.Context, message: str, code: int) -> None:
         if ctx.params.get("verbose"):
@@ -72,5 +75,5 @@ def main(verbose: bool) -> None:
     """Take a ViT-MSN checkpoint to a proven ONNX graph and TensorRT engine."""
 
 
-for _command in (onnx, trt, inspect, triton):
+for _command in (onnx, trt, inspect, bench, embed, triton, doctor):
     main.add_command(_command)

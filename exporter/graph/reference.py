@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from msn_export.errors import GraphError
 from msn_export.models.vit_msn import VitMsn
@@ -58,3 +58,17 @@ class TorchRunner:
         with torch.inference_mode():
             tokens = self.model(torch.from_numpy(pixel_values))
             return {head.output: read_head(self.model, head, tokens).numpy() for head in self.heads}
+
+
+class Heads(nn.Module):
+    """A model with what is read off it: images [b, c, h, w] to one tensor a head."""
+
+    def __init__(self, model: VitMsn, heads: Sequence[Head]) -> None:
+        super().__init__()
+        require_readable(model, heads)
+        self.model, self.heads = model, tuple(heads)
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """Run, and read every head."""
+        tokens = self.model(pixel_values)
+        return tuple(read_head(self.model, head, tokens) for head in self.heads)
