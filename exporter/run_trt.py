@@ -1,5 +1,6 @@
 """The story of ``msn-export trt``: graph, precision, check, compile in a child, census, engine."""
 
+import math
 import resource
 import time
 from dataclasses import dataclass, replace
@@ -22,6 +23,8 @@ from msn_export.files import manifest_path, publish, require_writable, sha256_of
 from msn_export.graph import io
 from msn_export.graph.fuse import fuse_attention
 from msn_export.graph.lower import lower, raise_opset
+from msn_export.graph.precision import fp32_nodes
+from msn_export.graph.quantised import quantised_products
 from msn_export.manifest import (
     AttentionRecord,
     CheckRecord,
@@ -33,7 +36,6 @@ from msn_export.manifest import (
 )
 from msn_export.progress import Progress
 from msn_export.records import to_plain
-from msn_export.runtime.ort import OrtRunner
 from msn_export.source import Source, read_source
 from msn_export.spec import AttentionForm, BatchRange, ComputeCapability, Dtype
 from msn_export.typed import Islands, cpu_runner, type_as
@@ -78,6 +80,7 @@ class Graph:
     nodes: int
     ops: dict[str, int]
     islands: Islands
+    quantised: tuple[str, ...]
     changed: bool
 
 
@@ -144,11 +147,17 @@ def _prepare(
     dtype = job.precision or source.dtype
     if dtype is not source.dtype and source.dtype is not Dtype.FP32:
         raise GraphError(f"{source.path} is typed {source.dtype}; --{dtype} needs the fp32 graph")
+    if dtype.is_quantised and backend.flavour.opset < 19:
+        raise GraphError(
+            f"{source.path} is quantised with {source.dtype} weights and half-precision scales, "
+            f"which {backend} cannot read; it takes TensorRT 10 or later"
+        )
     before = io.operators(source.model)
-    islands = Islands({})
     with progress.step(f"type as {dtype}"):
         model, form, cores = _written_for(backend, source, dtype)
-        if dtype is not source.dtype:
+        if dtype is source.dtype:
+            islands = _islands_of(source, model)
+        else:
             islands = type_as(model, dtype, job.islands, sample, source.stem, stage)
     path = stage / source.path.name
     with progress.step("write and check the typed graph"):
@@ -156,7 +165,17 @@ def _prepare(
         io.check(path)
     ops = io.operators(model)
     opset, nodes = model.graph.opset_imports[""], len(model.graph)
-    return Graph(path, dtype, cores, form, opset, nodes, ops, islands, changed=ops != before)
+    quantised = quantised_products(model)
+    return Graph(
+        path, dtype, cores, form, opset, nodes, ops, islands, quantised, changed=ops != before
+    )
+
+
+def _islands_of(source: Source, model: ir.Model) -> Islands:
+    """Say what stays fp32 in a graph that came typed."""
+    known = source.manifest.islands if source.manifest is not None else {}
+    maxima = {name: math.inf if peak is None else peak for name, peak in known.items()}
+    return Islands(maxima, fp32_nodes(model) if source.dtype is not Dtype.FP32 else ())
 
 
 def _written_for(
@@ -190,7 +209,7 @@ def _check(
     if not job.check:
         return None
     with progress.step("run the given graph"):
-        reference = _run_given(source, sample)
+        reference = _run_given(source, sample, graph.path.parent)
     room = sample.room
     sizes = {min(size, max(p.min, room)) for p in profiles for size in (p.min, p.opt, p.max)}
     with progress.step("compare the typed graph"):
@@ -199,9 +218,9 @@ def _check(
     return verified.require(GATES[graph.dtype], f"the {graph.dtype} graph")
 
 
-def _run_given(source: Source, sample: Sample) -> Reference:
+def _run_given(source: Source, sample: Sample, stage: Path) -> Reference:
     """Run the graph that was given; its session is closed before the next one opens."""
-    runner = OrtRunner(source.path)
+    runner = cpu_runner(source.path, source.dtype, stage)
     runner.name = f"{source.path.name} in {runner.name}"
     return run_reference(runner, sample, source.stem)
 
@@ -258,6 +277,7 @@ def _compile(
             # no TensorRT has fused attention in fp32: there is nothing to require
             allow_unfused=job.allow_unfused or graph.dtype is Dtype.FP32,
             fp32_islands=graph.islands.nodes,
+            quantised=graph.quantised,
         )
     return result
 
@@ -288,6 +308,7 @@ def _engine_record(job: TrtJob, graph: Graph, result: BuildResult) -> EngineReco
         kernels_per_block=figures["kernels_per_block"],
         fused_attention=figures["fused_attention"],
         gemm_dtypes=figures["gemm_dtypes"],
+        quantised_products=len(graph.quantised),
         executed=False,
         reason="compiled, not executed: "
         + (driver.reason if isinstance(driver, NoDriver) else "this version runs no engine yet"),

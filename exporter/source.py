@@ -48,12 +48,8 @@ def read_source(path: Path) -> Source:
     notes: tuple[str, ...] = ()
     if manifest is None:
         ClearMetadataAndDocStringPass()(model)
-        outcome = simplify(raise_opset(model))
-        model = outcome.model
-        notes = (
-            f"{path.name} has no manifest: preprocessing hf assumed, graph simplified "
-            f"({outcome.before} to {outcome.after} nodes)",
-        )
+        model, done = _tidied(model, path)
+        notes = (f"{path.name} has no manifest: preprocessing hf assumed, graph {done}",)
     else:
         manifests.require_match(path, manifest)
         batch = batch or manifest.profiles[0]
@@ -69,6 +65,17 @@ def read_source(path: Path) -> Source:
         batch=batch or DYNAMIC,
         notes=notes,
     )
+
+
+def _tidied(model: ir.Model, path: Path) -> tuple[ir.Model, str]:
+    """Simplify a graph of another tool; a quantised one would lose its Q/DQ on constants."""
+    try:
+        if graph_dtype(model).is_quantised:
+            return raise_opset(model), "left as it was quantised"
+    except GraphError as error:
+        raise GraphError(f"{path}: {error}") from error
+    outcome = simplify(raise_opset(model))
+    return outcome.model, f"simplified ({outcome.before} to {outcome.after} nodes)"
 
 
 def _require_plain_operators(model: ir.Model, path: Path) -> None:

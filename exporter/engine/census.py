@@ -119,6 +119,7 @@ def require(
     precision: str,
     allow_unfused: bool = False,
     fp32_islands: Collection[str] = (),
+    quantised: Collection[str] = (),
 ) -> None:
     """Require that an engine is what was asked for.
 
@@ -126,9 +127,10 @@ def require(
         census: one profile of the engine.
         depth: transformer blocks; each must have one fused attention kernel.
         precision: fp32, fp16, bf16, int8 or fp8: what the matrix products must multiply in
-            (int8 and fp8: some of them; the rest in fp16 or bf16).
+            (int8 and fp8: those of ``quantised``; the rest in fp16 or bf16).
         allow_unfused: do not ask about attention.
         fp32_islands: ONNX nodes, or modules, that are meant to stay in fp32.
+        quantised: ONNX nodes of the products that must multiply in int8 or fp8, each of them.
 
     Raises:
         BuildError: it is not; the message names the blocks and the ONNX nodes.
@@ -139,6 +141,7 @@ def require(
         faults = [f"{fault}; --allow-unfused accepts that" for fault in fusion]
     if not census.closed:
         faults += _precision_faults(census, depth, precision, fp32_islands)
+        faults += _quantisation_faults(census, _ALLOWED[precision][0], quantised)
     if faults:
         where = f" (profile {census.profile})" if census.profile else ""
         raise BuildError(f"engine is not what was asked for{where}: {'; '.join(faults)}")
@@ -186,6 +189,21 @@ def _precision_faults(
     if allowed[0] not in census.gemm_dtypes:
         return [f"no matrix product multiplies in {allowed[0]}; is the graph quantised?"]
     return []
+
+
+def _quantisation_faults(census: Census, dtype: str, quantised: Collection[str]) -> list[str]:
+    """Find the products that were quantised in the graph and are not multiplied so."""
+    products = [*census.gemms, *(k for k in census.kernels if is_convolution(k))]
+    where = {layer: gemm_dtype(kernel) for kernel in products for layer in kernel.layers}
+    wrong = [name for name in quantised if where.get(name) != dtype]
+    if not wrong:
+        return []
+    named = [f"{where.get(name, 'no kernel')} for {name}" for name in wrong[:3]]
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    return [
+        f"{len(quantised) - len(wrong)} of {len(quantised)} quantised products multiply in "
+        f"{dtype}: {', '.join(named)}{more}"
+    ]
 
 
 def _is_island(kernel: Kernel, islands: Collection[str]) -> bool:
