@@ -12,7 +12,7 @@ from pathlib import Path
 
 from msn_export.errors import OutputError
 
-STAGING_PREFIX = ".msn-export-"
+STAGING_PREFIX = ".msn-export-staging-"  # whatever is called so is ours to delete
 
 
 def sha256_of(path: Path) -> str:
@@ -21,11 +21,17 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def require_writable(outputs: Sequence[Path], *, force: bool) -> None:
+def require_writable(outputs: Sequence[Path], *, force: bool, sources: Sequence[Path] = ()) -> None:
     """Refuse, before any work is done, outputs that could not be put in place after it.
 
+    Args:
+        outputs: the files that will be written.
+        force: whether an existing file may be replaced.
+        sources: what the work reads: never replaced.
+
     Raises:
-        OutputError: an output exists and ``force`` is not set, or its folder cannot be written.
+        OutputError: an output exists and ``force`` is not set, is no file, is a source, or its
+            folder cannot be written.
     """
     for output in outputs:
         folder = output.parent
@@ -37,8 +43,19 @@ def require_writable(outputs: Sequence[Path], *, force: bool) -> None:
             )
         if not os.access(folder, os.W_OK | os.X_OK):
             raise OutputError(f"output folder {folder} is not writable; choose another with -o")
-        if output.exists() and not force:
+        if output.exists() and not output.is_file():
+            raise OutputError(f"output {output} is a device or a pipe; name a file with -o")
+        if any(_same(source, output) for source in sources):
+            raise OutputError(f"output {output} is what is read; choose another with -o")
+        if os.path.lexists(output) and not force:
             raise OutputError(f"output {output} exists; --force replaces it, -o writes elsewhere")
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except (OSError, ValueError):  # one of them is not there, or is no path at all
+        return False
 
 
 @contextmanager

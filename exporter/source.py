@@ -52,7 +52,7 @@ def read_source(path: Path) -> Source:
         notes = (f"{path.name} has no manifest: preprocessing hf assumed, graph {done}",)
     else:
         manifests.require_match(path, manifest)
-        batch = batch or manifest.profiles[0]
+        batch = batch or next(iter(manifest.profiles), None)
     known = manifest.preprocessing if manifest is not None else None
     return Source(
         path=path,
