@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from msn_export.calibration.collect import Watch
+from msn_export.calibration.collect import Watch, finite
 from msn_export.calibration.formats import scales
 from msn_export.calibration.projections import Projection, Role
 from msn_export.calibration.qdq import Scheme
@@ -43,7 +43,7 @@ def corrections(
     rounded: dict[str, Any] = dict.fromkeys(steps, 0.0)
     rows = dict.fromkeys(steps, 0)
     for images, labels in batches:
-        for name, values in watch(images, labels).items():
+        for name, values in finite(watch(images), labels).items():
             if name in steps:
                 flat = values.reshape(-1, values.shape[-1])
                 carried = scheme.form.carry(flat, steps[name])
@@ -67,7 +67,8 @@ def correct(model: ir.Model, errors: Mapping[str, NDArray[np.float32]]) -> None:
     """Subtract the errors from the biases, in place; a projection without one keeps its error."""
     for node in [node for node in model.graph if node.name in errors]:
         error = errors[node.name or ""]
-        reader = node.outputs[0].uses()[0].node if len(node.outputs[0].uses()) == 1 else None
+        uses = node.outputs[0].uses()
+        reader = next(iter(uses)).node if len(uses) == 1 else None
         if node.op_type == "Gemm" and len(node.inputs) > 2:
             _subtract(model, node, 2, error)
         elif reader is not None and reader.op_type == "Add" and _bias_index(reader) is not None:

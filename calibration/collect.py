@@ -46,26 +46,30 @@ class Watch:
         path.unlink()
         self._input = self._session.get_inputs()[0].name
 
-    def __call__(self, images: NDArray[Any], labels: Sequence[str]) -> Seen:
-        """Run up to ``batch`` images in the graph's own input type.
-
-        Raises:
-            GraphError: a watched value is not finite; the message names it and the image.
-        """
+    def __call__(self, images: NDArray[Any]) -> Seen:
+        """Run up to ``batch`` images in the graph's own input type."""
         count = len(images)
         if self._fixed:
             images = images[np.arange(self._fixed) % count]
         outputs = self._session.run(list(self.names), {self._input: images})
-        outputs = [values[:count] for values in outputs]
-        for name, values in zip(self.names, outputs, strict=True):
-            finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
-            if not finite.all():
-                what = "NaN" if np.isnan(values).any() else "infinite"
-                raise GraphError(
-                    f"tensor {name!r} is {what} on image {labels[int(np.argmin(finite))]}; "
-                    "nothing can be calibrated on that: check the weights and the preprocessing"
-                )
-        return dict(zip(self.names, outputs, strict=True))
+        return {name: values[:count] for name, values in zip(self.names, outputs, strict=True)}
+
+
+def finite(seen: Seen, labels: Sequence[str]) -> Seen:
+    """Require finite values; give them back.
+
+    Raises:
+        GraphError: one is NaN or infinite; the message names the tensor and the image.
+    """
+    for name, values in seen.items():
+        good = np.isfinite(values).reshape(len(values), -1).all(axis=1)
+        if not good.all():
+            what = "NaN" if np.isnan(values).any() else "infinite"
+            raise GraphError(
+                f"tensor {name!r} is {what} on image {labels[int(np.argmin(good))]}; nothing can "
+                "be calibrated on that: check the weights and the preprocessing"
+            )
+    return seen
 
 
 def _session(path: Path) -> onnxruntime.InferenceSession:
@@ -74,6 +78,8 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
     # a memory pattern is kept for each batch shape, and an arena never shrinks: off, so that
     # memory does not depend on how many images come
     options.enable_mem_pattern = False
+    # a quantised graph computes what is written in it, on every processor the same
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
@@ -102,7 +108,7 @@ def channel_maxima(watch: Watch, batches: Iterable[tuple[NDArray[Any], Sequence[
     """Take the largest absolute value of each channel, the last axis, of every watched value."""
     maxima: dict[str, NDArray[np.float32]] = {}
     for images, labels in batches:
-        for name, values in watch(images, labels).items():
+        for name, values in finite(watch(images), labels).items():
             peaks = np.abs(values).reshape(-1, values.shape[-1]).max(axis=0)
             maxima[name] = np.maximum(maxima.get(name, peaks), peaks)
     return maxima
@@ -111,14 +117,15 @@ def channel_maxima(watch: Watch, batches: Iterable[tuple[NDArray[Any], Sequence[
 def histograms(
     watch: Watch,
     batches: Iterable[tuple[NDArray[Any], Sequence[str]]],
-    seen: Callable[[int], None] = lambda count: None,
+    told: Callable[[int], None] | None = None,
 ) -> dict[str, Histogram]:
-    """Count the absolute values of every watched value; ``seen`` is told how many images came."""
+    """Count the absolute values of every watched value; ``told`` hears how many images came."""
     found = {name: Histogram() for name in watch.names}
     count = 0
     for images, labels in batches:
-        for name, values in watch(images, labels).items():
+        for name, values in finite(watch(images), labels).items():
             found[name].add(values)
         count += len(labels)
-        seen(count)
+        if told is not None:
+            told(count)
     return found

@@ -25,10 +25,10 @@ class Format:
 
     def encode(self, scaled: NDArray[Any]) -> NDArray[Any]:
         """Round and saturate values that were divided by their scale."""
-        clipped = np.clip(scaled, -self.largest, self.largest)
+        clipped: NDArray[Any] = np.clip(scaled, -self.largest, self.largest)
         if self.dtype is Dtype.INT8:
-            return np.rint(clipped).astype(np.int8)
-        return clipped.astype(ml_dtypes.float8_e4m3fn)
+            clipped = np.rint(clipped)
+        return clipped.astype(self.onnx.numpy())
 
     def carry(self, x: NDArray[Any], scale: NDArray[Any] | float) -> NDArray[np.float32]:
         """Quantise and dequantise, as a Q/DQ pair does."""

@@ -38,7 +38,7 @@ class Pictures:
     broken: dict[Path, str] = field(default_factory=dict)
 
     def decode(self, batch: int) -> Iterator[tuple[NDArray[np.uint8], tuple[str, ...]]]:
-        """Decode up to ``limit`` readable images, ``batch`` at a time: pixels [b, h, w, c], names."""
+        """Decode up to ``limit`` readable images in batches: pixels [b, h, w, c], names."""
         pixels: list[NDArray[np.uint8]] = []
         names: list[str] = []
         count = 0

@@ -1,8 +1,7 @@
 """A graph that can be quantised, with what was measured of it: from this, any mix of blocks."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -10,7 +9,7 @@ from numpy.typing import NDArray
 
 from msn_export.calibration.bias import correct
 from msn_export.calibration.observers import Histogram, Observer, threshold
-from msn_export.calibration.projections import Projection, Role, find_projections
+from msn_export.calibration.projections import Projection, Role, find_cores, find_projections
 from msn_export.calibration.qdq import (
     Operands,
     Scheme,
@@ -66,7 +65,7 @@ class Plan:
     @property
     def depth(self) -> int:
         """How many blocks there are."""
-        return 1 + max(p.block for p in self.projections if p.block is not None)
+        return len(find_cores(self.model))
 
     @property
     def watched(self) -> dict[str, str]:
@@ -96,27 +95,26 @@ class Plan:
         found |= {core.p: 1.0 for core in self.operands if not self._probabilities_measured}
         return replace(self, thresholds=found)
 
-    def quantised(self, kept: Collection[int] = (), *, without: Collection[str] = ()) -> ir.Model:
-        """Write the fp32 graph with Q/DQ, but for the blocks ``kept`` and the nodes ``without``."""
+    def quantised(self, kept: Collection[int] = ()) -> ir.Model:
+        """Write the fp32 graph with Q/DQ everywhere but in the blocks ``kept``."""
         model = self.model.clone()
-        chosen = self.chosen(kept, without=without)
-        correct(model, {p.node: self.corrections[p.node] for p in chosen if p.node in self.corrections})
+        chosen = [p for p in self.projections if p.block not in kept]
+        wrong = {p.node: self.corrections[p.node] for p in chosen if p.node in self.corrections}
+        correct(model, wrong)
         quantise_projections(model, chosen, self.thresholds, self.scheme)
         cores = [core for core in self.operands if core.block not in kept]
         quantise_attention(model, cores, self.thresholds, self.scheme)
         fuse_attention(model, AttentionForm.HEADS, expected=self.depth)
         return model
 
-    def chosen(
-        self, kept: Collection[int] = (), *, without: Collection[str] = ()
-    ) -> tuple[Projection, ...]:
-        """List the projections that are quantised then."""
-        return tuple(
-            p for p in self.projections if p.block not in kept and p.node not in without
-        )
+    def unquantised(self) -> ir.Model:
+        """Write the fp32 graph as it would be without any Q/DQ."""
+        model = self.model.clone()
+        fuse_attention(model, AttentionForm.HEADS, expected=self.depth)
+        return model
 
 
 def _tokens(model: ir.Model, core: Operands) -> int:
     values = {value.name: value for node in model.graph for value in node.outputs}
-    shape: Sequence[Any] = values[core.v].shape or ()
-    return int(shape[-2]) if len(shape) == 4 and isinstance(shape[-2], int) else 0
+    shape = list(values[core.v].shape or ())
+    return shape[-2] if len(shape) == 4 and isinstance(shape[-2], int) else 0

@@ -14,10 +14,8 @@ from msn_export.errors import GraphError
 from msn_export.graph.attention import AttentionCore, match
 
 # Operators between a projection and an attention core: they move, scale or shift elements.
-_BETWEEN = frozenset(
-    ("Add", "Div", "Gather", "Identity", "Mul", "Reshape", "Slice", "Split", "Squeeze")
-    + ("Transpose", "Unsqueeze")
-)
+_MOVES = ("Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
+_BETWEEN = frozenset({"Add", "Div", "Mul", *_MOVES})
 _PRODUCTS = frozenset({"MatMul", "Gemm"})
 
 
@@ -83,7 +81,11 @@ def find_projections(model: ir.Model) -> tuple[Projection, ...]:
 
 
 def _name_block(
-    roles: dict[ir.Node, tuple[Role, int | None]], after: list[ir.Node], block: int, *, closing: bool
+    roles: dict[ir.Node, tuple[Role, int | None]],
+    after: list[ir.Node],
+    block: int,
+    *,
+    closing: bool,
 ) -> None:
     if len(after) < 3 or (len(after) > 3 and not closing):
         names = ", ".join(repr(node.name) for node in after) or "none"

@@ -157,7 +157,9 @@ def _weight(model: ir.Model, node: ir.Node, projection: Projection, scheme: Sche
     shape[projection.axis] = -1
     patch = Patch(model.graph, node)
     held = _constant(
-        patch, scheme.form.encode(weight / steps.reshape(shape)), f"{value.name}.{scheme.form.dtype}"
+        patch,
+        scheme.form.encode(weight / steps.reshape(shape)),
+        f"{value.name}.{scheme.form.dtype}",
     )
     step = _constant(patch, steps, f"{value.name}.scale")
     return patch.op("DequantizeLinear", [held, step], {"axis": projection.axis})

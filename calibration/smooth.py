@@ -91,7 +91,7 @@ def _readers(value: ir.Value, inside: Mapping[str, Projection]) -> list[Projecti
 def _only_leads_to(value: ir.Value, node: str) -> bool:
     """Whether one chain of layout operators leads from a core's result to a projection."""
     while len(value.uses()) == 1 and not value.is_graph_output():
-        user = value.uses()[0].node
+        user = next(iter(value.uses())).node
         if user.name == node:
             return True
         if user.op_type not in {"Transpose", "Reshape"}:
@@ -122,7 +122,9 @@ def _affine(
     """Give the constants of ``x @ weight + bias``; both hold output channels in their last axis."""
     written = []
     if node is not None and node.op_type == "Add":
-        index = next((i for i, v in enumerate(node.inputs) if v is not None and v.const_value), None)
+        index = next(
+            (i for i, v in enumerate(node.inputs) if v is not None and v.const_value), None
+        )
         if index is None or node.inputs[1 - index] is None:
             return None
         written.append((node.name or "", index))
@@ -171,7 +173,10 @@ def fold(model: ir.Model, seam: Seam, scale: NDArray[np.float32]) -> None:
     """
     nodes = {node.name: node for node in model.graph}
     first, last = seam.columns
-    if last - first != len(scale) or not {n for n, _ in (*seam.written, *seam.read)} <= nodes.keys():
+    if (
+        last - first != len(scale)
+        or not {n for n, _ in (*seam.written, *seam.read)} <= nodes.keys()
+    ):
         raise GraphError(f"{len(scale)} factors do not fit {seam.name!r}; collect the ranges again")
     for name, index in seam.written:
         array = _constant(nodes[name], index).copy()

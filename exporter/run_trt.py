@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from msn_export.check.gate import GATES
-from msn_export.check.sample import Sample, affordable_batch, draw
+from msn_export.check.sample import Sample, draw
 from msn_export.check.verify import Reference, run_reference, verify
 from msn_export.driver import NoDriver, find_driver
 from msn_export.engine import timing_cache
@@ -36,7 +36,7 @@ from msn_export.manifest import (
 )
 from msn_export.progress import Progress
 from msn_export.records import to_plain
-from msn_export.source import Source, read_source
+from msn_export.source import Source, read_source, room_of
 from msn_export.spec import AttentionForm, BatchRange, ComputeCapability, Dtype
 from msn_export.typed import Islands, cpu_runner, type_as
 
@@ -101,7 +101,7 @@ def run_trt(job: TrtJob, progress: Progress) -> tuple[Path, Manifest]:
         source = read_source(job.model)
         profiles = _profiles(job, source)
     with progress.step("read images"):
-        sample = draw(job.images, source.preprocessing, room=_room(source))
+        sample = draw(job.images, source.preprocessing, room=room_of(source.model))
     with staging(output.parent) as stage:
         graph = _prepare(job, source, backend, sample, stage, progress)
         check = _check(job, source, graph, sample, profiles, progress)
@@ -222,26 +222,7 @@ def _run_given(source: Source, sample: Sample, stage: Path) -> Reference:
     """Run the graph that was given; its session is closed before the next one opens."""
     runner = cpu_runner(source.path, source.dtype, stage)
     runner.name = f"{source.path.name} in {runner.name}"
-    return run_reference(runner, sample, source.stem)
-
-
-def _room(source: Source) -> int:
-    """Estimate the batch that memory affords, from any attention core's shape."""
-    for node in source.model.graph:
-        shape = node.inputs[0].shape if node.inputs and node.inputs[0] is not None else None
-        if node.op_type not in {"Attention", "Softmax"} or shape is None:
-            continue
-        sizes = [size if isinstance(size, int) else 0 for size in shape]
-        if len(sizes) == 3 and "q_num_heads" in node.attributes:  # [b, n, h * d]
-            heads, tokens, dim = node.attributes["q_num_heads"].as_int(), sizes[1], sizes[2]
-        elif len(sizes) == 4:  # [b, h, n, d], or scores [b, h, n, n], which hide the head size
-            heads, tokens = sizes[1:3]
-            dim = heads * (sizes[3] if node.op_type == "Attention" else 64)
-        else:
-            continue
-        if heads and tokens:
-            return affordable_batch(tokens, dim, 4 * dim, heads)
-    return 1
+    return run_reference(runner, sample, source.stem, fixed=source.fixed)
 
 
 def _compile(

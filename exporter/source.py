@@ -7,6 +7,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from msn_export import manifest as manifests
+from msn_export.check.sample import affordable_batch
 from msn_export.errors import GraphError
 from msn_export.graph import io
 from msn_export.graph.lower import raise_opset
@@ -32,6 +33,12 @@ class Source:
     preprocessing: Preprocessing
     batch: BatchRange
     notes: tuple[str, ...]
+
+    @property
+    def fixed(self) -> int | None:
+        """The one batch size the graph takes, or None where the batch is dynamic."""
+        shape = self.model.graph.inputs[0].shape
+        return shape[0] if shape is not None and isinstance(shape[0], int) else None
 
 
 def read_source(path: Path) -> Source:
@@ -116,3 +123,22 @@ def _image_input(
     batch = shape[0]
     fixed = BatchRange(batch, batch, batch) if isinstance(batch, int) else None
     return stem, ImageSize(height, width), channels, fixed
+
+
+def room_of(model: ir.Model) -> int:
+    """Estimate the batch that memory affords, from any attention core's shape."""
+    for node in model.graph:
+        shape = node.inputs[0].shape if node.inputs and node.inputs[0] is not None else None
+        if node.op_type not in {"Attention", "Softmax"} or shape is None:
+            continue
+        sizes = [size if isinstance(size, int) else 0 for size in shape]
+        if len(sizes) == 3 and "q_num_heads" in node.attributes:  # [b, n, h * d]
+            heads, tokens, dim = node.attributes["q_num_heads"].as_int(), sizes[1], sizes[2]
+        elif len(sizes) == 4:  # [b, h, n, d], or scores [b, h, n, n], which hide the head size
+            heads, tokens = sizes[1:3]
+            dim = heads * (sizes[3] if node.op_type == "Attention" else 64)
+        else:
+            continue
+        if heads and tokens:
+            return affordable_batch(tokens, dim, 4 * dim, heads)
+    return 1

@@ -105,7 +105,5 @@ def test_a_missing_output_and_a_shape_of_its_own_are_told(sample) -> None:
         def __call__(self, images):
             return {name: x[:, :-1] for name, x in super().__call__(images).items()}
 
-    with pytest.raises(
-        ToleranceError, match=r"output has shape \[8, 47\] and its reference"
-    ):
+    with pytest.raises(ToleranceError, match=r"output has shape \[8, 47\] and its reference"):
         verify(Short(), reference_of(sample), InputKind.FLOAT, [8])

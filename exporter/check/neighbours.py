@@ -1,4 +1,4 @@
-"""Whether two sets of embeddings put the same image next to each."""
+"""Nearest neighbours: what a search over embeddings answers, and whether it answers the same."""
 
 from __future__ import annotations
 
@@ -12,37 +12,42 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def neighbour_agreement(reference: NDArray[Any], candidate: NDArray[Any]) -> float:
-    """Give the share of images whose nearest other image, by cosine, is the same in both.
+def embedding_of(output: NDArray[Any]) -> NDArray[Any]:
+    """Make one vector an image of an output [b, ...]: of tokens [b, n, dim] the [CLS] token."""
+    first: NDArray[Any] = output[:, 0] if output.ndim == 3 else output.reshape(len(output), -1)
+    return first
 
-    Args:
-        reference: embeddings [b, ...], each flattened to one vector.
-        candidate: those of another artifact for the same images.
 
-    Returns:
-        A share from 0 to 1; an image whose candidate embedding is not finite never agrees. NaN
-        where there is no other image to be next to.
+def nearest(embeddings: NDArray[Any]) -> NDArray[np.intp]:
+    """Find each image's nearest other image by cosine, from embeddings [n, dim].
 
     Raises:
-        ToleranceError: the shapes differ.
+        ToleranceError: there are fewer than two images.
+    """
+    if len(embeddings) < 2:
+        raise ToleranceError(f"{len(embeddings)} image has no neighbour; give at least two")
+    vectors = embeddings.astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        cosines = vectors @ vectors.T
+    np.fill_diagonal(cosines, -np.inf)
+    neighbours: NDArray[np.intp] = cosines.argmax(axis=1)
+    return neighbours
+
+
+def neighbour_agreement(reference: NDArray[Any], candidate: NDArray[Any]) -> float:
+    """Give the share of images whose nearest neighbour is the same in both, [n, dim] each.
+
+    An image whose embedding is not finite in either agrees with nothing.
+
+    Raises:
+        ToleranceError: the shapes differ, or there are fewer than two images.
     """
     if reference.shape != candidate.shape:
         raise ToleranceError(
-            f"embeddings have shape {list(candidate.shape)} and their reference "
-            f"{list(reference.shape)}; they must be the same"
+            f"embeddings have shapes {list(reference.shape)} and {list(candidate.shape)}; "
+            "they must be the same"
         )
-    if len(reference) < 2:
-        return float("nan")
-    nearest = _nearest(reference)
-    known = np.isfinite(candidate.reshape(len(candidate), -1)).all(axis=1)
-    return float(np.mean((nearest == _nearest(candidate)) & known))
-
-
-def _nearest(embeddings: NDArray[Any]) -> NDArray[np.intp]:
-    """Name each image's nearest other image; the first of equals."""
-    flat = embeddings.reshape(len(embeddings), -1).astype(np.float64)
-    norms = np.linalg.norm(flat, axis=1, keepdims=True)
-    unit = np.divide(flat, norms, out=np.zeros_like(flat), where=norms > 0)
-    similarity = np.nan_to_num(unit @ unit.T, nan=-np.inf)
-    np.fill_diagonal(similarity, -np.inf)
-    return np.asarray(similarity.argmax(axis=1))
+    same = nearest(reference) == nearest(candidate)
+    finite = np.isfinite(reference).all(axis=1) & np.isfinite(candidate).all(axis=1)
+    return float((same & finite).mean())

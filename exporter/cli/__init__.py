@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from msn_export import __version__
+from msn_export.cli.calibrate import calibrate
 from msn_export.cli.inspect import inspect
 from msn_export.cli.onnx import onnx
 from msn_export.cli.triton import triton
@@ -72,5 +73,5 @@ def main(verbose: bool) -> None:
     """Take a ViT-MSN checkpoint to a proven ONNX graph and TensorRT engine."""
 
 
-for _command in (onnx, trt, inspect, triton):
+for _command in (onnx, calibrate, trt, inspect, triton):
     main.add_command(_command)

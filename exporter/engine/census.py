@@ -18,7 +18,7 @@ from msn_export.errors import BuildError
 from msn_export.records import from_plain, to_plain
 
 # What a GEMM may multiply in, by the precision asked for; the first must occur.
-_ALLOWED = {
+ALLOWED = {
     "fp32": ("Float",),
     "fp16": ("Half",),
     "bf16": ("BFloat16",),
@@ -141,7 +141,7 @@ def require(
         faults = [f"{fault}; --allow-unfused accepts that" for fault in fusion]
     if not census.closed:
         faults += _precision_faults(census, depth, precision, fp32_islands)
-        faults += _quantisation_faults(census, _ALLOWED[precision][0], quantised)
+        faults += _quantisation_faults(census, ALLOWED[precision][0], quantised)
     if faults:
         where = f" (profile {census.profile})" if census.profile else ""
         raise BuildError(f"engine is not what was asked for{where}: {'; '.join(faults)}")
@@ -165,7 +165,7 @@ def _fusion_faults(census: Census, depth: int) -> list[str]:
 def _precision_faults(
     census: Census, depth: int, precision: str, islands: Collection[str]
 ) -> list[str]:
-    allowed = _ALLOWED[precision]
+    allowed = ALLOWED[precision]
     unread = [
         str(block)
         for block in range(depth)
@@ -191,14 +191,22 @@ def _precision_faults(
     return []
 
 
+def not_multiplied_in(census: Census, dtype: str, products: Collection[str]) -> dict[str, str]:
+    """Find the ONNX products that no kernel multiplies in ``dtype`` (TensorRT's spelling).
+
+    Returns:
+        Each with the dtype it is multiplied in instead; empty where no kernel names it.
+    """
+    kernels = [*census.gemms, *(k for k in census.kernels if is_convolution(k))]
+    found = {layer: gemm_dtype(kernel) for kernel in kernels for layer in kernel.layers}
+    return {name: found.get(name, "") for name in products if found.get(name) != dtype}
+
+
 def _quantisation_faults(census: Census, dtype: str, quantised: Collection[str]) -> list[str]:
-    """Find the products that were quantised in the graph and are not multiplied so."""
-    products = [*census.gemms, *(k for k in census.kernels if is_convolution(k))]
-    where = {layer: gemm_dtype(kernel) for kernel in products for layer in kernel.layers}
-    wrong = [name for name in quantised if where.get(name) != dtype]
+    wrong = not_multiplied_in(census, dtype, quantised)
     if not wrong:
         return []
-    named = [f"{where.get(name, 'no kernel')} for {name}" for name in wrong[:3]]
+    named = [f"{found or 'no kernel'} for {name}" for name, found in list(wrong.items())[:3]]
     more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
     return [
         f"{len(quantised) - len(wrong)} of {len(quantised)} quantised products multiply in "
