@@ -71,6 +71,7 @@ class EngineRecord:
     gemm_dtypes: dict[str, int]
     executed: bool
     reason: str
+    quantised_products: int = 0
     census: Any = None
     options: dict[str, Any] = field(default_factory=dict)
     check: CheckRecord | None = None
@@ -102,6 +103,42 @@ class SourceRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class QuantizationRecord:
+    """How a graph was quantised, what it costs and what it saves.
+
+    Shares are from 0 to 1, sizes in bytes. ``kept`` names the blocks that stay in ``base`` with
+    why; ``drift`` is the relative error of the embedding with one block quantised at a time, where
+    that was measured. ``twin`` is the same graph in ``base``, ``compiled`` what TensorRT made of
+    both, or why it did not.
+    """
+
+    format: str
+    base: str
+    observer: str
+    smoothing: float | None
+    smoothing_errors: dict[str, float]
+    attention: bool
+    bias_correction: bool
+    products: int
+    expected: int
+    kept: dict[str, str]
+    drift: dict[str, float]
+    calibration_images: int
+    held_out: tuple[str, ...]
+    seed: int
+    limit: int
+    ranges: SourceRecord
+    sizes: dict[str, int]
+    twin: CheckRecord
+    neighbours: dict[str, float | None]
+    classes: dict[str, float | None]
+    compiled: dict[str, Any]
+    latency: dict[str, Any]
+    worthwhile: bool
+    verdict: str
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """All that is known of an artifact."""
 
@@ -128,6 +165,7 @@ class Manifest:
     source: SourceRecord | None = None
     engine: EngineRecord | None = None
     golden: GoldenRecord | None = None
+    quantization: QuantizationRecord | None = None
     notes: tuple[str, ...] = ()
     command: str = ""
     versions: dict[str, str] = field(default_factory=dict)

@@ -1,5 +1,6 @@
 """The story of ``msn-export trt``: graph, precision, check, compile in a child, census, engine."""
 
+import math
 import resource
 import time
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ import onnx_ir as ir
 
 from msn_export import golden
 from msn_export.check.gate import GATES
-from msn_export.check.sample import Sample, affordable_batch, draw
+from msn_export.check.sample import Sample, draw
 from msn_export.check.verify import Reference, run_reference, verify
 from msn_export.driver import NoDriver, find_driver
 from msn_export.engine import timing_cache
@@ -24,6 +25,8 @@ from msn_export.files import manifest_path, publish, require_writable, sha256_of
 from msn_export.graph import io
 from msn_export.graph.fuse import fuse_attention
 from msn_export.graph.lower import lower, raise_opset
+from msn_export.graph.precision import fp32_nodes
+from msn_export.graph.quantised import quantised_products
 from msn_export.manifest import (
     AttentionRecord,
     CheckRecord,
@@ -36,8 +39,7 @@ from msn_export.manifest import (
 )
 from msn_export.progress import Progress
 from msn_export.records import to_plain
-from msn_export.runtime.ort import OrtRunner
-from msn_export.source import Source, read_source
+from msn_export.source import Source, read_source, room_of
 from msn_export.spec import AttentionForm, BatchRange, ComputeCapability, Dtype
 from msn_export.typed import Islands, cpu_runner, type_as
 
@@ -81,6 +83,7 @@ class Graph:
     nodes: int
     ops: dict[str, int]
     islands: Islands
+    quantised: tuple[str, ...]
     changed: bool
 
 
@@ -110,7 +113,7 @@ def run_trt(job: TrtJob, progress: Progress) -> tuple[Path, Manifest]:
         source = read_source(job.model)
         profiles = _profiles(job, source)
     with progress.step("read images"):
-        sample = draw(job.images, source.preprocessing, room=_room(source))
+        sample = draw(job.images, source.preprocessing, room=room_of(source.model))
     with staging(output.parent) as stage:
         graph = _prepare(job, source, backend, sample, stage, progress)
         checked = _check(job, source, graph, sample, profiles, progress)
@@ -163,11 +166,17 @@ def _prepare(
     dtype = job.precision or source.dtype
     if dtype is not source.dtype and source.dtype is not Dtype.FP32:
         raise GraphError(f"{source.path} is typed {source.dtype}; --{dtype} needs the fp32 graph")
+    if dtype.is_quantised and backend.flavour.opset < 19:
+        raise GraphError(
+            f"{source.path} is quantised with {source.dtype} weights and half-precision scales, "
+            f"which {backend} cannot read; it takes TensorRT 10 or later"
+        )
     before = io.operators(source.model)
-    islands = Islands({})
     with progress.step(f"type as {dtype}"):
         model, form, cores = _written_for(backend, source, dtype)
-        if dtype is not source.dtype:
+        if dtype is source.dtype:
+            islands = _islands_of(source, model)
+        else:
             islands = type_as(model, dtype, job.islands, sample, source.stem, stage)
     path = stage / source.path.name
     with progress.step("write and check the typed graph"):
@@ -175,7 +184,17 @@ def _prepare(
         io.check(path)
     ops = io.operators(model)
     opset, nodes = model.graph.opset_imports[""], len(model.graph)
-    return Graph(path, dtype, cores, form, opset, nodes, ops, islands, changed=ops != before)
+    quantised = quantised_products(model)
+    return Graph(
+        path, dtype, cores, form, opset, nodes, ops, islands, quantised, changed=ops != before
+    )
+
+
+def _islands_of(source: Source, model: ir.Model) -> Islands:
+    """Say what stays fp32 in a graph that came typed."""
+    known = source.manifest.islands if source.manifest is not None else {}
+    maxima = {name: math.inf if peak is None else peak for name, peak in known.items()}
+    return Islands(maxima, fp32_nodes(model) if source.dtype is not Dtype.FP32 else ())
 
 
 def _written_for(
@@ -210,7 +229,7 @@ def _check(
     if not job.check:
         return Checked(None, None, known)
     with progress.step("run the given graph"):
-        reference, known = _run_given(source, sample, known)
+        reference, known = _run_given(source, sample, known, graph.path.parent)
     room = sample.room
     sizes = {min(size, max(p.min, room)) for p in profiles for size in (p.min, p.opt, p.max)}
     with progress.step("compare the typed graph"):
@@ -221,34 +240,15 @@ def _check(
 
 
 def _run_given(
-    source: Source, sample: Sample, known: GoldenRecord | None
+    source: Source, sample: Sample, known: GoldenRecord | None, stage: Path
 ) -> tuple[Reference, GoldenRecord]:
     """Run the graph that was given; its session is closed before the next one opens."""
-    with OrtRunner(source.path) as runner:
+    with cpu_runner(source.path, source.dtype, stage) as runner:
         runner.name = f"{source.path.name} in {runner.name}"
-        reference = run_reference(runner, sample, source.stem)
+        reference = run_reference(runner, sample, source.stem, fixed=source.fixed)
         return reference, known or golden.record(
             runner, runner.name, source.preprocessing, source.stem, sample.room
         )
-
-
-def _room(source: Source) -> int:
-    """Estimate the batch that memory affords, from any attention core's shape."""
-    for node in source.model.graph:
-        shape = node.inputs[0].shape if node.inputs and node.inputs[0] is not None else None
-        if node.op_type not in {"Attention", "Softmax"} or shape is None:
-            continue
-        sizes = [size if isinstance(size, int) else 0 for size in shape]
-        if len(sizes) == 3 and "q_num_heads" in node.attributes:  # [b, n, h * d]
-            heads, tokens, dim = node.attributes["q_num_heads"].as_int(), sizes[1], sizes[2]
-        elif len(sizes) == 4:  # [b, h, n, d], or scores [b, h, n, n], which hide the head size
-            heads, tokens = sizes[1:3]
-            dim = heads * (sizes[3] if node.op_type == "Attention" else 64)
-        else:
-            continue
-        if heads and tokens:
-            return affordable_batch(tokens, dim, 4 * dim, heads)
-    return 1
 
 
 def _compile(
@@ -286,6 +286,7 @@ def _compile(
             # no TensorRT has fused attention in fp32: there is nothing to require
             allow_unfused=job.allow_unfused or graph.dtype is Dtype.FP32,
             fp32_islands=graph.islands.nodes,
+            quantised=graph.quantised,
         )
     return result
 
@@ -315,6 +316,7 @@ def _engine_record(job: TrtJob, graph: Graph, result: BuildResult) -> EngineReco
         kernels_per_block=figures["kernels_per_block"],
         fused_attention=figures["fused_attention"],
         gemm_dtypes=figures["gemm_dtypes"],
+        quantised_products=len(graph.quantised),
         executed=False,
         reason="compiled",
         census=[to_plain(census) for census in result.censuses],

@@ -56,4 +56,7 @@ GATES = {
     Dtype.FP32: Gate(max_abs=1e-4, cosine_min=0.999999),
     Dtype.FP16: Gate(cosine_p1=0.999),
     Dtype.BF16: Gate(cosine_p1=0.999),
+    # msn-export calibrate --gate-cosine; trt compares a quantised graph with itself as written
+    Dtype.INT8: Gate(cosine_p1=0.99),
+    Dtype.FP8: Gate(cosine_p1=0.99),
 }

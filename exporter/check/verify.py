@@ -39,15 +39,21 @@ class Reference:
     name: str
 
 
-def run_reference(runner: Runner, sample: Sample, stem: InputKind = InputKind.FLOAT) -> Reference:
-    """Run each picture once, eight at a time where memory affords it."""
-    batch = min(8, sample.room)
-    parts = [
-        runner(sample.feed(range(start, min(start + batch, len(sample))), stem))
-        for start in range(0, len(sample), batch)
-    ]
-    outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return Reference(outputs, sample, runner.name)
+def run_reference(
+    runner: Runner, sample: Sample, stem: InputKind = InputKind.FLOAT, *, fixed: int | None = None
+) -> Reference:
+    """Run each picture once, eight at a time where memory affords it.
+
+    A runner that takes only batches of ``fixed`` gets the last one filled up.
+    """
+    batch = fixed or min(8, sample.room)
+    parts = []
+    for start in range(0, len(sample), batch):
+        kept = min(batch, len(sample) - start)
+        outputs = runner(sample.feed(range(start, start + (fixed or kept)), stem))
+        parts.append({name: np.asarray(output)[:kept] for name, output in outputs.items()})
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return Reference(joined, sample, runner.name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import click
 
 from msn_export import __version__
 from msn_export.cli.bench import bench
+from msn_export.cli.calibrate import calibrate
 from msn_export.cli.doctor import doctor
 from msn_export.cli.embed import embed
 from msn_export.cli.inspect import inspect
@@ -75,5 +76,5 @@ def main(verbose: bool) -> None:
     """Take a ViT-MSN checkpoint to a proven ONNX graph and TensorRT engine."""
 
 
-for _command in (onnx, trt, inspect, bench, embed, triton, doctor):
+for _command in (onnx, calibrate, trt, inspect, bench, embed, triton, doctor):
     main.add_command(_command)
