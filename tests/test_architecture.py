@@ -36,8 +36,9 @@ EXCEPTIONS = {
     "runtime/ort_session.py": {"onnxruntime"},
     "runtime/runner.py": {"PIL"},  # named in annotations
 }
-# folder -> the sibling folders it may use: the gates judge what the runtime's selftest finds
-SIBLINGS = {"runtime": {"check"}, "graph": {"models"}}
+# folder -> the sibling folders it may use: the gates judge what the runtime's selftest finds;
+# Q/DQ is written with the graph's own steps
+SIBLINGS = {"runtime": {"check"}, "graph": {"models"}, "calibration": {"graph"}}
 # the modules at the root, from the bottom up; each may use those before it, whatever its own rank
 BOTTOM = ("errors", "spec", "progress", "records", "preprocessing", "files", "driver", "images",
           "manifest", "engine_header", "golden")  # fmt: skip
