@@ -150,9 +150,9 @@ def read(artifact: Path) -> Manifest | None:
         raise ManifestError(f"{path} is larger than a manifest can be; export the artifact again")
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
+        _require_seal(plain, path)
     except (OSError, ValueError, RecursionError) as error:
         raise ManifestError(f"{path} is not JSON ({error}); export the artifact again") from error
-    _require_seal(plain, path)
     schema = plain.get("schema") if isinstance(plain, dict) else None
     if isinstance(schema, int) and schema > SCHEMA:
         raise ManifestError(

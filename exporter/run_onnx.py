@@ -79,7 +79,9 @@ def run_onnx(job: OnnxJob, progress: Progress) -> tuple[Path, Manifest]:
     """
     started = time.monotonic()
     output = job.output or default_output(job)
-    require_writable([output, manifest_path(output)], force=job.force)
+    require_writable(
+        [output, manifest_path(output)], force=job.force, sources=[Path(job.checkpoint)]
+    )
     with progress.step("load checkpoint"):
         checkpoint = _sized(load_checkpoint(job.checkpoint, variant=job.variant), job.image_size)
     heads = job.heads or ((Head.LOGITS,) if checkpoint.config.labels else (Head.CLS,))
@@ -111,7 +113,7 @@ def default_output(job: OnnxJob) -> Path:
     """Name the output after the checkpoint: ``vit-msn-small.onnx`` in the current folder."""
     source = job.checkpoint.rstrip("/").split("@")[0]
     stem = source.split(":")[1] if source.startswith("random:") else Path(source).name
-    for ending in (".safetensors", ".bin", ".tar", ".pth"):
+    for ending in (".safetensors", ".bin", ".tar", ".pth", ".pt"):
         stem = stem.removesuffix(ending)
     suffix = "" if job.dtype is Dtype.FP32 else f".{job.dtype}"
     return Path(f"{stem or 'model'}{suffix}.onnx")

@@ -104,7 +104,7 @@ def run_trt(job: TrtJob, progress: Progress) -> tuple[Path, Manifest]:
     """
     started = time.monotonic()
     output = job.output or Path(job.model.with_suffix(".engine").name)
-    require_writable([output, manifest_path(output)], force=job.force)
+    require_writable([output, manifest_path(output)], force=job.force, sources=[job.model])
     backend = find_backend(job.backend)
     with progress.step("read the graph"):
         source = read_source(job.model)
@@ -239,11 +239,13 @@ def _room(source: Source) -> int:
         if node.op_type not in {"Attention", "Softmax"} or shape is None:
             continue
         sizes = [size if isinstance(size, int) else 0 for size in shape]
-        if len(sizes) == 3:  # [b, n, h * d]
+        if len(sizes) == 3 and "q_num_heads" in node.attributes:  # [b, n, h * d]
             heads, tokens, dim = node.attributes["q_num_heads"].as_int(), sizes[1], sizes[2]
-        else:  # [b, h, n, d], or scores [b, h, n, n], which do not tell the head size
+        elif len(sizes) == 4:  # [b, h, n, d], or scores [b, h, n, n], which hide the head size
             heads, tokens = sizes[1:3]
             dim = heads * (sizes[3] if node.op_type == "Attention" else 64)
+        else:
+            continue
         if heads and tokens:
             return affordable_batch(tokens, dim, 4 * dim, heads)
     return 1

@@ -7,11 +7,12 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from msn_export import manifest as manifests
-from msn_export.errors import GraphError
+from msn_export.errors import GraphError, SpecError
 from msn_export.graph import io
 from msn_export.graph.lower import raise_opset
 from msn_export.graph.precision import graph_dtype
 from msn_export.graph.simplify import simplify
+from msn_export.graph.size import fix_image_size
 from msn_export.manifest import Manifest
 from msn_export.preprocessing import Preprocessing, preset
 from msn_export.spec import BatchRange, Dtype, ImageSize, InputKind
@@ -44,19 +45,17 @@ def read_source(path: Path) -> Source:
     model = io.load(path)
     manifest = manifests.read(path)
     _require_plain_operators(model, path)
+    fixed = fix_image_size(model) if manifest is None else None
     stem, size, channels, batch = _image_input(model, path)
     notes: tuple[str, ...] = ()
     if manifest is None:
         ClearMetadataAndDocStringPass()(model)
         outcome = simplify(raise_opset(model))
         model = outcome.model
-        notes = (
-            f"{path.name} has no manifest: preprocessing hf assumed, graph simplified "
-            f"({outcome.before} to {outcome.after} nodes)",
-        )
+        notes = _told(path, fixed, outcome.reason)
     else:
         manifests.require_match(path, manifest)
-        batch = batch or manifest.profiles[0]
+        batch = batch or next(iter(manifest.profiles), None)
     known = manifest.preprocessing if manifest is not None else None
     return Source(
         path=path,
@@ -69,6 +68,13 @@ def read_source(path: Path) -> Source:
         batch=batch or DYNAMIC,
         notes=notes,
     )
+
+
+def _told(path: Path, fixed: ImageSize | None, simplified: str) -> tuple[str, ...]:
+    notes = (f"{path.name} has no manifest: preprocessing hf assumed; simplification {simplified}",)
+    if fixed is None:
+        return notes
+    return (*notes, f"its image size was dynamic, and is {fixed} as its position embedding has it")
 
 
 def _require_plain_operators(model: ir.Model, path: Path) -> None:
@@ -104,8 +110,13 @@ def _image_input(
     channels, height, width = shape[1:] if stem is InputKind.FLOAT else (shape[3], *shape[1:3])
     if not (isinstance(channels, int) and isinstance(height, int) and isinstance(width, int)):
         raise GraphError(
-            f"{described}; height, width and channels must be fixed, batch alone may be dynamic"
+            f"{described}; height, width and channels must be fixed, batch alone may be dynamic; "
+            "export it again for one image size"
         )
     batch = shape[0]
-    fixed = BatchRange(batch, batch, batch) if isinstance(batch, int) else None
+    try:
+        preset("hf", ImageSize(height, width), channels)
+        fixed = BatchRange(batch, batch, batch) if isinstance(batch, int) else None
+    except SpecError as error:
+        raise GraphError(f"{described}; {error}") from error
     return stem, ImageSize(height, width), channels, fixed

@@ -115,6 +115,9 @@ class BatchRange:
         return cls(*(sizes if len(sizes) == 3 else sizes * 3))
 
 
+LARGEST_SIDE = 16384  # pixels
+
+
 @dataclass(frozen=True, slots=True)
 class ImageSize:
     """Height and width of what the model receives, in pixels."""
@@ -123,8 +126,10 @@ class ImageSize:
     width: int
 
     def __post_init__(self) -> None:
-        if not (1 <= self.height <= 16384 and 1 <= self.width <= 16384):
-            raise SpecError(f"image size {self} is out of range; expected 1 to 16384 pixels a side")
+        if not (1 <= self.height <= LARGEST_SIDE and 1 <= self.width <= LARGEST_SIDE):
+            raise SpecError(
+                f"image size {self} is out of range; expected 1 to {LARGEST_SIDE} pixels a side"
+            )
 
     def __str__(self) -> str:
         return f"{self.height}x{self.width}"

@@ -75,3 +75,14 @@ def test_plain_form_of_an_fp16_graph_stays_fp16() -> None:
         }""")
     fuse_attention(model, AttentionForm.PLAIN, expected=1)
     assert {value.dtype.name for node in model.graph for value in node.outputs} == {"FLOAT16"}
+
+
+def test_the_softmax_of_a_classifier_is_no_attention() -> None:
+    model = parse("""
+        g (float[b,2,5,4] q, float[b,2,5,4] k, float[b,2,5,4] v, float[b,3] logits)
+            => (float[b,2,5,4] y, float[b,3] probabilities) {
+            y = Attention (q, k, v)
+            probabilities = Softmax (logits)
+        }""")
+    assert fuse_attention(model, AttentionForm.HEADS) == 1
+    assert op_types(model) == ["Attention", "Softmax"]

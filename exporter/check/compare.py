@@ -68,8 +68,10 @@ class Comparison:
             )
         want = reference.reshape(len(reference), -1).astype(np.float64)
         have = candidate.reshape(len(candidate), -1).astype(np.float64)
-        self._nan += int(np.isnan(have).sum())
-        self._inf += int(np.isinf(have).sum())
+        # of either side: a finite value where the reference is infinite is infinitely wrong, and
+        # a gate on max_abs alone would allow it, for infinity scales what is allowed
+        self._nan += int((np.isnan(have) | np.isnan(want)).sum())
+        self._inf += int((np.isinf(have) | np.isinf(want)).sum())
         with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
             difference = np.abs(want - have)
             want_norm, have_norm = np.linalg.norm(want, axis=1), np.linalg.norm(have, axis=1)

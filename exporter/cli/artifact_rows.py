@@ -16,7 +16,7 @@ def show_artifact(console: Console, output: Path, manifest: Manifest) -> None:
     if console.as_json:
         console.print_json({**to_plain(manifest), "output": str(output)})
         return
-    table = Table(title=str(output), title_justify="left", show_header=False)
+    table = Table(title=escape(str(output)), title_justify="left", show_header=False)
     for name, text in rows(manifest):
         table.add_row(name, escape(text))
     console.print(table)
@@ -70,9 +70,15 @@ def _check_rows(check: CheckRecord | None) -> Iterator[tuple[str, str]]:
     yield "check", f"{check.images} {what}: {check.source}; batches {sizes}"
     yield "", f"against {check.reference}"
     yield "", f"on {check.executed_on}"
-    yield "max_abs", f"{check.max_abs:.2e} (mean {check.mean_abs:.2e})"
-    yield (
-        "cosine",
-        (f"min {check.cosine_min:.8f}, p1 {check.cosine_p1:.8f}, median {check.cosine_median:.8f}"),
-    )
+    yield "max_abs", f"{_figure(check.max_abs, '.2e')} (mean {_figure(check.mean_abs, '.2e')})"
+    cosines = {
+        "min": check.cosine_min,
+        "p1": check.cosine_p1,
+        "median": check.cosine_median,
+    }
+    yield "cosine", ", ".join(f"{name} {_figure(x, '.8f')}" for name, x in cosines.items())
     yield "verdict", "passed" if check.passed else "failed"
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "not a number" if value is None else f"{value:{form}}"

@@ -33,7 +33,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and kills
     job = json.loads(sys.stdin.readline())
     _end_with(job["parent"])
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a crash loses nothing
+    # by line, so that a crash loses nothing; names in the log may be of any alphabet
+    sys.stdout.reconfigure(line_buffering=True, encoding="utf-8", errors="replace")  # type: ignore[union-attr]
     send = _sender(int(sys.argv[1]))
     try:
         send({"done": _run(job, send)})

@@ -157,7 +157,9 @@ def _describe_end(code: int, raw: IO[bytes]) -> str:
             f"on a machine with more, or lower --batch.{last}"
         )
     if code < 0:
-        return f"the TensorRT compiler crashed ({signal.Signals(-code).name}).{last}"
+        # Python names no real-time signal but the first and the last
+        name = next((known.name for known in signal.Signals if known == -code), f"signal {-code}")
+        return f"the TensorRT compiler crashed ({name}).{last}"
     return f"the TensorRT compiler ended without a result (exit {code}).{last}"
 
 

@@ -37,7 +37,11 @@ def fuse_attention(model: ir.Model, form: AttentionForm, *, expected: int | None
         FusionError: a core was missed, or there are other than ``expected``; each miss is named.
     """
     set_heads_apart(model)
-    candidates = [node for node in model.graph if node.op_type in {"Softmax", "Attention"}]
+    candidates = [node for node in model.graph if _may_be_core(node)]
+    if not candidates:
+        raise FusionError(
+            "the graph has no Softmax and no Attention; expected a vision transformer"
+        )
     cores, misses = [], []
     for node in candidates:
         core = match(node)
@@ -54,6 +58,13 @@ def fuse_attention(model: ir.Model, form: AttentionForm, *, expected: int | None
     RemoveUnusedNodesPass()(model)
     infer_shapes(model)
     return len(cores)
+
+
+def _may_be_core(node: ir.Node) -> bool:
+    """Every Attention, and every Softmax but that of a classifier, over scores [b, classes]."""
+    scores = node.inputs[0] if node.inputs else None
+    classes = scores is not None and scores.shape is not None and len(scores.shape) == 2
+    return node.op_type == "Attention" or (node.op_type == "Softmax" and not classes)
 
 
 def _write_heads(graph: ir.Graph, core: AttentionCore) -> None:

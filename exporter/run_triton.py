@@ -1,0 +1,217 @@
+"""The story of ``msn-export triton``: artifacts, configuration, staged repository, check, place."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from msn_export.check.sample import draw
+from msn_export.errors import OutputError, SpecError
+from msn_export.files import staging
+from msn_export.preprocessing import Preprocessing, preset
+from msn_export.progress import Progress
+from msn_export.servable import read_artifact
+from msn_export.spec import ImageSize, InputKind
+from msn_export.triton.artifact import Artifact, Platform
+from msn_export.triton.config import Settings
+from msn_export.triton.findings import Finding
+from msn_export.triton.folders import Served, model_folders
+from msn_export.triton.lint import lint
+from msn_export.triton.one_model import require_one_model
+from msn_export.triton.releases import Release, for_onnx, for_tensorrt, parse_release
+from msn_export.triton.repository import join_version, move_in, require_name, require_room, write
+
+
+@dataclass(frozen=True, slots=True)
+class TritonJob:
+    """What ``msn-export triton`` was asked for; ``queue_delay`` in microseconds."""
+
+    artifacts: tuple[Path, ...]
+    output: Path
+    name: str | None = None
+    version: int = 1
+    release: str | None = None
+    max_batch: int | None = None
+    instances: int = 1
+    queue_delay: int = 500
+    ensemble: bool = False
+    warmup: bool = False
+    images: Path | None = None
+    response_cache: bool = False
+    cuda_graphs: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A repository's new models: their names, the Triton they are for, and what to know."""
+
+    repository: str
+    model: str
+    models: tuple[str, ...]
+    version: int
+    release: str
+    image: str
+    notes: tuple[str, ...]
+
+
+def run_triton(job: TritonJob, progress: Progress) -> Written:
+    """Write models into a repository; they appear there checked and whole, or not at all.
+
+    Raises:
+        MsnExportError: whatever kept them from it; the repository is as it was.
+    """
+    name = job.name or job.artifacts[0].stem
+    require_name(name)
+    adding = _is_new_version(job, name)
+    with progress.step("read the artifacts"):
+        artifacts = [read_artifact(path) for path in job.artifacts]
+        require_one_model(artifacts)
+    notes: list[str] = []
+    served = _served(job, name, artifacts, notes)
+    require_room(job.output, served.names, force=job.force or adding)
+    with staging(job.output.absolute().parent) as stage:
+        staged = stage / "repository"
+        with progress.step("write the model"):
+            write(model_folders(served, stage), staged)
+        if adding:
+            join_version(job.output / name, staged / name, job.version)
+        with progress.step("check it as the server would"):
+            notes += _require_sound(staged)
+        if adding:
+            move_in([str(job.version)], staged / name, job.output / name)
+        else:
+            move_in(served.names, staged, job.output)
+    release = served.settings.release
+    models = tuple(served.names)
+    return Written(
+        str(job.output), name, models, job.version, release.name, release.image, tuple(notes)
+    )
+
+
+def run_lint(repository: Path, release: str | None) -> tuple[Finding, ...]:
+    """Check a repository.
+
+    Raises:
+        MsnExportError: it is no repository.
+    """
+    return lint(repository, read_artifact, parse_release(release) if release else None)
+
+
+def _is_new_version(job: TritonJob, name: str) -> bool:
+    """Say whether the job adds a version to a model that is there, whose configuration stays.
+
+    Raises:
+        OutputError: it asks for more than that.
+    """
+    if job.version == 1 or not (job.output / name).is_dir():
+        return False
+    if job.ensemble or job.warmup or job.cuda_graphs or job.response_cache:
+        raise OutputError(
+            f"--model-version {job.version} adds to {job.output / name}, whose configuration "
+            "stays; leave --ensemble, --warmup, --cuda-graphs and --response-cache out"
+        )
+    return True
+
+
+def _served(job: TritonJob, name: str, artifacts: Sequence[Artifact], notes: list[str]) -> Served:
+    """Decide how the artifacts are served; ``notes`` learns what had to be assumed."""
+    first = artifacts[0]
+    if job.cuda_graphs and first.platform is Platform.ONNX:
+        raise SpecError(
+            "--cuda-graphs: only Triton's tensorrt backend has them; build an engine, or leave it "
+            "out"
+        )
+    notes += [_unproved(artifact) for artifact in artifacts if _unproved(artifact)]
+    settings = Settings(
+        release=_release(job.release, first),
+        max_batch=job.max_batch,
+        instances=job.instances,
+        queue_delay=job.queue_delay,
+        warmup=job.warmup,
+        response_cache=job.response_cache,
+        cuda_graphs=job.cuda_graphs,
+    )
+    preprocessing = None
+    if job.ensemble or job.warmup:
+        preprocessing = first.preprocessing or _assume_preprocessing(first, notes)
+    return Served(
+        repository=job.output.absolute(),
+        name=name,
+        version=job.version,
+        artifacts=artifacts,
+        settings=settings,
+        ensemble=preprocessing if job.ensemble else None,
+        warmup=_warmup_data(job, first, preprocessing, notes)
+        if job.warmup and preprocessing is not None
+        else None,
+    )
+
+
+def _unproved(artifact: Artifact) -> str:
+    """Say what nobody checked of an artifact; nothing where all was."""
+    known, name = artifact.manifest, artifact.path.name
+    if known is None:
+        return f"{name} has no manifest: nothing says what it is or whether it was checked"
+    if known.check is None:
+        return f"{name} was never compared with its source (--no-check)"
+    if known.engine is not None and not known.engine.executed:
+        return f"{name}: {known.engine.reason}"
+    return ""
+
+
+def _release(asked: str | None, artifact: Artifact) -> Release:
+    if asked is not None:
+        return parse_release(asked)
+    if artifact.built_with is not None and not artifact.version_compatible:
+        return for_tensorrt(artifact.built_with[1])
+    return for_onnx(artifact.opset or 0)
+
+
+def _assume_preprocessing(artifact: Artifact, notes: list[str]) -> Preprocessing:
+    """Take hf for a graph that another tool wrote.
+
+    Raises:
+        SpecError: its input is no image of a fixed size.
+    """
+    shape = artifact.inputs[0].shape
+    sizes = [size for size in shape[1:] if isinstance(size, int)]
+    if len(artifact.inputs) != 1 or len(shape) != 4 or len(sizes) != 3:
+        told = ", ".join(f"{spec.name} {list(spec.shape)}" for spec in artifact.inputs)
+        raise SpecError(
+            f"{artifact.path.name} takes {told}, not images of a fixed size; leave --ensemble and "
+            "--warmup out"
+        )
+    if artifact.inputs[0].dtype == InputKind.UINT8:
+        height, width, channels = sizes
+    else:
+        channels, height, width = sizes
+    notes.append(f"{artifact.path.name} has no manifest: preprocessing hf assumed")
+    return preset("hf", ImageSize(height, width), channels)
+
+
+def _warmup_data(
+    job: TritonJob, artifact: Artifact, preprocessing: Preprocessing, notes: list[str]
+) -> bytes:
+    """Make the model's input from a picture: one image, or the batch that alone it takes."""
+    sample = draw(job.images, preprocessing)
+    notes.append(f"warm-up data: {sample.source}")
+    spec = artifact.inputs[0]
+    stem = InputKind.UINT8 if spec.dtype == InputKind.UINT8 else InputKind.FLOAT
+    batch = sample.feed(range(artifact.fixed_batch or 1), stem)
+    return (batch.astype(np.float16) if spec.dtype == "float16" else batch).tobytes()
+
+
+def _require_sound(staged: Path) -> list[str]:
+    """Check what was staged with the checks of ``--lint``; give its notes.
+
+    Raises:
+        SpecError: something is wrong.
+    """
+    findings = lint(staged, read_artifact)
+    wrong = [f"{f.model}/{f.where}: {f.what}" for f in findings if f.level == "wrong"]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise SpecError(f"{wrong[0]}{more}")
+    return [f"{f.model}/{f.where}: {f.what}" for f in findings]

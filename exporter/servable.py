@@ -1,0 +1,71 @@
+"""Read a file as Triton would serve it: an ONNX graph from itself, an engine from its manifest."""
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from msn_export import manifest as manifests
+from msn_export.engine_header import read_header
+from msn_export.errors import GraphError, ManifestError
+from msn_export.graph import io
+from msn_export.triton.artifact import Artifact, Platform
+
+
+def read_artifact(path: Path, platform: Platform | None = None) -> Artifact:
+    """Read an artifact; one whose manifest describes another file is refused.
+
+    Args:
+        path: the file.
+        platform: what it is to be; None goes by the file's ending.
+
+    Raises:
+        GraphError: it is no ONNX file, or its weights lie outside its folder.
+        EngineFileError: it is no engine, or damaged.
+        ManifestError: its manifest is malformed, or describes another file.
+    """
+    if platform is None:
+        platform = Platform.ONNX if path.suffix == ".onnx" else Platform.PLAN
+    size = path.stat().st_size if path.is_file() else 0
+    if platform is Platform.ONNX and size > io.PROTOBUF_LIMIT:
+        raise GraphError(f"{path} is {size / 2**30:.0f} GiB; no ONNX file holds 2 or more")
+    manifest = manifests.read(path) if size else None
+    if manifest is not None:
+        manifests.require_match(path, manifest)
+    if platform is Platform.ONNX:
+        return _read_onnx(path, manifest)
+    header = read_header(path)
+    if manifest is None:
+        return Artifact(path, platform, (), (), built_with=(header.backend, header.version))
+    engine = manifest.engine
+    if engine is None or engine.backend != header.backend:
+        raise ManifestError(
+            f"{path} is an engine of {header.backend} {header.version} and its manifest describes "
+            f"{'a graph' if engine is None else engine.backend}; build the engine again"
+        )
+    return Artifact(
+        path,
+        platform,
+        manifest.inputs,
+        manifest.outputs,
+        manifest.profiles,
+        manifest,
+        built_with=(engine.backend, engine.version),
+    )
+
+
+def _read_onnx(path: Path, manifest: manifests.Manifest | None) -> Artifact:
+    model = io.load(path)
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    places = {t.location: None for t in tensors if isinstance(t, ir.ExternalTensor)}
+    weights = model.graph.initializers
+    inputs = [value for value in model.graph.inputs if value.name not in weights]
+    return Artifact(
+        path,
+        Platform.ONNX,
+        io.tensor_specs(inputs),
+        io.tensor_specs(list(model.graph.outputs)),
+        manifest.profiles if manifest else (),
+        manifest,
+        tuple(path.parent / str(place) for place in places),
+        model.graph.opset_imports.get("", 0),
+    )

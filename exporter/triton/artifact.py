@@ -1,0 +1,99 @@
+"""An artifact as Triton serves it: which backend, which tensors, which batches."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from msn_export.manifest import Manifest
+from msn_export.preprocessing import Preprocessing
+from msn_export.spec import BatchRange, TensorSpec
+
+LOGITS = "logits"
+
+
+class Platform(StrEnum):
+    """Triton's word for a kind of model; its backend and its file's name follow from it."""
+
+    ONNX = "onnxruntime_onnx"
+    PLAN = "tensorrt_plan"
+
+    @property
+    def backend(self) -> str:
+        """The name of the backend that serves it."""
+        return "onnxruntime" if self is Platform.ONNX else "tensorrt"
+
+    @property
+    def filename(self) -> str:
+        """What the backend opens in a version's folder unless the config names another file."""
+        return "model.onnx" if self is Platform.ONNX else "model.plan"
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """What a file is served as; ``inputs`` and ``outputs`` are empty where it does not tell.
+
+    ``built_with`` names the TensorRT of an engine as (flavour, version), ``weights`` the files
+    beside an ONNX file that hold its weights.
+    """
+
+    path: Path
+    platform: Platform
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    profiles: tuple[BatchRange, ...] = ()
+    manifest: Manifest | None = None
+    weights: tuple[Path, ...] = ()
+    opset: int | None = None
+    built_with: tuple[str, str] | None = None
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """The only batch size it takes; None where there is a range.
+
+        A plan's batch is fixed by its profiles, whatever its graph says; an ONNX file's by its
+        input's shape.
+        """
+        sizes = {spec.shape[0] for spec in self.inputs if spec.shape}
+        fixed = [size for size in sizes if isinstance(size, int)]
+        if fixed:
+            return fixed[0]
+        ranges = set(self.profiles) if self.platform is Platform.PLAN else set()
+        only = next(iter(ranges)) if len(ranges) == 1 else None
+        return only.max if only is not None and only.is_static else None
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """The compute capabilities an engine was built for, where its manifest tells."""
+        engine = self.manifest.engine if self.manifest else None
+        return engine.compute_capabilities if engine else ()
+
+    @property
+    def version_compatible(self) -> bool:
+        """Whether an engine carries the lean runtime that later TensorRTs load it with."""
+        engine = self.manifest.engine if self.manifest else None
+        return bool(engine and engine.options.get("version_compatible"))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The classes' names, in the order of the logits."""
+        return self.manifest.labels if self.manifest else ()
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """What its input was prepared with, where its manifest tells."""
+        return self.manifest.preprocessing if self.manifest else None
+
+    def uncovered(self, limit: int) -> int | None:
+        """Find the smallest batch of 1 to ``limit`` that no profile takes."""
+        return first_uncovered(self.profiles, limit)
+
+
+def first_uncovered(profiles: Iterable[BatchRange], limit: int) -> int | None:
+    """Find the smallest batch of 1 to ``limit`` that none of some profiles takes."""
+    reached = 0
+    for profile in sorted(profiles, key=lambda profile: profile.min):
+        if profile.min > reached + 1:
+            break
+        reached = max(reached, profile.max)
+    return reached + 1 if reached < limit else None

@@ -1,0 +1,191 @@
+"""A model's ``config.pbtxt``, from what its artifacts are.
+
+The rules come from what the backends accept under ``--disable-auto-complete-config``, read in
+their sources (onnxruntime_backend src/onnxruntime_utils.cc CompareDimsSupported, tensorrt_backend
+src/instance_state.cc GetMostOptimizedProfile):
+
+* a batching model's dims leave the batch out, and an ONNX graph's first dimension must then be
+  dynamic in every tensor; a graph of a fixed batch is served with ``max_batch_size: 0``;
+* an instance chooses among its own profiles only, and Triton gives a request to any instance: so
+  one group has all profiles. A group a profile would fail every batch outside its profile.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from msn_export.errors import SpecError
+from msn_export.spec import TensorSpec
+from msn_export.triton import messages
+from msn_export.triton.artifact import LOGITS, Artifact, Platform
+from msn_export.triton.messages import ModelConfig
+from msn_export.triton.releases import Release
+
+LABELS = "labels.txt"
+WARMUP_FILE = "input.bin"  # in the folder that Triton calls warmup/
+DYNAMIC_BATCH = 32  # what a foreign graph with a dynamic batch is served with
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a model is served; ``queue_delay`` in microseconds."""
+
+    release: Release
+    max_batch: int | None = None
+    instances: int = 1
+    queue_delay: int = 500
+    warmup: bool = False
+    response_cache: bool = False
+    cuda_graphs: bool = False
+
+
+def model_config(name: str, artifacts: Sequence[Artifact], settings: Settings) -> ModelConfig:
+    """Describe one model: an ONNX graph, or engines of one model for several GPU generations.
+
+    Raises:
+        SpecError: the artifacts cannot be served so.
+        MissingPackageError: tritonclient is not installed.
+    """
+    first = artifacts[0]
+    config = base_config(name, first.platform, batch_limit(first, settings.max_batch))
+    batching = config.max_batch_size > 0
+    _add_tensors(config, first, batching=batching)
+    if batching:
+        config.dynamic_batching.max_queue_delay_microseconds = settings.queue_delay
+        if len(first.profiles) > 1:
+            config.dynamic_batching.preferred_batch_size.extend(_optima(first, config))
+    group = config.instance_group.add(count=settings.instances)
+    if len(first.profiles) > 1 and first.platform is Platform.PLAN:
+        group.profile.extend(str(index) for index in range(len(first.profiles)))
+    if len(artifacts) > 1:
+        for artifact in artifacts:
+            config.cc_model_filenames[artifact.capabilities[0]] = plan_name(artifact, artifacts)
+    if settings.response_cache:
+        config.response_cache.enable = True
+    if settings.warmup:
+        _add_warmup(config, first)
+    config.parameters["triton_release"].string_value = settings.release.name
+    return config
+
+
+def base_config(name: str, platform: Platform, max_batch: int) -> ModelConfig:
+    """Begin a configuration: name, backend, batch, the newest version alone."""
+    config = messages.module().ModelConfig(
+        name=name, platform=platform, backend=platform.backend, max_batch_size=max_batch
+    )
+    config.version_policy.latest.num_versions = 1
+    return config
+
+
+def gpu_config(config: ModelConfig, artifact: Artifact, *, cuda_graphs: bool) -> ModelConfig:
+    """Change a configuration so that it loads on a GPU or not at all.
+
+    Without a kind Triton quietly serves on the CPU where it finds no GPU.
+    """
+    changed = type(config)()
+    changed.CopyFrom(config)
+    for group in changed.instance_group:
+        group.kind = messages.module().ModelInstanceGroup.KIND_GPU
+    if cuda_graphs:
+        cuda = changed.optimization.cuda
+        cuda.graphs = True
+        sizes = sorted({1, *_optima(artifact, config), config.max_batch_size})
+        for size in sizes if config.max_batch_size else [0]:
+            cuda.graph_spec.add(batch_size=size)
+    return changed
+
+
+def batch_limit(artifact: Artifact, asked: int | None) -> int:
+    """Find ``max_batch_size``; 0 serves a graph of a fixed batch.
+
+    Raises:
+        SpecError: the artifact does not take every batch up to it.
+    """
+    name = artifact.path.name
+    if artifact.fixed_batch is not None:
+        if asked is not None:
+            raise SpecError(
+                f"--max-batch {asked}: {name} has a fixed batch of {artifact.fixed_batch}, which "
+                f"Triton cannot batch; build it with --batch 1:{min(8, asked)}:{asked}"
+            )
+        return 0
+    largest = max((profile.max for profile in artifact.profiles), default=DYNAMIC_BATCH)
+    limit = asked if asked is not None else largest
+    if artifact.platform is Platform.PLAN:
+        missing = artifact.uncovered(limit)
+        if missing is not None:
+            told = ", ".join(map(str, artifact.profiles)) or "none"
+            raise SpecError(
+                f"{name} takes no batch of {missing} (its profiles: {told}) and Triton sends every "
+                f"size from 1 to {limit}; build it with --batch 1:{min(8, limit)}:{limit}"
+                + ("" if missing == 1 else f" or give --max-batch {missing - 1}")
+            )
+    return limit
+
+
+def plan_name(artifact: Artifact, among: Sequence[Artifact]) -> str:
+    """Name an artifact's file in a version's folder."""
+    if len(among) == 1:
+        return artifact.platform.filename
+    return f"model.sm{artifact.capabilities[0].replace('.', '')}.plan"
+
+
+def dims(spec: TensorSpec, *, batching: bool) -> list[int]:
+    """Give a tensor's dims as Triton writes them: no batch in a batching model, -1 if dynamic."""
+    sizes = [size if isinstance(size, int) else -1 for size in spec.shape]
+    return sizes[1:] if batching else sizes
+
+
+def _add_tensors(config: ModelConfig, artifact: Artifact, *, batching: bool) -> None:
+    for spec in artifact.inputs:
+        config.input.add(
+            name=spec.name,
+            data_type=datatype(spec, artifact),
+            dims=_fixed(dims(spec, batching=batching), artifact, batching=batching),
+        )
+    for spec in artifact.outputs:
+        output = config.output.add(
+            name=spec.name,
+            data_type=datatype(spec, artifact),
+            dims=_fixed(dims(spec, batching=batching), artifact, batching=batching),
+        )
+        if spec.name == LOGITS and artifact.labels:
+            output.label_filename = LABELS
+
+
+def _fixed(sizes: list[int], artifact: Artifact, *, batching: bool) -> list[int]:
+    """Write the one batch that an engine's profiles allow where its graph leaves it dynamic."""
+    if not batching and artifact.fixed_batch is not None and sizes[0] == -1:
+        return [artifact.fixed_batch, *sizes[1:]]
+    return sizes
+
+
+def datatype(spec: TensorSpec, artifact: Artifact) -> int:
+    """Give Triton's number for a tensor's dtype.
+
+    Raises:
+        SpecError: Triton has none.
+    """
+    known = messages.DATATYPES.get(spec.dtype)
+    if known is None:
+        raise SpecError(
+            f"{artifact.path.name}: tensor {spec.name!r} is {spec.dtype}, which Triton does not "
+            f"serve; expected one of {', '.join(messages.DATATYPES)}"
+        )
+    return int(messages.module().DataType.Value(known))
+
+
+def _optima(artifact: Artifact, config: ModelConfig) -> list[int]:
+    limit = config.max_batch_size
+    return sorted({profile.opt for profile in artifact.profiles if profile.opt <= limit})
+
+
+def _add_warmup(config: ModelConfig, artifact: Artifact) -> None:
+    """Let each instance run its sample alone, and at the batches it was tuned for."""
+    limit = config.max_batch_size
+    for size in sorted({1, *_optima(artifact, config), limit}) if limit else [1]:
+        sample = config.model_warmup.add(name=f"batch of {size}", batch_size=size)
+        (tensor,) = config.input
+        given = sample.inputs[tensor.name]
+        given.data_type = tensor.data_type
+        given.dims.extend(tensor.dims)
+        given.input_data_file = WARMUP_FILE

@@ -1,0 +1,173 @@
+"""The README of a served model: how to start it, call it and check it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from msn_export.spec import InputKind
+from msn_export.triton import messages
+from msn_export.triton.artifact import LOGITS, Artifact, Platform
+from msn_export.triton.config import Settings
+from msn_export.triton.messages import ModelConfig
+from msn_export.triton.releases import ATTENTION_CUDA_SINCE, ATTENTION_OPSET, numbers
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What a README tells of: the model, and the ensemble in front of it where there is one."""
+
+    repository: Path
+    config: ModelConfig
+    artifact: Artifact
+    file: str
+    settings: Settings
+    ensemble: ModelConfig | None = None
+
+
+def readme(about: About) -> str:
+    """Write the README of one model's folder."""
+    return "\n".join(
+        [
+            f"# {about.config.name}",
+            "",
+            *_what(about),
+            *_start(about),
+            *_call(about),
+            *_more(about),
+        ]
+    )
+
+
+def _what(about: About) -> list[str]:
+    artifact, config = about.artifact, about.config
+    known = artifact.manifest
+    lines = [f"{artifact.path.name}, served by Triton's {config.backend} backend."]
+    if known is not None and known.checkpoint is not None:
+        lines.append(f"Checkpoint: {known.checkpoint.source}.")
+    if known is not None:
+        check = known.check
+        verdict = "not checked" if check is None else ("passed" if check.passed else "failed")
+        on = "" if check is None else f" on {check.images} of {check.source}, {check.executed_on}"
+        lines.append(f"Check: {verdict}{on}.")
+        if known.engine is not None:
+            lines.append(f"Engine: {'executed' if known.engine.executed else known.engine.reason}.")
+    lines += ["", "| tensor | dtype | shape |", "|---|---|---|"]
+    for kind, tensors in (("in", config.input), ("out", config.output)):
+        for tensor in tensors:
+            batch = f"1 to {config.max_batch_size}, " if config.max_batch_size else ""
+            sizes = ", ".join(str(size) for size in tensor.dims)
+            dtype = messages.datatype_name(tensor.data_type).removeprefix("TYPE_")
+            lines.append(f"| {kind}: `{tensor.name}` | {dtype} | [{batch}{sizes}] |")
+    if about.ensemble is not None:
+        lines += ["", f"`{about.ensemble.name}` takes bytes [h, w, c] and normalises them first."]
+    return [*lines, ""]
+
+
+def start_command(repository: str, artifact: Artifact, settings: Settings) -> str:
+    """Give the command that starts the server in its container."""
+    options = ["--disable-auto-complete-config"]
+    if settings.response_cache:
+        options.append("--cache-config local,size=268435456")
+    if artifact.version_compatible:
+        options.append("--backend-config=tensorrt,version-compatible=true")
+    if settings.cuda_graphs:
+        options.append("--model-config-name=gpu")
+    return " \\\n    ".join(
+        [
+            "docker run --rm --gpus all -p 8000:8000 -p 8001:8001 -p 8002:8002",
+            f'-v "$PWD/{repository}:/models:ro" {settings.release.image}',
+            "tritonserver --model-repository=/models",
+            *options,
+        ]
+    )
+
+
+def _start(about: About) -> list[str]:
+    artifact, settings = about.artifact, about.settings
+    lines = [
+        "## Start", "", "From the folder that holds the repository:", "", "```sh",
+        start_command(about.repository.name, artifact, settings), "```", "",
+    ]  # fmt: skip
+    release = settings.release
+    if artifact.platform is Platform.PLAN:
+        version = artifact.built_with[1] if artifact.built_with else "?"
+        has = release.tensorrt or "a TensorRT that is not known to us"
+        lines.append(
+            f"Triton {release.name} has TensorRT {has}; the engine was built by {version}."
+        )
+    else:
+        has = release.onnxruntime or "an onnxruntime that is not known to us"
+        lines += [
+            f"Triton {release.name} has onnxruntime {has}. Without a GPU leave `--gpus all` out. "
+            "With `--model-config-name=gpu` the model loads on a GPU or not at all, where it would "
+            "quietly run on the CPU otherwise.",
+        ]
+        early = numbers(release.onnxruntime)[:2] < ATTENTION_CUDA_SINCE
+        if release.onnxruntime and early and (artifact.opset or 0) >= ATTENTION_OPSET:
+            lines.append("Its CUDA provider may run Attention on the CPU; later releases do not.")
+    return [
+        *lines, "", "Ready when this answers 200:", "", "```sh",
+        "curl -s -o /dev/null -w '%{http_code}\\n' "
+        f"localhost:8000/v2/models/{about.config.name}/ready", "```", "",
+    ]  # fmt: skip
+
+
+def _call(about: About) -> list[str]:
+    return [
+        "## Call", "", "`pip install 'msn-export[ort,triton]'`, then `python client.py PICTURE…`:",
+        "", "```python", *client(about).splitlines(), "```", "",
+    ]  # fmt: skip
+
+
+def client(about: About) -> str:
+    """Write a client of the model: pictures on its command line, what they are on its output."""
+    called = about.ensemble or about.config
+    source, output = called.input[0], about.config.output[0]
+    datatype = messages.datatype_name(source.data_type).removeprefix("TYPE_")
+    bytes_in = source.name == InputKind.UINT8.tensor
+    batch = (
+        "np.stack([images.read(Path(name), known.preprocessing) for name in sys.argv[1:]])"
+        if bytes_in
+        else "images.preprocess(sys.argv[1:], known.preprocessing)"
+    )
+    if not bytes_in and datatype == "FP16":
+        batch += ".astype(np.float16)"
+    labelled = output.name == LOGITS and output.label_filename
+    wanted = "class_count=3" if labelled else ""
+    return (
+        "\n".join(
+            [
+                "import sys",
+                "from pathlib import Path",
+                "",
+                *(["import numpy as np"] if "np." in batch else []),
+                "import tritonclient.grpc as triton",
+                "",
+                "from msn_export import images, manifest",
+                "",
+                f'known = manifest.read(Path("{about.repository.name}/{about.config.name}/'
+                f'{about.file}"))',
+                f"batch = {batch}",
+                f'tensor = triton.InferInput("{source.name}", list(batch.shape), "{datatype}")',
+                "tensor.set_data_from_numpy(batch)",
+                f'wanted = triton.InferRequestedOutput("{output.name}"'
+                f"{', ' if wanted else ''}{wanted})",
+                'client = triton.InferenceServerClient("localhost:8001")',
+                f'answer = client.infer("{called.name}", [tensor], outputs=[wanted])',
+                f'print(answer.as_numpy("{output.name}"){"" if labelled else ".shape"})',
+            ]
+        )
+        + "\n"
+    )
+
+
+def _more(about: About) -> list[str]:
+    repository, name = about.repository.name, about.config.name
+    return [
+        "## A new version", "", "```sh",
+        f"msn-export triton NEW.onnx -o {repository} --name {name} --model-version 2",
+        f"curl -X POST localhost:8000/v2/repository/models/{name}/load", "```", "",
+        "The second line is for a server started with `--model-control-mode=explicit "
+        f"--load-model={name}`; one started with `--model-control-mode=poll` looks by itself. The "
+        "newest version is served; the older one answers until the newer one is loaded.",
+        "", "## Check", "", "```sh", f"msn-export triton --lint {repository}", "```", "",
+    ]  # fmt: skip
