@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from msn_export.check.gate import GATES
-from msn_export.check.sample import Sample, affordable_batch, draw
+from msn_export.check.sample import Sample, draw
 from msn_export.check.verify import Reference, run_reference, verify
 from msn_export.driver import NoDriver, find_driver
 from msn_export.engine import timing_cache
@@ -31,7 +31,7 @@ from msn_export.manifest import (
 from msn_export.progress import Progress
 from msn_export.records import to_plain
 from msn_export.runtime.ort import OrtRunner
-from msn_export.source import Source, read_source
+from msn_export.source import Source, read_source, room_of
 from msn_export.spec import AttentionForm, BatchRange, ComputeCapability, Dtype
 from msn_export.typed import Islands, cpu_runner, type_as
 
@@ -94,7 +94,7 @@ def run_trt(job: TrtJob, progress: Progress) -> tuple[Path, Manifest]:
         source = read_source(job.model)
         profiles = _profiles(job, source)
     with progress.step("read images"):
-        sample = draw(job.images, source.preprocessing, room=_room(source))
+        sample = draw(job.images, source.preprocessing, room=room_of(source.model))
     with staging(output.parent) as stage:
         graph = _prepare(job, source, sample, stage, progress)
         check = _check(job, source, graph, sample, profiles, progress)
@@ -180,19 +180,6 @@ def _run_given(source: Source, sample: Sample) -> Reference:
     runner = OrtRunner(source.path)
     runner.name = f"{source.path.name} in {runner.name}"
     return run_reference(runner, sample, source.stem)
-
-
-def _room(source: Source) -> int:
-    """Estimate the batch that memory affords, from any attention core's shape [b, h, n, d]."""
-    for node in source.model.graph:
-        shape = node.inputs[0].shape if node.inputs and node.inputs[0] is not None else None
-        if node.op_type in {"Attention", "Softmax"} and shape is not None and len(shape) == 4:
-            sizes = [size if isinstance(size, int) else 0 for size in shape]
-            heads, tokens, size = sizes[1], sizes[2], sizes[3]
-            dim = heads * (size if node.op_type == "Attention" else 64)
-            if heads and tokens:
-                return affordable_batch(tokens, dim, 4 * dim, heads)
-    return 1
 
 
 def _compile(

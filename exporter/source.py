@@ -7,6 +7,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from msn_export import manifest as manifests
+from msn_export.check.sample import affordable_batch
 from msn_export.errors import GraphError
 from msn_export.graph import io
 from msn_export.graph.lower import raise_opset
@@ -44,7 +45,7 @@ def read_source(path: Path) -> Source:
     model = io.load(path)
     manifest = manifests.read(path)
     _require_plain_operators(model, path)
-    stem, size, channels, batch = _image_input(model, path)
+    stem, size, channels, batch = image_input(model, path)
     notes: tuple[str, ...] = ()
     if manifest is None:
         ClearMetadataAndDocStringPass()(model)
@@ -85,9 +86,7 @@ def _require_plain_operators(model: ir.Model, path: Path) -> None:
             )
 
 
-def _image_input(
-    model: ir.Model, path: Path
-) -> tuple[InputKind, ImageSize, int, BatchRange | None]:
+def image_input(model: ir.Model, path: Path) -> tuple[InputKind, ImageSize, int, BatchRange | None]:
     """Find the image input; None as batch range means dynamic."""
     weights = model.graph.initializers
     inputs = [value for value in model.graph.inputs if value.name not in weights]
@@ -109,3 +108,23 @@ def _image_input(
     batch = shape[0]
     fixed = BatchRange(batch, batch, batch) if isinstance(batch, int) else None
     return stem, ImageSize(height, width), channels, fixed
+
+
+def room_of(model: ir.Model) -> int:
+    """Estimate the batch that memory affords, from any attention core's query."""
+    for node in model.graph:
+        shape = node.inputs[0].shape if node.inputs and node.inputs[0] is not None else None
+        if node.op_type not in {"Attention", "Softmax"} or shape is None:
+            continue
+        sizes = [size if isinstance(size, int) else 0 for size in shape]
+        if len(sizes) == 4:  # [b, h, n, d] or scores [b, h, n, n]; heads of 64 are the rule
+            heads, tokens = sizes[1], sizes[2]
+            dim = heads * (sizes[3] if node.op_type == "Attention" else 64)
+        elif len(sizes) == 3 and "q_num_heads" in node.attributes:  # [b, n, h * d]
+            heads = node.attributes["q_num_heads"].as_int()
+            tokens, dim = sizes[1], sizes[2]
+        else:
+            continue
+        if heads and tokens and dim:
+            return affordable_batch(tokens, dim, 4 * dim, heads)
+    return 1

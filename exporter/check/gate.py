@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from msn_export.errors import ToleranceError
@@ -11,18 +12,36 @@ from msn_export.spec import Dtype
 if TYPE_CHECKING:
     from msn_export.check.compare import Agreement
 
+# A value is kept in fp32 when the images bring it above the largest fp16 number divided by this:
+# other images than the measured ones may reach higher.
+HEADROOM = 4.0
+
+# The relative error of a block's output from which ``drift`` calls the two graphs parted.
+DRIFT = {Dtype.FP32: 2e-6, Dtype.FP16: 5e-3, Dtype.BF16: 4e-2}
+
 
 @dataclass(frozen=True, slots=True)
 class Gate:
     """What must hold of an agreement; None asks nothing.
 
     ``max_abs`` is for a reference whose root mean square is 1 or less, as the final LayerNorm's
-    output is before its gain; a larger reference scales it.
+    output is before its gain; a larger reference scales it. ``rounding`` is asked where the
+    reference's own rounding is known, ``neighbours`` and ``classes`` where they were measured.
     """
 
     max_abs: float | None = None
     cosine_min: float | None = None
     cosine_p1: float | None = None
+    rounding: float | None = None
+    neighbours: float | None = None
+    classes: float | None = None
+    reason: str = ""
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """What is asked, by name."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in named.items() if isinstance(value, float)}
 
     def failures(self, agreement: Agreement) -> list[str]:
         """Say what does not hold; each comparison is written so that NaN fails it."""
@@ -33,10 +52,21 @@ class Gate:
             allowed = self.max_abs * max(1.0, agreement.reference_rms)
             if not agreement.max_abs <= allowed:
                 found.append(f"max_abs {agreement.max_abs:.2e}, allowed {allowed:.1e}")
+        if self.rounding is not None and agreement.rounding is not None:
+            times = agreement.rounding
+            if not times <= self.rounding:
+                found.append(
+                    f"relative error {agreement.relative:.1e} is {times:.1f} times the reference's "
+                    f"own rounding, {self.rounding:g} allowed"
+                )
         for name in ("cosine_min", "cosine_p1"):
             least = getattr(self, name)
             if least is not None and not getattr(agreement, name) >= least:
                 found.append(f"{name} {getattr(agreement, name):.6f}, at least {least} needed")
+        for name, what in (("neighbours", "nearest neighbours"), ("classes", "classes")):
+            least, share = getattr(self, name), getattr(agreement, name)
+            if least is not None and share is not None and not share >= least:
+                found.append(f"{share:.1%} of {what} agree, at least {least:.1%} needed")
         return found
 
     def require(self, agreement: Agreement, what: str) -> None:
@@ -52,8 +82,41 @@ class Gate:
             )
 
 
-GATES = {
-    Dtype.FP32: Gate(max_abs=1e-4, cosine_min=0.999999),
-    Dtype.FP16: Gate(cosine_p1=0.999),
-    Dtype.BF16: Gate(cosine_p1=0.999),
+GATES: Mapping[Dtype, Gate] = {
+    Dtype.FP32: Gate(
+        max_abs=1e-4,
+        cosine_min=0.999999,
+        rounding=3.0,
+        reason="two fp32 runs differ by the order of their additions alone",
+    ),
+    Dtype.FP16: Gate(
+        cosine_p1=0.999,
+        reason="10 bits of mantissa move an embedding by far less; below this a value overflowed "
+        "or the graph differs",
+    ),
+    Dtype.BF16: Gate(
+        cosine_p1=0.999,
+        reason="7 bits of mantissa leave 0.9999 on vit-msn-small; below this the graph differs",
+    ),
 }
+
+
+def gate_of(dtype: Dtype, numbers: Mapping[str, float] | None = None) -> Gate:
+    """Give the gate of a dtype with some numbers replaced, which its reason then says.
+
+    ``cosine`` replaces the one cosine the gate asks for: every image's, or the first percentile.
+    """
+    gate = GATES[dtype]
+    if not numbers:
+        return gate
+    figure = "cosine_p1" if gate.cosine_min is None else "cosine_min"
+    named = {figure if name == "cosine" else name: value for name, value in numbers.items()}
+    return replace(gate, **named, reason=f"{', '.join(named)} as asked for, not this gate's own")
+
+
+_ROUGHNESS = tuple(GATES)  # the finest first
+
+
+def coarsest(*dtypes: Dtype) -> Dtype:
+    """Choose the dtype whose gate two artifacts share: that of the one that rounds more."""
+    return max(dtypes, key=_ROUGHNESS.index)

@@ -11,6 +11,7 @@ from msn_export import __version__
 from msn_export.cli.inspect import inspect
 from msn_export.cli.onnx import onnx
 from msn_export.cli.trt import trt
+from msn_export.cli.validate import validate
 from msn_export.errors import MsnExportError
 
 INSTALL = "pip install 'msn-export[export]'"
@@ -55,5 +56,5 @@ def main(verbose: bool) -> None:
     """Take a ViT-MSN checkpoint to a proven ONNX graph and TensorRT engine."""
 
 
-for _command in (onnx, trt, inspect):
+for _command in (onnx, trt, validate, inspect):
     main.add_command(_command)

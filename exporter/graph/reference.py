@@ -1,5 +1,6 @@
 """Run the PyTorch reference: what every artifact is compared with."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,17 +45,26 @@ def require_readable(model: VitMsn, heads: Sequence[Head]) -> None:
         raise GraphError("head logits needs a classifier, this checkpoint has none; use cls")
 
 
-class TorchRunner:
-    """The reference in fp32 on the CPU, outputs by name as the graph has them."""
+def readable_heads(model: VitMsn) -> tuple[Head, ...]:
+    """List the heads that can be read off a model."""
+    return tuple(head for head in Head if head is not Head.LOGITS or model.classifier is not None)
 
-    def __init__(self, model: VitMsn, heads: Sequence[Head]) -> None:
+
+class TorchRunner:
+    """The reference in fp32 on the CPU, outputs by name as the graph has them.
+
+    ``exact`` runs a copy in fp64, against which the rounding of fp32 shows.
+    """
+
+    def __init__(self, model: VitMsn, heads: Sequence[Head], *, exact: bool = False) -> None:
         require_readable(model, heads)
-        self.model = model
+        self.model = copy.deepcopy(model).double() if exact else model
         self.heads = tuple(heads)
-        self.name = f"torch {torch.__version__}, cpu, fp32"
+        self.dtype = torch.float64 if exact else torch.float32
+        self.name = f"torch {torch.__version__}, cpu, {'fp64' if exact else 'fp32'}"
 
     def __call__(self, pixel_values: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
         """Run normalised planes [b, c, h, w]."""
         with torch.inference_mode():
-            tokens = self.model(torch.from_numpy(pixel_values))
+            tokens = self.model(torch.from_numpy(pixel_values).to(self.dtype))
             return {head.output: read_head(self.model, head, tokens).numpy() for head in self.heads}
