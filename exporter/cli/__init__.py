@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from msn_export import __version__
+from msn_export.cli.drift import drift
 from msn_export.cli.inspect import inspect
 from msn_export.cli.onnx import onnx
 from msn_export.cli.trt import trt
@@ -56,5 +57,5 @@ def main(verbose: bool) -> None:
     """Take a ViT-MSN checkpoint to a proven ONNX graph and TensorRT engine."""
 
 
-for _command in (onnx, trt, validate, inspect):
+for _command in (onnx, trt, validate, drift, inspect):
     main.add_command(_command)

@@ -18,6 +18,8 @@ import onnx_ir as ir
 
 from msn_export.errors import GraphError
 
+ENTRY = "patch embedding"  # what the stream is before the first block
+
 # Operators that hand the stream on: other types, fewer rows, quantised
 _HANDS_ON = frozenset(
     ("Cast", "DequantizeLinear", "Dropout", "Gather", "Identity", "QuantizeLinear", "Slice")
