@@ -16,7 +16,7 @@ from msn_export.check.drift import (
     first_past,
     stages_of,
 )
-from msn_export.check.gate import DRIFT, GATES, coarsest
+from msn_export.check.gate import DRIFT, GATES, ROUNDING, coarsest
 from msn_export.check.sample import Sample, batches, draw
 from msn_export.check.verify import Reference, Verified
 from msn_export.errors import GraphError
@@ -36,7 +36,7 @@ AT_ONCE = 4
 
 @dataclass(frozen=True, slots=True)
 class DriftJob:
-    """What ``msn-export drift`` was asked for; ``tolerance`` None is that of the coarser dtype."""
+    """What ``msn-export drift`` was asked for; ``tolerance`` None is measured or the dtype's."""
 
     reference: str
     candidate: str
@@ -50,7 +50,7 @@ class DriftJob:
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """Every stage compared; ``parted`` is the first past ``tolerance``.
+    """Every stage compared; ``parted`` is the first whose relative error is not allowed.
 
     ``suspect`` is the block looked into: the one that parted, else the one that adds the most
     error; ``inside`` are its tensors. ``check`` judges the outputs as ``validate`` does.
@@ -59,7 +59,6 @@ class Drift:
     reference: str
     candidate: str
     dtype: Dtype
-    tolerance: float
     stages: tuple[StageDrift, ...]
     parted: str | None
     suspect: str | None
@@ -90,9 +89,10 @@ def run_drift(job: DriftJob, progress: Progress) -> Drift:
     with progress.step("compare block by block"):
         gathered, peaks, ran_on = _look(job, pair, sample, stages)
     dtype = coarsest(pair.reference.dtype, pair.candidate.dtype)
-    tolerance = DRIFT[dtype] if job.tolerance is None else job.tolerance
-    measured = stages_of(gathered, peaks)
-    parted = first_past(measured, tolerance)
+    with progress.step("measure the reference's own rounding"):
+        allowed = _allowed(job, pair, sample, stages, dtype)
+    measured = stages_of(gathered, peaks, allowed)
+    parted = first_past(measured)
     suspect = _suspect(measured, parted)
     inside: tuple[TensorDrift, ...] = ()
     if suspect is not None:
@@ -102,7 +102,6 @@ def run_drift(job: DriftJob, progress: Progress) -> Drift:
         pair.reference.name,
         pair.candidate.name,
         dtype,
-        tolerance,
         measured,
         parted.name if parted else None,
         suspect,
@@ -161,6 +160,28 @@ def _batches(
         )
 
 
+def _allowed(
+    job: DriftJob, pair: Pair, sample: Sample, stages: tuple[str, ...], dtype: Dtype
+) -> dict[str, float]:
+    """Say how large each stage's relative error may be.
+
+    In fp32 against a checkpoint: a multiple of what its own fp32 rounds away, measured in fp64.
+    """
+    reference = pair.reference
+    if job.tolerance is not None or dtype is not Dtype.FP32 or reference.exact is None:
+        return dict.fromkeys(stages, DRIFT[dtype] if job.tolerance is None else job.tolerance)
+    few = _few(job, sample)
+    exact = open_stream(reference, pair.outputs, stages, exact=True)
+    rounded = open_stream(reference, pair.outputs, stages)
+    fed = ((images, images) for images, _ in _batches(job, pair, few))
+    gathered = compare_streams(exact, rounded, fed, stages)
+    return {name: ROUNDING * found.drift().relative for name, found in gathered.items()}
+
+
+def _few(job: DriftJob, sample: Sample) -> Sample:
+    return replace(sample, pixels=sample.pixels[: job.batch], names=sample.names[: job.batch])
+
+
 def _at_once(job: DriftJob, pair: Pair, sample: Sample) -> int:
     fixed = pair.reference.fixed_batch or pair.candidate.fixed_batch
     return fixed or min(job.batch, sample.room)
@@ -182,8 +203,7 @@ def _inside(job: DriftJob, pair: Pair, sample: Sample, block: str) -> tuple[Tens
     theirs = {name for names in right for name in names}
     chosen = [next((name for name in names if name in theirs), None) for names in left]
     names = tuple(name for name in chosen if name is not None)
-    few = replace(sample, pixels=sample.pixels[: job.batch], names=sample.names[: job.batch])
-    gathered, _, _ = _look(job, pair, few, names, whole=False)
+    gathered, _, _ = _look(job, pair, _few(job, sample), names, whole=False)
     return tuple(comparison.drift() for comparison in gathered.values())
 
 

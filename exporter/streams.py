@@ -95,9 +95,14 @@ def what_is_shown(artifact: Artifact, outputs: tuple[str, ...]) -> Shown:
 
 
 def open_stream(
-    artifact: Artifact, outputs: tuple[str, ...], names: tuple[str, ...], *, peaks: bool = False
+    artifact: Artifact,
+    outputs: tuple[str, ...],
+    names: tuple[str, ...],
+    *,
+    peaks: bool = False,
+    exact: bool = False,
 ) -> Stream:
-    """Open an artifact with the tensors called ``names`` shown.
+    """Open an artifact with the tensors called ``names`` shown; a checkpoint also in fp64.
 
     Raises:
         GraphError: its graph has no residual stream, or it is an engine.
@@ -106,7 +111,7 @@ def open_stream(
         from msn_export.graph.reference import TorchStream
 
         heads = [head for head in Head if head.output in outputs]
-        return TorchStream(artifact.module, heads, names)
+        return TorchStream(artifact.module, heads, names, exact=exact)
     skeleton, model = _skeleton(artifact), artifact.graph
     assert model is not None  # _skeleton read it
     values = {ENTRY: skeleton.entry}

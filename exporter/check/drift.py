@@ -57,14 +57,16 @@ class TensorDrift:
 
 @dataclass(frozen=True, slots=True)
 class StageDrift:
-    """A stage of the stream. ``added`` is what its relative error has beyond the stage before.
+    """A stage of the stream.
 
+    ``added`` is what its relative error has beyond the stage before, ``allowed`` what it may be;
     ``peak`` is the largest absolute value of any tensor that the stage computes in the reference,
     ``headroom`` how often it fits below fp16's largest number.
     """
 
     tensor: TensorDrift
     added: float
+    allowed: float
     peak: float
     peak_tensor: str
 
@@ -72,6 +74,11 @@ class StageDrift:
     def name(self) -> str:
         """The stage: ``patch embedding``, ``block 3`` or an output's name."""
         return self.tensor.name
+
+    @property
+    def inside(self) -> bool:
+        """Whether the relative error is allowed; NaN never is."""
+        return self.tensor.relative <= self.allowed
 
     @property
     def headroom(self) -> float:
@@ -164,7 +171,9 @@ def compare_streams(
 
 
 def stages_of(
-    gathered: Mapping[str, TensorComparison], peaks: Mapping[str, tuple[float, str]]
+    gathered: Mapping[str, TensorComparison],
+    peaks: Mapping[str, tuple[float, str]],
+    allowed: Mapping[str, float],
 ) -> tuple[StageDrift, ...]:
     """Put the compared stages in order, with what each adds to the error of the one before."""
     stages: list[StageDrift] = []
@@ -174,11 +183,12 @@ def stages_of(
         peak, peak_tensor = peaks.get(name, (tensor.largest, name))
         square = tensor.relative**2 - before**2
         added = math.sqrt(square) if square > 0 else 0.0 if square <= 0 else math.nan
-        stages.append(StageDrift(tensor, added, max(peak, tensor.largest), peak_tensor))
+        peak = max(peak, tensor.largest)
+        stages.append(StageDrift(tensor, added, allowed[name], peak, peak_tensor))
         before = tensor.relative
     return tuple(stages)
 
 
-def first_past(stages: Iterable[StageDrift], tolerance: float) -> StageDrift | None:
-    """Find the first stage whose relative error is not inside ``tolerance``; NaN never is."""
-    return next((stage for stage in stages if not stage.tensor.relative <= tolerance), None)
+def first_past(stages: Iterable[StageDrift]) -> StageDrift | None:
+    """Find the first stage whose relative error is not allowed."""
+    return next((stage for stage in stages if not stage.inside), None)

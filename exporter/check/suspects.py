@@ -65,10 +65,13 @@ def _shifted(
 
 def _other_pixels(sample: Sample, stem: InputKind) -> Iterator[tuple[str, Sample]]:
     made = sample.preprocessing
-    yield (
-        "the candidate agrees when it is given BGR: it was made for channels in that order",
-        replace(sample, pixels=np.ascontiguousarray(sample.pixels[..., ::-1])),
-    )
+    reversed_pixels = np.ascontiguousarray(sample.pixels[..., ::-1])
+    # with the statistics of each channel (planes reversed after normalising), and without
+    for statistics in (made, replace(made, mean=made.mean[::-1], std=made.std[::-1])):
+        yield (
+            "the candidate agrees when it is given BGR: it was made for channels in that order",
+            replace(sample, pixels=reversed_pixels, preprocessing=statistics),
+        )
     if stem is InputKind.UINT8:
         return  # its normalisation is inside the graph
     none, half = (0.0,) * made.channels, (0.5,) * made.channels

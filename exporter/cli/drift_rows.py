@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
 from rich.markup import escape
@@ -29,16 +30,21 @@ def show_drift(console: Console, found: Drift) -> None:
 
 def verdict(found: Drift) -> str:
     """Say in a sentence where they part."""
-    limit = f"{found.dtype} tolerance {found.tolerance:g}"
     if found.parted is not None:
-        return f"They part at {found.parted}: the first past the {limit} on the relative error."
-    return f"No stage is past the {limit} on the relative error; {found.suspect} adds the most."
+        return f"They part at {found.parted}, the first stage whose relative error is not allowed."
+    blocks = [stage for stage in found.stages if stage.name.startswith("block ")]
+    most = max(stage.added for stage in blocks)
+    times = most / (statistics.median(stage.added for stage in blocks) or most or 1)
+    return (
+        f"No stage is past what is allowed; {found.suspect} adds the most error, {times:.1f} times "
+        "the median block."
+    )
 
 
 def _stages(title: str, stages: Sequence[StageDrift], parted: str | None) -> Table:
     table = Table(title=escape(title), title_justify="left")
     table.add_column("stage")
-    for name in ("cosine", "rel. error", "added", "max_abs", "largest", "fp16 headroom"):
+    for name in ("cosine", "rel. error", "allowed", "added", "max_abs", "peak", "headroom"):
         table.add_column(name, justify="right")
     table.add_column("peak in")
     for stage in stages:
@@ -48,6 +54,7 @@ def _stages(title: str, stages: Sequence[StageDrift], parted: str | None) -> Tab
             f"{escape(stage.name)}{first}",
             f"{tensor.cosine_min:.8f}",
             f"{tensor.relative:.1e}",
+            f"{stage.allowed:.1e}",
             f"{stage.added:.1e}",
             f"{tensor.max_abs:.1e}",
             f"{stage.peak:.4g}",

@@ -80,8 +80,10 @@ class TorchStream:
     With every batch ``peaks`` grows: the largest absolute value by stage, and which tensor has it.
     """
 
-    def __init__(self, model: VitMsn, heads: Sequence[Head], names: Collection[str]) -> None:
-        self.runner = TorchRunner(model, heads)
+    def __init__(
+        self, model: VitMsn, heads: Sequence[Head], names: Collection[str], *, exact: bool = False
+    ) -> None:
+        self.runner = TorchRunner(model, heads, exact=exact)
         self.name = self.runner.name
         self.names = frozenset(names)
         self.peaks: dict[str, tuple[float, str]] = {}
