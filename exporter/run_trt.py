@@ -5,6 +5,8 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import onnx_ir as ir
+
 from msn_export.check.gate import GATES
 from msn_export.check.sample import Sample, draw
 from msn_export.check.verify import Reference, run_reference, verify
@@ -19,6 +21,7 @@ from msn_export.errors import GraphError, SpecError
 from msn_export.files import manifest_path, publish, require_writable, sha256_of, staging
 from msn_export.graph import io
 from msn_export.graph.fuse import fuse_attention
+from msn_export.graph.lower import lower, raise_opset
 from msn_export.manifest import (
     AttentionRecord,
     CheckRecord,
@@ -71,6 +74,7 @@ class Graph:
     dtype: Dtype
     cores: int
     form: AttentionForm
+    opset: int
     nodes: int
     ops: dict[str, int]
     islands: Islands
@@ -96,7 +100,7 @@ def run_trt(job: TrtJob, progress: Progress) -> tuple[Path, Manifest]:
     with progress.step("read images"):
         sample = draw(job.images, source.preprocessing, room=room_of(source.model))
     with staging(output.parent) as stage:
-        graph = _prepare(job, source, sample, stage, progress)
+        graph = _prepare(job, source, backend, sample, stage, progress)
         check = _check(job, source, graph, sample, profiles, progress)
         result = _compile(job, graph, profiles, backend, stage / output.name, progress)
         manifest = replace(
@@ -128,18 +132,22 @@ def _profiles(job: TrtJob, source: Source) -> tuple[BatchRange, ...]:
     return profiles
 
 
-def _prepare(job: TrtJob, source: Source, sample: Sample, stage: Path, progress: Progress) -> Graph:
-    """Type the graph and write its attention in the form that the compiler fuses."""
-    model = source.model
+def _prepare(
+    job: TrtJob,
+    source: Source,
+    backend: Backend,
+    sample: Sample,
+    stage: Path,
+    progress: Progress,
+) -> Graph:
+    """Type the graph and write it in the form and opset that the compiler fuses."""
     dtype = job.precision or source.dtype
     if dtype is not source.dtype and source.dtype is not Dtype.FP32:
         raise GraphError(f"{source.path} is typed {source.dtype}; --{dtype} needs the fp32 graph")
-    # an fp32 Attention operator has no kernel: "not supported by a dedicated kernel"
-    form = AttentionForm.PLAIN if dtype is Dtype.FP32 else AttentionForm.HEADS
-    before = io.operators(model)
+    before = io.operators(source.model)
     islands = Islands({})
     with progress.step(f"type as {dtype}"):
-        cores = fuse_attention(model, form, expected=_expected(source))
+        model, form, cores = _written_for(backend, source, dtype)
         if dtype is not source.dtype:
             islands = type_as(model, dtype, job.islands, sample, source.stem, stage)
     path = stage / source.path.name
@@ -147,7 +155,23 @@ def _prepare(job: TrtJob, source: Source, sample: Sample, stage: Path, progress:
         io.save(model, path)
         io.check(path)
     ops = io.operators(model)
-    return Graph(path, dtype, cores, form, len(model.graph), ops, islands, changed=ops != before)
+    opset, nodes = model.graph.opset_imports[""], len(model.graph)
+    return Graph(path, dtype, cores, form, opset, nodes, ops, islands, changed=ops != before)
+
+
+def _written_for(
+    backend: Backend, source: Source, dtype: Dtype
+) -> tuple[ir.Model, AttentionForm, int]:
+    """Write the graph as this backend reads and fuses it; how many attention cores it has."""
+    flavour = backend.flavour
+    # an fp32 Attention operator has no kernel: "not supported by a dedicated kernel"
+    plain = dtype is Dtype.FP32 or not flavour.has_attention
+    form = AttentionForm.PLAIN if plain else AttentionForm.HEADS
+    model = source.model if plain else raise_opset(source.model)
+    cores = fuse_attention(model, form, expected=_expected(source))
+    if model.graph.opset_imports[""] > flavour.opset:
+        lower(model, flavour.opset)
+    return model, form, cores
 
 
 def _expected(source: Source) -> int | None:
@@ -279,7 +303,7 @@ def _describe(
         ops=graph.ops,
         attention=AttentionRecord(graph.cores, engine.fused_attention, "kernel"),
         check=check,
-        opset=source.model.graph.opset_imports[""],
+        opset=graph.opset,
         target=engine.backend,
         labels=known.labels if known else (),
         checkpoint=known.checkpoint if known else None,

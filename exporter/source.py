@@ -111,20 +111,19 @@ def image_input(model: ir.Model, path: Path) -> tuple[InputKind, ImageSize, int,
 
 
 def room_of(model: ir.Model) -> int:
-    """Estimate the batch that memory affords, from any attention core's query."""
+    """Estimate the batch that memory affords, from any attention core's shape."""
     for node in model.graph:
         shape = node.inputs[0].shape if node.inputs and node.inputs[0] is not None else None
         if node.op_type not in {"Attention", "Softmax"} or shape is None:
             continue
         sizes = [size if isinstance(size, int) else 0 for size in shape]
-        if len(sizes) == 4:  # [b, h, n, d] or scores [b, h, n, n]; heads of 64 are the rule
-            heads, tokens = sizes[1], sizes[2]
+        if len(sizes) == 3 and "q_num_heads" in node.attributes:  # [b, n, h * d]
+            heads, tokens, dim = node.attributes["q_num_heads"].as_int(), sizes[1], sizes[2]
+        elif len(sizes) == 4:  # [b, h, n, d], or scores [b, h, n, n], which hide the head size
+            heads, tokens = sizes[1:3]
             dim = heads * (sizes[3] if node.op_type == "Attention" else 64)
-        elif len(sizes) == 3 and "q_num_heads" in node.attributes:  # [b, n, h * d]
-            heads = node.attributes["q_num_heads"].as_int()
-            tokens, dim = sizes[1], sizes[2]
         else:
             continue
-        if heads and tokens and dim:
+        if heads and tokens:
             return affordable_batch(tokens, dim, 4 * dim, heads)
     return 1

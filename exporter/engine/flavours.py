@@ -49,6 +49,7 @@ class Flavour:
     backend: Literal["tensorrt", "tensorrt-rtx"]
     module: str
     since: tuple[int, int]
+    opset: int = 23  # the newest its ONNX parser reads, of those written here
     network_flags: tuple[str, ...] = ("STRONGLY_TYPED",)
     # dtype found in the network -> BuilderFlag it needs; where networks are strongly typed: none
     precision_flags: Mapping[str, str] = field(default_factory=dict)
@@ -91,6 +92,7 @@ FLAVOURS = (
         "tensorrt",
         "tensorrt",
         (10, 0),
+        opset=20,
         has_attention=False,
         refused=_TENSORRT_REFUSES,
         lacks=_TARGETS | _ATTENTION,
@@ -99,6 +101,7 @@ FLAVOURS = (
         "tensorrt",
         "tensorrt",
         (8, 6),
+        opset=17,
         network_flags=("EXPLICIT_BATCH",),
         precision_flags={"HALF": "FP16", "INT8": "INT8"},
         reports_progress=False,

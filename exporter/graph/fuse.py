@@ -14,6 +14,7 @@ from msn_export.graph.attention import (
     AttentionCore,
     match,
 )
+from msn_export.graph.heads import set_heads_apart
 from msn_export.graph.io import infer_shapes
 from msn_export.graph.patch import Patch, replace
 from msn_export.spec import AttentionForm
@@ -35,6 +36,7 @@ def fuse_attention(model: ir.Model, form: AttentionForm, *, expected: int | None
     Raises:
         FusionError: a core was missed, or there are other than ``expected``; each miss is named.
     """
+    set_heads_apart(model)
     candidates = [node for node in model.graph if node.op_type in {"Softmax", "Attention"}]
     cores, misses = [], []
     for node in candidates:
@@ -66,7 +68,8 @@ def _write_heads(graph: ir.Graph, core: AttentionCore) -> None:
 def _write_plain(graph: ir.Graph, core: AttentionCore) -> None:
     """MatMul, Softmax, MatMul; half of the scale on q and half on k, so that fp16 has room."""
     patch = Patch(graph, core.node)
-    half = patch.constant(np.asarray(np.sqrt(core.scale), np.float32), "attention.scale")
+    dtype = core.q.dtype.numpy() if core.q.dtype is not None else np.float32
+    half = patch.constant(np.asarray(np.sqrt(core.scale), dtype), "attention.scale")
     swap = KEYS_FROM_TOKENS if core.tokens_first else KEYS_TRANSPOSED
     keys = patch.op("Mul", [patch.op("Transpose", [core.k], {"perm": swap}), half])
     scores = patch.op("MatMul", [patch.op("Mul", [core.q, half]), keys])

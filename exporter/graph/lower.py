@@ -66,17 +66,18 @@ def _write_gelu(graph: ir.Graph, node: ir.Node) -> None:
     """Gelu as operators of opset 17: onnx.ai operators, Gelu, its function body."""
     patch = Patch(graph, node)
     x = node.inputs[0]
-    half = patch.constant(np.asarray(0.5, np.float32), "gelu.half")
-    one = patch.constant(np.asarray(1.0, np.float32), "gelu.one")
+    dtype = x.dtype.numpy() if x is not None and x.dtype is not None else np.float32
+    half = patch.constant(np.asarray(0.5, dtype), "gelu.half")
+    one = patch.constant(np.asarray(1.0, dtype), "gelu.one")
     approximate = node.attributes.get("approximate")
     if approximate is not None and approximate.as_string() == "tanh":
-        cubic = patch.constant(np.asarray(0.044715, np.float32), "gelu.cubic")
-        factor = patch.constant(np.asarray(np.sqrt(2 / np.pi), np.float32), "gelu.factor")
+        cubic = patch.constant(np.asarray(0.044715, dtype), "gelu.cubic")
+        factor = patch.constant(np.asarray(np.sqrt(2 / np.pi), dtype), "gelu.factor")
         cube = patch.op("Mul", [patch.op("Mul", [x, x]), x])
         inner = patch.op("Add", [x, patch.op("Mul", [cube, cubic])])
         bend = patch.op("Tanh", [patch.op("Mul", [inner, factor])])
     else:
-        root = patch.constant(np.asarray(np.sqrt(2), np.float32), "gelu.sqrt2")
+        root = patch.constant(np.asarray(np.sqrt(2), dtype), "gelu.sqrt2")
         bend = patch.op("Erf", [patch.op("Div", [x, root])])
     halved = patch.op("Mul", [x, half])
     replace(node.outputs[0], patch.op("Mul", [halved, patch.op("Add", [bend, one])]))
