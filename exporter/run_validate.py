@@ -104,6 +104,15 @@ def run_validate(job: ValidateJob, progress: Progress) -> Validation:
         MsnExportError: they cannot be compared at all; a comparison that fails is no error but a
             ``Validation`` that did not pass.
     """
+    return validate_in_full(job, progress)[0]
+
+
+def validate_in_full(job: ValidateJob, progress: Progress) -> tuple[Validation, Verified]:
+    """Compare two artifacts; give also what was compared: outputs, vectors, pictures.
+
+    Raises:
+        MsnExportError: as ``run_validate``.
+    """
     with progress.step("read both sides"):
         pair = open_pair(job.reference, job.candidate, variant=job.variant)
         own = _own_preprocessing(job, pair)
@@ -117,7 +126,7 @@ def run_validate(job: ValidateJob, progress: Progress) -> Validation:
         with progress.step(f"run {pair.candidate.name}"):
             runner = pair.candidate.start(pair.outputs, Path(folder))
             measured = _measure(job, pair, reference, runner, gate, own)
-    return _judge(job, pair, measured, gate, name, own)
+    return _judge(job, pair, measured, gate, name, own), measured.same
 
 
 def run_pair_reference(pair: Pair, sample: Sample, stage: Path, *, rounding: bool) -> Reference:

@@ -22,6 +22,16 @@ DRIFT = {Dtype.FP32: 4e-6, Dtype.FP16: 5e-3, Dtype.BF16: 4e-2}
 ROUNDING = 3.0
 
 
+_WORDS = {
+    "max_abs": "max_abs (times the reference's RMS above 1) at most",
+    "cosine_min": "cosine of every image at least",
+    "cosine_p1": "first-percentile cosine at least",
+    "rounding": "relative error in multiples of the reference's own rounding at most",
+    "neighbours": "share of images with the same nearest neighbour at least",
+    "classes": "share of images of the same class at least",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Gate:
     """What must hold of an agreement; None asks nothing.
@@ -44,6 +54,9 @@ class Gate:
         """What is asked, by name."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in named.items() if isinstance(value, float)}
+
+    def __str__(self) -> str:
+        return in_words(self.numbers)
 
     def failures(self, agreement: Agreement) -> list[str]:
         """Say what does not hold; each comparison is written so that NaN fails it."""
@@ -82,6 +95,11 @@ class Gate:
             raise ToleranceError(
                 f"{what} does not agree with its reference: " + "; ".join(failures)
             )
+
+
+def in_words(numbers: Mapping[str, float]) -> str:
+    """Say what a gate's numbers ask; those of a manifest may be of another version."""
+    return ", ".join(f"{_WORDS.get(name, name)} {value:g}" for name, value in numbers.items())
 
 
 GATES: Mapping[Dtype, Gate] = {

@@ -77,13 +77,17 @@ def measure_rounding(reference: Reference, exact: Runner, images: int = 8) -> Re
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """How a candidate agreed with its reference, output by output, at the sizes that ran."""
+    """How a candidate agreed with its reference, output by output, at the sizes that ran.
+
+    ``vectors`` are the candidate's embeddings, [count, dim] by output.
+    """
 
     outputs: Mapping[str, Agreement]
     sizes: tuple[int, ...]
     executed_on: str
     reference: Reference
     per_image: tuple[ImageRecord, ...] = ()
+    vectors: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
     def failures(self, gate: Gate) -> list[str]:
         """Say which outputs do not reach ``gate``, and why."""
@@ -148,12 +152,16 @@ def verify(runner: Runner, reference: Reference, stem: InputKind, sizes: Sequenc
             output = np.asarray(got[name])
             comparison.add(reference.outputs[name][images], output)
             vectors[name].update(zip(images, embedding_of(output), strict=True))
-    agreements = {}
-    for name, comparison in comparisons.items():
-        mine = np.stack([vectors[name][image] for image in range(len(sample))])
-        agreements[name] = _with_set_figures(comparison.agreement(), reference, name, mine)
+    stacked = {
+        name: np.stack([found[image] for image in range(len(sample))])
+        for name, found in vectors.items()
+    }
+    agreements = {
+        name: _with_set_figures(comparison.agreement(), reference, name, stacked[name])
+        for name, comparison in comparisons.items()
+    }
     per_image = _per_image(comparisons, rows, sample.names)
-    return Verified(agreements, tuple(sizes), runner.name, reference, per_image)
+    return Verified(agreements, tuple(sizes), runner.name, reference, per_image, stacked)
 
 
 def _with_set_figures(

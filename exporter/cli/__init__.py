@@ -11,6 +11,7 @@ from msn_export import __version__
 from msn_export.cli.drift import drift
 from msn_export.cli.inspect import inspect
 from msn_export.cli.onnx import onnx
+from msn_export.cli.report import report
 from msn_export.cli.trt import trt
 from msn_export.cli.validate import validate
 from msn_export.errors import MsnExportError
@@ -57,5 +58,5 @@ def main(verbose: bool) -> None:
     """Take a ViT-MSN checkpoint to a proven ONNX graph and TensorRT engine."""
 
 
-for _command in (onnx, trt, validate, drift, inspect):
+for _command in (onnx, trt, validate, drift, report, inspect):
     main.add_command(_command)

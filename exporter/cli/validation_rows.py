@@ -32,8 +32,8 @@ def _rows(validation: Validation) -> Iterator[tuple[str, str]]:
         yield "", reason
     if validation.cause is not None:
         yield "likely cause", validation.cause
-    asked = ", ".join(f"{name} {value:g}" for name, value in validation.gate.numbers.items())
-    yield f"gate {validation.gate_name}", f"{asked}: {validation.gate.reason}"
+    yield f"gate {validation.gate_name}", str(validation.gate)
+    yield "", f"because {validation.gate.reason}"
     yield "reference", _side(validation.reference)
     yield "candidate", _side(validation.candidate)
     yield from check_rows(validation.check)

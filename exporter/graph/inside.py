@@ -77,7 +77,7 @@ def parts_of(block: Block) -> dict[str, ir.Value]:
     """Find the tensors that every pre-norm block has, by structure alone."""
     if len(block.branches) != 2:
         return {}
-    (heads, norm1), (activation, norm2) = map(_ends, _halves(block))
+    (heads, norm1), (activation, norm2) = map(_ends, halves(block))
     attention, mlp = block.branches
     values = (norm1, heads, attention, block.streams[0], norm2, activation, mlp)
     parts = [place.part for place in PLACES if place.part]
@@ -88,7 +88,7 @@ def parts_of(block: Block) -> dict[str, ir.Value]:
     }
 
 
-def _halves(block: Block) -> tuple[tuple[ir.Node, ...], tuple[ir.Node, ...]]:
+def halves(block: Block) -> tuple[tuple[ir.Node, ...], tuple[ir.Node, ...]]:
     """Split a block's nodes at the stream between attention and MLP."""
     middle = block.streams[0].producer()
     assert middle is not None  # an addition computes it
