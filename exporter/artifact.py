@@ -34,7 +34,8 @@ class Artifact:
 
     ``preprocessing`` is None where the artifact does not say. ``start`` opens it for some of its
     outputs, with a folder for what it has to write; ``exact``, where it is not None, opens the same
-    function in fp64. ``graph`` is None for an engine and ``module`` for all but a checkpoint.
+    function in fp64. ``graph`` is None for an engine, ``module`` for all but a checkpoint, and
+    ``marked`` for all but an engine that was built once more with its stages as outputs.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Artifact:
     graph: ir.Model | None = None
     module: Any = None
     notes: tuple[str, ...] = ()
+    marked: Path | None = None
 
     @property
     def fixed_batch(self) -> int | None:
@@ -138,7 +140,7 @@ def _of_engine(path: Path) -> Artifact:
     manifests.require_match(path, manifest)
 
     def start(_outputs: tuple[str, ...], _stage: Path) -> Runner:
-        return _open_engine(path)
+        return open_engine(path)
 
     return Artifact(
         name=str(path),
@@ -157,7 +159,12 @@ def _of_engine(path: Path) -> Artifact:
     )
 
 
-def _open_engine(path: Path) -> Runner:
+def open_engine(path: Path) -> Runner:
+    """Open an engine for running.
+
+    Raises:
+        EngineFileError: it cannot run here.
+    """
     driver = find_driver()
     if isinstance(driver, NoDriver):
         raise EngineFileError(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msn_export.artifact import Artifact
 from msn_export.check.compare import Agreement
 from msn_export.check.drift import (
     StageDrift,
@@ -68,8 +71,18 @@ class Drift:
 
     @property
     def passed(self) -> bool:
-        """Whether no stage is past the tolerance."""
+        """Whether no stage is past what is allowed."""
         return self.parted is None
+
+    @property
+    def sentence(self) -> str:
+        """Where they part; if nowhere, which block adds the most error, beside the median one."""
+        if self.parted is not None:
+            return f"They part at {self.parted}, the first stage whose error is not allowed."
+        added = [stage.added for stage in self.stages if stage.name.startswith("block ")]
+        median, most = statistics.median(added), max(added)
+        times = f", {most / median:.1f} times the median block" if median > 0 else ""
+        return f"No stage is past what is allowed; {self.suspect} adds the most error{times}."
 
 
 def run_drift(job: DriftJob, progress: Progress) -> Drift:
@@ -78,9 +91,28 @@ def run_drift(job: DriftJob, progress: Progress) -> Drift:
     Raises:
         MsnExportError: they cannot be compared block by block.
     """
-    with progress.step("read both sides"):
-        pair = open_pair(job.reference, job.candidate, variant=job.variant)
-        stages = _common_stages(pair)
+    with tempfile.TemporaryDirectory(prefix="msn-export-") as folder:
+        with progress.step("read both sides"):
+            pair = open_pair(job.reference, job.candidate, variant=job.variant)
+        reference = _marked(pair.reference, Path(folder) / "reference", progress)
+        candidate = _marked(pair.candidate, Path(folder) / "candidate", progress)
+        return _compare(job, replace(pair, reference=reference, candidate=candidate), progress)
+
+
+def _marked(side: Artifact, folder: Path, progress: Progress) -> Artifact:
+    """Build an engine once more with its blocks shown; anything else shows them as it is."""
+    if side.kind != "engine":
+        return side
+    assert side.manifest is not None  # no engine is described without one
+    side.start((), folder)  # refused here, before minutes of compiling, if it cannot run
+    from msn_export.marked import build_marked
+
+    folder.mkdir()
+    return replace(side, marked=build_marked(Path(side.name), side.manifest, folder, progress))
+
+
+def _compare(job: DriftJob, pair: Pair, progress: Progress) -> Drift:
+    stages = _common_stages(pair)
     with progress.step("read images"):
         made = pair.preprocessing
         if job.preprocess is not None:
@@ -95,7 +127,7 @@ def run_drift(job: DriftJob, progress: Progress) -> Drift:
     parted = first_past(measured)
     suspect = _suspect(measured, parted)
     inside: tuple[TensorDrift, ...] = ()
-    if suspect is not None:
+    if suspect is not None and pair.reference.kind != "engine" != pair.candidate.kind:
         with progress.step(f"look into {suspect}"):
             inside = _inside(job, pair, sample, suspect)
     return Drift(

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-
-import numpy as np
 
 from msn_export import __version__
 from msn_export import manifest as manifests
 from msn_export.artifact import ENGINES, is_checkpoint
 from msn_export.artifact_facts import artifact_facts, checkpoint_facts
-from msn_export.check.drift import StageDrift, TensorDrift
-from msn_export.check.gate import GATES, in_words
-from msn_export.check.neighbours import embedding_of, nearest
-from msn_export.check.verify import Verified
 from msn_export.driver import NoDriver, find_driver
 from msn_export.errors import GraphError, MissingPackageError, SpecError
 from msn_export.files import require_writable, staging
-from msn_export.manifest import Manifest
+from msn_export.measured_facts import drift_facts, live_agreement, recorded_agreement
 from msn_export.progress import Progress
-from msn_export.report import facts
-from msn_export.run_drift import Drift, DriftJob, run_drift
-from msn_export.run_validate import ValidateJob, Validation, validate_in_full
-
-WORST = 3  # images shown of each comparison
+from msn_export.report import facts, words
+from msn_export.run_drift import DriftJob, run_drift
+from msn_export.run_validate import ValidateJob, validate_in_full
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +104,7 @@ def _measure(job: ReportJob, progress: Progress) -> Measured:
         assert reference is not None  # it is the first
         asked = ValidateJob(reference, candidate, job.images, job.limit, variant=job.variant)
         validation, verified = validate_in_full(asked, progress)
-        agreements[candidate] = _live(validation, verified)
+        agreements[candidate] = live_agreement(validation, verified)
         try:
             found = run_drift(
                 DriftJob(reference, candidate, job.images, variant=job.variant), progress
@@ -123,7 +112,7 @@ def _measure(job: ReportJob, progress: Progress) -> Measured:
         except GraphError as error:
             notes.append(f"no drift of {Path(candidate).name}: {error}")
         else:
-            drifts.append(_drift(found))
+            drifts.append(drift_facts(found))
     return Measured(agreements, tuple(drifts), tuple(notes))
 
 
@@ -136,80 +125,6 @@ def _runnable(artifacts: Sequence[str]) -> tuple[list[str], list[str]]:
         else:
             runnable.append(name)
     return runnable, notes
-
-
-def _live(validation: Validation, verified: Verified) -> facts.Agreement:
-    return facts.Agreement(
-        candidate=_short(validation.candidate.name),
-        reference=_short(validation.reference.name),
-        live=True,
-        passed=validation.passed,
-        check=validation.check,
-        gate=f"{validation.gate_name}: {validation.gate}, because {validation.gate.reason}",
-        reasons=validation.reasons,
-        cause=validation.cause,
-        notes=validation.notes,
-        worst=_worst(validation, verified),
-    )
-
-
-def _worst(validation: Validation, verified: Verified) -> tuple[facts.Worst, ...]:
-    """Show the images that agree least with the neighbours that either side finds for them."""
-    sample = verified.reference.sample
-    if len(sample) < 3:
-        return ()
-    from msn_export.report.pictures import thumbnail
-
-    name = next(iter(verified.vectors))
-    theirs = nearest(embedding_of(verified.reference.outputs[name]))
-    mine = nearest(verified.vectors[name])
-    cosines = [-2.0 if i.cosine is None else i.cosine for i in validation.check.per_image]
-    order = np.argsort(np.nan_to_num(cosines, nan=-2.0), kind="stable")[:WORST]
-
-    def shown(index: int) -> facts.Picture:
-        return thumbnail(sample.names[index], sample.pixels[index])
-
-    records = validation.check.per_image
-    return tuple(
-        facts.Worst(
-            shown(i), records[i].cosine, records[i].max_abs, shown(theirs[i]), shown(mine[i])
-        )
-        for i in order.tolist()
-    )
-
-
-def _drift(found: Drift) -> facts.Drift:
-    blocks = [stage for stage in found.stages if stage.name.startswith("block ")]
-    median = statistics.median(stage.added for stage in blocks)
-    most = max(stage.added for stage in blocks)
-    if found.parted is not None:
-        sentence = f"They part at {found.parted}, the first stage whose error is not allowed."
-    else:
-        times = f", {most / median:.1f} times the median block" if median > 0 else ""
-        sentence = f"No stage is past what is allowed; {found.suspect} adds the most error{times}."
-    return facts.Drift(
-        candidate=_short(found.candidate),
-        reference=_short(found.reference),
-        sentence=sentence,
-        parted=found.parted,
-        stages=tuple(_stage(stage) for stage in found.stages),
-        suspect=found.suspect,
-        inside=tuple(_tensor(tensor) for tensor in found.inside),
-    )
-
-
-def _stage(stage: StageDrift) -> facts.Stage:
-    tensor = stage.tensor
-    return facts.Stage(
-        stage.name, tensor.cosine_min, tensor.relative, tensor.max_abs, stage.peak,
-        stage.allowed, stage.added, stage.headroom, stage.peak_tensor,
-    )  # fmt: skip
-
-
-def _tensor(tensor: TensorDrift) -> facts.Stage:
-    return facts.Stage(
-        tensor.name, tensor.cosine_min, tensor.relative, tensor.max_abs, tensor.largest
-    )
 
 
 def _page(job: ReportJob, measured: Measured, latency: facts.Latency | None) -> facts.Page:
@@ -225,17 +140,17 @@ def _page(job: ReportJob, measured: Measured, latency: facts.Latency | None) -> 
     known = [manifests.read(Path(name)) for name in job.artifacts if not is_checkpoint(name)]
     manifest = next((found for found in known if found is not None), None)
     agreements = _agreements(job, measured)
-    state, headline = _verdict(described, agreements)
+    state, headline = words.verdict(described, agreements)
     return facts.Page(
-        title=job.title or _title(manifest, described),
-        subtitle=_subtitle(manifest),
-        written=_now(),
+        title=job.title or words.title_of(manifest, described),
+        subtitle=words.subtitle_of(manifest),
+        written=words.now(),
         product=f"msn-export {__version__}",
         command=job.command,
         state=state,
         headline=headline,
-        sentences=tuple(_sentences(described, agreements, measured.drifts)),
-        origin=tuple(_origin(manifest)),
+        sentences=tuple(words.sentences(described, agreements, measured.drifts)),
+        origin=tuple(words.origin_of(manifest)),
         artifacts=tuple(described),
         agreements=agreements,
         drifts=measured.drifts,
@@ -253,128 +168,5 @@ def _agreements(job: ReportJob, measured: Measured) -> tuple[facts.Agreement, ..
             continue
         manifest = None if is_checkpoint(name) else manifests.read(Path(name))
         if manifest is not None and manifest.check is not None:
-            found.append(_recorded(Path(name).name, manifest))
+            found.append(recorded_agreement(Path(name).name, manifest))
     return tuple(found)
-
-
-def _recorded(name: str, manifest: Manifest) -> facts.Agreement:
-    check = manifest.check
-    assert check is not None
-    gate = in_words(check.gate or GATES[manifest.dtype].numbers)
-    notes = check.notes
-    if manifest.engine is not None and not manifest.engine.executed:
-        notes = ("the typed graph was compared, the engine did not run", *notes)
-    return facts.Agreement(
-        candidate=name,
-        reference=_reference(manifest, check.reference),
-        live=False,
-        passed=check.passed,
-        check=check,
-        gate=f"{manifest.dtype}: {gate}",
-        notes=notes,
-    )
-
-
-def _reference(manifest: Manifest, named: str) -> str:
-    """Name what a manifest's check compared with: a checkpoint's graph, or a graph's engine."""
-    if manifest.kind == "onnx" and manifest.checkpoint is not None:
-        return f"{manifest.checkpoint.source} in PyTorch"
-    return _short(named.split(" in ", maxsplit=1)[0])
-
-
-def _verdict(
-    artifacts: Sequence[facts.Artifact], agreements: Sequence[facts.Agreement]
-) -> tuple[facts.State, str]:
-    failed = [found.candidate for found in agreements if not found.passed]
-    if failed:
-        return "failed", f"{', '.join(failed)}: not what the reference is"
-    if not agreements:
-        return "partial", "Nothing was compared"
-    idle = [a.name for a in artifacts if a.verdict in {"compiled, not run", "not checked"}]
-    if idle:
-        return "partial", f"Everything that ran agrees; {', '.join(idle)} did not run"
-    return "passed", "Every artifact agrees with its reference"
-
-
-def _sentences(
-    artifacts: Sequence[facts.Artifact],
-    agreements: Sequence[facts.Agreement],
-    drifts: Sequence[facts.Drift],
-) -> list[str]:
-    said = []
-    idle = {a.name for a in artifacts if a.verdict == "compiled, not run"}
-    for found in agreements:
-        check, word = found.check, "agrees" if found.passed else "does not agree"
-        whose = "the typed graph of " if found.candidate in idle else ""
-        cosine = "none" if check.cosine_min is None else f"{check.cosine_min:.7f}"
-        said.append(
-            f"{whose}{found.candidate} {word} with {found.reference} on {check.images} images: "
-            f"least cosine {cosine}"
-            + (f". {'; '.join(found.reasons)}" if found.reasons else "")
-            + (f". {found.cause}" if found.cause else "")
-        )
-    said += [f"{d.candidate} parts from {d.reference} at {d.parted}" for d in drifts if d.parted]
-    for artifact in artifacts:
-        engine = artifact.engine
-        if engine is not None:
-            products = ", ".join(f"{n} in {dtype}" for dtype, n in engine.products.items())
-            said.append(
-                f"{artifact.name}: {engine.kernels} kernels, attention fused in {engine.fused} of "
-                f"{engine.blocks} blocks, matrix products {products}; {engine.executed}"
-            )
-    return said
-
-
-def _title(manifest: Manifest | None, artifacts: Sequence[facts.Artifact]) -> str:
-    if manifest is not None and manifest.checkpoint is not None:
-        return manifest.checkpoint.source
-    return artifacts[0].name
-
-
-def _subtitle(manifest: Manifest | None) -> str:
-    config = manifest.config if manifest is not None else None
-    if config is None:
-        return "ViT-MSN"
-    return (
-        f"ViT-MSN, {config.get('depth')} blocks of {config.get('dim')} with {config.get('heads')} "
-        f"heads, images of {_by(config.get('image_size'))} in patches of "
-        f"{_by(config.get('patch_size'))}"
-    )
-
-
-def _by(pair: object) -> str:
-    return "x".join(map(str, pair)) if isinstance(pair, list) else str(pair)
-
-
-def _origin(manifest: Manifest | None) -> list[tuple[str, str]]:
-    if manifest is None:
-        return []
-    rows = []
-    if manifest.checkpoint is not None:
-        rows += [
-            ("checkpoint", manifest.checkpoint.source),
-            ("weights' sha256", manifest.checkpoint.sha256),
-        ]
-        rows += [("note", note) for note in manifest.checkpoint.notes]
-    made = manifest.preprocessing
-    if made is not None:
-        crop = f", short side {made.short_side}, centre cut out" if made.short_side else ""
-        rows.append(
-            ("preprocessing", f"{made.name}: {made.resample or 'no resizing'} to {made.size}{crop}")
-        )
-        rows.append(("normalisation", f"mean {made.mean}, std {made.std}, scale {made.scale:.6g}"))
-    if manifest.labels:
-        rows.append(("classes", f"{len(manifest.labels)}: {', '.join(manifest.labels[:5])}, …"))
-    rows.append(("versions", ", ".join(f"{n} {v}" for n, v in manifest.versions.items())))
-    return rows
-
-
-def _now() -> str:
-    """Give the time, or SOURCE_DATE_EPOCH (reproducible-builds.org) where that is set."""
-    epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
-    at = datetime.fromtimestamp(int(epoch), UTC) if epoch.isdigit() else datetime.now(UTC)
-    return at.strftime("%d %B %Y, %H:%M UTC")
-
-
-def _short(name: str) -> str:
-    return name if is_checkpoint(name) else Path(name).name

@@ -20,8 +20,10 @@ from msn_export.engine.job import Progress as BuildProgress
 from msn_export.errors import GraphError, SpecError
 from msn_export.files import manifest_path, publish, require_writable, sha256_of, staging
 from msn_export.graph import io
+from msn_export.graph.expose import expose
 from msn_export.graph.fuse import fuse_attention
 from msn_export.graph.lower import lower, raise_opset
+from msn_export.graph.stream import stages_of
 from msn_export.manifest import (
     AttentionRecord,
     CheckRecord,
@@ -35,7 +37,7 @@ from msn_export.progress import Progress
 from msn_export.records import to_plain
 from msn_export.runtime.ort import OrtRunner
 from msn_export.source import Source, read_source, room_of
-from msn_export.spec import AttentionForm, BatchRange, ComputeCapability, Dtype
+from msn_export.spec import AttentionForm, BatchRange, ComputeCapability, Dtype, TensorSpec
 from msn_export.typed import Islands, cpu_runner, type_as
 
 PACKAGES = ("onnx", "onnx-ir", "onnxsim", "onnxruntime-gpu", "onnxruntime")
@@ -61,6 +63,7 @@ class TrtJob:
     images: Path | None = None
     allow_unfused: bool = False
     check: bool = True
+    stages: bool = False  # show the residual stream as outputs; for drift, not for production
     log: Path | None = None
     force: bool = False
     command: str = ""
@@ -77,6 +80,7 @@ class Graph:
     opset: int
     nodes: int
     ops: dict[str, int]
+    outputs: tuple[TensorSpec, ...]
     islands: Islands
     changed: bool
 
@@ -150,13 +154,18 @@ def _prepare(
         model, form, cores = _written_for(backend, source, dtype)
         if dtype is not source.dtype:
             islands = type_as(model, dtype, job.islands, sample, source.stem, stage)
+    if job.stages:
+        model = expose(model, stages_of(model))
     path = stage / source.path.name
     with progress.step("write and check the typed graph"):
         io.save(model, path)
         io.check(path)
     ops = io.operators(model)
     opset, nodes = model.graph.opset_imports[""], len(model.graph)
-    return Graph(path, dtype, cores, form, opset, nodes, ops, islands, changed=ops != before)
+    outputs = io.tensor_specs(list(model.graph.outputs))
+    return Graph(
+        path, dtype, cores, form, opset, nodes, ops, outputs, islands, changed=ops != before
+    )
 
 
 def _written_for(
@@ -296,7 +305,7 @@ def _describe(
         bytes=result.bytes,
         dtype=graph.dtype,
         inputs=io.tensor_specs(list(source.model.graph.inputs)),
-        outputs=io.tensor_specs(list(source.model.graph.outputs)),
+        outputs=graph.outputs,
         profiles=(),
         preprocessing=source.preprocessing,
         nodes=graph.nodes,

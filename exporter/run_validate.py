@@ -121,10 +121,11 @@ def validate_in_full(job: ValidateJob, progress: Progress) -> tuple[Validation, 
     with progress.step("read images"):
         sample = draw(job.images, pair.preprocessing, room=pair.room, limit=job.limit)
     with tempfile.TemporaryDirectory(prefix="msn-export-") as folder:
+        # first, for what cannot run here is refused before the reference took its time
+        runner = pair.candidate.start(pair.outputs, Path(folder))
         with progress.step(f"run {pair.reference.name}"):
             reference = run_pair_reference(pair, sample, Path(folder), rounding=name is Dtype.FP32)
         with progress.step(f"run {pair.candidate.name}"):
-            runner = pair.candidate.start(pair.outputs, Path(folder))
             measured = _measure(job, pair, reference, runner, gate, own)
     return _judge(job, pair, measured, gate, name, own), measured.same
 

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from msn_export.artifact import Artifact
+from msn_export import manifest as manifests
+from msn_export.artifact import Artifact, open_engine
 from msn_export.errors import GraphError
 from msn_export.graph import io
 from msn_export.graph.expose import SEEN, expose
 from msn_export.graph.inside import PLACES
 from msn_export.graph.inside import inside as tensors_inside
 from msn_export.graph.islands import MAXIMA, observe
-from msn_export.graph.stream import ENTRY, find_stream
+from msn_export.graph.stream import ENTRY, find_stream, stages_of
 from msn_export.graph.stream import Stream as Skeleton
 from msn_export.spec import Dtype, Head
 from msn_export.typed import cpu_runner
@@ -77,12 +78,32 @@ class OnnxStream:
                 self.peaks[stage] = (peak, tensor)
 
 
+class EngineStream:
+    """An engine that was built with its stages as outputs."""
+
+    def __init__(self, marked: Path) -> None:
+        self.peaks: dict[str, tuple[float, str]] = {}
+        self._runner = open_engine(marked)
+        self.name = f"{self._runner.name}, built once more with its blocks shown"
+
+    def __call__(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """Run a batch in the engine's own input type."""
+        outputs = self._runner(images)
+        return {name.removeprefix(SEEN): np.asarray(value) for name, value in outputs.items()}
+
+
 def what_is_shown(artifact: Artifact, outputs: tuple[str, ...]) -> Shown:
     """List what can be shown of an artifact, without running it.
 
     Raises:
         GraphError: its graph has no residual stream, or it is an engine.
     """
+    if artifact.marked is not None:
+        manifest = manifests.read(artifact.marked)
+        assert manifest is not None  # written with the engine
+        specs = [spec.name.removeprefix(SEEN) for spec in manifest.outputs]
+        stages = [name for name in specs if name == ENTRY or name.startswith("block ")]
+        return Shown((*stages, *outputs), dict.fromkeys(stages[1:], ()))
     if artifact.module is not None:
         numbers = range(len(artifact.module.blocks))
         inside = {f"block {i}": tuple(place.names(i) for place in PLACES) for i in numbers}
@@ -107,6 +128,8 @@ def open_stream(
     Raises:
         GraphError: its graph has no residual stream, or it is an engine.
     """
+    if artifact.marked is not None:
+        return EngineStream(artifact.marked)
     if artifact.module is not None:
         from msn_export.graph.reference import TorchStream
 
@@ -114,9 +137,8 @@ def open_stream(
         return TorchStream(artifact.module, heads, names, exact=exact)
     skeleton, model = _skeleton(artifact), artifact.graph
     assert model is not None  # _skeleton read it
-    values = {ENTRY: skeleton.entry}
+    values = stages_of(model)
     for block in skeleton.blocks:
-        values[f"block {block.number}"] = block.output
         for known, value in tensors_inside(block):
             values |= dict.fromkeys(known, value)
     values |= {value.name or "": value for value in model.graph.outputs}

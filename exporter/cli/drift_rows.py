@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 
 from rich.markup import escape
@@ -21,24 +20,11 @@ def show_drift(console: Console, found: Drift) -> None:
         return
     title = f"{found.candidate} against {found.reference}"
     console.print(_stages(f"{title}, {found.check.images} images", found.stages, found.parted))
-    console.print(verdict(found))
+    console.print(escape(found.sentence))
     if found.suspect is not None:
         console.print(_tensors(f"inside {found.suspect}", found.inside))
     for note in found.notes:
         console.print(escape(f"note: {note}"))
-
-
-def verdict(found: Drift) -> str:
-    """Say in a sentence where they part."""
-    if found.parted is not None:
-        return f"They part at {found.parted}, the first stage whose relative error is not allowed."
-    blocks = [stage for stage in found.stages if stage.name.startswith("block ")]
-    most = max(stage.added for stage in blocks)
-    times = most / (statistics.median(stage.added for stage in blocks) or most or 1)
-    return (
-        f"No stage is past what is allowed; {found.suspect} adds the most error, {times:.1f} times "
-        "the median block."
-    )
 
 
 def _stages(title: str, stages: Sequence[StageDrift], parted: str | None) -> Table:

@@ -59,6 +59,16 @@ class Stream:
     blocks: tuple[Block, ...]
 
 
+def stages_of(model: ir.Model) -> dict[str, ir.Value]:
+    """Name what the stream is before the first block and after each.
+
+    Raises:
+        GraphError: there is no residual stream.
+    """
+    stream = find_stream(model)
+    return {ENTRY: stream.entry} | {f"block {b.number}": b.output for b in stream.blocks}
+
+
 @dataclass(frozen=True, slots=True)
 class _Addition:
     node: ir.Node
