@@ -89,16 +89,28 @@ def staging(folder: Path) -> Iterator[Path]:
     except OSError as error:
         raise OutputError(f"cannot write in {folder}: {error.strerror}") from error
     try:
-        yield stage
+        with no_room_reported(folder):
+            yield stage
+    finally:
+        os.close(lock)
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextmanager
+def no_room_reported(folder: Path) -> Iterator[None]:
+    """Report a full disk as one line.
+
+    Raises:
+        OutputError: there is no room in ``folder``.
+    """
+    try:
+        yield
     except OSError as error:
         if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
             raise OutputError(
                 f"no room left in {folder} ({error.strerror}); free some or choose another -o"
             ) from error
         raise
-    finally:
-        os.close(lock)
-        shutil.rmtree(stage, ignore_errors=True)
 
 
 @contextmanager

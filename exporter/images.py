@@ -112,10 +112,10 @@ def normalize(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArra
     return planes
 
 
-def preprocess(
+def decode(
     pictures: Iterable[Path | str | Image.Image], preprocessing: Preprocessing
-) -> NDArray[np.float32]:
-    """Turn pictures into a batch [b, c, h, w].
+) -> NDArray[np.uint8]:
+    """Turn pictures into pixels [b, h, w, c].
 
     Raises:
         ImageError: a picture cannot be read (it is named), or there is none.
@@ -128,7 +128,18 @@ def preprocess(
     ]
     if not pixels:
         raise ImageError("no picture to preprocess; give at least one")
-    return normalize(np.stack(pixels), preprocessing)
+    return np.stack(pixels)
+
+
+def preprocess(
+    pictures: Iterable[Path | str | Image.Image], preprocessing: Preprocessing
+) -> NDArray[np.float32]:
+    """Turn pictures into a batch [b, c, h, w].
+
+    Raises:
+        ImageError: a picture cannot be read (it is named), or there is none.
+    """
+    return normalize(decode(pictures, preprocessing), preprocessing)
 
 
 def read(path: Path, preprocessing: Preprocessing) -> NDArray[np.uint8]:

@@ -9,11 +9,18 @@ from msn_export.errors import SpecError
 
 
 class Dtype(StrEnum):
-    """How a graph's weights and activations are typed."""
+    """How a graph's weights and activations are typed; 8 bits by calibration."""
 
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
+    INT8 = "int8"
+    FP8 = "fp8"
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether it is an 8-bit type, written as QuantizeLinear and DequantizeLinear."""
+        return self in {Dtype.INT8, Dtype.FP8}
 
 
 class Head(StrEnum):

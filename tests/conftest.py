@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 import photographs as photographs_script
+import real_bindings
 
 # the same examples each time, and no clock: the machine may be busy
 settings.register_profile("seeded", derandomize=True, deadline=None)
@@ -22,3 +23,9 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photographs")
     photographs_script.main(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Libraries that define what the real TensorRT modules link, and do nothing."""
+    return real_bindings.make_stubs(tmp_path_factory.mktemp("stubs"))

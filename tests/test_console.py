@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console as RichConsole
 from rich.progress import Progress
 
+from msn_export.cli import console
 from msn_export.cli.console import Console, Steps
 
 
@@ -86,3 +87,20 @@ def test_a_terminal_without_our_characters_gets_others(encoding) -> None:
     if encoding == "utf-8":
         assert shown == r"cosine … ≠ caf\udce9"
         assert json.loads(plain) == {"path": "caf\ufffd …"}
+
+
+def test_a_long_step_tells_a_log_how_far_it_is(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(console, "_TELL", 0.0)
+    with console.Console(as_json=True).progress() as progress, progress.step("embed"):
+        progress.advance(1, 10, "1 of 10, 2.0/s")
+        progress.advance(2, 10)  # nothing to say
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "1 of 10, 2.0/s" in told.err
+    assert "embed" in told.err
+
+
+def test_but_not_with_every_step(capsys) -> None:
+    with console.Console(as_json=True).progress() as progress, progress.step("embed"):
+        progress.advance(1, 10, "1 of 10")
+    assert "1 of 10" not in capsys.readouterr().err

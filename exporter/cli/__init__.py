@@ -9,10 +9,17 @@ from typing import Any
 import click
 
 from msn_export import __version__
+from msn_export.cli.bench import bench
+from msn_export.cli.calibrate import calibrate
+from msn_export.cli.doctor import doctor
+from msn_export.cli.drift import drift
+from msn_export.cli.embed import embed
 from msn_export.cli.inspect import inspect
 from msn_export.cli.onnx import onnx
+from msn_export.cli.report import report
 from msn_export.cli.triton import triton
 from msn_export.cli.trt import trt
+from msn_export.cli.validate import validate
 from msn_export.errors import MsnExportError
 
 INSTALL = "pip install 'msn-export[export]'"
@@ -42,8 +49,8 @@ class Commands(click.Group):
                 raise  # whoever read our output is gone: click ends quietly
             where = f"{error.filename}: " if error.filename else ""
             self._fail(ctx, _one_line(f"{where}{error.strerror or error}"), 1)
-        except KeyboardInterrupt:
-            self._fail(ctx, "interrupted; nothing was written", 130)
+        except KeyboardInterrupt as stop:
+            self._fail(ctx, _one_line(str(stop)) or "interrupted; nothing was written", 130)
 
     def _fail(self, ctx: click.Context, message: str, code: int) -> None:
         if ctx.params.get("verbose"):
@@ -72,5 +79,8 @@ def main(verbose: bool) -> None:
     """Take a ViT-MSN checkpoint to a proven ONNX graph and TensorRT engine."""
 
 
-for _command in (onnx, trt, inspect, triton):
+_COMMANDS = (
+    onnx, calibrate, trt, validate, drift, report, inspect, bench, embed, triton, doctor,
+)  # fmt: skip
+for _command in _COMMANDS:
     main.add_command(_command)

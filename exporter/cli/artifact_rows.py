@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
+from msn_export.cli.calibration_rows import quantization_rows
 from msn_export.cli.console import Console
 from msn_export.manifest import CheckRecord, EngineRecord, Manifest
 from msn_export.records import to_plain
@@ -43,7 +44,11 @@ def rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield "fp32 islands", f"{len(manifest.islands)}: {', '.join(sorted(manifest.islands))}"
     if manifest.engine is not None:
         yield from _engine_rows(manifest.engine)
+    if manifest.quantization is not None:
+        yield from quantization_rows(manifest.quantization)
     yield from _check_rows(manifest.check)
+    if manifest.quantization is not None:
+        yield "in short", manifest.quantization.verdict
     for note in manifest.notes:
         yield "note", note
     yield "took", f"{manifest.seconds:.1f} s, peak memory {manifest.peak_rss_bytes / 1e9:.2f} GB"
@@ -56,9 +61,10 @@ def _engine_rows(engine: EngineRecord) -> Iterator[tuple[str, str]]:
     span = f"{blocks[0]}" if len(blocks) == 1 else f"{blocks[0]} to {blocks[-1]}" if blocks else "?"
     yield "kernels", f"{engine.kernels} in all, {span} a block"
     gemms = ", ".join(f"{count} in {dtype}" for dtype, count in engine.gemm_dtypes.items())
-    yield "matrix products", gemms
+    eight = f"; {engine.quantised_products} of {engine.quantised_products} quantised ones so"
+    yield "matrix products", gemms + (eight if engine.quantised_products else "")
     yield "fused attention", f"{engine.fused_attention} kernels"
-    yield "executed", "yes" if engine.executed else f"no: {engine.reason}"
+    yield "executed", f"{'yes' if engine.executed else 'no'}: {engine.reason}"
 
 
 def _check_rows(check: CheckRecord | None) -> Iterator[tuple[str, str]]:

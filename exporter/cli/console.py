@@ -14,6 +14,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from msn_export.records import to_plain
 
+_TELL = 30.0  # seconds between two lines of a long step in a log
+
 
 class Steps:
     """Progress on a terminal: a spinner and a clock a step, a bar where the length is known."""
@@ -22,23 +24,27 @@ class Steps:
         self._progress = progress
         self._console = console
         self._task: Any = None
+        self._told = 0.0
 
     @contextmanager
     def step(self, title: str) -> Iterator[None]:
         """Show a step while it runs; leave one line with its time."""
-        started = time.monotonic()
-        self._task = self._progress.add_task(title, total=None, detail="")
+        started = self._told = time.monotonic()
+        self._task = self._progress.add_task(escape(title), total=None, detail="")
         try:
             yield
         finally:
             self._progress.remove_task(self._task)
             self._task = None
-        self._console.print(f"[dim]{time.monotonic() - started:6.1f} s[/]  {title}")
+        self._console.print(f"[dim]{time.monotonic() - started:6.1f} s[/]  {escape(title)}")
 
     def advance(self, done: int, of: int, detail: str = "") -> None:
         """Move the open step's bar."""
         if self._task is not None:
             self._progress.update(self._task, completed=done, total=of, detail=escape(detail))
+        if detail and not self._console.is_terminal and time.monotonic() - self._told > _TELL:
+            self._told = time.monotonic()  # a log shows no bar
+            self._console.print(f"          {escape(detail)}")
 
 
 class Console:

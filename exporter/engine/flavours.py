@@ -53,6 +53,7 @@ class Flavour:
     network_flags: tuple[str, ...] = ("STRONGLY_TYPED",)
     # dtype found in the network -> BuilderFlag it needs; where networks are strongly typed: none
     precision_flags: Mapping[str, str] = field(default_factory=dict)
+    preview_features: tuple[str, ...] = ()
     builds_without_gpu: bool = False
     targets_capabilities: bool = False
     reports_progress: bool = True
@@ -70,7 +71,8 @@ class Flavour:
     def named_members(self) -> frozenset[str]:
         """List the enum members that this row names as text."""
         flags = {f"NetworkDefinitionCreationFlag.{flag}" for flag in self.network_flags}
-        return frozenset(flags | {f"BuilderFlag.{flag}" for flag in self.precision_flags.values()})
+        flags |= {f"BuilderFlag.{flag}" for flag in self.precision_flags.values()}
+        return frozenset(flags | {f"PreviewFeature.{name}" for name in self.preview_features})
 
 
 _RTX_IGNORES = "TensorRT-RTX accepts it and does nothing: it chooses its kernels on the user's GPU"
@@ -104,6 +106,8 @@ FLAVOURS = (
         opset=17,
         network_flags=("EXPLICIT_BATCH",),
         precision_flags={"HALF": "FP16", "INT8": "INT8"},
+        # several contexts run one profile at the same time; from 10 on they always may
+        preview_features=("PROFILE_SHARING_0806",),
         reports_progress=False,
         has_attention=False,
         refused=_TENSORRT_REFUSES,

@@ -17,6 +17,7 @@ from msn_export.graph.attention import (
 from msn_export.graph.heads import set_heads_apart
 from msn_export.graph.io import infer_shapes
 from msn_export.graph.patch import Patch, replace
+from msn_export.graph.quantised import is_quantised_core
 from msn_export.spec import AttentionForm
 
 # b batch, h heads, n tokens, d head size
@@ -42,22 +43,27 @@ def fuse_attention(model: ir.Model, form: AttentionForm, *, expected: int | None
         raise FusionError(
             "the graph has no Softmax and no Attention; expected a vision transformer"
         )
+    # a quantised core has the one form in which it is fused: it counts, and stays
+    quantised = sum(is_quantised_core(node) for node in candidates)
     cores, misses = [], []
     for node in candidates:
+        if is_quantised_core(node):
+            continue
         core = match(node)
         if isinstance(core, str):
             misses.append(f"{node.op_type} of {node.outputs[0].name!r}: {core}")
         else:
             cores.append(core)
     wanted = len(candidates) if expected is None else expected
-    if misses or len(cores) != wanted or not cores:
+    count = len(cores) + quantised
+    if misses or count != wanted or not count:
         listed = "; ".join(misses) or "there is no other Softmax or Attention"
-        raise FusionError(f"fused {len(cores)} of {wanted} attention cores: {listed}")
+        raise FusionError(f"fused {count} of {wanted} attention cores: {listed}")
     for core in cores:
         _WRITERS[form](model.graph, core)
     RemoveUnusedNodesPass()(model)
     infer_shapes(model)
-    return len(cores)
+    return count
 
 
 def _may_be_core(node: ir.Node) -> bool:
