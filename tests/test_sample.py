@@ -82,8 +82,8 @@ def test_a_batch_that_could_not_be_checked_is_refused() -> None:
     with pytest.raises(SpecError) as raised:
         batch_sizes(BatchRange.parse("64"), 5)
     assert str(raised.value) == (
-        "--batch 64:64:64: memory affords a check of about 15 images at once; choose a smaller "
-        "batch, or --no-check"
+        "batch 64:64:64: memory affords a check of about 15 images at once; choose a smaller "
+        "batch, or a machine with more memory"
     )
 
 

@@ -72,8 +72,8 @@ def batch_sizes(batch: BatchRange, room: int) -> tuple[int, ...]:
     """
     if batch.min > 3 * room:
         raise SpecError(
-            f"--batch {batch}: memory affords a check of about {3 * room} images at once; choose a "
-            "smaller batch, or --no-check"
+            f"batch {batch}: memory affords a check of about {3 * room} images at once; choose a "
+            "smaller batch, or a machine with more memory"
         )
     largest = max(batch.min, min(batch.max, room))
     between = min(batch.opt, largest)
