@@ -13,7 +13,7 @@ BIN := .venv/bin
 	touch $@
 
 # The strict editable install links each file: a new file needs a new install.
-MODULES := $(shell find exporter models calibration -name '*.py')
+MODULES := $(shell find exporter models calibration -name '*.py' -o -name '*.j2')
 .venv/linked: .venv/installed $(MODULES)
 	$(BIN)/pip install --quiet --no-deps --editable . -C editable_mode=strict
 	touch $@

@@ -15,6 +15,7 @@ from msn_export.spec import ComputeCapability
 # CUDA driver API, cuda.h: CUdevice_attribute
 _MAJOR = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
 _MINOR = 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
+_NO_DEVICE = 100  # CUresult CUDA_ERROR_NO_DEVICE: cuInit says so where all devices are hidden
 _LIBRARY = "libcuda.so.1"
 
 
@@ -46,6 +47,10 @@ class NoDriver:
 class _CallError(Exception):
     """A driver call gave an error code."""
 
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
 
 def find_driver(library: str = _LIBRARY) -> Driver | NoDriver:
     """Find the driver and its devices; a driver that sees no device counts as none."""
@@ -57,13 +62,21 @@ def find_driver(library: str = _LIBRARY) -> Driver | NoDriver:
         _call(cuda, "cuInit", 0)
         devices = tuple(_device(cuda, index) for index in range(_number(cuda, "cuDeviceGetCount")))
         version = _number(cuda, "cuDriverGetVersion")
-    except (_CallError, AttributeError) as error:
+    except _CallError as error:
+        if error.code == _NO_DEVICE:
+            return _no_device()
+        return NoDriver(f"the NVIDIA driver does not work ({error})")
+    except AttributeError as error:  # a library without the driver's functions
         return NoDriver(f"the NVIDIA driver does not work ({error})")
     if not devices:
-        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-        hint = f" (CUDA_VISIBLE_DEVICES={hidden!r})" if hidden is not None else ""
-        return NoDriver(f"the NVIDIA driver sees no GPU{hint}")
+        return _no_device()
     return Driver(f"{version // 1000}.{version % 1000 // 10}", devices)
+
+
+def _no_device() -> NoDriver:
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hint = f" (CUDA_VISIBLE_DEVICES={hidden!r})" if hidden is not None else ""
+    return NoDriver(f"the NVIDIA driver sees no GPU{hint}")
 
 
 def _device(cuda: ctypes.CDLL, index: int) -> Device:
@@ -93,4 +106,4 @@ def _call(cuda: ctypes.CDLL, function: str, *arguments: object) -> None:
         text = ctypes.c_char_p()
         cuda.cuGetErrorName(code, ctypes.byref(text))
         name = text.value.decode() if text.value else "unknown"
-        raise _CallError(f"{function}: {name}, error {code}")
+        raise _CallError(f"{function}: {name}, error {code}", code)

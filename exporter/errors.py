@@ -33,6 +33,18 @@ class EngineFileError(MsnExportError):
     """A file that is no engine, or one that is damaged."""
 
 
+class InputError(MsnExportError):
+    """Images, logits or another argument of a runner that do not fit the artifact."""
+
+
+class RunnerError(MsnExportError):
+    """An artifact that cannot run here: no GPU, another TensorRT, a provider that is missing."""
+
+
+class DeviceError(RunnerError):
+    """A call of CUDA, TensorRT or onnxruntime that failed while an artifact was run."""
+
+
 class ToleranceError(MsnExportError):
     """An artifact does not agree with its reference within the gate."""
 
@@ -43,6 +55,10 @@ class ManifestError(MsnExportError):
 
 class OutputError(MsnExportError):
     """An output path that exists, cannot be written, or has no room."""
+
+
+class BenchError(MsnExportError):
+    """A contender of a benchmark that cannot be opened, or that failed while it ran."""
 
 
 class MissingPackageError(MsnExportError):

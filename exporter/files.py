@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from msn_export.errors import OutputError
+from msn_export.errors import OutputError, SpecError
 
-STAGING_PREFIX = ".msn-export-"
+STAGING_PREFIX = ".msn-export-staging-"  # whatever is called so is ours to delete
 
 
 def sha256_of(path: Path) -> str:
@@ -21,12 +21,21 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def require_writable(outputs: Sequence[Path], *, force: bool) -> None:
+def require_writable(outputs: Sequence[Path], *, force: bool, sources: Sequence[Path] = ()) -> None:
     """Refuse, before any work is done, outputs that could not be put in place after it.
 
+    Args:
+        outputs: the files that will be written.
+        force: whether an existing file may be replaced.
+        sources: what the work reads: never replaced.
+
     Raises:
-        OutputError: an output exists and ``force`` is not set, or its folder cannot be written.
+        OutputError: an output exists and ``force`` is not set, is no file, is a source, or its
+            folder cannot be written.
+        SpecError: a path is one that no library here can open.
     """
+    for path in (*outputs, *sources):
+        _require_text(path)
     for output in outputs:
         folder = output.parent
         if output.is_dir():
@@ -37,8 +46,27 @@ def require_writable(outputs: Sequence[Path], *, force: bool) -> None:
             )
         if not os.access(folder, os.W_OK | os.X_OK):
             raise OutputError(f"output folder {folder} is not writable; choose another with -o")
-        if output.exists() and not force:
+        if output.exists() and not output.is_file():
+            raise OutputError(f"output {output} is a device or a pipe; name a file with -o")
+        if any(_same(source, output) for source in sources):
+            raise OutputError(f"output {output} is what is read; choose another with -o")
+        if os.path.lexists(output) and not force:
             raise OutputError(f"output {output} exists; --force replaces it, -o writes elsewhere")
+
+
+def _require_text(path: Path) -> None:
+    """Refuse a path that is not UTF-8: torch, safetensors, onnx and TensorRT take no other."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise SpecError(f"path {str(path)!r} is not UTF-8; rename it") from error
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except (OSError, ValueError):  # one of them is not there, or is no path at all
+        return False
 
 
 @contextmanager
@@ -61,16 +89,28 @@ def staging(folder: Path) -> Iterator[Path]:
     except OSError as error:
         raise OutputError(f"cannot write in {folder}: {error.strerror}") from error
     try:
-        yield stage
+        with no_room_reported(folder):
+            yield stage
+    finally:
+        os.close(lock)
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextmanager
+def no_room_reported(folder: Path) -> Iterator[None]:
+    """Report a full disk as one line.
+
+    Raises:
+        OutputError: there is no room in ``folder``.
+    """
+    try:
+        yield
     except OSError as error:
         if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
             raise OutputError(
                 f"no room left in {folder} ({error.strerror}); free some or choose another -o"
             ) from error
         raise
-    finally:
-        os.close(lock)
-        shutil.rmtree(stage, ignore_errors=True)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ Shapes: ``b`` images, ``h`` and ``w`` pixels, ``c`` channels.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
 PICTURES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
+# Pillow's names of them. It knows many more, and some start programs: EPS runs Ghostscript.
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 
 def fit(picture: Image.Image, preprocessing: Preprocessing) -> NDArray[np.uint8]:
@@ -35,25 +36,44 @@ def fit(picture: Image.Image, preprocessing: Preprocessing) -> NDArray[np.uint8]
     EXIF orientation is not applied: neither the training code nor Hugging Face's processor does.
 
     Raises:
-        ImageError: the picture has another size and the preprocessing does not resize.
+        ImageError: the picture is too large or too narrow to resize, has more than 8 bits a
+            channel, or has another size and the preprocessing does not resize.
     """
     from PIL import Image  # Pillow only where a picture is at hand
 
     size = preprocessing.size
+    _require_size(picture.size, "it has")
+    if picture.mode in {"I", "F"} or picture.mode.startswith("I;"):
+        raise ImageError(
+            f"it has more than 8 bits a channel (mode {picture.mode}), of which Pillow would cut "
+            "the bright part; save it with 8"
+        )
     picture = picture.convert(MODES[preprocessing.channels])
     if preprocessing.resample is None:
         if picture.size != (size.width, size.height):
             raise ImageError(
-                f"picture is {picture.height}x{picture.width} and preprocessing "
-                f"{preprocessing.name} does not resize; expected {size}"
+                f"it is {picture.height}x{picture.width} and preprocessing {preprocessing.name} "
+                f"does not resize; expected {size}"
             )
     else:
         method = Image.Resampling(RESAMPLING.index(preprocessing.resample))
-        picture = picture.resize(_resize_to(picture, preprocessing), method)
+        wanted = _resize_to(picture, preprocessing)
+        _require_size(wanted, "before its crop it would have")
+        picture = picture.resize(wanted, method)
     if preprocessing.short_side is not None:
         picture = picture.crop(_centre(picture, preprocessing))
     pixels = np.asarray(picture)
     return pixels.reshape(size.height, size.width, preprocessing.channels)
+
+
+def _require_size(size: tuple[int, int], what: str) -> None:
+    """Refuse decompression bombs, and slivers that become one when their short side is scaled."""
+    from PIL import Image
+
+    width, height = size
+    most = Image.MAX_IMAGE_PIXELS  # None where the user trusts all pictures
+    if most is not None and width * height > most:
+        raise ImageError(f"{what} {height}x{width} pixels; at most {most} in all are decoded")
 
 
 def _resize_to(picture: Image.Image, preprocessing: Preprocessing) -> tuple[int, int]:
@@ -78,17 +98,24 @@ def _centre(picture: Image.Image, preprocessing: Preprocessing) -> tuple[int, in
 
 
 def normalize(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.float32]:
-    """Scale, normalise and turn bytes [b, h, w, c] into planes [b, c, h, w]."""
-    mean = np.asarray(preprocessing.mean, np.float32)
-    std = np.asarray(preprocessing.std, np.float32)
-    floats = pixels.astype(np.float32) * np.float32(preprocessing.scale)
-    return np.ascontiguousarray(((floats - mean) / std).transpose(0, 3, 1, 2))
+    """Scale, normalise and turn bytes [b, h, w, c] into planes [b, c, h, w].
+
+    In transformers' order of rounding (``image_transforms``, rescale and normalize), so that the
+    same bytes are the same floats to the last bit; by table, for a channel has 256 values.
+    """
+    scaled = (np.arange(256) * preprocessing.scale).astype(np.float32)
+    b, h, w, c = pixels.shape
+    planes = np.empty((b, c, h, w), np.float32)
+    for channel, (mean, std) in enumerate(zip(preprocessing.mean, preprocessing.std, strict=True)):
+        table = (scaled - np.float32(mean)) / np.float32(std)
+        planes[:, channel] = table[pixels[..., channel]]
+    return planes
 
 
-def preprocess(
+def decode(
     pictures: Iterable[Path | str | Image.Image], preprocessing: Preprocessing
-) -> NDArray[np.float32]:
-    """Turn pictures into a batch [b, c, h, w].
+) -> NDArray[np.uint8]:
+    """Turn pictures into pixels [b, h, w, c].
 
     Raises:
         ImageError: a picture cannot be read (it is named), or there is none.
@@ -101,36 +128,34 @@ def preprocess(
     ]
     if not pixels:
         raise ImageError("no picture to preprocess; give at least one")
-    return normalize(np.stack(pixels), preprocessing)
+    return np.stack(pixels)
+
+
+def preprocess(
+    pictures: Iterable[Path | str | Image.Image], preprocessing: Preprocessing
+) -> NDArray[np.float32]:
+    """Turn pictures into a batch [b, c, h, w].
+
+    Raises:
+        ImageError: a picture cannot be read (it is named), or there is none.
+    """
+    return normalize(decode(pictures, preprocessing), preprocessing)
 
 
 def read(path: Path, preprocessing: Preprocessing) -> NDArray[np.uint8]:
     """Decode one file to uint8 [h, w, c].
 
     Raises:
-        ImageError: the file is not a picture Pillow can decode, or is a decompression bomb.
+        ImageError: the file is not a picture Pillow can decode, or ``fit`` refuses it.
     """
     from PIL import Image
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
-                return fit(picture, preprocessing)
-    # Pillow's decoders raise these for broken data, SyntaxError (PNG) and ValueError among them
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        IndexError,
-        TypeError,
-        OverflowError,
-        MemoryError,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as error:
-        raise ImageError(f"{path} is not a readable picture ({error})") from error
+        with Image.open(path, formats=FORMATS) as picture:
+            return fit(picture, preprocessing)
+    except Exception as error:  # Pillow's decoders raise what they like for damaged data
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(f"{path} is not a readable picture ({reason})") from error
 
 
 def find(folder: Path) -> list[Path]:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from msn_export import manifest as manifests
 from msn_export.engine.census import Census, summary
-from msn_export.engine.header import EngineHeader, read_header
+from msn_export.engine_header import EngineHeader, read_header
 from msn_export.errors import GraphError, ManifestError
 from msn_export.files import manifest_path, sha256_of
 from msn_export.graph import io

@@ -4,7 +4,6 @@
 """
 
 import hashlib
-import importlib.metadata
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,8 +39,21 @@ class AttentionRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageRecord:
+    """One image's worst figures in a check. None: not a number."""
+
+    name: str
+    cosine: float | None
+    max_abs: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class CheckRecord:
-    """What a check measured; figures are those of the worst output. None: not a number."""
+    """What a check measured; figures are those of the worst output. None: not a number.
+
+    ``neighbours`` and ``classes`` are the shares of images whose nearest neighbour and whose class
+    are the reference's, None where not measured; ``gate`` holds the numbers that had to be reached.
+    """
 
     images: int
     source: str
@@ -56,6 +68,10 @@ class CheckRecord:
     reference: str
     outputs: dict[str, dict[str, float | None]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    neighbours: float | None = None
+    classes: float | None = None
+    per_image: tuple[ImageRecord, ...] = ()
+    gate: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +88,27 @@ class EngineRecord:
     gemm_dtypes: dict[str, int]
     executed: bool
     reason: str
+    quantised_products: int = 0
     census: Any = None
     options: dict[str, Any] = field(default_factory=dict)
+    check: CheckRecord | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GoldenRecord:
+    """A seeded input as a recipe, and what the reference made of it (``msn_export.golden``).
+
+    ``shape`` is that of the pixels [b, h, w, c]; ``values`` are float32 [b, dim], little endian,
+    in base64: the output called ``output``, of tokens [b, n, dim] the first.
+    """
+
+    generator: str
+    seed: int
+    shape: tuple[int, ...]
+    output: str
+    dim: int
+    values: str
+    reference: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +117,42 @@ class SourceRecord:
 
     file: str
     sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizationRecord:
+    """How a graph was quantised, what it costs and what it saves.
+
+    Shares are from 0 to 1, sizes in bytes. ``kept`` names the blocks that stay in ``base`` with
+    why; ``drift`` is the relative error of the embedding with one block quantised at a time, where
+    that was measured. ``twin`` is the same graph in ``base``, ``compiled`` what TensorRT made of
+    both, or why it did not.
+    """
+
+    format: str
+    base: str
+    observer: str
+    smoothing: float | None
+    smoothing_errors: dict[str, float]
+    attention: bool
+    bias_correction: bool
+    products: int
+    expected: int
+    kept: dict[str, str]
+    drift: dict[str, float]
+    calibration_images: int
+    held_out: tuple[str, ...]
+    seed: int
+    limit: int
+    ranges: SourceRecord
+    sizes: dict[str, int]
+    twin: CheckRecord
+    neighbours: dict[str, float | None]
+    classes: dict[str, float | None]
+    compiled: dict[str, Any]
+    latency: dict[str, Any]
+    worthwhile: bool
+    verdict: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +181,8 @@ class Manifest:
     simplified: str = ""
     source: SourceRecord | None = None
     engine: EngineRecord | None = None
+    golden: GoldenRecord | None = None
+    quantization: QuantizationRecord | None = None
     notes: tuple[str, ...] = ()
     command: str = ""
     versions: dict[str, str] = field(default_factory=dict)
@@ -132,9 +205,9 @@ def read(artifact: Path) -> Manifest | None:
         raise ManifestError(f"{path} is larger than a manifest can be; export the artifact again")
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
+        _require_seal(plain, path)
     except (OSError, ValueError, RecursionError) as error:
         raise ManifestError(f"{path} is not JSON ({error}); export the artifact again") from error
-    _require_seal(plain, path)
     schema = plain.get("schema") if isinstance(plain, dict) else None
     if isinstance(schema, int) and schema > SCHEMA:
         raise ManifestError(
@@ -182,6 +255,8 @@ def require_match(artifact: Path, manifest: Manifest) -> None:
 
 def versions_of(*packages: str) -> dict[str, str]:
     """Look up the installed versions of what took part."""
+    import importlib.metadata  # 30 ms that reading a manifest does not need
+
     found = {"msn-export": __version__}
     for package in packages:
         try:

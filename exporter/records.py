@@ -6,6 +6,7 @@ Manifests are hostile input and the runtime reads them with the standard library
 import dataclasses
 import json
 import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -19,16 +20,21 @@ T = TypeVar("T")
 
 
 def to_plain(value: Any) -> Any:
-    """Turn a record into dicts, lists, numbers and text; what is no number becomes None."""
+    """Turn a record into dicts, lists, numbers and text; what is no number becomes None.
+
+    A path's bytes that are no UTF-8 become U+FFFD: JSON has no other place for them.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = dataclasses.fields(value)
         return {field.name: to_plain(getattr(value, field.name)) for field in fields}
     if isinstance(value, Mapping):
-        return {str(key): to_plain(item) for key, item in value.items()}
+        return {to_plain(str(key)): to_plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return [to_plain(item) for item in value]
     if isinstance(value, Enum):
         return value.value
+    if isinstance(value, str):
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     if isinstance(value, float) and not math.isfinite(value):
         return None  # JSON has no NaN; a figure that is none never passed a gate
     return value
@@ -78,9 +84,17 @@ def _read(kind: Any, plain: Any, where: str) -> Any:
             return kind(plain)
         except ValueError as error:
             raise ManifestError(f"{where} is {plain!r}, which is no {kind.__name__}") from error
-    if kind is float and isinstance(plain, int) and not isinstance(plain, bool):
-        return float(plain)
+    if kind is float:
+        return _read_float(plain, where)
     return _expect(kind, plain, where)
+
+
+def _read_float(plain: Any, where: str) -> float:
+    is_number = isinstance(plain, int | float) and not isinstance(plain, bool)
+    # Python's JSON has NaN, and integers of any length; beyond 1.8e308 there is no float
+    if is_number and abs(plain) <= sys.float_info.max:
+        return float(plain)
+    raise ManifestError(f"{where} is {_short(plain)}; expected a finite number")
 
 
 def _read_union(kind: Any, plain: Any, where: str) -> Any:
@@ -95,19 +109,21 @@ def _read_union(kind: Any, plain: Any, where: str) -> Any:
             return _read(choice, plain, where)
         except ManifestError as error:
             reasons.append(str(error))
-    raise ManifestError(reasons[-1])
+    if len(reasons) == 1:
+        raise ManifestError(reasons[0])
+    raise ManifestError(f"{where} is {_short(plain)}; expected {kind}")
 
 
 def _read_record(kind: Any, plain: dict[str, Any], where: str) -> Any:
-    hints = _hints(kind)
+    hints, fields = _hints(kind), dataclasses.fields(kind)
     required = {
         field.name
-        for field in dataclasses.fields(kind)
+        for field in fields
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     }
     for name in sorted(required - plain.keys()):
         raise ManifestError(f"{where}.{name} is missing")
-    for name in sorted(plain.keys() - hints.keys()):
+    for name in sorted(plain.keys() - {field.name for field in fields}):
         raise ManifestError(f"{where}.{name} is unknown to this version")
     values = {name: _read(hints[name], plain[name], f"{where}.{name}") for name in plain}
     try:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from msn_export import __version__, preprocessing
+from msn_export import __version__, golden
 from msn_export.check.gate import GATES
 from msn_export.check.sample import Sample, affordable_batch, batch_sizes, draw
 from msn_export.check.verify import Reference, run_reference, verify
+from msn_export.checkpoint import preprocessing_of, sized
 from msn_export.files import manifest_path, publish, require_writable, sha256_of, staging
 from msn_export.graph import io
 from msn_export.graph.fuse import fuse_attention
@@ -79,23 +80,29 @@ def run_onnx(job: OnnxJob, progress: Progress) -> tuple[Path, Manifest]:
     """
     started = time.monotonic()
     output = job.output or default_output(job)
-    require_writable([output, manifest_path(output)], force=job.force)
+    require_writable(
+        [output, manifest_path(output)], force=job.force, sources=[Path(job.checkpoint)]
+    )
     with progress.step("load checkpoint"):
-        checkpoint = _sized(load_checkpoint(job.checkpoint, variant=job.variant), job.image_size)
+        checkpoint = sized(load_checkpoint(job.checkpoint, variant=job.variant), job.image_size)
     heads = job.heads or ((Head.LOGITS,) if checkpoint.config.labels else (Head.CLS,))
     config = checkpoint.config
     room = affordable_batch(config.tokens, config.dim, config.mlp_dim, config.heads)
     with progress.step("read images"):
         sample = draw(job.images, preprocessing_of(checkpoint, job.preprocess), room=room)
     with staging(output.parent) as stage:
-        reference = None
+        reference = known = None
         if job.check:
             with progress.step("run the PyTorch reference"):
-                reference = run_reference(TorchRunner(checkpoint.model, heads), sample)
+                runner = TorchRunner(checkpoint.model, heads)
+                reference = run_reference(runner, sample)
+                stem = InputKind.FLOAT  # the reference takes floats whatever the graph takes
+                known = golden.record(runner, runner.name, sample.preprocessing, stem, room)
         built = _build(job, checkpoint, heads, sample, stage / output.name, progress)
         check = _check(job, built, reference, progress)
         manifest = replace(
             _describe(job, checkpoint, sample, built, check),
+            golden=known,
             seconds=round(time.monotonic() - started, 3),
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
@@ -107,30 +114,10 @@ def default_output(job: OnnxJob) -> Path:
     """Name the output after the checkpoint: ``vit-msn-small.onnx`` in the current folder."""
     source = job.checkpoint.rstrip("/").split("@")[0]
     stem = source.split(":")[1] if source.startswith("random:") else Path(source).name
-    for ending in (".safetensors", ".bin", ".tar", ".pth"):
+    for ending in (".safetensors", ".bin", ".tar", ".pth", ".pt"):
         stem = stem.removesuffix(ending)
     suffix = "" if job.dtype is Dtype.FP32 else f".{job.dtype}"
     return Path(f"{stem or 'model'}{suffix}.onnx")
-
-
-def preprocessing_of(checkpoint: Checkpoint, choice: str) -> preprocessing.Preprocessing:
-    """Choose the preprocessing: ``auto`` follows the checkpoint's own file where it has one."""
-    size = ImageSize(*checkpoint.config.image_size)
-    channels = checkpoint.config.channels
-    if choice == "auto" and checkpoint.processor is not None:
-        return preprocessing.from_processor_config(checkpoint.processor, size, channels)
-    return preprocessing.preset("hf" if choice == "auto" else choice, size, channels)
-
-
-def _sized(checkpoint: Checkpoint, size: ImageSize | None) -> Checkpoint:
-    wanted = (size.height, size.width) if size else checkpoint.config.image_size
-    if wanted == checkpoint.config.image_size:
-        return checkpoint
-    model = checkpoint.model.for_image_size(wanted)
-    note = (
-        f"position embedding interpolated from {ImageSize(*checkpoint.config.image_size)} to {size}"
-    )
-    return replace(checkpoint, model=model, config=model.config, notes=(*checkpoint.notes, note))
 
 
 def _build(

@@ -1,12 +1,16 @@
 """The story of ``msn-export trt``: graph, precision, check, compile in a child, census, engine."""
 
+import math
 import resource
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import onnx_ir as ir
+
+from msn_export import golden
 from msn_export.check.gate import GATES
-from msn_export.check.sample import Sample, affordable_batch, draw
+from msn_export.check.sample import Sample, draw
 from msn_export.check.verify import Reference, run_reference, verify
 from msn_export.driver import NoDriver, find_driver
 from msn_export.engine import timing_cache
@@ -16,13 +20,20 @@ from msn_export.engine.census import require, summary
 from msn_export.engine.job import BuildSpec
 from msn_export.engine.job import Progress as BuildProgress
 from msn_export.errors import GraphError, SpecError
+from msn_export.execute import execute
 from msn_export.files import manifest_path, publish, require_writable, sha256_of, staging
 from msn_export.graph import io
+from msn_export.graph.expose import expose
 from msn_export.graph.fuse import fuse_attention
+from msn_export.graph.lower import lower, raise_opset
+from msn_export.graph.precision import fp32_nodes
+from msn_export.graph.quantised import quantised_products
+from msn_export.graph.stream import stages_of
 from msn_export.manifest import (
     AttentionRecord,
     CheckRecord,
     EngineRecord,
+    GoldenRecord,
     Manifest,
     SourceRecord,
     seal,
@@ -30,9 +41,8 @@ from msn_export.manifest import (
 )
 from msn_export.progress import Progress
 from msn_export.records import to_plain
-from msn_export.runtime.ort import OrtRunner
-from msn_export.source import Source, read_source
-from msn_export.spec import AttentionForm, BatchRange, ComputeCapability, Dtype
+from msn_export.source import Source, read_source, room_of
+from msn_export.spec import AttentionForm, BatchRange, ComputeCapability, Dtype, TensorSpec
 from msn_export.typed import Islands, cpu_runner, type_as
 
 PACKAGES = ("onnx", "onnx-ir", "onnxsim", "onnxruntime-gpu", "onnxruntime")
@@ -58,6 +68,7 @@ class TrtJob:
     images: Path | None = None
     allow_unfused: bool = False
     check: bool = True
+    stages: bool = False  # show the residual stream as outputs; for drift, not for production
     log: Path | None = None
     force: bool = False
     command: str = ""
@@ -71,10 +82,22 @@ class Graph:
     dtype: Dtype
     cores: int
     form: AttentionForm
+    opset: int
     nodes: int
     ops: dict[str, int]
+    outputs: tuple[TensorSpec, ...]
     islands: Islands
+    quantised: tuple[str, ...]
     changed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What came of checking the typed graph; None where no check was asked for."""
+
+    record: CheckRecord | None
+    reference: Reference | None
+    golden: GoldenRecord | None
 
 
 def run_trt(job: TrtJob, progress: Progress) -> tuple[Path, Manifest]:
@@ -88,20 +111,27 @@ def run_trt(job: TrtJob, progress: Progress) -> tuple[Path, Manifest]:
     """
     started = time.monotonic()
     output = job.output or Path(job.model.with_suffix(".engine").name)
-    require_writable([output, manifest_path(output)], force=job.force)
+    require_writable([output, manifest_path(output)], force=job.force, sources=[job.model])
     backend = find_backend(job.backend)
     with progress.step("read the graph"):
         source = read_source(job.model)
         profiles = _profiles(job, source)
     with progress.step("read images"):
-        sample = draw(job.images, source.preprocessing, room=_room(source))
+        sample = draw(job.images, source.preprocessing, room=room_of(source.model))
     with staging(output.parent) as stage:
-        graph = _prepare(job, source, sample, stage, progress)
-        check = _check(job, source, graph, sample, profiles, progress)
+        graph = _prepare(job, source, backend, sample, stage, progress)
+        checked = _check(job, source, graph, sample, profiles, progress)
         result = _compile(job, graph, profiles, backend, stage / output.name, progress)
         manifest = replace(
-            _describe(job, source, graph, sample, check, result),
+            _describe(job, source, graph, sample, checked.record, result),
             profiles=profiles,
+            golden=checked.golden,
+        )
+        with progress.step("run the engine, where a GPU is"):
+            engine = execute(result.output, manifest, checked.reference, source.stem)
+        manifest = replace(
+            manifest,
+            engine=engine,
             seconds=round(time.monotonic() - started, 3),
             peak_rss_bytes=max(
                 resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, result.peak_rss
@@ -128,26 +158,66 @@ def _profiles(job: TrtJob, source: Source) -> tuple[BatchRange, ...]:
     return profiles
 
 
-def _prepare(job: TrtJob, source: Source, sample: Sample, stage: Path, progress: Progress) -> Graph:
-    """Type the graph and write its attention in the form that the compiler fuses."""
-    model = source.model
+def _prepare(
+    job: TrtJob,
+    source: Source,
+    backend: Backend,
+    sample: Sample,
+    stage: Path,
+    progress: Progress,
+) -> Graph:
+    """Type the graph and write it in the form and opset that the compiler fuses."""
     dtype = job.precision or source.dtype
     if dtype is not source.dtype and source.dtype is not Dtype.FP32:
         raise GraphError(f"{source.path} is typed {source.dtype}; --{dtype} needs the fp32 graph")
-    # an fp32 Attention operator has no kernel: "not supported by a dedicated kernel"
-    form = AttentionForm.PLAIN if dtype is Dtype.FP32 else AttentionForm.HEADS
-    before = io.operators(model)
-    islands = Islands({})
+    if dtype.is_quantised and backend.flavour.opset < 19:
+        raise GraphError(
+            f"{source.path} is quantised with {source.dtype} weights and half-precision scales, "
+            f"which {backend} cannot read; it takes TensorRT 10 or later"
+        )
+    before = io.operators(source.model)
     with progress.step(f"type as {dtype}"):
-        cores = fuse_attention(model, form, expected=_expected(source))
-        if dtype is not source.dtype:
+        model, form, cores = _written_for(backend, source, dtype)
+        if dtype is source.dtype:
+            islands = _islands_of(source, model)
+        else:
             islands = type_as(model, dtype, job.islands, sample, source.stem, stage)
+    if job.stages:
+        model = expose(model, stages_of(model))
     path = stage / source.path.name
     with progress.step("write and check the typed graph"):
         io.save(model, path)
         io.check(path)
     ops = io.operators(model)
-    return Graph(path, dtype, cores, form, len(model.graph), ops, islands, changed=ops != before)
+    opset, nodes = model.graph.opset_imports[""], len(model.graph)
+    outputs = io.tensor_specs(list(model.graph.outputs))
+    quantised = quantised_products(model)
+    return Graph(
+        path, dtype, cores, form, opset, nodes, ops, outputs, islands, quantised,
+        changed=ops != before,
+    )  # fmt: skip
+
+
+def _islands_of(source: Source, model: ir.Model) -> Islands:
+    """Say what stays fp32 in a graph that came typed."""
+    known = source.manifest.islands if source.manifest is not None else {}
+    maxima = {name: math.inf if peak is None else peak for name, peak in known.items()}
+    return Islands(maxima, fp32_nodes(model) if source.dtype is not Dtype.FP32 else ())
+
+
+def _written_for(
+    backend: Backend, source: Source, dtype: Dtype
+) -> tuple[ir.Model, AttentionForm, int]:
+    """Write the graph as this backend reads and fuses it; how many attention cores it has."""
+    flavour = backend.flavour
+    # an fp32 Attention operator has no kernel: "not supported by a dedicated kernel"
+    plain = dtype is Dtype.FP32 or not flavour.has_attention
+    form = AttentionForm.PLAIN if plain else AttentionForm.HEADS
+    model = source.model if plain else raise_opset(source.model)
+    cores = fuse_attention(model, form, expected=_expected(source))
+    if model.graph.opset_imports[""] > flavour.opset:
+        lower(model, flavour.opset)
+    return model, form, cores
 
 
 def _expected(source: Source) -> int | None:
@@ -161,38 +231,32 @@ def _check(
     sample: Sample,
     profiles: tuple[BatchRange, ...],
     progress: Progress,
-) -> CheckRecord | None:
+) -> Checked:
     """Compare the typed graph with the graph that was given, at each profile's sizes."""
+    known = source.manifest.golden if source.manifest is not None else None
     if not job.check:
-        return None
+        return Checked(None, None, known)
     with progress.step("run the given graph"):
-        reference = _run_given(source, sample)
+        reference, known = _run_given(source, sample, known, graph.path.parent)
     room = sample.room
     sizes = {min(size, max(p.min, room)) for p in profiles for size in (p.min, p.opt, p.max)}
     with progress.step("compare the typed graph"):
         runner = cpu_runner(graph.path, graph.dtype, graph.path.parent)
         verified = verify(runner, reference, source.stem, sorted(sizes))
-    return verified.require(GATES[graph.dtype], f"the {graph.dtype} graph")
+    record = verified.require(GATES[graph.dtype], f"the {graph.dtype} graph")
+    return Checked(record, reference, known)
 
 
-def _run_given(source: Source, sample: Sample) -> Reference:
+def _run_given(
+    source: Source, sample: Sample, known: GoldenRecord | None, stage: Path
+) -> tuple[Reference, GoldenRecord]:
     """Run the graph that was given; its session is closed before the next one opens."""
-    runner = OrtRunner(source.path)
-    runner.name = f"{source.path.name} in {runner.name}"
-    return run_reference(runner, sample, source.stem)
-
-
-def _room(source: Source) -> int:
-    """Estimate the batch that memory affords, from any attention core's shape [b, h, n, d]."""
-    for node in source.model.graph:
-        shape = node.inputs[0].shape if node.inputs and node.inputs[0] is not None else None
-        if node.op_type in {"Attention", "Softmax"} and shape is not None and len(shape) == 4:
-            sizes = [size if isinstance(size, int) else 0 for size in shape]
-            heads, tokens, size = sizes[1], sizes[2], sizes[3]
-            dim = heads * (size if node.op_type == "Attention" else 64)
-            if heads and tokens:
-                return affordable_batch(tokens, dim, 4 * dim, heads)
-    return 1
+    with cpu_runner(source.path, source.dtype, stage) as runner:
+        runner.name = f"{source.path.name} in {runner.name}"
+        reference = run_reference(runner, sample, source.stem, fixed=source.fixed)
+        return reference, known or golden.record(
+            runner, runner.name, source.preprocessing, source.stem, sample.room
+        )
 
 
 def _compile(
@@ -230,6 +294,7 @@ def _compile(
             # no TensorRT has fused attention in fp32: there is nothing to require
             allow_unfused=job.allow_unfused or graph.dtype is Dtype.FP32,
             fp32_islands=graph.islands.nodes,
+            quantised=graph.quantised,
         )
     return result
 
@@ -244,7 +309,6 @@ def _default_timing_cache(backend: Backend) -> Path | None:
 
 
 def _engine_record(job: TrtJob, graph: Graph, result: BuildResult) -> EngineRecord:
-    driver = find_driver()
     figures = summary(result.census)
     options = {
         name: getattr(job, name)
@@ -260,9 +324,9 @@ def _engine_record(job: TrtJob, graph: Graph, result: BuildResult) -> EngineReco
         kernels_per_block=figures["kernels_per_block"],
         fused_attention=figures["fused_attention"],
         gemm_dtypes=figures["gemm_dtypes"],
+        quantised_products=len(graph.quantised),
         executed=False,
-        reason="compiled, not executed: "
-        + (driver.reason if isinstance(driver, NoDriver) else "this version runs no engine yet"),
+        reason="compiled",
         census=[to_plain(census) for census in result.censuses],
         options=options,
     )
@@ -285,14 +349,14 @@ def _describe(
         bytes=result.bytes,
         dtype=graph.dtype,
         inputs=io.tensor_specs(list(source.model.graph.inputs)),
-        outputs=io.tensor_specs(list(source.model.graph.outputs)),
+        outputs=graph.outputs,
         profiles=(),
         preprocessing=source.preprocessing,
         nodes=graph.nodes,
         ops=graph.ops,
         attention=AttentionRecord(graph.cores, engine.fused_attention, "kernel"),
         check=check,
-        opset=source.model.graph.opset_imports[""],
+        opset=graph.opset,
         target=engine.backend,
         labels=known.labels if known else (),
         checkpoint=known.checkpoint if known else None,

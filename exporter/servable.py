@@ -5,7 +5,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from msn_export import manifest as manifests
-from msn_export.engine.header import read_header
+from msn_export.engine_header import read_header
 from msn_export.errors import GraphError, ManifestError
 from msn_export.graph import io
 from msn_export.triton.artifact import Artifact, Platform

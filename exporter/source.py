@@ -7,11 +7,13 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from msn_export import manifest as manifests
-from msn_export.errors import GraphError
+from msn_export.check.sample import affordable_batch
+from msn_export.errors import GraphError, SpecError
 from msn_export.graph import io
 from msn_export.graph.lower import raise_opset
 from msn_export.graph.precision import graph_dtype
 from msn_export.graph.simplify import simplify
+from msn_export.graph.size import fix_image_size
 from msn_export.manifest import Manifest
 from msn_export.preprocessing import Preprocessing, preset
 from msn_export.spec import BatchRange, Dtype, ImageSize, InputKind
@@ -33,6 +35,12 @@ class Source:
     batch: BatchRange
     notes: tuple[str, ...]
 
+    @property
+    def fixed(self) -> int | None:
+        """The one batch size the graph takes, or None where the batch is dynamic."""
+        shape = self.model.graph.inputs[0].shape
+        return shape[0] if shape is not None and isinstance(shape[0], int) else None
+
 
 def read_source(path: Path) -> Source:
     """Read an ONNX file; one that another tool wrote is accepted if it is a ViT we understand.
@@ -44,19 +52,16 @@ def read_source(path: Path) -> Source:
     model = io.load(path)
     manifest = manifests.read(path)
     _require_plain_operators(model, path)
-    stem, size, channels, batch = _image_input(model, path)
+    fixed = fix_image_size(model) if manifest is None else None
+    stem, size, channels, batch = image_input(model, path)
     notes: tuple[str, ...] = ()
     if manifest is None:
         ClearMetadataAndDocStringPass()(model)
-        outcome = simplify(raise_opset(model))
-        model = outcome.model
-        notes = (
-            f"{path.name} has no manifest: preprocessing hf assumed, graph simplified "
-            f"({outcome.before} to {outcome.after} nodes)",
-        )
+        model, done = _tidied(model, path)
+        notes = _told(path, fixed, done)
     else:
         manifests.require_match(path, manifest)
-        batch = batch or manifest.profiles[0]
+        batch = batch or next(iter(manifest.profiles), None)
     known = manifest.preprocessing if manifest is not None else None
     return Source(
         path=path,
@@ -69,6 +74,24 @@ def read_source(path: Path) -> Source:
         batch=batch or DYNAMIC,
         notes=notes,
     )
+
+
+def _told(path: Path, fixed: ImageSize | None, done: str) -> tuple[str, ...]:
+    notes = (f"{path.name} has no manifest: preprocessing hf assumed; graph {done}",)
+    if fixed is None:
+        return notes
+    return (*notes, f"its image size was dynamic, and is {fixed} as its position embedding has it")
+
+
+def _tidied(model: ir.Model, path: Path) -> tuple[ir.Model, str]:
+    """Simplify a graph of another tool; a quantised one would lose its Q/DQ on constants."""
+    try:
+        if graph_dtype(model).is_quantised:
+            return raise_opset(model), "left as it was quantised"
+    except GraphError as error:
+        raise GraphError(f"{path}: {error}") from error
+    outcome = simplify(raise_opset(model))
+    return outcome.model, f"simplification {outcome.reason}"
 
 
 def _require_plain_operators(model: ir.Model, path: Path) -> None:
@@ -85,9 +108,7 @@ def _require_plain_operators(model: ir.Model, path: Path) -> None:
             )
 
 
-def _image_input(
-    model: ir.Model, path: Path
-) -> tuple[InputKind, ImageSize, int, BatchRange | None]:
+def image_input(model: ir.Model, path: Path) -> tuple[InputKind, ImageSize, int, BatchRange | None]:
     """Find the image input; None as batch range means dynamic."""
     weights = model.graph.initializers
     inputs = [value for value in model.graph.inputs if value.name not in weights]
@@ -104,8 +125,32 @@ def _image_input(
     channels, height, width = shape[1:] if stem is InputKind.FLOAT else (shape[3], *shape[1:3])
     if not (isinstance(channels, int) and isinstance(height, int) and isinstance(width, int)):
         raise GraphError(
-            f"{described}; height, width and channels must be fixed, batch alone may be dynamic"
+            f"{described}; height, width and channels must be fixed, batch alone may be dynamic; "
+            "export it again for one image size"
         )
     batch = shape[0]
-    fixed = BatchRange(batch, batch, batch) if isinstance(batch, int) else None
+    try:
+        preset("hf", ImageSize(height, width), channels)
+        fixed = BatchRange(batch, batch, batch) if isinstance(batch, int) else None
+    except SpecError as error:
+        raise GraphError(f"{described}; {error}") from error
     return stem, ImageSize(height, width), channels, fixed
+
+
+def room_of(model: ir.Model) -> int:
+    """Estimate the batch that memory affords, from any attention core's shape."""
+    for node in model.graph:
+        shape = node.inputs[0].shape if node.inputs and node.inputs[0] is not None else None
+        if node.op_type not in {"Attention", "Softmax"} or shape is None:
+            continue
+        sizes = [size if isinstance(size, int) else 0 for size in shape]
+        if len(sizes) == 3 and "q_num_heads" in node.attributes:  # [b, n, h * d]
+            heads, tokens, dim = node.attributes["q_num_heads"].as_int(), sizes[1], sizes[2]
+        elif len(sizes) == 4:  # [b, h, n, d], or scores [b, h, n, n], which hide the head size
+            heads, tokens = sizes[1:3]
+            dim = heads * (sizes[3] if node.op_type == "Attention" else 64)
+        else:
+            continue
+        if heads and tokens:
+            return affordable_batch(tokens, dim, 4 * dim, heads)
+    return 1

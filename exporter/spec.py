@@ -9,11 +9,18 @@ from msn_export.errors import SpecError
 
 
 class Dtype(StrEnum):
-    """How a graph's weights and activations are typed."""
+    """How a graph's weights and activations are typed; 8 bits by calibration."""
 
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
+    INT8 = "int8"
+    FP8 = "fp8"
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether it is an 8-bit type, written as QuantizeLinear and DequantizeLinear."""
+        return self in {Dtype.INT8, Dtype.FP8}
 
 
 class Head(StrEnum):
@@ -115,6 +122,9 @@ class BatchRange:
         return cls(*(sizes if len(sizes) == 3 else sizes * 3))
 
 
+LARGEST_SIDE = 16384  # pixels
+
+
 @dataclass(frozen=True, slots=True)
 class ImageSize:
     """Height and width of what the model receives, in pixels."""
@@ -123,8 +133,10 @@ class ImageSize:
     width: int
 
     def __post_init__(self) -> None:
-        if not (1 <= self.height <= 16384 and 1 <= self.width <= 16384):
-            raise SpecError(f"image size {self} is out of range; expected 1 to 16384 pixels a side")
+        if not (1 <= self.height <= LARGEST_SIDE and 1 <= self.width <= LARGEST_SIDE):
+            raise SpecError(
+                f"image size {self} is out of range; expected 1 to {LARGEST_SIDE} pixels a side"
+            )
 
     def __str__(self) -> str:
         return f"{self.height}x{self.width}"

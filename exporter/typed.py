@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from msn_export.check.sample import Sample
 from msn_export.graph import io
-from msn_export.graph.emulate import emulate_bf16
+from msn_export.graph.emulate import emulate_bf16, has_bf16
 from msn_export.graph.precision import type_graph
 from msn_export.islands import decide
 from msn_export.runtime.ort import OrtRunner
@@ -41,10 +41,13 @@ def type_as(
 
 def cpu_runner(path: Path, dtype: Dtype, stage: Path) -> OrtRunner:
     """Open a graph in onnxruntime on the CPU; bf16, which has no kernels there, is emulated."""
-    if dtype is not Dtype.BF16:
+    if dtype is not Dtype.BF16 and not dtype.is_quantised:
+        return OrtRunner(path)
+    model = io.load(path)
+    if not has_bf16(model):  # a quantised graph's other half
         return OrtRunner(path)
     emulated = stage / "emulated.onnx"
-    io.save(emulate_bf16(io.load(path)), emulated)
+    io.save(emulate_bf16(model), emulated)
     runner = OrtRunner(emulated)
     emulated.unlink()
     runner.name += " (bf16 emulated: fp32 arithmetic, every value rounded to bf16)"

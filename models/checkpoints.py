@@ -1,24 +1,24 @@
 """Find a checkpoint wherever a user keeps it, and load it as the reference model."""
 
 import re
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from msn_export.errors import CheckpointError
-from msn_export.models.assemble import assemble, config_of, named_variant
+from msn_export.models.assemble import assemble, classes_of, config_of, named_variant
 from msn_export.models.hf_config import parse_config, read_json
-from msn_export.models.keys import rename
 from msn_export.models.variants import VitConfig
 from msn_export.models.vit_msn import VitMsn
 from msn_export.models.weights import read_file, read_folder
 
 WEIGHTS = (".safetensors", ".bin", ".pth", ".tar", ".pt")
-_HUB_ID = re.compile(r"([\w.-]{1,96}/[\w.-]{1,96})(?:@([\w./-]{1,128}))?", re.ASCII)
+_HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}(?:@[\w./-]{1,128})?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,50 +45,73 @@ def load_checkpoint(
 
     Args:
         source: what the user gave; a hub id may end in ``@revision``.
-        variant: the published shape of a weights file that does not say.
+        variant: the published shape of a weights file; wins over a config.json beside it.
         revision: of a hub id.
 
     Raises:
         CheckpointError: there is no such thing, or it cannot be used; the message says why.
     """
-    path = Path(source)
-    if source.startswith("random:"):
-        return _random(source)
-    if path.is_dir():
-        return _from_folder(path, str(path))
-    if path.is_file():
-        return _from_file(path, variant)
-    match = _HUB_ID.fullmatch(source)
-    if match is None or source.endswith(WEIGHTS) or source.startswith((".", "/")):
+    kind = _kind_of(source)
+    if variant is not None and kind != "file":
         raise CheckpointError(
-            f"checkpoint {source!r} does not exist; expected a folder, a weights file "
-            f"({', '.join(WEIGHTS)}), a hub id such as facebook/vit-msn-small, or random:VARIANT"
+            f"checkpoint {source!r} says its own shape; --variant is for a weights file"
         )
-    name, at = match[1], match[2] or revision
-    folder = _download(name, at)
-    return _from_folder(folder, f"{name}@{folder.name}")
+    match kind:
+        case "random":
+            return _random(source)
+        case "file":
+            return _from_file(Path(source), variant)
+        case "folder":
+            return _from_folder(Path(source), source)
+        case "hub":
+            name, _, at = source.partition("@")
+            folder = _download(name, at or revision)
+            return _from_folder(folder, f"{name}@{folder.name}")
+
+
+def _kind_of(source: str) -> Literal["random", "file", "folder", "hub"]:
+    if source.startswith("random:"):
+        return "random"
+    try:
+        if source and Path(source).is_dir():  # Path("") is the current folder
+            return "folder"
+        if Path(source).is_file():
+            return "file"
+    except OSError as error:  # a folder that may not be entered, a name that is too long
+        raise CheckpointError(
+            f"checkpoint {source[:200]!r} cannot be read: {error.strerror}"
+        ) from error
+    hub_id = _HUB_ID.fullmatch(source)
+    if hub_id and not source.endswith(WEIGHTS) and not source.startswith("."):
+        return "hub"
+    raise CheckpointError(
+        f"checkpoint {source!r} does not exist; expected a folder, a weights file "
+        f"({', '.join(WEIGHTS)}), a hub id such as facebook/vit-msn-small, or random:VARIANT"
+    )
 
 
 def _from_folder(folder: Path, source: str) -> Checkpoint:
-    written = read_json(folder / "config.json")
-    where = f"checkpoint {source}"
-    parse_config(written, f"{folder / 'config.json'}")  # before gigabytes are read
+    where, beside = f"checkpoint {source}", folder / "config.json"
+    written = read_json(beside)
+    parse_config(written, str(beside))  # before gigabytes are read
     tensors = read_folder(folder)
-    config = parse_config(written, f"{folder / 'config.json'}", _classes(tensors))
-    path = folder / "preprocessor_config.json"
-    processor = read_json(path) if path.is_file() else None
-    return _load(tensors, config, source, where, processor)
+    config = parse_config(written, str(beside), classes_of(tensors, where))
+    return _load(tensors, config, source, where, _processor(folder))
 
 
 def _from_file(path: Path, variant: str | None) -> Checkpoint:
+    where, beside = f"checkpoint {path}", path.parent / "config.json"
     tensors = read_file(path)
-    beside = path.parent / "config.json"
-    where = f"checkpoint {path}"
     if variant is None and beside.is_file():
-        config = parse_config(read_json(beside), str(beside), _classes(tensors))
+        config = parse_config(read_json(beside), str(beside), classes_of(tensors, where))
     else:
         config = config_of(tensors, variant, where)
-    return _load(tensors, config, str(path), where, None)
+    return _load(tensors, config, str(path), where, _processor(path.parent))
+
+
+def _processor(folder: Path) -> Mapping[str, Any] | None:
+    path = folder / "preprocessor_config.json"
+    return read_json(path) if path.is_file() else None
 
 
 def _load(
@@ -100,12 +123,6 @@ def _load(
 ) -> Checkpoint:
     made = assemble(tensors, config, where)
     return Checkpoint(source, made.sha256, config, made.model, processor, made.notes)
-
-
-def _classes(tensors: Mapping[str, Tensor]) -> int:
-    """Count the classifier's rows; 0 without one."""
-    key = rename(tensors)[0].get("classifier.weight")
-    return 0 if key is None else len(tensors[key])
 
 
 def _random(source: str) -> Checkpoint:
@@ -142,7 +159,6 @@ def _download(name: str, revision: str | None) -> Path:
         CheckpointError: there is no such repository or revision, or no network.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     shown = f"{name}@{revision}" if revision else name
     about = ["config.json", "preprocessor_config.json"]
@@ -154,8 +170,8 @@ def _download(name: str, revision: str | None) -> Path:
             folder = Path(
                 snapshot_download(name, revision=revision, allow_patterns=[*about, *pickled])
             )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:  # its own errors, and those of whatever carries its requests
+        reason = textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" …")
         raise CheckpointError(
             f"hub checkpoint {shown!r} cannot be had ({reason}); check the name and the network, "
             "or give a local folder"

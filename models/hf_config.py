@@ -18,13 +18,15 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing, too large, or no JSON object.
     """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; is this a Hugging Face model folder?")
+    if path.stat().st_size > _LIMIT:
+        raise CheckpointError(f"{path} is larger than a configuration can be")
     try:
-        if path.stat().st_size > _LIMIT:
-            raise CheckpointError(f"{path} is larger than a configuration can be")
         parsed = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing; is this a Hugging Face model folder?") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(parsed, dict):
         raise CheckpointError(f"{path} is not a JSON object")
@@ -58,8 +60,8 @@ def parse_config(config: Mapping[str, Any], where: str, classes: int = 0) -> Vit
         return value
 
     eps = config.get("layer_norm_eps", 1e-6)
-    if not isinstance(eps, int | float) or isinstance(eps, bool):
-        raise CheckpointError(f"{where}: layer_norm_eps is {eps!r}; expected a number")
+    if not isinstance(eps, float):  # no integer lies between 0 and 1
+        raise CheckpointError(f"{where}: layer_norm_eps is {eps!r}; expected as in 1e-6")
     activation, bias = config.get("hidden_act", "gelu"), config.get("qkv_bias", True)
     if not isinstance(activation, str) or not isinstance(bias, bool):
         raise CheckpointError(f"{where}: hidden_act must be text and qkv_bias true or false")
@@ -73,7 +75,7 @@ def parse_config(config: Mapping[str, Any], where: str, classes: int = 0) -> Vit
             heads=number("num_attention_heads", 12),
             mlp_dim=number("intermediate_size", 3072),
             activation=activation,
-            eps=float(eps),
+            eps=eps,
             qkv_bias=bias,
             labels=parse_labels(config.get("id2label"), classes, where),
         )

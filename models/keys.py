@@ -8,16 +8,20 @@ the reference's own ``state_dict`` is read too.
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from msn_export.errors import CheckpointError
 
+_PREFIX = re.compile(r"(?:module\.)?(?:vit\.)?")
 _BLOCK = re.compile(r"(?:encoder\.layer|layers|blocks)\.(\d{1,4})\.(.+)")
 
-_OUTSIDE = {
+_PARAMETERS = {
     "cls_token": "cls_token",
     "embeddings.cls_token": "cls_token",
     "pos_embed": "pos_embed",
     "embeddings.position_embeddings": "pos_embed",
+}
+_OUTSIDE = {
     "patch": "patch",
     "patch_embed.proj": "patch",
     "embeddings.patch_embeddings.projection": "patch",
@@ -50,11 +54,20 @@ _PROJECTION_HEAD = re.compile(r"(?:fc|pred)\.")  # facebookresearch/msn src/msn_
 _MASK_TOKEN = "embeddings.mask_token"  # noqa: S105  transformers, use_mask_token=True
 
 
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """A file's keys, sorted: our name to the file's, what inference does not read, the unknown."""
+
+    known: dict[str, str]
+    unread: tuple[str, ...]
+    unknown: tuple[str, ...]
+
+
 def canonical(key: str) -> str | None:
     """Give our name of a weight; None for a key no ViT-MSN has."""
-    key = re.sub(r"^(?:module\.)?(?:vit\.)?", "", key)
-    if key in _OUTSIDE and key.endswith(("cls_token", "pos_embed", "position_embeddings")):
-        return _OUTSIDE[key]
+    key = _bare(key)
+    if key in _PARAMETERS:
+        return _PARAMETERS[key]
     stem, _, leaf = key.rpartition(".")
     if leaf not in {"weight", "bias"}:
         return None
@@ -66,12 +79,8 @@ def canonical(key: str) -> str | None:
     return None if outside is None else f"{outside}.{leaf}"
 
 
-def rename(keys: Iterable[str]) -> tuple[dict[str, str], list[str], list[str]]:
-    """Sort a file's keys.
-
-    Returns:
-        Our name to the file's key; the keys that are left unread (a pre-training head, a mask
-        token); the keys that are unknown.
+def rename(keys: Iterable[str], where: str) -> Keys:
+    """Sort a file's keys; ``where`` is what to call the file in errors.
 
     Raises:
         CheckpointError: two keys are the same weight.
@@ -79,14 +88,18 @@ def rename(keys: Iterable[str]) -> tuple[dict[str, str], list[str], list[str]]:
     known: dict[str, str] = {}
     unread, unknown = [], []
     for key in keys:
-        bare = re.sub(r"^(?:module\.)?(?:vit\.)?", "", key)
         name = canonical(key)
-        if _PROJECTION_HEAD.match(bare) or bare == _MASK_TOKEN:
+        if _PROJECTION_HEAD.match(_bare(key)) or _bare(key) == _MASK_TOKEN:
             unread.append(key)
         elif name is None:
             unknown.append(key)
         elif name in known:
-            raise CheckpointError(f"keys {known[name]!r} and {key!r} are the same weight")
+            raise CheckpointError(f"{where}: keys {known[name]!r} and {key!r} are the same weight")
         else:
             known[name] = key
-    return known, unread, unknown
+    return Keys(known, tuple(unread), tuple(unknown))
+
+
+def _bare(key: str) -> str:
+    match = _PREFIX.match(key)
+    return key if match is None else key[match.end() :]

@@ -7,7 +7,9 @@ from typing import Any
 
 from msn_export.errors import CheckpointError
 
-_LARGEST = 1 << 20  # no dimension of a real ViT comes near; a hostile config.json may
+# No real ViT comes near these; a hostile config.json may, and a model is built from it
+_LARGEST = 1 << 20
+_DEEPEST = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +45,9 @@ class VitConfig:
             "intermediate size": self.mlp_dim,
         }
         for name, size in sizes.items():
-            if not 1 <= size <= _LARGEST:
-                raise CheckpointError(f"{name} {size} is out of range; expected 1 to {_LARGEST}")
+            most = _DEEPEST if name == "layers" else _LARGEST
+            if not 1 <= size <= most:
+                raise CheckpointError(f"{name} {size} is out of range; expected 1 to {most}")
         if self.dim % self.heads:
             raise CheckpointError(
                 f"hidden size {self.dim} is not divisible by {self.heads} attention heads"
@@ -55,9 +58,11 @@ class VitConfig:
             ("height", "width"), self.image_size, self.patch_size, strict=True
         ):
             if image % patch:
+                below = image - image % patch
+                nearest = f"sizes are {below} and {below + patch}" if below else f"size is {patch}"
                 raise CheckpointError(
                     f"image {side} {image} is not divisible by the patch's {patch}; "
-                    f"nearest sizes are {image - image % patch} and {image - image % patch + patch}"
+                    f"nearest {nearest}"
                 )
 
     @property

@@ -1,7 +1,7 @@
 """Read weights files. They are hostile input: no pickle runs code, no index leaves its folder."""
 
-import pickle
-import zipfile
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ from msn_export.models.hf_config import read_json
 # Where a training script keeps the weights among its optimiser's state, best first:
 # facebookresearch/msn src/msn_train.py, save_checkpoint (its evaluation reads target_encoder).
 _WRAPPERS = ("target_encoder", "state_dict", "model")
+
+# How torch's unpickler names what it will not import or call
+_GLOBAL = re.compile(r"GLOBAL (\S+)")
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -76,18 +79,28 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
-        # mapped, so that an optimiser's state in the file is never read; old formats cannot be
-        loaded = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    except pickle.UnpicklingError as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about how other files were once written
+            # mapped, so that an optimiser's state in the file is never read; old formats cannot be
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except Exception as error:  # torch's unpickler raises what it likes for a damaged file
+        refused = _GLOBAL.search(str(error))
+        if refused is not None:
+            raise CheckpointError(
+                f"{path} is refused: it names {refused[1]}, and a pickle can execute code; "
+                "convert it to safetensors where you trust it"
+            ) from error
         raise CheckpointError(
-            f"{path} is refused: it holds more than weights, and a pickle can execute code "
-            f"({_line(error)}); convert it to safetensors where you trust it"
+            f"{path} is not a whole weights file ({_line(error)}); expected what torch.save or "
+            "safetensors wrote"
         ) from error
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a whole weights file ({_line(error)})") from error
     return _state_dict(loaded, path)
+
+
+def _is_zip(path: Path) -> bool:
+    """Whether torch.save wrote the format it has had since 1.6, which begins with a zip entry."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
 
 
 def _state_dict(loaded: Any, path: Path) -> dict[str, Tensor]:
@@ -107,5 +120,6 @@ def _state_dict(loaded: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _line(error: Exception) -> str:
-    text = str(error).strip()
+    # torch puts advice before the reason: to read the file without protection
+    text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
     return " ".join(text.splitlines()[0].split())[:160] if text else type(error).__name__

@@ -1,10 +1,10 @@
 """Compile every published shape in half precision for three GPUs, and write docs/engines.md.
 
-    python scripts/engines.py
+    python scripts/engines.py [SHAPE...]
 
 Beside ours stands the graph that a user gets elsewhere: Hugging Face's ViTMSNModel in half precision
 through torch.onnx.export, compiled by the same backend with the same options. Needs no GPU; about
-ten minutes on two cores.
+half an hour on two cores. With shapes named, prints their rows and writes nothing.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import io as stdio
 import logging
 import platform
 import subprocess
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -49,7 +50,7 @@ def ours(variant: str, dtype: str, folder: Path) -> Path:
     """Export a shape in half precision."""
     path = folder / f"{variant}-{dtype}.onnx"
     command = [
-        "msn-export", "onnx", f"random:{variant}:0", "--head", "tokens", "--dtype", dtype,
+        sys.executable, "-m", "msn_export.cli", "onnx", f"random:{variant}:0", "--head", "tokens", "--dtype", dtype,
         "--islands", "none", "--no-check", "-o", str(path), "--force", "--json",
     ]  # fmt: skip
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -124,16 +125,18 @@ def rows(variant: str, config: VitConfig, folder: Path) -> list[str]:
     return made
 
 
-def main() -> None:
-    """Compile everything and write the page."""
+def main(shapes: list[str]) -> None:
+    """Compile everything and write the page; or print the rows of some shapes."""
     import tensorrt_rtx
     import transformers
 
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
         table = [
-            row for name, config in VARIANTS.items() for row in rows(name, config, Path(folder))
+            row for name in shapes or VARIANTS for row in rows(name, VARIANTS[name], Path(folder))
         ]
+    if shapes:
+        return
     head = HEAD.format(
         rtx=tensorrt_rtx.__version__, batch=BATCH, torch=torch.__version__,
         hf=transformers.__version__,
@@ -143,4 +146,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

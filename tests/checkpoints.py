@@ -29,7 +29,9 @@ def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return model.eval()
 
 
-def hugging_face(folder: Path, *, labels: int = 0, seed: int = 0, **config: Any) -> torch.nn.Module:
+def hugging_face(
+    folder: Path, *, labels: int = 0, seed: int = 0, shard_size: str = "5GB", **config: Any
+) -> torch.nn.Module:
     """Save a model with ``save_pretrained`` and give it back."""
     settings: dict[str, Any] = {**TINY, **config}
     if labels:
@@ -37,7 +39,7 @@ def hugging_face(folder: Path, *, labels: int = 0, seed: int = 0, **config: Any)
         settings["label2id"] = {f"class {i}": i for i in range(labels)}
     kind = ViTMSNForImageClassification if labels else ViTMSNModel
     model = randomised(kind(ViTMSNConfig(**settings)), seed)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=shard_size)
     return model
 
 

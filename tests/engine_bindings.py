@@ -1,7 +1,8 @@
-"""Collects the TensorRT names that source code uses, and looks them up in a real module.
+"""Collects the TensorRT and CUDA names that source code uses, and looks them up in real modules.
 
-The convention it relies on is in msn_export.engine.bindings: the module is called ``trt`` or
-annotated ``TensorRT``, and whatever it gives is bound to a variable annotated with its class.
+The convention it relies on is in msn_export.engine.bindings and msn_export.runtime.bindings: the
+module is called ``trt`` or annotated ``TensorRT``, that of CUDA's driver API ``CudaDriver``, and
+whatever TensorRT gives is bound to a variable, or attribute of ``self``, annotated with its class.
 """
 
 import ast
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 MODULE = "TensorRT"
+CUDA = "CudaDriver"  # names of this module are collected as ``CudaDriver.name``
 PLAIN = frozenset({"name", "value"})  # of any enum member
 
 LOOK_UP = """
@@ -26,7 +28,7 @@ for name in json.load(sys.stdin):
         found = getattr(found, part, None)
     if found is None:
         missing.append(name)
-print(json.dumps({"version": trt.__version__, "missing": missing}))
+print(json.dumps({"version": getattr(trt, "__version__", ""), "missing": missing}))
 """
 
 
@@ -70,6 +72,7 @@ class _Collector(ast.NodeVisitor):
         self.classes = classes
         self.names = Names()
         self.types: dict[str, str | None] = {}
+        self.attributes: dict[str, str] = {}  # of the class that is read
 
     def visit_scope(self, body: list[ast.stmt], types: dict[str, str | None]) -> None:
         outer, self.types = self.types, dict(types)
@@ -92,7 +95,19 @@ class _Collector(ast.NodeVisitor):
                     for method in node.body
                     if isinstance(method, ast.FunctionDef) and not method.name.startswith("_")
                 }
+        outer, self.attributes = self.attributes, self._annotated(node)
         self.visit_scope(node.body, self.types)
+        self.attributes = outer
+
+    def _annotated(self, node: ast.ClassDef) -> dict[str, str]:
+        """Find the attributes that a class annotates: ``self.cuda: CudaDriver = cuda``."""
+        found = {}
+        for part in ast.walk(node):
+            if isinstance(part, ast.AnnAssign) and (kind := self.class_of(part.annotation)):
+                target = ast.unparse(part.target)
+                if target.startswith("self.") or part in node.body:
+                    found[target.removeprefix("self.")] = kind
+        return found
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
         if node.value is not None:
@@ -130,14 +145,16 @@ class _Collector(ast.NodeVisitor):
                 self.unclear(node)
             self.generic_visit(node)
             return
-        parts = ast.unparse(node).split(".")[1:]
+        parts = self.members(node)
         parts = parts[: next((i for i, part in enumerate(parts) if part[:2] == "__"), len(parts))]
         if (
             kind == "?"
             or len(parts) > 2
-            or (kind != MODULE and parts[1:] and parts[1] not in PLAIN)
+            or (kind not in {MODULE, CUDA} and parts[1:] and parts[1] not in PLAIN)
         ):
             self.unclear(node)
+        elif kind == CUDA:
+            self.names.used |= {".".join([CUDA, *parts[: i + 1]]) for i in range(len(parts))}
         elif kind == MODULE:
             self.names.used |= {".".join(parts[: i + 1]) for i in range(len(parts))}
         elif parts:
@@ -146,11 +163,21 @@ class _Collector(ast.NodeVisitor):
     def unclear(self, node: ast.AST) -> None:
         self.names.unclear.append(f"line {node.lineno}: {ast.unparse(node)}")
 
+    def members(self, node: ast.Attribute) -> list[str]:
+        """What a chain of attributes names behind the object it starts from."""
+        parts = ast.unparse(node).split(".")
+        return parts[2:] if parts[0] == "self" and parts[1] in self.attributes else parts[1:]
+
     def root(self, node: ast.AST) -> str | None:
-        """The class of the variable that a chain of attributes starts from."""
+        """The class of the variable, or attribute of self, that a chain starts from."""
+        last = node
         while isinstance(node, ast.Attribute):
-            node = node.value
-        return self.types.get(node.id) if isinstance(node, ast.Name) else None
+            last, node = node, node.value
+        if not isinstance(node, ast.Name):
+            return None
+        if node.id == "self" and isinstance(last, ast.Attribute) and last.attr in self.attributes:
+            return self.attributes[last.attr]
+        return self.types.get(node.id)
 
     def class_of(self, annotation: ast.expr | None) -> str | None:
         text = ast.unparse(annotation).strip("'\"") if annotation is not None else ""

@@ -2,14 +2,13 @@
 
 import importlib.metadata
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from msn_export.driver import Device, Driver, NoDriver, find_driver
+from msn_export.driver import Device, Driver, NoDriver
 from msn_export.engine import backend as subject
 from msn_export.engine.backend import Backend, find_backend, require_buildable
 from msn_export.engine.flavours import FLAVOURS, flavour_for
@@ -165,60 +164,3 @@ def test_full_tensorrt_without_a_driver_is_refused_before_it_ends_the_process() 
     ):
         require_buildable(Backend(row, "11.4.0.106"), NO_CARD)
     require_buildable(Backend(row, "11.4.0.106"), CARD)
-
-
-DRIVER_SOURCE = """
-#include <stddef.h>
-#include <string.h>
-int cuInit(unsigned f) { return INIT; }
-int cuDeviceGetCount(int *n) { *n = COUNT; return 0; }
-int cuDriverGetVersion(int *v) { *v = 12080; return 0; }
-int cuDeviceGet(int *d, int i) { *d = i; return 0; }
-int cuDeviceGetName(char *s, int n, int d) { strncpy(s, "NVIDIA Test", n); return 0; }
-int cuDeviceTotalMem_v2(size_t *m, int d) { *m = 24ul << 30; return 0; }
-int cuDeviceGetAttribute(int *v, int a, int d) { *v = a == 75 ? 8 : 9; return 0; }
-int cuGetErrorName(int e, const char **s) { *s = "CUDA_ERROR_NO_DEVICE"; return 0; }
-"""
-
-
-def fake_driver(folder: Path, init: int, count: int) -> str:
-    if shutil.which("gcc") is None:
-        pytest.skip("no gcc to compile a stand-in for libcuda with")
-    (folder / "cuda.c").write_text(DRIVER_SOURCE)
-    library = folder / "libcuda-stand-in.so"
-    subprocess.run(
-        ["gcc", "-shared", "-fPIC", f"-DINIT={init}", f"-DCOUNT={count}", "-o", library,
-         folder / "cuda.c"],
-        check=True,
-    )  # fmt: skip
-    return str(library)
-
-
-def test_driver_tells_its_devices(tmp_path: Path) -> None:
-    device = Device(0, "NVIDIA Test", ComputeCapability(8, 9), 24 << 30)
-    assert find_driver(fake_driver(tmp_path, 0, 1)) == Driver("12.8", (device,))
-
-
-def test_no_library_is_no_driver() -> None:
-    assert find_driver("libcuda-absent.so") == NoDriver(
-        "no NVIDIA driver (libcuda-absent.so cannot be loaded)"
-    )
-
-
-def test_a_driver_that_fails_says_how(tmp_path: Path) -> None:
-    assert find_driver(fake_driver(tmp_path, 100, 1)) == NoDriver(
-        "the NVIDIA driver does not work (cuInit: CUDA_ERROR_NO_DEVICE, error 100)"
-    )
-
-
-def test_a_driver_without_a_device_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert find_driver(fake_driver(tmp_path, 0, 0)) == NoDriver(
-        "the NVIDIA driver sees no GPU (CUDA_VISIBLE_DEVICES='')"
-    )
-
-
-def test_a_library_that_is_no_driver(tmp_path: Path) -> None:
-    found = find_driver("libc.so.6")
-    assert isinstance(found, NoDriver)
-    assert "cuInit" in found.reason

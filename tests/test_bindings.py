@@ -2,15 +2,11 @@
 
 import importlib.util
 import json
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 from engine_bindings import Names, collect, declared_classes, look_up
+from real_bindings import RELEASES, module_of, names_in
 
 import msn_export
 from msn_export.engine import bindings
@@ -20,72 +16,11 @@ PACKAGE = Path(msn_export.__file__).parent
 CLASSES = declared_classes(Path(bindings.__file__).read_text())
 DATA = Path(__file__).parent / "data"
 
-# PyPI distribution and version -> major of the libraries its module links
-RELEASES = {
-    ("tensorrt-cu12-bindings", "10.9.0.34"): 10,
-    ("tensorrt-cu13-bindings", "10.16.1.11"): 10,
-    ("tensorrt-cu13-bindings", "11.0.0.114"): 11,
-    ("tensorrt-cu13-bindings", "11.4.0.106"): 11,
-}
-# What the modules of 10.x and 11.x import from libnvinfer, libnvonnxparser, libnvinfer_plugin.
-SYMBOLS = (
-    "createInferBuilder_INTERNAL", "createInferRefitter_INTERNAL", "createInferRuntime_INTERNAL",
-    "createNvOnnxParser_INTERNAL", "createNvOnnxParserRefitter_INTERNAL",
-    "getBuilderPluginRegistry", "getPluginRegistry", "getNvOnnxParserVersion",
-    "initLibNvInferPlugins",
-)  # fmt: skip
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "msn-export-tests"
-
 
 @pytest.fixture(scope="session")
 def code() -> Names:
-    """What engine/ and runtime/ use."""
-    names = Names()
-    for folder in ("engine", "runtime"):
-        for file in sorted((PACKAGE / folder).glob("*.py")):
-            source = file.read_text()
-            found = collect(source, CLASSES | declared_classes(source))
-            found.unclear = [f"{folder}/{file.name} {text}" for text in found.unclear]
-            names |= found
-    return names
-
-
-@pytest.fixture(scope="session")
-def stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Libraries that define what the modules link, and do nothing."""
-    if shutil.which("gcc") is None:
-        pytest.skip("no gcc to compile the stub libraries with")
-    folder = tmp_path_factory.mktemp("stubs")
-    source = folder / "stubs.c"
-    source.write_text("".join(f"void *{symbol}(void) {{ return 0; }}\n" for symbol in SYMBOLS))
-    for major in set(RELEASES.values()):
-        for library in ("libnvinfer", "libnvonnxparser", "libnvinfer_plugin"):
-            name = f"{library}.so.{major}"
-            subprocess.run(
-                ["gcc", "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", folder / name, source],
-                check=True,
-            )
-    return folder
-
-
-def module_of(distribution: str, version: str) -> Path:
-    """Install a distribution into the cache, once; skip the test where pip cannot."""
-    python = f"py{sys.version_info.major}{sys.version_info.minor}"
-    target = CACHE / f"{distribution}-{version}-{python}"
-    if not target.is_dir():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            run = subprocess.run(
-                [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile",
-                 "--target", f"{folder}/module", f"{distribution}=={version}"],
-                capture_output=True, text=True, check=False,
-            )  # fmt: skip
-            if run.returncode != 0:
-                reason = (run.stderr.strip().splitlines() or ["no reason given"])[-1]
-                pytest.skip(f"pip cannot fetch {distribution} {version}: {reason}")
-            if not target.is_dir():  # another run may have been faster
-                Path(folder, "module").rename(target)
-    return target
+    """What engine/ uses."""
+    return names_in(PACKAGE / "engine", CLASSES)
 
 
 def required(names: Names, row: Flavour) -> set[str]:

@@ -1,7 +1,6 @@
 """Builds are reproducible, cancellable, limited, and say in one sentence why they fail."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -22,15 +21,13 @@ from onnx import numpy_helper
 
 from msn_export.driver import Device, Driver
 from msn_export.engine import build as subject
-from msn_export.engine import timing_cache
 from msn_export.engine.backend import Backend
 from msn_export.engine.build import build_engine
 from msn_export.engine.compile import compile_engine
-from msn_export.engine.failures import explain, explain_or_quote
 from msn_export.engine.flavours import flavour_for
-from msn_export.engine.job import BuildSpec, Phases, Progress
-from msn_export.engine.listeners import Heard, make_monitor
-from msn_export.errors import BuildError, OutputError, SpecError
+from msn_export.engine.job import BuildSpec, Progress
+from msn_export.engine.listeners import Heard
+from msn_export.errors import BuildError, OutputError
 from msn_export.spec import BatchRange, ComputeCapability, Dtype
 
 DEEP = Vit(depth=24)  # long enough to be interrupted
@@ -223,38 +220,6 @@ def test_an_engine_that_claims_other_gpus_is_refused(monkeypatch: pytest.MonkeyP
         build_engine(spec_of(Vit()), rtx(), Path(graph(Vit())).with_suffix(".claims"))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"profiles": ()}, "no batch range; give at least one --batch"),
-        ({"profiles": (BatchRange(), BatchRange())}, "--batch 1:8:32 is given twice"),
-        (
-            {"capabilities": (ComputeCapability(8, 9),) * 2},
-            r"--compute-capability 8\.9 is given tw",
-        ),
-        ({"optimization_level": 6}, "optimization level 6 is not one of 0 to 5"),
-        ({"workspace": 0}, "workspace 0 must be above zero"),
-        ({"timeout": float("nan")}, "timeout nan must be above zero"),
-        ({"memory_limit": -1}, "memory limit -1 must be above zero"),
-    ],
-)
-def test_a_spec_that_makes_no_sense(options: dict[str, object], message: str) -> None:
-    with pytest.raises(SpecError, match=message):
-        BuildSpec(**{"model": Path("x.onnx"), "profiles": (BatchRange(),), **options})
-
-
-def test_a_spec_survives_json() -> None:
-    spec = BuildSpec(
-        Path("x.onnx"), (BatchRange(), BatchRange(64, 64, 64)), (ComputeCapability(8, 9),),
-        Dtype.FP16, 1 << 30, 3, Path("t.cache"), True, True, 60.0, 1 << 32,
-    )  # fmt: skip
-    assert BuildSpec.from_json(spec.to_json()) == spec
-    bare = BuildSpec(Path("x.onnx"), (BatchRange(),))
-    assert BuildSpec.from_json(bare.to_json()) == bare
-    assert bare.options_set() == {}
-    assert len(spec.options_set()) == 9
-
-
 # --- limits, interruptions, crashes ---------------------------------------------------------------
 
 
@@ -370,62 +335,6 @@ def test_a_log_that_cannot_be_written_is_told_before_the_build(tmp_path: Path) -
         build_engine(spec_of(Vit()), rtx(), tmp_path / "x", tmp_path / "absent" / "x.log")
 
 
-# --- progress -------------------------------------------------------------------------------------
-
-
-def test_nested_phases_are_one_fraction() -> None:
-    phases = Phases()
-    phases.start("build", None, 2)
-    phases.start("optimise", "build", 4)
-    assert phases.step("optimise", 1) == Progress("optimise", 2, 4, 0.25)
-    phases.finish("optimise")
-    assert phases.step("build", 0) == Progress("build", 1, 2, 0.5)
-    assert phases.start("optimise", "build", 4) == Progress("optimise", 0, 4, 0.5)
-    assert phases.step("unheard of", 0) is None
-    assert phases.step("build", 7) == Progress("build", 2, 2, 1.0)
-
-
-def test_fraction_never_goes_back() -> None:
-    phases = Phases()
-    phases.start("build", None, 1)
-    phases.start("a", "build", 2)
-    phases.step("a", 1)
-    phases.finish("a")
-    again = phases.start("b", "build", 2)
-    assert again.fraction == 1.0
-
-
-def test_a_listener_that_is_gone_cancels_the_build() -> None:
-    trt = SimpleNamespace(IProgressMonitor=type("IProgressMonitor", (), {}))
-    answers = iter([True, True, False])
-    monitor = make_monitor(trt, lambda _progress: next(answers))
-    monitor.phase_start("build", None, 3)
-    monitor.phase_start("optimise", "build", 2)
-    assert monitor.step_complete("optimise", 0) is True  # so soon that it is not told
-    assert monitor.step_complete("unheard of", 0) is True
-    assert monitor.step_complete("build", 0) is False
-
-
-def test_a_child_that_nobody_listens_to_stops(tmp_path: Path) -> None:
-    reading, writing = os.pipe()
-    os.close(reading)
-    job = {
-        "module": "tensorrt_rtx",
-        "spec": spec_of(DEEP).to_json(),
-        "output": str(tmp_path / "x.engine"),
-        "parent": os.getpid(),
-    }
-    run = subprocess.run(
-        [sys.executable, "-m", "msn_export.engine.child", str(writing)],
-        input=json.dumps(job) + "\n", capture_output=True, text=True, pass_fds=(writing,),
-        check=False,
-    )  # fmt: skip
-    os.close(writing)
-    assert run.returncode == 0
-    assert "Layers:" not in run.stdout
-    assert list(tmp_path.iterdir()) == []
-
-
 # --- the flavours that need a GPU, through stand-ins ----------------------------------------------
 
 
@@ -508,63 +417,3 @@ def test_full_tensorrt_builds_for_its_own_gpu_only(
         BuildError, match=r"11\.4\.0 cannot take --compute-capability: TensorRT com"
     ):
         build_engine(spec_of(Vit()), Backend(row, "11.4.0"), tmp_path / "x.engine")
-
-
-def test_a_timing_cache_is_merged_and_written_whole(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "timing.cache"
-    config = MagicMock()
-    config.get_timing_cache.return_value.serialize.return_value = b"first"
-    assert timing_cache.attach(config, path) is None
-    timing_cache.store(config, path)
-    assert path.read_bytes() == b"first"
-    config.get_timing_cache.return_value.serialize.return_value = b"both"
-    timing_cache.store(config, path)
-    config.create_timing_cache.assert_called_with(b"first")
-    config.get_timing_cache.return_value.combine.assert_called_once()
-    assert path.read_bytes() == b"both"
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_a_foreign_timing_cache_is_started_anew(tmp_path: Path) -> None:
-    path = tmp_path / "timing.cache"
-    path.write_bytes(b"of another GPU")
-    config = MagicMock()
-    config.set_timing_cache.return_value = False
-    assert "is of another TensorRT or GPU, or damaged" in str(timing_cache.attach(config, path))
-    config.create_timing_cache.assert_called_with(b"")
-
-
-def test_timing_caches_are_kept_by_version_and_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    path = timing_cache.default_path("11.4.0.106", "NVIDIA H200 NVL", ComputeCapability(9, 0))
-    assert path == Path("/cache/msn-export/timing-11.4.0.106-sm90-nvidia-h200-nvl")
-
-
-# --- what errors mean -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("raw", "meaning"),
-    [
-        ("Error Code 1: Cuda Runtime (cudaError 35: CUDA driver version is insufficient",
-         "needs an NVIDIA driver"),
-        ("Version tag does not match. Note: Current Version: 239", "built by another version of"),
-        ("Cannot compile for target(s) sm86, because the model contains HW-specific datatypes: "
-         "fp8_e4m3", "sm86 cannot compute in fp8_e4m3"),
-        ("Network has dynamic or shape inputs, but no optimization profile has been defined",
-         "give a --batch"),
-        ("Input tensor x has static dimensions that don't match kMIN dimensions in profile index 0",
-         "lies outside the graph's fixed shape"),
-        ("In node 3 (importFallbackPluginImporter): Plugin not found", "com.microsoft operators"),
-        ("Requested amount of GPU memory could not be allocated. OutOfMemory", "enough memory"),
-        ("Unable to load library: libnvinfer_lean.so.1: cannot", "missing: libnvinfer_lean.so.1"),
-    ],
-)  # fmt: skip
-def test_known_errors_are_translated(raw: str, meaning: str) -> None:
-    assert meaning in str(explain(raw))
-
-
-def test_an_unknown_error_is_quoted_and_silence_is_told() -> None:
-    assert explain("a\nb") is None
-    assert explain_or_quote(["something\n new", "else"]) == "TensorRT says: something new"
-    assert "gave no reason; --log FILE keeps all it said" in explain_or_quote([])

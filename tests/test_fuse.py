@@ -55,3 +55,34 @@ def test_new_nodes_are_named_after_the_one_they_replace() -> None:
         "blocks.3.attn.Softmax",
         "blocks.3.attn.MatMul_2",
     ]
+
+
+@pytest.mark.parametrize("form", list(AttentionForm))
+def test_every_form_is_written_from_every_other(form) -> None:
+    feeds = random_feeds(parse(PACKED))
+    wanted = run(parse(PACKED), feeds)
+    for before in AttentionForm:
+        model = parse(PACKED)
+        fuse_attention(model, before)
+        fuse_attention(model, form, expected=1)
+        np.testing.assert_allclose(run(model, feeds), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_plain_form_of_an_fp16_graph_stays_fp16() -> None:
+    model = parse("""
+        g (float16[b,2,5,4] q, float16[b,2,5,4] k, float16[b,2,5,4] v) => (float16[b,2,5,4] y) {
+            y = Attention (q, k, v)
+        }""")
+    fuse_attention(model, AttentionForm.PLAIN, expected=1)
+    assert {value.dtype.name for node in model.graph for value in node.outputs} == {"FLOAT16"}
+
+
+def test_the_softmax_of_a_classifier_is_no_attention() -> None:
+    model = parse("""
+        g (float[b,2,5,4] q, float[b,2,5,4] k, float[b,2,5,4] v, float[b,3] logits)
+            => (float[b,2,5,4] y, float[b,3] probabilities) {
+            y = Attention (q, k, v)
+            probabilities = Softmax (logits)
+        }""")
+    assert fuse_attention(model, AttentionForm.HEADS) == 1
+    assert op_types(model) == ["Attention", "Softmax"]

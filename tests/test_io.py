@@ -147,10 +147,48 @@ def test_missing_external_weights_are_named(tmp_path) -> None:
 def test_external_weights_beside_the_file_are_read(tmp_path) -> None:
     model = with_big_weight()
     path = tmp_path / "m.onnx"
-    onnx.save(ir.to_proto(model), path, save_as_external_data=True, location="w.bin")
+    save_beside(model, path)
+    assert (tmp_path / "w.bin").stat().st_size == 4 * 4 * 600
     feeds = random_feeds(model)
     io.save(io.load(path), tmp_path / "whole.onnx")
     np.testing.assert_array_equal(run(io.load(tmp_path / "whole.onnx"), feeds), run(model, feeds))
+
+
+def test_small_external_weights_reach_the_libraries_too(tmp_path) -> None:
+    # torch.onnx.export puts every weight beside the graph, whatever its size
+    model, path = parse(TEXT), tmp_path / "m.onnx"
+    save_beside(model, path)
+    assert io.skeleton(io.load(path)).graph.initializer[0].external_data == []
+
+
+@pytest.mark.parametrize("location", ["../w.bin", "/etc/hostname"])
+@pytest.mark.parametrize("place", ["attribute", "subgraph"])
+def test_nor_can_they_hide_in_an_attribute_or_a_subgraph(place, location, tmp_path) -> None:
+    proto = ir.to_proto(with_big_weight())
+    external(proto, location)
+    weight = proto.graph.initializer.pop()
+    if place == "attribute":
+        proto.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["w"], value=weight))
+    else:
+        branch = onnx.helper.make_graph(list(proto.graph.node), "b", [], proto.graph.output)
+        branch.initializer.append(weight)
+        proto.graph.input.append(onnx.helper.make_tensor_value_info("c", onnx.TensorProto.BOOL, []))
+        del proto.graph.node[:]
+        proto.graph.node.append(
+            onnx.helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch)
+        )
+    path = tmp_path / "m.onnx"
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(GraphError, match="weight 'w' lies outside the folder"):
+        io.load(path)
+
+
+def test_external_weights_that_end_too_soon_are_named(tmp_path) -> None:
+    path = tmp_path / "m.onnx"
+    save_beside(with_big_weight(), path)
+    (tmp_path / "w.bin").write_bytes(b"short")
+    with pytest.raises(GraphError, match=r"its weights cannot be read \(.*\); copy them again"):
+        io.load(path)
 
 
 def test_a_graph_that_contradicts_itself_fails_its_check(tmp_path) -> None:
@@ -162,6 +200,11 @@ def test_a_graph_that_contradicts_itself_fails_its_check(tmp_path) -> None:
         io.check(path)
     with pytest.raises(GraphError, match="types or shapes do not fit"):
         io.infer_shapes(io.load(path))
+
+
+def save_beside(model: ir.Model, path: Path) -> None:
+    """Save with every weight in w.bin."""
+    ir.save(model, path, external_data="w.bin", size_threshold_bytes=0)
 
 
 def external(proto: onnx.ModelProto, location: str) -> None:

@@ -64,6 +64,26 @@ def test_a_wrong_or_larger_result_is_not_kept(text, reason, monkeypatch) -> None
     assert outcome.reason.startswith(reason)
 
 
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [("simplify", "not kept: no such pass"), ("run", "not kept: no kernel here")],
+)
+def test_a_failure_of_a_library_costs_the_smaller_graph_and_nothing_else(
+    broken, reason, monkeypatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError(reason.removeprefix("not kept: "))
+
+    if broken == "simplify":
+        monkeypatch.setattr(onnxsim, "simplify", fail)
+    else:
+        monkeypatch.setattr(module, "_run", fail)
+    model = parse(ROUNDABOUT)
+    outcome = simplify(model)
+    assert outcome.model is model
+    assert outcome.reason == reason
+
+
 def test_the_input_is_not_changed() -> None:
     model = parse(ROUNDABOUT)
     before = op_types(model)

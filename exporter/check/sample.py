@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,6 @@ from msn_export.spec import BatchRange, InputKind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -72,6 +72,20 @@ def batch_sizes(batch: BatchRange, room: int) -> tuple[int, ...]:
     return tuple(sorted({batch.min, between, largest}))
 
 
+def with_ragged(sizes: Sequence[int], count: int) -> tuple[int, ...]:
+    """Add the size of the last batch of a data set, which is rarely a full one.
+
+    A graph of one size takes full batches only: its sizes stay as they are.
+    """
+    least, largest = min(sizes), max(sizes)
+    if least == largest:
+        return tuple(sizes)
+    ragged = count % largest
+    if not least < ragged < largest:  # all full: any size between that is not tried yet
+        ragged = (least + largest) // 2 + 1
+    return tuple(sorted({*sizes, min(ragged, largest - 1)}))
+
+
 def batches(sizes: Sequence[int], count: int) -> Iterator[list[int]]:
     """Deal ``count`` images into batches of ``sizes``, each image at least once.
 
@@ -99,12 +113,49 @@ def affordable_batch(tokens: int, dim: int, mlp_dim: int, heads: int) -> int:
 
 
 def available_memory() -> int:
-    """Bytes the system can give without swapping: MemAvailable of proc(5), else free pages."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    """Bytes that can be had without swapping: the system's, or what a container may still take."""
+    return min((_of_system(), *_of_cgroup()))
+
+
+def _of_system() -> int:
+    """MemAvailable of proc(5), else free pages."""
+    for line in _lines(Path("/proc/meminfo")):
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+# Limit, use, and in memory.stat what the kernel gives back under pressure: version 2, version 1
+# (docs.kernel.org, admin-guide, cgroup-v2 and cgroup-v1/memory). A container sees its own here.
+_CGROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    (
+        "/sys/fs/cgroup/memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+)
+
+
+def _of_cgroup() -> Iterator[int]:
+    """The system's figures are those of the whole machine, even in a container with a limit."""
+    for folder, limit, used, cached in _CGROUPS:
+        most, now = (_number(_lines(Path(folder, name))) for name in (limit, used))
+        if most is None or now is None:
+            continue
+        counted = (line.partition(" ") for line in _lines(Path(folder, "memory.stat")))
+        back = next((number for name, _, number in counted if name == cached), "0")
+        yield max(0, most - now + int(back))
+
+
+def _number(lines: list[str]) -> int | None:
+    """Read a file of one number; ``max`` means that there is no limit."""
+    return int(lines[0]) if lines and lines[0].isdigit() else None
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="ascii").splitlines()
+    except OSError:  # another system, another kernel, no right to see it
+        return []

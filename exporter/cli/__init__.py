@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 from typing import Any
 
 import click
 
 from msn_export import __version__
+from msn_export.cli.bench import bench
+from msn_export.cli.calibrate import calibrate
+from msn_export.cli.doctor import doctor
+from msn_export.cli.drift import drift
+from msn_export.cli.embed import embed
 from msn_export.cli.inspect import inspect
 from msn_export.cli.onnx import onnx
+from msn_export.cli.report import report
 from msn_export.cli.triton import triton
 from msn_export.cli.trt import trt
+from msn_export.cli.validate import validate
 from msn_export.errors import MsnExportError
 
 INSTALL = "pip install 'msn-export[export]'"
+_LONGEST = 2000  # characters of a message
 
 
 class Commands(click.Group):
@@ -30,19 +39,33 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except MsnExportError as error:
-            self._fail(ctx, " ".join(str(error).split()), 1)
+            self._fail(ctx, _one_line(str(error)), 1)
         except ModuleNotFoundError as error:
             if (error.name or "").startswith("msn_export"):
                 raise
             self._fail(ctx, f"package {error.name} is not installed; {INSTALL}", 1)
-        except KeyboardInterrupt:
-            self._fail(ctx, "interrupted; nothing was written", 130)
+        except OSError as error:  # of a file that no step expects to fail, as when a disk breaks
+            if error.errno == errno.EPIPE:
+                raise  # whoever read our output is gone: click ends quietly
+            where = f"{error.filename}: " if error.filename else ""
+            self._fail(ctx, _one_line(f"{where}{error.strerror or error}"), 1)
+        except KeyboardInterrupt as stop:
+            self._fail(ctx, _one_line(str(stop)) or "interrupted; nothing was written", 130)
 
     def _fail(self, ctx: click.Context, message: str, code: int) -> None:
         if ctx.params.get("verbose"):
             raise  # noqa: PLE0704  called from an except clause: -v shows the traceback
         click.echo(f"error: {message}", err=True)
         ctx.exit(code)
+
+
+def _one_line(message: str) -> str:
+    """Fit a message into one line, without the characters that a terminal obeys.
+
+    Keys, labels and paths of hostile files reach messages, and may be of any length.
+    """
+    printable = "".join(c if c.isprintable() else " " for c in message[:_LONGEST])
+    return " ".join(printable.split()) + (" …" if len(message) > _LONGEST else "")
 
 
 def _interrupt(signum: int, frame: Any) -> None:  # noqa: ARG001  the signature of a handler
@@ -56,5 +79,8 @@ def main(verbose: bool) -> None:
     """Take a ViT-MSN checkpoint to a proven ONNX graph and TensorRT engine."""
 
 
-for _command in (onnx, trt, inspect, triton):
+_COMMANDS = (
+    onnx, calibrate, trt, validate, drift, report, inspect, bench, embed, triton, doctor,
+)  # fmt: skip
+for _command in _COMMANDS:
     main.add_command(_command)

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
+from msn_export.cli.calibration_rows import quantization_rows
 from msn_export.cli.console import Console
 from msn_export.manifest import CheckRecord, EngineRecord, Manifest
 from msn_export.records import to_plain
@@ -16,7 +17,7 @@ def show_artifact(console: Console, output: Path, manifest: Manifest) -> None:
     if console.as_json:
         console.print_json({**to_plain(manifest), "output": str(output)})
         return
-    table = Table(title=str(output), title_justify="left", show_header=False)
+    table = Table(title=escape(str(output)), title_justify="left", show_header=False)
     for name, text in rows(manifest):
         table.add_row(name, escape(text))
     console.print(table)
@@ -43,7 +44,11 @@ def rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield "fp32 islands", f"{len(manifest.islands)}: {', '.join(sorted(manifest.islands))}"
     if manifest.engine is not None:
         yield from _engine_rows(manifest.engine)
+    if manifest.quantization is not None:
+        yield from quantization_rows(manifest.quantization)
     yield from _check_rows(manifest.check)
+    if manifest.quantization is not None:
+        yield "in short", manifest.quantization.verdict
     for note in manifest.notes:
         yield "note", note
     yield "took", f"{manifest.seconds:.1f} s, peak memory {manifest.peak_rss_bytes / 1e9:.2f} GB"
@@ -56,9 +61,10 @@ def _engine_rows(engine: EngineRecord) -> Iterator[tuple[str, str]]:
     span = f"{blocks[0]}" if len(blocks) == 1 else f"{blocks[0]} to {blocks[-1]}" if blocks else "?"
     yield "kernels", f"{engine.kernels} in all, {span} a block"
     gemms = ", ".join(f"{count} in {dtype}" for dtype, count in engine.gemm_dtypes.items())
-    yield "matrix products", gemms
+    eight = f"; {engine.quantised_products} of {engine.quantised_products} quantised ones so"
+    yield "matrix products", gemms + (eight if engine.quantised_products else "")
     yield "fused attention", f"{engine.fused_attention} kernels"
-    yield "executed", "yes" if engine.executed else f"no: {engine.reason}"
+    yield "executed", f"{'yes' if engine.executed else 'no'}: {engine.reason}"
 
 
 def _check_rows(check: CheckRecord | None) -> Iterator[tuple[str, str]]:
@@ -70,9 +76,15 @@ def _check_rows(check: CheckRecord | None) -> Iterator[tuple[str, str]]:
     yield "check", f"{check.images} {what}: {check.source}; batches {sizes}"
     yield "", f"against {check.reference}"
     yield "", f"on {check.executed_on}"
-    yield "max_abs", f"{check.max_abs:.2e} (mean {check.mean_abs:.2e})"
-    yield (
-        "cosine",
-        (f"min {check.cosine_min:.8f}, p1 {check.cosine_p1:.8f}, median {check.cosine_median:.8f}"),
-    )
+    yield "max_abs", f"{_figure(check.max_abs, '.2e')} (mean {_figure(check.mean_abs, '.2e')})"
+    cosines = {
+        "min": check.cosine_min,
+        "p1": check.cosine_p1,
+        "median": check.cosine_median,
+    }
+    yield "cosine", ", ".join(f"{name} {_figure(x, '.8f')}" for name, x in cosines.items())
     yield "verdict", "passed" if check.passed else "failed"
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "not a number" if value is None else f"{value:{form}}"

@@ -1,5 +1,6 @@
 """What a person sees: progress on stderr, the result as a table (or JSON) on stdout."""
 
+import io
 import json
 import sys
 import time
@@ -8,9 +9,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console as RichConsole
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from msn_export.records import to_plain
+
+_TELL = 30.0  # seconds between two lines of a long step in a log
 
 
 class Steps:
@@ -20,23 +24,27 @@ class Steps:
         self._progress = progress
         self._console = console
         self._task: Any = None
+        self._told = 0.0
 
     @contextmanager
     def step(self, title: str) -> Iterator[None]:
         """Show a step while it runs; leave one line with its time."""
-        started = time.monotonic()
-        self._task = self._progress.add_task(title, total=None)
+        started = self._told = time.monotonic()
+        self._task = self._progress.add_task(escape(title), total=None, detail="")
         try:
             yield
         finally:
             self._progress.remove_task(self._task)
             self._task = None
-        self._console.print(f"[dim]{time.monotonic() - started:6.1f} s[/]  {title}")
+        self._console.print(f"[dim]{time.monotonic() - started:6.1f} s[/]  {escape(title)}")
 
     def advance(self, done: int, of: int, detail: str = "") -> None:
         """Move the open step's bar."""
         if self._task is not None:
-            self._progress.update(self._task, completed=done, total=of, detail=detail)
+            self._progress.update(self._task, completed=done, total=of, detail=escape(detail))
+        if detail and not self._console.is_terminal and time.monotonic() - self._told > _TELL:
+            self._told = time.monotonic()  # a log shows no bar
+            self._console.print(f"          {escape(detail)}")
 
 
 class Console:
@@ -44,6 +52,8 @@ class Console:
 
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may have no "…" and no "≠"
+            sys.stdout.reconfigure(errors="backslashreplace")
         self._stderr = RichConsole(stderr=True, highlight=False)
         # a pipe or a file gets a fixed width
         self._stdout = RichConsole(highlight=False, width=None if sys.stdout.isatty() else 100)
@@ -55,9 +65,12 @@ class Console:
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(),
+            TextColumn("[dim]{task.fields[detail]}[/]"),
             TimeElapsedColumn(),
         )
-        with Progress(*columns, console=self._stderr, transient=True) as progress:
+        # without a terminal nothing is redrawn; the line that a step leaves is printed all the same
+        still = not self._stderr.is_terminal
+        with Progress(*columns, console=self._stderr, transient=True, disable=still) as progress:
             yield Steps(progress, self._stderr)
 
     def print(self, shown: Any) -> None:

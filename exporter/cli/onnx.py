@@ -37,7 +37,9 @@ from msn_export.spec import Dtype, Head, InputKind, Target
     show_default=True,
     help="Normalised planes, or bytes [b, h, w, 3].",
 )
-@click.option("--dtype", type=choice(Dtype), default="fp32", show_default=True)
+@click.option(
+    "--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True
+)
 @click.option("--batch", type=BATCH, default="1:8:32", show_default=True)
 @click.option("--image-size", type=SIZE, help="Interpolate the position embedding to this size.")
 @click.option(

@@ -75,6 +75,22 @@ def artifact_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def runner_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that say where an artifact runs."""
+    for option in (
+        click.option("--trust", is_flag=True, help="Run an engine that has no manifest."),
+        click.option("--device", type=click.IntRange(min=0), help="GPU to run on."),
+        click.option(
+            "--providers",
+            type=Parsed("NAME,…", lambda text: tuple(filter(None, text.split(",")))),
+            default=(),
+            help="onnxruntime's execution providers, in order, as in CUDAExecutionProvider.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def command_line() -> str:
     """Give the command as the user typed it, for the manifest."""
     return shlex.join(["msn-export", *sys.argv[1:]])

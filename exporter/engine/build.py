@@ -12,10 +12,10 @@ from typing import IO, Any
 from msn_export.driver import Driver, NoDriver, find_driver
 from msn_export.engine.backend import Backend, require_buildable
 from msn_export.engine.census import Census, by_profile
-from msn_export.engine.header import read_header
 from msn_export.engine.job import BuildSpec, Progress
 from msn_export.engine.kernels import Kernel
 from msn_export.engine.supervise import Limits, run_child
+from msn_export.engine_header import read_header
 from msn_export.errors import BuildError, OutputError
 from msn_export.records import from_plain
 from msn_export.spec import ComputeCapability

@@ -18,7 +18,7 @@ from msn_export.errors import BuildError
 from msn_export.records import from_plain, to_plain
 
 # What a GEMM may multiply in, by the precision asked for; the first must occur.
-_ALLOWED = {
+ALLOWED = {
     "fp32": ("Float",),
     "fp16": ("Half",),
     "bf16": ("BFloat16",),
@@ -119,6 +119,7 @@ def require(
     precision: str,
     allow_unfused: bool = False,
     fp32_islands: Collection[str] = (),
+    quantised: Collection[str] = (),
 ) -> None:
     """Require that an engine is what was asked for.
 
@@ -126,9 +127,10 @@ def require(
         census: one profile of the engine.
         depth: transformer blocks; each must have one fused attention kernel.
         precision: fp32, fp16, bf16, int8 or fp8: what the matrix products must multiply in
-            (int8 and fp8: some of them; the rest in fp16 or bf16).
+            (int8 and fp8: those of ``quantised``; the rest in fp16 or bf16).
         allow_unfused: do not ask about attention.
         fp32_islands: ONNX nodes, or modules, that are meant to stay in fp32.
+        quantised: ONNX nodes of the products that must multiply in int8 or fp8, each of them.
 
     Raises:
         BuildError: it is not; the message names the blocks and the ONNX nodes.
@@ -139,6 +141,7 @@ def require(
         faults = [f"{fault}; --allow-unfused accepts that" for fault in fusion]
     if not census.closed:
         faults += _precision_faults(census, depth, precision, fp32_islands)
+        faults += _quantisation_faults(census, ALLOWED[precision][0], quantised)
     if faults:
         where = f" (profile {census.profile})" if census.profile else ""
         raise BuildError(f"engine is not what was asked for{where}: {'; '.join(faults)}")
@@ -162,7 +165,7 @@ def _fusion_faults(census: Census, depth: int) -> list[str]:
 def _precision_faults(
     census: Census, depth: int, precision: str, islands: Collection[str]
 ) -> list[str]:
-    allowed = _ALLOWED[precision]
+    allowed = ALLOWED[precision]
     unread = [
         str(block)
         for block in range(depth)
@@ -186,6 +189,29 @@ def _precision_faults(
     if allowed[0] not in census.gemm_dtypes:
         return [f"no matrix product multiplies in {allowed[0]}; is the graph quantised?"]
     return []
+
+
+def not_multiplied_in(census: Census, dtype: str, products: Collection[str]) -> dict[str, str]:
+    """Find the ONNX products that no kernel multiplies in ``dtype`` (TensorRT's spelling).
+
+    Returns:
+        Each with the dtype it is multiplied in instead; empty where no kernel names it.
+    """
+    kernels = [*census.gemms, *(k for k in census.kernels if is_convolution(k))]
+    found = {layer: gemm_dtype(kernel) for kernel in kernels for layer in kernel.layers}
+    return {name: found.get(name, "") for name in products if found.get(name) != dtype}
+
+
+def _quantisation_faults(census: Census, dtype: str, quantised: Collection[str]) -> list[str]:
+    wrong = not_multiplied_in(census, dtype, quantised)
+    if not wrong:
+        return []
+    named = [f"{found or 'no kernel'} for {name}" for name, found in list(wrong.items())[:3]]
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    return [
+        f"{len(quantised) - len(wrong)} of {len(quantised)} quantised products multiply in "
+        f"{dtype}: {', '.join(named)}{more}"
+    ]
 
 
 def _is_island(kernel: Kernel, islands: Collection[str]) -> bool:

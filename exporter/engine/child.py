@@ -6,7 +6,6 @@ the builder stays broken in its process, others end the process: so it has one t
 outlives its parent.
 """
 
-import ctypes
 import importlib
 import json
 import os
@@ -21,19 +20,18 @@ from msn_export.engine.compile import compile_engine
 from msn_export.engine.flavours import flavour_for
 from msn_export.engine.job import BuildSpec, Progress
 from msn_export.engine.listeners import Heard, make_log
-from msn_export.engine.supervise import peak_rss
 from msn_export.errors import BuildError, MsnExportError
+from msn_export.process import end_with, peak_rss
 from msn_export.records import to_plain
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main() -> None:
     """Run the job on stdin and send what comes of it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and kills
     job = json.loads(sys.stdin.readline())
-    _end_with(job["parent"])
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a crash loses nothing
+    end_with(job["parent"])
+    # by line, so that a crash loses nothing; names in the log may be of any alphabet
+    sys.stdout.reconfigure(line_buffering=True, encoding="utf-8", errors="replace")  # type: ignore[union-attr]
     send = _sender(int(sys.argv[1]))
     try:
         send({"done": _run(job, send)})
@@ -85,13 +83,6 @@ def _sender(descriptor: int) -> Callable[[dict[str, Any]], bool]:
         return True
 
     return send
-
-
-def _end_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent dies, however it dies."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before the line above
-        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -79,11 +79,10 @@ def compile_engine(
     plan: IHostMemory = builder.build_serialized_network(network, config)
     if plan is None:
         raise BuildError(f"cannot compile {spec.model.name}: {explain_or_quote(heard.errors)}")
-    if spec.timing_cache:
-        timing_cache.store(config, spec.timing_cache)
+    unkept = timing_cache.store(config, spec.timing_cache) if spec.timing_cache else None
     from_log = flavour.kernels_from == "log"
     kernels = read_log(heard.records) if from_log else _inspect(trt, plan, log)
-    return Compiled(plan, kernels, notes)
+    return Compiled(plan, kernels, (*notes, unkept) if unkept else notes)
 
 
 def _parse(parser: OnnxParser, model: Path) -> None:

@@ -66,8 +66,10 @@ def set_types(
     network: INetworkDefinition,
     spec: BuildSpec,
 ) -> None:
-    """Set capabilities and, where types are not the graph's, the precision flags."""
+    """Set what the flavour always wants, and precision flags where types are not the graph's."""
     dtypes = _dtypes(network)
+    for feature in flavour.preview_features:
+        config.set_preview_feature(getattr(trt.PreviewFeature, feature), True)
     if flavour.targets_capabilities:
         _require_capable(dtypes, spec.capabilities)
         _set_capabilities(trt, config, spec.capabilities)

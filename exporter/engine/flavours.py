@@ -49,9 +49,11 @@ class Flavour:
     backend: Literal["tensorrt", "tensorrt-rtx"]
     module: str
     since: tuple[int, int]
+    opset: int = 23  # the newest its ONNX parser reads, of those written here
     network_flags: tuple[str, ...] = ("STRONGLY_TYPED",)
     # dtype found in the network -> BuilderFlag it needs; where networks are strongly typed: none
     precision_flags: Mapping[str, str] = field(default_factory=dict)
+    preview_features: tuple[str, ...] = ()
     builds_without_gpu: bool = False
     targets_capabilities: bool = False
     reports_progress: bool = True
@@ -69,7 +71,8 @@ class Flavour:
     def named_members(self) -> frozenset[str]:
         """List the enum members that this row names as text."""
         flags = {f"NetworkDefinitionCreationFlag.{flag}" for flag in self.network_flags}
-        return frozenset(flags | {f"BuilderFlag.{flag}" for flag in self.precision_flags.values()})
+        flags |= {f"BuilderFlag.{flag}" for flag in self.precision_flags.values()}
+        return frozenset(flags | {f"PreviewFeature.{name}" for name in self.preview_features})
 
 
 _RTX_IGNORES = "TensorRT-RTX accepts it and does nothing: it chooses its kernels on the user's GPU"
@@ -91,6 +94,7 @@ FLAVOURS = (
         "tensorrt",
         "tensorrt",
         (10, 0),
+        opset=20,
         has_attention=False,
         refused=_TENSORRT_REFUSES,
         lacks=_TARGETS | _ATTENTION,
@@ -99,8 +103,11 @@ FLAVOURS = (
         "tensorrt",
         "tensorrt",
         (8, 6),
+        opset=17,
         network_flags=("EXPLICIT_BATCH",),
         precision_flags={"HALF": "FP16", "INT8": "INT8"},
+        # several contexts run one profile at the same time; from 10 on they always may
+        preview_features=("PROFILE_SHARING_0806",),
         reports_progress=False,
         has_attention=False,
         refused=_TENSORRT_REFUSES,

@@ -10,11 +10,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 
 from msn_export.engine.job import Progress
 from msn_export.errors import BuildError
+from msn_export.process import peak_rss, signal_name
 
 _POLL = 0.05  # seconds between two looks at clock and memory
 _TAIL = 4096  # bytes of the raw log that are searched for a crash's reason
@@ -132,19 +132,6 @@ def _check(limits: Limits, process: int, seconds: float) -> None:
         )
 
 
-def peak_rss(process: int | str = "self") -> int:
-    """Read a process' highest resident memory so far, in bytes; 0 where it has ended.
-
-    Not ``getrusage``: its figure is inherited from the parent at the start.
-    """
-    try:
-        lines = Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    high = next((line for line in lines if line.startswith("VmHWM:")), None)
-    return int(high.split()[1]) * 1024 if high else 0
-
-
 def _describe_end(code: int, raw: IO[bytes]) -> str:
     """Say how a child ended that said neither done nor failed."""
     raw.seek(0, os.SEEK_END)
@@ -157,7 +144,7 @@ def _describe_end(code: int, raw: IO[bytes]) -> str:
             f"on a machine with more, or lower --batch.{last}"
         )
     if code < 0:
-        return f"the TensorRT compiler crashed ({signal.Signals(-code).name}).{last}"
+        return f"the TensorRT compiler crashed ({signal_name(code)}).{last}"
     return f"the TensorRT compiler ended without a result (exit {code}).{last}"
 
 

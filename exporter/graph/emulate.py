@@ -15,6 +15,11 @@ _MOVES = frozenset(
 _BF16, _FLOAT = ir.DataType.BFLOAT16, ir.DataType.FLOAT
 
 
+def has_bf16(model: ir.Model) -> bool:
+    """Whether a graph has bf16 weights."""
+    return any(value.dtype == _BF16 for value in model.graph.initializers.values())
+
+
 def emulate_bf16(model: ir.Model) -> ir.Model:
     """Copy a bf16 graph as an fp32 one whose every value is rounded to bf16."""
     copy = model.clone()

@@ -14,8 +14,10 @@ from msn_export.graph.attention import (
     AttentionCore,
     match,
 )
+from msn_export.graph.heads import set_heads_apart
 from msn_export.graph.io import infer_shapes
 from msn_export.graph.patch import Patch, replace
+from msn_export.graph.quantised import is_quantised_core
 from msn_export.spec import AttentionForm
 
 # b batch, h heads, n tokens, d head size
@@ -35,23 +37,40 @@ def fuse_attention(model: ir.Model, form: AttentionForm, *, expected: int | None
     Raises:
         FusionError: a core was missed, or there are other than ``expected``; each miss is named.
     """
-    candidates = [node for node in model.graph if node.op_type in {"Softmax", "Attention"}]
+    set_heads_apart(model)
+    candidates = [node for node in model.graph if _may_be_core(node)]
+    if not candidates:
+        raise FusionError(
+            "the graph has no Softmax and no Attention; expected a vision transformer"
+        )
+    # a quantised core has the one form in which it is fused: it counts, and stays
+    quantised = sum(is_quantised_core(node) for node in candidates)
     cores, misses = [], []
     for node in candidates:
+        if is_quantised_core(node):
+            continue
         core = match(node)
         if isinstance(core, str):
             misses.append(f"{node.op_type} of {node.outputs[0].name!r}: {core}")
         else:
             cores.append(core)
     wanted = len(candidates) if expected is None else expected
-    if misses or len(cores) != wanted or not cores:
+    count = len(cores) + quantised
+    if misses or count != wanted or not count:
         listed = "; ".join(misses) or "there is no other Softmax or Attention"
-        raise FusionError(f"fused {len(cores)} of {wanted} attention cores: {listed}")
+        raise FusionError(f"fused {count} of {wanted} attention cores: {listed}")
     for core in cores:
         _WRITERS[form](model.graph, core)
     RemoveUnusedNodesPass()(model)
     infer_shapes(model)
-    return len(cores)
+    return count
+
+
+def _may_be_core(node: ir.Node) -> bool:
+    """Every Attention, and every Softmax but that of a classifier, over scores [b, classes]."""
+    scores = node.inputs[0] if node.inputs else None
+    classes = scores is not None and scores.shape is not None and len(scores.shape) == 2
+    return node.op_type == "Attention" or (node.op_type == "Softmax" and not classes)
 
 
 def _write_heads(graph: ir.Graph, core: AttentionCore) -> None:
@@ -66,7 +85,8 @@ def _write_heads(graph: ir.Graph, core: AttentionCore) -> None:
 def _write_plain(graph: ir.Graph, core: AttentionCore) -> None:
     """MatMul, Softmax, MatMul; half of the scale on q and half on k, so that fp16 has room."""
     patch = Patch(graph, core.node)
-    half = patch.constant(np.asarray(np.sqrt(core.scale), np.float32), "attention.scale")
+    dtype = core.q.dtype.numpy() if core.q.dtype is not None else np.float32
+    half = patch.constant(np.asarray(np.sqrt(core.scale), dtype), "attention.scale")
     swap = KEYS_FROM_TOKENS if core.tokens_first else KEYS_TRANSPOSED
     keys = patch.op("Mul", [patch.op("Transpose", [core.k], {"perm": swap}), half])
     scores = patch.op("MatMul", [patch.op("Mul", [core.q, half]), keys])

@@ -12,6 +12,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
+from onnx_ir.external_data import load_to_model
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from msn_export.errors import GraphError
@@ -29,7 +30,10 @@ _TENSOR_RAW_DATA = 9
 
 
 def load(path: Path) -> ir.Model:
-    """Read an ONNX file; external weights are mapped, and only from the file's own folder.
+    """Read an ONNX file with its external weights, which lie in the file's own folder.
+
+    All weights come into memory: the libraries that a graph is handed to would look for them
+    beside a file that there is not.
 
     Raises:
         GraphError: the file is missing, is not ONNX, or points outside its folder.
@@ -43,19 +47,33 @@ def load(path: Path) -> ir.Model:
         raise GraphError(f"{path} is not an ONNX file ({reason}); export it again") from error
     if not model.graph.outputs:
         raise GraphError(f"{path} is not an ONNX file (no graph in it); export it again")
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor):
-            location = Path(tensor.location)
-            if location.is_absolute() or ".." in location.parts:
-                raise GraphError(
-                    f"{path}: weight {value.name!r} lies outside the folder ({location}); "
-                    "refused, save the model with its weights beside it"
-                )
-            if not (path.parent / location).is_file():
-                raise GraphError(f"{path}: its weight file {location} is missing; copy it along")
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    _load_weights(model, path)
     return model
+
+
+def _load_weights(model: ir.Model, path: Path) -> None:
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                _require_beside(path, value.name, Path(value.const_value.location))
+    try:
+        load_to_model(model)
+    except (OSError, ValueError) as error:  # shorter than the graph says, or not ours to read
+        reason = str(error).splitlines()[0]
+        raise GraphError(
+            f"{path}: its weights cannot be read ({reason}); copy them again"
+        ) from error
+
+
+def _require_beside(path: Path, weight: str | None, location: Path) -> None:
+    if location.is_absolute() or ".." in location.parts:
+        raise GraphError(
+            f"{path}: weight {weight!r} lies outside the folder ({location}); "
+            "refused, save the model with its weights beside it"
+        )
+    if not (path.parent / location).is_file():
+        raise GraphError(f"{path}: its weight file {location} is missing; copy it along")
 
 
 def save(model: ir.Model, path: Path) -> None:

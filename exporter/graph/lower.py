@@ -22,6 +22,8 @@ _UNCHANGED = frozenset(
     Sqrt Squeeze Sub Tanh Transpose Unsqueeze Where
     """.split()  # noqa: SIM905  fifty quoted words would be five times as long
 )
+# With fp16 scales and with fp8 since 19: onnx.ai operators, version history
+_SINCE_19 = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 
 def lower(model: ir.Model, opset: int) -> None:
@@ -30,7 +32,8 @@ def lower(model: ir.Model, opset: int) -> None:
     Raises:
         GraphError: the graph has an operator that the older opset lacks or means differently.
     """
-    strange = {node.op_type for node in model.graph} - _UNCHANGED
+    known = _UNCHANGED | (_SINCE_19 if opset >= 19 else frozenset())
+    strange = {node.op_type for node in model.graph} - known
     if strange:
         raise GraphError(f"opset {opset} has no form of {', '.join(sorted(strange))} written here")
     for node in list(model.graph):
@@ -66,17 +69,18 @@ def _write_gelu(graph: ir.Graph, node: ir.Node) -> None:
     """Gelu as operators of opset 17: onnx.ai operators, Gelu, its function body."""
     patch = Patch(graph, node)
     x = node.inputs[0]
-    half = patch.constant(np.asarray(0.5, np.float32), "gelu.half")
-    one = patch.constant(np.asarray(1.0, np.float32), "gelu.one")
+    dtype = x.dtype.numpy() if x is not None and x.dtype is not None else np.float32
+    half = patch.constant(np.asarray(0.5, dtype), "gelu.half")
+    one = patch.constant(np.asarray(1.0, dtype), "gelu.one")
     approximate = node.attributes.get("approximate")
     if approximate is not None and approximate.as_string() == "tanh":
-        cubic = patch.constant(np.asarray(0.044715, np.float32), "gelu.cubic")
-        factor = patch.constant(np.asarray(np.sqrt(2 / np.pi), np.float32), "gelu.factor")
+        cubic = patch.constant(np.asarray(0.044715, dtype), "gelu.cubic")
+        factor = patch.constant(np.asarray(np.sqrt(2 / np.pi), dtype), "gelu.factor")
         cube = patch.op("Mul", [patch.op("Mul", [x, x]), x])
         inner = patch.op("Add", [x, patch.op("Mul", [cube, cubic])])
         bend = patch.op("Tanh", [patch.op("Mul", [inner, factor])])
     else:
-        root = patch.constant(np.asarray(np.sqrt(2), np.float32), "gelu.sqrt2")
+        root = patch.constant(np.asarray(np.sqrt(2), dtype), "gelu.sqrt2")
         bend = patch.op("Erf", [patch.op("Div", [x, root])])
     halved = patch.op("Mul", [x, half])
     replace(node.outputs[0], patch.op("Mul", [halved, patch.op("Add", [bend, one])]))

@@ -16,7 +16,11 @@ class Patch:
     def __init__(self, graph: ir.Graph, anchor: ir.Node) -> None:
         self.graph = graph
         self.anchor = anchor
+        # of values too: each output is called after its node, and names of foreign graphs may be
+        # anything
         self._names = {node.name for node in graph}
+        self._names |= {value.name for node in graph for value in node.outputs}
+        self._names |= {*graph.initializers, *(value.name for value in graph.inputs)}
 
     def op(
         self,

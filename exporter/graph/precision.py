@@ -13,6 +13,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from msn_export.errors import GraphError
 from msn_export.graph.io import infer_shapes
+from msn_export.graph.quantised import quantised_dtype
 from msn_export.spec import Dtype
 
 # Largest finite values: IEEE 754 binary16; bfloat16 shares binary32's exponent.
@@ -77,13 +78,29 @@ def overflowing_weights(model: ir.Model, dtype: Dtype) -> list[str]:
 
 
 def graph_dtype(model: ir.Model) -> Dtype:
-    """Say how a graph's weights are typed, by bytes."""
+    """Say how a graph's weights are typed, by number; one with Q/DQ is of their type.
+
+    Raises:
+        GraphError: it is quantised in a way that TensorRT does not compile.
+    """
+    quantised = quantised_dtype(model)
+    if quantised is not None:
+        return quantised
     held: dict[Dtype, int] = dict.fromkeys(Dtype, 0)
     names = {_FLOAT: Dtype.FP32, **{onnx: dtype for dtype, onnx in _ONNX.items()}}
     for value in model.graph.initializers.values():
         if value.dtype in names and value.const_value is not None:
             held[names[value.dtype]] += value.const_value.size
     return max(held, key=lambda dtype: held[dtype])
+
+
+def fp32_nodes(model: ir.Model) -> tuple[str, ...]:
+    """Name the nodes of a typed graph that compute in fp32; casts only convert."""
+    return tuple(
+        node.name or ""
+        for node in model.graph
+        if node.op_type != "Cast" and any(value.dtype == _FLOAT for value in node.outputs)
+    )
 
 
 def _require_fp32(model: ir.Model) -> None:

@@ -31,18 +31,28 @@ def simplify(model: ir.Model) -> Simplified:
     outputs.
     """
     before = len(model.graph)
-    proto, _ = onnxsim.simplify(skeleton(model), skipped_optimizers=HARMFUL_PASSES, check_n=0)
-    candidate = refill(proto, model)
+    try:
+        proto, _ = onnxsim.simplify(skeleton(model), skipped_optimizers=HARMFUL_PASSES, check_n=0)
+        candidate = refill(proto, model)
+        reason = _objection(model, candidate)
+    except Exception as error:  # noqa: BLE001  theirs have no base; a smaller graph is no need
+        reason = f"not kept: {' '.join(str(error).split())[:200]}"
+    if reason:
+        return Simplified(model, before, before, reason)
     after = len(candidate.graph)
+    return Simplified(candidate, before, after, f"kept: {before - after} nodes fewer")
+
+
+def _objection(model: ir.Model, candidate: ir.Model) -> str:
+    """Say why the simplified graph is not taken; nothing if it is."""
+    before, after = len(model.graph), len(candidate.graph)
     if operators(candidate) == operators(model):
-        return Simplified(model, before, before, "nothing left to simplify")
+        return "nothing left to simplify"
     if after >= before:
-        return Simplified(model, before, before, f"not kept: {after} nodes instead of {before}")
+        return f"not kept: {after} nodes instead of {before}"
     difference = _difference(model, candidate)
     # the passes fold and drop nodes; arithmetic moves by rounding at most
-    if not difference <= 1e-5:
-        return Simplified(model, before, before, f"not kept: outputs moved by {difference:.1e}")
-    return Simplified(candidate, before, after, f"kept: {before - after} nodes fewer")
+    return "" if difference <= 1e-5 else f"not kept: outputs moved by {difference:.1e}"
 
 
 def _difference(model: ir.Model, candidate: ir.Model) -> float:

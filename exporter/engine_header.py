@@ -69,17 +69,31 @@ def read_header(path: Path) -> EngineHeader:
         EngineFileError: it is no engine, is truncated, or contradicts itself.
     """
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(_SEARCHED)
-            magic = start[:4]
-            if magic == _RTX:
-                return _read_rtx(path, start, size)
-            if magic == _FULL:
-                return _read_full(path, start, size)
+            size = path.stat().st_size
     except OSError as error:
         raise EngineFileError(f"engine {path} cannot be read: {error.strerror}") from error
-    raise EngineFileError(_describe_foreign(path, start))
+    return parse_header(start, path, size)
+
+
+def parse_header(start: bytes, path: Path, size: int | None = None) -> EngineHeader:
+    """Read the header of an engine that is in memory; ``path`` is what errors call it.
+
+    Args:
+        start: the file's first MiB at least, or all of it.
+        path: the file it came from.
+        size: of the whole file in bytes, where ``start`` is not all of it.
+
+    Raises:
+        EngineFileError: it is no engine, is truncated, or contradicts itself.
+    """
+    size = len(start) if size is None else size
+    if start[:4] == _RTX:
+        return _read_rtx(path, start, size)
+    if start[:4] == _FULL:
+        return _read_full(path, start, size)
+    raise EngineFileError(_describe_foreign(path, start[:_SEARCHED]))
 
 
 def _read_rtx(path: Path, start: bytes, size: int) -> EngineHeader:

@@ -10,7 +10,7 @@ import pytest
 from engine_builds import built, rtx
 from engine_graphs import Vit
 
-from msn_export.engine.header import EngineHeader, read_header
+from msn_export.engine_header import EngineHeader, read_header
 from msn_export.errors import EngineFileError
 from msn_export.spec import ComputeCapability
 

@@ -1,0 +1,139 @@
+"""Which images are calibrated on and which are held out, decoded a few at a time."""
+
+import hashlib
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msn_export import images
+from msn_export.errors import ImageError
+from msn_export.images import ImageSet
+from msn_export.preprocessing import Preprocessing
+from msn_export.spec import InputKind
+
+# One image in four is held out, 64 at most: each is run through three graphs.
+HELD_OUT_SHARE, HELD_OUT_MOST = 4, 64
+# Below this a range says little: the report warns.
+FEW = 32
+
+
+def hash_of(pixels: NDArray[np.uint8]) -> str:
+    """Hash one decoded image, 16 hexadecimal digits."""
+    return hashlib.sha256(pixels.tobytes()).hexdigest()[:16]
+
+
+@dataclass(slots=True)
+class Pictures:
+    """Paths in the order they are used; ``seen`` and ``broken`` fill while they are decoded."""
+
+    paths: Sequence[Path]
+    preprocessing: Preprocessing
+    stem: InputKind
+    limit: int
+    seen: dict[Path, str] = field(default_factory=dict)
+    broken: dict[Path, str] = field(default_factory=dict)
+
+    def decode(self, batch: int) -> Iterator[tuple[NDArray[np.uint8], tuple[str, ...]]]:
+        """Decode up to ``limit`` readable images in batches: pixels [b, h, w, c], names."""
+        pixels: list[NDArray[np.uint8]] = []
+        names: list[str] = []
+        count = 0
+        for path in self.paths:
+            if count == self.limit:
+                break
+            try:
+                decoded = images.read(path, self.preprocessing)
+            except ImageError as error:
+                self.broken[path] = str(error)
+                continue
+            count += 1
+            self.seen[path] = hash_of(decoded)
+            pixels.append(decoded)
+            names.append(path.name)
+            if len(pixels) == batch:
+                yield np.stack(pixels), tuple(names)
+                pixels, names = [], []
+        if pixels:
+            yield np.stack(pixels), tuple(names)
+
+    def feed(self, batch: int) -> Iterator[tuple[NDArray[Any], tuple[str, ...]]]:
+        """Give batches as the graph takes them, with the images' names."""
+        for pixels, names in self.decode(batch):
+            if self.stem is InputKind.UINT8:
+                yield pixels, names
+            else:
+                yield images.normalize(pixels, self.preprocessing), names
+
+    def first(self, count: int) -> "Pictures":
+        """The first ``count`` of them."""
+        return Pictures(self.paths, self.preprocessing, self.stem, min(count, self.limit))
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Images to calibrate on, decoded when they are needed, and decoded images to judge by."""
+
+    calibration: Pictures
+    held_out: ImageSet
+
+
+def split(
+    folder: Path,
+    preprocessing: Preprocessing,
+    stem: InputKind,
+    *,
+    limit: int,
+    seed: int,
+    taken: Container[str] = (),
+) -> Split:
+    """Deal the pictures of a folder, shuffled by ``seed``, into held-out and calibration images.
+
+    Args:
+        folder: pictures, at any depth.
+        preprocessing: how they are decoded.
+        stem: what the graph takes.
+        limit: how many to calibrate on at most.
+        seed: the same seed and files give the same split.
+        taken: hashes of images that were calibrated on before: none of them is held out.
+
+    Raises:
+        ImageError: there are not two readable images, or none that was not calibrated on before.
+    """
+    found = images.find(folder)
+    order = [found[i] for i in np.random.default_rng(seed).permutation(len(found))]
+    wanted = min(HELD_OUT_MOST, max(1, len(order) // HELD_OUT_SHARE))
+    calibrated: list[Path] = []
+    held: dict[str, NDArray[np.uint8]] = {}
+    broken: dict[Path, str] = {}
+    rest = list(order)
+    while rest and len(held) < wanted:
+        path = rest.pop(0)
+        try:
+            decoded = images.read(path, preprocessing)
+        except ImageError as error:
+            broken[path] = str(error)
+            continue
+        if hash_of(decoded) in taken:
+            calibrated.append(path)
+        else:
+            held[str(path.relative_to(folder)) if path != folder else path.name] = decoded
+    pictures = Pictures([*calibrated, *rest], preprocessing, stem, limit)
+    pictures.broken |= broken
+    if not held and not calibrated:
+        first = next(iter(broken.values()))
+        raise ImageError(f"all {len(order)} pictures of {folder} are broken; the first: {first}")
+    if not held:
+        raise ImageError(
+            f"every picture of {folder} was calibrated on before, by --ranges; give others to "
+            "judge the result by"
+        )
+    if not any(True for _ in pictures.first(1).decode(1)):
+        raise ImageError(
+            f"{folder} has one readable picture; expected two or more, to calibrate on one and "
+            "judge by another"
+        )
+    return Split(pictures, ImageSet(np.stack(list(held.values())), tuple(held), ()))

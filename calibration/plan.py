@@ -1,0 +1,120 @@
+"""A graph that can be quantised, with what was measured of it: from this, any mix of blocks."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from msn_export.calibration.bias import correct
+from msn_export.calibration.observers import Histogram, Observer, threshold
+from msn_export.calibration.projections import Projection, Role, find_cores, find_projections
+from msn_export.calibration.qdq import (
+    Operands,
+    Scheme,
+    find_operands,
+    quantise_attention,
+    quantise_projections,
+    require_fusable,
+)
+from msn_export.graph.fuse import fuse_attention
+from msn_export.spec import AttentionForm, Dtype
+
+BLOCK_ROLES = frozenset({Role.QKV, Role.OUT, Role.FC1, Role.FC2})
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to quantise in ``model``, an fp32 graph that is never changed.
+
+    ``thresholds`` are the largest values represented, by tensor; ``corrections`` are subtracted
+    from biases, by node. Empty until they were measured.
+    """
+
+    model: ir.Model
+    scheme: Scheme
+    projections: tuple[Projection, ...]
+    operands: tuple[Operands, ...]
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+    corrections: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, model: ir.Model, scheme: Scheme, *, attention: bool, extra: Collection[Role] = ()
+    ) -> "Plan":
+        """Find what there is to quantise; ``model`` is changed to the form of attention it takes.
+
+        Args:
+            model: an fp32 graph.
+            scheme: format and base type.
+            attention: quantise attention's own products too.
+            extra: what to quantise besides the blocks' projections: PATCH, HEAD.
+
+        Raises:
+            GraphError: it is no ViT, or its attention would not be fused if it were quantised.
+        """
+        fuse_attention(model, AttentionForm.PLAIN if attention else AttentionForm.HEADS)
+        chosen = BLOCK_ROLES | set(extra)
+        projections = tuple(p for p in find_projections(model) if p.role in chosen)
+        operands = find_operands(model) if attention else ()
+        if operands:
+            require_fusable(_tokens(model, operands[0]), scheme)
+        return cls(model, scheme, projections, operands)
+
+    @property
+    def depth(self) -> int:
+        """How many blocks there are."""
+        return len(find_cores(self.model))
+
+    @property
+    def watched(self) -> dict[str, str]:
+        """Name the tensors whose range must be known, each with the option that asks for it."""
+        names = {p.x: "" for p in self.projections if p.role in BLOCK_ROLES}
+        names |= {p.x: f"--quantize-{p.role}" for p in self.projections if p.x not in names}
+        for core in self.operands:
+            wanted = (core.q, core.k, core.p, core.v) if self._probabilities_measured else (
+                core.q, core.k, core.v
+            )  # fmt: skip
+            names |= dict.fromkeys(wanted, "--quantize-attention")
+        return names
+
+    @property
+    def _probabilities_measured(self) -> bool:
+        """Whether softmax's range is measured.
+
+        int8 has 127 even steps and the probabilities of 197 tokens are 0.005 on average: they need
+        all steps there are. fp8's steps are relative: 1 is the range, whatever the images.
+        """
+        return self.scheme.form.dtype is Dtype.INT8
+
+    def measured(self, histograms: Mapping[str, Histogram], observer: Observer) -> "Plan":
+        """Choose a threshold for each tensor."""
+        form = self.scheme.form
+        found = {name: threshold(seen, observer, form) for name, seen in histograms.items()}
+        found |= {core.p: 1.0 for core in self.operands if not self._probabilities_measured}
+        return replace(self, thresholds=found)
+
+    def quantised(self, kept: Collection[int] = ()) -> ir.Model:
+        """Write the fp32 graph with Q/DQ everywhere but in the blocks ``kept``."""
+        model = self.model.clone()
+        chosen = [p for p in self.projections if p.block not in kept]
+        wrong = {p.node: self.corrections[p.node] for p in chosen if p.node in self.corrections}
+        correct(model, wrong)
+        quantise_projections(model, chosen, self.thresholds, self.scheme)
+        cores = [core for core in self.operands if core.block not in kept]
+        quantise_attention(model, cores, self.thresholds, self.scheme)
+        fuse_attention(model, AttentionForm.HEADS, expected=self.depth)
+        return model
+
+    def unquantised(self) -> ir.Model:
+        """Write the fp32 graph as it would be without any Q/DQ."""
+        model = self.model.clone()
+        fuse_attention(model, AttentionForm.HEADS, expected=self.depth)
+        return model
+
+
+def _tokens(model: ir.Model, core: Operands) -> int:
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    shape = list(values[core.v].shape or ())
+    return shape[-2] if len(shape) == 4 and isinstance(shape[-2], int) else 0

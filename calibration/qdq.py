@@ -1,0 +1,173 @@
+"""Put QuantizeLinear and DequantizeLinear where TensorRT turns them into 8-bit kernels.
+
+onnxruntime.quantization.quantize_static is not called: it quantises attention's products as well
+(MatMulConstBOnly is ignored in its QDQ format), biases and LayerNormalizations too, writes fp32
+scales, and knows no fp16 graph; TensorRT compiles what it gives for a ViT-S into 220 kernels, none
+of them fused attention.
+
+The graph is fp32 here and typed afterwards (msn_export.graph.precision); scales are numbers that
+the type to come holds exactly.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from msn_export.calibration.formats import Format, scales
+from msn_export.calibration.projections import Projection, find_cores
+from msn_export.errors import GraphError
+from msn_export.graph.io import infer_shapes
+from msn_export.graph.patch import Patch
+from msn_export.spec import Dtype
+
+# b batch, h heads, n tokens, d head size
+
+# TensorRT's fused int8 attention ends at 512 tokens; measured on SM 8.9: fused at 485 tokens, taken
+# apart at 530. fp8 is fused at 3137 tokens too.
+INT8_ATTENTION_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How ranges become scales: the 8-bit format, and the type that the rest will have."""
+
+    form: Format
+    base: Dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """The four operands of an attention core in its plain form, by the values' names.
+
+    ``q`` and ``k`` [b, h, n, d] and [b, h, d, n] go into the first product, ``p`` (softmax's
+    probabilities) and ``v`` into the second. All four must be 8-bit for the core to be fused.
+    """
+
+    block: int
+    q: str
+    k: str
+    p: str
+    v: str
+
+
+def find_operands(model: ir.Model) -> tuple[Operands, ...]:
+    """Name the operands of each attention core; the graph's attention is in its plain form."""
+    found = []
+    for block, core in enumerate(find_cores(model)):
+        probabilities, v = core.node.inputs[:2]
+        assert probabilities is not None
+        assert v is not None
+        scores = _producer(_producer(probabilities).inputs[0])
+        q, k = scores.inputs[:2]
+        assert q is not None
+        assert k is not None
+        names = [value.name or "" for value in (q, k, probabilities, v)]
+        found.append(Operands(block, *names))
+    return tuple(found)
+
+
+def _producer(value: ir.Value | None) -> ir.Node:
+    assert value is not None
+    node = value.producer()
+    assert node is not None  # operands of a matched core are computed
+    return node
+
+
+def require_fusable(tokens: int, scheme: Scheme) -> None:
+    """Refuse int8 attention where TensorRT would take the fused kernel apart for it.
+
+    Raises:
+        GraphError: there are too many tokens.
+    """
+    if scheme.form.dtype is Dtype.INT8 and tokens > INT8_ATTENTION_TOKENS:
+        raise GraphError(
+            f"--quantize-attention: TensorRT has fused int8 attention up to "
+            f"{INT8_ATTENTION_TOKENS} tokens and this graph has {tokens}; leave attention in "
+            f"{scheme.base}, or use --fp8"
+        )
+
+
+def quantise_projections(
+    model: ir.Model,
+    projections: Sequence[Projection],
+    thresholds: Mapping[str, float],
+    scheme: Scheme,
+) -> None:
+    """Quantise inputs (per tensor) and weights (per output channel) of ``projections``, in place.
+
+    A value that several projections read has one Q/DQ pair: TensorRT merges separate query, key
+    and value projections only then.
+    """
+    nodes = {node.name: node for node in model.graph}
+    pairs: dict[str, ir.Value] = {}
+    for projection in projections:
+        node = nodes[projection.node]
+        if projection.x not in pairs:
+            pairs[projection.x] = _pair(model, node, 0, thresholds[projection.x], scheme)
+        node.replace_input_with(0, pairs[projection.x])
+        node.replace_input_with(1, _weight(model, node, projection, scheme))
+    RemoveUnusedNodesPass()(model)
+    infer_shapes(model)
+
+
+def quantise_attention(
+    model: ir.Model,
+    operands: Sequence[Operands],
+    thresholds: Mapping[str, float],
+    scheme: Scheme,
+) -> None:
+    """Quantise both products of the attention cores, in place."""
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    for core in operands:
+        for name in (core.q, core.k, core.p, core.v):
+            for use in list(values[name].uses()):
+                pair = _pair(model, use.node, use.idx, thresholds[name], scheme)
+                use.node.replace_input_with(use.idx, pair)
+    infer_shapes(model)
+
+
+def _pair(model: ir.Model, node: ir.Node, index: int, limit: float, scheme: Scheme) -> ir.Value:
+    """Quantise and dequantise what ``node`` reads."""
+    x = node.inputs[index]
+    assert x is not None
+    patch = Patch(model.graph, node)
+    step = _constant(patch, scales(limit, scheme.form, scheme.base), f"{x.name}.scale")
+    zero = _zero(patch, scheme.form)
+    quantised = patch.op("QuantizeLinear", [x, step, zero])
+    return patch.op("DequantizeLinear", [quantised, step, zero])
+
+
+def _weight(model: ir.Model, node: ir.Node, projection: Projection, scheme: Scheme) -> ir.Value:
+    """Store a weight in 8 bits and dequantise it."""
+    value = node.inputs[1]
+    assert value is not None
+    assert value.const_value is not None
+    weight = value.const_value.numpy()
+    others = tuple(axis for axis in range(weight.ndim) if axis != projection.axis)
+    limits = np.abs(weight).max(axis=others)
+    if not np.isfinite(limits).all():
+        raise GraphError(f"weight {projection.weight!r} is not finite; export the graph again")
+    steps = scales(limits, scheme.form, scheme.base)
+    shape = [1] * weight.ndim
+    shape[projection.axis] = -1
+    patch = Patch(model.graph, node)
+    held = _constant(
+        patch,
+        scheme.form.encode(weight / steps.reshape(shape)),
+        f"{value.name}.{scheme.form.dtype}",
+    )
+    step = _constant(patch, steps, f"{value.name}.scale")
+    return patch.op("DequantizeLinear", [held, step], {"axis": projection.axis})
+
+
+def _zero(patch: Patch, form: Format) -> ir.Value:
+    return _constant(patch, form.encode(np.zeros((), np.float32)), f"zero.{form.dtype}")
+
+
+def _constant(patch: Patch, array: NDArray[Any], name: str) -> ir.Value:
+    return patch.constant(np.asarray(array), name)

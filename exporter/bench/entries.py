@@ -1,0 +1,165 @@
+"""Who takes part: the artifacts that were named, and what they are to be compared with."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from msn_export import manifest as manifests
+from msn_export.errors import BenchError, GraphError
+from msn_export.files import sha256_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from msn_export.manifest import Manifest
+    from msn_export.spec import Dtype, ImageSize
+
+AGAINST = ("eager", "sdpa", "compile", "onnxruntime")
+# PyTorch contenders: the form of attention, and whether torch.compile gets the model
+TORCH = {"eager": ("eager", False), "sdpa": ("sdpa", False), "compile": ("sdpa", True)}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One that is to be timed: ``opening`` is what its process is asked to open."""
+
+    name: str
+    kind: str
+    opening: dict[str, Any]
+    file: Path | None = None
+    manifest: Manifest | None = None
+    sha256: str | None = None
+    dtype: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Where and how contenders run; ``device`` None is the CPU, ``resident`` leaves out copies."""
+
+    threads: int
+    device: int | None = None
+    providers: tuple[str, ...] = ()
+    trust: bool = False
+    resident: bool = False
+
+    @property
+    def torch_device(self) -> str:
+        """The device as torch calls it."""
+        return "cpu" if self.device is None else f"cuda:{self.device}"
+
+
+def artifacts(paths: Sequence[Path], where: Where) -> list[Entry]:
+    """Enter files under their names, or their paths where names are alike.
+
+    Raises:
+        GraphError: a file does not exist, or is given twice.
+        ManifestError: a manifest is malformed.
+    """
+    names = Counter(path.name for path in paths)
+    found = [
+        artifact(path, where, path.name if names[path.name] == 1 else str(path)) for path in paths
+    ]
+    twice = [name for name, count in Counter(entry.name for entry in found).items() if count > 1]
+    if twice:
+        raise GraphError(f"{twice[0]} is given twice; name each artifact once")
+    return found
+
+
+def artifact(path: Path, where: Where, name: str) -> Entry:
+    """Enter one .onnx or .engine file."""
+    if not path.is_file():
+        raise GraphError(f"{path} does not exist; give an .onnx or .engine file")
+    manifest = manifests.read(path)
+    opening = {
+        "kind": "artifact",
+        "path": str(path),
+        "device": where.device,
+        "providers": list(where.providers) if path.suffix == ".onnx" else [],
+        "trust": where.trust,
+        "threads": where.threads,
+        "resident": where.resident,
+    }
+    return Entry(
+        name,
+        "onnx" if path.suffix == ".onnx" else "engine",
+        opening,
+        file=path,
+        manifest=manifest,
+        sha256=manifest.sha256 if manifest is not None else sha256_of(path),
+        dtype=str(manifest.dtype) if manifest is not None else None,
+    )
+
+
+def source_graphs(entries: Sequence[Entry], where: Where) -> Iterator[Entry]:
+    """Enter the graphs that engines were compiled from: ``--against onnxruntime``.
+
+    Raises:
+        BenchError: no engine takes part, or the graph of one is not beside it.
+    """
+    engines = [entry for entry in entries if entry.kind == "engine"]
+    if not engines:
+        raise BenchError("onnxruntime: every artifact here is an .onnx file and runs in it already")
+    for entry in engines:
+        source = entry.manifest.source if entry.manifest is not None else None
+        if entry.file is None or source is None:
+            raise BenchError(
+                f"onnxruntime: {entry.name} has no manifest that names its graph; give the .onnx "
+                "file as one more artifact"
+            )
+        path = entry.file.parent / Path(source.file).name
+        if not path.is_file() or sha256_of(path) != source.sha256:
+            raise BenchError(
+                f"onnxruntime: the graph of {entry.name}, {source.file}, is not beside it; give "
+                "the .onnx file as one more artifact"
+            )
+        if path.name not in {other.name for other in entries}:
+            yield artifact(path, where, path.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The checkpoint that PyTorch contenders load, and what of it the artifacts put out."""
+
+    checkpoint: str
+    sha256: str | None
+    outputs: tuple[str, ...]
+    size: ImageSize
+
+
+def origin_of(
+    entries: Sequence[Entry], checkpoint: str | None, outputs: tuple[str, ...], size: ImageSize
+) -> Origin:
+    """Find the checkpoint: the one that was named, or the first artifact's own.
+
+    Raises:
+        BenchError: no manifest names one.
+    """
+    known = [entry.manifest.checkpoint for entry in entries if entry.manifest is not None]
+    record = next((one for one in known if one is not None), None)
+    if checkpoint is not None:
+        return Origin(checkpoint, record.sha256 if record else None, outputs, size)
+    if record is None:
+        raise BenchError("no manifest names a checkpoint; name it with --checkpoint")
+    return Origin(record.source, record.sha256, outputs, size)
+
+
+def torch_entry(kind: str, origin: Origin, where: Where, dtype: Dtype) -> Entry:
+    """Enter the PyTorch reference in one of its forms."""
+    attention, compiled = TORCH[kind]
+    opening = {
+        "kind": "torch",
+        "attention": attention,
+        "compile": compiled,
+        "checkpoint": origin.checkpoint,
+        "sha256": origin.sha256,
+        "outputs": list(origin.outputs),
+        "size": {"height": origin.size.height, "width": origin.size.width},
+        "dtype": str(dtype),
+        "device": where.torch_device,
+        "threads": where.threads,
+        "resident": where.resident,
+    }
+    return Entry(kind, kind, opening, sha256=origin.sha256, dtype=str(dtype))

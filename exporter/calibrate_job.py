@@ -1,0 +1,58 @@
+"""What ``msn-export calibrate`` was asked for."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from msn_export.calibration.formats import FORMATS
+from msn_export.calibration.observers import Observer
+from msn_export.calibration.projections import Role
+from msn_export.calibration.qdq import Scheme
+from msn_export.check.gate import GATES, Gate
+from msn_export.spec import Dtype
+
+AUTO = "auto"
+OFF = "off"
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateJob:
+    """Options as the command line names them.
+
+    ``dtype`` is int8 or fp8, ``base`` the type of the rest. ``smooth`` is ``auto``, ``off``, a
+    strength from 0 to 1, or None: not said, which is ``auto``, or what ``ranges`` say.
+    """
+
+    model: Path
+    dtype: Dtype
+    images: Path
+    output: Path | None = None
+    base: Dtype = Dtype.FP16
+    limit: int = 512
+    seed: int = 0
+    observer: Observer = Observer.MSE
+    ranges: Path | None = None
+    smooth: str | float | None = None
+    quantize_attention: bool = False
+    quantize_patch: bool = False
+    quantize_head: bool = False
+    bias_correction: bool = False
+    gate_cosine: float = 0.99
+    compile: bool = True
+    force: bool = False
+    command: str = ""
+
+    @property
+    def gate(self) -> Gate:
+        """What the quantised graph must reach."""
+        return replace(GATES[self.dtype], cosine_p1=self.gate_cosine)
+
+    @property
+    def scheme(self) -> Scheme:
+        """The 8-bit format and the type of the rest."""
+        return Scheme(FORMATS[self.dtype], self.base)
+
+    @property
+    def extra(self) -> tuple[Role, ...]:
+        """What is quantised besides the blocks' projections."""
+        asked = ((Role.PATCH, self.quantize_patch), (Role.HEAD, self.quantize_head))
+        return tuple(role for role, wanted in asked if wanted)

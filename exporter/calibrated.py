@@ -1,0 +1,171 @@
+"""A quantised graph's manifest: how it was made, what it costs, what it saves."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from msn_export.calibrate_job import CalibrateJob
+from msn_export.calibration import ranges as ranges_file
+from msn_export.calibration.pictures import FEW, Split
+from msn_export.compiled import Twin, compile_both
+from msn_export.driver import NoDriver, find_driver
+from msn_export.files import sha256_of
+from msn_export.graph import io
+from msn_export.graph.quantised import quantised_products
+from msn_export.manifest import (
+    AttentionRecord,
+    Manifest,
+    QuantizationRecord,
+    SourceRecord,
+    versions_of,
+)
+from msn_export.progress import Progress
+from msn_export.ranged import Ranged
+from msn_export.source import Source
+from msn_export.verdict import Candidate, Savings, sentence
+
+PACKAGES = ("onnx", "onnx-ir", "onnxsim", "onnxruntime-gpu", "onnxruntime", "tensorrt-rtx")
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """All that came of a calibration, the quantised graph and its twin in the base type."""
+
+    source: Source
+    dealt: Split
+    ranged: Ranged
+    chosen: Candidate
+    twin: Candidate
+
+
+def describe(
+    done: Calibrated, job: CalibrateJob, stage: Path, ranges: str, progress: Progress
+) -> Manifest:
+    """Compile both graphs where that is possible, and write everything down.
+
+    The ranges are written to ``stage`` under the name ``ranges``, unless they were given.
+    """
+    compiled: dict[str, Any] = {"reason": "not asked for (--no-compile)"}
+    if job.compile:
+        with progress.step("compile both and count kernels"):
+            compiled = _compile(done, job, stage)
+    if job.ranges is None:
+        ranges_file.write(done.ranged.ranges, stage / ranges)
+    known, model = done.source.manifest, done.chosen.model
+    quantization = _quantization(done, job, compiled, job.ranges or stage / ranges)
+    cores = done.ranged.plan.depth
+    path = done.chosen.path
+    return Manifest(
+        kind="onnx",
+        output=path.name,
+        sha256=sha256_of(path),
+        bytes=path.stat().st_size,
+        dtype=job.dtype,
+        inputs=io.tensor_specs(list(model.graph.inputs)),
+        outputs=io.tensor_specs(list(model.graph.outputs)),
+        profiles=(done.source.batch,),
+        preprocessing=done.source.preprocessing,
+        nodes=len(model.graph),
+        ops=io.operators(model),
+        attention=AttentionRecord(cores, cores, _form(job, done)),
+        check=done.chosen.judged.record,
+        opset=model.graph.opset_imports[""],
+        target="tensorrt",
+        labels=known.labels if known else (),
+        checkpoint=known.checkpoint if known else None,
+        config=known.config if known else None,
+        islands=dict(done.ranged.islands),
+        source=SourceRecord(done.source.path.name, done.ranged.ranges.graph),
+        quantization=quantization,
+        notes=tuple(_notes(done)),
+        command=job.command,
+        versions=versions_of(*PACKAGES),
+    )
+
+
+def _form(job: CalibrateJob, done: Calibrated) -> str:
+    if not job.quantize_attention:
+        return "4-D Attention"
+    kept = len(done.chosen.choice.kept)
+    rest = f", {kept} of them 4-D Attention" if kept else ""
+    return f"MatMul, Softmax, MatMul in {job.dtype}{rest}"
+
+
+def _compile(done: Calibrated, job: CalibrateJob, stage: Path) -> dict[str, Any]:
+    products = quantised_products(done.chosen.model)
+    twins = {
+        str(job.base): Twin(done.twin.path, job.base),
+        str(job.dtype): Twin(done.chosen.path, job.dtype, products),
+    }
+    return compile_both(twins, done.source.batch, stage)
+
+
+def _quantization(
+    done: Calibrated, job: CalibrateJob, compiled: dict[str, Any], ranges: Path
+) -> QuantizationRecord:
+    plan, taken, choice = done.ranged.plan, done.ranged.ranges, done.chosen.choice
+    base, form = str(job.base), str(job.dtype)
+    judged, twin = done.chosen.judged, done.twin.judged
+    both = {base: done.twin.path.stat().st_size, form: done.chosen.path.stat().st_size}
+    engines = (compiled[base]["bytes"], compiled[form]["bytes"]) if form in compiled else None
+    savings = Savings(base, form, (both[base], both[form]), engines, None)
+    driver = find_driver()
+    return QuantizationRecord(
+        format=form,
+        base=base,
+        observer=str(job.observer),
+        smoothing=taken.smoothing.strength,
+        smoothing_errors=taken.smoothing.errors or {},
+        attention=job.quantize_attention,
+        bias_correction=job.bias_correction,
+        products=len(quantised_products(done.chosen.model)),
+        expected=len(plan.projections) + len(done.ranged.overflowing),
+        kept=_kept(done, job),
+        drift={str(block): error for block, error in choice.drift.items()},
+        calibration_images=len(taken.images.sha256),
+        held_out=done.dealt.held_out.names,
+        seed=taken.images.seed,
+        limit=taken.images.limit,
+        ranges=SourceRecord(ranges.name, sha256_of(ranges)),
+        sizes={"fp32": done.source.path.stat().st_size, **both},
+        twin=twin.record,
+        neighbours={base: twin.neighbours, form: judged.neighbours},
+        classes={base: twin.classes, form: judged.classes},
+        compiled=compiled,
+        latency={"reason": driver.reason if isinstance(driver, NoDriver) else "not measured"},
+        worthwhile=savings.worthwhile,
+        verdict=sentence(savings, judged, twin, kept=len(choice.kept), depth=plan.depth),
+    )
+
+
+def _kept(done: Calibrated, job: CalibrateJob) -> dict[str, str]:
+    """Say of each block, and each product, that is not quantised, why."""
+    drift = done.chosen.choice.drift
+    kept = {
+        f"block {block}": f"{job.base}: quantised alone, it moves the embedding by "
+        f"{drift[block]:.2%}"
+        for block in done.chosen.choice.kept
+    }
+    return kept | dict.fromkeys(
+        done.ranged.overflowing, "fp32: its result passes what fp16 can hold"
+    )
+
+
+def _notes(done: Calibrated) -> Iterator[str]:
+    taken = done.ranged.ranges.images
+    if len(taken.sha256) < FEW:
+        yield (
+            f"only {len(taken.sha256)} images were calibrated on: ranges of fewer than {FEW} say "
+            "little about others; give more with --images"
+        )
+    yield from done.source.notes
+    broken = done.dealt.calibration.broken
+    if broken:
+        yield f"{len(broken)} broken images skipped"
+    for reason in broken.values():
+        yield f"skipped: {reason}"
+    if done.twin.judged.failures:
+        yield f"the {done.twin.judged.record.executed_on} twin misses its own gate: " + "; ".join(
+            done.twin.judged.failures
+        )

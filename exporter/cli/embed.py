@@ -1,0 +1,86 @@
+"""``msn-export embed``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from msn_export.cli.options import FILE, IMAGES, SIZE, force_option, json_option, runner_options
+
+if TYPE_CHECKING:
+    from msn_export.cli.console import Console
+    from msn_export.run_embed import Embedded
+
+
+def _ending(ctx: click.Context, param: click.Parameter, value: Path) -> Path:  # noqa: ARG001
+    if value.suffix not in {".npy", ".parquet"}:
+        raise click.BadParameter(f"{value} ends in neither .npy nor .parquet")
+    return value
+
+
+@click.command()
+@click.argument("model", type=FILE)
+@click.argument("images", type=IMAGES)
+@click.option(
+    "-o",
+    "--output",
+    type=FILE,
+    required=True,
+    callback=_ending,
+    help="The .npy or .parquet file to write.",
+)
+@click.option("--batch", type=click.IntRange(min=1), help="Default: what the model is tuned for.")
+@click.option("--workers", type=click.IntRange(1, 256), help="Processes that decode pictures.")
+@click.option("--output-name", help="Output to keep. Default: embedding, or what comes nearest.")
+@click.option("--preprocess", type=click.Choice(["hf", "msn-eval"]), help="Default: the model's.")
+@click.option("--image-size", type=SIZE, help="For a graph that leaves height and width open.")
+@runner_options
+@click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
+@force_option
+@json_option
+def embed(model: Path, images: Path, **options: Any) -> None:
+    """Run the pictures of the folder IMAGES through MODEL, an .onnx or .engine file.
+
+    Rows are in the order of the sorted paths. A picture that cannot be read is a row with an error.
+    """
+    from msn_export.cli.console import Console
+    from msn_export.run_embed import EmbedJob, run_embed
+
+    console = Console(as_json=options.pop("as_json"))
+    with console.progress() as progress:
+        embedded = run_embed(EmbedJob(model, images, **options), progress)
+    _show(console, embedded)
+
+
+def _show(console: Console, embedded: Embedded) -> None:
+    if console.as_json:
+        console.print_json(embedded)
+        return
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=embedded.output, title_justify="left", show_header=False)
+    shape = ", ".join(str(size) for size in embedded.shape)
+    rows = [
+        ("rows", f"{embedded.output_name} [{shape}] float32"),
+        ("broken", f"{embedded.broken} of {embedded.images} pictures"),
+        *(("", text) for text in embedded.errors),
+        ("files", ", ".join(embedded.files)),
+        ("runner", f"{embedded.runner}, batch {embedded.batch}"),
+        ("preprocessing", embedded.preprocessing["name"]),
+        *(("note", note) for note in embedded.notes),
+        ("took", _took(embedded)),
+    ]
+    for name, text in rows:
+        table.add_row(name, escape(text))
+    console.print(table)
+
+
+def _took(embedded: Embedded) -> str:
+    resumed = f", resumed at row {embedded.resumed_at}" if embedded.resumed_at else ""
+    return (
+        f"{embedded.seconds:.1f} s{resumed}, {embedded.images_per_second:.1f} images/s, "
+        f"{embedded.workers} decoding; peak memory {embedded.peak_rss_bytes / 1e9:.2f} GB"
+    )

@@ -1,0 +1,56 @@
+"""What TensorRT makes of a quantised graph and of its twin in half precision."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from msn_export.engine.backend import find_backend
+from msn_export.engine.build import build_engine
+from msn_export.engine.census import ALLOWED, not_multiplied_in
+from msn_export.engine.job import BuildSpec
+from msn_export.errors import BuildError, MissingPackageError
+from msn_export.spec import BatchRange, ComputeCapability, Dtype
+
+# The first generation with both int8 and fp8 matrix products, for a compiler without a GPU.
+_CAPABILITY = ComputeCapability(8, 9)
+
+
+@dataclass(frozen=True, slots=True)
+class Twin:
+    """A graph to compile, and the products in it that must multiply in 8 bits."""
+
+    path: Path
+    dtype: Dtype
+    products: Sequence[str] = ()
+
+
+def compile_both(twins: Mapping[str, Twin], profile: BatchRange, stage: Path) -> dict[str, Any]:
+    """Compile each graph and count its kernels.
+
+    Returns:
+        By name: kernels, fused attention, products by dtype, ``multiplied`` of ``products`` in 8
+        bits and the engine's bytes; and ``compiler``. Or ``reason``, where nothing compiles here.
+    """
+    try:
+        backend = find_backend("auto")
+        told: dict[str, Any] = {"compiler": f"{backend}"}
+        capabilities = (_CAPABILITY,) if backend.flavour.targets_capabilities else ()
+        if capabilities:
+            told["compiler"] += f" for SM {_CAPABILITY}"
+        for name, twin in twins.items():
+            spec = BuildSpec(twin.path, (profile,), capabilities, precision=twin.dtype)
+            built = build_engine(spec, backend, stage / f"{name}.engine")
+            census = built.census
+            wrong = not_multiplied_in(census, ALLOWED[twin.dtype][0], twin.products)
+            told[name] = {
+                "kernels": len(census.kernels),
+                "fused_attention": len(census.fused_attention),
+                "gemm_dtypes": census.gemm_dtypes,
+                "products": len(twin.products),
+                "multiplied": len(twin.products) - len(wrong),
+                "bytes": built.bytes,
+            }
+    except (BuildError, MissingPackageError) as error:
+        return {"reason": f"not compiled: {error}"}
+    return told

@@ -1,0 +1,114 @@
+"""Pictures through a model: a batch of decoded pictures in, a batch of rows out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from msn_export.embed.parts import BEST, Rows
+from msn_export.errors import GraphError, SpecError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from msn_export.embed.decode import Decoded
+    from msn_export.spec import ImageSize, TensorSpec
+
+# What an image's vector is read from, best first; the last is what other exporters give
+_PREFERRED = ("embedding", "mean_embedding", "pooler_output", "logits", "last_hidden_state")
+_LOGITS = "logits"
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Which outputs are read: the vector's, and the classifier's where there is one."""
+
+    vector: str
+    logits: str | None
+
+
+def reading_of(model: str, outputs: Sequence[TensorSpec], wanted: str | None) -> Reading:
+    """Choose what to read off a model.
+
+    Raises:
+        SpecError: it has no output of the name asked for, or several and none that is known.
+    """
+    names = [spec.name for spec in outputs]
+    if wanted is not None and wanted not in names:
+        raise SpecError(
+            f"--output-name {wanted!r}: {model} has no such output; it has {', '.join(names)}"
+        )
+    known = [name for name in _PREFERRED if name in names]
+    vector = wanted or (known[0] if known else names[0] if len(names) == 1 else None)
+    if vector is None:
+        raise SpecError(
+            f"{model} has the outputs {', '.join(names)}; choose one with --output-name"
+        )
+    return Reading(vector, _LOGITS if _LOGITS in names else None)
+
+
+def batches(
+    decoded: Iterable[Decoded],
+    size: ImageSize,
+    channels: int,
+    count: int,
+    run: Callable[[NDArray[np.uint8]], Mapping[str, Any]],
+    reading: Reading,
+) -> Iterator[Rows]:
+    """Run pictures ``count`` at a time.
+
+    A picture that could not be decoded goes in as a black one and its row is thrown away: every
+    batch but the last has the same size, so what a picture gives does not depend on whether its
+    neighbours are broken.
+    """
+    pictures = iter(decoded)
+    while chunk := list(islice(pictures, count)):
+        pixels = np.zeros((len(chunk), size.height, size.width, channels), np.uint8)
+        errors: dict[int, str] = {}
+        for index, picture in enumerate(chunk):
+            if isinstance(picture, str):
+                errors[index] = picture
+            else:
+                pixels[index] = picture
+        yield read_rows(run(pixels), reading, len(chunk), errors)
+
+
+def read_rows(
+    outputs: Mapping[str, Any], reading: Reading, count: int, errors: dict[int, str]
+) -> Rows:
+    """Read a batch's rows off the model's outputs.
+
+    A vector with NaN or infinity in it is an error, as a broken picture is.
+
+    Raises:
+        GraphError: the output has another number of rows than pictures went in.
+    """
+    vectors = np.array(outputs[reading.vector], np.float32)
+    if vectors.ndim < 2 or len(vectors) != count:
+        raise GraphError(
+            f"output {reading.vector!r} is {list(vectors.shape)} for {count} images; expected "
+            "a row for each"
+        )
+    finite = np.isfinite(vectors.reshape(count, -1)).all(axis=1)
+    for index in np.flatnonzero(~finite):
+        errors.setdefault(int(index), f"the model's {reading.vector} has NaN or infinity")
+    vectors[list(errors)] = np.nan
+    best = None
+    if reading.logits is not None:
+        best = _best_of(np.asarray(outputs[reading.logits], np.float64))
+    return Rows(vectors, best, errors)
+
+
+def _best_of(logits: NDArray[np.float64]) -> NDArray[Any]:
+    """Find the likeliest class of each row [k, classes] and its softmax probability."""
+    best = np.zeros(len(logits), BEST)
+    best["class"] = logits.argmax(axis=1)
+    with np.errstate(invalid="ignore", over="ignore"):
+        shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+        best["probability"] = 1 / shifted.sum(axis=1)
+    return best

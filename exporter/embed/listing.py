@@ -1,0 +1,56 @@
+"""The pictures of a run, in order, with the fingerprint that tells them from others."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from msn_export import images
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """Picture files below ``folder``, sorted.
+
+    ``sha256`` is over each one's name below the folder and its size in bytes: what can be known of
+    a million files without reading them.
+    """
+
+    folder: Path
+    paths: tuple[Path, ...]
+    sha256: str
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def names(self) -> Iterator[str]:
+        """Give each path below the folder; bytes that are no UTF-8 are written as escapes."""
+        for path in self.paths:
+            yield _name(self.folder, path).decode("utf-8", "backslashreplace")
+
+
+def list_pictures(folder: Path) -> Listing:
+    """List the pictures below a folder, or one file.
+
+    Raises:
+        ImageError: there is none.
+    """
+    paths = tuple(images.find(folder))
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            size = path.stat().st_size
+        except OSError:
+            size = -1  # gone since it was listed: decoding it will say so
+        digest.update(_name(folder, path) + b"\0%d\n" % size)
+    return Listing(folder, paths, digest.hexdigest())
+
+
+def _name(folder: Path, path: Path) -> bytes:
+    return os.fsencode(path.relative_to(folder) if path != folder else path.name)

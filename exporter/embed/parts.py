@@ -1,0 +1,211 @@
+"""Rows that are done, kept beside the output until all are: what ``--resume`` goes on from.
+
+A folder ``<output>.parts``: the arrays, and a journal that says how many of their rows count. A
+part is what lies between two lines of the journal; its rows are on the disk before its line is, so
+a run that is killed at any moment loses the part it was in and nothing else.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from msn_export.embed.growing import GrowingArray
+from msn_export.errors import OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+# A part ends with whichever comes first: what a killed run may lose, and what waits in memory
+SECONDS = 10.0
+BYTES = 8 * 2**20
+
+BEST = np.dtype([("class", "<i4"), ("probability", "<f4")])
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What one batch gave.
+
+    ``vectors`` is float32 [k, ...], NaN where ``errors`` (by position) says why; ``best`` is the
+    likeliest class of each, [k] of ``BEST``, where the model has a classifier.
+    """
+
+    vectors: NDArray[np.float32]
+    best: NDArray[Any] | None = None
+    errors: Mapping[int, str] = field(default_factory=dict)
+
+
+class Parts:
+    """The finished parts of an output of ``total`` rows; ``errors`` is by row."""
+
+    def __init__(self, folder: Path, total: int) -> None:
+        self.folder, self.total = folder, total
+        self.vectors = GrowingArray(folder / "vectors.npy", total)
+        self.best = GrowingArray(folder / "best.npy", total)
+        self.journal = folder / "parts.jsonl"
+        self.errors: dict[int, str] = {}
+        self.done = 0
+        self._open: list[Rows] = []
+        self._begun = time.monotonic()
+        self._lock = -1
+
+    @classmethod
+    def begin(
+        cls, folder: Path, total: int, origin: Mapping[str, Any], *, resume: bool, force: bool
+    ) -> Self:
+        """Start an output, or go on with one that was begun.
+
+        Args:
+            folder: where the parts are kept.
+            total: rows of the whole output.
+            origin: all that the rows follow from, by name; parts of another origin are refused.
+            resume: go on with what is there.
+            force: throw away what is there, unless it is to be resumed.
+
+        Raises:
+            OutputError: parts are there and may not be touched, are of another origin, or damaged.
+        """
+        parts = cls(folder, total)
+        folder.mkdir(exist_ok=True)
+        parts._claim()
+        try:
+            if resume or not force:
+                parts._continue(json.loads(json.dumps(origin)), resume=resume)
+            if not parts.done:  # nothing worth keeping: a header alone, or less
+                parts._clear()
+                parts._note({"origin": origin, "total": total})
+        except BaseException:
+            parts.close()
+            raise
+        return parts
+
+    @property
+    def has_best(self) -> bool:
+        """Whether rows have a likeliest class."""
+        return self.best.path.exists()
+
+    @property
+    def broken(self) -> int:
+        """How many rows have an error so far, those of the open part among them."""
+        return len(self.errors) + sum(len(rows.errors) for rows in self._open)
+
+    def add(self, rows: Rows) -> None:
+        """Take a batch; ends the part when it is old or large."""
+        self._open.append(rows)
+        size = sum(one.vectors.nbytes for one in self._open)
+        if size >= BYTES or time.monotonic() - self._begun >= SECONDS:
+            self.end_part()
+
+    def end_part(self) -> None:
+        """Write what was added since the last part; after an interruption it may be called again.
+
+        Raises:
+            OutputError: rows of another shape were written before.
+        """
+        self._begun = time.monotonic()
+        if not self._open:
+            return
+        vectors = np.concatenate([rows.vectors for rows in self._open])
+        self.vectors.write(self.done, vectors)
+        if self._open[0].best is not None:
+            self.best.write(self.done, np.concatenate([rows.best for rows in self._open]))
+        errors, row = {}, self.done
+        for rows in self._open:
+            errors.update({row + index: text for index, text in rows.errors.items()})
+            row += len(rows.vectors)
+        self._note({"done": row, "errors": errors})
+        self.errors |= errors
+        self.done, self._open = row, []
+
+    def remove(self) -> None:
+        """Delete them: the output is in place, or there will be none."""
+        self._clear()
+        with suppress(OSError):  # someone keeps files of his own in it
+            self.folder.rmdir()
+
+    def close(self) -> None:
+        """Let another run have them; those without a row are of no use to one."""
+        if self._lock >= 0:
+            if not self.done:
+                self.remove()
+            os.close(self._lock)
+            self._lock = -1
+
+    def _claim(self) -> None:
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                f"another run is writing {self.folder}; wait for it or choose another -o"
+            ) from error
+
+    def _clear(self) -> None:
+        for path in (self.vectors.path, self.best.path, self.journal):
+            path.unlink(missing_ok=True)
+
+    def _continue(self, origin: Mapping[str, Any], *, resume: bool) -> None:
+        """Read the journal up to its last whole line, and require that its rows are these."""
+        text = self.journal.read_bytes() if self.journal.exists() else b""
+        whole = text[: text.rfind(b"\n") + 1]
+        if not whole:
+            return
+        try:
+            first, *lines = [json.loads(line) for line in whole.splitlines()]
+            began, total = dict(first["origin"]), int(first["total"])
+            for line in lines:
+                self.done = int(line["done"])
+                self.errors |= {int(row): str(text) for row, text in line["errors"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise OutputError(
+                f"{self.journal} is damaged ({error!r}); --force without --resume starts over"
+            ) from error
+        if not self.done:
+            return
+        if not resume:
+            raise OutputError(
+                f"{self.folder} holds {self.done} of {total} rows of an interrupted run; --resume "
+                "goes on from there, --force starts over"
+            )
+        self._require_same(began, origin)
+        self._require_rows()
+        self.journal.write_bytes(whole)
+
+    def _require_same(self, began: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
+        for name, now in origin.items():
+            before = began.get(name)
+            if before != now:
+                raise OutputError(
+                    f"{self.folder} was begun with another {name.replace('_', ' ')} "
+                    f"({_short(before)}, now {_short(now)}); --force without --resume starts over"
+                )
+
+    def _require_rows(self) -> None:
+        best = not self.has_best or self.best.holds(self.done)
+        if not self.vectors.holds(self.done) or not best:
+            raise OutputError(
+                f"{self.folder} is damaged: its journal counts {self.done} rows and the arrays "
+                "have fewer; --force without --resume starts over"
+            )
+
+    def _note(self, line: Mapping[str, Any]) -> None:
+        with self.journal.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,94 @@
+"""What an open artifact takes: bytes or normalised planes, and how a picture becomes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from msn_export import images
+from msn_export.errors import GraphError, SpecError
+from msn_export.preprocessing import Preprocessing, preset
+from msn_export.spec import ImageSize, InputKind
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from msn_export.manifest import Manifest
+    from msn_export.spec import TensorSpec
+
+_DTYPES = {"float": np.float32, "float16": np.float16, "uint8": np.uint8}  # as ONNX spells them
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """How an artifact is fed; ``note`` says what had to be assumed."""
+
+    kind: InputKind
+    dtype: str
+    preprocessing: Preprocessing
+    note: str | None = None
+
+    def __call__(self, pixels: NDArray[np.uint8]) -> NDArray[Any]:
+        """Turn decoded pictures [b, h, w, c] into the artifact's input."""
+        if self.kind is InputKind.UINT8:
+            return pixels
+        return images.normalize(pixels, self.preprocessing).astype(_DTYPES[self.dtype], copy=False)
+
+
+def feed_of(
+    name: str,
+    inputs: Sequence[TensorSpec],
+    manifest: Manifest | None,
+    *,
+    preprocess: str | None = None,
+    size: ImageSize | None = None,
+) -> Feed:
+    """Find out how an artifact is fed.
+
+    Args:
+        name: of the artifact, for messages.
+        inputs: what its runner says it takes.
+        manifest: where its preprocessing stands; without one, ``hf`` is assumed and noted.
+        preprocess: a preset that is to be used instead.
+        size: of a graph that leaves height and width open.
+
+    Raises:
+        GraphError: it does not take one image input.
+        SpecError: height and width are open and no ``size`` says them, or another than they are.
+    """
+    if len(inputs) != 1:
+        names = ", ".join(repr(spec.name) for spec in inputs) or "nothing"
+        raise GraphError(f"{name} takes {names}; expected one image input")
+    spec = inputs[0]
+    described = f"{name}: input {spec.name!r} is {spec.dtype}{list(spec.shape)}"
+    if spec.dtype not in _DTYPES or len(spec.shape) != 4:
+        raise GraphError(f"{described}; expected float [b, c, h, w] or uint8 [b, h, w, c] images")
+    kind = InputKind.UINT8 if spec.dtype == "uint8" else InputKind.FLOAT
+    _, *rest = spec.shape
+    channels, *sides = (rest[2], *rest[:2]) if kind is InputKind.UINT8 else rest
+    known = manifest.preprocessing if manifest is not None else None
+    found = _size(described, sides, size or (known.size if known else None))
+    count = channels if isinstance(channels, int) else 3
+    if preprocess is None and known is not None:
+        return Feed(kind, spec.dtype, known)
+    chosen = preset(preprocess or "hf", found, count)
+    note = None
+    if preprocess is None:
+        note = f"{name} has no manifest: preprocessing hf assumed, --preprocess chooses another"
+    return Feed(kind, spec.dtype, chosen, note)
+
+
+def _size(described: str, sides: Sequence[int | str], given: ImageSize | None) -> ImageSize:
+    height, width = sides
+    if isinstance(height, int) and isinstance(width, int):
+        fixed = ImageSize(height, width)
+        if given is not None and given != fixed:
+            raise SpecError(f"{described}; images of {given} do not fit")
+        return fixed
+    if given is None:
+        raise SpecError(f"{described}; it leaves height and width open, --image-size says them")
+    return given

@@ -1,0 +1,156 @@
+"""The story of ``msn-export calibrate``: ranges, Q/DQ, the blocks that stay, verdict."""
+
+import resource
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import onnx_ir as ir
+
+from msn_export import __version__
+from msn_export.calibrate_job import CalibrateJob
+from msn_export.calibrated import Calibrated, describe
+from msn_export.calibration.observers import require_meaning
+from msn_export.calibration.pictures import Split, split
+from msn_export.check.gate import GATES
+from msn_export.check.sample import Sample
+from msn_export.check.verify import Reference, run_reference
+from msn_export.errors import GraphError, ToleranceError
+from msn_export.files import manifest_path, publish, require_writable, staging
+from msn_export.graph import io
+from msn_export.graph.precision import type_graph
+from msn_export.manifest import Manifest, seal
+from msn_export.progress import Progress
+from msn_export.quantise import choices
+from msn_export.ranged import Ranged, known_ranges, take_ranges
+from msn_export.runtime.ort import OrtRunner
+from msn_export.source import Source, read_source, room_of
+from msn_export.spec import Dtype
+from msn_export.typed import cpu_runner
+from msn_export.verdict import Candidate, judge
+
+
+def run_calibrate(job: CalibrateJob, progress: Progress) -> tuple[Path, Manifest]:
+    """Quantise an fp32 graph, judge it on held-out images, and write it with its ranges.
+
+    Returns:
+        The graph's path and its manifest.
+
+    Raises:
+        MsnExportError: whatever kept the graph from its gate; the output paths are as they were.
+    """
+    started = time.monotonic()
+    output = job.output or Path(f"{job.model.stem}.{job.dtype}.onnx")
+    ranges = job.ranges or output.with_name(f"{output.stem}.ranges.json")
+    outputs = [output, manifest_path(output), *([] if job.ranges else [ranges])]
+    require_writable(outputs, force=job.force, sources=[job.model])
+    require_meaning(job.observer, job.scheme.form)
+    with progress.step("read the graph"):
+        source = _read(job.model)
+        known = known_ranges(job, source)
+    with progress.step("deal out the images"):
+        dealt = split(
+            job.images, source.preprocessing, source.stem, limit=job.limit, seed=job.seed,
+            taken=known.images.sha256 if known else (),
+        )  # fmt: skip
+    with staging(output.parent) as stage:
+        reference = _run_fp32(job, source, dealt, progress)
+        ranged = take_ranges(job, source, dealt.calibration, known, stage, progress)
+        chosen = _choose(job, source, ranged, reference, stage / output.name, progress)
+        twin = _twin(job, source, ranged, reference, stage, progress)
+        done = Calibrated(source, dealt, ranged, chosen, twin)
+        manifest = describe(done, job, stage, ranges.name, progress)
+        manifest = replace(
+            manifest,
+            seconds=round(time.monotonic() - started, 3),
+            peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        )
+        if job.ranges is None:
+            (stage / ranges.name).replace(ranges)
+        publish(chosen.path, output, seal(manifest))
+    return output, manifest
+
+
+def _read(path: Path) -> Source:
+    """Read the graph to quantise.
+
+    Raises:
+        GraphError: it is quantised, or typed, already.
+    """
+    source = read_source(path)
+    if source.dtype.is_quantised:
+        raise GraphError(
+            f"{path} is quantised to {source.dtype} already; give the fp32 graph it was made from"
+        )
+    if source.dtype is not Dtype.FP32:
+        raise GraphError(f"{path} is typed {source.dtype}; calibrate takes the fp32 graph")
+    return source
+
+
+def _run_fp32(job: CalibrateJob, source: Source, dealt: Split, progress: Progress) -> Reference:
+    held = dealt.held_out
+    sample = Sample(
+        held.pixels, held.names, f"held out of {job.images}", source.preprocessing,
+        room=room_of(source.model),
+    )  # fmt: skip
+    with progress.step(f"run the fp32 graph on {len(sample)} held-out images"):
+        runner = OrtRunner(source.path)
+        runner.name = f"{source.path.name} in {runner.name}"
+        return run_reference(runner, sample, source.stem, fixed=source.fixed)
+
+
+def _choose(
+    job: CalibrateJob,
+    source: Source,
+    ranged: Ranged,
+    reference: Reference,
+    path: Path,
+    progress: Progress,
+) -> Candidate:
+    """Quantise as many blocks as reach the gate, on calibration images and on held-out ones.
+
+    Raises:
+        ToleranceError: no choice of blocks does.
+    """
+    failures: tuple[str, ...] = ()
+    with progress.step(f"quantise to {job.dtype} and judge"):
+        for choice in choices(ranged.plan, ranged.probe, job.gate, progress):
+            model = ranged.plan.quantised(choice.kept)
+            _write(model, ranged, job.base, path)
+            runner = cpu_runner(path, job.dtype, path.parent)
+            judged = judge(runner, reference, job.gate, source.stem, source.fixed)
+            if not judged.failures:
+                return Candidate(path, model, judged, choice)
+            failures = judged.failures
+    raise ToleranceError(
+        f"no choice of blocks reaches --gate-cosine {job.gate_cosine} in {job.dtype}"
+        + (f" on held-out images ({failures[0]})" if failures else " on calibration images")
+        + f"; keep {job.base}, or lower the gate"
+    )
+
+
+def _twin(
+    job: CalibrateJob,
+    source: Source,
+    ranged: Ranged,
+    reference: Reference,
+    stage: Path,
+    progress: Progress,
+) -> Candidate:
+    """Make the same graph in the base type, which is what quantising has to be better than."""
+    path = stage / f"twin.{job.base}.onnx"
+    with progress.step(f"judge the {job.base} graph beside it"):
+        model = ranged.plan.unquantised()
+        _write(model, ranged, job.base, path)
+        runner = cpu_runner(path, job.base, stage)
+        judged = judge(runner, reference, GATES[job.base], source.stem, source.fixed)
+    return Candidate(path, model, judged)
+
+
+def _write(model: ir.Model, ranged: Ranged, base: Dtype, path: Path) -> None:
+    """Type what is not 8-bit, and write the file."""
+    named = {value.name for node in model.graph for value in node.outputs}
+    type_graph(model, base, ranged.islands.keys() & named)
+    model.producer_name, model.producer_version = "msn-export", __version__
+    io.save(model, path)
+    io.check(path)

@@ -1,0 +1,154 @@
+"""What must hold before an artifact is loaded: it is what its manifest says, and belongs here.
+
+Loading an engine runs what is in it. So nothing of TensorRT is touched before the file was found to
+be the one its manifest describes, and a driver was found.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from msn_export import manifest as manifests
+from msn_export.driver import Device, Driver, NoDriver
+from msn_export.engine_header import EngineHeader, parse_header
+from msn_export.errors import ManifestError, RunnerError
+from msn_export.files import manifest_path
+from msn_export.manifest import Manifest
+from msn_export.runtime.loaders import Loaded, may_run
+from msn_export.runtime.providers import require_index
+from msn_export.spec import ComputeCapability
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """An engine that is what its manifest says, or is trusted without one."""
+
+    path: Path
+    content: bytes
+    header: EngineHeader
+    manifest: Manifest | None
+
+    @property
+    def compatible(self) -> bool:
+        """Whether it was built to load in later versions of TensorRT too."""
+        record = self.manifest.engine if self.manifest is not None else None
+        return record is not None and bool(record.options.get("version_compatible"))
+
+    @property
+    def version(self) -> str:
+        """The version it was built with."""
+        record = self.manifest.engine if self.manifest is not None else None
+        return record.version if record is not None else self.header.version
+
+    @property
+    def capabilities(self) -> tuple[ComputeCapability, ...]:
+        """The GPU generations it is for; empty where neither file nor manifest tells."""
+        record = self.manifest.engine if self.manifest is not None else None
+        if self.header.capabilities or record is None:
+            return self.header.capabilities
+        return tuple(ComputeCapability.parse(text) for text in record.compute_capabilities)
+
+    def is_for(self, device: Device) -> bool:
+        """Tell whether it is for a GPU."""
+        known = self.capabilities
+        later = self.header.later and device.capability > max(known)
+        return not known or device.capability in known or later
+
+    def __str__(self) -> str:
+        known = ", ".join(str(one) for one in self.capabilities)
+        later = " and later" if self.header.later else ""
+        return f"{self.header.backend} {self.version}" + (
+            f" for SM {known}{later}" if known else ""
+        )
+
+
+def admit_engine(path: Path, *, trust: bool) -> Admitted:
+    """Read an engine once, and require it to be what its manifest says.
+
+    Raises:
+        EngineFileError: it is no engine, or damaged.
+        ManifestError: it has no manifest and is not trusted, or is not the one described.
+        RunnerError: it cannot be read.
+    """
+    manifest = manifests.read(path)
+    if manifest is None and not trust:
+        raise ManifestError(
+            f"engine {path} has no manifest ({manifest_path(path).name} is missing), and loading "
+            "an engine runs what is in it; copy the manifest that 'msn-export trt' wrote, or pass "
+            "trust=True if you know where the engine comes from"
+        )
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise RunnerError(f"engine {path} cannot be read: {error.strerror}") from error
+    if manifest is not None:
+        _require_described(path, content, manifest)
+    header = parse_header(content, path)
+    record = manifest.engine if manifest is not None else None
+    if record is not None and record.backend != header.backend:
+        raise ManifestError(
+            f"{path} is an engine of {header.backend}, and its manifest says {record.backend}; "
+            f"{rebuild(manifest)}"
+        )
+    return Admitted(path, content, header, manifest)
+
+
+def _require_described(path: Path, content: bytes, manifest: Manifest) -> None:
+    if manifest.kind != "engine" or manifest.engine is None:
+        raise ManifestError(f"{manifest_path(path)} describes no engine; export {path} again")
+    found = hashlib.sha256(content).hexdigest()
+    if found != manifest.sha256:
+        raise ManifestError(
+            f"{path} is not the file its manifest describes (sha256 {found[:12]}…, manifest "
+            f"{manifest.sha256[:12]}…); {rebuild(manifest)}"
+        )
+
+
+def require_device(engine: Admitted, driver: Driver | NoDriver, device: int | None) -> Device:
+    """Choose the GPU: the one asked for, or the first that the engine is for.
+
+    Raises:
+        RunnerError: there is none, or the engine is for another generation.
+    """
+    if isinstance(driver, NoDriver):
+        raise RunnerError(
+            f"engine {engine.path} ({engine}) needs an NVIDIA GPU, and here: {driver.reason}; run "
+            "its .onnx with providers=['cpu'], or this where the GPU is"
+        )
+    if device is not None:
+        require_index(device, driver)
+    wanted = driver.devices if device is None else (driver.devices[device],)
+    fitting = [one for one in wanted if engine.is_for(one)]
+    if not fitting:
+        here = ", ".join(f"{one.name} (SM {one.capability})" for one in wanted)
+        raise RunnerError(
+            f"engine {engine.path} was built with {engine}; here is {here}; "
+            f"{rebuild(engine.manifest, wanted[0].capability)}"
+        )
+    return fitting[0]
+
+
+def require_version(engine: Admitted, loaded: Loaded, device: Device) -> None:
+    """Require a TensorRT that loads the engine.
+
+    Raises:
+        RunnerError: it was built by another version.
+    """
+    if not may_run(loaded, engine.version, compatible=engine.compatible):
+        raise RunnerError(
+            f"engine {engine.path} was built with {engine}; here is {loaded}, which does not load "
+            f"it; {rebuild(engine.manifest, device.capability)}"
+        )
+
+
+def rebuild(manifest: Manifest | None, capability: ComputeCapability | None = None) -> str:
+    """Give the command that builds an engine for here, from what the manifest says."""
+    if manifest is None or manifest.engine is None or manifest.source is None:
+        return "build it again here with: msn-export trt MODEL.onnx"
+    words = ["msn-export trt", manifest.source.file, f"--{manifest.dtype}"]
+    words += ["--backend", manifest.engine.backend]
+    if manifest.engine.backend == "tensorrt-rtx" and capability is not None:
+        words += ["--compute-capability", str(capability)]
+    for profile in manifest.profiles:
+        words += ["--batch", str(profile)]
+    return "rebuild it with: " + " ".join([*words, "--force"])

@@ -1,0 +1,117 @@
+"""From a path to a runner: which one, and whether the artifact may be loaded here at all."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from msn_export import manifest as manifests
+from msn_export.driver import find_driver
+from msn_export.errors import ManifestError, MissingPackageError, RunnerError
+from msn_export.files import manifest_path
+from msn_export.runtime.admission import Admitted, admit_engine, require_device, require_version
+from msn_export.runtime.loaders import INSTALL, load
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Sequence
+
+    from msn_export.runtime.bindings import CudaDriver
+    from msn_export.runtime.runner import Runner
+    from msn_export.runtime.trt import TrtRunner
+
+
+def open_runner(  # noqa: PLR0913  each names one thing a service may have to choose
+    path: str | os.PathLike[str],
+    *,
+    device: int | None = None,
+    providers: Sequence[str] | None = None,
+    trust: bool = False,
+    threads: int | None = None,
+    contexts: int = 2,
+    cuda_graphs: bool = True,
+) -> Runner:
+    """Load an artifact and make it ready to run.
+
+    An ``.onnx`` file runs in onnxruntime, an engine in the TensorRT that its manifest names.
+
+    Args:
+        path: an ``.onnx`` file or an engine, with its manifest beside it.
+        device: index of the GPU; by default the first that fits.
+        providers: onnxruntime's, in order: ``cpu``, ``cuda``, ``tensorrt`` or in full. By default
+            CUDA where a GPU is found, else the CPU. What is asked for and cannot be had is an
+            error.
+        trust: load an engine that has no manifest. An engine runs what is in it.
+        threads: onnxruntime on the CPU: threads that one call computes with.
+        contexts: an engine: calls that run at the same time, each with its own memory.
+        cuda_graphs: an engine: replay runs that come up again as CUDA graphs.
+
+    Raises:
+        RunnerError: the artifact does not exist, or cannot run here; the message says what would.
+        ManifestError: it is not what its manifest says, or has none and is not trusted.
+        EngineFileError: an engine is damaged.
+        GraphError: an ONNX graph is refused.
+        MissingPackageError: a package is not installed; the message has the line that does.
+        DeviceError: the GPU or TensorRT failed.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise RunnerError(f"{file} does not exist; give an .onnx file or an engine")
+    if file.suffix == ".onnx":
+        return _open_graph(file, device, providers, threads)
+    if providers is not None:
+        raise RunnerError(f"engine {file} takes no providers; it runs in the TensorRT it is for")
+    return open_engine(
+        admit_engine(file, trust=trust), device, contexts=contexts, cuda_graphs=cuda_graphs
+    )
+
+
+def open_engine(
+    engine: Admitted, device: int | None = None, *, contexts: int = 2, cuda_graphs: bool = True
+) -> TrtRunner:
+    """Load an engine that was admitted.
+
+    Raises:
+        RunnerError: it cannot run here.
+        MissingPackageError: a package is not installed.
+        DeviceError: the GPU or TensorRT failed.
+    """
+    from msn_export.runtime.trt import Machine, Plan, TrtRunner
+
+    chosen = require_device(engine, find_driver(), device)
+    cuda = load_cuda(engine.header.backend)
+    loaded = load(engine.header.backend, compatible=engine.compatible)
+    require_version(engine, loaded, chosen)
+    plan = Plan(engine.content, engine.path.name, engine.manifest, engine.compatible)
+    machine = Machine(cuda, loaded, chosen)
+    return TrtRunner(plan, machine, contexts=contexts, cuda_graphs=cuda_graphs)
+
+
+def load_cuda(backend: str) -> CudaDriver:
+    """Import the bindings of CUDA's driver API.
+
+    Raises:
+        MissingPackageError: they are not installed.
+    """
+    try:
+        return importlib.import_module("cuda.bindings.driver")
+    except ImportError as error:
+        raise MissingPackageError(f"cuda-bindings is not installed; {INSTALL[backend]}") from error
+
+
+def _open_graph(
+    file: Path, device: int | None, providers: Sequence[str] | None, threads: int | None
+) -> Runner:
+    manifest = manifests.read(file)
+    if manifest is not None:
+        if manifest.kind != "onnx":
+            raise ManifestError(f"{manifest_path(file)} describes no graph; export {file} again")
+        manifests.require_match(file, manifest)
+    try:
+        from msn_export.runtime.ort import OrtRunner
+    except ImportError as error:
+        raise MissingPackageError(
+            f"onnxruntime cannot be imported ({error}); pip install 'msn-export[ort]'"
+        ) from error
+    return OrtRunner(file, providers, device=device, threads=threads, manifest=manifest)

@@ -1,0 +1,76 @@
+"""Open an onnxruntime session and read what it takes and gives."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import onnxruntime
+
+from msn_export.errors import DeviceError, GraphError, MsnExportError
+from msn_export.runtime.batching import together
+from msn_export.runtime.providers import CPU
+from msn_export.spec import BatchRange, TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from msn_export.manifest import Manifest
+
+# A graph with a dynamic batch takes any; one larger than this is no single batch of images.
+_ANY = BatchRange(1, 8, 65536)
+
+
+def open_session(
+    model: Path, providers: list[tuple[str, dict[str, Any]]], threads: int | None
+) -> Any:
+    """Open a session; what a provider needs and cannot load is left out, and told elsewhere.
+
+    Raises:
+        GraphError: onnxruntime refuses the graph.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors; the graph optimiser's remarks are no one's business
+    if providers[0][0] != CPU:
+        options.log_severity_level = 4  # what cannot be loaded is told by require_obtained
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return onnxruntime.InferenceSession(str(model), options, providers=providers)
+    except Exception as error:
+        raise GraphError(f"onnxruntime refuses {model.name}: {_one_line(error)}") from error
+
+
+def spec_of(node: Any) -> TensorSpec:
+    """Describe an input or output as manifests do: ``tensor(float)`` is ``float``."""
+    dtype = node.type.removeprefix("tensor(").removesuffix(")")
+    return TensorSpec(
+        node.name, dtype, tuple(size if size is not None else "?" for size in node.shape)
+    )
+
+
+def profiles_of(spec: TensorSpec, manifest: Manifest | None) -> tuple[BatchRange, ...]:
+    """Give the batches a graph accepts: its own where fixed, else any up to the manifest's."""
+    size = spec.shape[0]
+    if isinstance(size, int):
+        return (BatchRange(size, size, size),)
+    if manifest is None or not manifest.profiles:
+        return (_ANY,)
+    known = together(manifest.profiles)
+    return (BatchRange(1, known.opt, known.max),)
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turn what onnxruntime raises into a DeviceError."""
+    try:
+        yield
+    except MsnExportError:
+        raise
+    except Exception as error:
+        raise DeviceError(f"onnxruntime failed on a batch: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,180 @@
+"""What all runners share: preprocessing, labels, the selftest, and an end."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import numpy as np
+
+from msn_export import images as pictures
+from msn_export.errors import InputError, ManifestError, RunnerError
+from msn_export.runtime.batching import together
+from msn_export.spec import BatchRange, InputKind, TensorSpec
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from numpy.typing import NDArray
+    from PIL import Image
+
+    from msn_export.manifest import Manifest
+    from msn_export.runtime.outputs import Outputs
+    from msn_export.runtime.selftest import SelfTest
+
+
+class Guess(NamedTuple):
+    """One of a classifier's answers; ``number`` is the label's place among the classes."""
+
+    label: str
+    probability: float
+    number: int
+
+
+class Runner(ABC):
+    """An artifact that is loaded and runs; ``open_runner`` makes one.
+
+    Safe to share between threads. ``name`` says what runs it and on what; ``manifest`` is None
+    where there is none; ``inputs`` and ``outputs`` are the artifact's tensors, a dynamic batch
+    as a name; ``profiles`` are the batches it accepts.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        manifest: Manifest | None,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        profiles: tuple[BatchRange, ...],
+    ) -> None:
+        self.name = name
+        self.manifest = manifest
+        self.inputs = inputs
+        self.outputs = outputs
+        self.profiles = profiles
+        self._is_open = True
+
+    @property
+    def batch(self) -> BatchRange:
+        """The batches accepted, all profiles together; others are split or padded."""
+        return together(self.profiles)
+
+    @abstractmethod
+    def __call__(self, images: Any, *, stream: Any = None) -> Outputs:
+        """Run any number of images.
+
+        A batch above the artifact's largest is split, one below its smallest is padded and the
+        padding cut off again; the outputs have one row an image.
+
+        Args:
+            images: a NumPy array, or a tensor of a library with DLPack (torch, cupy, jax), on
+                the host or on the runner's GPU; of the dtype and shape of ``inputs``.
+            stream: for tensors on the GPU, the CUDA stream (a number, or an object of torch,
+                cupy or cuda-bindings) on which the images are made and the outputs are used.
+
+        Returns:
+            The outputs, of the kind that was given.
+
+        Raises:
+            InputError: dtype, shape or device do not fit.
+            DeviceError: the run failed.
+            RunnerError: the runner is closed.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free what the runner holds, after calls under way have ended. Again: does nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The classifier's labels; empty where the artifact has none."""
+        return self.manifest.labels if self.manifest is not None else ()
+
+    def preprocess(
+        self, images: Path | str | Image.Image | Iterable[Path | str | Image.Image]
+    ) -> NDArray[Any]:
+        """Turn picture files or Pillow images into a batch, as the manifest says.
+
+        Returns:
+            What the artifact takes: float32 [b, c, h, w], normalised, or uint8 [b, h, w, c].
+
+        Raises:
+            ImageError: a picture cannot be read (it is named), or there is none.
+            ManifestError: there is no manifest to say how.
+        """
+        preprocessing = self.manifest.preprocessing if self.manifest is not None else None
+        if preprocessing is None:
+            raise ManifestError(
+                "there is no manifest that says how pictures are preprocessed; keep the artifact's "
+                ".json beside it, or use msn_export.images"
+            )
+        several = [images] if isinstance(images, str | Path) or _is_picture(images) else images
+        if self._stem is InputKind.UINT8:
+            return pictures.decode(several, preprocessing)  # type: ignore[arg-type]
+        return pictures.preprocess(several, preprocessing)  # type: ignore[arg-type]
+
+    def top_k(self, logits: Any, k: int = 5) -> list[list[Guess]]:
+        """Give the ``k`` likeliest labels of each image, the likeliest first.
+
+        Args:
+            logits: [b, classes] on the host.
+            k: how many; all of them where there are fewer.
+
+        Raises:
+            InputError: the logits have another shape, do not fit the labels, or are no numbers.
+        """
+        values = np.asarray(logits, np.float64)
+        named = len(self.labels)
+        if values.ndim != 2 or 0 in values.shape or named not in {0, values.shape[1]} or k < 1:
+            wanted = f"[b, {named or 'classes'}]"
+            raise InputError(
+                f"logits have shape {list(values.shape)} and k is {k}; expected {wanted} and k "
+                "of at least 1"
+            )
+        if not np.isfinite(values).all():
+            raise InputError("logits are not all finite; run selftest() to see what is wrong")
+        powers = np.exp(values - values.max(axis=1, keepdims=True))
+        probabilities = powers / powers.sum(axis=1, keepdims=True)
+        best = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
+        return [
+            [Guess(self._label(i), float(row[i]), int(i)) for i in order]
+            for row, order in zip(probabilities, best, strict=True)
+        ]
+
+    def selftest(self) -> SelfTest:
+        """Run the golden input of the manifest: does this machine reproduce the golden output?
+
+        Raises:
+            ManifestError: there is no golden input.
+        """
+        from msn_export.runtime.selftest import selftest
+
+        return selftest(self, self.name, self.manifest, self._stem)
+
+    @property
+    def _stem(self) -> InputKind:
+        return InputKind.UINT8 if self.inputs[0].dtype == "uint8" else InputKind.FLOAT
+
+    def _label(self, index: int) -> str:
+        return self.labels[index] if self.labels else str(index)
+
+    def _require_open(self) -> None:
+        if not self._is_open:
+            raise RunnerError(f"this runner ({self.name}) is closed; open another")
+
+
+def _is_picture(value: object) -> bool:
+    return hasattr(value, "convert") and hasattr(value, "resize")

@@ -1,0 +1,68 @@
+"""Does this machine compute what the reference computed when the artifact was made?"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from msn_export import golden
+from msn_export.check.compare import Agreement, Comparison
+from msn_export.check.gate import GATES, Gate
+from msn_export.errors import ManifestError
+from msn_export.manifest import Manifest
+from msn_export.spec import InputKind
+
+
+@dataclass(frozen=True, slots=True)
+class SelfTest:
+    """How an artifact did on its golden input; ``failures`` is empty where it passed."""
+
+    output: str
+    agreement: Agreement
+    gate: Gate
+    failures: tuple[str, ...]
+    executed_on: str
+    reference: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether every figure reached its gate."""
+        return not self.failures
+
+    def __str__(self) -> str:
+        word = "passed" if self.passed else f"failed ({'; '.join(self.failures)})"
+        found = self.agreement
+        return (
+            f"selftest {word}: output {self.output!r} of {found.images} seeded images on "
+            f"{self.executed_on}, max_abs {found.max_abs:.2e}, cosine {found.cosine_min:.6f}, "
+            f"against {self.reference}"
+        )
+
+
+def selftest(
+    run: Callable[[Any], Mapping[str, Any]], name: str, manifest: Manifest | None, stem: InputKind
+) -> SelfTest:
+    """Run the manifest's golden input and compare with the golden values.
+
+    Raises:
+        ManifestError: there is no manifest, or none with a golden input, or it is damaged.
+    """
+    record = manifest.golden if manifest is not None else None
+    if manifest is None or record is None or manifest.preprocessing is None:
+        raise ManifestError(
+            f"{'there is no manifest' if manifest is None else manifest.output + ' has none'} "
+            "with a golden input to test with; export again, without --no-check"
+        )
+    wanted = golden.values_of(record)
+    outputs = run(golden.input_of(record, manifest.preprocessing, stem))
+    if record.output not in outputs:
+        raise ManifestError(
+            f"the manifest's golden output {record.output!r} is none of the artifact's; "
+            "export it again"
+        )
+    comparison = Comparison()
+    comparison.add(wanted, golden.vectors(np.asarray(outputs[record.output])))
+    agreement, gate = comparison.agreement(), GATES[manifest.dtype]
+    failures = tuple(gate.failures(agreement))
+    return SelfTest(record.output, agreement, gate, failures, name, record.reference)

@@ -1,0 +1,68 @@
+"""The PyTorch model that an artifact came from, found again by what its manifest says."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from msn_export.errors import CheckpointError, SpecError
+from msn_export.graph.reference import Heads
+from msn_export.models.checkpoints import load_checkpoint
+from msn_export.models.vit_msn import VitMsn
+from msn_export.spec import Head, ImageSize
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from msn_export.models.vit_msn import AttentionKind
+
+
+def open_reference(
+    checkpoint: str,
+    *,
+    attention: AttentionKind,
+    outputs: Sequence[str],
+    size: ImageSize,
+    sha256: str | None,
+) -> Heads:
+    """Load a checkpoint as the model whose outputs an artifact has.
+
+    Args:
+        checkpoint: as ``msn-export onnx`` takes it.
+        attention: written out, or fused.
+        outputs: of the artifact; those that no head of ours is called are left out.
+        size: of the images; the position embedding is interpolated to it.
+        sha256: that of the weights, where a manifest says it.
+
+    Raises:
+        CheckpointError: it cannot be had, or holds other weights.
+        SpecError: the artifact has none of our outputs.
+        GraphError: logits are asked of a model without a classifier.
+    """
+    loaded = load_checkpoint(checkpoint)
+    if sha256 is not None and loaded.sha256 != sha256:
+        raise CheckpointError(
+            f"checkpoint {checkpoint} has other weights ({loaded.sha256[:12]}…) than the artifact "
+            f"was made from ({sha256[:12]}…); name the right one with --checkpoint"
+        )
+    heads = [head for head in Head if head.output in outputs]
+    if not heads:
+        raise SpecError(
+            f"the artifact's outputs ({', '.join(outputs)}) are none of "
+            f"{', '.join(head.output for head in Head)}: there is nothing to compare"
+        )
+    model = loaded.model
+    if (size.height, size.width) != model.config.image_size:
+        model = model.for_image_size((size.height, size.width))
+    return Heads(_with(attention, model), heads).eval()
+
+
+def _with(attention: AttentionKind, model: VitMsn) -> VitMsn:
+    """Give the model with another form of attention; weights are shared."""
+    if attention == model.attention:
+        return model
+    with torch.device("meta"):
+        other = VitMsn(model.config, attention=attention)
+    other.load_state_dict(model.state_dict(keep_vars=True), assign=True)
+    return other.eval()

@@ -1,0 +1,147 @@
+"""What quantising a graph costs and what it saves, on images it was not calibrated on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from msn_export.check.compare import Comparison
+from msn_export.check.gate import Gate
+from msn_export.check.neighbours import embedding_of, neighbour_agreement
+from msn_export.check.verify import Reference, Runner, Verified, run_reference
+from msn_export.manifest import CheckRecord
+from msn_export.quantise import EVERYTHING, Choice
+from msn_export.spec import Head, InputKind
+
+# Saving less than this of the twin's bytes is not worth another artifact.
+WORTHWHILE = 0.10
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """How a graph agrees with the fp32 graph on held-out images; shares from 0 to 1, None unknown.
+
+    ``failures`` says what its gate asks and it does not reach.
+    """
+
+    record: CheckRecord
+    failures: tuple[str, ...]
+    neighbours: float | None
+    classes: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A graph written to a staging path, how it was judged, and which blocks it keeps."""
+
+    path: Path
+    model: ir.Model
+    judged: Judged
+    choice: Choice = EVERYTHING
+
+
+def judge(
+    runner: Runner, reference: Reference, gate: Gate, stem: InputKind, fixed: int | None
+) -> Judged:
+    """Run a candidate over the reference's images and compare.
+
+    Raises:
+        ToleranceError: it has other outputs.
+    """
+    sample = reference.sample
+    candidate = run_reference(runner, sample, stem, fixed=fixed)
+    agreements = {}
+    for name, want in reference.outputs.items():
+        comparison = Comparison()
+        comparison.add(want, candidate.outputs[name])
+        agreements[name] = comparison.agreement()
+    failures = [
+        f"output {name!r}: {failure}"
+        for name, agreement in agreements.items()
+        for failure in gate.failures(agreement)
+    ]
+    batch = fixed or min(8, sample.room)
+    verified = Verified(agreements, (batch,), runner.name, reference)
+    return Judged(
+        verified.record(gate, passed=not failures),
+        tuple(failures),
+        _worst(reference.outputs, candidate.outputs, neighbours=True),
+        _worst(reference.outputs, candidate.outputs, neighbours=False),
+    )
+
+
+def _worst(
+    reference: Mapping[str, NDArray[Any]],
+    candidate: Mapping[str, NDArray[Any]],
+    *,
+    neighbours: bool,
+) -> float | None:
+    """Give the agreement of the output that agrees least: of neighbours, or of classes."""
+    shares = []
+    for name, want in reference.items():
+        is_logits = name == Head.LOGITS.output
+        if neighbours and not is_logits and len(want) > 1:
+            pair = embedding_of(want), embedding_of(candidate[name])
+            shares.append(neighbour_agreement(*pair))
+        elif not neighbours and is_logits:
+            same = want.argmax(axis=1) == candidate[name].argmax(axis=1)
+            known = np.isfinite(candidate[name]).all(axis=1)
+            shares.append(float((same & known).mean()))
+    return min(shares, default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Savings:
+    """Sizes in bytes of the files and, where they were compiled, of the engines; milliseconds."""
+
+    base: str
+    form: str
+    file: tuple[int, int]
+    engine: tuple[int, int] | None
+    latency: tuple[float, float] | None
+
+    @property
+    def size_share(self) -> float:
+        """What of the twin's bytes is left, in the engine where it is known."""
+        twin, quantised = self.engine or self.file
+        return quantised / twin
+
+    @property
+    def worthwhile(self) -> bool:
+        """Whether anything is gained: bytes, and no time lost where that was measured."""
+        faster = self.latency is None or self.latency[1] < self.latency[0]
+        return self.size_share <= 1 - WORTHWHILE and faster
+
+
+def sentence(savings: Savings, judged: Judged, twin: Judged, *, kept: int, depth: int) -> str:
+    """Say in one sentence what quantising costs, saves, and whether to."""
+    what = "engine" if savings.engine else "file"
+    share = savings.size_share
+    change = f"{1 - share:.0%} smaller" if share <= 1 else f"{share - 1:.0%} larger"
+    saved = f"the {savings.form} {what} is {change} than the {savings.base} one"
+    cost = f"p1 cosine {_figure(judged.record.cosine_p1)} ({savings.base}: " + (
+        f"{_figure(twin.record.cosine_p1)})"
+    )
+    shares = [
+        f"{share:.0%} of {named} agree"
+        for share, named in ((judged.neighbours, "neighbours"), (judged.classes, "classes"))
+        if share is not None
+    ]
+    if kept:
+        shares.append(f"{kept} of {depth} blocks kept in {savings.base}")
+    time = "time not measured: no GPU"
+    if savings.latency is not None:
+        before, after = savings.latency
+        time = f"{after:.2f} ms a batch ({savings.base}: {before:.2f})"
+    detail = "; ".join([cost, *shares, time])
+    if not savings.worthwhile:
+        return f"keep {savings.base}: {saved}; {detail}"
+    return f"{saved}; {detail}"
+
+
+def _figure(value: float | None) -> str:
+    return "none" if value is None else f"{value:.5f}"

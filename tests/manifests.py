@@ -1,0 +1,84 @@
+"""A manifest with every field filled, as an engine of a labelled checkpoint has it."""
+
+from typing import Any
+
+from msn_export.manifest import (
+    AttentionRecord,
+    CheckpointRecord,
+    CheckRecord,
+    EngineRecord,
+    Manifest,
+    SourceRecord,
+)
+from msn_export.preprocessing import preset
+from msn_export.spec import BatchRange, Dtype, ImageSize, TensorSpec
+
+
+def example(**changes: Any) -> Manifest:
+    """Make one; ``changes`` replace fields."""
+    fields: dict[str, Any] = {
+        "kind": "engine",
+        "output": "m.engine",
+        "sha256": "ab" * 32,
+        "bytes": 12_345_678,
+        "dtype": Dtype.FP16,
+        "inputs": (TensorSpec("pixel_values", "float", ("batch", 3, 32, 32)),),
+        "outputs": (TensorSpec("logits", "float", ("batch", 3)),),
+        "profiles": (BatchRange(1, 1, 1), BatchRange(2, 4, 8)),
+        "preprocessing": preset("msn-eval", ImageSize(32, 32)),
+        "nodes": 61,
+        "ops": {"MatMul": 8, "Attention": 2},
+        "attention": AttentionRecord(2, 2, "kernel"),
+        "check": check(),
+        "opset": 23,
+        "target": "tensorrt_rtx",
+        "labels": ("cat", "dög", "[bird]"),
+        "checkpoint": CheckpointRecord("facebook/tiny@0123", "cd" * 32, ("weights were float16",)),
+        "config": {"dim": 64},
+        "islands": {"blocks.0.Add": 99999.5, "norm.bias": None},
+        "simplified": "kept: 3 nodes fewer",
+        "source": SourceRecord("m.onnx", "ef" * 32),
+        "engine": engine(),
+        "notes": ("skipped: a.png",),
+        "command": "msn-export trt m.onnx",
+        "versions": {"msn-export": "0.1.0"},
+        "seconds": 1.5,
+        "peak_rss_bytes": 2_000_000_000,
+    }
+    return Manifest(**{**fields, **changes})
+
+
+def check(**changes: Any) -> CheckRecord:
+    fields: dict[str, Any] = {
+        "images": 16,
+        "source": "photographs",
+        "batches": (1, 4, 8),
+        "max_abs": 1.25e-3,
+        "mean_abs": 2e-4,
+        "cosine_min": 0.99991,
+        "cosine_p1": 0.99992,
+        "cosine_median": 0.99999,
+        "passed": True,
+        "executed_on": "onnxruntime 1.31",
+        "reference": "m.onnx in onnxruntime 1.31",
+        "outputs": {"logits": {"max_abs": 1.25e-3, "nan": 0.0}},
+    }
+    return CheckRecord(**{**fields, **changes})
+
+
+def engine(**changes: Any) -> EngineRecord:
+    fields: dict[str, Any] = {
+        "backend": "tensorrt_rtx",
+        "version": "1.7.1",
+        "compute_capabilities": ("8.9", "12.0"),
+        "precision": "fp16",
+        "kernels": 22,
+        "kernels_per_block": {"0": 9, "1": 8},
+        "fused_attention": 2,
+        "gemm_dtypes": {"Half": 8},
+        "executed": False,
+        "reason": "compiled, not executed: no NVIDIA driver",
+        "census": [{"kernels": 22}],
+        "options": {"workspace": 1 << 30},
+    }
+    return EngineRecord(**{**fields, **changes})

@@ -1,0 +1,161 @@
+"""The table in CONTRIBUTING.md, enforced: which folder may import what, and what is light."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import msn_export
+
+PACKAGE = Path(msn_export.__file__).parent
+FOLDERS = ("cli", "engine", "check", "graph", "runtime", "triton", "models", "calibration")
+HEAVY = frozenset(
+    {"torch", "onnx", "onnx_ir", "onnxscript", "onnxsim", "onnxruntime", "transformers",
+     "safetensors", "huggingface_hub", "PIL", "click", "rich", "tensorrt", "tensorrt_lean",
+     "tensorrt_rtx", "cuda", "tritonclient"}
+)  # fmt: skip
+# folder -> the packages of others that its modules may import; at import, or inside a function
+MAY_IMPORT = {
+    "cli": ({"click", "rich"}, set()),
+    "graph": ({"numpy", "onnx", "onnx_ir", "onnxscript", "onnxsim", "ml_dtypes"}, set()),
+    "engine": ({"numpy"}, set()),
+    "check": ({"numpy"}, set()),
+    "runtime": ({"numpy"}, set()),
+    "triton": ({"numpy", "onnx", "onnx_ir"}, set()),
+    "models": ({"numpy", "torch", "safetensors"}, {"huggingface_hub"}),
+    "calibration": ({"numpy", "onnxruntime", "onnx_ir", "onnx"}, set()),
+}
+# module -> what it may import beyond its folder's row, each for the reason that is its subject
+EXCEPTIONS = {
+    "graph/trace.py": {"torch"},
+    "graph/reference.py": {"torch"},
+    "graph/simplify.py": {"onnxruntime"},  # runs what came of it
+    "triton/messages.py": {"tritonclient"},
+    "runtime/ort.py": {"onnxruntime"},
+    "runtime/ort_session.py": {"onnxruntime"},
+    "runtime/runner.py": {"PIL"},  # named in annotations
+}
+# folder -> the sibling folders it may use: the gates judge what the runtime's selftest finds;
+# Q/DQ is written with the graph's own steps
+SIBLINGS = {"runtime": {"check"}, "graph": {"models"}, "calibration": {"graph"}}
+# the modules at the root, from the bottom up; each may use those before it, whatever its own rank
+BOTTOM = ("errors", "spec", "progress", "records", "preprocessing", "files", "driver", "images",
+          "manifest", "engine_header", "golden")  # fmt: skip
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield str(path.relative_to(PACKAGE)), path
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """Give each imported module's full name, and whether importing the file imports it."""
+    tree = ast.parse(path.read_text())
+    inside = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for node in ast.walk(function)
+    }
+    typing = {
+        id(node)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and ast.unparse(branch.test) == "TYPE_CHECKING"
+        for node in ast.walk(branch)
+    }
+    for node in ast.walk(tree):
+        at_import = id(node) not in inside and id(node) not in typing
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, at_import
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or "", at_import
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}", at_import
+
+
+def folder_of(name: str) -> str | None:
+    """Tell which folder of ours a module is in, from its path or its full name."""
+    parts = name.removeprefix("msn_export.").replace("/", ".").split(".")
+    return parts[0] if parts[0] in FOLDERS else None
+
+
+MODULES = dict(modules())
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_packages_of_others_are_those_of_the_table(name: str) -> None:
+    folder = folder_of(name)
+    if folder is None:
+        return
+    at_import, later = MAY_IMPORT[folder]
+    at_import = at_import | EXCEPTIONS.get(name, set())
+    for module, eager in imports(MODULES[name]):
+        root = module.partition(".")[0]
+        if root in HEAVY:
+            assert root in (at_import if eager else at_import | later), f"{name}: {module}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_sibling_folders_do_not_import_each_other(name: str) -> None:
+    folder = folder_of(name)
+    if folder in {None, "cli"}:
+        return
+    for module, _ in imports(MODULES[name]):
+        other = folder_of(module) if module.startswith("msn_export.") else None
+        if other is not None:
+            assert other in {folder, *SIBLINGS.get(folder or "", set())}, f"{name}: {module}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_nothing_below_the_commands_imports_a_command(name: str) -> None:
+    root = name.removesuffix(".py").partition("/")[0]
+    is_command = root.startswith("run_") or root == "cli"
+    for module, _ in imports(MODULES[name]):
+        target = module.removeprefix("msn_export.").partition(".")[0]
+        if not module.startswith("msn_export."):
+            continue
+        assert target != "cli" or root == "cli", f"{name}: {module}"
+        assert not target.startswith("run_") or is_command, f"{name}: {module}"
+        assert not (root.startswith("run_") and target.startswith("run_") and target != root)
+
+
+def test_the_bottom_modules_import_only_what_is_below_them() -> None:
+    for rank, name in enumerate(BOTTOM):
+        for module, _ in imports(PACKAGE / f"{name}.py"):
+            if module.startswith("msn_export."):
+                target = module.removeprefix("msn_export.").partition(".")[0]
+                if target != "__version__":
+                    assert target in BOTTOM[:rank], f"{name}: {module}"
+
+
+def test_models_know_nothing_of_the_exporter_but_its_errors() -> None:
+    for name, path in MODULES.items():
+        if name.startswith("models/"):
+            for module, _ in imports(path):
+                if module.startswith("msn_export."):
+                    assert module.startswith(("msn_export.models", "msn_export.errors")), name
+
+
+def loaded_by(statement: str) -> set[str]:
+    """List the top-level modules that a statement loads, in a process of its own."""
+    show = "print(*(set(sys.modules) - before), file=sys.stderr)"
+    code = f"import sys; before = set(sys.modules); {statement}; {show}"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return {name.partition(".")[0] for name in run.stderr.split()}
+
+
+def test_importing_the_runtime_loads_numpy_and_the_standard_library_alone() -> None:
+    loaded = loaded_by("import msn_export.runtime")
+    ours = loaded - sys.stdlib_module_names - {"msn_export", "numpy"}
+    # numpy's compiled parts register helpers of Cython
+    assert {name for name in ours if not name.startswith(("_cython", "cython_runtime"))} == set()
+
+
+def test_help_loads_no_framework() -> None:
+    loaded = loaded_by("from msn_export.cli import main; main(['--help'], standalone_mode=False)")
+    assert loaded & (HEAVY - {"click", "rich"}) == set()

@@ -1,0 +1,356 @@
+"""A checkpoint is found wherever a user keeps it, and the same weights are the same checkpoint."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub.constants as hub_constants
+import pytest
+import torch
+from checkpoints import hugging_face, processor
+from hub import COMMIT, cached, serve
+from safetensors.torch import load_file, save_file
+from test_parity import original_state
+
+from msn_export.errors import CheckpointError
+from msn_export.models.checkpoints import Checkpoint, load_checkpoint
+from msn_export.models.variants import VARIANTS
+
+State = dict[str, torch.Tensor]
+LABELS = ("class 0", "class 1", "class 2")
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("encoder")
+    hugging_face(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("classifier")
+    hugging_face(folder, labels=3)
+    processor(folder, size=32)
+    return folder
+
+
+def weights_of(folder: Path) -> State:
+    state: State = load_file(folder / "model.safetensors")
+    return state
+
+
+def message_of(source: object, **options: str) -> str:
+    with pytest.raises(CheckpointError) as raised:
+        load_checkpoint(str(source), **options)
+    return str(raised.value)
+
+
+# --- key styles and formats -----------------------------------------------------------------------
+
+
+def published(state: State) -> State:
+    """facebook/vit-msn-*: the encoder below ``vit.``, transformers < 5."""
+    return {
+        key if key.startswith("classifier") else f"vit.{bare(key)}": t for key, t in state.items()
+    }
+
+
+def mixed(state: State) -> State:
+    """What save_pretrained of a classifier writes: embeddings below ``vit.``, blocks not."""
+    return {
+        bare(key) if "encoder." in key or "classifier" in key else f"vit.{bare(key)}": t
+        for key, t in state.items()
+    }
+
+
+def newer(state: State) -> State:
+    """transformers 5: ``vit.layers.N.attention.q_proj``."""
+    renames = [
+        (r"^(vit\.)?encoder\.layer\.", "layers."),
+        (r"attention\.attention\.(q)uery|attention\.attention\.(k)ey|attention\.attention\.(v)alue",
+         lambda found: f"attention.{found[1] or found[2] or found[3]}_proj"),
+        (r"attention\.output\.dense", "attention.o_proj"),
+        (r"intermediate\.dense", "mlp.fc1"),
+        (r"(?<=\d)\.output\.dense", ".mlp.fc2"),
+    ]  # fmt: skip
+    renamed = {}
+    for key, tensor in state.items():
+        for pattern, to in renames:
+            key = re.sub(pattern, to, key)  # noqa: PLW2901  one after another
+        renamed[key if key.startswith("classifier") else f"vit.{bare(key)}"] = tensor
+    return renamed
+
+
+def bare(key: str) -> str:
+    return key.removeprefix("vit.")
+
+
+STYLES = {"published": published, "mixed": mixed, "newer": newer}
+
+
+@pytest.mark.parametrize("style", STYLES.values(), ids=STYLES.keys())
+@pytest.mark.parametrize("labelled", [False, True], ids=["encoder", "classifier"])
+def test_every_key_style_is_the_same_checkpoint(
+    encoder, classifier, tmp_path, style, labelled
+) -> None:
+    source = classifier if labelled else encoder
+    state = style(weights_of(source))
+    assert state.keys() != weights_of(source).keys() or style is mixed
+    save_file(state, tmp_path / "model.safetensors")
+    shutil.copy(source / "config.json", tmp_path)
+    got, wanted = load_checkpoint(str(tmp_path)), load_checkpoint(str(source))
+    assert got.sha256 == wanted.sha256
+    assert got.config == wanted.config
+    assert got.config.labels == (LABELS if labelled else ())
+    assert got.notes == ()
+
+
+def test_the_styles_of_these_tests_are_the_ones_that_occur(encoder, classifier) -> None:
+    keys = {name: style(weights_of(classifier)).keys() for name, style in STYLES.items()}
+    assert "vit.encoder.layer.1.attention.attention.query.weight" in keys["published"]
+    assert {"encoder.layer.1.output.dense.bias", "vit.embeddings.cls_token"} <= keys["mixed"]
+    assert {"vit.layers.1.attention.q_proj.weight", "vit.layers.0.mlp.fc2.bias"} <= keys["newer"]
+    assert all("classifier.weight" in found for found in keys.values())
+
+
+def test_the_original_repositorys_file_is_the_same_checkpoint(encoder, tmp_path) -> None:
+    theirs = hugging_face(tmp_path / "hf")
+    state = {f"module.{key}": t for key, t in original_state(theirs, 2).items()}
+    torch.save({"target_encoder": state, "epoch": 800}, tmp_path / "vits16.pth.tar")
+    shutil.copy(encoder / "config.json", tmp_path)
+    got = load_checkpoint(str(tmp_path / "vits16.pth.tar"))
+    assert got.sha256 == load_checkpoint(str(encoder)).sha256
+
+
+def test_our_own_state_dict_is_the_same_checkpoint(classifier, tmp_path) -> None:
+    wanted = load_checkpoint(str(classifier))
+    save_file(wanted.model.state_dict(), tmp_path / "model.safetensors")
+    shutil.copy(classifier / "config.json", tmp_path)
+    assert load_checkpoint(str(tmp_path)).sha256 == wanted.sha256
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_are_read_and_told(encoder, tmp_path, dtype) -> None:
+    state = {key: tensor.to(dtype) for key, tensor in weights_of(encoder).items()}
+    save_file(state, tmp_path / "model.safetensors")
+    shutil.copy(encoder / "config.json", tmp_path)
+    got = load_checkpoint(str(tmp_path))
+    assert got.model.norm.weight.dtype == torch.float32
+    assert got.notes == (f"weights were {str(dtype).removeprefix('torch.')}, read as float32",)
+    assert got.sha256 != load_checkpoint(str(encoder)).sha256  # rounded once is other weights
+
+
+@pytest.mark.parametrize("form", ["bin", "sharded", "sharded bin"])
+def test_every_format_of_a_folder_is_the_same_checkpoint(classifier, tmp_path, form) -> None:
+    state = weights_of(classifier)
+    shutil.copy(classifier / "config.json", tmp_path)
+    if form == "bin":
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    elif form == "sharded":
+        hugging_face(tmp_path, labels=3, shard_size="20KB")
+        assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
+    else:
+        names = {key: f"pytorch_model-{i % 2}.bin" for i, key in enumerate(state)}
+        for name in set(names.values()):
+            torch.save({k: t for k, t in state.items() if names[k] == name}, tmp_path / name)
+        index = {"weight_map": names}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    got = load_checkpoint(str(tmp_path))
+    assert got.sha256 == load_checkpoint(str(classifier)).sha256
+    assert got.config.labels == LABELS
+
+
+# --- a folder, a file -----------------------------------------------------------------------------
+
+
+def test_a_folder_brings_its_preprocessing_and_its_labels(classifier) -> None:
+    got = load_checkpoint(str(classifier))
+    assert got.source == str(classifier)
+    assert got.processor == {"size": 32}
+    assert got.config.labels == LABELS
+
+
+def test_so_does_a_file_with_both_beside_it(classifier) -> None:
+    got = load_checkpoint(str(classifier / "model.safetensors"))
+    assert got.source == str(classifier / "model.safetensors")
+    assert got.processor == {"size": 32}
+    assert got.config.labels == LABELS
+
+
+@pytest.fixture(scope="module")
+def seeded() -> Checkpoint:
+    return load_checkpoint("random:vit-msn-small")
+
+
+@pytest.fixture(scope="module")
+def alone(seeded: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("alone") / "w.safetensors"
+    save_file(seeded.model.state_dict(), path)
+    return path
+
+
+def test_a_file_alone_is_recognised_by_its_shape(alone) -> None:
+    assert load_checkpoint(str(alone)).config == VARIANTS["vit-msn-small"]
+
+
+def test_a_variant_that_is_not_the_files_is_told_by_its_shapes(alone) -> None:
+    message = message_of(alone, variant="vit-msn-base")
+    assert "150 keys of another shape (" in message
+    assert "expected [2304, 768]" in message
+    assert message.endswith("is the configuration (--variant) right?")
+
+
+def test_a_variant_is_refused_where_the_shape_is_said(encoder) -> None:
+    for source in (str(encoder), "random:vit-msn-small", "facebook/vit-msn-small"):
+        assert message_of(source, variant="vit-msn-base") == (
+            f"checkpoint {source!r} says its own shape; --variant is for a weights file"
+        )
+
+
+# --- random ---------------------------------------------------------------------------------------
+
+
+def test_random_weights_are_seeded_and_say_so(seeded) -> None:
+    same, other = (load_checkpoint(f"random:vit-msn-small:{seed}") for seed in ("000", "1"))
+    assert seeded.source == same.source == "random:vit-msn-small:0"
+    assert other.source == "random:vit-msn-small:1"
+    assert seeded.sha256 == same.sha256 != other.sha256
+    assert seeded.notes == ("seeded random weights (seed 0), not a trained model",)
+
+
+def test_no_random_weight_is_neutral(seeded) -> None:
+    # a zero bias or a gain of 1 would hide that it was dropped
+    for name, tensor in seeded.model.state_dict().items():
+        assert tensor.std() > 0.01, name
+        centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        assert abs(tensor.mean() - centre) < 0.01, name
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("random:", "variant '' is unknown; expected one of vit-msn-small, "),
+        ("random:vits16", "variant 'vits16' is unknown; expected one of vit-msn-small, "),
+        ("random:vit-msn-small:x", "is malformed; expected random:VARIANT[:SEED]"),
+        ("random:vit-msn-small:-1", "is malformed; expected random:VARIANT[:SEED]"),
+        ("random:vit-msn-small:1:2", "is malformed; expected random:VARIANT[:SEED]"),
+        ("random:vit-msn-small:9999999999", "is malformed; expected random:VARIANT[:SEED]"),
+    ],
+)
+def test_a_malformed_one_says_what_is_expected(source, message) -> None:
+    assert message in message_of(source)
+
+
+# --- nothing there --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "",
+        "none",
+        "./none/here",
+        "/none/here",
+        "a/b/c",
+        "weights/vits16.pth",
+        "weights/vits16.pth.tar",
+        "no\0ne",
+        "facebook/vit-msn-small@",
+        "facebook/vit msn",
+    ],
+)
+def test_what_is_neither_there_nor_a_hub_id_lists_what_is_taken(source) -> None:
+    assert message_of(source) == (
+        f"checkpoint {source!r} does not exist; expected a folder, a weights file (.safetensors, "
+        ".bin, .pth, .tar, .pt), a hub id such as facebook/vit-msn-small, or random:VARIANT"
+    )
+
+
+def test_a_name_that_is_too_long_is_an_error_too() -> None:
+    assert message_of("a" * 5000).endswith("cannot be read: File name too long")
+
+
+# --- the hub --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Point huggingface_hub, which reads its environment once, at a cache of this test's own."""
+    monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def hub(
+    home: Path, classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[list[str]]:
+    safe, pickled = tmp_path / "safe", tmp_path / "pickled"
+    shutil.copytree(classifier, safe)
+    shutil.copytree(classifier, pickled)
+    torch.save(weights_of(classifier), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    for folder in (safe, pickled):
+        for name in ("training_args.bin", "tf_model.h5", "optimizer.pt", "modeling.py"):
+            (folder / name).write_bytes(b"never asked for")
+    (safe / "pytorch_model.bin").write_bytes(b"never asked for")
+    with serve({"facebook/safe": safe, "facebook/pickled": pickled}) as (address, asked):
+        point_at(address, monkeypatch)
+        yield asked
+
+
+def point_at(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(hub_constants, "ENDPOINT", address)
+    monkeypatch.setattr(hub_constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
+def test_a_hub_id_is_downloaded_once_and_only_what_is_read(hub, classifier) -> None:
+    got = load_checkpoint("facebook/safe")
+    assert got.source == f"facebook/safe@{COMMIT}"
+    assert got.sha256 == load_checkpoint(str(classifier)).sha256
+    assert got.processor == {"size": 32}
+    wanted = {"config.json", "model.safetensors", "preprocessor_config.json"}
+    assert set(hub) == wanted
+    hub.clear()
+    load_checkpoint("facebook/safe")
+    assert hub == []
+
+
+def test_a_pickle_is_downloaded_only_where_there_is_nothing_better(hub, classifier) -> None:
+    got = load_checkpoint("facebook/pickled@v1")
+    assert got.source == f"facebook/pickled@{COMMIT}"
+    assert got.sha256 == load_checkpoint(str(classifier)).sha256
+    assert set(hub) == {"config.json", "preprocessor_config.json", "pytorch_model.bin"}
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [("facebook/none", "Repository Not Found"), ("facebook/safe@v2", "Revision Not Found")],
+)
+def test_what_the_hub_does_not_have_is_named(hub, source, reason) -> None:
+    message = message_of(source)
+    assert message.startswith(f"hub checkpoint {source!r} cannot be had (")
+    assert reason in message
+    assert message.endswith("); check the name and the network, or give a local folder")
+
+
+def test_without_a_network_what_is_in_the_cache_is_used(home, classifier, monkeypatch) -> None:
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
+    assert "outgoing traffic has been disabled" in message_of("facebook/vit-msn-tiny")
+    cached(home, "facebook/vit-msn-tiny", classifier)
+    cached(home, "facebook/other", classifier, revision="v1")
+    loaded: Checkpoint = load_checkpoint("facebook/vit-msn-tiny")
+    assert loaded.source == f"facebook/vit-msn-tiny@{COMMIT}"
+    assert loaded.sha256 == load_checkpoint("facebook/other@v1").sha256
+    assert loaded.sha256 == load_checkpoint("facebook/other", revision="v1").sha256
+    assert "facebook/other' cannot be had" in message_of("facebook/other")
+
+
+def test_a_hub_that_does_not_answer_is_named(home, monkeypatch) -> None:
+    point_at("http://127.0.0.1:9", monkeypatch)
+    message = message_of("facebook/vit-msn-small")
+    assert "hub checkpoint 'facebook/vit-msn-small' cannot be had (" in message
+    assert "Connection refused" in message

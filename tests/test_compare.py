@@ -1,0 +1,127 @@
+"""Agreement is measured image by image, and nothing that is no number is lost."""
+
+import math
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from msn_export.check.compare import Agreement, Comparison, worst_of
+from msn_export.errors import ToleranceError
+
+
+def compare(want, have) -> Agreement:
+    comparison = Comparison()
+    comparison.add(np.asarray(want, np.float32), np.asarray(have, np.float32))
+    return comparison.agreement()
+
+
+def test_each_figure_is_what_it_says() -> None:
+    found = compare([[3.0, 4.0], [1.0, 0.0]], [[3.0, 4.5], [0.0, 2.0]])
+    assert found.images == 2
+    assert found.max_abs == 2.0
+    assert found.mean_abs == (0 + 0.5 + 1 + 2) / 4
+    assert found.cosine_min == 0.0  # at right angles
+    assert found.norm_ratio_min == math.hypot(3, 4.5) / 5
+    assert found.norm_ratio_max == 2.0
+    assert found.reference_rms == math.sqrt((9 + 16 + 1) / 4)
+    assert found.cosine_median == pytest.approx((9 + 18) / 5 / math.hypot(3, 4.5) / 2)
+    assert (found.nan, found.inf) == (0, 0)
+    assert found.to_json()["max_abs"] == 2.0
+
+
+vectors = hnp.arrays(
+    np.float32,
+    st.tuples(st.integers(1, 6), st.integers(1, 5)),
+    elements=st.floats(-1e3, 1e3, width=32).filter(lambda x: abs(x) > 1e-3),
+)
+
+
+@given(vectors)
+def test_a_thing_agrees_with_itself(array) -> None:
+    found = compare(array, array)
+    assert found.max_abs == found.mean_abs == 0
+    assert found.cosine_min == pytest.approx(1)
+    assert found.norm_ratio_min == found.norm_ratio_max == 1
+
+
+@given(vectors, st.integers(1, 6))
+def test_it_does_not_matter_how_images_are_dealt_into_batches(array, size) -> None:
+    have = array + np.float32(0.5)
+    parts = Comparison()
+    for start in range(0, len(array), size):
+        parts.add(array[start : start + size], have[start : start + size])
+    for part, whole in zip(
+        parts.agreement().to_json().values(), compare(array, have).to_json().values(), strict=True
+    ):
+        assert part == pytest.approx(whole, nan_ok=True)
+
+
+@given(vectors, st.floats(0.25, 4))
+def test_scaling_the_candidate_moves_the_norm_and_not_the_cosine(array, factor) -> None:
+    found = compare(array, array * np.float32(factor))
+    assert found.cosine_min == pytest.approx(1, abs=1e-6)
+    assert found.norm_ratio_min == pytest.approx(factor, rel=1e-6)
+
+
+def test_an_image_is_one_vector_whatever_its_shape() -> None:
+    want, have = np.ones((2, 3, 4), np.float32), np.ones((2, 3, 4), np.float32)
+    have[1, 2, 3] = 2
+    comparison = Comparison()
+    comparison.add(want, have)
+    assert comparison.cosines == [pytest.approx(1), pytest.approx(13 / math.sqrt(12 * 15))]
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize(("number", "count"), [(math.nan, "nan"), (math.inf, "inf")])
+def test_what_is_no_number_is_counted_in_either_side(side, number, count) -> None:
+    pair = [np.ones((3, 2), np.float32) for _ in range(2)]
+    pair[side][1, 0] = number
+    found = compare(*pair)
+    assert getattr(found, count) == 1
+    assert not math.isfinite(found.max_abs)
+    assert math.isnan(found.cosine_min)
+    assert math.isnan(found.cosine_p1)
+
+
+def test_a_reference_of_zeros_has_no_direction() -> None:
+    assert math.isnan(compare([[0.0, 0.0]], [[0.0, 0.0]]).cosine_min)
+
+
+def test_large_fp16_values_do_not_overflow_on_the_way() -> None:
+    comparison = Comparison()
+    comparison.add(np.full((1, 999), 6e4, np.float16), np.full((1, 999), 6e4, np.float16))
+    assert comparison.agreement().cosine_min == pytest.approx(1)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (1, 2), (2, 1), (2, 2, 1)])
+def test_nothing_is_broadcast(shape) -> None:
+    with pytest.raises(ToleranceError) as raised:
+        Comparison().add(np.ones((2, 2)), np.ones(shape))
+    assert str(raised.value) == (
+        f"output has shape {list(shape)} and its reference [2, 2]; they must be the same"
+    )
+
+
+def test_an_empty_set_agrees_with_nothing() -> None:
+    with pytest.raises(ToleranceError, match="no image was compared; an empty set is not a pass"):
+        Comparison().agreement()
+    with pytest.raises(ToleranceError, match="no output was compared; an empty set is not a pass"):
+        worst_of([])
+
+
+def test_of_several_outputs_each_figure_is_the_worst() -> None:
+    good = compare([[1.0, 2.0]] * 2, [[1.0, 2.0]] * 2)
+    bad = compare([[1.0, 2.0]], [[1.0, 2.5]])
+    worst = worst_of([good, bad])
+    assert worst == replace(
+        bad, norm_ratio_min=1.0, reference_rms=min(good.reference_rms, bad.reference_rms)
+    )
+    broken = compare([[1.0, 2.0]], [[1.0, math.nan]])
+    for order in ([good, broken], [broken, good]):
+        assert math.isnan(worst_of(order).max_abs)
+        assert worst_of(order).nan == 1
+    assert {field.name for field in fields(Agreement)} == set(worst.to_json())

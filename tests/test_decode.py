@@ -1,0 +1,63 @@
+"""Pictures are decoded in order, never too far ahead, and a crash costs one picture."""
+
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from decoders import deadly, marking, slow_when_early
+from tiny_artifacts import pictures
+
+from msn_export import images
+from msn_export.embed.decode import decode, read
+from msn_export.preprocessing import preset
+from msn_export.spec import ImageSize
+
+HF = preset("hf", ImageSize(32, 32))
+
+
+def test_order_is_that_of_the_paths_whoever_is_ready_first() -> None:
+    paths = [Path(str(number)) for number in range(20)]
+    got = [int(pixels[0, 0, 0]) for pixels in decode(paths, slow_when_early, workers=3, ahead=8)]
+    assert got == list(range(20))
+
+
+def test_no_more_are_decoded_than_may_wait(tmp_path) -> None:
+    paths = [Path(f"{number:02}") for number in range(30)]
+    stream = decode(paths, partial(marking, folder=tmp_path), workers=1, ahead=5)
+    for _ in range(4):
+        next(stream)
+    time.sleep(0.5)  # whoever would run ahead has had the time
+    assert len(list(tmp_path.iterdir())) <= 9
+    stream.close()
+
+
+def test_pixels_are_those_of_the_one_preprocessing(tmp_path) -> None:
+    paths = images.find(pictures(tmp_path, 3))
+    got = list(decode(paths, partial(read, preprocessing=HF), workers=1, ahead=2))
+    for path, pixels in zip(paths, got, strict=True):
+        np.testing.assert_array_equal(pixels, images.read(path, HF))
+
+
+def test_a_broken_picture_is_its_reason(tmp_path) -> None:
+    paths = images.find(pictures(tmp_path, 3, broken=(1,)))
+    got = list(decode(paths, partial(read, preprocessing=HF), workers=1, ahead=2))
+    texts = [found for found in got if isinstance(found, str)]
+    assert len(texts) == 1
+    assert "001.png is not a readable picture" in texts[0]
+
+
+@pytest.mark.parametrize("ahead", [1, 6])
+def test_a_picture_that_kills_its_decoder_costs_no_other(ahead) -> None:
+    names = ["a", "deadly 1", "b", "c", "deadly 2", "d"]
+    got = list(decode([Path(name) for name in names], deadly, workers=2, ahead=ahead))
+    told = [found if isinstance(found, str) else None for found in got]
+    assert told == [
+        None,
+        "deadly 1 is not a readable picture (its decoder crashed)",
+        None,
+        None,
+        "deadly 2 is not a readable picture (its decoder crashed)",
+        None,
+    ]

@@ -1,0 +1,59 @@
+"""What an artifact takes is read off its input, and what had to be assumed is said."""
+
+import numpy as np
+import pytest
+
+from msn_export import images
+from msn_export.errors import GraphError, SpecError
+from msn_export.feed import feed_of
+from msn_export.preprocessing import preset
+from msn_export.spec import ImageSize, InputKind, TensorSpec
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), dtype=np.uint8)
+
+
+def spec(dtype: str, *shape: int | str) -> tuple[TensorSpec, ...]:
+    return (TensorSpec("x", dtype, shape),)
+
+
+def test_planes_are_normalised_and_typed_as_the_graph_is() -> None:
+    for dtype, kind in (("float", np.float32), ("float16", np.float16)):
+        feed = feed_of("m", spec(dtype, "b", 3, 32, 48), None)
+        assert feed.kind is InputKind.FLOAT
+        wanted = images.normalize(PIXELS, preset("hf", ImageSize(32, 48))).astype(kind)
+        np.testing.assert_array_equal(feed(PIXELS), wanted)
+        assert feed(PIXELS).dtype == kind
+
+
+def test_bytes_stay_bytes() -> None:
+    feed = feed_of("m", spec("uint8", "b", 32, 48, 3), None)
+    assert feed(PIXELS) is PIXELS
+    assert feed.preprocessing.size == ImageSize(32, 48)
+
+
+def test_open_sides_are_taken_from_what_is_given() -> None:
+    feed = feed_of("m", spec("float", "b", "c", "h", "w"), None, size=ImageSize(32, 48))
+    assert feed.preprocessing.size == ImageSize(32, 48)
+    assert feed.preprocessing.channels == 3
+
+
+def test_a_preset_that_was_chosen_is_no_assumption() -> None:
+    assumed = feed_of("m", spec("float", "b", 3, 224, 224), None)
+    chosen = feed_of("m", spec("float", "b", 3, 224, 224), None, preprocess="msn-eval")
+    assert assumed.note is not None
+    assert "preprocessing hf assumed" in assumed.note
+    assert chosen.note is None
+    assert chosen.preprocessing.short_side == 256
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error", "message"),
+    [
+        ((), GraphError, "takes nothing; expected one image input"),
+        (spec("int64", "b", 9), GraphError, r"input 'x' is int64\['b', 9\]; expected float"),
+        (spec("float", "b", 3, "h", "w"), SpecError, "--image-size says them"),
+    ],
+)
+def test_what_is_no_image_input_is_named(inputs, error, message) -> None:
+    with pytest.raises(error, match=message):
+        feed_of("m", inputs, None)

@@ -1,0 +1,171 @@
+"""config.json is hostile input: it makes a shape, or one message that says why not."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import ViTMSNConfig
+
+from msn_export.errors import CheckpointError
+from msn_export.models.hf_config import parse_config, parse_labels, read_json
+from msn_export.models.variants import VARIANTS
+
+OURS = {"model_type": "vit_msn"}
+
+
+def test_what_is_not_said_is_transformers_default() -> None:
+    written = json.loads(ViTMSNConfig().to_json_string())
+    assert parse_config(OURS, "c") == parse_config(written, "c") == VARIANTS["vit-msn-base"]
+
+
+def test_everything_that_is_said_is_taken() -> None:
+    config = parse_config(
+        {
+            **OURS,
+            "image_size": [64, 96],
+            "patch_size": [8, 16],
+            "num_channels": 1,
+            "hidden_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "intermediate_size": 50,
+            "hidden_act": "relu",
+            "layer_norm_eps": 1e-5,
+            "qkv_bias": False,
+            "id2label": {"1": "dog", "0": "cat"},
+        },
+        "c",
+        classes=2,
+    )
+    assert config.to_json() == {
+        "image_size": [64, 96],
+        "patch_size": [8, 16],
+        "channels": 1,
+        "dim": 48,
+        "depth": 3,
+        "heads": 4,
+        "mlp_dim": 50,
+        "activation": "relu",
+        "eps": 1e-5,
+        "qkv_bias": False,
+        "labels": ["cat", "dog"],
+    }
+
+
+def test_an_old_file_without_a_model_type_is_known_by_its_architecture() -> None:
+    assert parse_config({"architectures": ["ViTMSNModel"]}, "c").dim == 768
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    (
+        {"model_type": "vit"},
+        "c is of model type 'vit'; expected 'vit_msn' (this tool exports ViT-MSN only)",
+    ),
+    ({"model_type": None}, "c is of model type None; expected 'vit_msn'"),
+    ({"model_type": None, "architectures": ["ViTModel"]}, "c is of model type None"),
+    ({"model_type": None, "architectures": "ViTMSNModel"}, "c is of model type None"),
+    ({"hidden_size": "768"}, "c: hidden_size is '768'; expected an integer"),
+    ({"num_hidden_layers": True}, "c: num_hidden_layers is True; expected an integer"),
+    ({"num_attention_heads": 1.5}, "c: num_attention_heads is 1.5; expected an integer"),
+    ({"num_hidden_layers": 10**6}, "c: layers 1000000 is out of range; expected 1 to 1024"),
+    ({"layer_norm_eps": "1e-6"}, "c: layer_norm_eps is '1e-6'; expected as in 1e-6"),
+    ({"layer_norm_eps": 10**400}, "c: layer_norm_eps is 1000"),
+    ({"layer_norm_eps": float("nan")}, "c: LayerNorm eps nan is out of range"),
+    ({"hidden_act": 3}, "c: hidden_act must be text and qkv_bias true or false"),
+    ({"qkv_bias": 1}, "c: hidden_act must be text and qkv_bias true or false"),
+    ({"image_size": [224]}, "c: image_size is [224]; expected a number or [height, width]"),
+    ({"image_size": [224, "x"]}, "c: image_size is [224, 'x']; expected a number or"),
+    ({"patch_size": True}, "c: patch_size is True; expected a number or [height, width]"),
+    ({"patch_size": 15}, "c: image height 224 is not divisible by the patch's 15"),
+    ({"num_attention_heads": 5}, "c: hidden size 768 is not divisible by 5 attention heads"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG)
+def test_what_cannot_be_is_named(change, message) -> None:
+    with pytest.raises(CheckpointError) as raised:
+        parse_config({**OURS, **change}, "c")
+    assert str(raised.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "wanted"),
+    [
+        (None, 2, ("LABEL_0", "LABEL_1")),
+        ({"0": "a", "1": "b"}, 2, ("a", "b")),
+        ({0: "a", 1: 7}, 2, ("a", "7")),
+        ({"0": "a"}, 0, ()),  # an encoder carries labels it has no classifier for
+    ],
+)
+def test_labels_are_in_the_order_of_the_classifiers_rows(labels, classes, wanted) -> None:
+    assert parse_labels(labels, classes, "c") == wanted
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["a", "b"], "c: id2label is no object of id to label"),
+        ({"0": "a"}, "c: id2label has 1 labels, the classifier 2 rows; expected ids 0 to 1"),
+        ({"1": "a", "2": "b"}, "c: id2label has 2 labels, the classifier 2 rows"),
+        ({"a": "a", "b": "b"}, "c: id2label has 2 labels, the classifier 2 rows"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(labels, message) -> None:
+    with pytest.raises(CheckpointError) as raised:
+        parse_labels(labels, 2, "c")
+    assert str(raised.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is missing; is this a Hugging Face model folder?"),
+        (b"", "is not JSON: Expecting value"),
+        (b"{", "is not JSON: Expecting property name"),
+        (b"\xff\xfe{}", "is not JSON: 'utf-8' codec can't decode"),
+        (b"[1, 2]", "is not a JSON object"),
+        (b"[" * 100_000, "is not JSON: "),
+        (b'{"hidden_size": ' + b"9" * 5000 + b"}", "is not JSON: Exceeds the limit"),
+        (b" " * (16 * 2**20 + 1), "is larger than a configuration can be"),
+    ],
+    ids=["none", "empty", "cut off", "utf-16", "list", "deep", "long number", "large"],
+)
+def test_a_file_that_is_no_json_object_is_named(tmp_path: Path, content, message) -> None:
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CheckpointError) as raised:
+        read_json(path)
+    assert str(raised.value).startswith(f"{path} {message}")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match="is missing"):
+        read_json(tmp_path / "config.json")
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=6,
+)
+FIELDS = [
+    *("architectures", "image_size", "patch_size", "num_channels", "hidden_size", "qkv_bias"),
+    *("num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
+    *("layer_norm_eps", "id2label"),
+]
+
+
+@given(st.dictionaries(st.sampled_from(FIELDS), anything), st.integers(0, 3))
+def test_whatever_is_written_there_raises_nothing_else(written, classes) -> None:
+    try:
+        config = parse_config({**OURS, **written}, "c", classes)
+    except CheckpointError as error:
+        assert str(error).startswith("c")
+    else:
+        assert len(config.labels) == classes

@@ -1,0 +1,322 @@
+"""The only preprocessing: bit for bit transformers' (Pillow), and the original evaluation's."""
+
+import io
+import warnings
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from msn_export import images
+from msn_export.errors import ImageError
+from msn_export.preprocessing import RESAMPLING, from_processor_config, preset, resized
+from msn_export.spec import ImageSize
+
+SMALL = preset("hf", ImageSize(32, 32))
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+
+
+def picture(height: int = 60, width: int = 80, mode: str = "RGB", seed: int = 0) -> Image.Image:
+    """Draw a smooth picture with an edge: what resampling filters treat differently."""
+    generator = np.random.default_rng(seed)
+    coarse = generator.integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    drawn = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    drawn.paste((255, 0, 10), (width // 3, height // 4, width // 2 + 1, height // 2 + 1))
+    return drawn.convert(mode)
+
+
+# --- transformers ---------------------------------------------------------------------------------
+
+VIT: dict[str, dict[str, Any]] = {
+    **{name: {"resample": code} for code, name in enumerate(RESAMPLING)},
+    "not square": {"size": {"height": 24, "width": 40}},
+    "no rescale": {"do_rescale": False},
+    "another scale": {"rescale_factor": 1 / 127.5},
+    "no normalize": {"do_normalize": False},
+    "neither": {"do_rescale": False, "do_normalize": False},
+    "published": {"size": 32, **IMAGENET},
+    "default statistics": {},
+}
+
+
+@pytest.mark.parametrize("config", VIT.values(), ids=VIT.keys())
+@pytest.mark.parametrize("shape", [(60, 80), (81, 47), (32, 32), (20, 19), (32, 500)])
+def test_floats_are_those_of_transformers_to_the_last_bit(config, shape) -> None:
+    config = {"size": {"height": 32, "width": 32}, **config}
+    theirs = ViTImageProcessorPil(**config)(picture(*shape), return_tensors="np").pixel_values
+    ours = images.preprocess([picture(*shape)], from_processor_config(config, None))
+    np.testing.assert_array_equal(ours, theirs.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("edge", "crop"),
+    [(40, (32, 32)), (41, (32, 30)), (33, (32, 32)), (20, (32, 32)), (31, (30, 32))],
+)
+@pytest.mark.parametrize("shape", [(60, 80), (81, 47), (50, 50), (33, 99)])
+@pytest.mark.parametrize("code", [2, 3])
+def test_a_centre_crop_is_that_of_transformers(edge, crop, shape, code) -> None:
+    config = {
+        "size": {"shortest_edge": edge},
+        "crop_size": {"height": crop[0], "width": crop[1]},
+        "do_center_crop": True,
+        "resample": code,
+        **IMAGENET,
+    }
+    theirs = CLIPImageProcessorPil(**config)(picture(*shape), return_tensors="np").pixel_values
+    ours = images.preprocess([picture(*shape)], from_processor_config(config, None))
+    np.testing.assert_array_equal(ours, theirs.astype(np.float32))
+
+
+def test_the_hf_preset_is_the_published_file(photographs) -> None:
+    published = {"do_normalize": True, "do_resize": True, "resample": 2, "size": 224, **IMAGENET}
+    processor = ViTImageProcessorPil(**published)
+    preprocessing = preset("hf", ImageSize(224, 224))
+    for path in images.find(photographs):
+        with Image.open(path) as opened:
+            theirs = processor(opened.convert("RGB"), return_tensors="np").pixel_values
+        np.testing.assert_array_equal(images.preprocess([path], preprocessing), theirs)
+
+
+# --- the original evaluation: torchvision's Resize(256), CenterCrop(224), ToTensor, Normalize -----
+
+
+def torchvision_eval(drawn: Image.Image, resize: int, crop: int) -> np.ndarray[Any, Any]:
+    """Write out what torchvision's functional.resize, center_crop, to_tensor and normalize do.
+
+    The long side is truncated, ``int(size * long / short)``; the crop's corner is rounded half to
+    even, ``int(round((height - crop) / 2.0))``; bytes are divided by 255 in float32.
+    """
+    width, height = drawn.size
+    short, long = (width, height) if width <= height else (height, width)
+    new_long = int(resize * long / short)
+    new_width, new_height = (resize, new_long) if width <= height else (new_long, resize)
+    drawn = drawn.resize((new_width, new_height), Image.Resampling.BILINEAR)
+    top, left = round((new_height - crop) / 2.0), round((new_width - crop) / 2.0)
+    cut = np.asarray(drawn)[top : top + crop, left : left + crop]
+    floats = cut.astype(np.float32) / np.float32(255)
+    mean, std = (np.asarray(IMAGENET[f"image_{x}"], np.float32) for x in ("mean", "std"))
+    return ((floats - mean) / std).transpose(2, 0, 1)[None]
+
+
+@settings(max_examples=60)
+@given(st.integers(200, 600), st.integers(200, 600))
+def test_msn_eval_is_the_original_evaluation(height, width) -> None:
+    drawn = picture(height, width)
+    ours = images.preprocess([drawn], preset("msn-eval", ImageSize(224, 224)))
+    # ToTensor divides by 255, we multiply by 1/255: one unit in the last place of 2.6
+    np.testing.assert_allclose(ours, torchvision_eval(drawn, 256, 224), rtol=0, atol=5e-7)
+
+
+def test_its_crop_rounds_half_to_even_where_transformers_rounds_down() -> None:
+    msn = preset("msn-eval", ImageSize(32, 32))  # short side 37: 5 pixels to cut, 2.5 a side
+    drawn = picture(37, 39)  # 7 columns to cut, 3.5 a side: 4, and 3 where it is rounded down
+    pixels = np.asarray(drawn)
+    np.testing.assert_array_equal(images.fit(drawn, msn), pixels[2:34, 4:36])
+    config = {"size": {"shortest_edge": 37}, "do_center_crop": True, "crop_size": 32}
+    np.testing.assert_array_equal(
+        images.fit(drawn, from_processor_config(config, None)), pixels[2:34, 3:35]
+    )
+
+
+# --- shapes and types -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_every_mode_of_8_bits_becomes_what_the_model_takes(mode, channels) -> None:
+    fitted = images.fit(picture(mode=mode), preset("hf", ImageSize(16, 24), channels))
+    assert fitted.shape == (16, 24, channels)
+    assert fitted.dtype == np.uint8
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 90), st.integers(1, 90), st.sampled_from(["hf", "msn-eval"]))
+def test_every_size_becomes_the_models(height, width, name) -> None:
+    preprocessing = resized(preset(name, ImageSize(32, 32)), ImageSize(16, 24))
+    assert images.fit(picture(height, width), preprocessing).shape == (16, 24, 3)
+
+
+def test_a_batch_is_planes_and_noise_is_bytes() -> None:
+    batch = images.preprocess([picture(), picture(50, 50)], SMALL)
+    assert batch.shape == (2, 3, 32, 32)
+    assert batch.dtype == np.float32
+    assert batch.flags.c_contiguous
+    noise = images.noise(SMALL, 5)
+    assert noise.shape == (5, 32, 32, 3)
+    assert noise.dtype == np.uint8
+    np.testing.assert_array_equal(noise, images.noise(SMALL, 5))
+    assert (noise != images.noise(SMALL, 5, seed=1)).any()
+
+
+def test_exif_orientation_is_left_alone(tmp_path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    picture().save(tmp_path / "a.png")
+    picture().save(tmp_path / "turned.png", exif=exif)
+    plain, turned = (images.read(tmp_path / name, SMALL) for name in ("a.png", "turned.png"))
+    np.testing.assert_array_equal(plain, turned)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", sorted(images.PICTURES - {".pgm"}))
+def test_every_ending_that_is_looked_for_is_read(tmp_path, suffix) -> None:
+    path = tmp_path / f"a{suffix}"
+    picture().save(path)
+    assert images.read(path, SMALL).shape == (32, 32, 3)
+
+
+def test_a_picture_of_two_cameras_is_read(tmp_path) -> None:
+    picture().save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[picture()])
+    assert images.read(tmp_path / "a.jpg", SMALL).shape == (32, 32, 3)
+
+
+def message_of(path: Path, preprocessing: Any = SMALL) -> str:
+    with pytest.raises(ImageError) as raised:
+        images.read(path, preprocessing)
+    assert "\n" not in str(raised.value)
+    return str(raised.value).removeprefix(f"{path} is not a readable picture ")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"])
+def test_a_file_that_is_none_is_named(tmp_path, content) -> None:
+    (tmp_path / "a.png").write_bytes(content)
+    assert message_of(tmp_path / "a.png").startswith("(")
+
+
+def test_a_missing_file_is_named(tmp_path) -> None:
+    assert "No such file" in message_of(tmp_path / "none.png")
+
+
+def test_postscript_is_not_opened_whatever_it_is_called(tmp_path) -> None:
+    # Pillow would start Ghostscript on it
+    (tmp_path / "a.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    )
+    assert message_of(tmp_path / "a.png").startswith("(cannot identify image file")
+
+
+def test_a_truncated_picture_is_broken(tmp_path) -> None:
+    picture().save(tmp_path / "a.jpg")
+    whole = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(whole[: len(whole) // 2])
+    assert "truncated" in message_of(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_more_than_8_bits_are_refused_and_not_cut_off(tmp_path, dtype) -> None:
+    Image.fromarray(np.full((40, 40), 300, dtype)).save(tmp_path / "a.tif")
+    assert message_of(tmp_path / "a.tif").startswith("(it has more than 8 bits a channel (mode ")
+
+
+def test_a_decompression_bomb_is_refused_unopened(tmp_path, monkeypatch) -> None:
+    picture().save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
+    with warnings.catch_warnings():  # Pillow's own, which is an error in these tests
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        assert message_of(tmp_path / "a.png") == (
+            "(it has 60x80 pixels; at most 4000 in all are decoded)"
+        )
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    assert "could be decompression bomb" in message_of(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert images.read(tmp_path / "a.png", SMALL).shape == (32, 32, 3)
+
+
+def test_a_sliver_that_would_become_a_bomb_is_refused(tmp_path) -> None:
+    Image.new("RGB", (1, 20000)).save(tmp_path / "a.png")
+    message = message_of(tmp_path / "a.png", preset("msn-eval", ImageSize(224, 224)))
+    assert message.startswith("(before its crop it would have 5120000x256 pixels; at most ")
+
+
+def test_a_picture_of_another_size_is_named_where_nothing_resizes(tmp_path) -> None:
+    picture().save(tmp_path / "a.png")
+    still = from_processor_config({"do_resize": False, "size": 32}, None)
+    assert message_of(tmp_path / "a.png", still) == (
+        "(it is 60x80 and preprocessing preprocessor_config.json does not resize; expected 32x32)"
+    )
+    assert images.fit(picture(32, 32), still).shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"])
+def test_damage_anywhere_raises_nothing_else(tmp_path, form) -> None:
+    buffer = io.BytesIO()
+    picture(20, 30).save(buffer, form)
+    whole, generator = buffer.getvalue(), np.random.default_rng(0)
+    path = tmp_path / "a.png"
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for place in generator.integers(0, min(len(whole), 300), generator.integers(1, 5)):
+            damaged[place] = generator.integers(256)
+        path.write_bytes(damaged[: generator.integers(1, len(whole) + 1)])
+        try:
+            images.read(path, SMALL)
+        except ImageError as error:
+            assert str(error).startswith(f"{path} is not a readable picture (")
+
+
+# --- folders --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("b.png", "a.JPG", "deep/er/c.bmp"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        picture().save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "folder.png").mkdir()
+    return tmp_path
+
+
+def test_pictures_are_found_at_every_depth_in_order(folder) -> None:
+    found = [str(path.relative_to(folder)) for path in images.find(folder)]
+    assert found == ["a.JPG", "b.png", "deep/er/c.bmp"]
+    assert images.find(folder / "b.png") == [folder / "b.png"]
+
+
+def test_broken_ones_are_named_and_the_others_read(folder) -> None:
+    (folder / "broken.png").write_bytes(b"not a picture")
+    loaded = images.load(folder, SMALL, 10)
+    assert loaded.names == ("a.JPG", "b.png", "deep/er/c.bmp")
+    assert loaded.pixels.shape == (3, 32, 32, 3)
+    (broken,) = loaded.broken
+    assert broken.startswith(f"{folder / 'broken.png'} is not a readable picture (")
+    assert images.load(folder / "b.png", SMALL, 10).names == ("b.png",)
+
+
+def test_a_folder_without_a_picture_that_can_be_read_is_an_error(tmp_path) -> None:
+    with pytest.raises(ImageError, match=r"image folder .*none does not exist; give a folder of"):
+        images.find(tmp_path / "none")
+    with pytest.raises(ImageError, match=r"holds no picture; expected files ending in \.bmp, \.gi"):
+        images.load(tmp_path, SMALL, 10)
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ImageError) as raised:
+        images.load(tmp_path, SMALL, 10)
+    assert str(raised.value).startswith(
+        f"all 2 pictures of {tmp_path} are broken; the first: {tmp_path / 'a.png'} is not a"
+    )
+
+
+def test_no_picture_at_all_is_an_error() -> None:
+    with pytest.raises(ImageError, match="no picture to preprocess; give at least one"):
+        images.preprocess([], SMALL)
+
+
+@given(st.integers(0, 60), st.integers(1, 20))
+def test_a_limit_is_spread_evenly_over_the_list(count, limit) -> None:
+    paths = [Path(f"{i:03}") for i in range(count)]
+    chosen = images.spread(paths, limit)
+    assert len(chosen) == min(count, limit)
+    assert chosen == sorted(set(chosen))
+    assert chosen[:1] == paths[:1]
+    gaps = [int(b.name) - int(a.name) for a, b in pairwise(chosen)]
+    assert not gaps or max(gaps) - min(gaps) <= 1

@@ -1,0 +1,86 @@
+"""A bundle arrives whole or is refused: pieces are hashed, cut and joined again."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import offline_bundle
+import pytest
+
+UNPACK = Path(offline_bundle.__file__).with_name("offline_unpack.py")
+
+needs_xz = pytest.mark.skipif(shutil.which("xz") is None, reason="xz is not installed")
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """Three pieces of a small tree."""
+    site = tmp_path / "tree" / "site" / "package"
+    site.mkdir(parents=True)
+    (site / "library.so").write_bytes(bytes(range(256)) * 40)
+    (site / "link.so").symlink_to("library.so")
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    pieces = offline_bundle.pack(tmp_path / "tree", folder, 200, 0)
+    about = {"recipe": "tensorrt-rtx", "python": "3.12", "pieces": pieces}
+    (folder / "bundle.json").write_text(json.dumps(about))
+    shutil.copy(UNPACK, folder / "unpack.py")
+    return folder
+
+
+def unpack(bundle: Path, target: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-S", bundle / "unpack.py", target]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@needs_xz
+def test_what_went_in_comes_out(bundle, tmp_path) -> None:
+    assert len(list(bundle.glob("bundle.tar.xz.*"))) >= 3
+    run = unpack(bundle, str(tmp_path / "out"))
+    assert run.returncode == 0, run.stderr
+    assert f"export PYTHONPATH={tmp_path}/out/site" in run.stdout
+    unpacked = tmp_path / "out" / "site" / "package"
+    assert (unpacked / "library.so").read_bytes() == bytes(range(256)) * 40
+    assert (unpacked / "link.so").readlink() == Path("library.so")
+
+
+@needs_xz
+@pytest.mark.parametrize("damage", ["missing", "cut", "altered", "elsewhere"])
+def test_a_damaged_bundle_is_named_and_nothing_is_unpacked(bundle, damage, tmp_path) -> None:
+    piece = bundle / "bundle.tar.xz.001"
+    message = "piece bundle.tar.xz.001 is damaged"
+    if damage == "missing":
+        piece.unlink()
+        message = "piece bundle.tar.xz.001 is missing"
+    elif damage == "cut":
+        piece.write_bytes(piece.read_bytes()[:-1])
+    elif damage == "altered":
+        content = piece.read_bytes()
+        piece.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    else:
+        about = json.loads((bundle / "bundle.json").read_text())
+        about["pieces"][1]["name"] = "../bundle.json"
+        (bundle / "bundle.json").write_text(json.dumps(about))
+        message = "'../bundle.json', which lies elsewhere"
+    run = unpack(bundle, str(tmp_path / "out"))
+    assert run.returncode == 1
+    assert message in run.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@needs_xz
+def test_the_same_content_gives_the_same_pieces(tmp_path) -> None:
+    written = []
+    for name in ("a", "b"):
+        tree = tmp_path / name / "tree" / "site"
+        tree.mkdir(parents=True)
+        (tree / "x").write_bytes(b"content" * 1000)
+        written.append(offline_bundle.pack(tree.parent, tmp_path / name, 100, 0))
+    assert written[0] == written[1]
+
+
+def test_every_recipe_is_pinned() -> None:
+    for recipe in offline_bundle.RECIPES.values():
+        assert all("==" in package for package in (*recipe.wheels, *recipe.sources))

@@ -1,0 +1,55 @@
+"""The reference reads each head off the tokens as the sources do."""
+
+import numpy as np
+import pytest
+import torch
+
+from msn_export.errors import GraphError
+from msn_export.graph.reference import TorchRunner, read_head, require_readable
+from msn_export.models.variants import VitConfig
+from msn_export.models.vit_msn import VitMsn
+from msn_export.spec import Head
+
+ENCODER = VitConfig((16, 16), (8, 8), 3, dim=8, depth=1, heads=2, mlp_dim=12)
+CLASSIFIER = VitConfig((16, 16), (8, 8), 3, 8, 1, 2, 12, labels=("a", "b", "c"))
+
+
+@pytest.fixture
+def model() -> VitMsn:
+    torch.manual_seed(0)
+    return VitMsn(CLASSIFIER).eval()
+
+
+def test_each_head_reads_what_it_is_called(model) -> None:
+    tokens = torch.randn(2, 5, 8)
+    with torch.no_grad():
+        read = {head: read_head(model, head, tokens) for head in Head}
+    assert torch.equal(read[Head.TOKENS], tokens)
+    assert torch.equal(read[Head.CLS], tokens[:, 0])
+    # the mean is of the patches alone: src/deit.py, x[:, 1:, :]
+    torch.testing.assert_close(read[Head.MEAN], (tokens.sum(1) - tokens[:, 0]) / 4)
+    assert read[Head.LOGITS].shape == (2, 3)
+
+
+def test_the_runner_gives_each_output_under_its_name(model) -> None:
+    runner = TorchRunner(model, [Head.LOGITS, Head.TOKENS])
+    images = np.random.default_rng(0).standard_normal((2, 3, 16, 16)).astype(np.float32)
+    outputs = runner(images)
+    assert {name: output.shape for name, output in outputs.items()} == {
+        "logits": (2, 3),
+        "last_hidden_state": (2, 5, 8),
+    }
+    assert runner.name == f"torch {torch.__version__}, cpu, fp32"
+    with torch.no_grad():
+        np.testing.assert_array_equal(
+            outputs["last_hidden_state"], model(torch.from_numpy(images)).numpy()
+        )
+
+
+def test_logits_need_a_classifier() -> None:
+    encoder = VitMsn(ENCODER)
+    message = "head logits needs a classifier, this checkpoint has none; use cls"
+    for ask in (require_readable, TorchRunner):
+        with pytest.raises(GraphError, match=message):
+            ask(encoder, [Head.CLS, Head.LOGITS])
+    require_readable(encoder, [Head.CLS, Head.MEAN, Head.TOKENS])

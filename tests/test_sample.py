@@ -1,0 +1,154 @@
+"""What a check runs on: every picture at least once, at batches that memory affords."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from msn_export import images
+from msn_export.check import sample as subject
+from msn_export.check.sample import affordable_batch, batch_sizes, batches, draw
+from msn_export.errors import ImageError
+from msn_export.preprocessing import preset
+from msn_export.spec import BatchRange, ImageSize, InputKind
+
+SMALL = preset("hf", ImageSize(8, 8))
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def test_without_a_folder_the_noise_is_called_noise() -> None:
+    drawn = draw(None, SMALL)
+    assert drawn.source == "seeded noise (no --images given)"
+    assert drawn.names == ("noise 0", "noise 1", "noise 2", "noise 3")
+    np.testing.assert_array_equal(drawn.pixels, draw(None, SMALL).pixels)
+
+
+def test_a_folder_gives_at_most_the_limit_and_names_the_broken(tmp_path) -> None:
+    for i in range(20):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i:02}.png")
+    (tmp_path / "04.png").write_bytes(b"")
+    drawn = draw(tmp_path, SMALL, limit=5)
+    assert drawn.source == str(tmp_path)
+    assert drawn.names == ("00.png", "08.png", "12.png", "16.png")
+    assert len(drawn) == 4
+    assert len(drawn.broken) == 1
+    assert "04.png is not a readable picture" in drawn.broken[0]
+
+
+def test_a_folder_without_a_picture_is_an_error(tmp_path) -> None:
+    with pytest.raises(ImageError, match="holds no picture"):
+        draw(tmp_path, SMALL)
+
+
+def test_a_feed_is_what_the_graph_takes_and_starts_over_past_the_end() -> None:
+    drawn = draw(None, SMALL)
+    raw = drawn.feed([0, 3, 4], InputKind.UINT8)
+    assert raw.dtype == np.uint8
+    np.testing.assert_array_equal(raw, drawn.pixels[[0, 3, 0]])
+    np.testing.assert_array_equal(
+        drawn.feed(range(3, 5), InputKind.FLOAT), images.normalize(drawn.pixels[[3, 0]], SMALL)
+    )
+
+
+# --- batch sizes ----------------------------------------------------------------------------------
+
+ranges = st.lists(st.integers(1, 64), min_size=3, max_size=3).map(lambda x: BatchRange(*sorted(x)))
+
+
+@pytest.mark.parametrize(
+    ("batch", "room", "sizes"),
+    [
+        ("1:8:32", 99, (1, 8, 32)),
+        ("1:8:32", 10, (1, 8, 10)),
+        ("1:8:32", 4, (1, 2, 4)),
+        ("1:8:32", 1, (1,)),
+        ("1:1:32", 99, (1, 16, 32)),
+        ("1:32:32", 99, (1, 16, 32)),
+        ("4", 99, (4,)),
+        ("8:8:16", 2, (8,)),  # the smallest is not optional
+        ("1:1:2", 99, (1, 2)),
+    ],
+)
+def test_the_smallest_the_largest_and_one_between(batch, room, sizes) -> None:
+    assert batch_sizes(BatchRange.parse(batch), room) == sizes
+
+
+@given(ranges, st.integers(1, 99))
+def test_every_size_is_one_the_graph_accepts(batch, room) -> None:
+    sizes = batch_sizes(batch, room)
+    assert sizes[0] == batch.min
+    assert list(sizes) == sorted(set(sizes))
+    assert sizes[-1] <= max(batch.min, min(batch.max, room))
+    assert len(sizes) <= 3
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=3, unique=True).map(sorted),
+       st.integers(1, 50))  # fmt: skip
+def test_each_image_and_each_size_is_run_at_least_once(sizes, count) -> None:
+    dealt = list(batches(sizes, count))
+    assert [len(batch) for batch in dealt[: len(sizes)]] == sizes
+    assert {len(batch) for batch in dealt} == set(sizes)
+    assert {index % count for batch in dealt for index in batch} >= set(range(count))
+    assert [i for batch in dealt for i in batch] == list(range(sum(map(len, dealt))))
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def test_a_batch_takes_a_quarter_of_what_is_free(monkeypatch) -> None:
+    monkeypatch.setattr(subject, "available_memory", lambda: 4 * 2**30)
+    # vit-msn-base-4: scores and probabilities of 12 heads over 3137 tokens, fp32, 0.95 GB; 0.12
+    # of the MLP and the residual stream
+    assert affordable_batch(3137, 768, 3072, 12) == 1
+    assert affordable_batch(197, 384, 1536, 6) == 160
+    monkeypatch.setattr(subject, "available_memory", lambda: 0)
+    assert affordable_batch(197, 384, 1536, 6) == 1
+
+
+def test_what_is_free_here_is_below_what_there_is() -> None:
+    total = next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/meminfo").read_text().splitlines()
+        if line.startswith("MemTotal:")
+    )
+    assert 2**20 < subject.available_memory() <= total
+
+
+@pytest.fixture
+def cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let a folder stand for /sys/fs/cgroup, version 2 and version 1."""
+    monkeypatch.setattr(subject, "_of_system", lambda: 64 * 2**30)
+    known = tuple((str(tmp_path / root[1:]), *names) for root, *names in subject._CGROUPS)
+    monkeypatch.setattr(subject, "_CGROUPS", known)
+    for root, *_ in known:
+        Path(root).mkdir(parents=True, exist_ok=True)
+    return tmp_path / "sys/fs/cgroup"
+
+
+def test_a_containers_limit_counts_and_not_the_machines_memory(cgroup) -> None:
+    (cgroup / "memory.max").write_text(f"{4 * 2**30}\n")
+    (cgroup / "memory.current").write_text(f"{3 * 2**30}\n")
+    assert subject.available_memory() == 2**30
+    # what the kernel holds of files can be had back
+    (cgroup / "memory.stat").write_text(f"anon 5\ninactive_file {2**30}\nactive_file 7\n")
+    assert subject.available_memory() == 2 * 2**30
+    (cgroup / "memory.current").write_text(f"{9 * 2**30}\n")
+    assert subject.available_memory() == 0
+
+
+def test_a_limit_of_version_1_counts_too(cgroup) -> None:
+    (cgroup / "memory" / "memory.limit_in_bytes").write_text(f"{2**30}\n")
+    (cgroup / "memory" / "memory.usage_in_bytes").write_text(f"{2**29}\n")
+    assert subject.available_memory() == 2**29
+
+
+def test_without_a_limit_the_machines_memory_counts(cgroup) -> None:
+    assert subject.available_memory() == 64 * 2**30
+    (cgroup / "memory.max").write_text("max\n")
+    (cgroup / "memory.current").write_text("1\n")
+    assert subject.available_memory() == 64 * 2**30

@@ -1,0 +1,109 @@
+"""A candidate is run over the reference's pictures at each batch size, and compared."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from msn_export.check.gate import Gate
+from msn_export.check.sample import Sample, draw
+from msn_export.check.verify import Reference, run_reference, verify
+from msn_export.errors import ToleranceError
+from msn_export.preprocessing import preset
+from msn_export.spec import ImageSize, InputKind
+
+PREPROCESSING = preset("hf", ImageSize(4, 4))
+
+
+class Doubling:
+    """Stands for a model: its outputs tell each image and, in ``shift``, how wrong it is."""
+
+    def __init__(self, shift: float = 0.0, outputs: tuple[str, ...] = ("a", "b")) -> None:
+        self.name = "doubling"
+        self.shift = shift
+        self.outputs = outputs
+        self.batches: list[int] = []
+
+    def __call__(self, images):
+        self.batches.append(len(images))
+        flat = images.reshape(len(images), -1).astype(np.float32)
+        return dict.fromkeys(self.outputs, flat * 2 + self.shift)
+
+
+@pytest.fixture
+def sample() -> Sample:
+    drawn = draw(None, PREPROCESSING)
+    return replace(drawn, pixels=np.concatenate([drawn.pixels] * 5)[:19], names=("x",) * 19)
+
+
+def reference_of(sample: Sample) -> Reference:
+    return run_reference(Doubling(), sample)
+
+
+def test_the_reference_runs_each_picture_once_as_wide_as_memory_affords(sample) -> None:
+    runner = Doubling()
+    reference = run_reference(runner, sample)
+    assert runner.batches == [8, 8, 3]
+    assert reference.name == "doubling"
+    assert reference.outputs["a"].shape == (19, 48)
+    narrow = Doubling()
+    run_reference(narrow, replace(sample, room=2))
+    assert narrow.batches == [2] * 9 + [1]
+
+
+def test_a_candidate_runs_every_size_and_is_compared_image_by_image(sample) -> None:
+    runner = Doubling()
+    verified = verify(runner, reference_of(sample), InputKind.FLOAT, [1, 4, 8])
+    assert runner.batches == [1, 4, 8, 8]  # 19 images, and two that start over
+    assert verified.sizes == (1, 4, 8)
+    assert verified.outputs.keys() == {"a", "b"}
+    for agreement in verified.outputs.values():
+        assert agreement.images == 21
+        assert agreement.max_abs == 0
+
+
+def test_images_in_another_order_do_not_agree(sample) -> None:
+    class Reversing(Doubling):
+        def __call__(self, images):
+            return {name: output[::-1] for name, output in super().__call__(images).items()}
+
+    verified = verify(Reversing(), reference_of(sample), InputKind.FLOAT, [4])
+    assert verified.outputs["a"].max_abs > 0.1
+
+
+def test_the_record_has_the_worst_figures_and_each_outputs_own(sample) -> None:
+    class Uneven(Doubling):
+        def __call__(self, images):
+            outputs = super().__call__(images)
+            return {**outputs, "b": outputs["b"] + 0.5, "extra": outputs["a"]}
+
+    verified = verify(Uneven(), reference_of(sample), InputKind.FLOAT, [2])
+    record = verified.require(Gate(max_abs=1.0), "the graph")
+    assert record.passed
+    assert record.max_abs == pytest.approx(0.5)
+    assert record.outputs["a"]["max_abs"] == 0
+    assert record.outputs["b"]["max_abs"] == pytest.approx(0.5)
+    assert record.outputs.keys() == {"a", "b"}
+    assert (record.images, record.source) == (19, "seeded noise (no --images given)")
+    assert (record.reference, record.executed_on, record.batches) == ("doubling", "doubling", (2,))
+
+
+def test_a_gate_that_does_not_hold_names_the_output(sample) -> None:
+    verified = verify(Doubling(0.5), reference_of(sample), InputKind.FLOAT, [8])
+    with pytest.raises(ToleranceError) as raised:
+        verified.require(Gate(max_abs=1e-4), "the fp32 graph")
+    assert str(raised.value).startswith(
+        "the fp32 graph, output 'a', does not agree with its reference: max_abs 5.00e-01, allowed"
+    )
+
+
+def test_a_missing_output_and_a_shape_of_its_own_are_told(sample) -> None:
+    with pytest.raises(ToleranceError, match="the candidate has no output 'b'; it has a, c"):
+        verify(Doubling(outputs=("a", "c")), reference_of(sample), InputKind.FLOAT, [8])
+
+    class Short(Doubling):
+        def __call__(self, images):
+            return {name: x[:, :-1] for name, x in super().__call__(images).items()}
+
+    with pytest.raises(ToleranceError, match=r"output has shape \[8, 47\] and its reference"):
+        verify(Short(), reference_of(sample), InputKind.FLOAT, [8])

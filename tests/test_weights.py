@@ -1,0 +1,237 @@
+"""Weights files are hostile input: nothing in them runs, and no index leaves its folder."""
+
+import argparse
+import json
+import os
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from msn_export.errors import CheckpointError
+from msn_export.models.weights import read_file, read_folder
+
+TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
+
+
+def same(read: dict[str, torch.Tensor]) -> bool:
+    return read.keys() == TENSORS.keys() and all(
+        read[key].dtype == TENSORS[key].dtype and torch.equal(read[key], TENSORS[key])
+        for key in TENSORS
+    )
+
+
+def message_of(path: Path) -> str:
+    read = read_folder if path.is_dir() else read_file
+    with pytest.raises(CheckpointError) as raised:
+        read(path)
+    assert "\n" not in str(raised.value)
+    assert "\x1b" not in str(raised.value)  # torch prints in bold
+    return str(raised.value).replace(f"{path.parent}{os.sep}", "")
+
+
+# --- what is read ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["w.bin", "w.pth", "w.pt", "w.pth.tar"])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+def test_what_torch_saved_is_read(tmp_path, name, zipped) -> None:
+    torch.save(TENSORS, tmp_path / name, _use_new_zipfile_serialization=zipped)
+    assert same(read_file(tmp_path / name))
+
+
+def test_safetensors_are_read(tmp_path) -> None:
+    save_file(TENSORS, tmp_path / "w.safetensors")
+    assert same(read_file(tmp_path / "w.safetensors"))
+
+
+@pytest.mark.parametrize("wrapper", ["target_encoder", "state_dict", "model"])
+def test_weights_are_found_among_a_trainers_state(tmp_path, wrapper) -> None:
+    torch.save({wrapper: TENSORS, "epoch": 3, "opt": {"lr": 0.1}}, tmp_path / "w.pth")
+    assert same(read_file(tmp_path / "w.pth"))
+
+
+def test_the_target_encoder_wins_as_in_the_original_evaluation(tmp_path) -> None:
+    other = {"a": torch.zeros(1)}
+    torch.save({"model": other, "target_encoder": TENSORS}, tmp_path / "w.pth")
+    assert same(read_file(tmp_path / "w.pth"))
+
+
+def shard(folder: Path, suffix: str, index: str) -> None:
+    for number, key in enumerate(TENSORS, 1):
+        path = folder / f"part-{number}{suffix}"
+        save = save_file if suffix == ".safetensors" else torch.save
+        save({key: TENSORS[key]}, path)
+    weights = {key: f"part-{number}{suffix}" for number, key in enumerate(TENSORS, 1)}
+    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": weights}))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "index"),
+    [(".safetensors", "model.safetensors.index.json"), (".bin", "pytorch_model.bin.index.json")],
+)
+def test_shards_are_put_together(tmp_path, suffix, index) -> None:
+    shard(tmp_path, suffix, index)
+    assert same(read_folder(tmp_path))
+
+
+def test_safetensors_come_before_a_pickle(tmp_path) -> None:
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
+    assert same(read_folder(tmp_path))
+
+
+# --- what would run code --------------------------------------------------------------------------
+
+
+class Bomb:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, (f"open({str(self.path)!r}, 'w').close()",)
+
+
+class Shell:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize(("bomb", "named"), [(Bomb, "exec"), (Shell, "posix.system")])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(
+    tmp_path, bomb, named, zipped
+) -> None:
+    ran, path = tmp_path / "ran", tmp_path / "w.bin"
+    torch.save({"a": torch.ones(1), "b": bomb(ran)}, path, _use_new_zipfile_serialization=zipped)
+    assert message_of(path) == (
+        f"w.bin is refused: it names {named}, and a pickle can execute code; "
+        "convert it to safetensors where you trust it"
+    )
+    assert not ran.exists()
+
+
+def test_the_bomb_of_these_tests_is_a_live_one(tmp_path) -> None:
+    pickle.loads(pickle.dumps(Bomb(tmp_path / "ran")))  # noqa: S301  that is the test
+    assert (tmp_path / "ran").exists()
+
+
+def test_an_object_beside_the_weights_is_named(tmp_path) -> None:
+    torch.save({"model": TENSORS, "args": argparse.Namespace(lr=1)}, tmp_path / "w.pth")
+    assert "it names argparse.Namespace, and a pickle can execute" in message_of(tmp_path / "w.pth")
+
+
+# --- what cannot be read --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
+@pytest.mark.parametrize("content", [b"", b"hello world" * 9, b"PK\x03\x04" * 9, b"{}"])
+def test_a_file_that_is_none_is_named(tmp_path, suffix, content) -> None:
+    path = tmp_path / f"w{suffix}"
+    path.write_bytes(content)
+    kind = "safetensors" if suffix == ".safetensors" else "weights"
+    assert message_of(path).startswith(f"w{suffix} is not a whole {kind} file (")
+
+
+def test_truncated_safetensors_say_to_download_again(tmp_path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file(TENSORS, path)
+    path.write_bytes(path.read_bytes()[:-3])
+    message = message_of(path)
+    assert message.startswith("w.safetensors is not a whole safetensors file (")
+    assert message.endswith("); download it again")
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+def test_damage_anywhere_raises_nothing_else(tmp_path, zipped) -> None:
+    path = tmp_path / "w.bin"
+    torch.save(TENSORS, path, _use_new_zipfile_serialization=zipped)
+    whole, draw = path.read_bytes(), random.Random(0)  # noqa: S311  reproducible, not secret
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(
+            whole[: draw.randrange(1, len(whole))] if draw.random() < 0.3 else whole
+        )
+        for _ in range(draw.randrange(3)):
+            damaged[draw.randrange(min(len(damaged), 600))] = draw.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            read_file(path)
+        except CheckpointError:
+            refused += 1
+    assert refused > 100
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ([torch.ones(1)], "holds no weights by name; expected a state dict"),
+        ({}, "holds no weights by name; expected a state dict"),
+        ({"state_dict": {}}, "holds no weights by name; expected a state dict"),
+        (torch.ones(1), "holds no weights by name; expected a state dict"),
+        (
+            {"a": torch.ones(1), "epoch": 3},
+            "holds 'epoch', which is no weight; expected a state dict, or one under "
+            "target_encoder, state_dict, model",
+        ),
+    ],
+)
+def test_a_file_without_a_state_dict_says_what_it_holds(tmp_path, saved, message) -> None:
+    torch.save(saved, tmp_path / "w.bin")
+    assert message_of(tmp_path / "w.bin") == f"w.bin {message}"
+
+
+def test_a_folder_without_weights_says_what_it_looked_for(tmp_path) -> None:
+    (tmp_path / "f").mkdir()
+    assert message_of(tmp_path / "f") == (
+        "f holds no weights; expected one of model.safetensors, pytorch_model.bin, "
+        "model.safetensors.index.json, pytorch_model.bin.index.json"
+    )
+
+
+@pytest.mark.parametrize(
+    ("shards", "message"),
+    [
+        ("../secret.safetensors", "points outside its folder: '../secret.safetensors'; refused"),
+        ("/etc/secret.safetensors", "points outside its folder: '/etc/secret.safetensors'"),
+        ("deeper/w.safetensors", "points outside its folder: 'deeper/w.safetensors'; refused"),
+        ("..", "points outside its folder: '..'; refused"),
+        ("", "points outside its folder: ''; refused"),
+        ("none.safetensors", "f/none.safetensors, a shard of the weights, is missing"),
+        ("no\0ne", "a shard of the weights, is missing"),
+    ],
+)
+def test_an_index_stays_in_its_folder(tmp_path, shards, message) -> None:
+    folder = tmp_path / "f"
+    (folder / "deeper").mkdir(parents=True)
+    for path in (tmp_path / "secret.safetensors", folder / "deeper" / "w.safetensors"):
+        save_file(TENSORS, path)
+    index = {"weight_map": {"a": shards}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert message in message_of(folder)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {}}])
+def test_an_index_that_lists_nothing_is_named(tmp_path, index) -> None:
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert message_of(tmp_path / "f") == "f/pytorch_model.bin.index.json has no weight_map"
+
+
+def test_one_weight_in_two_shards_is_refused(tmp_path) -> None:
+    folder = tmp_path / "f"
+    folder.mkdir()
+    for name in ("x.safetensors", "y.safetensors"):
+        save_file(TENSORS, folder / name)
+    index = {"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert message_of(folder) == "f: weight 'a' is in two shards"

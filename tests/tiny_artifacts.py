@@ -1,0 +1,35 @@
+"""A tiny classifier as an ONNX file with its manifest, and pictures enough for a folder."""
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+from checkpoints import hugging_face
+from click.testing import CliRunner
+from PIL import Image
+
+from msn_export.cli import main
+
+
+def classifier(folder: Path, *options: str, heads: tuple[str, ...] = ("cls", "logits")) -> Path:
+    """Export one with three classes; 32 pixels a side."""
+    folder.mkdir(parents=True, exist_ok=True)
+    hugging_face(folder / "checkpoint", labels=3)
+    output = folder / "tiny.onnx"
+    chosen = [f"--head={head}" for head in heads]
+    arguments = ["onnx", str(folder / "checkpoint"), "-o", str(output), *chosen, *options]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    return output
+
+
+def pictures(folder: Path, count: int, broken: tuple[int, ...] = ()) -> Path:
+    """Write small seeded pictures in two folders; ``broken`` ones are cut short."""
+    for number in range(count):
+        rng = np.random.default_rng(number)
+        path = folder / f"{'ab'[number % 2]}" / f"{number:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(path)
+        if number in broken:
+            path.write_bytes(path.read_bytes()[: 40 + zlib.crc32(path.name.encode()) % 40])
+    return folder

@@ -1,0 +1,210 @@
+"""Where the TensorRT runner is tested: stand-ins for each row of the loaders' table, or a GPU.
+
+The tests see no difference. On a GPU the engines are compiled by the TensorRT that is installed,
+and tensors on the GPU are torch's.
+"""
+
+import importlib
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cuda_stand_in import CudaStandIn
+from networks import Network
+from recorder import Recorder
+from tensorrt_stand_in import plan_of, tensorrt_stand_in
+from tensors_stand_in import NAME, Library
+
+from msn_export.driver import Device, Driver, NoDriver, find_driver
+from msn_export.runtime import library as libraries
+from msn_export.runtime.loaders import LOADERS, Loaded
+from msn_export.runtime.trt import Machine, Plan, TrtRunner
+from msn_export.spec import BatchRange, ComputeCapability
+
+DEVICE = Device(0, "Stand-in GPU", ComputeCapability(8, 9), 1 << 30)
+ROWS = {row.contexts: row for row in reversed(LOADERS) if not row.only_compatible}
+BENCHES = [*ROWS, pytest.param("gpu", marks=pytest.mark.gpu)]
+
+
+class Bench:
+    """One place to run engines. ``is_real`` says whether there is a GPU."""
+
+    is_real = False
+
+    def __init__(self, contexts: str, **stand_in: Any) -> None:
+        self.contexts = contexts
+        self.recorder = Recorder()
+        self.stand_in = CudaStandIn()
+        row = ROWS[contexts]
+        module = tensorrt_stand_in(self.stand_in, contexts, **stand_in)
+        loaded = Loaded(self.recorder.tensorrt(module), row, module.__version__)
+        self.machine = Machine(self.recorder.cuda(self.stand_in), loaded, DEVICE)
+
+    @property
+    def captures(self) -> bool:
+        """Whether CUDA graphs are captured by the runner."""
+        return self.machine.loaded.loader.captures
+
+    def plan(self, network: Network) -> bytes:
+        return plan_of(network, self.machine.loaded.version)
+
+    def open(self, network: Network | None = None, **options: Any) -> TrtRunner:
+        plan = Plan(self.plan(network or Network()), "m.engine", None)
+        return TrtRunner(plan, self.machine, **options)
+
+    @cache  # noqa: B019  lives as long as the test
+    def library(self) -> Any:
+        return Library(self.stand_in)
+
+    def settle(self) -> None:
+        """Wait for everything."""
+        with self.stand_in._lock:
+            self.stand_in._catch_up_all()
+
+    def free_memory(self) -> int:
+        return int(self.stand_in.cuMemGetInfo()[1])
+
+    def problems(self) -> list[str]:
+        return [*self.stand_in._problems, *self.recorder.problems]
+
+
+class GpuBench(Bench):
+    """The GPU of this machine and the TensorRT that is installed."""
+
+    is_real = True
+
+    def __init__(self) -> None:
+        driver = find_driver()
+        if isinstance(driver, NoDriver):
+            pytest.skip(driver.reason)
+        self.recorder = Recorder()
+        loaded, device = _loaded(), driver.devices[0]
+        self.contexts = loaded.loader.contexts
+        self.cuda = pytest.importorskip("cuda.bindings.driver")
+        wrapped = Loaded(self.recorder.tensorrt(loaded.trt), loaded.loader, loaded.version)
+        self.machine = Machine(self.recorder.cuda(self.cuda), wrapped, device)
+
+    def plan(self, network: Network) -> bytes:
+        return _compiled(network)
+
+    @cache  # noqa: B019  lives as long as the test
+    def library(self) -> Any:
+        torch = pytest.importorskip("torch")
+        if not torch.cuda.is_available():
+            pytest.skip("this torch has no CUDA")
+        return Torch(torch)
+
+    def settle(self) -> None:
+        torch = self.library().torch
+        torch.cuda.synchronize()
+
+    def free_memory(self) -> int:
+        device = self.cuda.cuDeviceGet(0)[1]
+        context = self.cuda.cuDevicePrimaryCtxRetain(device)[1]
+        self.cuda.cuCtxPushCurrent(context)
+        free = int(self.cuda.cuMemGetInfo()[1])
+        self.cuda.cuCtxPopCurrent()
+        self.cuda.cuDevicePrimaryCtxRelease(device)
+        return free
+
+    def problems(self) -> list[str]:
+        return self.recorder.problems
+
+
+class Torch:
+    """torch, as the tests use an array library."""
+
+    def __init__(self, torch: Any) -> None:
+        self.torch = torch
+        self._kept: list[Any] = []
+
+    @property
+    def stream(self) -> int:
+        return int(self.torch.cuda.current_stream().cuda_stream)
+
+    @stream.setter
+    def stream(self, handle: int) -> None:
+        stream = self.torch.cuda.ExternalStream(0 if handle == 1 else handle)
+        self.torch.cuda.set_stream(stream)
+
+    def new_stream(self) -> int:
+        self._kept.append(self.torch.cuda.Stream())
+        return int(self._kept[-1].cuda_stream)
+
+    def to_gpu(self, array: np.ndarray[Any, Any], *, offset: int = 0) -> Any:
+        size = array.dtype.itemsize
+        flat = self.torch.zeros(array.size + offset // size, device="cuda")
+        flat = flat.to(self.torch.from_numpy(array[:0].copy()).dtype)
+        flat[offset // size :] = self.torch.from_numpy(array).reshape(-1).cuda()
+        return flat[offset // size :].reshape(array.shape)
+
+    def take(self, tensor: Any) -> Any:
+        return self.torch.from_dlpack(tensor)
+
+    def copy(self, tensor: Any) -> Any:
+        return tensor.clone()
+
+    def to_host(self, tensor: Any) -> np.ndarray[Any, Any]:
+        if tensor.dtype == self.torch.bfloat16:
+            tensor = tensor.float()
+        values: np.ndarray[Any, Any] = tensor.cpu().numpy()
+        return values
+
+    def pointer(self, tensor: Any) -> int:
+        return int(tensor.data_ptr())
+
+    def strided(self, tensor: Any) -> Any:
+        return tensor[::2]
+
+
+def make_bench(where: str, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    if where == "gpu":
+        return GpuBench()
+    # what torch and cupy have: the library can be asked for its stream
+    bench = Bench(where)
+    monkeypatch.setitem(
+        libraries.CURRENT_STREAM, NAME, lambda _module, _device: bench.library().stream
+    )
+    return bench
+
+
+def one_device(device: Device = DEVICE) -> Driver:
+    return Driver("13.0", (device,))
+
+
+@cache
+def _loaded() -> Loaded:
+    for row in LOADERS:
+        try:
+            module = importlib.import_module(row.module)
+        except ImportError:
+            continue
+        from msn_export.runtime.loaders import row_for
+
+        found = row_for(row.module, module.__version__)
+        if found is not None and not found.only_compatible:
+            return Loaded(module, found, module.__version__)
+    pytest.skip("no TensorRT is installed")
+
+
+_FOLDER = tempfile.TemporaryDirectory(prefix="msn-export-networks-")
+
+
+@cache
+def _compiled(network: Network) -> bytes:
+    from msn_export.engine.backend import find_backend
+    from msn_export.engine.build import build_engine
+    from msn_export.engine.job import BuildSpec
+
+    folder = Path(_FOLDER.name) / str(abs(hash(network)))
+    folder.mkdir(exist_ok=True)
+    spec = BuildSpec(
+        network.graph(folder / "m.onnx"),
+        tuple(BatchRange(*profile) for profile in network.profiles),
+    )
+    backend = find_backend(_loaded().loader.backend)
+    build_engine(spec, backend, folder / "m.engine")
+    return (folder / "m.engine").read_bytes()
