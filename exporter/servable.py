@@ -55,8 +55,6 @@ def read_artifact(path: Path, platform: Platform | None = None) -> Artifact:
 
 def _read_onnx(path: Path, manifest: manifests.Manifest | None) -> Artifact:
     model = io.load(path)
-    tensors = [value.const_value for value in model.graph.initializers.values()]
-    places = {t.location: None for t in tensors if isinstance(t, ir.ExternalTensor)}
     weights = model.graph.initializers
     inputs = [value for value in model.graph.inputs if value.name not in weights]
     return Artifact(
@@ -66,6 +64,14 @@ def _read_onnx(path: Path, manifest: manifests.Manifest | None) -> Artifact:
         io.tensor_specs(list(model.graph.outputs)),
         manifest.profiles if manifest else (),
         manifest,
-        tuple(path.parent / str(place) for place in places),
+        () if manifest else _weight_files(path),  # our own graphs have no weights beside them
         model.graph.opset_imports.get("", 0),
     )
+
+
+def _weight_files(path: Path) -> tuple[Path, ...]:
+    """List the files with a graph's weights, which ``io.load`` has found beside it."""
+    values = ir.load(path).graph.initializers.values()
+    tensors = [value.const_value for value in values]
+    places = {t.location: None for t in tensors if isinstance(t, ir.ExternalTensor)}
+    return tuple(path.parent / str(place) for place in places)

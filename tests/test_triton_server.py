@@ -5,7 +5,9 @@ The server, its batcher, ensembles, labels, versions, cache and metrics are NVID
 graph in onnxruntime, the second runs no engine. Nothing here uses a GPU.
 """
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -335,7 +337,11 @@ def test_it_stops_within_seconds_and_leaves_no_process(folder) -> None:
 
 @pytest.fixture(scope="module")
 def verdicts(folder):
-    """What a server says when asked to load each faulty model, by the fault's place; the models."""
+    """What a server made of each faulty model at its start, and what the linter finds.
+
+    At its start, not one load and unload after the other: 2.51 died in one of six runs of such a
+    drill (SIGSEGV in a thread of libtritonserver). What it dies of at its start is not given to it.
+    """
     repository, work = folder / "faults", folder / "faults-server"
     work.mkdir()
     names = []
@@ -343,30 +349,26 @@ def verdicts(folder):
         changed = write_base(fault.base, f"w{index:02}", repository, folder / f"w{index:02}")
         fault.edit(changed)
         names.append(changed.name)
-    options = ["--model-control-mode=explicit"]
+    findings = run_lint(repository, None)
+    for name, fault in zip(names, FAULTS, strict=True):
+        if fault.by == "dies":
+            shutil.rmtree(repository / name)
+    options = ["--exit-on-error=false", "--strict-readiness=false"]
     with triton_server.serve(repository, work, options, until_ready=False) as running:
-
-        def load(index: int) -> tuple[int, str]:
-            if FAULTS[index].by == "hangs":
-                return 0, ""
-            name = names[index]
-            answer = running.get(f"v2/repository/models/{name}/load", method="POST")
-            running.get(f"v2/repository/models/{name}/unload", method="POST")
-            return answer
-
-        with ThreadPoolExecutor(3) as pool:
-            answers = list(pool.map(load, range(len(FAULTS))))
-        yield dict(enumerate(zip(names, answers, strict=True))), run_lint(repository, None)
+        index = json.loads(running.get("v2/repository/index", method="POST")[1])
+        states = {model["name"]: model for model in index}
+    return names, states, findings
 
 
 @pytest.mark.parametrize("index", range(len(FAULTS)), ids=lambda index: FAULTS[index].name)
 def test_each_fault_is_refused_by_the_server_or_found_by_the_linter(verdicts, index) -> None:
-    answers, findings = verdicts
-    name, (status, body) = answers[index]
-    fault = FAULTS[index]
+    names, states, findings = verdicts
+    name, fault = names[index], FAULTS[index]
+    state = states.get(name, {})  # without a state where it was not even tried
+    reason = state.get("reason", "")
     # the traceback of our stand-in
-    backend = "\\nAt:\\n" in body
-    by = "nobody" if status == 200 else "backend" if backend else "core"
-    assert by == fault.by or status == 0, body
+    backend = "\n\nAt:\n" in reason
+    by = "nobody" if state.get("state") == "READY" else "backend" if backend else "core"
+    assert fault.by in {by, "dies"}, state
     found = [f"{finding.where}: {finding.what}" for finding in findings if finding.model == name]
     assert any(fault.says in line for line in found), found

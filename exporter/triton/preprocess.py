@@ -1,11 +1,12 @@
 """The ensemble: bytes as a decoder gives them are normalised in Triton, then go to the model.
 
-Triton has no preprocessing backend but Python and DALI; a graph of five nodes in the onnxruntime
+Triton has no preprocessing backend but Python and DALI; a graph of six nodes in the onnxruntime
 backend needs neither. Resizing stays with the client: no served form of it equals Pillow's.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -53,7 +54,8 @@ def save_graph(
 ) -> None:
     """Write the graph ``images`` uint8 [b, h, w, c] -> ``spec``, floats [b, c, h, w].
 
-    The operations are those of ``images.normalize``, in its order: the floats are the same.
+    The operations are those of ``images.normalize``, in its order and its rounding (a byte times
+    the scale is a double first): the floats are the same to the last bit.
 
     Raises:
         SpecError: the preprocessing is for another number of channels.
@@ -69,10 +71,13 @@ def save_graph(
         type=ir.TensorType(ir.DataType.UINT8),
         shape=ir.Shape([batch, height, width, channels]),
     )
-    mean, std = (_constant(name, preprocessing) for name in ("mean", "std"))
-    scale = _constant("scale", preprocessing)
-    nodes = [ir.node("Cast", [images], {"to": ir.DataType.FLOAT})]
-    for op, constant in (("Mul", scale), ("Sub", mean), ("Div", std)):
+    scale = _constant("scale", np.float64(preprocessing.scale))
+    mean = _constant("mean", np.asarray(preprocessing.mean, np.float32))
+    std = _constant("std", np.asarray(preprocessing.std, np.float32))
+    nodes = [ir.node("Cast", [images], {"to": ir.DataType.DOUBLE})]
+    nodes.append(ir.node("Mul", [nodes[-1].outputs[0], scale]))
+    nodes.append(ir.node("Cast", [nodes[-1].outputs[0]], {"to": ir.DataType.FLOAT}))
+    for op, constant in (("Sub", mean), ("Div", std)):
         nodes.append(ir.node(op, [nodes[-1].outputs[0], constant]))
     nodes.append(ir.node("Transpose", [nodes[-1].outputs[0]], {"perm": [0, 3, 1, 2]}))
     if spec.dtype == "float16":
@@ -91,10 +96,11 @@ def save_graph(
     path.write_bytes(proto.SerializeToString(deterministic=True))
 
 
-def _constant(name: str, preprocessing: Preprocessing) -> ir.Value:
-    array = np.asarray(getattr(preprocessing, name), np.float32)
-    value = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(array.shape))
-    value.const_value = ir.tensor(array, name=name)
+def _constant(name: str, array: Any) -> ir.Value:
+    tensor = ir.tensor(np.asarray(array), name=name)
+    shape = ir.Shape(np.shape(array))
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape)
+    value.const_value = tensor
     return value
 
 
