@@ -106,7 +106,7 @@ def test_the_table_for_people_has_the_paper_layout(model) -> None:
     assert "time / eager" in result.stdout
     assert "eager / tiny.onnx, x" in result.stdout
     assert "noise" in result.stdout
-    assert "CUDA graph" in result.stdout
+    assert "CUDA graphs" in result.stdout
 
 
 def test_a_model_that_computes_something_else_is_shown_to(model, tmp_path) -> None:

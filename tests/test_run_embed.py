@@ -1,11 +1,13 @@
 """``msn-export embed``: a folder through a model, whole or in two halves, to the same bytes."""
 
+import base64
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from onnx import TensorProto, helper
 from pyarrow import parquet
 from tiny_artifacts import classifier, pictures
 
-from msn_export import images, manifest
+from msn_export import golden, images, manifest
 from msn_export.cli import main
 
 BROKEN = (5, 18)
@@ -325,6 +327,26 @@ def test_numbers_that_are_none_are_errors(tmp_path) -> None:
     told = {line["path"]: line["error"] for line in lines}
     assert told["white.png"] is None
     assert told["dark.png"] == "the model's features has NaN or infinity"
+
+
+def test_a_machine_that_computes_something_else_is_noticed_first(model, folder, tmp_path) -> None:
+    known = manifest.read(model)
+    assert known is not None
+    assert known.golden is not None
+    values = golden.values_of(known.golden)[:, ::-1].copy()
+    text = base64.b64encode(values.tobytes()).decode("ascii")
+    other = tmp_path / "other.onnx"
+    other.write_bytes(model.read_bytes())
+    changed = replace(known, golden=replace(known.golden, values=text))
+    (tmp_path / "other.onnx.json").write_text(manifest.seal(changed))
+    result = embed(other, folder, tmp_path / "out.npy")
+    assert result.exit_code == 1
+    assert "selftest failed" in result.stderr
+    assert "run it all the same with --no-check" in result.stderr
+    result = embed(other, folder, tmp_path / "out.npy", "--no-check", "--json")
+    assert json.loads(result.stdout)["selftest"] == "none (--no-check)"
+    result = embed(model, folder, tmp_path / "out.npy", "--force", "--json")
+    assert json.loads(result.stdout)["selftest"].startswith("selftest passed")
 
 
 def _empty(tmp: Path, model: Path) -> tuple[object, ...]:
