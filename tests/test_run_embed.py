@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper
 from pyarrow import parquet
-from tiny_artifacts import classifier, pictures
+from tiny_artifacts import classifier, foreign, pictures
 
 from msn_export import golden, images, manifest
 from msn_export.cli import main
@@ -283,25 +283,6 @@ def test_file_names_that_are_no_text_do_not_stop_it(model, tmp_path) -> None:
         assert result.exit_code == 0, result.output
     table = parquet.read_table(tmp_path / "out.parquet")
     assert table["path"].to_pylist()[2:] == ["caf\\xe9.png", "new\nline.png"]
-
-
-def foreign(path: Path, shape: list[object], outputs: dict[str, int], *, bad: bool = False) -> Path:
-    """Write a graph of another tool: the mean of each channel, repeated; NaN for dark pictures."""
-    nodes = [helper.make_node("GlobalAveragePool", ["pixels"], ["pooled"])]
-    nodes.append(helper.make_node("Flatten", ["pooled"], ["means"]))
-    if bad:
-        nodes.append(helper.make_node("Log", ["means"], ["flat"]))  # NaN below zero
-    else:
-        nodes.append(helper.make_node("Identity", ["means"], ["flat"]))
-    given = []
-    for name, width in outputs.items():
-        nodes.append(helper.make_node("Concat", ["flat"] * (width // 3), [name], axis=1))
-        given.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", width]))
-    taken = helper.make_tensor_value_info("pixels", TensorProto.FLOAT, shape)
-    graph = helper.make_graph(nodes, "g", [taken], given)
-    opset = [helper.make_opsetid("", 18)]
-    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), path)
-    return path
 
 
 def test_a_graph_of_another_tool_runs_with_a_note(folder, tmp_path) -> None:
