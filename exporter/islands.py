@@ -7,10 +7,11 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
+from msn_export.check.gate import HEADROOM
 from msn_export.check.sample import Sample
 from msn_export.errors import GraphError
 from msn_export.graph import io
-from msn_export.graph.islands import HEADROOM, MAXIMA, choose, observe
+from msn_export.graph.islands import MAXIMA, choose, observe
 from msn_export.spec import Dtype, InputKind
 
 MEASURED = "measured"
@@ -36,7 +37,7 @@ def decide(
     if choice == NONE or dtype is not Dtype.FP16:
         return {}
     if choice == MEASURED:
-        return choose(measure(model, sample, stem, stage), dtype, HEADROOM)
+        return choose(measure(model, sample, stem, stage), dtype, headroom=HEADROOM)
     return _read(Path(choice))
 
 

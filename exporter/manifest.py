@@ -39,8 +39,21 @@ class AttentionRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageRecord:
+    """One image's worst figures in a check. None: not a number."""
+
+    name: str
+    cosine: float | None
+    max_abs: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class CheckRecord:
-    """What a check measured; figures are those of the worst output. None: not a number."""
+    """What a check measured; figures are those of the worst output. None: not a number.
+
+    ``neighbours`` and ``classes`` are the shares of images whose nearest neighbour and whose class
+    are the reference's, None where not measured; ``gate`` holds the numbers that had to be reached.
+    """
 
     images: int
     source: str
@@ -55,6 +68,10 @@ class CheckRecord:
     reference: str
     outputs: dict[str, dict[str, float | None]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    neighbours: float | None = None
+    classes: float | None = None
+    per_image: tuple[ImageRecord, ...] = ()
+    gate: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,14 @@ class Preprocessing:
         """Number of channels a picture is converted to."""
         return len(self.mean)
 
+    def makes_the_same_as(self, other: "Preprocessing") -> bool:
+        """Whether both make the same of every picture, whatever they are called."""
+        crops = self.short_side is not None
+        renamed = replace(other, name=self.name)
+        return self == (
+            renamed if crops else replace(renamed, crop_rounds_down=self.crop_rounds_down)
+        )
+
 
 def preset(name: str, size: ImageSize, channels: int = 3) -> Preprocessing:
     """Make the preprocessing called ``hf`` or ``msn-eval`` for an image size.

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from msn_export import __version__, golden, preprocessing
+from msn_export import __version__, golden
 from msn_export.check.gate import GATES
 from msn_export.check.sample import Sample, affordable_batch, batch_sizes, draw
 from msn_export.check.verify import Reference, run_reference, verify
+from msn_export.checkpoint import preprocessing_of, sized
 from msn_export.files import manifest_path, publish, require_writable, sha256_of, staging
 from msn_export.graph import io
 from msn_export.graph.fuse import fuse_attention
@@ -83,7 +84,7 @@ def run_onnx(job: OnnxJob, progress: Progress) -> tuple[Path, Manifest]:
         [output, manifest_path(output)], force=job.force, sources=[Path(job.checkpoint)]
     )
     with progress.step("load checkpoint"):
-        checkpoint = _sized(load_checkpoint(job.checkpoint, variant=job.variant), job.image_size)
+        checkpoint = sized(load_checkpoint(job.checkpoint, variant=job.variant), job.image_size)
     heads = job.heads or ((Head.LOGITS,) if checkpoint.config.labels else (Head.CLS,))
     config = checkpoint.config
     room = affordable_batch(config.tokens, config.dim, config.mlp_dim, config.heads)
@@ -117,26 +118,6 @@ def default_output(job: OnnxJob) -> Path:
         stem = stem.removesuffix(ending)
     suffix = "" if job.dtype is Dtype.FP32 else f".{job.dtype}"
     return Path(f"{stem or 'model'}{suffix}.onnx")
-
-
-def preprocessing_of(checkpoint: Checkpoint, choice: str) -> preprocessing.Preprocessing:
-    """Choose the preprocessing: ``auto`` follows the checkpoint's own file where it has one."""
-    size = ImageSize(*checkpoint.config.image_size)
-    channels = checkpoint.config.channels
-    if choice == "auto" and checkpoint.processor is not None:
-        return preprocessing.from_processor_config(checkpoint.processor, size, channels)
-    return preprocessing.preset("hf" if choice == "auto" else choice, size, channels)
-
-
-def _sized(checkpoint: Checkpoint, size: ImageSize | None) -> Checkpoint:
-    wanted = (size.height, size.width) if size else checkpoint.config.image_size
-    if wanted == checkpoint.config.image_size:
-        return checkpoint
-    model = checkpoint.model.for_image_size(wanted)
-    note = (
-        f"position embedding interpolated from {ImageSize(*checkpoint.config.image_size)} to {size}"
-    )
-    return replace(checkpoint, model=model, config=model.config, notes=(*checkpoint.notes, note))
 
 
 def _build(

@@ -23,10 +23,12 @@ from msn_export.errors import GraphError, SpecError
 from msn_export.execute import execute
 from msn_export.files import manifest_path, publish, require_writable, sha256_of, staging
 from msn_export.graph import io
+from msn_export.graph.expose import expose
 from msn_export.graph.fuse import fuse_attention
 from msn_export.graph.lower import lower, raise_opset
 from msn_export.graph.precision import fp32_nodes
 from msn_export.graph.quantised import quantised_products
+from msn_export.graph.stream import stages_of
 from msn_export.manifest import (
     AttentionRecord,
     CheckRecord,
@@ -40,7 +42,7 @@ from msn_export.manifest import (
 from msn_export.progress import Progress
 from msn_export.records import to_plain
 from msn_export.source import Source, read_source, room_of
-from msn_export.spec import AttentionForm, BatchRange, ComputeCapability, Dtype
+from msn_export.spec import AttentionForm, BatchRange, ComputeCapability, Dtype, TensorSpec
 from msn_export.typed import Islands, cpu_runner, type_as
 
 PACKAGES = ("onnx", "onnx-ir", "onnxsim", "onnxruntime-gpu", "onnxruntime")
@@ -66,6 +68,7 @@ class TrtJob:
     images: Path | None = None
     allow_unfused: bool = False
     check: bool = True
+    stages: bool = False  # show the residual stream as outputs; for drift, not for production
     log: Path | None = None
     force: bool = False
     command: str = ""
@@ -82,6 +85,7 @@ class Graph:
     opset: int
     nodes: int
     ops: dict[str, int]
+    outputs: tuple[TensorSpec, ...]
     islands: Islands
     quantised: tuple[str, ...]
     changed: bool
@@ -178,16 +182,20 @@ def _prepare(
             islands = _islands_of(source, model)
         else:
             islands = type_as(model, dtype, job.islands, sample, source.stem, stage)
+    if job.stages:
+        model = expose(model, stages_of(model))
     path = stage / source.path.name
     with progress.step("write and check the typed graph"):
         io.save(model, path)
         io.check(path)
     ops = io.operators(model)
     opset, nodes = model.graph.opset_imports[""], len(model.graph)
+    outputs = io.tensor_specs(list(model.graph.outputs))
     quantised = quantised_products(model)
     return Graph(
-        path, dtype, cores, form, opset, nodes, ops, islands, quantised, changed=ops != before
-    )
+        path, dtype, cores, form, opset, nodes, ops, outputs, islands, quantised,
+        changed=ops != before,
+    )  # fmt: skip
 
 
 def _islands_of(source: Source, model: ir.Model) -> Islands:
@@ -341,7 +349,7 @@ def _describe(
         bytes=result.bytes,
         dtype=graph.dtype,
         inputs=io.tensor_specs(list(source.model.graph.inputs)),
-        outputs=io.tensor_specs(list(source.model.graph.outputs)),
+        outputs=graph.outputs,
         profiles=(),
         preprocessing=source.preprocessing,
         nodes=graph.nodes,

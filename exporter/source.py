@@ -53,7 +53,7 @@ def read_source(path: Path) -> Source:
     manifest = manifests.read(path)
     _require_plain_operators(model, path)
     fixed = fix_image_size(model) if manifest is None else None
-    stem, size, channels, batch = _image_input(model, path)
+    stem, size, channels, batch = image_input(model, path)
     notes: tuple[str, ...] = ()
     if manifest is None:
         ClearMetadataAndDocStringPass()(model)
@@ -108,9 +108,7 @@ def _require_plain_operators(model: ir.Model, path: Path) -> None:
             )
 
 
-def _image_input(
-    model: ir.Model, path: Path
-) -> tuple[InputKind, ImageSize, int, BatchRange | None]:
+def image_input(model: ir.Model, path: Path) -> tuple[InputKind, ImageSize, int, BatchRange | None]:
     """Find the image input; None as batch range means dynamic."""
     weights = model.graph.initializers
     inputs = [value for value in model.graph.inputs if value.name not in weights]

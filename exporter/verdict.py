@@ -67,7 +67,7 @@ def judge(
     batch = fixed or min(8, sample.room)
     verified = Verified(agreements, (batch,), runner.name, reference)
     return Judged(
-        verified.record(passed=not failures),
+        verified.record(gate, passed=not failures),
         tuple(failures),
         _worst(reference.outputs, candidate.outputs, neighbours=True),
         _worst(reference.outputs, candidate.outputs, neighbours=False),

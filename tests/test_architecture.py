@@ -11,11 +11,11 @@ import pytest
 import msn_export
 
 PACKAGE = Path(msn_export.__file__).parent
-FOLDERS = ("cli", "engine", "check", "graph", "runtime", "models", "calibration")
+FOLDERS = ("cli", "engine", "check", "graph", "runtime", "triton", "models", "calibration")
 HEAVY = frozenset(
     {"torch", "onnx", "onnx_ir", "onnxscript", "onnxsim", "onnxruntime", "transformers",
      "safetensors", "huggingface_hub", "PIL", "click", "rich", "tensorrt", "tensorrt_lean",
-     "tensorrt_rtx", "cuda"}
+     "tensorrt_rtx", "cuda", "tritonclient"}
 )  # fmt: skip
 # folder -> the packages of others that its modules may import; at import, or inside a function
 MAY_IMPORT = {
@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "engine": ({"numpy"}, set()),
     "check": ({"numpy"}, set()),
     "runtime": ({"numpy"}, set()),
+    "triton": ({"numpy", "onnx", "onnx_ir"}, set()),
     "models": ({"numpy", "torch", "safetensors"}, {"huggingface_hub"}),
     "calibration": ({"numpy", "onnxruntime", "onnx_ir", "onnx"}, set()),
 }
@@ -32,6 +33,7 @@ EXCEPTIONS = {
     "graph/trace.py": {"torch"},
     "graph/reference.py": {"torch"},
     "graph/simplify.py": {"onnxruntime"},  # runs what came of it
+    "triton/messages.py": {"tritonclient"},
     "runtime/ort.py": {"onnxruntime"},
     "runtime/ort_session.py": {"onnxruntime"},
     "runtime/runner.py": {"PIL"},  # named in annotations

@@ -53,6 +53,12 @@ def test_no_image_is_refused() -> None:
         deal(0, [BatchRange()])
 
 
+@pytest.mark.parametrize("profile", [-1, 2])
+def test_a_profile_that_does_not_exist_is_refused(profile) -> None:
+    with pytest.raises(InputError, match=f"profile {profile} does not exist; there are 2, from 0"):
+        deal(1, [BatchRange(), BatchRange()], profile)
+
+
 def test_profiles_together() -> None:
     assert together([BatchRange(4, 8, 16), BatchRange(1, 1, 1)]) == BatchRange(1, 8, 16)
     assert together([BatchRange(1, 1, 1), BatchRange(4, 8, 16)]) == BatchRange(1, 1, 16)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from graphs import parse, run
 
+from msn_export.check.gate import HEADROOM
 from msn_export.check.sample import Sample
 from msn_export.errors import GraphError
 from msn_export.graph.islands import MAXIMA, choose, observe
@@ -51,7 +52,7 @@ def test_maxima_are_the_largest_over_all_batches(sample, tmp_path) -> None:
 def test_what_comes_within_the_headroom_of_overflow_stays_fp32() -> None:
     # 65504 / 4 = 16376
     maxima = {"low": 16000.0, "high": 17000.0, "unknown": float("nan")}
-    assert choose(maxima).keys() == {"high", "unknown"}
+    assert choose(maxima, headroom=HEADROOM).keys() == {"high", "unknown"}
     assert choose(maxima, headroom=1.0).keys() == {"unknown"}
 
 

@@ -5,6 +5,7 @@ Nothing here decides: a verdict is ``msn_export.check.gate``'s.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,13 @@ class Agreement:
     """Agreement of one output over ``images`` images; each image is one vector, flattened.
 
     ``max_abs`` and ``mean_abs`` are absolute differences; ``reference_rms`` is the root mean
-    square of the reference, the scale they are to be read against. The norm ratio is the
-    candidate's over the reference's. NaN in either side shows in every figure it touches.
+    square of the reference, the scale they are to be read against. ``relative`` is the root mean
+    square of the differences over that of the reference. The norm ratio is the candidate's over
+    the reference's. NaN in either side shows in every figure it touches.
+
+    None where it was not measured: ``rounding``, ``relative`` as a multiple of the reference's own
+    rounding error; ``neighbours`` and ``classes``, the shares of images whose nearest neighbour
+    and whose class are the reference's.
     """
 
     images: int
@@ -34,8 +40,12 @@ class Agreement:
     norm_ratio_min: float
     norm_ratio_max: float
     reference_rms: float
+    relative: float
     nan: int
     inf: int
+    rounding: float | None = None
+    neighbours: float | None = None
+    classes: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Give the figures by name."""
@@ -50,6 +60,7 @@ class Comparison:
     ratios: list[float] = field(default_factory=list)
     worst: list[float] = field(default_factory=list)
     _abs_sum: float = 0.0
+    _error_sum: float = 0.0
     _square_sum: float = 0.0
     _size: int = 0
     _nan: int = 0
@@ -79,6 +90,7 @@ class Comparison:
             self.ratios += (have_norm / want_norm).tolist()
             self.worst += difference.max(axis=1).tolist()
             self._abs_sum += float(difference.sum())
+            self._error_sum += float((difference * difference).sum())
             self._square_sum += float((want * want).sum())
         self._size += want.size
 
@@ -102,9 +114,15 @@ class Comparison:
             norm_ratio_min=float(np.min(ratios)),
             norm_ratio_max=float(np.max(ratios)),
             reference_rms=float(np.sqrt(self._square_sum / self._size)),
+            relative=_ratio(self._error_sum, self._square_sum),
             nan=self._nan,
             inf=self._inf,
         )
+
+
+def _ratio(error: float, square: float) -> float:
+    """Relate two sums of squares; nothing is small beside a reference of zeros."""
+    return math.sqrt(error / square) if square > 0 else math.nan
 
 
 def worst_of(agreements: list[Agreement]) -> Agreement:
@@ -114,6 +132,13 @@ def worst_of(agreements: list[Agreement]) -> Agreement:
 
     def column(name: str) -> NDArray[np.float64]:
         return np.asarray([getattr(agreement, name) for agreement in agreements], np.float64)
+
+    def measured(name: str) -> NDArray[np.float64] | None:
+        found = [getattr(agreement, name) for agreement in agreements]
+        found = [figure for figure in found if figure is not None]
+        return np.asarray(found, np.float64) if found else None
+
+    rounding, neighbours, classes = map(measured, ("rounding", "neighbours", "classes"))
 
     return Agreement(
         images=int(column("images").min()),
@@ -125,6 +150,10 @@ def worst_of(agreements: list[Agreement]) -> Agreement:
         norm_ratio_min=float(column("norm_ratio_min").min()),
         norm_ratio_max=float(column("norm_ratio_max").max()),
         reference_rms=float(column("reference_rms").min()),
+        relative=float(column("relative").max()),
         nan=int(column("nan").sum()),
         inf=int(column("inf").sum()),
+        rounding=None if rounding is None else float(rounding.max()),
+        neighbours=None if neighbours is None else float(neighbours.min()),
+        classes=None if classes is None else float(classes.min()),
     )

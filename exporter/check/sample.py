@@ -72,6 +72,20 @@ def batch_sizes(batch: BatchRange, room: int) -> tuple[int, ...]:
     return tuple(sorted({batch.min, between, largest}))
 
 
+def with_ragged(sizes: Sequence[int], count: int) -> tuple[int, ...]:
+    """Add the size of the last batch of a data set, which is rarely a full one.
+
+    A graph of one size takes full batches only: its sizes stay as they are.
+    """
+    least, largest = min(sizes), max(sizes)
+    if least == largest:
+        return tuple(sizes)
+    ragged = count % largest
+    if not least < ragged < largest:  # all full: any size between that is not tried yet
+        ragged = (least + largest) // 2 + 1
+    return tuple(sorted({*sizes, min(ragged, largest - 1)}))
+
+
 def batches(sizes: Sequence[int], count: int) -> Iterator[list[int]]:
     """Deal ``count`` images into batches of ``sizes``, each image at least once.
 

@@ -12,11 +12,14 @@ from msn_export import __version__
 from msn_export.cli.bench import bench
 from msn_export.cli.calibrate import calibrate
 from msn_export.cli.doctor import doctor
+from msn_export.cli.drift import drift
 from msn_export.cli.embed import embed
 from msn_export.cli.inspect import inspect
 from msn_export.cli.onnx import onnx
+from msn_export.cli.report import report
 from msn_export.cli.triton import triton
 from msn_export.cli.trt import trt
+from msn_export.cli.validate import validate
 from msn_export.errors import MsnExportError
 
 INSTALL = "pip install 'msn-export[export]'"
@@ -76,5 +79,8 @@ def main(verbose: bool) -> None:
     """Take a ViT-MSN checkpoint to a proven ONNX graph and TensorRT engine."""
 
 
-for _command in (onnx, calibrate, trt, inspect, bench, embed, triton, doctor):
+_COMMANDS = (
+    onnx, calibrate, trt, validate, drift, report, inspect, bench, embed, triton, doctor,
+)  # fmt: skip
+for _command in _COMMANDS:
     main.add_command(_command)

@@ -12,10 +12,6 @@ from msn_export.spec import Dtype
 
 MAXIMA = "maxima"
 
-# A value is kept in fp32 when the images bring it above the largest fp16 number divided by this:
-# other images than the measured ones may reach higher.
-HEADROOM = 4.0
-
 
 @dataclass(frozen=True, slots=True)
 class Observed:
@@ -69,8 +65,11 @@ def _peak(graph: ir.Graph, value: ir.Value) -> ir.Value:
 
 
 def choose(
-    maxima: Mapping[str, float], dtype: Dtype = Dtype.FP16, headroom: float = HEADROOM
+    maxima: Mapping[str, float], dtype: Dtype = Dtype.FP16, *, headroom: float
 ) -> dict[str, float]:
-    """Pick the values that stay fp32, with their measured maxima; a NaN maximum is picked too."""
+    """Pick the values that stay fp32, with their measured maxima; a NaN maximum is picked too.
+
+    A value stays when it came above the largest number of ``dtype`` divided by ``headroom``.
+    """
     limit = LARGEST[dtype] / headroom
     return {name: peak for name, peak in maxima.items() if not peak <= limit}

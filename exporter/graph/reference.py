@@ -1,14 +1,18 @@
 """Run the PyTorch reference: what every artifact is compared with."""
 
-from collections.abc import Sequence
-from typing import Any
+import copy
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from msn_export.errors import GraphError
+from msn_export.graph.inside import PLACES
+from msn_export.graph.stream import ENTRY
 from msn_export.models.vit_msn import VitMsn
 from msn_export.spec import Head
 
@@ -44,19 +48,28 @@ def require_readable(model: VitMsn, heads: Sequence[Head]) -> None:
         raise GraphError("head logits needs a classifier, this checkpoint has none; use cls")
 
 
-class TorchRunner:
-    """The reference in fp32 on the CPU, outputs by name as the graph has them."""
+def readable_heads(model: VitMsn) -> tuple[Head, ...]:
+    """List the heads that can be read off a model."""
+    return tuple(head for head in Head if head is not Head.LOGITS or model.classifier is not None)
 
-    def __init__(self, model: VitMsn, heads: Sequence[Head]) -> None:
+
+class TorchRunner:
+    """The reference in fp32 on the CPU, outputs by name as the graph has them.
+
+    ``exact`` runs a copy in fp64, against which the rounding of fp32 shows.
+    """
+
+    def __init__(self, model: VitMsn, heads: Sequence[Head], *, exact: bool = False) -> None:
         require_readable(model, heads)
-        self.model = model
+        self.model = copy.deepcopy(model).double() if exact else model
         self.heads = tuple(heads)
-        self.name = f"torch {torch.__version__}, cpu, fp32"
+        self.dtype = torch.float64 if exact else torch.float32
+        self.name = f"torch {torch.__version__}, cpu, {'fp64' if exact else 'fp32'}"
 
     def __call__(self, pixel_values: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
         """Run normalised planes [b, c, h, w]."""
         with torch.inference_mode():
-            tokens = self.model(torch.from_numpy(pixel_values))
+            tokens = self.model(torch.from_numpy(pixel_values).to(self.dtype))
             return {head.output: read_head(self.model, head, tokens).numpy() for head in self.heads}
 
 
@@ -72,3 +85,58 @@ class Heads(nn.Module):
         """Run, and read every head."""
         tokens = self.model(pixel_values)
         return tuple(read_head(self.model, head, tokens) for head in self.heads)
+
+
+class TorchStream:
+    """The reference with tensors of its blocks shown, by hooks.
+
+    Stages are ``patch embedding``, ``block N`` and the outputs; ``names`` chooses what comes out.
+    With every batch ``peaks`` grows: the largest absolute value by stage, and which tensor has it.
+    """
+
+    def __init__(
+        self, model: VitMsn, heads: Sequence[Head], names: Collection[str], *, exact: bool = False
+    ) -> None:
+        self.runner = TorchRunner(model, heads, exact=exact)
+        self.name = self.runner.name
+        self.names = frozenset(names)
+        self.peaks: dict[str, tuple[float, str]] = {}
+        self._seen: dict[str, NDArray[Any]] = {}
+
+    def __call__(self, pixel_values: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+        """Run normalised planes [b, c, h, w]; the hooks are gone afterwards."""
+        self._seen = {}
+        handles = list(self._watch())
+        try:
+            outputs = self.runner(pixel_values)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return self._seen | outputs
+
+    def _watch(self) -> Iterator[RemovableHandle]:
+        blocks = cast("Sequence[nn.Module]", self.runner.model.blocks)
+        yield self._on(blocks[0], ENTRY, (ENTRY,), given=True)
+        for number, block in enumerate(blocks):
+            stage = f"block {number}"
+            for place in PLACES:
+                module = block.get_submodule(place.path)
+                yield self._on(module, stage, place.names(number), given=place.given)
+            yield self._on(block, stage, (stage,), given=False)
+
+    def _on(
+        self, module: nn.Module, stage: str, names: tuple[str, ...], *, given: bool
+    ) -> RemovableHandle:
+        if given:
+            return module.register_forward_pre_hook(
+                lambda _module, read: self._note(read[0], stage, names)
+            )
+        return module.register_forward_hook(
+            lambda _module, _read, made: self._note(made, stage, names)
+        )
+
+    def _note(self, tensor: Tensor, stage: str, names: tuple[str, ...]) -> None:
+        peak = float(tensor.abs().max())
+        if stage not in self.peaks or not peak <= self.peaks[stage][0]:
+            self.peaks[stage] = (peak, names[0])
+        self._seen |= {name: tensor.numpy() for name in names if name in self.names}

@@ -31,10 +31,12 @@ def deal(
         profile: the only profile to use.
 
     Raises:
-        InputError: there is no image.
+        InputError: there is no image, or no such profile.
     """
     if count < 1:
         raise InputError("there is no image in the batch; give at least one")
+    if profile is not None and not 0 <= profile < len(profiles):
+        raise InputError(f"profile {profile} does not exist; there are {len(profiles)}, from 0 on")
     usable = range(len(profiles)) if profile is None else (profile,)
     most = max(profiles[index].max for index in usable)
     pieces = []

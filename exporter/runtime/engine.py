@@ -118,8 +118,10 @@ class Engine:
         return bare
 
     def heard(self) -> str:
-        """Quote what TensorRT said of its errors."""
-        return "; ".join(self._heard) or "it does not say why"
+        """Quote what TensorRT said of its errors since it was last asked."""
+        quoted = "; ".join(self._heard)
+        self._heard.clear()
+        return quoted or "it does not say why"
 
     def close(self) -> None:
         """Free the engine; its contexts must be gone."""

@@ -21,29 +21,38 @@ class Lane:
 
     ``sizes`` are the bytes of one row of each tensor.
 
-    Every method wants the GPU to be current. After an error the lane is closed, not used again.
+    ``staging`` and ``enqueue`` want the GPU to be current. After an error the lane is closed, not
+    used again.
     """
 
     def __init__(self, gpu: Gpu, engine: Engine, *, graphs: bool) -> None:
         self.gpu, self.engine = gpu, engine
         self.sizes = {spec.name: row_bytes(spec) for spec in (*engine.inputs, *engine.outputs)}
         self._staging: Staging | None = None
+        self._owned = ExitStack()
+        try:
+            with gpu.current():
+                self._make(graphs=graphs)
+        except BaseException:
+            gpu.release(self._owned.close)
+            raise
+
+    def _make(self, *, graphs: bool) -> None:
+        gpu, engine, owned = self.gpu, self.engine, self._owned
+        self.stream = gpu.stream()
+        owned.callback(self.stream.close)
+        scratch = None
+        if engine.scratch:
+            scratch = gpu.memory(engine.scratch)
+            owned.callback(scratch.close)
+        self.ready = gpu.event()
+        owned.callback(self.ready.close)
+        self._eager = engine.context(scratch, graphs=graphs)
+        owned.callback(self._eager.close)
         captures = graphs and engine.loaded.loader.captures
-        with ExitStack() as owned:
-            self.stream = gpu.stream()
-            owned.callback(self.stream.close)
-            scratch = None
-            if engine.scratch:
-                scratch = gpu.memory(engine.scratch)
-                owned.callback(scratch.close)
-            self.ready = gpu.event()
-            owned.callback(self.ready.close)
-            self._eager = engine.context(scratch, graphs=graphs)
-            owned.callback(self._eager.close)
-            self.graphs = Graphs(gpu, engine, scratch, self.stream) if captures else None
-            if self.graphs is not None:
-                owned.callback(self.graphs.close)
-            self._owned = owned.pop_all()
+        self.graphs = Graphs(gpu, engine, scratch, self.stream) if captures else None
+        if self.graphs is not None:
+            owned.callback(self.graphs.close)
 
     @property
     def staging(self) -> Staging:
@@ -66,7 +75,7 @@ class Lane:
     def close(self) -> None:
         """Wait for what runs, then free everything."""
         self._owned.callback(self.gpu.synchronize, self.stream)
-        self._owned.close()
+        self.gpu.release(self._owned.close)
 
 
 class Staging:

@@ -147,7 +147,7 @@ class TrtRunner(Runner):
 
     def _on_host(self, images: NDArray[Any], profile: int | None) -> dict[str, NDArray[Any]]:
         pieces = deal(len(images), self.profiles, profile)
-        with self._gpu.current(), self._pool.lane() as lane:
+        with self._pool.lane() as lane, self._gpu.current():
             return pass_host(lane, images, pieces)
 
     def _on_gpu(self, images: Any, device: int, stream: Any, profile: int | None) -> dict[str, Any]:
@@ -158,7 +158,7 @@ class TrtRunner(Runner):
         require_fit(borrowed.shape, borrowed.element, self.inputs[0])
         self._require_here(borrowed)
         pieces = deal(borrowed.shape[0], self.profiles, profile)
-        with self._gpu.current(), self._pool.lane() as lane:
+        with self._pool.lane() as lane, self._gpu.current():
             made = pass_gpu(self._arena, lane, borrowed, pieces, caller)
             if known is None:  # nobody orders the images' end after this: wait for it here
                 self._gpu.synchronize(lane.stream)

@@ -1,0 +1,188 @@
+"""One side of a comparison: a checkpoint, an ONNX file or an engine, described alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import onnx_ir as ir
+
+from msn_export import manifest as manifests
+from msn_export.check.sample import affordable_batch
+from msn_export.driver import NoDriver, find_driver
+from msn_export.errors import EngineFileError, GraphError
+from msn_export.graph import io
+from msn_export.graph.precision import graph_dtype
+from msn_export.graph.structure import Structure, structure_of
+from msn_export.preprocessing import Preprocessing
+from msn_export.source import DYNAMIC, image_input, room_of
+from msn_export.spec import BatchRange, Dtype, ImageSize, InputKind
+from msn_export.typed import cpu_runner
+
+if TYPE_CHECKING:
+    from msn_export.check.verify import Runner
+    from msn_export.manifest import Manifest
+
+ENGINES = frozenset({".engine", ".plan", ".trt"})
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """What is known of an artifact before it runs.
+
+    ``preprocessing`` is None where the artifact does not say. ``start`` opens it for some of its
+    outputs, with a folder for what it has to write; ``exact``, where it is not None, opens the same
+    function in fp64. ``graph`` is None for an engine, ``module`` for all but a checkpoint, and
+    ``marked`` for all but an engine that was built once more with its stages as outputs.
+    """
+
+    name: str
+    kind: Literal["checkpoint", "onnx", "engine"]
+    dtype: Dtype
+    stem: InputKind
+    size: ImageSize
+    channels: int
+    preprocessing: Preprocessing | None
+    batch: BatchRange
+    room: int
+    outputs: tuple[str, ...]
+    start: Callable[[tuple[str, ...], Path], Runner]
+    exact: Callable[[tuple[str, ...]], Runner] | None = None
+    labels: tuple[str, ...] = ()
+    structure: Structure = field(default_factory=dict)
+    manifest: Manifest | None = None
+    graph: ir.Model | None = None
+    module: Any = None
+    notes: tuple[str, ...] = ()
+    marked: Path | None = None
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """The only batch size it takes, if there is only one."""
+        return self.batch.max if self.batch.is_static else None
+
+
+def open_artifact(
+    name: str, *, variant: str | None = None, size: ImageSize | None = None
+) -> Artifact:
+    """Describe what ``name`` names: a file by its ending, else a checkpoint.
+
+    Args:
+        name: as the user gave it.
+        variant: the published shape of a weights file that does not say.
+        size: the image size a checkpoint is to be read for; a file has its own.
+
+    Raises:
+        MsnExportError: there is no such thing, or it cannot be compared.
+    """
+    path = Path(name)
+    if path.suffix == ".onnx":
+        return _of_graph(path)
+    if path.suffix in ENGINES:
+        return _of_engine(path)
+    from msn_export.checkpoint import checkpoint_artifact  # torch
+
+    return checkpoint_artifact(name, variant, size)
+
+
+def is_checkpoint(name: str) -> bool:
+    """Tell a checkpoint from a file that was exported."""
+    return Path(name).suffix not in {".onnx", *ENGINES}
+
+
+def _of_graph(path: Path) -> Artifact:
+    model = io.load(path)
+    manifest = manifests.read(path)
+    if manifest is not None:
+        manifests.require_match(path, manifest)
+    stem, size, channels, batch = image_input(model, path)
+    io.infer_shapes(model)
+    dtype = manifest.dtype if manifest is not None else graph_dtype(model)
+
+    def start(_outputs: tuple[str, ...], stage: Path) -> Runner:
+        return cpu_runner(path, dtype, stage)
+
+    return Artifact(
+        name=str(path),
+        kind="onnx",
+        dtype=dtype,
+        stem=stem,
+        size=size,
+        channels=channels,
+        preprocessing=manifest.preprocessing if manifest is not None else None,
+        batch=batch or (manifest.profiles[0] if manifest is not None else DYNAMIC),
+        room=_room(manifest) or room_of(model),
+        outputs=tuple(value.name or "" for value in model.graph.outputs),
+        start=start,
+        labels=manifest.labels if manifest is not None else (),
+        structure=structure_of(model),
+        manifest=manifest,
+        graph=model,
+    )
+
+
+def _of_engine(path: Path) -> Artifact:
+    """Describe an engine by its manifest; the file itself is not deserialised here.
+
+    Raises:
+        EngineFileError: it has no manifest to say what it takes, or there is no such file.
+    """
+    if not path.is_file():
+        raise GraphError(f"{path} does not exist; give an .engine file")
+    manifest = manifests.read(path)
+    if manifest is None or manifest.preprocessing is None:
+        raise EngineFileError(
+            f"{path} has no manifest beside it that says what it takes; compare the graph it was "
+            "built from, or build it with msn-export trt"
+        )
+    manifests.require_match(path, manifest)
+
+    def start(_outputs: tuple[str, ...], _stage: Path) -> Runner:
+        return open_engine(path)
+
+    return Artifact(
+        name=str(path),
+        kind="engine",
+        dtype=manifest.dtype,
+        stem=next(kind for kind in InputKind if kind.tensor == manifest.inputs[0].name),
+        size=manifest.preprocessing.size,
+        channels=manifest.preprocessing.channels,
+        preprocessing=manifest.preprocessing,
+        batch=manifest.profiles[0],
+        room=_room(manifest) or manifest.profiles[0].max,
+        outputs=tuple(spec.name for spec in manifest.outputs),
+        start=start,
+        labels=manifest.labels,
+        manifest=manifest,
+    )
+
+
+def open_engine(path: Path) -> Runner:
+    """Open an engine for running.
+
+    Raises:
+        EngineFileError: it cannot run here.
+    """
+    driver = find_driver()
+    if isinstance(driver, NoDriver):
+        raise EngineFileError(
+            f"{path} cannot run here: {driver.reason}; run this command on the machine that has "
+            "its GPU, or compare the graph it was built from"
+        )
+    raise EngineFileError(f"{path} cannot run: this version runs no engine yet")
+
+
+def _room(manifest: Manifest | None) -> int | None:
+    """Estimate the batch that memory affords from the configuration a manifest holds."""
+    config = manifest.config if manifest is not None else None
+    if config is None:
+        return None
+    try:
+        sides = zip(config["image_size"], config["patch_size"], strict=True)
+        rows, columns = (int(side) // int(patch) for side, patch in sides)
+        sizes = [int(config[name]) for name in ("dim", "mlp_dim", "heads")]
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None  # of another version, or changed: only an estimate is lost
+    return affordable_batch(rows * columns + 1, *sizes)

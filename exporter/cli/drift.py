@@ -1,0 +1,46 @@
+"""``msn-export drift``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from msn_export.cli.options import images_option, json_option
+
+
+@click.command()
+@click.argument("reference")
+@click.argument("candidate")
+@images_option
+@click.option("--limit", type=click.IntRange(1), default=16, show_default=True, help="Pictures.")
+@click.option(
+    "--batch", type=click.IntRange(1), default=4, show_default=True, help="Pictures at a time."
+)
+@click.option(
+    "--preprocess",
+    type=click.Choice(["hf", "msn-eval"]),
+    help="What makes the pixels both are given. Default: the reference's own.",
+)
+@click.option("--variant", help="Published shape, where a weights file does not say.")
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0),
+    help="Relative error from which a block has parted. Default: the coarser side's dtype's.",
+)
+@json_option
+@click.pass_context
+def drift(ctx: click.Context, /, reference: str, candidate: str, **options: Any) -> None:
+    """Compare CANDIDATE with REFERENCE block by block: where do they part?
+
+    Each is a checkpoint or an .onnx file. Exit code 0: no block is past the tolerance.
+    """
+    from msn_export.cli.console import Console
+    from msn_export.cli.drift_rows import show_drift
+    from msn_export.run_drift import DriftJob, run_drift
+
+    console = Console(as_json=options.pop("as_json"))
+    with console.progress() as progress:
+        found = run_drift(DriftJob(reference, candidate, **options), progress)
+    show_drift(console, found)
+    ctx.exit(0 if found.passed else 1)

@@ -1,0 +1,76 @@
+"""Drift as a person reads it: a line a stage, then the tensors of the block in question."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.markup import escape
+from rich.table import Table
+
+from msn_export.check.drift import StageDrift, TensorDrift
+from msn_export.cli.console import Console
+from msn_export.records import to_plain
+from msn_export.run_drift import Drift
+
+
+def show_drift(console: Console, found: Drift) -> None:
+    """Print every stage, and inside the block that parted or adds the most error."""
+    if console.as_json:
+        console.print_json({**to_plain(found), "passed": found.passed})
+        return
+    title = f"{found.candidate} against {found.reference}"
+    console.print(_stages(f"{title}, {found.check.images} images", found.stages, found.parted))
+    console.print(escape(found.sentence))
+    if found.suspect is not None:
+        console.print(_tensors(f"inside {found.suspect}", found.inside))
+    for note in found.notes:
+        console.print(escape(f"note: {note}"))
+
+
+def _stages(title: str, stages: Sequence[StageDrift], parted: str | None) -> Table:
+    table = Table(title=escape(title), title_justify="left")
+    table.add_column("stage")
+    for name in ("cosine", "rel. error", "allowed", "added", "max_abs", "peak", "headroom"):
+        table.add_column(name, justify="right")
+    table.add_column("peak in")
+    for stage in stages:
+        tensor = stage.tensor
+        first = " (\\[CLS])" if tensor.first_token else ""
+        table.add_row(
+            f"{escape(stage.name)}{first}",
+            f"{tensor.cosine_min:.8f}",
+            f"{tensor.relative:.1e}",
+            f"{stage.allowed:.1e}",
+            f"{stage.added:.1e}",
+            f"{tensor.max_abs:.1e}",
+            f"{stage.peak:.4g}",
+            f"{stage.headroom:,.0f}" if stage.headroom >= 100 else f"{stage.headroom:.1f}",
+            escape(_short(stage)),
+            style="bold red" if stage.name == parted else None,
+        )
+    return table
+
+
+def _short(stage: StageDrift) -> str:
+    """Leave out of a tensor's name the block it stands in the row of."""
+    name = stage.peak_tensor
+    for block in (stage.name, stage.name.replace("block ", "blocks.")):
+        name = name.removeprefix(block) or name
+    return name.lstrip(" .")
+
+
+def _tensors(title: str, tensors: Sequence[TensorDrift]) -> Table:
+    table = Table(title=escape(title), title_justify="left")
+    table.add_column("tensor")
+    for name in ("cosine", "rel. error", "max_abs", "largest", "not finite"):
+        table.add_column(name, justify="right")
+    for tensor in tensors:
+        table.add_row(
+            escape(tensor.name),
+            f"{tensor.cosine_min:.8f}",
+            f"{tensor.relative:.1e}",
+            f"{tensor.max_abs:.1e}",
+            f"{tensor.largest:.4g}",
+            str(tensor.nan + tensor.inf or ""),
+        )
+    return table

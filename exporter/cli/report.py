@@ -1,0 +1,40 @@
+"""``msn-export report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from msn_export.cli.options import FILE, command_line, force_option, images_option
+
+
+@click.command()
+@click.argument("artifacts", nargs=-1, required=True, metavar="ARTIFACT…")
+@click.option("-o", "--output", type=FILE, default=Path("report.html"), show_default=True)
+@click.option("--markdown", type=FILE, help="Write a model card here too.")
+@images_option
+@click.option("--limit", type=click.IntRange(3), default=64, show_default=True, help="Pictures.")
+@click.option("--bench", type=FILE, help="What 'msn-export bench --json' wrote.")
+@click.option("--variant", help="Published shape, where a weights file does not say.")
+@click.option("--title", help="Default: the checkpoint's name.")
+@force_option
+@click.pass_context
+def report(ctx: click.Context, /, artifacts: tuple[str, ...], **options: Any) -> None:
+    """Write one page of all that is known of ARTIFACT… and was measured.
+
+    With --images every artifact that runs here is compared with the first, block by block too.
+    Exit code 1 where one does not agree; the page is written all the same.
+    """
+    from msn_export.cli.console import Console
+    from msn_export.run_report import ReportJob, run_report
+
+    console = Console(as_json=False)
+    job = ReportJob(artifacts, command=command_line(), **options)
+    with console.progress() as progress:
+        page = run_report(job, progress)
+    console.print(f"{job.output}: {page.headline}")
+    if job.markdown is not None:
+        console.print(str(job.markdown))
+    ctx.exit(1 if page.state == "failed" else 0)

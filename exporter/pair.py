@@ -1,0 +1,69 @@
+"""A reference and a candidate, brought together: same image size, outputs matched by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from msn_export.artifact import Artifact, is_checkpoint, open_artifact
+from msn_export.errors import SpecError, ToleranceError
+from msn_export.preprocessing import Preprocessing, preset
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two artifacts and the outputs both have."""
+
+    reference: Artifact
+    candidate: Artifact
+    outputs: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What makes the pixels both sides are given: the reference's own where it says."""
+        known = self.reference.preprocessing or self.candidate.preprocessing
+        return known or preset("hf", self.reference.size, self.reference.channels)
+
+    @property
+    def room(self) -> int:
+        """How many images memory affords both at once."""
+        return min(self.reference.room, self.candidate.room)
+
+
+def open_pair(reference: str, candidate: str, *, variant: str | None = None) -> Pair:
+    """Open both sides; a checkpoint is read for the other side's image size.
+
+    Raises:
+        SpecError: they take images of different sizes.
+        ToleranceError: they have no output in common.
+    """
+    opened: dict[str, Artifact] = {}
+    size = None
+    for name in sorted({reference, candidate}, key=is_checkpoint):
+        opened[name] = open_artifact(name, variant=variant, size=size)
+        size = size or opened[name].size
+    left, right = opened[reference], opened[candidate]
+    if left.size != right.size:
+        raise SpecError(
+            f"{left.name} takes images of {left.size} and {right.name} of {right.size}; export "
+            "one of them again with the other's --image-size"
+        )
+    if left.channels != right.channels:
+        raise SpecError(
+            f"{left.name} takes {left.channels} channels and {right.name} {right.channels}; "
+            "they cannot see the same images"
+        )
+    outputs = tuple(name for name in left.outputs if name in right.outputs)
+    if not outputs:
+        raise ToleranceError(
+            f"nothing to compare: {left.name} has {', '.join(left.outputs)}, {right.name} has "
+            f"{', '.join(right.outputs)}; export one of them again with the other's --head"
+        )
+    notes = [*left.notes, *right.notes]
+    if left.preprocessing is None and right.preprocessing is None:
+        notes.append("neither side says its preprocessing: hf assumed")
+    for side, other in ((left, right), (right, left)):
+        alone = [name for name in side.outputs if name not in other.outputs]
+        if alone and side.kind != "checkpoint":  # every head can be read off a checkpoint
+            notes.append(f"not compared, only {side.name} has it: {', '.join(alone)}")
+    return Pair(left, right, outputs, tuple(dict.fromkeys(notes)))

@@ -1,0 +1,214 @@
+"""The plots of a report: SVG in the page's own colours, so that they are dark where it is dark."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter
+
+from msn_export.report.facts import Agreement, Artifact, Drift, Latency
+from msn_export.report.pictures import inline
+
+# Colours that stand for the page's: matplotlib writes them, and they become its variables
+_INK, _SOFT, _LINE = "#010101", "#020202", "#030303"
+_SERIES = ("#040404", "#050505", "#060606", "#070707")
+_WARN, _PAPER = "#080808", "#090909"
+_NAMES = {
+    _INK: "--ink", _SOFT: "--soft", _LINE: "--line", _WARN: "--bad", _PAPER: "--paper",
+    **{colour: f"--series-{index}" for index, colour in enumerate(_SERIES)},
+}  # fmt: skip
+_STYLE: Any = {  # matplotlib types its settings one by one
+    "svg.fonttype": "none",  # text stays text: selectable, searchable, small
+    "svg.hashsalt": "msn-export",  # the same figures give the same bytes
+    "font.size": 10,
+    "text.color": _INK,
+    "axes.labelcolor": _SOFT,
+    "axes.edgecolor": _LINE,
+    "axes.facecolor": "none",
+    "xtick.color": _SOFT,
+    "ytick.color": _SOFT,
+    "grid.color": _LINE,
+    "grid.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
+_MARKS = "osD^"
+_LEAST = 1e-16  # below fp64's rounding of a cosine nothing is told apart
+
+
+def draw(
+    prefix: str, title: str, paint: Callable[[Axes], None], size: tuple[float, float] = (10.4, 3.0)
+) -> str:
+    """Draw one figure as SVG for a page; ``size`` in inches."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        figure.patch.set_alpha(0)
+        paint(figure.add_subplot())
+        packed = io.StringIO()
+        figure.savefig(packed, format="svg", metadata=dict.fromkeys(("Creator", "Date")))
+    svg = packed.getvalue()
+    for colour, name in _NAMES.items():
+        svg = svg.replace(colour, f"var({name})")
+    return inline(svg, prefix, title)
+
+
+def histogram(agreements: Sequence[Agreement]) -> str:
+    """Draw how far each image's cosine is from 1, on a logarithmic axis."""
+    gaps = []
+    for agreement in agreements:
+        cosines = [image.cosine for image in agreement.check.per_image]
+        known = [cosine for cosine in cosines if cosine is not None and math.isfinite(cosine)]
+        gaps.append(np.maximum(1 - np.asarray(known, float), _LEAST))
+    every = np.concatenate(gaps)
+    low, high = math.floor(np.log10(every.min())), math.ceil(np.log10(every.max()) + 1e-9)
+    bins = np.logspace(low, max(high, low + 1), 4 * (max(high, low + 1) - low) + 1)
+
+    def paint(axes: Axes) -> None:
+        colours = [_SERIES[index % 4] for index in range(len(gaps))]
+        names = [agreement.candidate for agreement in agreements]
+        axes.hist(gaps, bins.tolist(), color=colours, label=names)
+        axes.set_xscale("log")
+        axes.set_xlabel("1 - cosine with the reference (further left is closer)")
+        axes.set_ylabel("images")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(axis="y")
+        axes.set_axisbelow(True)
+        axes.legend(loc="best")
+
+    return draw("cosines", "Histogram of one minus the cosine of each image", paint)
+
+
+def drift(drifts: Sequence[Drift]) -> str:
+    """Draw the relative error of the residual stream, stage by stage."""
+
+    def paint(axes: Axes) -> None:
+        for index, found in enumerate(drifts):
+            errors = [max(stage.relative, _LEAST) for stage in found.stages]
+            places = range(len(errors))
+            colour, mark = _SERIES[index % 4], _MARKS[index % 4]
+            axes.plot(places, errors, f"{mark}-", color=colour, markersize=4, label=found.candidate)
+            allowed = [stage.allowed or 0.0 for stage in found.stages]
+            axes.plot(places, allowed, "--", color=colour, linewidth=0.9)
+            for place, stage in enumerate(found.stages):
+                if stage.name == found.parted:
+                    axes.plot(
+                        place, errors[place], "o", color=_WARN, markersize=10, fillstyle="none"
+                    )
+        axes.set_yscale("log")
+        _whole_decades(axes)
+        axes.set_ylabel("relative error")
+        axes.grid(axis="y")
+        _stage_names(axes, drifts[0])
+        axes.legend(loc="best", title="dashed: allowed", alignment="left")
+
+    return draw("drift", "Relative error after each block", paint)
+
+
+def _whole_decades(axes: Axes) -> None:
+    low, high = axes.get_ylim()
+    axes.set_ylim(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def headroom(found: Drift) -> str:
+    """Draw how often each stage's largest value fits below fp16's largest number."""
+    rooms = [stage.headroom or 0.0 for stage in found.stages]
+    colours = [_SERIES[0] if room >= 4 else _WARN for room in rooms]
+
+    def paint(axes: Axes) -> None:
+        finite = [room if math.isfinite(room) else 65504.0 for room in rooms]
+        axes.bar(range(len(finite)), finite, color=colours, width=0.7)
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=min(0.5, *finite))
+        axes.axhline(4, color=_WARN, linewidth=0.9, linestyle="--")
+        axes.set_ylabel("65504 / largest value")
+        axes.grid(axis="y")
+        axes.set_axisbelow(True)
+        _stage_names(axes, found)
+
+    return draw("headroom", "fp16 headroom of each block", paint, (10.4, 2.2))
+
+
+def _stage_names(axes: Axes, found: Drift) -> None:
+    names = [stage.name.removeprefix("block ") for stage in found.stages]
+    axes.set_xticks(
+        range(len(names)), [name.replace("patch embedding", "patches") for name in names]
+    )
+    axes.tick_params(axis="x", length=0)
+    if len(names) > 20:  # of many blocks each second number is enough
+        for label in axes.get_xticklabels()[2::2]:
+            label.set_visible(label.get_text() == names[-1])
+    axes.set_xlabel("block")
+
+
+def kinds(artifact: Artifact) -> str:
+    """Draw an engine's kernels by what they do."""
+    assert artifact.engine is not None
+    counts = dict(reversed(list(artifact.engine.kinds.items())))
+    title = f"Kernels of {artifact.name} by kind"
+    return draw(
+        f"kinds-{_slug(artifact.name)}",
+        title,
+        lambda axes: _bars(axes, counts, "{:.0f}"),
+        (5.1, 2.3),
+    )
+
+
+def per_block(artifact: Artifact) -> str:
+    """Draw how many kernels each block takes."""
+    assert artifact.engine is not None
+    counts = artifact.engine.per_block
+
+    def paint(axes: Axes) -> None:
+        bars = axes.bar(range(len(counts)), list(counts.values()), color=_SERIES[0], width=0.7)
+        axes.bar_label(bars, color=_SOFT, fontsize=8)
+        axes.set_xticks(range(len(counts)), list(counts))
+        axes.tick_params(length=0)
+        axes.set_xlabel("block")
+        axes.set_ylabel("kernels")
+
+    return draw(
+        f"blocks-{_slug(artifact.name)}", f"Kernels of {artifact.name} by block", paint, (5.1, 2.3)
+    )
+
+
+def sizes(artifacts: Sequence[Artifact]) -> str:
+    """Draw the artifacts' sizes."""
+    known = {a.name: a.bytes / 1e6 for a in reversed(artifacts) if a.bytes is not None}
+    height = 0.25 + 0.27 * len(known)
+    return draw(
+        "sizes", "Size of each artifact in MB", lambda axes: _bars(axes, known, "{:.1f} MB"),
+        (10.4, height),
+    )  # fmt: skip
+
+
+def latency(found: Latency) -> str:
+    """Draw a benchmark's medians."""
+    bars = dict(reversed(found.bars))
+    height = 0.25 + 0.27 * len(bars)
+    return draw(
+        "latency", "Median time of one call", lambda axes: _bars(axes, bars, "{:.2f} ms"),
+        (10.4, height),
+    )  # fmt: skip
+
+
+def _bars(axes: Axes, values: Mapping[str, float], form: str) -> None:
+    bars = axes.barh(range(len(values)), list(values.values()), color=_SERIES[0], height=0.62)
+    axes.bar_label(bars, fmt=form, color=_INK, padding=4)
+    axes.set_yticks(range(len(values)), list(values))
+    axes.tick_params(length=0)
+    axes.set_xticks([])
+    axes.spines["bottom"].set_visible(False)
+    axes.margins(x=0.16)
+
+
+def _slug(name: str) -> str:
+    return "".join(char if char.isalnum() else "-" for char in name)

@@ -1,0 +1,109 @@
+"""The words of a report: its headline, what follows from the figures, where it came from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from msn_export.manifest import Manifest
+from msn_export.report import facts
+
+
+def verdict(
+    artifacts: Sequence[facts.Artifact], agreements: Sequence[facts.Agreement]
+) -> tuple[facts.State, str]:
+    """Say in one line whether all that ran agrees, and what did not run."""
+    failed = [found.candidate for found in agreements if not found.passed]
+    if failed:
+        return "failed", f"{', '.join(failed)}: not what the reference is"
+    if not agreements:
+        return "partial", "Nothing was compared"
+    idle = [a.name for a in artifacts if a.verdict in {"compiled, not run", "not checked"}]
+    if idle:
+        return "partial", f"Everything that ran agrees; {', '.join(idle)} did not run"
+    return "passed", "Every artifact agrees with its reference"
+
+
+def sentences(
+    artifacts: Sequence[facts.Artifact],
+    agreements: Sequence[facts.Agreement],
+    drifts: Sequence[facts.Drift],
+) -> list[str]:
+    """Say what each comparison and each engine came to."""
+    said = []
+    idle = {a.name for a in artifacts if a.verdict == "compiled, not run"}
+    for found in agreements:
+        check, word = found.check, "agrees" if found.passed else "does not agree"
+        whose = "the typed graph of " if found.candidate in idle else ""
+        cosine = "none" if check.cosine_min is None else f"{check.cosine_min:.7f}"
+        said.append(
+            f"{whose}{found.candidate} {word} with {found.reference} on {check.images} images: "
+            f"least cosine {cosine}"
+            + (f". {'; '.join(found.reasons)}" if found.reasons else "")
+            + (f". {found.cause}" if found.cause else "")
+        )
+    said += [f"{d.candidate} parts from {d.reference} at {d.parted}" for d in drifts if d.parted]
+    for artifact in artifacts:
+        engine = artifact.engine
+        if engine is not None:
+            products = ", ".join(f"{n} in {dtype}" for dtype, n in engine.products.items())
+            said.append(
+                f"{artifact.name}: {engine.kernels} kernels, attention fused in {engine.fused} of "
+                f"{engine.blocks} blocks, matrix products {products}; {engine.executed}"
+            )
+    return said
+
+
+def title_of(manifest: Manifest | None, artifacts: Sequence[facts.Artifact]) -> str:
+    """Name the report after the checkpoint, else after the first artifact."""
+    if manifest is not None and manifest.checkpoint is not None:
+        return manifest.checkpoint.source
+    return artifacts[0].name
+
+
+def subtitle_of(manifest: Manifest | None) -> str:
+    """Say which shape of ViT-MSN it is."""
+    config = manifest.config if manifest is not None else None
+    if config is None:
+        return "ViT-MSN"
+    return (
+        f"ViT-MSN, {config.get('depth')} blocks of {config.get('dim')} with {config.get('heads')} "
+        f"heads, images of {_by(config.get('image_size'))} in patches of "
+        f"{_by(config.get('patch_size'))}"
+    )
+
+
+def _by(pair: object) -> str:
+    return "x".join(map(str, pair)) if isinstance(pair, list) else str(pair)
+
+
+def origin_of(manifest: Manifest | None) -> list[tuple[str, str]]:
+    """Say which weights it came from, and how pictures become its input."""
+    if manifest is None:
+        return []
+    rows = []
+    if manifest.checkpoint is not None:
+        rows += [
+            ("checkpoint", manifest.checkpoint.source),
+            ("weights' sha256", manifest.checkpoint.sha256),
+        ]
+        rows += [("note", note) for note in manifest.checkpoint.notes]
+    made = manifest.preprocessing
+    if made is not None:
+        crop = f", short side {made.short_side}, centre cut out" if made.short_side else ""
+        rows.append(
+            ("preprocessing", f"{made.name}: {made.resample or 'no resizing'} to {made.size}{crop}")
+        )
+        rows.append(("normalisation", f"mean {made.mean}, std {made.std}, scale {made.scale:.6g}"))
+    if manifest.labels:
+        rows.append(("classes", f"{len(manifest.labels)}: {', '.join(manifest.labels[:5])}, …"))
+    rows.append(("versions", ", ".join(f"{n} {v}" for n, v in manifest.versions.items())))
+    return rows
+
+
+def now() -> str:
+    """Give the time, or SOURCE_DATE_EPOCH (reproducible-builds.org) where that is set."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
+    at = datetime.fromtimestamp(int(epoch), UTC) if epoch.isdigit() else datetime.now(UTC)
+    return at.strftime("%d %B %Y, %H:%M UTC")

@@ -1,0 +1,172 @@
+"""The story of ``msn-export report``: what is known of artifacts and was measured, on one page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from msn_export import __version__
+from msn_export import manifest as manifests
+from msn_export.artifact import ENGINES, is_checkpoint
+from msn_export.artifact_facts import artifact_facts, checkpoint_facts
+from msn_export.driver import NoDriver, find_driver
+from msn_export.errors import GraphError, MissingPackageError, SpecError
+from msn_export.files import require_writable, staging
+from msn_export.measured_facts import drift_facts, live_agreement, recorded_agreement
+from msn_export.progress import Progress
+from msn_export.report import facts, words
+from msn_export.run_drift import DriftJob, run_drift
+from msn_export.run_validate import ValidateJob, validate_in_full
+
+
+@dataclass(frozen=True, slots=True)
+class ReportJob:
+    """What ``msn-export report`` was asked for; the first artifact is the others' reference."""
+
+    artifacts: tuple[str, ...]
+    output: Path = Path("report.html")
+    markdown: Path | None = None
+    images: Path | None = None
+    limit: int = 64
+    bench: Path | None = None
+    variant: str | None = None
+    title: str | None = None
+    force: bool = False
+    command: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What ran for the report, by artifact, and what could not."""
+
+    agreements: dict[str, facts.Agreement]
+    drifts: tuple[facts.Drift, ...]
+    notes: tuple[str, ...]
+
+
+def run_report(job: ReportJob, progress: Progress) -> facts.Page:
+    """Write the page, and the Markdown if asked for.
+
+    Returns:
+        What the page shows; its ``state`` says whether all that ran agrees.
+
+    Raises:
+        MissingPackageError: jinja2 or matplotlib is not installed.
+        MsnExportError: an artifact cannot be read, or nothing can be written.
+    """
+    outputs = [path for path in (job.output, job.markdown) if path is not None]
+    require_writable(outputs, force=job.force)
+    require_packages()
+    from msn_export.report.latency import read_latency
+    from msn_export.report.page import html, markdown
+
+    latency = read_latency(job.bench) if job.bench is not None else None
+    measured = _measure(job, progress)
+    with progress.step("gather what is known"):
+        page = _page(job, measured, latency)
+    with progress.step("write the report"), staging(job.output.parent) as stage:
+        texts = {job.output: html(page)}
+        if job.markdown is not None:
+            texts[job.markdown] = markdown(page)
+        for output, text in texts.items():
+            staged = stage / output.name
+            staged.write_text(text, encoding="utf-8")
+            staged.replace(output)
+    return page
+
+
+def require_packages() -> None:
+    """Require what only a report needs.
+
+    Raises:
+        MissingPackageError: it is not installed; the message has the line that does.
+    """
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib as mpl  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(
+            f"a report needs {error.name}, which is not installed; pip install 'msn-export[report]'"
+        ) from error
+
+
+def _measure(job: ReportJob, progress: Progress) -> Measured:
+    """Compare every artifact that can run with the first that can."""
+    if job.images is None:
+        note = "nothing was run for this report: --images compares the artifacts on pictures"
+        return Measured({}, (), (note,))
+    runnable, notes = _runnable(job.artifacts)
+    agreements: dict[str, facts.Agreement] = {}
+    drifts = []
+    reference = runnable[0] if runnable else None
+    for candidate in runnable[1:]:
+        assert reference is not None  # it is the first
+        asked = ValidateJob(reference, candidate, job.images, job.limit, variant=job.variant)
+        validation, verified = validate_in_full(asked, progress)
+        agreements[candidate] = live_agreement(validation, verified)
+        try:
+            found = run_drift(
+                DriftJob(reference, candidate, job.images, variant=job.variant), progress
+            )
+        except GraphError as error:
+            notes.append(f"no drift of {Path(candidate).name}: {error}")
+        else:
+            drifts.append(drift_facts(found))
+    return Measured(agreements, tuple(drifts), tuple(notes))
+
+
+def _runnable(artifacts: Sequence[str]) -> tuple[list[str], list[str]]:
+    driver = find_driver()
+    runnable, notes = [], []
+    for name in artifacts:
+        if Path(name).suffix in ENGINES and isinstance(driver, NoDriver):
+            notes.append(f"{Path(name).name} was not run for this report: {driver.reason}")
+        else:
+            runnable.append(name)
+    return runnable, notes
+
+
+def _page(job: ReportJob, measured: Measured, latency: facts.Latency | None) -> facts.Page:
+    live = measured.agreements
+    described = [
+        checkpoint_facts(name)
+        if is_checkpoint(name)
+        else artifact_facts(Path(name), live[name].passed if name in live else None)
+        for name in job.artifacts
+    ]
+    if not any(artifact.bytes is not None for artifact in described):
+        raise SpecError("a report needs at least one exported file, .onnx or .engine")
+    known = [manifests.read(Path(name)) for name in job.artifacts if not is_checkpoint(name)]
+    manifest = next((found for found in known if found is not None), None)
+    agreements = _agreements(job, measured)
+    state, headline = words.verdict(described, agreements)
+    return facts.Page(
+        title=job.title or words.title_of(manifest, described),
+        subtitle=words.subtitle_of(manifest),
+        written=words.now(),
+        product=f"msn-export {__version__}",
+        command=job.command,
+        state=state,
+        headline=headline,
+        sentences=tuple(words.sentences(described, agreements, measured.drifts)),
+        origin=tuple(words.origin_of(manifest)),
+        artifacts=tuple(described),
+        agreements=agreements,
+        drifts=measured.drifts,
+        latency=latency,
+        notes=measured.notes,
+    )
+
+
+def _agreements(job: ReportJob, measured: Measured) -> tuple[facts.Agreement, ...]:
+    """Give what ran now, and for the rest what their manifests say was measured then."""
+    found = []
+    for name in job.artifacts:
+        if name in measured.agreements:
+            found.append(measured.agreements[name])
+            continue
+        manifest = None if is_checkpoint(name) else manifests.read(Path(name))
+        if manifest is not None and manifest.check is not None:
+            found.append(recorded_agreement(Path(name).name, manifest))
+    return tuple(found)

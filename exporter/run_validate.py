@@ -1,0 +1,235 @@
+"""The story of ``msn-export validate``: two artifacts, the same images, one verdict."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from msn_export.artifact import Artifact
+from msn_export.check.gate import Gate, coarsest, gate_of
+from msn_export.check.labels import label_faults
+from msn_export.check.sample import Sample, batch_sizes, draw, with_ragged
+from msn_export.check.suspects import find_cause
+from msn_export.check.verify import (
+    Reference,
+    Runner,
+    Verified,
+    measure_rounding,
+    run_reference,
+    verify,
+)
+from msn_export.graph.structure import differences
+from msn_export.manifest import CheckRecord
+from msn_export.models.hf_config import read_json
+from msn_export.pair import Pair, open_pair
+from msn_export.preprocessing import (
+    Preprocessing,
+    from_processor_config,
+    preset,
+)
+from msn_export.progress import Progress
+from msn_export.spec import BatchRange, Dtype
+
+LIMIT = 64  # pictures: enough for a first percentile, seconds of a ViT-S on two cores
+
+
+@dataclass(frozen=True, slots=True)
+class ValidateJob:
+    """What ``msn-export validate`` was asked for.
+
+    ``preprocess`` says how the candidate is fed in production, where that is not what its manifest
+    says. ``gate`` None is that of the coarser dtype; ``numbers`` replace some of the gate's.
+    """
+
+    reference: str
+    candidate: str
+    images: Path | None = None
+    limit: int = LIMIT
+    batch: BatchRange | None = None
+    preprocess: str | None = None
+    variant: str | None = None
+    gate: Dtype | None = None
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    numbers_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """What was compared, for the record."""
+
+    name: str
+    kind: str
+    dtype: Dtype
+    preprocessing: Preprocessing
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """The verdict, the figures behind it, and why.
+
+    ``check`` gave both sides the same pixels; ``own``, where preprocessing differs, gave each what
+    its own makes of the same pictures. ``reasons`` is empty when ``passed``.
+    """
+
+    reference: Side
+    candidate: Side
+    passed: bool
+    check: CheckRecord
+    own: CheckRecord | None
+    gate: Gate
+    gate_name: Dtype
+    reasons: tuple[str, ...]
+    cause: str | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Both runs of a candidate, and what its disagreement is put down to."""
+
+    same: Verified
+    own: Verified | None
+    cause: str | None
+    notes: tuple[str, ...]
+
+
+def run_validate(job: ValidateJob, progress: Progress) -> Validation:
+    """Compare two artifacts on the same pictures.
+
+    Raises:
+        MsnExportError: they cannot be compared at all; a comparison that fails is no error but a
+            ``Validation`` that did not pass.
+    """
+    return validate_in_full(job, progress)[0]
+
+
+def validate_in_full(job: ValidateJob, progress: Progress) -> tuple[Validation, Verified]:
+    """Compare two artifacts; give also what was compared: outputs, vectors, pictures.
+
+    Raises:
+        MsnExportError: as ``run_validate``.
+    """
+    with progress.step("read both sides"):
+        pair = open_pair(job.reference, job.candidate, variant=job.variant)
+        own = _own_preprocessing(job, pair)
+    name = job.gate or coarsest(pair.reference.dtype, pair.candidate.dtype)
+    gate = gate_of(name, job.numbers)
+    with progress.step("read images"):
+        sample = draw(job.images, pair.preprocessing, room=pair.room, limit=job.limit)
+    with tempfile.TemporaryDirectory(prefix="msn-export-") as folder:
+        # first, for what cannot run here is refused before the reference took its time
+        runner = pair.candidate.start(pair.outputs, Path(folder))
+        with progress.step(f"run {pair.reference.name}"):
+            reference = run_pair_reference(pair, sample, Path(folder), rounding=name is Dtype.FP32)
+        with progress.step(f"run {pair.candidate.name}"):
+            measured = _measure(job, pair, reference, runner, gate, own)
+    return _judge(job, pair, measured, gate, name, own), measured.same
+
+
+def run_pair_reference(pair: Pair, sample: Sample, stage: Path, *, rounding: bool) -> Reference:
+    """Run the reference once; with ``rounding`` also in fp64, where it can be."""
+    side = pair.reference
+    runner = side.start(pair.outputs, stage)
+    runner.name = f"{side.name} in {runner.name}"
+    reference = run_reference(runner, sample, side.stem, fixed=side.fixed_batch)
+    kept = {name: reference.outputs[name] for name in pair.outputs}
+    reference = replace(reference, outputs=kept)
+    if rounding and side.exact is not None:
+        return measure_rounding(reference, side.exact(pair.outputs))
+    return reference
+
+
+def _own_preprocessing(job: ValidateJob, pair: Pair) -> Preprocessing | None:
+    """Say what the candidate is fed in production, if that differs from what the reference is."""
+    own, size = pair.candidate.preprocessing, pair.candidate.size
+    if job.preprocess is not None and job.preprocess.endswith(".json"):
+        config = read_json(Path(job.preprocess))
+        own = from_processor_config(config, size, pair.candidate.channels)
+    elif job.preprocess is not None:
+        own = preset(job.preprocess, size, pair.candidate.channels)
+    return own if own is not None and not own.makes_the_same_as(pair.preprocessing) else None
+
+
+def _measure(
+    job: ValidateJob,
+    pair: Pair,
+    reference: Reference,
+    runner: Runner,
+    gate: Gate,
+    own: Preprocessing | None,
+) -> Measured:
+    side = pair.candidate
+    batch = job.batch or side.batch
+    room = max(batch.min, pair.room)
+    sizes = with_ragged(batch_sizes(batch, room), len(reference.sample))
+    notes = [f"skipped: {broken}" for broken in reference.sample.broken]
+    if room < batch.max:
+        notes.append(f"batches up to {sizes[-1]} of {batch.max}: memory affords no more")
+    same = verify(runner, reference, side.stem, sizes)
+    cause = None
+    if same.failures(gate):
+        cause = find_cause(runner, reference, side.stem, gate, fixed=side.fixed_batch)
+    if own is None:
+        return Measured(same, None, cause, tuple(notes))
+    if job.images is None:
+        notes.append("resizing was not compared, noise needs none: give --images")
+    room = reference.sample.room
+    fed = replace(reference, sample=draw(job.images, own, room=room, limit=job.limit))
+    return Measured(same, verify(runner, fed, side.stem, sizes), cause, tuple(notes))
+
+
+def _judge(
+    job: ValidateJob,
+    pair: Pair,
+    measured: Measured,
+    gate: Gate,
+    name: Dtype,
+    own: Preprocessing | None,
+) -> Validation:
+    same, mine = measured.same, measured.own
+    model, fed = same.failures(gate), mine.failures(gate) if mine is not None else []
+    reasons, notes = list(model), [*pair.notes, *measured.notes]
+    if mine is not None:
+        shown = (
+            f"with the same pixels cosine {_least(same)}, each with its own preprocessing "
+            f"{_least(mine)}"
+        )
+        if fed and model:
+            reasons.append(f"the preprocessing differs too: {shown}")
+        elif fed:
+            reasons.append(f"a preprocessing mismatch, the model itself agrees: {shown}")
+        else:
+            reasons = []
+            notes.append(
+                f"the preprocessing differs and the verdict is that of both together: {shown}"
+            )
+    reasons += label_faults(pair.reference.labels, pair.candidate.labels)
+    told = differences(pair.reference.structure, pair.candidate.structure)
+    if job.numbers_only:
+        notes += told
+    else:
+        reasons += told
+    return Validation(
+        reference=_side(pair.reference, pair.preprocessing),
+        candidate=_side(pair.candidate, own or pair.preprocessing),
+        passed=not reasons,
+        check=same.record(gate, passed=not model),
+        own=mine.record(gate, passed=not fed) if mine is not None else None,
+        gate=gate,
+        gate_name=name,
+        reasons=tuple(reasons),
+        cause=measured.cause,
+        notes=tuple(notes),
+    )
+
+
+def _least(verified: Verified) -> str:
+    return f"{np.min([agreement.cosine_min for agreement in verified.outputs.values()]):.6f}"
+
+
+def _side(artifact: Artifact, used: Preprocessing) -> Side:
+    return Side(artifact.name, artifact.kind, artifact.dtype, used)
