@@ -165,6 +165,5 @@ class Arena:
             takes=takes or f"{entry.dtype} planes",
             threads=self.where.threads,
             transfers=not self.where.resident if on_gpu else None,
-            cuda_graph=told.get("cuda_graph"),
             open_seconds=round(told["seconds"], 3),
         )

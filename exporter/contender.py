@@ -22,6 +22,10 @@ class Timed(Protocol):
     def described(self) -> dict[str, Any]:
         """Say what was opened."""
 
+    @property
+    def cuda_graphs(self) -> str | None:
+        """How CUDA graphs were used so far."""
+
     def prepare(self, pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> Any:
         """Make the input of a call from decoded pictures [b, h, w, c]."""
 
@@ -41,6 +45,7 @@ class Artifact:
             providers=told["providers"] or None,
             trust=told["trust"],
             threads=told["threads"],
+            cuda_graphs=told["cuda_graphs"],
         )
         self._resident = told["resident"]
         self._device = told["device"] or 0
@@ -48,14 +53,17 @@ class Artifact:
     def described(self) -> dict[str, Any]:
         """Say what was opened."""
         runner = self._runner
-        graph = getattr(runner, "cuda_graph", None)
         return {
             "runs": runner.name,
             "inputs": to_plain(runner.inputs),
             "outputs": to_plain(runner.outputs),
             "batch": str(runner.batch),
-            "cuda_graph": None if graph is None else str(graph),
         }
+
+    @property
+    def cuda_graphs(self) -> str | None:
+        """How an engine's kernels are replayed; a graph's runner replays none."""
+        return getattr(self._runner, "cuda_graphs", None)
 
     def prepare(self, pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> Any:
         """Make the artifact's own input."""
@@ -109,6 +117,11 @@ class Torch:
         """Say what was opened."""
         where = self._device if self._device != "cpu" else "cpu"
         return {"runs": f"torch {self._torch.__version__}, {where}", "outputs": self._names}
+
+    @property
+    def cuda_graphs(self) -> str | None:
+        """PyTorch launches kernel by kernel here, compiled or not."""
+        return None
 
     def prepare(self, pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> Any:
         """Make normalised planes."""

@@ -92,8 +92,8 @@ class Server:
         return {"nanoseconds": times}
 
     def weigh(self, told: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002  as the others
-        """Say the highest resident memory since ``begin``."""
-        return {"peak_rss_bytes": peak_rss()}
+        """Say the highest resident memory since ``begin``, and how CUDA graphs were used."""
+        return {"peak_rss_bytes": peak_rss(), "cuda_graphs": self._timed.cuda_graphs}
 
     def _feed(self, indices: range) -> Any:
         assert self._sample is not None

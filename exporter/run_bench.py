@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,6 +54,7 @@ class BenchJob:
     providers: tuple[str, ...] = ()
     trust: bool = False
     resident: bool = False
+    cuda_graphs: bool = True
     report: Path | None = None
     force: bool = False
     preset: str | None = None
@@ -109,7 +110,7 @@ def _where(job: BenchJob) -> Where:
     if job.resident and device is None:
         raise SpecError("--resident leaves data on a GPU, and this run is on the CPU")
     threads = job.threads or physical_cores()
-    return Where(threads, device, job.providers, job.trust, job.resident)
+    return Where(threads, device, job.providers, job.trust, job.resident, job.cuda_graphs)
 
 
 def _enter(job: BenchJob, arena: Arena, progress: Progress) -> None:
@@ -154,6 +155,8 @@ def _time_batch(
     timings = []
     for one in arena.opened:
         agreement, why, seconds = compared[one.name]
+        weighed = one.process.ask("weigh")
+        one.record = replace(one.record, cuda_graphs=weighed["cuda_graphs"])
         on_gpu = arena.where.device is not None
         timings.append(
             Timing(
@@ -162,7 +165,7 @@ def _time_batch(
                 **figures(rounds[one.name], batch),
                 ratio=ratio_of(rounds[one.name], rounds[arena.opened[0].name]),
                 warm_up_seconds=round(seconds, 3),
-                peak_rss_bytes=one.process.ask("weigh")["peak_rss_bytes"],
+                peak_rss_bytes=weighed["peak_rss_bytes"],
                 device_bytes=device_bytes(one.process.id) if on_gpu else None,
                 agreement=agreement,
                 not_compared=why,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +11,11 @@ from msn_export import __version__
 from msn_export.embed import outputs
 from msn_export.embed.batches import Reading, batches, reading_of
 from msn_export.embed.decode import decode, read
+from msn_export.embed.job import Embedded, EmbedJob
 from msn_export.embed.listing import Listing, list_pictures
 from msn_export.embed.parts import Parts
 from msn_export.embed.rate import Rate
-from msn_export.errors import ImageError, MsnExportError, SpecError
+from msn_export.errors import ImageError, MsnExportError, SpecError, ToleranceError
 from msn_export.feed import Feed, feed_of
 from msn_export.files import no_room_reported, require_writable, sha256_of, staging
 from msn_export.machine import usable_cores
@@ -24,52 +24,8 @@ from msn_export.records import to_plain
 from msn_export.runtime import open_runner
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from msn_export.progress import Progress
     from msn_export.runtime import Runner
-    from msn_export.spec import ImageSize
-
-
-@dataclass(frozen=True, slots=True)
-class EmbedJob:
-    """What ``msn-export embed`` was asked for; None leaves a choice to the model or the machine."""
-
-    model: Path
-    images: Path
-    output: Path
-    batch: int | None = None
-    workers: int | None = None
-    output_name: str | None = None
-    providers: tuple[str, ...] = ()
-    device: int | None = None
-    trust: bool = False
-    preprocess: str | None = None
-    image_size: ImageSize | None = None
-    resume: bool = False
-    force: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Embedded:
-    """What was written. ``images_per_second`` is of the rows that this run made."""
-
-    output: str
-    files: tuple[str, ...]
-    shape: tuple[int, ...]
-    output_name: str
-    images: int
-    broken: int
-    errors: tuple[str, ...]
-    resumed_at: int
-    runner: str
-    batch: int
-    workers: int
-    preprocessing: dict[str, Any]
-    notes: tuple[str, ...]
-    seconds: float
-    images_per_second: float
-    peak_rss_bytes: int
 
 
 def run_embed(job: EmbedJob, progress: Progress) -> Embedded:
@@ -91,6 +47,8 @@ def run_embed(job: EmbedJob, progress: Progress) -> Embedded:
             job.model, device=job.device, providers=job.providers or None, trust=job.trust
         )
     with runner, no_room_reported(job.output.parent):
+        with progress.step("selftest"):
+            tested = _selftest(job, runner)
         run = _Run(job, listing, runner)
         parts = run.begin()
         with closing(parts):
@@ -119,6 +77,7 @@ def run_embed(job: EmbedJob, progress: Progress) -> Embedded:
         batch=run.batch,
         workers=run.workers,
         preprocessing=to_plain(run.feed.preprocessing),
+        selftest=tested,
         notes=(run.feed.note,) if run.feed.note else (),
         seconds=round(seconds, 3),
         images_per_second=round((len(listing) - resumed_at) / seconds, 2),
@@ -139,6 +98,25 @@ def require_output(job: EmbedJob) -> None:
     require_writable(outputs.files_of(job.output), force=job.force)
     if job.output.suffix == ".parquet":
         outputs.require_parquet()
+
+
+def _selftest(job: EmbedJob, runner: Runner) -> str:
+    """Run the manifest's golden input, before a night is spent on a model that is wrong here.
+
+    Raises:
+        ToleranceError: this machine does not reproduce it.
+    """
+    if not job.check:
+        return "none (--no-check)"
+    if runner.manifest is None or runner.manifest.golden is None:
+        return "none: no golden input came with the model"
+    found = runner.selftest()
+    if not found.passed:
+        raise ToleranceError(
+            f"{found}: this machine does not compute what the model was checked for; export it "
+            "here, or run it all the same with --no-check"
+        )
+    return str(found)
 
 
 def _how_to_go_on(parts: Parts) -> str:

@@ -53,6 +53,7 @@ def open_reference(
             f"{', '.join(head.output for head in Head)}: there is nothing to compare"
         )
     model = loaded.model
+    # not msn_export.checkpoint.sized: that brings onnxruntime, and this process is being weighed
     if (size.height, size.width) != model.config.image_size:
         model = model.for_image_size((size.height, size.width))
     return Heads(_with(attention, model), heads).eval()

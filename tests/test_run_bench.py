@@ -14,7 +14,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from onnx import numpy_helper
-from tiny_artifacts import classifier
+from tiny_artifacts import classifier, foreign
 
 from msn_export import manifest
 from msn_export.bench.entries import Where, artifact, artifacts, source_graphs
@@ -106,7 +106,7 @@ def test_the_table_for_people_has_the_paper_layout(model) -> None:
     assert "time / eager" in result.stdout
     assert "eager / tiny.onnx, x" in result.stdout
     assert "noise" in result.stdout
-    assert "CUDA graph" in result.stdout
+    assert "CUDA graphs" in result.stdout
 
 
 def test_a_model_that_computes_something_else_is_shown_to(model, tmp_path) -> None:
@@ -153,6 +153,23 @@ def test_another_checkpoint_is_refused_by_its_hash(model, tmp_path) -> None:
     result = bench(model, "--checkpoint", tmp_path / "other", "--batch", "2", "--json")
     told = json.loads(result.stdout)
     assert "has other weights" in told["contenders"][-1]["skipped"]
+
+
+def test_a_graph_of_another_tool_that_leaves_its_size_open_takes_that_of_the_others(
+    model, tmp_path
+) -> None:
+    other = foreign(tmp_path / "other.onnx", ["b", "c", "h", "w"], {"features": 6})
+    result = bench(other, model, "--against", "none", "--batch", "2", "--json")
+    assert result.exit_code == 0, result.output
+    timing = json.loads(result.stdout)["timings"][0]
+    assert timing["contender"] == "other.onnx"
+    assert timing["agreement"] is None
+    assert timing["not_compared"].startswith("it has no output in common with the reference")
+    result = bench(other, "--against", "none")
+    assert "leaves height and width open, --image-size says them" in result.stderr
+    result = bench(other, "--against", "none", "--batch", "1", "--image-size", "48")
+    assert result.exit_code == 0, result.output
+    assert "other.onnx not compared: it has no output in common" in result.stdout
 
 
 def test_artifacts_of_other_image_sizes_are_refused(model, tmp_path) -> None:

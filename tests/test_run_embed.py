@@ -1,11 +1,13 @@
 """``msn-export embed``: a folder through a model, whole or in two halves, to the same bytes."""
 
+import base64
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,9 @@ import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper
 from pyarrow import parquet
-from tiny_artifacts import classifier, pictures
+from tiny_artifacts import classifier, foreign, pictures
 
-from msn_export import images, manifest
+from msn_export import golden, images, manifest
 from msn_export.cli import main
 
 BROKEN = (5, 18)
@@ -283,25 +285,6 @@ def test_file_names_that_are_no_text_do_not_stop_it(model, tmp_path) -> None:
     assert table["path"].to_pylist()[2:] == ["caf\\xe9.png", "new\nline.png"]
 
 
-def foreign(path: Path, shape: list[object], outputs: dict[str, int], *, bad: bool = False) -> Path:
-    """Write a graph of another tool: the mean of each channel, repeated; NaN for dark pictures."""
-    nodes = [helper.make_node("GlobalAveragePool", ["pixels"], ["pooled"])]
-    nodes.append(helper.make_node("Flatten", ["pooled"], ["means"]))
-    if bad:
-        nodes.append(helper.make_node("Log", ["means"], ["flat"]))  # NaN below zero
-    else:
-        nodes.append(helper.make_node("Identity", ["means"], ["flat"]))
-    given = []
-    for name, width in outputs.items():
-        nodes.append(helper.make_node("Concat", ["flat"] * (width // 3), [name], axis=1))
-        given.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", width]))
-    taken = helper.make_tensor_value_info("pixels", TensorProto.FLOAT, shape)
-    graph = helper.make_graph(nodes, "g", [taken], given)
-    opset = [helper.make_opsetid("", 18)]
-    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), path)
-    return path
-
-
 def test_a_graph_of_another_tool_runs_with_a_note(folder, tmp_path) -> None:
     model = foreign(tmp_path / "m.onnx", ["b", 3, 32, 32], {"features": 6})
     result = embed(model, folder, tmp_path / "out.npy", "--json")
@@ -325,6 +308,26 @@ def test_numbers_that_are_none_are_errors(tmp_path) -> None:
     told = {line["path"]: line["error"] for line in lines}
     assert told["white.png"] is None
     assert told["dark.png"] == "the model's features has NaN or infinity"
+
+
+def test_a_machine_that_computes_something_else_is_noticed_first(model, folder, tmp_path) -> None:
+    known = manifest.read(model)
+    assert known is not None
+    assert known.golden is not None
+    values = golden.values_of(known.golden)[:, ::-1].copy()
+    text = base64.b64encode(values.tobytes()).decode("ascii")
+    other = tmp_path / "other.onnx"
+    other.write_bytes(model.read_bytes())
+    changed = replace(known, golden=replace(known.golden, values=text))
+    (tmp_path / "other.onnx.json").write_text(manifest.seal(changed))
+    result = embed(other, folder, tmp_path / "out.npy")
+    assert result.exit_code == 1
+    assert "selftest failed" in result.stderr
+    assert "run it all the same with --no-check" in result.stderr
+    result = embed(other, folder, tmp_path / "out.npy", "--no-check", "--json")
+    assert json.loads(result.stdout)["selftest"] == "none (--no-check)"
+    result = embed(model, folder, tmp_path / "out.npy", "--force", "--json")
+    assert json.loads(result.stdout)["selftest"].startswith("selftest passed")
 
 
 def _empty(tmp: Path, model: Path) -> tuple[object, ...]:

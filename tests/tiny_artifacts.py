@@ -4,8 +4,10 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import onnx
 from checkpoints import hugging_face
 from click.testing import CliRunner
+from onnx import TensorProto, helper
 from PIL import Image
 
 from msn_export.cli import main
@@ -33,3 +35,22 @@ def pictures(folder: Path, count: int, broken: tuple[int, ...] = ()) -> Path:
         if number in broken:
             path.write_bytes(path.read_bytes()[: 40 + zlib.crc32(path.name.encode()) % 40])
     return folder
+
+
+def foreign(path: Path, shape: list[object], outputs: dict[str, int], *, bad: bool = False) -> Path:
+    """Write a graph of another tool: the mean of each channel, repeated; NaN for dark pictures."""
+    nodes = [helper.make_node("GlobalAveragePool", ["pixels"], ["pooled"])]
+    nodes.append(helper.make_node("Flatten", ["pooled"], ["means"]))
+    if bad:
+        nodes.append(helper.make_node("Log", ["means"], ["flat"]))  # NaN below zero
+    else:
+        nodes.append(helper.make_node("Identity", ["means"], ["flat"]))
+    given = []
+    for name, width in outputs.items():
+        nodes.append(helper.make_node("Concat", ["flat"] * (width // 3), [name], axis=1))
+        given.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", width]))
+    taken = helper.make_tensor_value_info("pixels", TensorProto.FLOAT, shape)
+    graph = helper.make_graph(nodes, "g", [taken], given)
+    opset = [helper.make_opsetid("", 18)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), path)
+    return path

@@ -44,6 +44,7 @@ class Where:
     providers: tuple[str, ...] = ()
     trust: bool = False
     resident: bool = False
+    cuda_graphs: bool = True
 
     @property
     def torch_device(self) -> str:
@@ -81,6 +82,7 @@ def artifact(path: Path, where: Where, name: str) -> Entry:
         "trust": where.trust,
         "threads": where.threads,
         "resident": where.resident,
+        "cuda_graphs": where.cuda_graphs,
     }
     return Entry(
         name,

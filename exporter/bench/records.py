@@ -14,7 +14,7 @@ class Contender:
     """Something that was timed, or the reason (``skipped``) why it was not.
 
     ``transfers`` says whether copies to and from the GPU are in its times; None on the CPU, where
-    there are none.
+    there are none. ``cuda_graphs`` says how an engine's kernels were replayed.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Contender:
     takes: str = ""
     threads: int | None = None
     transfers: bool | None = None
-    cuda_graph: str | None = None
+    cuda_graphs: str | None = None
     open_seconds: float | None = None
     skipped: str | None = None
 

@@ -12,6 +12,7 @@ from msn_export.cli.options import (
     SIZE,
     Parsed,
     command_line,
+    flag_off,
     force_option,
     json_option,
     runner_options,
@@ -69,6 +70,7 @@ def _against(text: str) -> tuple[str, ...]:
 @click.option("--images", type=PICTURES, help="Pictures to run; without, seeded noise.")
 @click.option("--image-size", type=SIZE, help="For a graph that leaves height and width open.")
 @click.option("--resident", is_flag=True, help="GPU: data stays there, copies are not counted.")
+@flag_off("--no-cuda-graphs", "cuda_graphs", help="Engines: launch kernel by kernel.")
 @click.option("--report", type=FILE, help="Write a page with plots here.")
 @runner_options
 @force_option

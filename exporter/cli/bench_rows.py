@@ -30,7 +30,7 @@ def show_bench(console: Console, bench: Bench) -> None:
 
 def _contenders(bench: Bench) -> Table:
     table = Table(
-        "contender", "runs in", "dtype", "takes", "CUDA graph", "opened", "peak MB",
+        "contender", "runs in", "dtype", "takes", "CUDA graphs", "opened", "peak MB",
         box=box.SIMPLE_HEAD,
     )  # fmt: skip
     for one in bench.timed:
@@ -41,7 +41,7 @@ def _contenders(bench: Bench) -> Table:
             escape(one.runs),
             one.dtype or "unknown",
             escape(one.takes),
-            one.cuda_graph or "-",
+            one.cuda_graphs or "-",
             f"{one.open_seconds:.1f} s",
             f"{peak / 1e6:.0f}",
         )

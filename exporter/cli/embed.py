@@ -7,11 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from msn_export.cli.options import FILE, IMAGES, SIZE, force_option, json_option, runner_options
+from msn_export.cli.options import (
+    FILE,
+    IMAGES,
+    SIZE,
+    flag_off,
+    force_option,
+    json_option,
+    runner_options,
+)
 
 if TYPE_CHECKING:
     from msn_export.cli.console import Console
-    from msn_export.run_embed import Embedded
+    from msn_export.embed.job import Embedded
 
 
 def _ending(ctx: click.Context, param: click.Parameter, value: Path) -> Path:  # noqa: ARG001
@@ -37,6 +45,7 @@ def _ending(ctx: click.Context, param: click.Parameter, value: Path) -> Path:  #
 @click.option("--preprocess", type=click.Choice(["hf", "msn-eval"]), help="Default: the model's.")
 @click.option("--image-size", type=SIZE, help="For a graph that leaves height and width open.")
 @runner_options
+@flag_off("--no-check", "check", help="Do not run the model's golden input first.")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
 @force_option
 @json_option
@@ -46,7 +55,8 @@ def embed(model: Path, images: Path, **options: Any) -> None:
     Rows are in the order of the sorted paths. A picture that cannot be read is a row with an error.
     """
     from msn_export.cli.console import Console
-    from msn_export.run_embed import EmbedJob, run_embed
+    from msn_export.embed.job import EmbedJob
+    from msn_export.run_embed import run_embed
 
     console = Console(as_json=options.pop("as_json"))
     with console.progress() as progress:
@@ -70,6 +80,7 @@ def _show(console: Console, embedded: Embedded) -> None:
         ("files", ", ".join(embedded.files)),
         ("runner", f"{embedded.runner}, batch {embedded.batch}"),
         ("preprocessing", embedded.preprocessing["name"]),
+        ("selftest", embedded.selftest),
         *(("note", note) for note in embedded.notes),
         ("took", _took(embedded)),
     ]

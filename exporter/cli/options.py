@@ -84,7 +84,7 @@ def runner_options(command: Callable[..., None]) -> Callable[..., None]:
             "--providers",
             type=Parsed("NAME,…", lambda text: tuple(filter(None, text.split(",")))),
             default=(),
-            help="onnxruntime's execution providers, in order, as in CUDAExecutionProvider.",
+            help="onnxruntime's, in order: cpu, cuda, tensorrt, … Default: cuda, else cpu.",
         ),
     ):
         command = option(command)

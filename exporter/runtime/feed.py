@@ -12,9 +12,9 @@ from msn_export.spec import TensorSpec
 
 
 def require_fit(shape: Sequence[int], element: Element, spec: TensorSpec) -> None:
-    """Require a batch's dtype and shape to be the artifact's; the number of images is free.
+    """Require a batch's dtype and shape to be the artifact's.
 
-    So is each size that the artifact gives as a name: a graph of another tool may leave more open.
+    The number of images is free, and so is a size that a graph of another tool leaves open.
 
     Raises:
         InputError: they are not.
@@ -24,11 +24,9 @@ def require_fit(shape: Sequence[int], element: Element, spec: TensorSpec) -> Non
         raise InputError(
             f"images are {element}; input {spec.name!r} takes {wanted}{_remedy(element, wanted)}"
         )
-    fits = len(shape) == len(spec.shape) and all(
-        isinstance(want, str) or want == size
-        for size, want in zip(shape[1:], spec.shape[1:], strict=True)
-    )
-    if not fits:
+    sizes = zip(shape[1:], spec.shape[1:], strict=False)
+    fits = all(isinstance(wants, str) or size == wants for size, wants in sizes)
+    if not fits or len(shape) != len(spec.shape):
         expected = ", ".join(str(size) for size in ("b", *spec.shape[1:]))
         hint = "; give one image as images[None]" if tuple(shape) == spec.shape[1:] else ""
         raise InputError(

@@ -1,0 +1,54 @@
+"""What an embedding run is asked for, and what it tells when it is done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from msn_export.spec import ImageSize
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedJob:
+    """What ``msn-export embed`` was asked for; None leaves a choice to the model or the machine."""
+
+    model: Path
+    images: Path
+    output: Path
+    batch: int | None = None
+    workers: int | None = None
+    output_name: str | None = None
+    providers: tuple[str, ...] = ()
+    device: int | None = None
+    trust: bool = False
+    preprocess: str | None = None
+    image_size: ImageSize | None = None
+    check: bool = True
+    resume: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """What was written. ``images_per_second`` is of the rows that this run made."""
+
+    output: str
+    files: tuple[str, ...]
+    shape: tuple[int, ...]
+    output_name: str
+    images: int
+    broken: int
+    errors: tuple[str, ...]
+    resumed_at: int
+    runner: str
+    batch: int
+    workers: int
+    preprocessing: dict[str, Any]
+    selftest: str
+    notes: tuple[str, ...]
+    seconds: float
+    images_per_second: float
+    peak_rss_bytes: int
