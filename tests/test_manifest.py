@@ -128,7 +128,7 @@ def sealed(**changes: object) -> str:
     [
         ({"bytes": "many"}, "m.engine.json.bytes is 'many'; expected int"),
         ({"kind": "zip"}, "m.engine.json.kind is 'zip'; expected one of ('onnx', 'engine')"),
-        ({"dtype": "fp8"}, "m.engine.json.dtype is 'fp8', which is no Dtype"),
+        ({"dtype": "fp4"}, "m.engine.json.dtype is 'fp4', which is no Dtype"),
         ({"trusted": True}, "m.engine.json.trusted is unknown to this version"),
         (
             {"profiles": [{"min": 9, "opt": 1, "max": 1}]},

@@ -11,7 +11,6 @@ from msn_export.cli.options import (
     FILE,
     SIZE,
     Parsed,
-    choice,
     command_line,
     force_option,
     json_option,
@@ -62,7 +61,9 @@ def _against(text: str) -> tuple[str, ...]:
     "--threads", type=click.IntRange(min=1), help="Of each contender. Default: all cores."
 )
 @click.option(
-    "--dtype", type=choice(Dtype), help="Of PyTorch. Default: fp32; on a GPU, as ARTIFACT."
+    "--dtype",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    help="Of PyTorch. Default: fp32; on a GPU, as ARTIFACT.",
 )
 @click.option("--preset", type=click.Choice(["paper"]), help="eager, sdpa; batches 1, 2, 4, 8.")
 @click.option("--images", type=PICTURES, help="Pictures to run; without, seeded noise.")

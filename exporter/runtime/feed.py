@@ -14,6 +14,8 @@ from msn_export.spec import TensorSpec
 def require_fit(shape: Sequence[int], element: Element, spec: TensorSpec) -> None:
     """Require a batch's dtype and shape to be the artifact's; the number of images is free.
 
+    So is each size that the artifact gives as a name: a graph of another tool may leave more open.
+
     Raises:
         InputError: they are not.
     """
@@ -22,7 +24,11 @@ def require_fit(shape: Sequence[int], element: Element, spec: TensorSpec) -> Non
         raise InputError(
             f"images are {element}; input {spec.name!r} takes {wanted}{_remedy(element, wanted)}"
         )
-    if tuple(shape[1:]) != spec.shape[1:] or len(shape) != len(spec.shape):
+    fits = len(shape) == len(spec.shape) and all(
+        isinstance(want, str) or want == size
+        for size, want in zip(shape[1:], spec.shape[1:], strict=True)
+    )
+    if not fits:
         expected = ", ".join(str(size) for size in ("b", *spec.shape[1:]))
         hint = "; give one image as images[None]" if tuple(shape) == spec.shape[1:] else ""
         raise InputError(
