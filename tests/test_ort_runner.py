@@ -17,7 +17,7 @@ from msn_export.driver import NoDriver
 from msn_export.errors import DeviceError, GraphError, InputError, ManifestError, RunnerError
 from msn_export.files import manifest_path
 from msn_export.graph import io
-from msn_export.runtime import open_runner
+from msn_export.runtime import dlpack, open_runner
 from msn_export.runtime import ort as subject
 from msn_export.runtime.ort import OrtRunner
 from msn_export.runtime.providers import CPU, CUDA, choose, require_obtained
@@ -135,6 +135,18 @@ def test_a_graph_of_something_else_is_refused(tmp_path) -> None:
     io.save(parse(text), tmp_path / "m.onnx")
     with pytest.raises(GraphError, match="expected one image input"):
         OrtRunner(tmp_path / "m.onnx")
+
+
+def test_sizes_that_a_graph_of_another_tool_leaves_open_are_open(tmp_path) -> None:
+    text = "g (float[b,c,h,w] pixel_values) => (float[b,c,h,w] y) { y = Relu (pixel_values) }"
+    io.save(parse(text), tmp_path / "m.onnx")
+    runner = OrtRunner(tmp_path / "m.onnx")
+    for shape in ((2, 3, 4, 5), (1, 1, 8, 8)):
+        assert runner(np.ones(shape, np.float32)).y.shape == shape
+    with pytest.raises(InputError, match=r"have shape \[2, 3\]; .* takes \[b, c, h, w\]"):
+        runner(np.ones((2, 3), np.float32))
+    with pytest.raises(InputError, match="which has no place before it is computed; give NumPy"):
+        runner._run_bound(dlpack.borrow(np.ones((1, 1, 8, 8), np.float32)))
 
 
 def test_what_fails_inside_onnxruntime_is_our_error(tmp_path) -> None:
