@@ -77,7 +77,7 @@ def read_source(path: Path) -> Source:
 
 
 def _told(path: Path, fixed: ImageSize | None, done: str) -> tuple[str, ...]:
-    notes = (f"{path.name} has no manifest: preprocessing hf assumed; graph {done}",)
+    notes = (f"{path.name} has no manifest: preprocessing hf assumed; {done}",)
     if fixed is None:
         return notes
     return (*notes, f"its image size was dynamic, and is {fixed} as its position embedding has it")
