@@ -188,9 +188,7 @@ def test_what_is_no_checkpoint_is_one_message(outputs, source, message) -> None:
 
 def test_a_batch_that_memory_cannot_check_is_refused_before_the_work(tiny, outputs) -> None:
     result = export(tiny, outputs, "--batch", "999999")
-    assert "error: batch 999999:999999:999999: memory affords a check of about" in last_line(
-        result
-    )
+    assert "error: batch 999999:999999:999999: memory affords a check of about" in last_line(result)
     assert "trace" not in result.stderr
 
 
