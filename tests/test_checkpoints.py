@@ -9,10 +9,9 @@ from pathlib import Path
 import huggingface_hub.constants as hub_constants
 import pytest
 import torch
-from checkpoints import hugging_face, processor
+from checkpoints import hugging_face, original_state, processor
 from hub import COMMIT, cached, serve
 from safetensors.torch import load_file, save_file
-from test_parity import original_state
 
 from msn_export.errors import CheckpointError
 from msn_export.models.checkpoints import Checkpoint, load_checkpoint
