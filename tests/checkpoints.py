@@ -46,3 +46,39 @@ def hugging_face(
 def processor(folder: Path, **settings: Any) -> None:
     """Write a preprocessor_config.json."""
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+
+
+def original_state(model: torch.nn.Module, depth: int) -> dict[str, torch.Tensor]:
+    """Rename transformers' weights as facebookresearch/msn src/deit.py names them."""
+    weights = model.state_dict()
+    state = {
+        "cls_token": weights["embeddings.cls_token"],
+        "pos_embed": weights["embeddings.position_embeddings"],
+    }
+    modules = {
+        "patch_embed.proj": "embeddings.patch_embeddings.projection",
+        "norm": "layernorm",
+    }
+    for i in range(depth):
+        for theirs, hf in (
+            ("norm1", "layernorm_before"), ("norm2", "layernorm_after"),
+            ("attn.proj", "attention.o_proj"), ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2"),
+        ):  # fmt: skip
+            modules[f"blocks.{i}.{theirs}"] = f"layers.{i}.{hf}"
+        for leaf in ("weight", "bias"):
+            parts = [weights[f"layers.{i}.attention.{p}_proj.{leaf}"] for p in "qkv"]
+            state[f"blocks.{i}.attn.qkv.{leaf}"] = torch.cat(parts)
+    for theirs, hf in modules.items():
+        for leaf in ("weight", "bias"):
+            state[f"{theirs}.{leaf}"] = weights[f"{hf}.{leaf}"]
+    return state
+
+
+class Bomb:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, (f"open({str(self.path)!r}, 'w').close()",)

@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import hugging_face, processor
+from checkpoints import Bomb, hugging_face, processor
 from click.testing import CliRunner, Result
 from hub import COMMIT, cached
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_weights import Bomb
 
 from msn_export import manifest
 from msn_export.cli import main

@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from checkpoints import hugging_face, randomised
+from checkpoints import hugging_face, original_state, randomised
 from transformers import ViTMSNConfig, ViTMSNModel
 
 from msn_export.graph import io
@@ -116,32 +116,6 @@ def test_position_embedding_is_interpolated_as_transformers_does(size, tmp_path)
     with torch.no_grad():
         expected = theirs(images, interpolate_pos_encoding=True).last_hidden_state
         assert (ours(images) - expected).abs().max() <= 1e-5
-
-
-def original_state(model: torch.nn.Module, depth: int) -> dict[str, torch.Tensor]:
-    """Rename transformers' weights as facebookresearch/msn src/deit.py names them."""
-    weights = model.state_dict()
-    state = {
-        "cls_token": weights["embeddings.cls_token"],
-        "pos_embed": weights["embeddings.position_embeddings"],
-    }
-    modules = {
-        "patch_embed.proj": "embeddings.patch_embeddings.projection",
-        "norm": "layernorm",
-    }
-    for i in range(depth):
-        for theirs, hf in (
-            ("norm1", "layernorm_before"), ("norm2", "layernorm_after"),
-            ("attn.proj", "attention.o_proj"), ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2"),
-        ):  # fmt: skip
-            modules[f"blocks.{i}.{theirs}"] = f"layers.{i}.{hf}"
-        for leaf in ("weight", "bias"):
-            parts = [weights[f"layers.{i}.attention.{p}_proj.{leaf}"] for p in "qkv"]
-            state[f"blocks.{i}.attn.qkv.{leaf}"] = torch.cat(parts)
-    for theirs, hf in modules.items():
-        for leaf in ("weight", "bias"):
-            state[f"{theirs}.{leaf}"] = weights[f"{hf}.{leaf}"]
-    return state
 
 
 def test_a_checkpoint_of_the_original_repository_agrees(tmp_path) -> None:

@@ -58,7 +58,7 @@ def test_a_candidate_runs_every_size_and_is_compared_image_by_image(sample) -> N
     assert verified.sizes == (1, 4, 8)
     assert verified.outputs.keys() == {"a", "b"}
     for agreement in verified.outputs.values():
-        assert agreement.images == 19  # a picture that ran twice is one picture
+        assert agreement.images == 19  # pictures, however often each was run
         assert agreement.max_abs == 0
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import Bomb
 from safetensors.torch import save_file
 
 from msn_export.errors import CheckpointError
@@ -86,16 +87,6 @@ def test_safetensors_come_before_a_pickle(tmp_path) -> None:
 
 
 # --- what would run code --------------------------------------------------------------------------
-
-
-class Bomb:
-    """Writes a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return exec, (f"open({str(self.path)!r}, 'w').close()",)
 
 
 class Shell:
