@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 LIMIT = 16  # pictures: the stages of a ViT-S are 4 MB each, and one look needs no percentile
 AT_ONCE = 4
+JUMP = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,10 +221,19 @@ def _at_once(job: DriftJob, pair: Pair, sample: Sample) -> int:
 
 
 def _suspect(stages: tuple[StageDrift, ...], parted: StageDrift | None) -> str | None:
-    """Choose the block to look into; an embedding or an output has no inside."""
+    """Choose the block to look into; an embedding or an output has no inside.
+
+    Where nothing is past what is allowed: the first block that adds several times what any stage
+    before it added, for later ones magnify what comes in; else the one that adds the most.
+    """
     if parted is not None:
         return parted.name if parted.name.startswith("block ") else None
+    before = stages[0].added
     blocks = [stage for stage in stages if stage.name.startswith("block ")]
+    for stage in blocks:
+        if stage.added > JUMP * before:
+            return stage.name
+        before = max(before, stage.added)
     return max(blocks, key=lambda stage: stage.added).name
 
 

@@ -138,7 +138,7 @@ def image_input(model: ir.Model, path: Path) -> tuple[InputKind, ImageSize, int,
 
 
 def room_of(model: ir.Model) -> int:
-    """Estimate the batch that memory affords, from any attention core's shape."""
+    """Estimate the batch that memory affords, from any attention core's shape or the patches."""
     for node in model.graph:
         shape = node.inputs[0].shape if node.inputs and node.inputs[0] is not None else None
         if node.op_type not in {"Attention", "Softmax"} or shape is None:
@@ -153,4 +153,15 @@ def room_of(model: ir.Model) -> int:
             continue
         if heads and tokens:
             return affordable_batch(tokens, dim, 4 * dim, heads)
+    return _room_of_patches(model)
+
+
+def _room_of_patches(model: ir.Model) -> int:
+    """Estimate it where attention has no known shape: from the patch convolution [b, dim, r, c]."""
+    for node in model.graph:
+        shape = node.outputs[0].shape if node.op_type == "Conv" else None
+        sizes = [size for size in shape or () if isinstance(size, int)][-3:]
+        if len(sizes) == 3:
+            dim, tokens = sizes[0], sizes[1] * sizes[2] + 1
+            return affordable_batch(tokens, dim, 4 * dim, max(1, dim // 64))
     return 1

@@ -11,6 +11,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 import photographs as photographs_script
 import real_bindings
+from checkpoints import small
+from click.testing import CliRunner
+
+from msn_export.cli import main
 
 # the same examples each time, and no clock: the machine may be busy
 settings.register_profile("seeded", derandomize=True, deadline=None)
@@ -29,3 +33,19 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Libraries that define what the real TensorRT modules link, and do nothing."""
     return real_bindings.make_stubs(tmp_path_factory.mktemp("stubs"))
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with vit-msn-small for images of 64 pixels, and a classifier."""
+    return small(tmp_path_factory.mktemp("small") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def small_graph(small_checkpoint: Path, photographs: Path) -> Path:
+    """That checkpoint's fp32 graph, with its manifest; not to be changed."""
+    output = small_checkpoint.parent / "small.onnx"
+    options = ["--head", "cls", "--head", "logits", "--images", str(photographs)]
+    result = CliRunner().invoke(main, ["onnx", str(small_checkpoint), "-o", str(output), *options])
+    assert result.exit_code == 0, result.output
+    return output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
@@ -28,17 +29,17 @@ def show_drift(console: Console, found: Drift) -> None:
 
 
 def _stages(title: str, stages: Sequence[StageDrift], parted: str | None) -> Table:
-    table = Table(title=escape(title), title_justify="left")
-    table.add_column("stage")
-    for name in ("cosine", "rel. error", "allowed", "added", "max_abs", "peak", "headroom"):
-        table.add_column(name, justify="right")
-    table.add_column("peak in")
+    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("stage", no_wrap=True)
+    for name in ("1 - cos", "error", "allowed", "added", "max_abs", "peak", "headroom"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("peak in", overflow="fold")
     for stage in stages:
         tensor = stage.tensor
         first = " (\\[CLS])" if tensor.first_token else ""
         table.add_row(
             f"{escape(stage.name)}{first}",
-            f"{tensor.cosine_min:.8f}",
+            f"{1 - tensor.cosine_min:.1e}",
             f"{tensor.relative:.1e}",
             f"{stage.allowed:.1e}",
             f"{stage.added:.1e}",
@@ -56,18 +57,18 @@ def _short(stage: StageDrift) -> str:
     name = stage.peak_tensor
     for block in (stage.name, stage.name.replace("block ", "blocks.")):
         name = name.removeprefix(block) or name
-    return name.lstrip(" .")
+    return name.removesuffix(".LayerNormalization").lstrip(" .")
 
 
 def _tensors(title: str, tensors: Sequence[TensorDrift]) -> Table:
-    table = Table(title=escape(title), title_justify="left")
-    table.add_column("tensor")
-    for name in ("cosine", "rel. error", "max_abs", "largest", "not finite"):
-        table.add_column(name, justify="right")
+    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("tensor", overflow="fold")
+    for name in ("1 - cos", "error", "max_abs", "largest", "not finite"):
+        table.add_column(name, justify="right", no_wrap=True)
     for tensor in tensors:
         table.add_row(
             escape(tensor.name),
-            f"{tensor.cosine_min:.8f}",
+            f"{1 - tensor.cosine_min:.1e}",
             f"{tensor.relative:.1e}",
             f"{tensor.max_abs:.1e}",
             f"{tensor.largest:.4g}",

@@ -1,0 +1,147 @@
+"""Nine mistakes that exporters make, each caught by ``validate`` and placed by ``drift``.
+
+The model is vit-msn-small with msn's own initialisation, not one made to show a fault.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import faults
+import numpy as np
+import pytest
+from faults import BLOCK, describe, plant
+
+from msn_export import manifest
+from msn_export.progress import Silent
+from msn_export.run_drift import Drift, DriftJob, run_drift
+from msn_export.run_validate import ValidateJob, Validation, run_validate
+
+LIMIT = 4  # pictures: these faults are no matter of chance
+
+
+def validated(reference: Path, candidate: Path, pictures: Path, **options) -> Validation:
+    job = ValidateJob(str(reference), str(candidate), images=pictures, limit=LIMIT, **options)
+    return run_validate(job, Silent())
+
+
+def drifted(reference: Path, candidate: Path, pictures: Path) -> Drift:
+    job = DriftJob(str(reference), str(candidate), images=pictures, limit=LIMIT)
+    return run_drift(job, Silent())
+
+
+def test_without_a_fault_everything_passes(small_checkpoint, small_graph, photographs) -> None:
+    validation = validated(small_checkpoint, small_graph, photographs)
+    assert validation.passed
+    assert validation.reasons == ()
+    # two fp32 runs differ by less than twice the rounding of one: docs/tolerances.md
+    assert all(figures["rounding"] < 2 for figures in validation.check.outputs.values())
+    assert drifted(small_checkpoint, small_graph, photographs).parted is None
+
+
+IN_A_BLOCK = {
+    "two heads swapped": (faults.swap_heads, "blocks.3.attn.qkv", "cosine_min"),
+    "LayerNorm eps 1e-5": (
+        faults.wrong_epsilon,
+        "blocks.3.norm1",
+        "epsilon is 1e-05, the reference's 1e-06 in block 3 norm before attention",
+    ),
+    "tanh GELU for erf": (
+        faults.tanh_gelu,
+        "block 3 activation",
+        "activation is gelu, tanh form, the reference's gelu in block 3",
+    ),
+    "a dropped bias": (faults.dropped_bias, "blocks.3.attn.proj", "max_abs"),
+    "weights of 4 bits": (faults.four_bits, "blocks.3.attn.qkv", "max_abs"),
+}
+
+
+@pytest.mark.parametrize(("fault", "tensor", "reason"), IN_A_BLOCK.values(), ids=IN_A_BLOCK.keys())
+def test_a_fault_in_a_block_is_caught_and_placed(
+    fault, tensor, reason, small_checkpoint, small_graph, photographs, tmp_path
+) -> None:
+    faulty = plant(small_graph, tmp_path / "m.onnx", fault)
+    validation = validated(small_checkpoint, faulty, photographs)
+    assert not validation.passed
+    assert any(reason in told for told in validation.reasons), validation.reasons
+    found = drifted(small_checkpoint, faulty, photographs)
+    assert found.parted == found.suspect == f"block {BLOCK}"
+    # inside the block, the first tensor that is wrong is the one the fault is in
+    usual = max(stage.tensor.relative for stage in found.stages[:BLOCK])
+    wrong = next(tensor for tensor in found.inside if tensor.relative > 2 * usual)
+    assert wrong.name == tensor
+
+
+def test_an_epsilon_is_caught_by_its_numbers_alone(
+    small_checkpoint, small_graph, photographs, tmp_path
+) -> None:
+    """The plain gate of 1e-4 does not see it; the reference's own rounding does."""
+    faulty = plant(small_graph, tmp_path / "m.onnx", faults.wrong_epsilon)
+    validation = validated(small_checkpoint, faulty, photographs, numbers_only=True)
+    assert validation.check.max_abs < 1e-4
+    assert not validation.passed
+    assert all("own rounding, 3 allowed" in reason for reason in validation.reasons)
+
+
+@pytest.mark.parametrize("block", [0, 2, 5])
+def test_an_epsilon_is_read_wherever_it_is(block, small_graph, photographs, tmp_path) -> None:
+    """In later blocks it is lost in rounding; the graph says it all the same."""
+    faulty = plant(small_graph, tmp_path / "m.onnx", lambda m: faults.wrong_epsilon(m, block))
+    validation = validated(small_graph, faulty, photographs)
+    assert not validation.passed
+    assert f"in block {block} norm before attention" in validation.reasons[-1]
+    found = drifted(small_graph, faulty, photographs)
+    assert found.suspect == f"block {block}"
+
+
+def test_channels_in_the_other_order_are_caught_and_named(
+    small_checkpoint, small_graph, photographs, tmp_path
+) -> None:
+    faulty = plant(small_graph, tmp_path / "m.onnx", faults.bgr)
+    validation = validated(small_checkpoint, faulty, photographs)
+    assert not validation.passed
+    assert validation.cause is not None
+    assert "agrees when it is given BGR" in validation.cause
+    assert drifted(small_checkpoint, faulty, photographs).parted == "patch embedding"
+
+
+def test_a_transposed_position_embedding_is_caught(
+    small_checkpoint, small_graph, photographs, tmp_path
+) -> None:
+    faulty = plant(small_graph, tmp_path / "m.onnx", faults.transposed_positions)
+    assert not validated(small_checkpoint, faulty, photographs).passed
+    assert drifted(small_checkpoint, faulty, photographs).parted == "patch embedding"
+
+
+def test_another_resize_is_a_preprocessing_mismatch_not_a_model_error(
+    small_checkpoint, small_graph, photographs, tmp_path
+) -> None:
+    known = manifest.read(small_graph)
+    nearest = replace(known.preprocessing, resample="nearest")
+    faulty = describe(small_graph, tmp_path / "m.onnx", preprocessing=nearest)
+    validation = validated(small_checkpoint, faulty, photographs)
+    assert not validation.passed
+    assert validation.check.passed
+    assert validation.own is not None
+    assert not validation.own.passed
+    (reason,) = validation.reasons
+    assert reason.startswith("a preprocessing mismatch, the model itself agrees: with the same")
+
+
+def test_shifted_class_names_are_caught(small_graph, photographs, tmp_path) -> None:
+    labels = tuple(np.roll([f"class {i}" for i in range(8)], 1).tolist())
+    faulty = describe(small_graph, tmp_path / "m.onnx", labels=labels)
+    validation = validated(small_graph, faulty, photographs)
+    assert validation.check.passed
+    assert not validation.passed
+    assert validation.reasons == ("the candidate's class names are the reference's shifted by +1",)
+
+
+def test_shifted_classes_are_caught_and_named(
+    small_checkpoint, small_graph, photographs, tmp_path
+) -> None:
+    faulty = plant(small_graph, tmp_path / "m.onnx", faults.shifted_classes)
+    validation = validated(small_checkpoint, faulty, photographs)
+    assert not validation.passed
+    assert validation.check.classes == 0
+    assert validation.cause == "the candidate's classes are the reference's shifted by +1"
+    assert drifted(small_checkpoint, faulty, photographs).parted == "logits"
