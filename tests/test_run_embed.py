@@ -325,8 +325,10 @@ def test_a_machine_that_computes_something_else_is_noticed_first(model, folder, 
     assert "selftest failed" in result.stderr
     assert "run it all the same with --no-check" in result.stderr
     result = embed(other, folder, tmp_path / "out.npy", "--no-check", "--json")
+    assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["selftest"] == "none (--no-check)"
     result = embed(model, folder, tmp_path / "out.npy", "--force", "--json")
+    assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["selftest"].startswith("selftest passed")
 
 
