@@ -63,7 +63,7 @@ def test_the_wheel_with_ort_alone_runs_an_exported_model(production, photographs
         capture_output=True, text=True, check=True,
     ).stdout.lower()  # fmt: skip
     assert "onnxruntime" in listed
-    assert not [name for name in ("torch", "onnx==", "onnx-ir", "rich") if f"\n{name}" in listed]
+    assert not [name for name in ("torch", "onnx==", "onnx-ir", "cuda") if f"\n{name}" in listed]
     paths = images.find(photographs)[:3]
     output = tmp_path / "logits.npy"
     run = subprocess.run(
