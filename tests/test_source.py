@@ -62,8 +62,8 @@ def test_without_its_manifest_it_is_read_as_anyones(ours, tmp_path) -> None:
     assert (source.stem, source.dtype, source.batch) == (InputKind.UINT8, Dtype.FP16, DYNAMIC)
     assert source.preprocessing == preset("hf", ImageSize(32, 32))
     assert source.notes == (
-        "theirs.onnx has no manifest: preprocessing hf assumed; graph simplification nothing "
-        "left to simplify",
+        "theirs.onnx has no manifest: preprocessing hf assumed; simplification nothing left "
+        "to simplify",
     )
 
 
