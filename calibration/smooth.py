@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from msn_export.calibration.projections import Projection, Role, find_cores
 from msn_export.errors import GraphError
 
-# A channel moves by at most 2**LARGEST: fp16 weights have room for that.
-_LARGEST = 10
+# A channel moves by at most 2**LARGEST_EXPONENT: fp16 weights have room for that.
+LARGEST_EXPONENT = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +161,7 @@ def factors(
     exponents = np.zeros(len(maxima))
     exponents[moved] = strength * np.log2(maxima[moved]) - (1 - strength) * np.log2(weights[moved])
     exponents -= np.median(exponents[moved]) if moved.any() else 0.0
-    exponents = np.where(moved, np.clip(np.rint(exponents), -_LARGEST, _LARGEST), 0.0)
+    exponents = np.where(moved, np.clip(np.rint(exponents), -LARGEST_EXPONENT, LARGEST_EXPONENT), 0.0)
     return np.exp2(exponents).astype(np.float32)
 
 
