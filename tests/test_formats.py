@@ -52,6 +52,8 @@ def test_a_channel_that_is_zero_has_scale_one() -> None:
 
 
 def test_a_range_whose_scale_passes_the_base_is_refused() -> None:
-    with pytest.raises(GraphError, match=r"needs a scale of 7.87e\+05, which fp16 does not hold; cal"):
+    with pytest.raises(
+        GraphError, match=r"needs a scale of 7.87e\+05, which fp16 does not hold; cal"
+    ):
         scales(1e8, INT8, Dtype.FP16)
     assert np.isfinite(scales(1e8, INT8, Dtype.BF16))

@@ -1,4 +1,4 @@
-"""Images are dealt once, by seed: none is both calibrated on and held out, broken ones are named."""
+"""Images are dealt by seed: none is both calibrated on and held out, broken ones are named."""
 
 import itertools
 import shutil
@@ -76,7 +76,11 @@ def test_broken_ones_are_named_counted_and_replaced(tmp_path) -> None:
     assert len(calibrated(found)) == 10
     everything = dealt(folder)
     assert len(calibrated(everything)) + len(everything.held_out.pixels) == 17
-    assert {path.name for path in everything.calibration.broken} == {"003.png", "004.png", "005.png"}
+    assert {path.name for path in everything.calibration.broken} == {
+        "003.png",
+        "004.png",
+        "005.png",
+    }
     assert all("is not a readable picture" in why for why in everything.calibration.broken.values())
 
 
@@ -102,7 +106,11 @@ def test_nothing_to_judge_by_is_refused(tmp_path) -> None:
     ("count", "broken", "message"),
     [
         (0, (), "image folder .* holds no picture; expected files ending in"),
-        (1, (), "has too few readable pictures; expected two or more that differ, to calibrate on one"),
+        (
+            1,
+            (),
+            "has too few readable pictures; expected two or more that differ, to calibrate on one",
+        ),
         (2, (0,), "has too few readable pictures; expected two or more"),
         (3, (0, 1, 2), r"all 3 pictures of .* are broken; the first: .* is not a readable picture"),
     ],
