@@ -63,6 +63,7 @@ class TrtJob:
     optimization_level: int | None = None
     timing_cache: Path | None = None
     version_compatible: bool = False
+    tf32: bool = False
     timeout: float | None = None
     memory_limit: int | None = None
     images: Path | None = None
@@ -276,6 +277,7 @@ def _compile(
         optimization_level=job.optimization_level,
         timing_cache=job.timing_cache or _default_timing_cache(backend),
         version_compatible=job.version_compatible,
+        tf32=job.tf32,
         decompose_attention=job.allow_unfused,
         timeout=job.timeout,
         memory_limit=job.memory_limit,
@@ -312,7 +314,7 @@ def _engine_record(job: TrtJob, graph: Graph, result: BuildResult) -> EngineReco
     figures = summary(result.census)
     options = {
         name: getattr(job, name)
-        for name in ("workspace", "optimization_level", "version_compatible")
+        for name in ("workspace", "optimization_level", "version_compatible", "tf32")
         if getattr(job, name) not in {None, False}
     }
     return EngineRecord(
