@@ -82,7 +82,7 @@ def open_artifact(
         return _of_graph(path)
     if path.suffix in ENGINES:
         return _of_engine(path)
-    from msn_export.checkpoint import checkpoint_artifact  # torch
+    from msn_export.proof.checkpoint import checkpoint_artifact  # torch
 
     return checkpoint_artifact(name, variant, size)
 
