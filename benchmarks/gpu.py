@@ -35,8 +35,9 @@ from msn_export.graph.work import multiply_adds
 from msn_export.models.checkpoints import load_checkpoint
 from msn_export.progress import Silent
 from msn_export.run_onnx import OnnxJob, run_onnx
-from msn_export.run_trt import TrtJob, run_trt
+from msn_export.run_trt import run_trt
 from msn_export.spec import BatchRange, Dtype, Head, InputKind
+from msn_export.trt_job import TrtJob
 
 BASE = "torch SDPA"
 PACKAGES = ("torch", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-bindings", "triton")

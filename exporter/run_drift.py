@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msn_export.artifact import Artifact
 from msn_export.check.compare import Agreement
 from msn_export.check.drift import (
     StageDrift,
@@ -24,11 +23,12 @@ from msn_export.check.sample import Sample, batches, draw
 from msn_export.check.verify import Reference, Verified
 from msn_export.errors import GraphError
 from msn_export.manifest import CheckRecord
-from msn_export.pair import Pair, open_pair
 from msn_export.preprocessing import preset
 from msn_export.progress import Progress
+from msn_export.proof.artifact import Artifact
+from msn_export.proof.pair import Pair, open_pair
+from msn_export.proof.streams import open_stream, what_is_shown
 from msn_export.spec import Dtype
-from msn_export.streams import open_stream, what_is_shown
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -106,7 +106,7 @@ def _marked(side: Artifact, folder: Path, progress: Progress) -> Artifact:
         return side
     assert side.manifest is not None  # no engine is described without one
     side.start((), folder)  # refused here, before minutes of compiling, if it cannot run
-    from msn_export.marked import build_marked
+    from msn_export.proof.marked import build_marked
 
     folder.mkdir()
     return replace(side, marked=build_marked(Path(side.name), side.manifest, folder, progress))

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from msn_export import __version__
 from msn_export import manifest as manifests
-from msn_export.artifact import ENGINES, is_checkpoint
-from msn_export.artifact_facts import artifact_facts, checkpoint_facts
 from msn_export.driver import NoDriver, find_driver
 from msn_export.errors import GraphError, MissingPackageError, SpecError
 from msn_export.files import require_writable, staging
-from msn_export.measured_facts import drift_facts, live_agreement, recorded_agreement
 from msn_export.progress import Progress
+from msn_export.proof.artifact import ENGINES, is_checkpoint
+from msn_export.proof.artifact_facts import artifact_facts, checkpoint_facts
+from msn_export.proof.measured_facts import drift_facts, live_agreement, recorded_agreement
 from msn_export.report import facts, words
 from msn_export.run_drift import DriftJob, run_drift
 from msn_export.run_validate import ValidateJob, validate_in_full

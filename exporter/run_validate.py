@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from msn_export.artifact import Artifact
 from msn_export.check.gate import Gate, coarsest, gate_of
 from msn_export.check.labels import label_faults
 from msn_export.check.sample import Sample, batch_sizes, draw, with_ragged
@@ -25,13 +24,14 @@ from msn_export.check.verify import (
 from msn_export.graph.structure import differences
 from msn_export.manifest import CheckRecord
 from msn_export.models.hf_config import read_json
-from msn_export.pair import Pair, open_pair
 from msn_export.preprocessing import (
     Preprocessing,
     from_processor_config,
     preset,
 )
 from msn_export.progress import Progress
+from msn_export.proof.artifact import Artifact
+from msn_export.proof.pair import Pair, open_pair
 from msn_export.spec import BatchRange, Dtype
 
 LIMIT = 64  # pictures: enough for a first percentile, seconds of a ViT-S on two cores

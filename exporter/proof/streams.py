@@ -11,7 +11,6 @@ import numpy as np
 import onnx_ir as ir
 
 from msn_export import manifest as manifests
-from msn_export.artifact import Artifact, open_engine
 from msn_export.errors import GraphError
 from msn_export.graph import io
 from msn_export.graph.expose import SEEN, expose
@@ -20,6 +19,7 @@ from msn_export.graph.inside import inside as tensors_inside
 from msn_export.graph.islands import MAXIMA, observe
 from msn_export.graph.stream import ENTRY, find_stream, stages_of
 from msn_export.graph.stream import Stream as Skeleton
+from msn_export.proof.artifact import Artifact, open_engine
 from msn_export.spec import Dtype, Head
 from msn_export.typed import cpu_runner
 

@@ -82,7 +82,7 @@ def open_artifact(
         return _of_graph(path)
     if path.suffix in ENGINES:
         return _of_engine(path)
-    from msn_export.checkpoint import checkpoint_artifact  # torch
+    from msn_export.proof.checkpoint import checkpoint_artifact  # torch
 
     return checkpoint_artifact(name, variant, size)
 
@@ -145,7 +145,7 @@ def _of_engine(path: Path) -> Artifact:
     return Artifact(
         name=str(path),
         kind="engine",
-        dtype=manifest.dtype,
+        dtype=manifest.rounds_as,
         stem=next(kind for kind in InputKind if kind.tensor == manifest.inputs[0].name),
         size=manifest.preprocessing.size,
         channels=manifest.preprocessing.channels,
