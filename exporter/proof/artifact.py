@@ -156,7 +156,7 @@ def _of_engine(path: Path) -> Artifact:
     return Artifact(
         name=str(path),
         kind="engine",
-        dtype=manifest.dtype,
+        dtype=manifest.rounds_as,
         stem=next(kind for kind in InputKind if kind.tensor == manifest.inputs[0].name),
         size=manifest.preprocessing.size,
         channels=manifest.preprocessing.channels,
