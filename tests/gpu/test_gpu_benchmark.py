@@ -96,7 +96,7 @@ def test_it_writes_a_row_for_each_contender_and_batch(
         assert (row["ratio"] == 1) == (row["contender"] == "torch SDPA")
     table = out.with_suffix(".md").read_text().splitlines()
     assert len(table) == 2 + 2 * len(ALL)
-    assert {line.count("|") for line in table} == {9}
+    assert {line.count("|") for line in table} == {10}
     if not on_card:
         assert "not run: no compiler in a rehearsal" in table[4]
 
