@@ -125,7 +125,8 @@ def _measure(
 ) -> Measured:
     side = pair.candidate
     batch = job.batch or side.batch
-    room = max(batch.min, pair.room)
+    # an engine's batch is in the GPU's memory: this machine's sets no limit to its smallest
+    room = max(batch.min, pair.room) if side.kind == "engine" else pair.room
     sizes = with_ragged(batch_sizes(batch, room), len(reference.sample))
     notes = [f"skipped: {broken}" for broken in reference.sample.broken]
     if room < batch.max:
