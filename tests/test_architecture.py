@@ -56,7 +56,6 @@ SIBLINGS = {
 # into an engine drift compiles it once more
 COMPOSED = {
     "run_report.py": {"run_drift", "run_validate"},
-    "proof/measured_facts.py": {"run_drift", "run_validate"},
     "proof/marked.py": {"run_trt"},
 }
 # the modules at the root, from the bottom up; each may use those before it, whatever its own rank

@@ -12,9 +12,9 @@ from msn_export.check.neighbours import embedding_of, nearest
 from msn_export.check.verify import Verified
 from msn_export.manifest import Manifest
 from msn_export.proof.artifact import is_checkpoint
+from msn_export.proof.drift import Drift
+from msn_export.proof.validation import Validation
 from msn_export.report import facts
-from msn_export.run_drift import Drift
-from msn_export.run_validate import Validation
 
 WORST = 3  # images shown of each comparison
 
