@@ -66,7 +66,7 @@ def test_both_formats_in_one_graph_are_refused() -> None:
             e = QuantizeLinear <output_dtype = 17> (d, s)
             y = DequantizeLinear (e, s)
         }""")
-    with pytest.raises(GraphError, match="the graph mixes int8 and fp8 .*; quantise it to one"):
+    with pytest.raises(GraphError, match=r"the graph mixes int8 and fp8 .*; quantise it to one"):
         quantised_dtype(model)
 
 
