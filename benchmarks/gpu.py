@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_contenders import Contender, Run, contenders, reference
+from gpu_contenders import DEVICE, Contender, Run, contenders, reference
 
 from msn_export.check.compare import Comparison
 from msn_export.check.sample import Sample, draw
@@ -35,9 +35,11 @@ from msn_export.graph.work import multiply_adds
 from msn_export.models.checkpoints import load_checkpoint
 from msn_export.progress import Silent
 from msn_export.run_onnx import OnnxJob, run_onnx
-from msn_export.run_trt import TrtJob, run_trt
+from msn_export.run_trt import run_trt
 from msn_export.spec import BatchRange, Dtype, Head, InputKind
+from msn_export.trt_job import TrtJob
 
+MODELS = ("random:vit-msn-small:0", "random:vit-msn-base:0")
 BASE = "torch SDPA"
 PACKAGES = ("torch", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-bindings", "triton")
 SETS = 4  # inputs that rotate
@@ -59,10 +61,10 @@ def milliseconds(run: Run, inputs: list[torch.Tensor], calls: int) -> float:
 
 def ceilings() -> dict[str, float]:
     """Measure what the card can do: copies in TB/s, fp16 matrix products in TFLOP/s."""
-    block = torch.empty(1 << 28, dtype=torch.float32, device="cuda")  # 1 GiB
+    block = torch.empty(1 << 28, dtype=torch.float32, device=DEVICE)  # 1 GiB
     other = torch.empty_like(block)
     side = 8192
-    a = torch.randn(side, side, dtype=torch.float16, device="cuda")
+    a = torch.randn(side, side, dtype=torch.float16, device=DEVICE)
     copies = min(milliseconds(lambda _: other.copy_(block), [a], 10) for _ in range(5))
     products = min(milliseconds(lambda x: x @ x, [a], 10) for _ in range(5))
     return {
@@ -71,13 +73,13 @@ def ceilings() -> dict[str, float]:
     }
 
 
-def export(shape: str, images: Path, folder: Path, batch: BatchRange) -> tuple[Path, Path]:
+def export(model: str, images: Path, folder: Path, batch: BatchRange) -> tuple[Path, Path]:
     """Export the fp32 master and the fp16 graph, and build the fp16 engine."""
-    master, graph, engine = (folder / f"{shape}{end}" for end in (".onnx", ".fp16.onnx", ".engine"))
+    folder.mkdir()
+    master, graph, engine = (folder / name for name in ("m.onnx", "m.fp16.onnx", "m.engine"))
     shared: dict[str, Any] = {"heads": (Head.CLS,), "batch": batch, "images": images}
-    run_onnx(OnnxJob(f"random:{shape}:0", master, **shared), Silent())
-    half = OnnxJob(f"random:{shape}:0", graph, dtype=Dtype.FP16, **shared)
-    run_onnx(half, Silent())
+    run_onnx(OnnxJob(model, master, **shared), Silent())
+    run_onnx(OnnxJob(model, graph, dtype=Dtype.FP16, **shared), Silent())
     run_trt(TrtJob(master, engine, precision=Dtype.FP16, images=images), Silent())
     return graph, engine
 
@@ -87,7 +89,7 @@ def inputs_of(sample: Sample, batch: int) -> list[torch.Tensor]:
     return [
         torch.from_numpy(
             sample.feed(range(index * batch, (index + 1) * batch), InputKind.FLOAT)
-        ).cuda()
+        ).to(DEVICE)
         for index in range(SETS)
     ]
 
@@ -121,12 +123,12 @@ def time_all(
 
 
 def measure(
-    shape: str, asked: argparse.Namespace, ceiling: float, folder: Path
+    model: str, asked: argparse.Namespace, ceiling: float, folder: Path
 ) -> list[dict[str, Any]]:
-    """Measure one shape at every batch; give its rows."""
-    checkpoint = load_checkpoint(f"random:{shape}:0")
+    """Measure one model at every batch; give its rows."""
+    checkpoint = load_checkpoint(model)
     batch = BatchRange(1, min(8, max(asked.batches)), max(asked.batches))
-    graph, engine = export(shape, asked.images, folder, batch)
+    graph, engine = export(model, asked.images, folder, batch)
     work = 2 * multiply_adds(io.load(graph))
     exact = reference(checkpoint.model)
     rows = []
@@ -139,7 +141,7 @@ def measure(
             near = {one.name: agreement(one.run, exact, inputs) for one in able if one.run}
             times = time_all(able, inputs, asked.rounds)
             for one in every:
-                row: dict[str, Any] = {"shape": shape, "batch": size, "contender": one.name}
+                row: dict[str, Any] = {"model": model, "batch": size, "contender": one.name}
                 if one.run is None:
                     rows.append(row | {"reason": one.reason})
                     continue
@@ -168,7 +170,7 @@ def _preprocessing(graph: Path) -> Any:
 
 def line(row: dict[str, Any]) -> str:
     """Give a row of the Markdown table."""
-    start = f"| {row['shape']} | {row['batch']} | {row['contender']} |"
+    start = f"| {row['model']} | {row['batch']} | {row['contender']} |"
     if "reason" in row:
         return f"{start} not run: {row['reason']} | | | | | |"
     low, high = row["ratio_quartiles"]
@@ -179,7 +181,7 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-HEAD = """| shape | batch | | ms | images/s | of SDPA's time | of the ceiling | worst cosine | max_abs |
+HEAD = """| model | batch | | ms | images/s | of SDPA's time | of the ceiling | worst cosine | max_abs |
 |---|---|---|---|---|---|---|---|---|
 """
 
@@ -188,7 +190,7 @@ def main(arguments: list[str]) -> None:
     """Measure, print the table, and write JSON and Markdown."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--images", type=Path, required=True)
-    parser.add_argument("--shapes", nargs="+", default=["vit-msn-small", "vit-msn-base"])
+    parser.add_argument("--models", nargs="+", default=MODELS, help="checkpoints")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpu.json"))
@@ -200,8 +202,8 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = [
             row
-            for shape in asked.shapes
-            for row in measure(shape, asked, measured["fp16_tflop_s"], Path(folder))
+            for index, model in enumerate(asked.models)
+            for row in measure(model, asked, measured["fp16_tflop_s"], Path(folder, str(index)))
         ]
     about = {
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),

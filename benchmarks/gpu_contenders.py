@@ -21,6 +21,7 @@ from msn_export.models.vit_msn import VitMsn
 from msn_export.runtime import open_runner
 
 Run = Callable[[Tensor], Tensor]
+DEVICE = "cuda"  # a rehearsal of the script runs on the CPU
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def _torch(model: VitMsn, attention: Any) -> Run:
 def _on_card(model: VitMsn, attention: Any, dtype: torch.dtype) -> VitMsn:
     copy = VitMsn(model.config, attention=attention)
     copy.load_state_dict(model.state_dict())
-    return copy.eval().requires_grad_(False).to("cuda", dtype)
+    return copy.eval().requires_grad_(False).to(DEVICE, dtype)
 
 
 def _copied(run: Run) -> Run:

@@ -87,7 +87,7 @@ def _check(
         on_profile = _OnProfile(runner, index, f"{runner.name}, profile {profile}")
         verified = verify(on_profile, reference, stem, sizes)
         records.append(
-            verified.require(GATES[manifest.dtype], f"the engine, run in profile {profile}")
+            verified.require(GATES[manifest.rounds_as], f"the engine, run in profile {profile}")
         )
     worst = min(records, key=lambda record: record.cosine_min or 0.0)
     every = sorted({size for record in records for size in record.batches})

@@ -1,94 +1,32 @@
 """The story of ``msn-export trt``: graph, precision, check, compile in a child, census, engine."""
 
-import math
 import resource
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import onnx_ir as ir
-
 from msn_export import golden
 from msn_export.check.gate import GATES
 from msn_export.check.sample import Sample, draw
 from msn_export.check.verify import Reference, run_reference, verify
+from msn_export.compilable import Compilable, prepare
 from msn_export.driver import NoDriver, find_driver
 from msn_export.engine import timing_cache
 from msn_export.engine.backend import Backend, find_backend
 from msn_export.engine.build import BuildResult, build_engine
-from msn_export.engine.census import require, summary
+from msn_export.engine.census import require
 from msn_export.engine.job import BuildSpec
 from msn_export.engine.job import Progress as BuildProgress
-from msn_export.errors import GraphError, SpecError
+from msn_export.engine_manifest import describe
+from msn_export.errors import SpecError
 from msn_export.execute import execute
-from msn_export.files import manifest_path, publish, require_writable, sha256_of, staging
-from msn_export.graph import io
-from msn_export.graph.expose import expose
-from msn_export.graph.fuse import fuse_attention
-from msn_export.graph.lower import lower, raise_opset
-from msn_export.graph.precision import fp32_nodes
-from msn_export.graph.quantised import quantised_products
-from msn_export.graph.stream import stages_of
-from msn_export.manifest import (
-    AttentionRecord,
-    CheckRecord,
-    EngineRecord,
-    GoldenRecord,
-    Manifest,
-    SourceRecord,
-    seal,
-    versions_of,
-)
+from msn_export.files import manifest_path, publish, require_writable, staging
+from msn_export.manifest import CheckRecord, GoldenRecord, Manifest, seal
 from msn_export.progress import Progress
-from msn_export.records import to_plain
 from msn_export.source import Source, read_source, room_of
-from msn_export.spec import AttentionForm, BatchRange, ComputeCapability, Dtype, TensorSpec
-from msn_export.typed import Islands, cpu_runner, type_as
-
-PACKAGES = ("onnx", "onnx-ir", "onnxsim", "onnxruntime-gpu", "onnxruntime")
-
-
-@dataclass(frozen=True, slots=True)
-class TrtJob:
-    """What ``msn-export trt`` was asked for; ``precision`` None is as the graph is typed."""
-
-    model: Path
-    output: Path | None = None
-    precision: Dtype | None = None
-    backend: str = "auto"
-    capabilities: tuple[ComputeCapability, ...] = ()
-    profiles: tuple[BatchRange, ...] = ()
-    islands: str = "measured"
-    workspace: int | None = None
-    optimization_level: int | None = None
-    timing_cache: Path | None = None
-    version_compatible: bool = False
-    timeout: float | None = None
-    memory_limit: int | None = None
-    images: Path | None = None
-    allow_unfused: bool = False
-    check: bool = True
-    stages: bool = False  # show the residual stream as outputs; for drift, not for production
-    log: Path | None = None
-    force: bool = False
-    command: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Graph:
-    """The graph that is compiled: typed, its attention in the form the compiler fuses."""
-
-    path: Path
-    dtype: Dtype
-    cores: int
-    form: AttentionForm
-    opset: int
-    nodes: int
-    ops: dict[str, int]
-    outputs: tuple[TensorSpec, ...]
-    islands: Islands
-    quantised: tuple[str, ...]
-    changed: bool
+from msn_export.spec import BatchRange, Dtype
+from msn_export.trt_job import TrtJob
+from msn_export.typed import cpu_runner
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,11 +57,11 @@ def run_trt(job: TrtJob, progress: Progress) -> tuple[Path, Manifest]:
     with progress.step("read images"):
         sample = draw(job.images, source.preprocessing, room=room_of(source.model))
     with staging(output.parent) as stage:
-        graph = _prepare(job, source, backend, sample, stage, progress)
+        graph = prepare(job, source, backend, sample, stage, progress)
         checked = _check(job, source, graph, sample, profiles, progress)
         result = _compile(job, graph, profiles, backend, stage / output.name, progress)
         manifest = replace(
-            _describe(job, source, graph, sample, checked.record, result),
+            describe(job, source, graph, sample, checked.record, result),
             profiles=profiles,
             golden=checked.golden,
         )
@@ -158,76 +96,10 @@ def _profiles(job: TrtJob, source: Source) -> tuple[BatchRange, ...]:
     return profiles
 
 
-def _prepare(
-    job: TrtJob,
-    source: Source,
-    backend: Backend,
-    sample: Sample,
-    stage: Path,
-    progress: Progress,
-) -> Graph:
-    """Type the graph and write it in the form and opset that the compiler fuses."""
-    dtype = job.precision or source.dtype
-    if dtype is not source.dtype and source.dtype is not Dtype.FP32:
-        raise GraphError(f"{source.path} is typed {source.dtype}; --{dtype} needs the fp32 graph")
-    if dtype.is_quantised and backend.flavour.opset < 19:
-        raise GraphError(
-            f"{source.path} is quantised with {source.dtype} weights and half-precision scales, "
-            f"which {backend} cannot read; it takes TensorRT 10 or later"
-        )
-    before = io.operators(source.model)
-    with progress.step(f"type as {dtype}"):
-        model, form, cores = _written_for(backend, source, dtype)
-        if dtype is source.dtype:
-            islands = _islands_of(source, model)
-        else:
-            islands = type_as(model, dtype, job.islands, sample, source.stem, stage)
-    if job.stages:
-        model = expose(model, stages_of(model))
-    path = stage / source.path.name
-    with progress.step("write and check the typed graph"):
-        io.save(model, path)
-        io.check(path)
-    ops = io.operators(model)
-    opset, nodes = model.graph.opset_imports[""], len(model.graph)
-    outputs = io.tensor_specs(list(model.graph.outputs))
-    quantised = quantised_products(model)
-    return Graph(
-        path, dtype, cores, form, opset, nodes, ops, outputs, islands, quantised,
-        changed=ops != before,
-    )  # fmt: skip
-
-
-def _islands_of(source: Source, model: ir.Model) -> Islands:
-    """Say what stays fp32 in a graph that came typed."""
-    known = source.manifest.islands if source.manifest is not None else {}
-    maxima = {name: math.inf if peak is None else peak for name, peak in known.items()}
-    return Islands(maxima, fp32_nodes(model) if source.dtype is not Dtype.FP32 else ())
-
-
-def _written_for(
-    backend: Backend, source: Source, dtype: Dtype
-) -> tuple[ir.Model, AttentionForm, int]:
-    """Write the graph as this backend reads and fuses it; how many attention cores it has."""
-    flavour = backend.flavour
-    # an fp32 Attention operator has no kernel: "not supported by a dedicated kernel"
-    plain = dtype is Dtype.FP32 or not flavour.has_attention
-    form = AttentionForm.PLAIN if plain else AttentionForm.HEADS
-    model = source.model if plain else raise_opset(source.model)
-    cores = fuse_attention(model, form, expected=_expected(source))
-    if model.graph.opset_imports[""] > flavour.opset:
-        lower(model, flavour.opset)
-    return model, form, cores
-
-
-def _expected(source: Source) -> int | None:
-    return source.manifest.attention.expected if source.manifest is not None else None
-
-
 def _check(
     job: TrtJob,
     source: Source,
-    graph: Graph,
+    graph: Compilable,
     sample: Sample,
     profiles: tuple[BatchRange, ...],
     progress: Progress,
@@ -261,7 +133,7 @@ def _run_given(
 
 def _compile(
     job: TrtJob,
-    graph: Graph,
+    graph: Compilable,
     profiles: tuple[BatchRange, ...],
     backend: Backend,
     output: Path,
@@ -276,6 +148,7 @@ def _compile(
         optimization_level=job.optimization_level,
         timing_cache=job.timing_cache or _default_timing_cache(backend),
         version_compatible=job.version_compatible,
+        tf32=job.tf32,
         decompose_attention=job.allow_unfused,
         timeout=job.timeout,
         memory_limit=job.memory_limit,
@@ -306,69 +179,3 @@ def _default_timing_cache(backend: Backend) -> Path | None:
         return None
     device = driver.devices[0]
     return timing_cache.default_path(backend.version, device.name, device.capability)
-
-
-def _engine_record(job: TrtJob, graph: Graph, result: BuildResult) -> EngineRecord:
-    figures = summary(result.census)
-    options = {
-        name: getattr(job, name)
-        for name in ("workspace", "optimization_level", "version_compatible")
-        if getattr(job, name) not in {None, False}
-    }
-    return EngineRecord(
-        backend=result.backend.name,
-        version=result.backend.version,
-        compute_capabilities=tuple(str(capability) for capability in result.capabilities),
-        precision=graph.dtype,
-        kernels=figures["kernels"],
-        kernels_per_block=figures["kernels_per_block"],
-        fused_attention=figures["fused_attention"],
-        gemm_dtypes=figures["gemm_dtypes"],
-        quantised_products=len(graph.quantised),
-        executed=False,
-        reason="compiled",
-        census=[to_plain(census) for census in result.censuses],
-        options=options,
-    )
-
-
-def _describe(
-    job: TrtJob,
-    source: Source,
-    graph: Graph,
-    sample: Sample,
-    check: CheckRecord | None,
-    result: BuildResult,
-) -> Manifest:
-    known = source.manifest
-    engine = _engine_record(job, graph, result)
-    return Manifest(
-        kind="engine",
-        output=result.output.name,
-        sha256=sha256_of(result.output),
-        bytes=result.bytes,
-        dtype=graph.dtype,
-        inputs=io.tensor_specs(list(source.model.graph.inputs)),
-        outputs=graph.outputs,
-        profiles=(),
-        preprocessing=source.preprocessing,
-        nodes=graph.nodes,
-        ops=graph.ops,
-        attention=AttentionRecord(graph.cores, engine.fused_attention, "kernel"),
-        check=check,
-        opset=graph.opset,
-        target=engine.backend,
-        labels=known.labels if known else (),
-        checkpoint=known.checkpoint if known else None,
-        config=known.config if known else None,
-        islands=dict(graph.islands.maxima),
-        source=SourceRecord(source.path.name, sha256_of(source.path)),
-        engine=engine,
-        notes=(
-            *source.notes,
-            *result.notes,
-            *(f"skipped: {broken}" for broken in sample.broken),
-        ),
-        command=job.command,
-        versions=versions_of(*PACKAGES, engine.backend),
-    )

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from msn_export.cli import main
 from msn_export.errors import MsnExportError
-from msn_export.inspection import inspect
+from msn_export.proof.inspection import inspect
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 

@@ -16,11 +16,11 @@ from graphs import parse, run
 
 from msn_export import manifest
 from msn_export.cli import main
+from msn_export.compilable import written_for
 from msn_export.driver import NoDriver, find_driver
 from msn_export.engine.backend import Backend
 from msn_export.engine.flavours import flavour_for
 from msn_export.graph import io
-from msn_export.run_trt import _written_for
 from msn_export.source import read_source
 from msn_export.spec import AttentionForm, Dtype
 
@@ -96,7 +96,7 @@ def test_a_graph_is_written_as_an_older_parser_reads_it(graph, version, opset, m
     source = read_source(graph)
     feeds = {"pixel_values": np.random.default_rng(0).random((2, 3, 32, 32), np.float32)}
     before = run(source.model, feeds)
-    model, form, cores = _written_for(Backend(row, version), source, Dtype.FP16)
+    model, form, cores = written_for(Backend(row, version), source, Dtype.FP16)
     assert model.graph.opset_imports[""] == opset
     assert cores == 2
     assert (form is AttentionForm.PLAIN) == ("Attention" in missing)

@@ -15,8 +15,9 @@ from msn_export.files import sha256_of
 from msn_export.manifest import Manifest
 from msn_export.progress import Progress
 from msn_export.records import to_plain
-from msn_export.run_trt import TrtJob, run_trt
+from msn_export.run_trt import run_trt
 from msn_export.spec import ComputeCapability
+from msn_export.trt_job import TrtJob
 
 
 def build_marked(engine: Path, manifest: Manifest, folder: Path, progress: Progress) -> Path:

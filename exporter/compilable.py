@@ -1,0 +1,110 @@
+"""The graph that is compiled: an ONNX file typed and written as a compiler reads and fuses it."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from msn_export.check.sample import Sample
+from msn_export.engine.backend import Backend
+from msn_export.errors import GraphError
+from msn_export.graph import io
+from msn_export.graph.expose import expose
+from msn_export.graph.fuse import fuse_attention
+from msn_export.graph.lower import lower, raise_opset
+from msn_export.graph.precision import fp32_nodes
+from msn_export.graph.quantised import quantised_products
+from msn_export.graph.stream import stages_of
+from msn_export.progress import Progress
+from msn_export.source import Source
+from msn_export.spec import AttentionForm, Dtype, TensorSpec
+from msn_export.trt_job import TrtJob
+from msn_export.typed import Islands, type_as
+
+
+@dataclass(frozen=True, slots=True)
+class Compilable:
+    """The graph that is compiled: typed, its attention in the form the compiler fuses."""
+
+    path: Path
+    dtype: Dtype
+    cores: int
+    form: AttentionForm
+    opset: int
+    nodes: int
+    ops: dict[str, int]
+    outputs: tuple[TensorSpec, ...]
+    islands: Islands
+    quantised: tuple[str, ...]
+    changed: bool
+
+
+def prepare(
+    job: TrtJob,
+    source: Source,
+    backend: Backend,
+    sample: Sample,
+    stage: Path,
+    progress: Progress,
+) -> Compilable:
+    """Type the graph and write it in the form and opset that the compiler fuses.
+
+    Raises:
+        GraphError: the graph cannot be had in the precision asked for, or not by this backend.
+    """
+    dtype = job.precision or source.dtype
+    if dtype is not source.dtype and source.dtype is not Dtype.FP32:
+        raise GraphError(f"{source.path} is typed {source.dtype}; --{dtype} needs the fp32 graph")
+    if dtype.is_quantised and backend.flavour.opset < 19:
+        raise GraphError(
+            f"{source.path} is quantised with {source.dtype} weights and half-precision scales, "
+            f"which {backend} cannot read; it takes TensorRT 10 or later"
+        )
+    before = io.operators(source.model)
+    with progress.step(f"type as {dtype}"):
+        model, form, cores = written_for(backend, source, dtype)
+        if dtype is source.dtype:
+            islands = _islands_of(source, model)
+        else:
+            islands = type_as(model, dtype, job.islands, sample, source.stem, stage)
+    if job.stages:
+        model = expose(model, stages_of(model))
+    path = stage / source.path.name
+    with progress.step("write and check the typed graph"):
+        io.save(model, path)
+        io.check(path)
+    ops = io.operators(model)
+    opset, nodes = model.graph.opset_imports[""], len(model.graph)
+    outputs = io.tensor_specs(list(model.graph.outputs))
+    quantised = quantised_products(model)
+    return Compilable(
+        path, dtype, cores, form, opset, nodes, ops, outputs, islands, quantised,
+        changed=ops != before,
+    )  # fmt: skip
+
+
+def _islands_of(source: Source, model: ir.Model) -> Islands:
+    """Say what stays fp32 in a graph that came typed."""
+    known = source.manifest.islands if source.manifest is not None else {}
+    maxima = {name: math.inf if peak is None else peak for name, peak in known.items()}
+    return Islands(maxima, fp32_nodes(model) if source.dtype is not Dtype.FP32 else ())
+
+
+def written_for(
+    backend: Backend, source: Source, dtype: Dtype
+) -> tuple[ir.Model, AttentionForm, int]:
+    """Write the graph as this backend reads and fuses it; how many attention cores it has."""
+    flavour = backend.flavour
+    # an fp32 Attention operator has no kernel: "not supported by a dedicated kernel"
+    plain = dtype is Dtype.FP32 or not flavour.has_attention
+    form = AttentionForm.PLAIN if plain else AttentionForm.HEADS
+    model = source.model if plain else raise_opset(source.model)
+    cores = fuse_attention(model, form, expected=_expected(source))
+    if model.graph.opset_imports[""] > flavour.opset:
+        lower(model, flavour.opset)
+    return model, form, cores
+
+
+def _expected(source: Source) -> int | None:
+    return source.manifest.attention.expected if source.manifest is not None else None

@@ -1,0 +1,33 @@
+"""What ``msn-export trt`` was asked for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from msn_export.spec import BatchRange, ComputeCapability, Dtype
+
+
+@dataclass(frozen=True, slots=True)
+class TrtJob:
+    """What ``msn-export trt`` was asked for; ``precision`` None is as the graph is typed."""
+
+    model: Path
+    output: Path | None = None
+    precision: Dtype | None = None
+    backend: str = "auto"
+    capabilities: tuple[ComputeCapability, ...] = ()
+    profiles: tuple[BatchRange, ...] = ()
+    islands: str = "measured"
+    workspace: int | None = None
+    optimization_level: int | None = None
+    timing_cache: Path | None = None
+    version_compatible: bool = False
+    tf32: bool = False
+    timeout: float | None = None
+    memory_limit: int | None = None
+    images: Path | None = None
+    allow_unfused: bool = False
+    check: bool = True
+    stages: bool = False  # show the residual stream as outputs; for drift, not for production
+    log: Path | None = None
+    force: bool = False
+    command: str = ""

@@ -1,0 +1,29 @@
+"""A place to run: an NVIDIA card (``-m gpu``), or a rehearsal of this suite on the CPU."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from places import Place, Rehearsal, find_card
+
+
+@pytest.fixture(scope="session")
+def places(tmp_path_factory: pytest.TempPathFactory, photographs: Path) -> dict[str, Place]:
+    """What was opened so far: a card's engines are built once a session."""
+    return {"rehearsal": Rehearsal(tmp_path_factory.mktemp("rehearsal"), photographs)}
+
+
+@pytest.fixture
+def place(
+    request: pytest.FixtureRequest,
+    places: dict[str, Place],
+    photographs: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Place:
+    """The place a test's parameter names; skipped with the reason where it is not to be had."""
+    if request.param not in places:
+        places[request.param] = find_card(tmp_path_factory.mktemp(request.param), photographs)
+    return places[request.param]
