@@ -5,22 +5,25 @@ network. Each output is compared, byte for byte, with what the command writes wi
 """
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
-import ray_cluster
 from click.testing import CliRunner
 from pyarrow import parquet
+from ray_drills import DRILLS, drill, invoke, require_ray
 from tiny_artifacts import classifier, pictures
 
 from msn_export.cli import main
 
 pytestmark = pytest.mark.slow
 
-DRILLS = Path(__file__).parent / "data/ray_drills"
 COUNT, BATCH, BROKEN = 400, 4, 37
 BATCHES = COUNT // BATCH
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> None:
+    require_ray()
 
 
 @pytest.fixture(scope="module")
@@ -37,17 +40,8 @@ def folder(tmp_path_factory) -> Path:
 def wanted(model, folder, tmp_path_factory) -> bytes:
     """The table that one machine writes."""
     output = tmp_path_factory.mktemp("wanted") / "out.parquet"
-    result = CliRunner().invoke(main, ["embed", str(model), str(folder), "-o", str(output)])
-    assert result.exit_code == 0, result.output
+    invoke("embed", model, folder, "-o", output)
     return output.read_bytes()
-
-
-def drill(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run Python where Ray is; bounded, and nothing it started outlives it."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with ray_cluster.started(arguments, **pipes) as child:
-        stdout, stderr = child.communicate(timeout=240)
-        return subprocess.CompletedProcess(arguments, child.returncode, stdout, stderr)
 
 
 def batches(notes: Path) -> list[int]:

@@ -45,8 +45,17 @@ _ON_GPU = ("cuda", "tensorrt", "nvtensorrt")
 _BATCHES, _TASKS_AN_ACTOR = 8, 50
 
 
+class ShippedEmbedder(Embedder):
+    """Takes the model out of Ray's object store, where it lies once a machine."""
+
+    def __init__(self, sent: list[Any], *others: Any) -> None:
+        super().__init__(ray.get(sent[0]), *others)
+
+
 class OnCluster:
     """Pictures that a cluster reads and a model that its workers open."""
+
+    embedder: type[ShippedEmbedder] = ShippedEmbedder
 
     def __init__(
         self, job: EmbedJob, pictures: Pictures, store: Store, nodes: Sequence[Node]
@@ -106,7 +115,7 @@ class OnCluster:
             num_cpus=0,
         )
         dataset = dataset.map(
-            ShippedEmbedder,
+            self.embedder,
             fn_constructor_args=([self._cargo], self._opening, self.model.name, feed, reading),
             compute=ActorPoolStrategy(size=self._crew.actors),
             **self._share(),
@@ -119,13 +128,6 @@ class OnCluster:
         for one in missing:
             paths = self.pictures.paths[one.start : one.stop]
             yield {"start": one.start, "sources": [os.fsencode(str(path)) for path in paths]}
-
-
-class ShippedEmbedder(Embedder):
-    """Takes the model out of Ray's object store, where it lies once a machine."""
-
-    def __init__(self, sent: list[Any], *others: Any) -> None:
-        super().__init__(ray.get(sent[0]), *others)
 
 
 def crew_for(job: EmbedJob, nodes: Sequence[Node]) -> Crew:

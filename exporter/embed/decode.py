@@ -68,25 +68,30 @@ class Decoder(Generic[Source]):
         waiting: deque[tuple[Source, Future[Decoded]]] = deque()
         while True:
             for source in islice(remaining, self._ahead - len(waiting)):
-                waiting.append((source, self._pool.submit(source)))
+                waiting.append((source, self.begin(source)))
             if not waiting:
                 return
             source, future = waiting.popleft()
             try:
                 yield future.result()
             except BrokenProcessPool:  # by this picture, or by another that was in a worker
-                yield self._once_more(source)
+                yield self.once_more(source)
+
+    def begin(self, source: Source) -> Future[Decoded]:
+        """Have a source decoded; ``BrokenProcessPool`` of its future calls for ``once_more``."""
+        return self._pool.submit(source)
+
+    def once_more(self, source: Source) -> Decoded:
+        """Decode a source whose process ended, by it or by another; one at a time."""
+        try:
+            return self._alone.submit(source).result()
+        except BrokenProcessPool:
+            return f"{source} is not a readable picture (its decoder crashed)"
 
     def close(self) -> None:
         """End the processes; a picture that one of them has begun is finished first."""
         self._pool.close()
         self._alone.close()
-
-    def _once_more(self, source: Source) -> Decoded:
-        try:
-            return self._alone.submit(source).result()
-        except BrokenProcessPool:
-            return f"{source} is not a readable picture (its decoder crashed)"
 
 
 class _Pool(Generic[Source]):
