@@ -66,7 +66,7 @@ def started(arguments: Sequence[object], **options: object) -> Iterator["subproc
     """
     # the sessions' folder: sockets in it allow no long path, and an address that a killed cluster
     # left in it would be joined by the next command
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as tmp:  # noqa: S108
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as tmp:
         variables = {**os.environ, "RAY_TMPDIR": tmp, "RAY_USAGE_STATS_ENABLED": "0"}
         child = subprocess.Popen(
             alone([environment(), *arguments]),

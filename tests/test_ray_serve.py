@@ -40,9 +40,7 @@ def wanted(model, folder, tmp_path_factory) -> dict[str, dict]:
     return {Path(row["path"]).name: row for row in parquet.read_table(output).to_pylist()}
 
 
-def test_a_killed_replica_costs_a_client_one_retry_at_most(
-    model, folder, wanted, tmp_path
-) -> None:
+def test_a_killed_replica_costs_a_client_one_retry_at_most(model, folder, wanted, tmp_path) -> None:
     told = tmp_path / "told.json"
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     run = drill(DRILLS / "serving.py", told, model, *paths)

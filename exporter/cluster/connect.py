@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 LOCAL = "local"
+# Ray Data 2.60 adds this, and advice on its settings, to the message of whatever was raised
+_REMARK = re.compile(r"\nFailed to .* after \d+/\d+ attempts.*", re.DOTALL)
 
 
 def address_of(given: str, variables: Mapping[str, str] = os.environ) -> str:
@@ -104,12 +107,14 @@ def own_error_in(error: BaseException) -> MsnExportError | None:
         seen.add(id(one))
         # Ray's own subclass of our error has its remote traceback for a message
         if isinstance(one, MsnExportError) and not hasattr(one, "cause"):
-            return one
+            text, remark = _REMARK.subn("", str(one))
+            return type(one)(text) if remark else one
         waiting += [getattr(one, "cause", None), one.__cause__, one.__context__]
     return None
 
 
 def first_line(error: BaseException) -> str:
     """Give the first line of what an error says, or its type's name."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # Ray colours its messages
+    lines = [line.strip() for line in plain.splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -155,9 +155,10 @@ def blocks_of(batches: int, actors: int) -> int:
 
 def _quiet() -> None:
     """Leave the terminal to our progress; what Ray logs stands in its session's folder."""
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails is told once, by us
     context = DataContext.get_current()
     context.enable_progress_bars = False
+    context.raise_original_map_exception = True  # else our error would be a text in one of Ray's
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = _STALLED
     # a machine that goes while its actor opens the model is no fault of the model

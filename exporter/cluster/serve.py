@@ -38,7 +38,8 @@ def app(arguments: dict[str, Any]) -> Application:
     """
     serving = Serving.of(arguments)
     ongoing = max(_ONGOING, 2 * (serving.batch or 0))
-    sized = Embedding.options(
+    deployment: Any = Embedding
+    sized = deployment.options(
         num_replicas=serving.replicas,
         ray_actor_options=serving.share,
         max_ongoing_requests=ongoing,
@@ -54,8 +55,9 @@ class Embedding:
     def __init__(self, serving: Serving) -> None:
         self._replica = Replica(serving)
         self._fault: DeviceError | None = None
-        self.together.set_max_batch_size(self._replica.batch)
-        self.together.set_batch_wait_timeout_s(serving.wait / 1000)
+        together: Any = self.together
+        together.set_max_batch_size(self._replica.batch)
+        together.set_batch_wait_timeout_s(serving.wait / 1000)
 
     async def __call__(self, request: Request) -> JSONResponse:
         """Answer POST with a picture's embedding, and anything else with what is served."""
@@ -77,7 +79,7 @@ class Embedding:
         answer: dict[str, Any] = await self.together(await self._replica.decode(picture))
         return answer
 
-    @serve.batch
+    @serve.batch  # type: ignore[untyped-decorator]
     async def together(self, pictures: list[NDArray[np.uint8]]) -> list[dict[str, Any]]:
         """Run what came together, out of the loop that takes requests."""
         try:

@@ -52,7 +52,7 @@ def main() -> int:
     finally:
         cluster.shutdown()
     told = {"removed": second.node_id, "in_the_middle": alive, "by_removed": before}
-    print(json.dumps(told), flush=True)
+    sys.stdout.write(json.dumps(told) + "\n")
     return code
 
 
