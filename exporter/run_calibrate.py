@@ -10,6 +10,7 @@ import onnx_ir as ir
 from msn_export import __version__
 from msn_export.calibrate_job import CalibrateJob
 from msn_export.calibrated import Calibrated, describe
+from msn_export.calibration.collect import require_finite
 from msn_export.calibration.observers import require_meaning
 from msn_export.calibration.pictures import Split, split
 from msn_export.check.gate import GATES
@@ -54,7 +55,7 @@ def run_calibrate(job: CalibrateJob, progress: Progress) -> tuple[Path, Manifest
             taken=known.images.sha256 if known else (),
         )  # fmt: skip
     with staging(output.parent) as stage:
-        reference = _run_fp32(job, source, dealt, progress)
+        reference = _run_fp32(job, source, dealt, stage, progress)
         ranged = take_ranges(job, source, dealt.calibration, known, stage, progress)
         chosen = _choose(job, source, ranged, reference, stage / output.name, progress)
         twin = _twin(job, source, ranged, reference, stage, progress)
@@ -87,7 +88,14 @@ def _read(path: Path) -> Source:
     return source
 
 
-def _run_fp32(job: CalibrateJob, source: Source, dealt: Split, progress: Progress) -> Reference:
+def _run_fp32(
+    job: CalibrateJob, source: Source, dealt: Split, stage: Path, progress: Progress
+) -> Reference:
+    """Run the graph to quantise on the held-out images.
+
+    Raises:
+        GraphError: a value is not finite; the tensor and the image are named.
+    """
     held = dealt.held_out
     sample = Sample(
         held.pixels, held.names, f"held out of {job.images}", source.preprocessing,
@@ -96,7 +104,11 @@ def _run_fp32(job: CalibrateJob, source: Source, dealt: Split, progress: Progres
     with progress.step(f"run the fp32 graph on {len(sample)} held-out images"):
         runner = OrtRunner(source.path)
         runner.name = f"{source.path.name} in {runner.name}"
-        return run_reference(runner, sample, source.stem, fixed=source.fixed)
+        reference = run_reference(runner, sample, source.stem, fixed=source.fixed)
+    require_finite(
+        source.model, reference.outputs, held.names, lambda at: sample.feed([at], source.stem), stage
+    )
+    return reference
 
 
 def _choose(
