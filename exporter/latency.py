@@ -20,9 +20,7 @@ from msn_export.runtime.runner import Runner
 ROUNDS, CALLS, WARM_UP = 20, 10, 10
 
 
-def time_beside(
-    engines: Mapping[str, Path], images: NDArray[Any], baseline: str
-) -> dict[str, Any]:
+def time_beside(engines: Mapping[str, Path], images: NDArray[Any], baseline: str) -> dict[str, Any]:
     """Time each engine's calls on ``images``, in rounds that begin with another engine each time.
 
     Copies to and from the GPU are in the times: they are the same for all.

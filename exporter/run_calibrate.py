@@ -3,9 +3,12 @@
 import resource
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from msn_export import __version__
 from msn_export.calibrate_job import CalibrateJob
@@ -26,7 +29,7 @@ from msn_export.quantise import choices
 from msn_export.ranged import Ranged, known_ranges, take_ranges
 from msn_export.runtime.ort import OrtRunner
 from msn_export.source import Source, read_source, room_of
-from msn_export.spec import Dtype
+from msn_export.spec import Dtype, InputKind
 from msn_export.typed import cpu_runner
 from msn_export.verdict import Candidate, judge
 
@@ -105,10 +108,13 @@ def _run_fp32(
         runner = OrtRunner(source.path)
         runner.name = f"{source.path.name} in {runner.name}"
         reference = run_reference(runner, sample, source.stem, fixed=source.fixed)
-    require_finite(
-        source.model, reference.outputs, held.names, lambda at: sample.feed([at], source.stem), stage
-    )
+    again = partial(_one, sample, source.stem)
+    require_finite(source.model, reference.outputs, held.names, again, stage)
     return reference
+
+
+def _one(sample: Sample, stem: InputKind, index: int) -> NDArray[Any]:
+    return sample.feed([index], stem)
 
 
 def _choose(

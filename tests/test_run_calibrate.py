@@ -1,7 +1,6 @@
 """``msn-export calibrate``: a graph with its ranges and verdict, or one line and nothing."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,14 @@ from click.testing import CliRunner, Result
 from onnx import numpy_helper
 from tiny_artifacts import classifier, foreign, pictures
 
+from msn_export import calibrated
 from msn_export import manifest as manifests
 from msn_export.cli import main
 from msn_export.graph import io
 from msn_export.graph.quantised import quantised_products
 
 PRODUCTS = 8  # two blocks of four
+QUICK = ("--no-compile", "--smooth", "off")
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,9 @@ def test_a_graph_comes_with_its_ranges_and_a_sealed_manifest(int8, graph) -> Non
     manifests.require_match(output, written)
     record = written.quantization
     assert record is not None
-    assert len(quantised_products(io.load(output))) == record.products == record.expected == PRODUCTS
+    assert (
+        len(quantised_products(io.load(output))) == record.products == record.expected == PRODUCTS
+    )
     assert record.ranges.file == "int8.ranges.json"
     assert written.source is not None
     assert written.source.file == graph.name
@@ -111,24 +114,25 @@ def test_the_rest_is_fp16_and_attention_stays_one_operator(int8) -> None:
     assert [node.outputs[0].dtype for node in attention] == [ir.DataType.FLOAT16] * 2
 
 
-@pytest.mark.parametrize("dtype", ["int8", "fp8"])
-def test_two_runs_give_the_same_bytes(graph, images, tmp_path, dtype) -> None:
-    first, second = tmp_path / "a" / "m.onnx", tmp_path / "b" / "m.onnx"
-    for output in (first, second):
-        output.parent.mkdir()
-        done(graph, images, output, f"--{dtype}", "--no-compile")
+def test_two_runs_give_the_same_bytes(int8, graph, images, tmp_path) -> None:
+    first, second = int8[0], tmp_path / "again.onnx"
+    done(graph, images, second, "--int8", "--no-compile")
     assert first.read_bytes() == second.read_bytes()
     assert ranges_of(first).read_bytes() == ranges_of(second).read_bytes()
 
 
-def test_known_ranges_give_the_same_graph_without_a_pass_over_the_images(
-    int8, graph, images, tmp_path
-) -> None:
+def test_so_do_two_runs_in_fp8(graph, images, tmp_path) -> None:
+    first, second = tmp_path / "first.onnx", tmp_path / "second.onnx"
+    for output in (first, second):
+        done(graph, images, output, "--fp8", *QUICK)
+    assert first.read_bytes() == second.read_bytes()
+    assert ranges_of(first).read_bytes() == ranges_of(second).read_bytes()
+
+
+def test_known_ranges_give_the_same_graph(int8, graph, images, tmp_path) -> None:
     output, _ = int8
-    few = tmp_path / "few"  # images that were held out, and a calibrated one for the choices
-    shutil.copytree(images, few)
     again = tmp_path / "again.onnx"
-    told = done(graph, few, again, "--int8", "--no-compile", "--ranges", str(ranges_of(output)))
+    told = done(graph, images, again, "--int8", "--no-compile", "--ranges", str(ranges_of(output)))
     assert again.read_bytes() == output.read_bytes()
     assert told["quantization"]["ranges"]["file"] == "int8.ranges.json"
     assert not ranges_of(again).exists()
@@ -148,14 +152,14 @@ def test_patch_and_head_are_quantised_where_asked(
     graph, images, tmp_path, option, products, name
 ) -> None:
     output = tmp_path / "more.onnx"
-    told = done(graph, images, output, "--int8", "--no-compile", option)
+    told = done(graph, images, output, "--int8", *QUICK, option)
     assert told["quantization"]["products"] == told["quantization"]["expected"] == products
     assert any(name in product for product in quantised_products(io.load(output)))
 
 
 def test_corrected_biases_are_told(graph, images, tmp_path) -> None:
     output = tmp_path / "m.onnx"
-    told = done(graph, images, output, "--int8", "--no-compile", "--bias-correction")
+    told = done(graph, images, output, "--int8", *QUICK, "--bias-correction")
     assert told["quantization"]["bias_correction"] is True
 
 
@@ -163,7 +167,8 @@ def test_corrected_biases_are_told(graph, images, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "options"), [("int8", ()), ("fp8", ()), ("int8", ("--quantize-attention",))]
+    ("dtype", "options"),
+    [("int8", ()), ("fp8", ()), ("int8", ("--quantize-attention", "--smooth", "off"))],
 )
 def test_every_product_multiplies_in_8_bits_and_attention_stays_fused(
     graph, images, tmp_path, dtype, options
@@ -183,7 +188,7 @@ def test_every_product_multiplies_in_8_bits_and_attention_stays_fused(
 def test_attention_that_is_taken_apart_is_no_gain(graph, images, tmp_path) -> None:
     """TensorRT-RTX 1.7 has no fused fp8 attention for so few tokens: 17 here, 65 it has."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-    options = ("--fp8", "--quantize-attention", "--gate-cosine", "0.9")
+    options = ("--fp8", "--quantize-attention", "--gate-cosine", "0.9", "--smooth", "off")
     told = done(graph, images, tmp_path / "m.onnx", *options)
     assert told["quantization"]["compiled"]["fp8"]["fused_attention"] == 0
     assert told["quantization"]["worthwhile"] is False
@@ -191,10 +196,35 @@ def test_attention_that_is_taken_apart_is_no_gain(graph, images, tmp_path) -> No
     assert "fused attention in 0 of 2 blocks" in told["quantization"]["verdict"]
 
 
+def test_time_that_is_lost_is_told_with_both_engines_times(
+    graph, images, tmp_path, monkeypatch
+) -> None:
+    built = {
+        "kernels": 20, "fused_attention": 2, "gemm_dtypes": {}, "products": 8, "multiplied": 8,
+        "bytes": 70,
+    }  # fmt: skip
+    compiled = {"compiler": "pretended", "fp16": {**built, "bytes": 100}, "int8": built}
+    monkeypatch.setattr(calibrated, "compile_both", lambda *_: compiled)
+    timed = {"fp16": 1.0, "int8": 1.5, "ratio": {"int8": 1.5}, "batch": 8, "device": "a GPU"}
+    asked = []
+    monkeypatch.setattr(calibrated, "time_beside", lambda *given: asked.append(given) or timed)
+    output = tmp_path / "m.onnx"
+    result = calibrate(graph, images, output, "--int8", "--smooth", "off")
+    assert result.exit_code == 0, result.output
+    ((engines, batch, baseline),) = asked
+    assert (list(engines), batch.shape, baseline) == (["fp16", "int8"], (8, 3, 32, 32), "fp16")
+    written = manifests.read(output)
+    assert written is not None
+    assert written.quantization is not None
+    assert written.quantization.latency == timed
+    assert written.quantization.verdict.startswith("keep fp16: the int8 engine is 30% smaller ")
+    assert "batch 8, copies included: 1.00 ms fp16, 1.50 ms int8; on a GPU" in result.stdout
+
+
 def test_a_gpu_without_fp8_is_named(graph, images, tmp_path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     output = tmp_path / "fp8.onnx"
-    done(graph, images, output, "--fp8", "--no-compile")
+    done(graph, images, output, "--fp8", *QUICK)
     target = ["--backend", "tensorrt-rtx", "--compute-capability", "8.6", "--no-check"]
     engine = tmp_path / "m.engine"
     result = CliRunner().invoke(main, ["trt", str(output), "-o", str(engine), *target])
@@ -212,11 +242,13 @@ def test_a_gpu_without_fp8_is_named(graph, images, tmp_path) -> None:
 def test_a_folder_without_images_is_refused(graph, tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     message = refused(graph, tmp_path / "empty", tmp_path / "m.onnx", "--int8")
-    assert message.startswith(f"error: image folder {tmp_path / 'empty'} holds no picture; expected")
+    assert message.startswith(
+        f"error: image folder {tmp_path / 'empty'} holds no picture; expected"
+    )
 
 
 def test_fewer_than_32_images_are_a_warning(graph, images, tmp_path) -> None:
-    told = done(graph, images, tmp_path / "m.onnx", "--int8", "--no-compile", "--limit", "12")
+    told = done(graph, images, tmp_path / "m.onnx", "--int8", *QUICK, "--limit", "12")
     assert told["notes"][0] == (
         "only 12 images were calibrated on: ranges of fewer than 32 say little about others; give "
         "more with --images"
@@ -225,7 +257,7 @@ def test_fewer_than_32_images_are_a_warning(graph, images, tmp_path) -> None:
 
 def test_broken_images_are_named_and_counted(graph, tmp_path) -> None:
     folder = pictures(tmp_path / "pictures", 12, broken=(3, 8))
-    told = done(graph, folder, tmp_path / "m.onnx", "--int8", "--no-compile")
+    told = done(graph, folder, tmp_path / "m.onnx", "--int8", *QUICK)
     assert "2 broken images skipped" in told["notes"]
     assert sum(note.startswith("skipped: ") for note in told["notes"]) == 2
 
@@ -300,13 +332,18 @@ def test_what_fp16_cannot_hold_stays_fp32_and_is_listed(graph, images, tmp_path)
         graph, tmp_path / "large.onnx", blocks_0_mlp_fc1_weight=3e4, blocks_0_mlp_fc2_weight=1 / 3e4
     )
     output = tmp_path / "m.onnx"
-    told = done(large, images, output, "--int8", "--no-compile")
-    assert told["quantization"]["kept"] == {}
+    told = done(large, images, output, "--int8", *QUICK)
+    assert told["quantization"]["kept"] == {
+        "blocks.0.mlp.fc1.MatMul": "fp32: its result passes what fp16 can hold"
+    }
+    assert told["quantization"]["products"] == PRODUCTS - 1
+    assert max(told["islands"].values()) > 65504 / 4
+    assert told["check"]["cosine_p1"] >= 0.99
 
 
 def test_a_channel_that_is_always_zero_does_no_harm(graph, images, tmp_path) -> None:
     dead = changed(graph, tmp_path / "dead.onnx", blocks_0_norm1_weight=0, blocks_0_norm1_bias=0)
-    told = done(dead, images, tmp_path / "m.onnx", "--int8", "--no-compile")
+    told = done(dead, images, tmp_path / "m.onnx", "--int8", *QUICK)
     assert told["check"]["cosine_p1"] >= 0.99
 
 
@@ -314,7 +351,7 @@ def test_a_graph_of_another_tool_is_calibrated_and_what_was_assumed_is_told(
     graph, images, tmp_path
 ) -> None:
     foreign = changed(graph, tmp_path / "foreign.onnx")
-    told = done(foreign, images, tmp_path / "m.onnx", "--int8", "--no-compile")
+    told = done(foreign, images, tmp_path / "m.onnx", "--int8", *QUICK)
     assert told["quantization"]["products"] == PRODUCTS
     assert "foreign.onnx has no manifest: preprocessing hf assumed" in told["notes"][-1]
 
@@ -323,7 +360,9 @@ def test_a_graph_that_is_no_vit_is_refused(images, tmp_path) -> None:
     path = tmp_path / "cnn.onnx"
     foreign(path, ["b", 3, 32, 32], {"embedding": 3})
     message = refused(path, images, tmp_path / "m.onnx", "--int8")
-    assert message == ""
+    assert message == (
+        "error: the graph has no Softmax and no Attention; expected a vision transformer"
+    )
 
 
 def test_more_than_512_tokens_of_int8_attention_are_refused(images, tmp_path) -> None:
