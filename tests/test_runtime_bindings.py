@@ -37,8 +37,11 @@ OWN = {
     },
     "config": {
         "CudaGraphStrategy", "CudaGraphStrategy.WHOLE_GRAPH_CAPTURE",
+        "DynamicShapesKernelSpecializationStrategy",
+        "DynamicShapesKernelSpecializationStrategy.EAGER",
         "ICudaEngine.create_execution_context", "ICudaEngine.create_runtime_config",
         "IRuntimeConfig.cuda_graph_strategy",
+        "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
     },
 }  # fmt: skip
 

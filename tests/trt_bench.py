@@ -51,8 +51,11 @@ class Bench:
     def plan(self, network: Network) -> bytes:
         return plan_of(network, self.machine.loaded.version)
 
-    def open(self, network: Network | None = None, **options: Any) -> TrtRunner:
-        plan = Plan(self.plan(network or Network()), "m.engine", None)
+    def open(
+        self, network: Network | None = None, *, eager_kernels: bool = False, **options: Any
+    ) -> TrtRunner:
+        content = self.plan(network or Network())
+        plan = Plan(content, "m.engine", None, eager_kernels=eager_kernels)
         return TrtRunner(plan, self.machine, **options)
 
     @cache  # noqa: B019  lives as long as the test
