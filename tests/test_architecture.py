@@ -50,8 +50,8 @@ EXCEPTIONS = {
     "runtime/runner.py": {"PIL"},  # named in annotations
 }
 # folder -> the sibling folders it may use: the gates judge what the runtime's selftest finds;
-# Q/DQ is written with the graph's own steps; embed is given a runner, on a cluster too; what is compared comes
-# from all of them
+# Q/DQ is written with the graph's own steps; embed is given a runner, on a cluster too; what is
+# compared comes from all of them
 SIBLINGS = {
     "runtime": {"check"},
     "embed": {"runtime"},
