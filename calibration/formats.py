@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from msn_export.errors import GraphError
 from msn_export.spec import Dtype
 
 
@@ -54,10 +55,19 @@ def scales(thresholds: NDArray[Any] | float, form: Format, base: Dtype) -> NDArr
     Every scale is a number that ``base`` holds exactly, for the graph is typed afterwards and what
     was rounded with one scale must be multiplied with the same; rounding goes up, so that nothing
     more is cut off. A threshold of zero (a channel that is zero for every image) has scale 1.
+
+    Raises:
+        GraphError: a scale is larger than ``base`` can hold.
     """
     exact = np.asarray(thresholds, np.float64) / form.largest
     kind = _TYPES[base]
-    rounded = exact.astype(kind)
-    up = np.nextafter(rounded, np.asarray(np.inf, kind))
+    with np.errstate(over="ignore"):
+        rounded = exact.astype(kind)
+        up = np.nextafter(rounded, np.asarray(np.inf, kind))
     held = np.where(rounded.astype(np.float64) < exact, up, rounded).astype(np.float32)
+    if not np.isfinite(held).all():
+        raise GraphError(
+            f"a range of {np.max(thresholds):.3g} needs a scale of {np.max(exact):.3g}, which "
+            f"{base} does not hold; calibrate with --base bf16"
+        )
     return np.where(exact > 0, held, np.float32(1.0)).astype(np.float32)

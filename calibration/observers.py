@@ -164,7 +164,12 @@ def _entropy(histogram: Histogram, form: Format) -> float:
 
 
 def _divergence(reference: NDArray[np.float64], candidate: NDArray[np.float64]) -> float:
-    """Compute KL(reference || candidate); counts only the reference has weigh as one count."""
+    """Compute KL(reference || candidate); counts only the reference has weigh as one count.
+
+    A range with no value inside says nothing of the distribution: it is infinitely far.
+    """
+    if not candidate.any():
+        return np.inf
     p = reference / reference.sum()
     q = np.where((reference > 0) & (candidate <= 0), 1.0, candidate)
     q = q / q.sum()

@@ -28,12 +28,16 @@ def hash_of(pixels: NDArray[np.uint8]) -> str:
 
 @dataclass(slots=True)
 class Pictures:
-    """Paths in the order they are used; ``seen`` and ``broken`` fill while they are decoded."""
+    """Paths in the order they are used; ``seen`` and ``broken`` fill while they are decoded.
+
+    ``withheld`` are hashes of images that are passed over: copies of those that are held out.
+    """
 
     paths: Sequence[Path]
     preprocessing: Preprocessing
     stem: InputKind
     limit: int
+    withheld: frozenset[str] = frozenset()
     seen: dict[Path, str] = field(default_factory=dict)
     broken: dict[Path, str] = field(default_factory=dict)
 
@@ -50,8 +54,11 @@ class Pictures:
             except ImageError as error:
                 self.broken[path] = str(error)
                 continue
+            digest = hash_of(decoded)
+            if digest in self.withheld:
+                continue
             count += 1
-            self.seen[path] = hash_of(decoded)
+            self.seen[path] = digest
             pixels.append(decoded)
             names.append(path.name)
             if len(pixels) == batch:
@@ -70,7 +77,8 @@ class Pictures:
 
     def first(self, count: int) -> "Pictures":
         """The first ``count`` of them."""
-        return Pictures(self.paths, self.preprocessing, self.stem, min(count, self.limit))
+        limit = min(count, self.limit)
+        return Pictures(self.paths, self.preprocessing, self.stem, limit, self.withheld)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +116,7 @@ def split(
     wanted = min(HELD_OUT_MOST, max(1, len(order) // HELD_OUT_SHARE))
     calibrated: list[Path] = []
     held: dict[str, NDArray[np.uint8]] = {}
+    names: list[str] = []
     broken: dict[Path, str] = {}
     rest = list(order)
     while rest and len(held) < wanted:
@@ -117,11 +126,13 @@ def split(
         except ImageError as error:
             broken[path] = str(error)
             continue
-        if hash_of(decoded) in taken:
+        digest = hash_of(decoded)
+        if digest in taken:
             calibrated.append(path)
-        else:
-            held[str(path.relative_to(folder)) if path != folder else path.name] = decoded
-    pictures = Pictures([*calibrated, *rest], preprocessing, stem, limit)
+        elif digest not in held:
+            held[digest] = decoded
+            names.append(str(path.relative_to(folder)) if path != folder else path.name)
+    pictures = Pictures([*calibrated, *rest], preprocessing, stem, limit, frozenset(held))
     pictures.broken |= broken
     if not held and not calibrated:
         first = next(iter(broken.values()))
@@ -133,7 +144,7 @@ def split(
         )
     if not any(True for _ in pictures.first(1).decode(1)):
         raise ImageError(
-            f"{folder} has one readable picture; expected two or more, to calibrate on one and "
-            "judge by another"
+            f"{folder} has too few readable pictures; expected two or more that differ, to "
+            "calibrate on one and judge by another"
         )
-    return Split(pictures, ImageSet(np.stack(list(held.values())), tuple(held), ()))
+    return Split(pictures, ImageSet(np.stack(list(held.values())), tuple(names), ()))

@@ -13,12 +13,14 @@ import numpy as np
 
 from msn_export import __version__
 from msn_export.calibration.observers import BINS, Histogram
+from msn_export.calibration.smooth import LARGEST_EXPONENT
 from msn_export.errors import GraphError, ManifestError, SpecError
 from msn_export.preprocessing import Preprocessing
 from msn_export.records import from_plain, to_plain
 
 SCHEMA = 1
 _LARGEST_FILE = 64 * 2**20  # bytes; ten times the file of the largest published shape
+_MOST_VALUES = 2**50  # in one bin: sums of all bins stay below int64's end
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +32,10 @@ class TensorRange:
     counts: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        whole = len(self.counts) == BINS and all(count >= 0 for count in self.counts)
-        if not whole or not 0 <= self.peak < self.limit or np.frexp(self.limit)[0] != 0.5:
+        whole = len(self.counts) == BINS and all(0 <= n <= _MOST_VALUES for n in self.counts)
+        edged = 0 <= self.peak < self.limit and np.frexp(self.limit)[0] == 0.5
+        last = max((i for i, count in enumerate(self.counts) if count), default=None)
+        if not whole or not edged or last != int(self.peak * (BINS / self.limit)):
             raise SpecError(f"not a histogram of {BINS} bins up to a power of two")
 
     @classmethod
@@ -67,6 +71,15 @@ class SmoothingRecord:
     strength: float | None = None
     exponents: dict[str, tuple[int, ...]] | None = None
     errors: dict[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        powers = [power for channels in (self.exponents or {}).values() for power in channels]
+        known = (self.strength is None) == (self.exponents is None)
+        bounded = all(abs(power) <= LARGEST_EXPONENT for power in powers)
+        if not known or not bounded or not 0 <= (self.strength or 0) <= 1:
+            raise SpecError(
+                f"not a smoothing: a strength from 0 to 1 and exponents up to {LARGEST_EXPONENT}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,11 +18,14 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from msn_export.calibration.channels import columns_behind, keeps_channels
 from msn_export.calibration.projections import Projection, Role, find_cores
 from msn_export.errors import GraphError
+from msn_export.graph.attention import AttentionCore
+from msn_export.graph.patch import Patch
 
-# A channel moves by at most 2**LARGEST: fp16 weights have room for that.
-_LARGEST = 10
+# A channel moves by at most 2**LARGEST_EXPONENT: fp16 weights have room for that.
+LARGEST_EXPONENT = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +33,13 @@ class Seam:
     """A place where channels can be scaled: who writes them and who reads them.
 
     ``name`` is the value whose channels (last axis) are divided. ``written`` are (node, input
-    index) of constants whose columns ``columns`` are divided, ``read`` those of weights whose rows
-    (input channels) are multiplied; ``axis`` is the axis of input channels, one for each of them.
+    index) of constants, in whose last axis ``columns`` has the place of each channel; ``read`` are
+    those of weights whose rows (input channels, axis ``axis``) are multiplied.
     """
 
     name: str
     written: tuple[tuple[str, int], ...]
-    columns: tuple[int, int]
+    columns: tuple[int, ...]
     read: tuple[tuple[str, int], ...]
     axis: tuple[int, ...]
 
@@ -45,28 +48,41 @@ def find_seams(model: ir.Model, projections: Sequence[Projection]) -> tuple[Seam
     """List the seams of a graph; a value that something else reads too is none."""
     nodes = {node.name: node for node in model.graph}
     inside = {p.node: p for p in projections if p.role not in {Role.PATCH, Role.HEAD}}
-    found = []
-    for node in model.graph:
-        if node.op_type == "LayerNormalization" and node.outputs[0].shape is not None:
-            readers = _readers(node.outputs[0], inside)
-            if readers:
-                written = [(node.name or "", i) for i in range(1, len(node.inputs))]
-                width = node.outputs[0].shape[-1]
-                found.append(_seam(node.outputs[0], written, (0, width), readers))
+    found = [_behind_norm(node, inside) for node in model.graph]
     for block, core in enumerate(find_cores(model)):
-        out = next(p for p in projections if (p.role, p.block) == (Role.OUT, block))
-        value = nodes[out.node].inputs[0]
-        written_to = _value_columns(core.v)
-        if value is not None and written_to is not None and _only_leads_to(core.output, out.node):
-            found.append(_seam(value, *written_to, [out]))
-    return tuple(found)
+        out = next((p for p in projections if (p.role, p.block) == (Role.OUT, block)), None)
+        if out is not None:
+            found.append(_behind_attention(core, nodes[out.node], out))
+    return tuple(seam for seam in found if seam is not None)
 
 
-def _seam(value: ir.Value, written: Any, columns: Any, readers: Sequence[Projection]) -> Seam:
+def _behind_norm(node: ir.Node, inside: Mapping[str, Projection]) -> Seam | None:
+    if node.op_type != "LayerNormalization" or len(node.inputs) < 2:
+        return None
+    readers = _readers(node.outputs[0], inside)
+    width = _width(node.inputs[1])
+    written = [(node.name or "", i) for i, v in enumerate(node.inputs) if i and v is not None]
+    if not readers or not width or any(_width(v) != width for v in node.inputs[1:] if v):
+        return None
+    return _seam(node.outputs[0], written, range(width), readers)
+
+
+def _behind_attention(core: AttentionCore, node: ir.Node, out: Projection) -> Seam | None:
+    found = columns_behind(core, node)
+    if found is None or node.inputs[0] is None:
+        return None
+    source, columns = found
+    written = _affine(source)
+    return _seam(node.inputs[0], written, columns, [out]) if written else None
+
+
+def _seam(
+    value: ir.Value, written: Sequence[tuple[str, int]], columns: Any, readers: Sequence[Projection]
+) -> Seam:
     return Seam(
         value.name or "",
         tuple(written),
-        columns,
+        tuple(int(column) for column in columns),
         tuple((p.node, 1) for p in readers),
         tuple(1 - p.axis for p in readers),
     )
@@ -78,7 +94,7 @@ def _readers(value: ir.Value, inside: Mapping[str, Projection]) -> list[Projecti
     for use in value.uses():
         if (use.node.name or "") in inside and use.idx == 0:
             found.append(inside[use.node.name or ""])
-        elif use.node.op_type in {"Slice", "Gather"} and use.idx == 0:
+        elif use.idx == 0 and keeps_channels(use.node):
             behind = _readers(use.node.outputs[0], inside)
             if behind is None:
                 return None
@@ -88,55 +104,32 @@ def _readers(value: ir.Value, inside: Mapping[str, Projection]) -> list[Projecti
     return None if value.is_graph_output() or not found else found
 
 
-def _only_leads_to(value: ir.Value, node: str) -> bool:
-    """Whether one chain of layout operators leads from a core's result to a projection."""
-    while len(value.uses()) == 1 and not value.is_graph_output():
-        user = next(iter(value.uses())).node
-        if user.name == node:
-            return True
-        if user.op_type not in {"Transpose", "Reshape"}:
-            return False
-        value = user.outputs[0]
-    return False
+def _affine(value: ir.Value) -> list[tuple[str, int]] | None:
+    """Give the constants of ``x @ weight + bias``; both hold output channels in their last axis.
 
-
-def _value_columns(v: ir.Value) -> tuple[list[tuple[str, int]], tuple[int, int]] | None:
-    """Find weight and bias behind the values, and which of their columns give the values."""
-    part, parts = 0, 1
-    node = v.producer()
-    while node is not None and node.op_type in {"Transpose", "Reshape", "Split"}:
-        if node.op_type == "Split":
-            if parts > 1 or len({str(o.shape) for o in node.outputs}) > 1:
-                return None
-            part, parts = list(node.outputs).index(v), len(node.outputs)
-        if node.inputs[0] is None:
-            return None
-        v = node.inputs[0]
-        node = v.producer()
-    return _affine(node, part, parts)
-
-
-def _affine(
-    node: ir.Node | None, part: int, parts: int
-) -> tuple[list[tuple[str, int]], tuple[int, int]] | None:
-    """Give the constants of ``x @ weight + bias``; both hold output channels in their last axis."""
+    The product itself must lead nowhere else, or another reader would see it scaled.
+    """
     written = []
+    node = value.producer()
+    width = value.shape[-1] if value.shape is not None else None
     if node is not None and node.op_type == "Add":
-        index = next(
-            (i for i, v in enumerate(node.inputs) if v is not None and v.const_value), None
-        )
-        if index is None or node.inputs[1 - index] is None:
+        index = next((i for i, v in enumerate(node.inputs) if _width(v) == width), None)
+        product = node.inputs[1 - index] if index is not None else None
+        if product is None or len(product.uses()) != 1 or product.is_graph_output():
             return None
-        written.append((node.name or "", index))
-        other = node.inputs[1 - index]
-        node = other.producer() if other is not None else None
-    if node is None or node.op_type != "MatMul" or node.inputs[1] is None:
+        written.append((node.name or "", index or 0))
+        node = product.producer()
+    if node is None or node.op_type != "MatMul" or _width(node.inputs[1]) != width:
         return None
-    shape = node.inputs[1].shape
-    if node.inputs[1].const_value is None or shape is None or not isinstance(shape[-1], int):
+    return [(node.name or "", 1), *written]
+
+
+def _width(value: ir.Value | None) -> int | None:
+    """Give the last size of a constant."""
+    if value is None or value.const_value is None or not len(value.const_value.shape):
         return None
-    size = shape[-1] // parts
-    return [(node.name or "", 1), *written], (part * size, (part + 1) * size)
+    size = value.const_value.shape[-1]
+    return size if isinstance(size, int) else None
 
 
 def factors(
@@ -161,7 +154,9 @@ def factors(
     exponents = np.zeros(len(maxima))
     exponents[moved] = strength * np.log2(maxima[moved]) - (1 - strength) * np.log2(weights[moved])
     exponents -= np.median(exponents[moved]) if moved.any() else 0.0
-    exponents = np.where(moved, np.clip(np.rint(exponents), -_LARGEST, _LARGEST), 0.0)
+    exponents = np.where(
+        moved, np.clip(np.rint(exponents), -LARGEST_EXPONENT, LARGEST_EXPONENT), 0.0
+    )
     return np.exp2(exponents).astype(np.float32)
 
 
@@ -172,15 +167,11 @@ def fold(model: ir.Model, seam: Seam, scale: NDArray[np.float32]) -> None:
         GraphError: the factors are for another number of channels.
     """
     nodes = {node.name: node for node in model.graph}
-    first, last = seam.columns
-    if (
-        last - first != len(scale)
-        or not {n for n, _ in (*seam.written, *seam.read)} <= nodes.keys()
-    ):
+    if len(seam.columns) != len(scale):
         raise GraphError(f"{len(scale)} factors do not fit {seam.name!r}; collect the ranges again")
     for name, index in seam.written:
         array = _constant(nodes[name], index).copy()
-        array[..., first:last] /= scale
+        array[..., list(seam.columns)] /= scale
         _set(model, nodes[name], index, array)
     for (name, index), axis in zip(seam.read, seam.axis, strict=True):
         array = _constant(nodes[name], index)
@@ -200,8 +191,8 @@ def _set(model: ir.Model, node: ir.Node, index: int, array: NDArray[Any]) -> Non
     """Give a node another constant; one that other nodes read too stays theirs."""
     value = node.inputs[index]
     assert value is not None
-    if len(value.uses()) > 1:
-        value = ir.Value(name=f"{node.name}.{index}.smooth", type=value.type, shape=value.shape)
-        model.graph.register_initializer(value)
-        node.replace_input_with(index, value)
-    value.const_value = ir.tensor(np.ascontiguousarray(array), name=value.name)
+    if len(value.uses()) == 1:
+        value.const_value = ir.tensor(np.ascontiguousarray(array), name=value.name)
+        return
+    own = Patch(model.graph, node).constant(array, f"{node.name}.{index}.smooth")
+    node.replace_input_with(index, own)

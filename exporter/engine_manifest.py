@@ -25,7 +25,7 @@ def _engine_record(job: TrtJob, graph: Compilable, result: BuildResult) -> Engin
     figures = summary(result.census)
     options = {
         name: getattr(job, name)
-        for name in ("workspace", "optimization_level", "version_compatible")
+        for name in ("workspace", "optimization_level", "version_compatible", "tf32")
         if getattr(job, name) not in {None, False}
     }
     return EngineRecord(

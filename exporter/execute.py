@@ -55,7 +55,8 @@ def execute(
     if reason or reference is None:
         return replace(record, executed=False, reason=f"compiled, not executed: {reason}")
     try:
-        runner = open_engine(admitted)
+        # TensorRT-RTX: judge the kernels that a service ends up with, not those of its first runs
+        runner = open_engine(admitted, eager_kernels=True)
     except MissingPackageError as error:
         return replace(record, executed=False, reason=f"compiled, not executed: {error}")
     with runner:
@@ -87,7 +88,7 @@ def _check(
         on_profile = _OnProfile(runner, index, f"{runner.name}, profile {profile}")
         verified = verify(on_profile, reference, stem, sizes)
         records.append(
-            verified.require(GATES[manifest.dtype], f"the engine, run in profile {profile}")
+            verified.require(GATES[manifest.rounds_as], f"the engine, run in profile {profile}")
         )
     worst = min(records, key=lambda record: record.cosine_min or 0.0)
     every = sorted({size for record in records for size in record.batches})

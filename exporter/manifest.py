@@ -191,6 +191,12 @@ class Manifest:
     product: str = f"msn-export {__version__}"
     schema: int = SCHEMA
 
+    @property
+    def rounds_as(self) -> Dtype:
+        """The dtype whose gate its figures must reach: TF32 has as much mantissa as fp16."""
+        tf32 = self.engine is not None and self.engine.options.get("tf32") is True
+        return Dtype.FP16 if tf32 and self.dtype is Dtype.FP32 else self.dtype
+
 
 def read(artifact: Path) -> Manifest | None:
     """Read the manifest beside ``artifact``; None if there is none.

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msn_export.artifact import Artifact
 from msn_export.check.compare import Agreement
 from msn_export.check.drift import (
-    StageDrift,
     TensorComparison,
     TensorDrift,
     compare_streams,
@@ -22,20 +20,20 @@ from msn_export.check.drift import (
 from msn_export.check.gate import DRIFT, GATES, ROUNDING, coarsest
 from msn_export.check.sample import Sample, batches, draw
 from msn_export.check.verify import Reference, Verified
-from msn_export.errors import GraphError
 from msn_export.manifest import CheckRecord
-from msn_export.pair import Pair, open_pair
 from msn_export.preprocessing import preset
 from msn_export.progress import Progress
+from msn_export.proof.artifact import Artifact
+from msn_export.proof.drift import Drift, common_stages, suspect_of
+from msn_export.proof.pair import Pair, open_pair
+from msn_export.proof.streams import open_stream, what_is_shown
 from msn_export.spec import Dtype
-from msn_export.streams import open_stream, what_is_shown
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LIMIT = 16  # pictures: the stages of a ViT-S are 4 MB each, and one look needs no percentile
 AT_ONCE = 4
-JUMP = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,40 +48,6 @@ class DriftJob:
     preprocess: str | None = None
     variant: str | None = None
     tolerance: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Drift:
-    """Every stage compared; ``parted`` is the first whose relative error is not allowed.
-
-    ``suspect`` is the block looked into: the one that parted, else the one that adds the most
-    error; ``inside`` are its tensors. ``check`` judges the outputs as ``validate`` does.
-    """
-
-    reference: str
-    candidate: str
-    dtype: Dtype
-    stages: tuple[StageDrift, ...]
-    parted: str | None
-    suspect: str | None
-    inside: tuple[TensorDrift, ...]
-    check: CheckRecord
-    notes: tuple[str, ...]
-
-    @property
-    def passed(self) -> bool:
-        """Whether no stage is past what is allowed."""
-        return self.parted is None
-
-    @property
-    def sentence(self) -> str:
-        """Where they part; if nowhere, which block adds the most error, beside the median one."""
-        if self.parted is not None:
-            return f"They part at {self.parted}, the first stage whose error is not allowed."
-        added = [stage.added for stage in self.stages if stage.name.startswith("block ")]
-        median, most = statistics.median(added), max(added)
-        times = f", {most / median:.1f} times the median block" if median > 0 else ""
-        return f"No stage is past what is allowed; {self.suspect} adds the most error{times}."
 
 
 def run_drift(job: DriftJob, progress: Progress) -> Drift:
@@ -105,15 +69,15 @@ def _marked(side: Artifact, folder: Path, progress: Progress) -> Artifact:
     if side.kind != "engine":
         return side
     assert side.manifest is not None  # no engine is described without one
-    side.start((), folder)  # refused here, before minutes of compiling, if it cannot run
-    from msn_export.marked import build_marked
+    side.start((), folder).close()  # refused here, before minutes of compiling, if it cannot run
+    from msn_export.proof.marked import build_marked
 
     folder.mkdir()
     return replace(side, marked=build_marked(Path(side.name), side.manifest, folder, progress))
 
 
 def _compare(job: DriftJob, pair: Pair, progress: Progress) -> Drift:
-    stages = _common_stages(pair)
+    stages = common_stages(pair)
     with progress.step("read images"):
         made = pair.preprocessing
         if job.preprocess is not None:
@@ -126,7 +90,7 @@ def _compare(job: DriftJob, pair: Pair, progress: Progress) -> Drift:
         allowed = _allowed(job, pair, sample, stages, dtype)
     measured = stages_of(gathered, peaks, allowed)
     parted = first_past(measured)
-    suspect = _suspect(measured, parted)
+    suspect = suspect_of(measured, parted)
     inside: tuple[TensorDrift, ...] = ()
     if suspect is not None and pair.reference.kind != "engine" != pair.candidate.kind:
         with progress.step(f"look into {suspect}"):
@@ -144,26 +108,6 @@ def _compare(job: DriftJob, pair: Pair, progress: Progress) -> Drift:
     )
 
 
-def _common_stages(pair: Pair) -> tuple[str, ...]:
-    """List the stages both sides show.
-
-    Raises:
-        GraphError: they have other blocks, which nothing can be matched with.
-    """
-    left, right = (what_is_shown(side, pair.outputs) for side in (pair.reference, pair.candidate))
-    if left.stages != right.stages:
-        raise GraphError(
-            f"{pair.reference.name} has {_span(left.inside)} and {pair.candidate.name} "
-            f"{_span(right.inside)}; they cannot be matched"
-        )
-    return left.stages
-
-
-def _span(blocks: Mapping[str, Any]) -> str:
-    names = list(blocks)
-    return f"{len(names)} blocks ({names[0]} to {names[-1]})"
-
-
 def _look(
     job: DriftJob, pair: Pair, sample: Sample, names: tuple[str, ...], *, whole: bool = True
 ) -> tuple[dict[str, TensorComparison], dict[str, tuple[float, str]], str]:
@@ -172,12 +116,14 @@ def _look(
     ``whole`` is for stages, which both sides have in one shape, and measures the peaks; inside a
     block a form of attention may lay its tensors out as it likes, and those are left out.
     """
-    reference = open_stream(pair.reference, pair.outputs, names, peaks=whole)
-    candidate = open_stream(pair.candidate, pair.outputs, names)
-    gathered = compare_streams(
-        reference, candidate, _batches(job, pair, sample), names, strict=whole
-    )
-    return gathered, dict(reference.peaks), f"{reference.name} | {candidate.name}"
+    with (
+        closing(open_stream(pair.reference, pair.outputs, names, peaks=whole)) as reference,
+        closing(open_stream(pair.candidate, pair.outputs, names)) as candidate,
+    ):
+        gathered = compare_streams(
+            reference, candidate, _batches(job, pair, sample), names, strict=whole
+        )
+        return gathered, dict(reference.peaks), f"{reference.name} | {candidate.name}"
 
 
 def _batches(
@@ -218,23 +164,6 @@ def _few(job: DriftJob, sample: Sample) -> Sample:
 def _at_once(job: DriftJob, pair: Pair, sample: Sample) -> int:
     fixed = pair.reference.fixed_batch or pair.candidate.fixed_batch
     return fixed or min(job.batch, sample.room)
-
-
-def _suspect(stages: tuple[StageDrift, ...], parted: StageDrift | None) -> str | None:
-    """Choose the block to look into; an embedding or an output has no inside.
-
-    Where nothing is past what is allowed: the first block that adds several times what any stage
-    before it added, for later ones magnify what comes in; else the one that adds the most.
-    """
-    if parted is not None:
-        return parted.name if parted.name.startswith("block ") else None
-    before = stages[0].added
-    blocks = [stage for stage in stages if stage.name.startswith("block ")]
-    for stage in blocks:
-        if stage.added > JUMP * before:
-            return stage.name
-        before = max(before, stage.added)
-    return max(blocks, key=lambda stage: stage.added).name
 
 
 def _inside(job: DriftJob, pair: Pair, sample: Sample, block: str) -> tuple[TensorDrift, ...]:

@@ -8,13 +8,19 @@ from pathlib import Path
 
 from msn_export import __version__
 from msn_export import manifest as manifests
-from msn_export.artifact import ENGINES, is_checkpoint
-from msn_export.artifact_facts import artifact_facts, checkpoint_facts
-from msn_export.driver import NoDriver, find_driver
-from msn_export.errors import GraphError, MissingPackageError, SpecError
+from msn_export.errors import (
+    DeviceError,
+    GraphError,
+    ManifestError,
+    MissingPackageError,
+    RunnerError,
+    SpecError,
+)
 from msn_export.files import require_writable, staging
-from msn_export.measured_facts import drift_facts, live_agreement, recorded_agreement
 from msn_export.progress import Progress
+from msn_export.proof.artifact import ENGINES, is_checkpoint, open_engine
+from msn_export.proof.artifact_facts import artifact_facts, checkpoint_facts
+from msn_export.proof.measured_facts import drift_facts, live_agreement, recorded_agreement
 from msn_export.report import facts, words
 from msn_export.run_drift import DriftJob, run_drift
 from msn_export.run_validate import ValidateJob, validate_in_full
@@ -117,11 +123,20 @@ def _measure(job: ReportJob, progress: Progress) -> Measured:
 
 
 def _runnable(artifacts: Sequence[str]) -> tuple[list[str], list[str]]:
-    driver = find_driver()
+    """Tell the artifacts that run here from those that do not, with the reasons.
+
+    Raises:
+        DeviceError: an engine is for this GPU, and it does not run.
+    """
     runnable, notes = [], []
     for name in artifacts:
-        if Path(name).suffix in ENGINES and isinstance(driver, NoDriver):
-            notes.append(f"{Path(name).name} was not run for this report: {driver.reason}")
+        try:
+            if Path(name).suffix in ENGINES:
+                open_engine(Path(name)).close()
+        except DeviceError:
+            raise
+        except (RunnerError, ManifestError, MissingPackageError) as error:
+            notes.append(f"{Path(name).name} was not run for this report: {error}")
         else:
             runnable.append(name)
     return runnable, notes

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-
-from msn_export.artifact import Artifact
 from msn_export.check.gate import Gate, coarsest, gate_of
-from msn_export.check.labels import label_faults
 from msn_export.check.sample import Sample, batch_sizes, draw, with_ragged
 from msn_export.check.suspects import find_cause
 from msn_export.check.verify import (
@@ -22,16 +19,16 @@ from msn_export.check.verify import (
     run_reference,
     verify,
 )
-from msn_export.graph.structure import differences
-from msn_export.manifest import CheckRecord
+from msn_export.errors import SpecError
 from msn_export.models.hf_config import read_json
-from msn_export.pair import Pair, open_pair
 from msn_export.preprocessing import (
     Preprocessing,
     from_processor_config,
     preset,
 )
 from msn_export.progress import Progress
+from msn_export.proof.pair import Pair, open_pair
+from msn_export.proof.validation import Measured, Validation, judge
 from msn_export.spec import BatchRange, Dtype
 
 LIMIT = 64  # pictures: enough for a first percentile, seconds of a ViT-S on two cores
@@ -57,46 +54,6 @@ class ValidateJob:
     numbers_only: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Side:
-    """What was compared, for the record."""
-
-    name: str
-    kind: str
-    dtype: Dtype
-    preprocessing: Preprocessing
-
-
-@dataclass(frozen=True, slots=True)
-class Validation:
-    """The verdict, the figures behind it, and why.
-
-    ``check`` gave both sides the same pixels; ``own``, where preprocessing differs, gave each what
-    its own makes of the same pictures. ``reasons`` is empty when ``passed``.
-    """
-
-    reference: Side
-    candidate: Side
-    passed: bool
-    check: CheckRecord
-    own: CheckRecord | None
-    gate: Gate
-    gate_name: Dtype
-    reasons: tuple[str, ...]
-    cause: str | None
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """Both runs of a candidate, and what its disagreement is put down to."""
-
-    same: Verified
-    own: Verified | None
-    cause: str | None
-    notes: tuple[str, ...]
-
-
 def run_validate(job: ValidateJob, progress: Progress) -> Validation:
     """Compare two artifacts on the same pictures.
 
@@ -120,22 +77,23 @@ def validate_in_full(job: ValidateJob, progress: Progress) -> tuple[Validation, 
     gate = gate_of(name, job.numbers)
     with progress.step("read images"):
         sample = draw(job.images, pair.preprocessing, room=pair.room, limit=job.limit)
-    with tempfile.TemporaryDirectory(prefix="msn-export-") as folder:
+    with tempfile.TemporaryDirectory(prefix="msn-export-") as folder, ExitStack() as opened:
         # first, for what cannot run here is refused before the reference took its time
-        runner = pair.candidate.start(pair.outputs, Path(folder))
+        runner = opened.enter_context(closing(pair.candidate.start(pair.outputs, Path(folder))))
         with progress.step(f"run {pair.reference.name}"):
             reference = run_pair_reference(pair, sample, Path(folder), rounding=name is Dtype.FP32)
         with progress.step(f"run {pair.candidate.name}"):
             measured = _measure(job, pair, reference, runner, gate, own)
-    return _judge(job, pair, measured, gate, name, own), measured.same
+    told = judge(pair, measured, gate, name, own, numbers_only=job.numbers_only)
+    return told, measured.same
 
 
 def run_pair_reference(pair: Pair, sample: Sample, stage: Path, *, rounding: bool) -> Reference:
     """Run the reference once; with ``rounding`` also in fp64, where it can be."""
     side = pair.reference
-    runner = side.start(pair.outputs, stage)
-    runner.name = f"{side.name} in {runner.name}"
-    reference = run_reference(runner, sample, side.stem, fixed=side.fixed_batch)
+    with closing(side.start(pair.outputs, stage)) as runner:
+        runner.name = f"{side.name} in {runner.name}"
+        reference = run_reference(runner, sample, side.stem, fixed=side.fixed_batch)
     kept = {name: reference.outputs[name] for name in pair.outputs}
     reference = replace(reference, outputs=kept)
     if rounding and side.exact is not None:
@@ -147,7 +105,10 @@ def _own_preprocessing(job: ValidateJob, pair: Pair) -> Preprocessing | None:
     """Say what the candidate is fed in production, if that differs from what the reference is."""
     own, size = pair.candidate.preprocessing, pair.candidate.size
     if job.preprocess is not None and job.preprocess.endswith(".json"):
-        config = read_json(Path(job.preprocess))
+        file = Path(job.preprocess)
+        if not file.is_file():
+            raise SpecError(f"--preprocess {file} does not exist; expected a JSON file")
+        config = read_json(file)
         own = from_processor_config(config, size, pair.candidate.channels)
     elif job.preprocess is not None:
         own = preset(job.preprocess, size, pair.candidate.channels)
@@ -164,7 +125,8 @@ def _measure(
 ) -> Measured:
     side = pair.candidate
     batch = job.batch or side.batch
-    room = max(batch.min, pair.room)
+    # an engine's batch is in the GPU's memory: this machine's sets no limit to its smallest
+    room = max(batch.min, pair.room) if side.kind == "engine" else pair.room
     sizes = with_ragged(batch_sizes(batch, room), len(reference.sample))
     notes = [f"skipped: {broken}" for broken in reference.sample.broken]
     if room < batch.max:
@@ -180,56 +142,3 @@ def _measure(
     room = reference.sample.room
     fed = replace(reference, sample=draw(job.images, own, room=room, limit=job.limit))
     return Measured(same, verify(runner, fed, side.stem, sizes), cause, tuple(notes))
-
-
-def _judge(
-    job: ValidateJob,
-    pair: Pair,
-    measured: Measured,
-    gate: Gate,
-    name: Dtype,
-    own: Preprocessing | None,
-) -> Validation:
-    same, mine = measured.same, measured.own
-    model, fed = same.failures(gate), mine.failures(gate) if mine is not None else []
-    reasons, notes = list(model), [*pair.notes, *measured.notes]
-    if mine is not None:
-        shown = (
-            f"with the same pixels cosine {_least(same)}, each with its own preprocessing "
-            f"{_least(mine)}"
-        )
-        if fed and model:
-            reasons.append(f"the preprocessing differs too: {shown}")
-        elif fed:
-            reasons.append(f"a preprocessing mismatch, the model itself agrees: {shown}")
-        else:
-            reasons = []
-            notes.append(
-                f"the preprocessing differs and the verdict is that of both together: {shown}"
-            )
-    reasons += label_faults(pair.reference.labels, pair.candidate.labels)
-    told = differences(pair.reference.structure, pair.candidate.structure)
-    if job.numbers_only:
-        notes += told
-    else:
-        reasons += told
-    return Validation(
-        reference=_side(pair.reference, pair.preprocessing),
-        candidate=_side(pair.candidate, own or pair.preprocessing),
-        passed=not reasons,
-        check=same.record(gate, passed=not model),
-        own=mine.record(gate, passed=not fed) if mine is not None else None,
-        gate=gate,
-        gate_name=name,
-        reasons=tuple(reasons),
-        cause=measured.cause,
-        notes=tuple(notes),
-    )
-
-
-def _least(verified: Verified) -> str:
-    return f"{np.min([agreement.cosine_min for agreement in verified.outputs.values()]):.6f}"
-
-
-def _side(artifact: Artifact, used: Preprocessing) -> Side:
-    return Side(artifact.name, artifact.kind, artifact.dtype, used)

@@ -37,10 +37,12 @@ class Recorder:
     """Counts calls of both modules together.
 
     ``calls`` are their names in order; ``fail_at`` is the number of the call to fail, from 0.
+    ``addresses`` are those that a context was told to read or write.
     """
 
     def __init__(self) -> None:
         self.calls: list[str] = []
+        self.addresses: set[int] = set()
         self.fail_at: int | None = None
         self.problems: list[str] = []
         self._live: Counter[str] = Counter()
@@ -75,6 +77,8 @@ class Recorder:
             if name in _RAISES:
                 raise RuntimeError(f"{name} failed on demand")
             return None if name in _CLASSES else False
+        if name == "set_tensor_address":
+            self.addresses.add(int(arguments[1]))
         plain = [one.__dict__["_real"] if isinstance(one, _Object) else one for one in arguments]
         made = function(*plain)
         if name not in _CLASSES or made is None:

@@ -401,9 +401,20 @@ def test_11_is_strongly_typed_and_takes_its_options() -> None:
     config.set_memory_pool_limit.assert_called_once_with(trt.MemoryPoolType.WORKSPACE, 1 << 30)
     assert config.builder_optimization_level == 4
     config.set_flag.assert_called_once_with(trt.BuilderFlag.VERSION_COMPATIBLE)
+    config.clear_flag.assert_called_once_with(trt.BuilderFlag.TF32)
     config.set_compute_capability.assert_not_called()
     profile = trt.Builder.return_value.create_optimization_profile.return_value
     profile.set_shape.assert_called_once_with("x", (1, 3, 32, 32), (8, 3, 32, 32), (32, 3, 32, 32))
+
+
+def test_tf32_is_used_where_it_is_asked_for_alone() -> None:
+    for version, tf32 in (("11.4.0", False), ("11.4.0", True), ("8.6.1", False), ("8.6.1", True)):
+        trt = stand_in(("FLOAT",))
+        trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED = 1
+        trt.IProgressMonitor = type("IProgressMonitor", (), {})
+        _, config = compile_with(trt, version, tf32=tf32)
+        cleared = [call.args for call in config.clear_flag.call_args_list]
+        assert cleared == ([] if tf32 else [(trt.BuilderFlag.TF32,)])
 
 
 def test_full_tensorrt_builds_for_its_own_gpu_only(

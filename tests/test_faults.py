@@ -3,24 +3,41 @@
 The model is vit-msn-small with msn's own initialisation, not one made to show a fault.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import faults
 import numpy as np
 import pytest
+import torch
 from faults import BLOCK, describe, plant
 
 from msn_export import manifest
 from msn_export.progress import Silent
-from msn_export.run_drift import Drift, DriftJob, run_drift
-from msn_export.run_validate import ValidateJob, Validation, run_validate
+from msn_export.proof.drift import Drift
+from msn_export.proof.validation import Validation
+from msn_export.run_drift import DriftJob, run_drift
+from msn_export.run_validate import ValidateJob, run_validate
+from msn_export.spec import BatchRange
 
 LIMIT = 4  # pictures: these faults are no matter of chance
+BATCH = BatchRange(1, 2, 4)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Seventeen tokens keep one core busy; more threads wait for each other where others run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def validated(reference: Path, candidate: Path, pictures: Path, **options) -> Validation:
-    job = ValidateJob(str(reference), str(candidate), images=pictures, limit=LIMIT, **options)
+    job = ValidateJob(
+        str(reference), str(candidate), images=pictures, limit=LIMIT, batch=BATCH, **options
+    )
     return run_validate(job, Silent())
 
 

@@ -13,6 +13,7 @@ from manifests import example
 from msn_export import manifest
 from msn_export.errors import ManifestError
 from msn_export.files import sha256_of
+from msn_export.spec import Dtype
 
 
 @pytest.fixture
@@ -167,3 +168,20 @@ def test_versions_are_those_that_are_installed() -> None:
     found = manifest.versions_of("numpy", "no-such-package")
     assert found.keys() == {"msn-export", "numpy"}
     assert found["numpy"][0].isdigit()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "gate"),
+    [
+        (Dtype.FP32, {}, Dtype.FP32),
+        (Dtype.FP32, {"tf32": True}, Dtype.FP16),
+        (Dtype.BF16, {"tf32": True}, Dtype.BF16),
+        (Dtype.INT8, {"tf32": True}, Dtype.INT8),
+    ],
+)
+def test_an_engine_is_judged_by_what_it_multiplies_in(dtype, options, gate) -> None:
+    described = example(dtype=dtype)
+    assert described.engine is not None
+    engine = replace(described.engine, options=options)
+    assert replace(described, engine=engine).rounds_as is gate
+    assert replace(described, engine=None).rounds_as is dtype

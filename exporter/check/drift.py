@@ -34,6 +34,9 @@ class Stream(Protocol):
     def __call__(self, images: NDArray[Any], /) -> Mapping[str, NDArray[Any]]:
         """Run a batch in the model's own input type; the shown tensors, [b, ...] each."""
 
+    def close(self) -> None:
+        """Free what it runs in."""
+
 
 @dataclass(frozen=True, slots=True)
 class TensorDrift:

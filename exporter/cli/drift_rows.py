@@ -10,8 +10,8 @@ from rich.table import Table
 
 from msn_export.check.drift import StageDrift, TensorDrift
 from msn_export.cli.console import Console
+from msn_export.proof.drift import Drift
 from msn_export.records import to_plain
-from msn_export.run_drift import Drift
 
 
 def show_drift(console: Console, found: Drift) -> None:

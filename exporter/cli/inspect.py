@@ -24,6 +24,6 @@ def inspect(artifacts: tuple[Path, ...], as_json: bool) -> None:
         raise click.UsageError("give one artifact, or two to compare")
     from msn_export.cli.console import Console
     from msn_export.cli.inspection_rows import show_inspections
-    from msn_export.inspection import inspect as inspect_artifact
+    from msn_export.proof.inspection import inspect as inspect_artifact
 
     show_inspections(Console(as_json=as_json), [inspect_artifact(path) for path in artifacts])

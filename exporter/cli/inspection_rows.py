@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from msn_export.cli.console import Console
-from msn_export.inspection import Inspection
+from msn_export.proof.inspection import Inspection
 from msn_export.records import to_plain
 from msn_export.spec import TensorSpec
 

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from msn_export.cli.console import Console
 from msn_export.manifest import CheckRecord, ImageRecord
-from msn_export.run_validate import Side, Validation
+from msn_export.proof.validation import Side, Validation
 
 WORST = 3  # images that are named
 

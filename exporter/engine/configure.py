@@ -142,6 +142,9 @@ def set_options(trt: TensorRT, config: IBuilderConfig, spec: BuildSpec) -> tuple
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, spec.workspace)
     if spec.optimization_level is not None:
         config.builder_optimization_level = spec.optimization_level
+    if not spec.tf32:
+        # TensorRT sets it by itself: an fp32 engine would multiply with 10 bits of mantissa
+        config.clear_flag(trt.BuilderFlag.TF32)
     if spec.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     note = timing_cache.attach(config, spec.timing_cache) if spec.timing_cache else None

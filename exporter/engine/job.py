@@ -18,7 +18,8 @@ class BuildSpec:
     strongly typed. ``workspace`` (a kernel's scratch memory) and ``memory_limit`` (of the compiler
     process, resident) are in bytes, ``timeout`` is in seconds. ``decompose_attention`` lets
     TensorRT take an Attention operator apart where it has no fused kernel for it; without it such
-    a graph does not compile, so that a build proves the fusion.
+    a graph does not compile, so that a build proves the fusion. ``tf32`` lets fp32 products round
+    their inputs to 10 bits of mantissa, which TensorRT does by default and this package does not.
     """
 
     model: Path
@@ -29,6 +30,7 @@ class BuildSpec:
     optimization_level: int | None = None
     timing_cache: Path | None = None
     version_compatible: bool = False
+    tf32: bool = False
     decompose_attention: bool = False
     timeout: float | None = None
     memory_limit: int | None = None

@@ -72,6 +72,9 @@ class TorchRunner:
             tokens = self.model(torch.from_numpy(pixel_values).to(self.dtype))
             return {head.output: read_head(self.model, head, tokens).numpy() for head in self.heads}
 
+    def close(self) -> None:
+        """Do nothing: the model is the checkpoint's."""
+
 
 class Heads(nn.Module):
     """A model with what is read off it: images [b, c, h, w] to one tensor a head."""
@@ -113,6 +116,9 @@ class TorchStream:
             for handle in handles:
                 handle.remove()
         return self._seen | outputs
+
+    def close(self) -> None:
+        """Do nothing: the model is the checkpoint's."""
 
     def _watch(self) -> Iterator[RemovableHandle]:
         blocks = cast("Sequence[nn.Module]", self.runner.model.blocks)

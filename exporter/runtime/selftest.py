@@ -63,6 +63,6 @@ def selftest(
         )
     comparison = Comparison()
     comparison.add(wanted, golden.vectors(np.asarray(outputs[record.output])))
-    agreement, gate = comparison.agreement(), GATES[manifest.dtype]
+    agreement, gate = comparison.agreement(), GATES[manifest.rounds_as]
     failures = tuple(gate.failures(agreement))
     return SelfTest(record.output, agreement, gate, failures, name, record.reference)

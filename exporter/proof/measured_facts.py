@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from msn_export.artifact import is_checkpoint
 from msn_export.check.drift import StageDrift, TensorDrift
 from msn_export.check.gate import GATES, in_words
 from msn_export.check.neighbours import embedding_of, nearest
 from msn_export.check.verify import Verified
 from msn_export.manifest import Manifest
+from msn_export.proof.artifact import is_checkpoint
+from msn_export.proof.drift import Drift
+from msn_export.proof.validation import Validation
 from msn_export.report import facts
-from msn_export.run_drift import Drift
-from msn_export.run_validate import Validation
 
 WORST = 3  # images shown of each comparison
 

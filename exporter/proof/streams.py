@@ -11,7 +11,6 @@ import numpy as np
 import onnx_ir as ir
 
 from msn_export import manifest as manifests
-from msn_export.artifact import Artifact, open_engine
 from msn_export.errors import GraphError
 from msn_export.graph import io
 from msn_export.graph.expose import SEEN, expose
@@ -20,6 +19,7 @@ from msn_export.graph.inside import inside as tensors_inside
 from msn_export.graph.islands import MAXIMA, observe
 from msn_export.graph.stream import ENTRY, find_stream, stages_of
 from msn_export.graph.stream import Stream as Skeleton
+from msn_export.proof.artifact import Artifact, Opened, open_engine
 from msn_export.spec import Dtype, Head
 from msn_export.typed import cpu_runner
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from msn_export.check.drift import Stream
-    from msn_export.check.verify import Runner
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +57,7 @@ class OnnxStream:
         with tempfile.TemporaryDirectory(prefix="msn-export-") as folder:
             path = Path(folder) / "exposed.onnx"
             io.save(expose(model, shown), path)
-            self._runner: Runner = cpu_runner(path, dtype, Path(folder))
+            self._runner: Opened = cpu_runner(path, dtype, Path(folder))
         self.name = self._runner.name
 
     def __call__(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
@@ -71,6 +70,10 @@ class OnnxStream:
             for name, value in outputs.items()
             if name.startswith(SEEN)
         }
+
+    def close(self) -> None:
+        """Free the session."""
+        self._runner.close()
 
     def _raise_peaks(self, maxima: NDArray[Any]) -> None:
         for (tensor, stage), peak in zip(self._stages, maxima.tolist(), strict=True):
@@ -90,6 +93,10 @@ class EngineStream:
         """Run a batch in the engine's own input type."""
         outputs = self._runner(images)
         return {name.removeprefix(SEEN): np.asarray(value) for name, value in outputs.items()}
+
+    def close(self) -> None:
+        """Free the engine."""
+        self._runner.close()
 
 
 def what_is_shown(artifact: Artifact, outputs: tuple[str, ...]) -> Shown:

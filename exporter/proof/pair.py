@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from msn_export.artifact import Artifact, is_checkpoint, open_artifact
 from msn_export.errors import SpecError, ToleranceError
 from msn_export.preprocessing import Preprocessing, preset
+from msn_export.proof.artifact import Artifact, is_checkpoint, open_artifact
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,27 +5,37 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import onnx_ir as ir
 
 from msn_export import manifest as manifests
 from msn_export.check.sample import affordable_batch
+from msn_export.check.verify import Runner
 from msn_export.driver import NoDriver, find_driver
-from msn_export.errors import EngineFileError, GraphError
+from msn_export.errors import EngineFileError, GraphError, RunnerError
 from msn_export.graph import io
 from msn_export.graph.precision import graph_dtype
 from msn_export.graph.structure import Structure, structure_of
 from msn_export.preprocessing import Preprocessing
+from msn_export.runtime import opening
+from msn_export.runtime.admission import admit_engine
+from msn_export.runtime.batching import together
 from msn_export.source import DYNAMIC, image_input, room_of
 from msn_export.spec import BatchRange, Dtype, ImageSize, InputKind
 from msn_export.typed import cpu_runner
 
 if TYPE_CHECKING:
-    from msn_export.check.verify import Runner
     from msn_export.manifest import Manifest
 
 ENGINES = frozenset({".engine", ".plan", ".trt"})
+
+
+class Opened(Runner, Protocol):
+    """A runner that holds something until it is closed."""
+
+    def close(self) -> None:
+        """Free it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +58,8 @@ class Artifact:
     batch: BatchRange
     room: int
     outputs: tuple[str, ...]
-    start: Callable[[tuple[str, ...], Path], Runner]
-    exact: Callable[[tuple[str, ...]], Runner] | None = None
+    start: Callable[[tuple[str, ...], Path], Opened]
+    exact: Callable[[tuple[str, ...]], Opened] | None = None
     labels: tuple[str, ...] = ()
     structure: Structure = field(default_factory=dict)
     manifest: Manifest | None = None
@@ -82,7 +92,7 @@ def open_artifact(
         return _of_graph(path)
     if path.suffix in ENGINES:
         return _of_engine(path)
-    from msn_export.checkpoint import checkpoint_artifact  # torch
+    from msn_export.proof.checkpoint import checkpoint_artifact  # torch
 
     return checkpoint_artifact(name, variant, size)
 
@@ -101,7 +111,7 @@ def _of_graph(path: Path) -> Artifact:
     io.infer_shapes(model)
     dtype = manifest.dtype if manifest is not None else graph_dtype(model)
 
-    def start(_outputs: tuple[str, ...], stage: Path) -> Runner:
+    def start(_outputs: tuple[str, ...], stage: Path) -> Opened:
         return cpu_runner(path, dtype, stage)
 
     return Artifact(
@@ -138,20 +148,21 @@ def _of_engine(path: Path) -> Artifact:
             "built from, or build it with msn-export trt"
         )
     manifests.require_match(path, manifest)
+    batch = together(manifest.profiles)
 
-    def start(_outputs: tuple[str, ...], _stage: Path) -> Runner:
+    def start(_outputs: tuple[str, ...], _stage: Path) -> Opened:
         return open_engine(path)
 
     return Artifact(
         name=str(path),
         kind="engine",
-        dtype=manifest.dtype,
+        dtype=manifest.rounds_as,
         stem=next(kind for kind in InputKind if kind.tensor == manifest.inputs[0].name),
         size=manifest.preprocessing.size,
         channels=manifest.preprocessing.channels,
         preprocessing=manifest.preprocessing,
-        batch=manifest.profiles[0],
-        room=_room(manifest) or manifest.profiles[0].max,
+        batch=batch,
+        room=_room(manifest) or batch.max,
         outputs=tuple(spec.name for spec in manifest.outputs),
         start=start,
         labels=manifest.labels,
@@ -159,19 +170,21 @@ def _of_engine(path: Path) -> Artifact:
     )
 
 
-def open_engine(path: Path) -> Runner:
+def open_engine(path: Path) -> Opened:
     """Open an engine for running.
 
     Raises:
-        EngineFileError: it cannot run here.
+        RunnerError: it cannot run here: there is no GPU, or another than it is for.
+        MissingPackageError: a package is not installed.
+        DeviceError: the GPU or TensorRT failed.
     """
     driver = find_driver()
     if isinstance(driver, NoDriver):
-        raise EngineFileError(
+        raise RunnerError(
             f"{path} cannot run here: {driver.reason}; run this command on the machine that has "
             "its GPU, or compare the graph it was built from"
         )
-    raise EngineFileError(f"{path} cannot run: this version runs no engine yet")
+    return opening.open_engine(admit_engine(path, trust=False), eager_kernels=True)
 
 
 def _room(manifest: Manifest | None) -> int | None:

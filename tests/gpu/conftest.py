@@ -1,0 +1,30 @@
+"""A place to run: an NVIDIA card (``-m gpu``), or a rehearsal of this suite on the CPU."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from places import FOUND, Place, Rehearsal
+
+
+@pytest.fixture(scope="session")
+def places(tmp_path_factory: pytest.TempPathFactory, photographs: Path) -> dict[str, Place]:
+    """What was opened so far: a card's engines are built once a session."""
+    return {"rehearsal": Rehearsal(tmp_path_factory.mktemp("rehearsal"), photographs)}
+
+
+@pytest.fixture
+def place(
+    request: pytest.FixtureRequest,
+    places: dict[str, Place],
+    photographs: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Place:
+    """The place a test's parameter names; skipped with the reason where it is not to be had."""
+    if request.param not in places:
+        folder = tmp_path_factory.mktemp(request.param.replace(" ", "-"))
+        places[request.param] = FOUND[request.param](folder, photographs)
+    return places[request.param]

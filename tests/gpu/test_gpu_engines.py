@@ -1,0 +1,90 @@
+"""Every shape in every precision: built, run on photographs, and gated on the card itself."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from places import CARD, SHAPES, TINY, Built, Place
+
+from msn_export.check.gate import GATES
+from msn_export.check.sample import draw, with_ragged
+from msn_export.check.verify import Reference, run_reference, verify
+from msn_export.graph.reference import read_head
+from msn_export.spec import Dtype, Head, InputKind
+
+HEADS = (Head.CLS, Head.MEAN)
+
+
+class TorchOn:
+    """The fp32 model on a device, its products in fp32."""
+
+    def __init__(self, built: Built, device: str) -> None:
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+        self.model, self.device = built.checkpoint.model.to(device), device
+        self.name = f"torch {torch.__version__}, {device}, fp32"
+
+    def __call__(self, images: Any) -> dict[str, np.ndarray[Any, Any]]:
+        with torch.inference_mode():
+            tokens = self.model(torch.from_numpy(images).to(self.device))
+            return {
+                head.output: read_head(self.model, head, tokens).cpu().numpy() for head in HEADS
+            }
+
+
+def reference_of(built: Built, place: Place) -> Reference:
+    preprocessing, (profile, *_) = built.manifest.preprocessing, built.manifest.profiles
+    assert preprocessing is not None
+    sample = replace(draw(place.photographs, preprocessing), room=profile.max)
+    return run_reference(TorchOn(built, place.torch_device), sample)
+
+
+@pytest.mark.parametrize("dtype", Dtype)
+@pytest.mark.parametrize(("place", "shape"), SHAPES, indirect=["place"])
+def test_an_engine_agrees_with_torch_on_the_same_card(place, shape, dtype) -> None:
+    if obstacle := place.obstacle(dtype):
+        pytest.skip(obstacle)
+    built = place.build(shape, dtype)
+    profile = built.manifest.profiles[0]
+    sizes = with_ragged([profile.min, profile.opt, profile.max], 16)
+    with place.open(built) as runner:
+        reference = reference_of(built, place)
+        # more than one call takes, too: the runner splits it
+        verified = verify(runner, reference, InputKind.FLOAT, [*sizes, profile.max + 3])
+    assert set(verified.outputs) == {head.output for head in HEADS}
+    assert verified.failures(GATES[dtype]) == []
+
+
+@pytest.mark.parametrize("place", [CARD], indirect=True)
+@pytest.mark.parametrize("dtype", Dtype)
+def test_what_trt_says_of_an_engine_it_ran_here(place, dtype) -> None:
+    if obstacle := place.obstacle(dtype):
+        pytest.skip(obstacle)
+    engine = place.build("vit-msn-small", dtype).manifest.engine
+    assert engine.executed is True, engine.reason
+    assert engine.check.passed is True
+    assert place.device.name in engine.reason
+
+
+@pytest.mark.parametrize(("place", "shape"), [("rehearsal", TINY), SHAPES[1]], indirect=["place"])
+def test_the_gate_on_the_card_can_fail(place, shape) -> None:
+    built = place.build(shape, Dtype.FP16)
+    reference = reference_of(built, place)
+    spoiled = {name: output.copy() for name, output in reference.outputs.items()}
+    spoiled["embedding"][0] *= -1
+    with place.open(built) as runner:
+        verified = verify(runner, replace(reference, outputs=spoiled), InputKind.FLOAT, [1])
+    assert "cosine_p1" in verified.failures(GATES[Dtype.FP16])[0]
+
+
+@pytest.mark.parametrize(("place", "shape"), [("rehearsal", TINY), SHAPES[1]], indirect=["place"])
+@pytest.mark.parametrize("dtype", [Dtype.FP32, Dtype.FP16])
+def test_the_golden_input_is_reproduced(place, shape, dtype) -> None:
+    checked = place.folder / f"{shape}.{dtype}.checked.onnx"
+    options = ("--head", "cls", "--dtype", str(dtype), *place.images())
+    place.run(checked, "onnx", place._source(shape), *options)
+    with place.open(replace(place.build(shape, dtype), artifact=checked)) as runner:
+        result = runner.selftest()
+    assert result.passed, str(result)
