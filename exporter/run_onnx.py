@@ -145,8 +145,9 @@ def _build(
         with progress.step("simplify"):
             outcome = simplify(model)
             model, simplified = outcome.model, outcome.reason
-    with progress.step("compute only what the outputs need"):
-        narrow_to_first_token(model)
+    if _compiles_for_one_query(job, checkpoint.config.heads):
+        with progress.step("compute only what the outputs need"):
+            narrow_to_first_token(model)
     with progress.step("fuse attention"):
         fused = fuse_attention(model, job.target.attention, expected=checkpoint.config.depth)
         if job.target.opset < 23:
@@ -161,6 +162,14 @@ def _build(
         io.save(model, path)
         io.check(path)
     return Built(path, model, fused, simplified, islands)
+
+
+def _compiles_for_one_query(job: OnnxJob, heads: int) -> bool:
+    """Whether the target has an attention kernel for the last block's [CLS] query alone.
+
+    TensorRT-RTX 1.7.1 has none where heads x batch is below 4; every published shape has 6 or more.
+    """
+    return job.target is not Target.TENSORRT or heads * job.batch.min >= 4
 
 
 def _metadata(checkpoint: Checkpoint, sample: Sample) -> dict[str, str]:
