@@ -163,6 +163,18 @@ def test_corrected_biases_are_told(graph, images, tmp_path) -> None:
     assert told["quantization"]["bias_correction"] is True
 
 
+def test_a_person_reads_the_verdict_in_a_table(graph, images, tmp_path) -> None:
+    result = calibrate(graph, images, tmp_path / "m.onnx", "--int8", *QUICK)
+    assert result.exit_code == 0, result.output
+    for said in (
+        "8 of 8 products to int8",
+        "ranges by mse, smoothing off; the rest in fp16",
+        "33 calibrated on, 11 held out (seed 0); m.ranges.json",
+        "not asked for (--no-compile)",
+    ):
+        assert said in result.stdout
+
+
 # --- what TensorRT makes of it --------------------------------------------------------------------
 
 
@@ -183,6 +195,31 @@ def test_every_product_multiplies_in_8_bits_and_attention_stays_fused(
     assert one["gemm_dtypes"][{"int8": "Int8", "fp8": "FP8"}[dtype]] == PRODUCTS
     assert twin["gemm_dtypes"].keys() == {"Half"}
     assert told["quantization"]["latency"]["reason"].startswith("no NVIDIA driver")
+
+
+def test_trt_takes_the_graph_and_holds_the_engine_to_it(int8, images, tmp_path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    target = ["--backend", "tensorrt-rtx", "--compute-capability", "8.9", "--json"]
+    arguments = ["trt", str(int8[0]), "-o", str(tmp_path / "m.engine"), "--images", str(images)]
+    result = CliRunner().invoke(main, [*arguments, *target])
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told["dtype"] == told["engine"]["precision"] == "int8"
+    assert told["engine"]["gemm_dtypes"]["Int8"] == told["engine"]["quantised_products"] == PRODUCTS
+    assert told["engine"]["fused_attention"] == 2
+    assert told["check"]["passed"] is True
+
+
+def test_the_rest_may_be_bf16(graph, images, tmp_path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    output = tmp_path / "m.onnx"
+    told = done(graph, images, output, "--int8", "--base", "bf16", "--smooth", "off")
+    compiled = told["quantization"]["compiled"]
+    assert compiled["int8"]["multiplied"] == compiled["int8"]["products"] == PRODUCTS
+    assert (compiled["int8"]["fused_attention"], compiled["bf16"]["fused_attention"]) == (2, 2)
+    assert "bf16 emulated" in told["check"]["executed_on"]
+    attention = [node for node in io.load(output).graph if node.op_type == "Attention"]
+    assert [node.outputs[0].dtype for node in attention] == [ir.DataType.BFLOAT16] * 2
 
 
 def test_attention_that_is_taken_apart_is_no_gain(graph, images, tmp_path) -> None:
