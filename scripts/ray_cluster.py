@@ -67,7 +67,9 @@ def started(arguments: Sequence[object], **options: object) -> Iterator["subproc
     # the sessions' folder: sockets in it allow no long path, and an address that a killed cluster
     # left in it would be joined by the next command
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as tmp:
-        variables = {**os.environ, "RAY_TMPDIR": tmp, "RAY_USAGE_STATS_ENABLED": "0"}
+        # a cluster's first start writes a token into the home folder
+        own = {"RAY_TMPDIR": tmp, "HOME": tmp, "RAY_USAGE_STATS_ENABLED": "0"}
+        variables = {**os.environ, **own}
         child = subprocess.Popen(
             alone([environment(), *arguments]),
             env=variables, text=True, stdin=subprocess.DEVNULL, start_new_session=True, **options,
