@@ -19,6 +19,7 @@ from msn_export.check.verify import (
     run_reference,
     verify,
 )
+from msn_export.errors import SpecError
 from msn_export.models.hf_config import read_json
 from msn_export.preprocessing import (
     Preprocessing,
@@ -104,7 +105,10 @@ def _own_preprocessing(job: ValidateJob, pair: Pair) -> Preprocessing | None:
     """Say what the candidate is fed in production, if that differs from what the reference is."""
     own, size = pair.candidate.preprocessing, pair.candidate.size
     if job.preprocess is not None and job.preprocess.endswith(".json"):
-        config = read_json(Path(job.preprocess))
+        file = Path(job.preprocess)
+        if not file.is_file():
+            raise SpecError(f"--preprocess {file} does not exist; expected a JSON file")
+        config = read_json(file)
         own = from_processor_config(config, size, pair.candidate.channels)
     elif job.preprocess is not None:
         own = preset(job.preprocess, size, pair.candidate.channels)
@@ -121,7 +125,8 @@ def _measure(
 ) -> Measured:
     side = pair.candidate
     batch = job.batch or side.batch
-    room = max(batch.min, pair.room)
+    # an engine's batch is in the GPU's memory: this machine's sets no limit to its smallest
+    room = max(batch.min, pair.room) if side.kind == "engine" else pair.room
     sizes = with_ragged(batch_sizes(batch, room), len(reference.sample))
     notes = [f"skipped: {broken}" for broken in reference.sample.broken]
     if room < batch.max:

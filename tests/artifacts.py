@@ -16,6 +16,7 @@ from trt_bench import DEVICE, ROWS, one_device
 
 from msn_export import execute, manifest
 from msn_export.cli import main
+from msn_export.proof import artifact
 from msn_export.runtime import opening
 from msn_export.runtime.loaders import Loaded
 
@@ -70,7 +71,8 @@ def pretend(
     loaded = Loaded(recorder.tensorrt(module), ROWS[contexts], version or module.__version__)
     wrapped = recorder.cuda(cuda)
     monkeypatch.setattr(opening, "find_driver", lambda: one_device(DEVICE))
-    monkeypatch.setattr(execute, "find_driver", lambda: one_device(DEVICE))
+    for module in (execute, artifact):
+        monkeypatch.setattr(module, "find_driver", lambda: one_device(DEVICE))
     monkeypatch.setattr(opening, "load", lambda _backend, compatible: loaded)
     monkeypatch.setattr(opening, "load_cuda", lambda _backend: wrapped)
     return recorder

@@ -4,6 +4,7 @@
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +77,32 @@ def train(folder: Path) -> None:
             _fit().save_pretrained(folder)
     finally:
         torch.set_num_threads(threads)
+
+
+def plant(
+    folder: Path, trained: Path, blocks: Sequence[int] = (0, 1, 2), factor: float = 50.0
+) -> Path:
+    """Copy a model with the two largest channels of each LayerNorm ``factor`` times as large.
+
+    What reads them is divided by as much, so the function is the same. Such channels come by
+    themselves in large models (arXiv 2208.07339); a tiny one has none.
+    """
+    model = ViTMSNForImageClassification.from_pretrained(trained)
+    with torch.no_grad():
+        for layer in (model.vit.layers[block] for block in blocks):
+            attention = layer.attention
+            readers = {
+                layer.layernorm_before: (attention.q_proj, attention.k_proj, attention.v_proj),
+                layer.layernorm_after: (layer.mlp.fc1,),
+            }
+            for norm, projections in readers.items():
+                channels = norm.weight.abs().topk(2).indices
+                norm.weight[channels] *= factor
+                norm.bias[channels] *= factor
+                for projection in projections:
+                    projection.weight[:, channels] /= factor
+    model.save_pretrained(folder)
+    return folder
 
 
 def _fit() -> ViTMSNForImageClassification:

@@ -125,3 +125,14 @@ def test_of_several_outputs_each_figure_is_the_worst() -> None:
         assert math.isnan(worst_of(order).max_abs)
         assert worst_of(order).nan == 1
     assert {field.name for field in fields(Agreement)} == set(worst.to_json())
+
+
+def test_relative_error_is_that_of_the_whole_set() -> None:
+    comparison = Comparison()
+    reference = np.array([[3.0, 4.0], [0.0, 5.0]])
+    comparison.add(reference, reference + np.array([[0.3, 0.4], [0.0, 0.0]]))
+    agreement = comparison.agreement()
+    assert agreement.relative == pytest.approx((0.25 / 50) ** 0.5)
+    better = replace(agreement, relative=1e-9, rounding=1.5)
+    assert worst_of([agreement, better]).relative == agreement.relative
+    assert worst_of([agreement, better]).rounding == 1.5  # where it was not measured it counts not

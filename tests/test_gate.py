@@ -1,34 +1,71 @@
-"""A gate fails closed: what is no number is inside no tolerance."""
+"""A gate fails closed: what is no number is inside no tolerance, and every failure is told."""
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from msn_export.check.compare import Agreement, Comparison
-from msn_export.check.gate import GATES, Gate
+from msn_export.check.gate import GATES, Gate, coarsest, gate_of, in_words
 from msn_export.errors import ToleranceError
 from msn_export.spec import Dtype
 
+GOOD = Agreement(
+    images=4, max_abs=1e-6, mean_abs=1e-7, cosine_min=1.0, cosine_p1=1.0, cosine_median=1.0,
+    norm_ratio_min=1.0, norm_ratio_max=1.0, reference_rms=1.0, relative=1e-7, nan=0, inf=0,
+    rounding=1.2, neighbours=1.0, classes=1.0,
+)  # fmt: skip
+STRICT = Gate(
+    max_abs=1e-4, cosine_min=0.999999, cosine_p1=0.999, rounding=3.0, neighbours=0.9, classes=0.9
+)
 
-def agreement(**changes: float) -> Agreement:
-    comparison = Comparison()
-    comparison.add(np.ones((4, 8)), np.ones((4, 8)))
-    return replace(comparison.agreement(), **changes)
+
+def agreement(**changes: Any) -> Agreement:
+    return replace(GOOD, **changes)
+
+
+# --- the gates ------------------------------------------------------------------------------------
 
 
 def test_the_gates_are_the_documented_ones() -> None:
     fp32 = GATES[Dtype.FP32]
-    assert (fp32.max_abs, fp32.cosine_min) == (1e-4, 0.999999)
+    assert (fp32.max_abs, fp32.cosine_min, fp32.rounding) == (1e-4, 0.999999, 3.0)
     assert GATES[Dtype.FP16].cosine_p1 == GATES[Dtype.BF16].cosine_p1 == 0.999
+    assert GATES[Dtype.INT8].cosine_p1 == GATES[Dtype.FP8].cosine_p1 == 0.99
     assert GATES.keys() == set(Dtype)
 
 
-@pytest.mark.parametrize("dtype", Dtype)
-def test_perfect_agreement_passes_every_gate(dtype) -> None:
-    assert GATES[dtype].failures(agreement()) == []
-    GATES[dtype].require(agreement(), "it")
+def test_every_gate_says_why_and_can_be_read() -> None:
+    for gate in GATES.values():
+        assert gate.reason
+        assert gate.numbers
+    assert str(GATES[Dtype.FP16]) == "first-percentile cosine at least 0.999"
+    assert in_words({"of a later version": 0.5}) == "of a later version 0.5"
+
+
+@pytest.mark.parametrize("gate", [*GATES.values(), STRICT], ids=repr)
+def test_perfect_agreement_passes_every_gate(gate) -> None:
+    assert gate.failures(GOOD) == []
+    gate.require(GOOD, "it")
+
+
+def test_numbers_can_be_replaced_and_the_reason_says_so() -> None:
+    gate = gate_of(Dtype.FP16, {"cosine": 0.9, "max_abs": 0.5})
+    assert (gate.cosine_p1, gate.max_abs) == (0.9, 0.5)
+    assert gate.reason == "cosine_p1, max_abs as asked for, not this gate's own"
+    assert gate_of(Dtype.FP32, {"cosine": 0.9}).cosine_min == 0.9
+    assert gate_of(Dtype.FP16) is GATES[Dtype.FP16]
+
+
+def test_two_dtypes_share_the_gate_of_the_coarser() -> None:
+    assert coarsest(Dtype.FP32, Dtype.FP16) is Dtype.FP16
+    assert coarsest(Dtype.BF16, Dtype.FP16) is Dtype.BF16
+    assert coarsest(Dtype.FP32) is Dtype.FP32
+
+
+# --- what it lets through and what it does not ----------------------------------------------------
 
 
 LIMITS = [
@@ -42,7 +79,15 @@ LIMITS = [
     (Gate(cosine_p1=0.9), {"cosine_min": 0.1}, []),
     (Gate(), {"max_abs": 1e9, "cosine_min": -1.0}, []),
     (Gate(), {"nan": 2, "inf": 1}, ["2 NaN and 1 infinite values"]),
-]
+    (Gate(rounding=3.0), {"rounding": 3.0}, []),
+    (Gate(rounding=3.0), {"rounding": 5.4, "relative": 1e-7},
+     ["relative error 1.0e-07 is 5.4 times the reference's own rounding, 3 allowed"]),
+    (Gate(neighbours=0.9), {"neighbours": 0.5},
+     ["50.0% of nearest neighbours agree, at least 90.0% needed"]),
+    (Gate(classes=0.9), {"classes": 0.5}, ["50.0% of classes agree, at least 90.0% needed"]),
+    # what was not measured is not asked
+    (STRICT, {"rounding": None, "neighbours": None, "classes": None}, []),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("gate", "figures", "messages"), LIMITS)
@@ -53,12 +98,11 @@ def test_a_limit_is_inside_and_what_is_past_it_is_told(gate, figures, messages) 
         assert one.startswith(message)
 
 
-@pytest.mark.parametrize("dtype", Dtype)
-@pytest.mark.parametrize("name", ["max_abs", "cosine_min", "cosine_p1"])
-def test_nan_is_inside_no_tolerance(dtype, name) -> None:
-    gate = GATES[dtype]
-    if getattr(gate, name) is not None:
-        assert len(gate.failures(agreement(**{name: math.nan}))) == 1
+@pytest.mark.parametrize(
+    "name", ["max_abs", "cosine_min", "cosine_p1", "rounding", "neighbours", "classes"]
+)
+def test_nan_is_inside_no_tolerance(name) -> None:
+    assert len(STRICT.failures(agreement(**{name: math.nan}))) == 1
 
 
 @pytest.mark.parametrize("side", [0, 1])
@@ -79,3 +123,9 @@ def test_the_message_has_every_figure_that_fails() -> None:
     message = str(raised.value)
     assert message.startswith("the fp32 graph does not agree with its reference: max_abs 5.00e-01")
     assert "cosine_min 0.250000, at least 0.999999 needed" in message
+
+
+def test_a_reference_of_zeros_agrees_with_nothing() -> None:
+    comparison = Comparison()
+    comparison.add(np.zeros((2, 4)), np.zeros((2, 4)))
+    assert GATES[Dtype.FP16].failures(comparison.agreement())

@@ -10,7 +10,7 @@ from PIL import Image
 
 from msn_export import images
 from msn_export.check import sample as subject
-from msn_export.check.sample import affordable_batch, batch_sizes, batches, draw
+from msn_export.check.sample import affordable_batch, batch_sizes, batches, draw, with_ragged
 from msn_export.errors import ImageError, SpecError
 from msn_export.preprocessing import preset
 from msn_export.spec import BatchRange, ImageSize, InputKind
@@ -104,6 +104,22 @@ def test_each_image_and_each_size_is_run_at_least_once(sizes, count) -> None:
     assert {len(batch) for batch in dealt} == set(sizes)
     assert {index % count for batch in dealt for index in batch} >= set(range(count))
     assert [i for batch in dealt for i in batch] == list(range(sum(map(len, dealt))))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "count", "expected"),
+    [
+        ((1, 8, 32), 16, (1, 8, 16, 32)),  # the last batch of a folder of 16
+        ((1, 8, 32), 40, (1, 8, 32)),  # 8 is the ragged one
+        ((1, 8, 32), 64, (1, 8, 17, 32)),  # all full: any size between
+        ((1, 2), 16, (1, 2)),
+        ((4,), 10, (4,)),  # a graph of one size takes no other
+        ((2, 3), 9, (2, 3)),
+        ((1,), 5, (1,)),
+    ],
+)
+def test_the_last_batch_of_a_data_set_is_tried(sizes, count, expected) -> None:
+    assert with_ragged(sizes, count) == expected
 
 
 # --- memory ---------------------------------------------------------------------------------------

@@ -47,7 +47,8 @@ def foreign(path: Path, shape: list[object], outputs: dict[str, int], *, bad: bo
         nodes.append(helper.make_node("Identity", ["means"], ["flat"]))
     given = []
     for name, width in outputs.items():
-        nodes.append(helper.make_node("Concat", ["flat"] * (width // 3), [name], axis=1))
+        times = width // (shape[1] if isinstance(shape[1], int) else 3)
+        nodes.append(helper.make_node("Concat", ["flat"] * times, [name], axis=1))
         given.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", width]))
     taken = helper.make_tensor_value_info("pixels", TensorProto.FLOAT, shape)
     graph = helper.make_graph(nodes, "g", [taken], given)

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from msn_export.cli.options import BATCH, choice, images_option, json_option
+from msn_export.cli.options import BATCH, Parsed, choice, images_option, json_option
+from msn_export.errors import SpecError
 from msn_export.spec import Dtype
 
 GATE_OPTIONS = {
@@ -16,6 +17,12 @@ GATE_OPTIONS = {
     "neighbours": "Least share of images whose nearest neighbour is the reference's.",
     "classes": "Least share of images whose class is the reference's.",
 }
+
+
+def _preprocess(text: str) -> str:
+    if text in {"hf", "msn-eval"} or text.endswith(".json"):
+        return text
+    raise SpecError(f"{text!r} is unknown; expected hf, msn-eval or a preprocessor_config.json")
 
 
 def gate_options(command: Any) -> Any:
@@ -34,7 +41,7 @@ def gate_options(command: Any) -> Any:
 @click.option("--batch", type=BATCH, help="Batch sizes to run. Default: the candidate's own.")
 @click.option(
     "--preprocess",
-    metavar="hf|msn-eval|FILE.json",
+    type=Parsed("hf|msn-eval|FILE.json", _preprocess),
     help="How the candidate is fed in production. Default: as its manifest says.",
 )
 @click.option("--variant", help="Published shape, where a weights file does not say.")

@@ -1,0 +1,343 @@
+"""``msn-export validate``: the exit code is the verdict, and what is no agreement never passes."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import faults
+import numpy as np
+import onnx_ir as ir
+import pytest
+from artifacts import classifier, copy_of, engine, pretend
+from checkpoints import hugging_face
+from click.testing import CliRunner, Result
+from networks import Network
+from tiny_artifacts import foreign, pictures
+
+from msn_export import manifest
+from msn_export.cli import main
+from msn_export.graph import io
+from msn_export.runtime import open_runner
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pictures(tmp_path_factory.mktemp("images"), 5)
+
+
+def checkpoint() -> str:
+    return str(classifier().parent / "hf")
+
+
+def validate(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["validate", *map(str, arguments)])
+
+
+def told(*arguments: object) -> dict[str, Any]:
+    """Validate as a script does: one JSON object, and the exit code that goes with its verdict."""
+    result = validate(*arguments, "--json")
+    assert result.exit_code in {0, 1}, result.output
+    found: dict[str, Any] = json.loads(result.stdout)
+    assert found["passed"] is (result.exit_code == 0)
+    assert found["passed"] is (found["reasons"] == [])
+    return found
+
+
+def refused(*arguments: object) -> str:
+    result = validate(*arguments)
+    assert result.exit_code == 1, result.output
+    assert result.stdout == ""
+    return result.stderr.strip().splitlines()[-1]
+
+
+def with_fault(folder: Path, fault: Any) -> Path:
+    return faults.plant(classifier(), folder / "m.onnx", fault)
+
+
+# --- what agrees ----------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_and_its_graph_agree_at_every_size_and_a_ragged_one(images) -> None:
+    found = told(checkpoint(), classifier(), "--images", images)
+    assert found["passed"]
+    assert found["check"]["batches"] == [1, 5, 8, 32]  # 5 pictures: the last batch of a folder
+    assert found["check"]["images"] == 5
+    assert found["check"]["executed_on"].startswith("onnxruntime")
+    assert found["gate_name"] == "fp32"
+    figures = found["check"]["outputs"]["logits"]
+    assert (figures["nan"], figures["inf"], figures["classes"]) == (0, 0, 1.0)
+    assert figures["rounding"] < 3
+    assert [image["name"] for image in found["check"]["per_image"]] == [
+        "a/000.png", "a/002.png", "a/004.png", "b/001.png", "b/003.png"
+    ]  # fmt: skip
+
+
+def test_the_table_has_the_verdict_first_then_reasons_and_worst_images(images) -> None:
+    result = validate(checkpoint(), classifier(), "--images", images)
+    assert result.exit_code == 0
+    text = " ".join(result.stdout.replace("│", " ").split())
+    assert "verdict passed gate fp32 max_abs" in text
+    assert "because two fp32 runs differ by the order of their additions alone" in text
+    assert "classes agree 100.0%" in text
+    assert "worst " in text
+    assert ".png: cosine 1.0" in text
+
+
+def test_two_graphs_are_judged_by_the_coarser_of_their_dtypes(images, tmp_path) -> None:
+    half = tmp_path / "half.onnx"
+    exported = CliRunner().invoke(main, ["onnx", checkpoint(), "-o", str(half), "--dtype", "fp16"])
+    assert exported.exit_code == 0, exported.output
+    found = told(classifier(), half, "--images", images)
+    assert found["passed"]
+    assert (found["gate_name"], found["gate"]["cosine_p1"]) == ("fp16", 0.999)
+    strict = told(classifier(), half, "--images", images, "--gate", "fp32")
+    assert not strict["passed"]
+    assert strict["reasons"][0].startswith("output 'logits': max_abs ")
+
+
+def test_numbers_asked_for_replace_the_gates_and_are_printed_as_such(images) -> None:
+    found = told(checkpoint(), classifier(), "--images", images, "--max-abs", 1e-12)
+    assert not found["passed"]
+    assert re.search(r"max_abs .*, allowed 1\.\de-12", found["reasons"][0])
+    assert found["gate"]["reason"] == "max_abs as asked for, not this gate's own"
+    result = validate(checkpoint(), classifier(), "--images", images, "--cosine", 0.5)
+    assert "because cosine_min as asked for, not this gate's own" in result.stdout
+
+
+def test_without_pictures_the_noise_is_called_noise() -> None:
+    assert told(checkpoint(), classifier())["check"]["source"].startswith("seeded noise")
+
+
+# --- what never passes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_output_that_is_not_finite_never_passes(value, images, tmp_path) -> None:
+    def spoil(model: ir.Model) -> None:
+        faults.edit(model, "classifier.bias", lambda bias: np.r_[bias[:-1], np.float32(value)])
+
+    found = told(checkpoint(), with_fault(tmp_path, spoil), "--images", images)
+    assert not found["passed"]
+    assert not found["check"]["passed"]
+    figures = found["check"]["outputs"]["logits"]
+    assert figures["nan"] + figures["inf"] > 0
+    # nor where everything else is allowed
+    generous = ("--max-abs", 1e30, "--cosine", 0, "--rounding", 1e30)
+    assert not told(checkpoint(), tmp_path / "m.onnx", "--images", images, *generous)["passed"]
+    table = validate(checkpoint(), tmp_path / "m.onnx", "--images", images)
+    assert "FAILED" in table.stdout
+    assert "not a number" in table.stdout
+
+
+def test_a_reference_that_is_not_finite_never_passes_either(images, tmp_path) -> None:
+    def spoil(model: ir.Model) -> None:
+        faults.edit(model, "classifier.bias", lambda bias: bias * np.float32(np.nan))
+
+    spoiled = with_fault(tmp_path, spoil)
+    assert not told(spoiled, spoiled, "--images", images)["passed"]
+
+
+def test_no_picture_is_no_pass(tmp_path) -> None:
+    assert "holds no picture" in refused(checkpoint(), classifier(), "--images", tmp_path)
+    broken = pictures(tmp_path / "broken", 2, (0, 1))
+    message = refused(checkpoint(), classifier(), "--images", broken)
+    assert "all 2 pictures of " in message
+
+
+def test_a_broken_picture_is_left_out_and_named(tmp_path) -> None:
+    found = told(checkpoint(), classifier(), "--images", pictures(tmp_path, 4, (2,)))
+    assert found["passed"]
+    assert found["check"]["images"] == 3
+    assert any("002.png is not a readable picture" in note for note in found["notes"])
+
+
+def test_another_shape_is_an_error_and_never_broadcast(images, tmp_path) -> None:
+    hugging_face(tmp_path / "hf", labels=4)
+    other = tmp_path / "four.onnx"
+    exported = CliRunner().invoke(main, ["onnx", str(tmp_path / "hf"), "-o", str(other)])
+    assert exported.exit_code == 0, exported.output
+    assert refused(classifier(), other, "--images", images) == (
+        "error: output has shape [1, 4] and its reference [1, 3]; they must be the same"
+    )
+
+
+def test_outputs_of_fewer_images_than_were_given_are_refused(images, tmp_path) -> None:
+    """A graph that forgot its batch agrees at batch 1 alone."""
+
+    def first_only(model: ir.Model) -> None:
+        (output,) = model.graph.outputs
+        start, end = (ir.tensor(np.array([i], np.int64)) for i in (0, 1))
+        values = [
+            ir.Value(name=name, const_value=tensor, shape=ir.Shape([1]))
+            for name, tensor in (("start", start), ("end", end))
+        ]
+        for value, tensor in zip(values, (start, end), strict=True):
+            value.type, value.dtype = ir.TensorType(tensor.dtype), tensor.dtype
+            model.graph.register_initializer(value)
+        cut = ir.node("Slice", [output, *values])
+        output.name, cut.outputs[0].name = "every", output.name
+        cut.outputs[0].dtype = ir.DataType.FLOAT
+        cut.outputs[0].shape = ir.Shape([1, 3])
+        model.graph.append(cut)
+        model.graph.outputs[0] = cut.outputs[0]
+
+    planted = with_fault(tmp_path, first_only)
+    message = refused(classifier(), planted, "--images", images)
+    assert "output has shape [1, 3] and its reference [5, 3]" in message
+
+
+# --- preprocessing, both ways ---------------------------------------------------------------------
+
+
+def test_another_preprocessing_of_the_candidate_is_a_mismatch_and_no_model_error(images) -> None:
+    found = told(checkpoint(), classifier(), "--images", images, "--preprocess", "hf")
+    assert not found["passed"]
+    assert found["check"]["passed"]  # given the same pixels
+    assert not found["own"]["passed"]
+    (reason,) = found["reasons"]
+    assert reason.startswith("a preprocessing mismatch, the model itself agrees: with the same")
+    assert found["candidate"]["preprocessing"]["name"] == "hf"
+
+
+def test_a_file_says_how_the_candidate_is_fed(images, tmp_path) -> None:
+    same = Path(checkpoint()) / "preprocessor_config.json"
+    found = told(checkpoint(), classifier(), "--images", images, "--preprocess", same)
+    assert found["passed"]
+    assert found["own"] is None
+    assert refused(checkpoint(), classifier(), "--preprocess", tmp_path / "none.json") == (
+        f"error: --preprocess {tmp_path / 'none.json'} does not exist; expected a JSON file"
+    )
+    (tmp_path / "p.json").write_text("[]")
+    message = refused(checkpoint(), classifier(), "--preprocess", tmp_path / "p.json")
+    assert "p.json is not a JSON object" in message
+
+
+def test_both_faults_at_once_are_both_told(images, tmp_path) -> None:
+    def swap(model: ir.Model) -> None:
+        faults.edit(model, "classifier.weight", lambda w: w[:, ::-1])
+
+    planted = with_fault(tmp_path, swap)
+    found = told(checkpoint(), planted, "--images", images, "--preprocess", "msn-eval")
+    assert not found["check"]["passed"]
+    assert found["reasons"][-1].startswith("the preprocessing differs too: ")
+
+
+# --- what cannot be compared ----------------------------------------------------------------------
+
+
+def test_what_does_not_exist_is_named(tmp_path) -> None:
+    assert f"{tmp_path / 'a.onnx'}" in refused(tmp_path / "a.onnx", classifier())
+    assert refused(classifier(), tmp_path / "a.engine") == (
+        f"error: {tmp_path / 'a.engine'} does not exist; give an .engine file"
+    )
+    result = validate(checkpoint(), classifier(), "--images", tmp_path / "none")
+    assert result.exit_code == 2
+    assert "--images" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--preprocess", "squash", "'squash' is unknown; expected hf, msn-eval or a "),
+        ("--gate", "fp64", "'fp64' is not one of"),
+        ("--cosine", "-1", "x>=0"),
+        ("--limit", "0", "x>=1"),
+        ("--batch", "8:1:2", "expected 1 <= MIN <= OPT <= MAX"),
+    ],
+)
+def test_a_bad_option_is_named(option, value, message) -> None:
+    result = validate(checkpoint(), classifier(), option, value)
+    assert result.exit_code == 2
+    assert option in result.stderr
+    assert message in " ".join(result.stderr.split())
+
+
+def test_images_of_another_size_or_kind_are_refused(tmp_path) -> None:
+    larger = tmp_path / "larger.onnx"
+    options = ["onnx", checkpoint(), "-o", str(larger), "--image-size", "48"]
+    assert CliRunner().invoke(main, options).exit_code == 0
+    assert refused(classifier(), larger) == (
+        f"error: {classifier()} takes images of 32x32 and {larger} of 48x48; export one of them "
+        "again with the other's --image-size"
+    )
+    grey = foreign(tmp_path / "grey.onnx", ["b", 1, 32, 32], {"logits": 3})
+    assert "takes 3 channels and" in refused(classifier(), grey)
+
+
+def test_outputs_without_a_counterpart_are_refused_and_others_noted(images, tmp_path) -> None:
+    odd = foreign(tmp_path / "odd.onnx", ["b", 3, 32, 32], {"something": 6})
+    assert refused(classifier(), odd) == (
+        f"error: nothing to compare: {classifier()} has logits, {odd} has something; export one "
+        "of them again with the other's --head"
+    )
+    both = foreign(tmp_path / "both.onnx", ["b", 3, 32, 32], {"logits": 3, "more": 6})
+    notes = told(both, both, "--images", images)["notes"]
+    assert "neither side says its preprocessing: hf assumed" in notes
+    assert f"not compared, only {both} has it: more" in told(classifier(), both)["notes"]
+
+
+def test_a_graph_that_is_not_the_one_its_manifest_describes_is_refused(tmp_path) -> None:
+    copy = copy_of(classifier(), tmp_path)
+    model = io.load(copy)
+    faults.edit(model, "classifier.bias", lambda bias: bias + 1)
+    io.save(model, copy)
+    assert "is not the file" in refused(checkpoint(), copy)
+
+
+def test_a_batch_that_memory_does_not_afford_is_refused(monkeypatch) -> None:
+    from msn_export.check import sample
+
+    monkeypatch.setattr(sample, "available_memory", lambda: 1 << 20)
+    message = refused(checkpoint(), classifier(), "--batch", "4096")
+    assert message.startswith("error: batch 4096:4096:4096: memory affords a check of about ")
+    assert message.endswith("choose a smaller batch, or a machine with more memory")
+
+
+# --- engines --------------------------------------------------------------------------------------
+
+
+def test_an_engine_without_a_gpu_or_a_manifest_is_refused(tmp_path) -> None:
+    assert refused(classifier(), engine()) == (
+        f"error: {engine()} cannot run here: {no_driver()}; run this command on the machine that "
+        "has its GPU, or compare the graph it was built from"
+    )
+    shutil.copy(engine(), tmp_path / "m.engine")
+    assert refused(classifier(), tmp_path / "m.engine") == (
+        f"error: {tmp_path / 'm.engine'} has no manifest beside it that says what it takes; "
+        "compare the graph it was built from, or build it with msn-export trt"
+    )
+    copy = copy_of(engine(), tmp_path)
+    copy.write_bytes(engine().read_bytes()[:-1] + b"?")
+    assert "is not the file" in refused(classifier(), copy)
+
+
+def no_driver() -> str:
+    from msn_export.driver import NoDriver, find_driver
+
+    driver = find_driver()
+    if not isinstance(driver, NoDriver):
+        pytest.skip("there is a GPU here")
+    return driver.reason
+
+
+@pytest.mark.parametrize("spoiled", [False, True])
+def test_an_engine_is_run_where_its_gpu_is_and_its_outputs_judged(
+    spoiled, images, monkeypatch
+) -> None:
+    graph = open_runner(classifier())
+
+    def compute(_network: Network, batch: np.ndarray) -> dict[str, np.ndarray]:
+        logits = graph(np.array(batch))["logits"]
+        return {"logits": logits[:, ::-1] if spoiled else logits}
+
+    profiles = tuple((p.min, p.opt, p.max) for p in manifest.read(engine()).profiles)
+    network = Network(profiles=profiles, outputs=(("logits", "float", 3),), sizes=(3, 32, 32))
+    recorder = pretend(monkeypatch, "config", network, compute)
+    found = told(checkpoint(), engine(), "--images", images)
+    assert found["passed"] is not spoiled
+    assert found["candidate"]["kind"] == "engine"
+    assert "Stand-in GPU" in found["check"]["executed_on"]
+    assert found["check"]["batches"] == [1, 5, 8, 32]
+    assert recorder.live() == {}  # nothing of the GPU is kept
