@@ -2,11 +2,12 @@
 
     python benchmarks/gpu.py --images demo/photographs
 
-Needs an NVIDIA card. Each contender runs in every round, the order rotated; a round times a burst
-of calls between two CUDA events; inputs rotate, so that no cache holds the answer. Ratios are taken
-round by round against torch SDPA and their median and quartiles given. The share of the ceiling is
-the model's multiply-adds, as counted from its graph, over the fastest fp16 matrix product that the
-same card reached in the same run.
+Needs an NVIDIA card; without a TensorRT that compiles for it, the engines are left out with the
+reason. Each contender runs in every round, the order rotated; a round times a burst of calls between
+two CUDA events; inputs rotate, so that no cache holds the answer. Ratios are taken round by round
+against torch SDPA and their median and quartiles given. The share of the ceiling is the model's
+multiply-adds, as counted from its graph, over the fastest fp16 matrix product that the same card
+reached in the same run. Results are written after every model, so that a run cut short keeps them.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
-import json
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -25,11 +26,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_contenders import DEVICE, Contender, Run, contenders, reference
+from gpu_contenders import DEVICE, FAILURES, Engine, Run, contenders, one_line, reference
+from gpu_table import line, write
+from gpu_timing import calls_of_a_burst, ceilings, time_all
 
+from msn_export import manifest
 from msn_export.check.compare import Comparison
 from msn_export.check.sample import Sample, draw
-from msn_export.driver import NoDriver, find_driver
+from msn_export.driver import Driver, NoDriver, find_driver
+from msn_export.errors import MsnExportError
 from msn_export.graph import io
 from msn_export.graph.work import multiply_adds
 from msn_export.models.checkpoints import load_checkpoint
@@ -43,44 +48,19 @@ MODELS = ("random:vit-msn-small:0", "random:vit-msn-base:0")
 BASE = "torch SDPA"
 PACKAGES = ("torch", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-bindings", "triton")
 SETS = 4  # inputs that rotate
-BURST = (
-    0.02  # seconds that one timing lasts at least: a CUDA event resolves about half a microsecond
-)
 
 
-def milliseconds(run: Run, inputs: list[torch.Tensor], calls: int) -> float:
-    """Time ``calls`` calls on the current stream with CUDA events; milliseconds a call."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for call in range(calls):
-        run(inputs[call % len(inputs)])
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / calls
-
-
-def ceilings() -> dict[str, float]:
-    """Measure what the card can do: copies in TB/s, fp16 matrix products in TFLOP/s."""
-    block = torch.empty(1 << 28, dtype=torch.float32, device=DEVICE)  # 1 GiB
-    other = torch.empty_like(block)
-    side = 8192
-    a = torch.randn(side, side, dtype=torch.float16, device=DEVICE)
-    copies = min(milliseconds(lambda _: other.copy_(block), [a], 10) for _ in range(5))
-    products = min(milliseconds(lambda x: x @ x, [a], 10) for _ in range(5))
-    return {
-        "copy_tb_s": 2 * block.nbytes / copies / 1e9,
-        "fp16_tflop_s": 2 * side**3 / products / 1e9,
-    }
-
-
-def export(model: str, images: Path, folder: Path, batch: BatchRange) -> tuple[Path, Path]:
-    """Export the fp32 master and the fp16 graph, and build the fp16 engine."""
+def export(model: str, images: Path, folder: Path, batch: BatchRange) -> tuple[Path, Engine]:
+    """Export the fp32 master and the fp16 graph, and build the fp16 engine, or say why not."""
     folder.mkdir()
     master, graph, engine = (folder / name for name in ("m.onnx", "m.fp16.onnx", "m.engine"))
     shared: dict[str, Any] = {"heads": (Head.CLS,), "batch": batch, "images": images}
     run_onnx(OnnxJob(model, master, **shared), Silent())
     run_onnx(OnnxJob(model, graph, dtype=Dtype.FP16, **shared), Silent())
-    run_trt(TrtJob(master, engine, precision=Dtype.FP16, images=images), Silent())
+    try:
+        run_trt(TrtJob(master, engine, precision=Dtype.FP16, images=images), Silent())
+    except MsnExportError as error:
+        return graph, error
     return graph, engine
 
 
@@ -94,32 +74,13 @@ def inputs_of(sample: Sample, batch: int) -> list[torch.Tensor]:
     ]
 
 
-def agreement(run: Run, exact: Run, inputs: list[torch.Tensor]) -> dict[str, float]:
+def agreement(run: Run, exact: list[np.ndarray], inputs: list[torch.Tensor]) -> dict[str, float]:
     """Compare a contender's embeddings with the fp32 reference's on the same card."""
     comparison = Comparison()
-    for images in inputs:
-        comparison.add(exact(images).cpu().numpy(), run(images).float().cpu().numpy())
+    for wanted, images in zip(exact, inputs, strict=True):
+        comparison.add(wanted, run(images).float().cpu().numpy())
     found = comparison.agreement()
     return {"cosine_min": found.cosine_min, "max_abs": found.max_abs}
-
-
-def time_all(
-    able: list[Contender], inputs: list[torch.Tensor], rounds: int
-) -> dict[str, list[float]]:
-    """Run every contender in every round, the order rotated; milliseconds a call."""
-    calls = {}
-    for one in able:
-        assert one.run is not None  # only those that can run are timed
-        milliseconds(one.run, inputs, 10)  # compiles, captures, warms up
-        once = milliseconds(one.run, inputs, 10)
-        calls[one.name] = max(len(inputs), int(BURST * 1000 / once))
-    times: dict[str, list[float]] = {one.name: [] for one in able}
-    for turn in range(rounds):
-        shift = turn % len(able)
-        for one in able[shift:] + able[:shift]:
-            assert one.run is not None
-            times[one.name].append(milliseconds(one.run, inputs, calls[one.name]))
-    return times
 
 
 def measure(
@@ -129,61 +90,79 @@ def measure(
     checkpoint = load_checkpoint(model)
     batch = BatchRange(1, min(8, max(asked.batches)), max(asked.batches))
     graph, engine = export(model, asked.images, folder, batch)
+    read = manifest.read(graph)
+    assert read is not None  # it was exported above
+    assert read.preprocessing is not None
+    sample = draw(asked.images, read.preprocessing)
     work = 2 * multiply_adds(io.load(graph))
     exact = reference(checkpoint.model)
     rows = []
     with ExitStack() as owned, torch.inference_mode():
         every = list(contenders(checkpoint.model, graph, engine, owned))
-        sample = draw(asked.images, _preprocessing(graph))
+        runs = {one.name: one.run for one in every if one.run is not None}
+        reasons = {one.name: one.reason for one in every if one.run is None}
         for size in asked.batches:
-            inputs = inputs_of(sample, size)
-            able = [one for one in every if one.run is not None]
-            near = {one.name: agreement(one.run, exact, inputs) for one in able if one.run}
-            times = time_all(able, inputs, asked.rounds)
+            found = measure_batch(runs, exact, inputs_of(sample, size), asked.rounds)
             for one in every:
-                row: dict[str, Any] = {"model": model, "batch": size, "contender": one.name}
-                if one.run is None:
-                    rows.append(row | {"reason": one.reason})
-                    continue
-                middle = statistics.median(times[one.name])
-                ratios = np.asarray(times[one.name]) / np.asarray(times[BASE])
-                row |= {
-                    "ms": middle,
-                    "images_s": size * 1000 / middle,
-                    "ratio": float(np.median(ratios)),
-                    "ratio_quartiles": np.percentile(ratios, [25, 75]).tolist(),
-                    "of_ceiling": work * size / middle / 1e9 / ceiling,
-                    **near[one.name],
-                }
+                row = {"model": model, "batch": size, "contender": one.name}
+                row |= {"reason": reasons[one.name]} if one.name in reasons else found[one.name]
+                if "ms" in row:
+                    row["images_s"] = size * 1000 / row["ms"]
+                    row["of_ceiling"] = work * size / row["ms"] / 1e9 / ceiling
                 rows.append(row)
                 print(line(row), flush=True)
     return rows
 
 
-def _preprocessing(graph: Path) -> Any:
-    from msn_export import manifest
+def measure_batch(
+    runs: dict[str, Run], exact: Run, inputs: list[torch.Tensor], rounds: int
+) -> dict[str, dict[str, Any]]:
+    """Compare and time everyone on the same inputs; whoever fails at this size says why."""
+    wanted = [exact(images).cpu().numpy() for images in inputs]
+    found: dict[str, dict[str, Any]] = {}
+    calls: dict[str, int] = {}
+    for name, run in runs.items():
+        try:
+            found[name] = agreement(run, wanted, inputs)
+            calls[name] = calls_of_a_burst(run, inputs)
+        except FAILURES as error:  # of memory, of a compiler that torch.compile starts only now
+            found[name] = {"reason": one_line(error)}
+    times = time_all({name: runs[name] for name in calls}, calls, inputs, rounds)
+    base = np.asarray(times[BASE])
+    for name, rounded in times.items():
+        ratios = np.asarray(rounded) / base
+        found[name] |= {
+            "ms": statistics.median(rounded),
+            "ratio": float(np.median(ratios)),
+            "ratio_quartiles": np.percentile(ratios, [25, 75]).tolist(),
+        }
+    return found
 
-    read = manifest.read(graph)
-    assert read is not None  # it was exported above
-    return read.preprocessing
 
-
-def line(row: dict[str, Any]) -> str:
-    """Give a row of the Markdown table."""
-    start = f"| {row['model']} | {row['batch']} | {row['contender']} |"
-    if "reason" in row:
-        return f"{start} not run: {row['reason']} | | | | | |"
-    low, high = row["ratio_quartiles"]
-    return (
-        f"{start} {row['ms']:.3f} | {row['images_s']:.0f} | {row['ratio']:.2f} "
-        f"({low:.2f} to {high:.2f}) | {row['of_ceiling']:.0%} | {row['cosine_min']:.6f} | "
-        f"{row['max_abs']:.1e} |"
+def about(driver: Driver, measured: dict[str, float], rounds: int) -> dict[str, Any]:
+    """Say where, when and with what this was measured."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
     )
-
-
-HEAD = """| model | batch | | ms | images/s | of SDPA's time | of the ceiling | worst cosine | max_abs |
-|---|---|---|---|---|---|---|---|---|
-"""
+    return {
+        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+        "commit": commit.stdout.strip() or None,
+        "device": driver.devices[0].name,
+        "capability": str(driver.devices[0].capability),
+        "cuda_driver": driver.cuda,
+        "python": platform.python_version(),
+        "versions": {
+            name: importlib.metadata.version(name)
+            for name in PACKAGES
+            if any(one.name == name for one in importlib.metadata.distributions())
+        },
+        "ceilings": measured,
+        "rounds": rounds,
+    }
 
 
 def main(arguments: list[str]) -> None:
@@ -199,30 +178,12 @@ def main(arguments: list[str]) -> None:
     if isinstance(driver, NoDriver):
         raise SystemExit(f"nothing was measured: {driver.reason}")
     measured = ceilings()
+    where = about(driver, measured, asked.rounds)
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        rows = [
-            row
-            for index, model in enumerate(asked.models)
-            for row in measure(model, asked, measured["fp16_tflop_s"], Path(folder, str(index)))
-        ]
-    about = {
-        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
-        "device": driver.devices[0].name,
-        "capability": str(driver.devices[0].capability),
-        "cuda_driver": driver.cuda,
-        "python": platform.python_version(),
-        "versions": {
-            name: importlib.metadata.version(name)
-            for name in PACKAGES
-            if any(one.name == name for one in importlib.metadata.distributions())
-        },
-        "ceilings": measured,
-        "rounds": asked.rounds,
-    }
-    asked.output.parent.mkdir(parents=True, exist_ok=True)
-    asked.output.write_text(json.dumps(about | {"rows": rows}, indent=2) + "\n")
-    table = HEAD + "\n".join(line(row) for row in rows) + "\n"
-    asked.output.with_suffix(".md").write_text(table)
+        for index, model in enumerate(asked.models):
+            rows += measure(model, asked, measured["fp16_tflop_s"], Path(folder, str(index)))
+            write(asked.output, where, rows)
 
 
 if __name__ == "__main__":

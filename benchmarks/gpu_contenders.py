@@ -21,7 +21,10 @@ from msn_export.models.vit_msn import VitMsn
 from msn_export.runtime import open_runner
 
 Run = Callable[[Tensor], Tensor]
+Engine = Path | MsnExportError  # or why there is none
 DEVICE = "cuda"  # a rehearsal of the script runs on the CPU
+# torch.compile and a card without room raise RuntimeErrors, a missing compiler an OSError
+FAILURES = (MsnExportError, OSError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -41,24 +44,26 @@ def reference(model: VitMsn) -> Run:
     return lambda images: held(images)[:, 0]
 
 
-def contenders(model: VitMsn, graph: Path, engine: Path, owned: ExitStack) -> Iterator[Contender]:
+def contenders(model: VitMsn, graph: Path, engine: Engine, owned: ExitStack) -> Iterator[Contender]:
     """Make all contenders; ``owned`` closes their runners."""
     for name, make in (
         ("torch eager", lambda: _torch(model, "eager")),
         ("torch SDPA", lambda: _torch(model, "sdpa")),
-        ("torch.compile", lambda: torch.compile(_torch(model, "sdpa"))),
-        (
-            "torch.compile, CUDA graphs",
-            lambda: _copied(torch.compile(_torch(model, "sdpa"), mode="reduce-overhead")),
-        ),
+        ("torch.compile", lambda: _compiled(model)),
+        ("torch.compile, CUDA graphs", lambda: _copied(_compiled(model, mode="reduce-overhead"))),
         ("onnxruntime CUDA", lambda: _runner(graph, owned, providers=["cuda"])),
         ("engine", lambda: _runner(engine, owned, cuda_graphs=False)),
         ("engine, CUDA graphs", lambda: _runner(engine, owned, cuda_graphs=True)),
     ):
         try:
             yield Contender(name, make())
-        except (MsnExportError, OSError, RuntimeError) as error:
-            yield Contender(name, None, " ".join(str(error).split())[:200])
+        except FAILURES as error:
+            yield Contender(name, None, one_line(error))
+
+
+def one_line(error: Exception) -> str:
+    """Give what an error says, for a row of the table."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]
 
 
 def _torch(model: VitMsn, attention: Any) -> Run:
@@ -68,6 +73,12 @@ def _torch(model: VitMsn, attention: Any) -> Run:
         return held(images.half())[:, 0].float()
 
     return run
+
+
+def _compiled(model: VitMsn, **options: Any) -> Run:
+    """Compile for each batch by itself: a kernel for any batch would be the slower one."""
+    compiled: Run = torch.compile(_torch(model, "sdpa"), dynamic=False, **options)
+    return compiled
 
 
 def _on_card(model: VitMsn, attention: Any, dtype: torch.dtype) -> VitMsn:
@@ -81,6 +92,8 @@ def _copied(run: Run) -> Run:
     return lambda images: run(images).clone()
 
 
-def _runner(path: Path, owned: ExitStack, **options: Any) -> Run:
-    runner = owned.enter_context(open_runner(path, **options))
+def _runner(path: Engine, owned: ExitStack, **options: Any) -> Run:
+    if isinstance(path, MsnExportError):
+        raise path
+    runner = owned.enter_context(open_runner(path, eager_kernels=True, **options))
     return lambda images: runner(images)["embedding"]

@@ -46,6 +46,7 @@ class Artifact:
             trust=told["trust"],
             threads=told["threads"],
             cuda_graphs=told["cuda_graphs"],
+            eager_kernels=True,  # no kernel changes while it is timed
         )
         self._resident = told["resident"]
         self._device = told["device"] or 0

@@ -46,6 +46,11 @@ _CAPABILITIES = tuple(
 _LATER = 1 << 6
 
 
+def may_target(capability: ComputeCapability) -> bool:
+    """Tell whether TensorRT-RTX compiles for a GPU: all it knows, and those after the last."""
+    return capability in _CAPABILITIES or capability > max(_CAPABILITIES)
+
+
 @dataclass(frozen=True, slots=True)
 class EngineHeader:
     """What an engine claims; sizes in bytes.

@@ -55,7 +55,8 @@ def execute(
     if reason or reference is None:
         return replace(record, executed=False, reason=f"compiled, not executed: {reason}")
     try:
-        runner = open_engine(admitted)
+        # TensorRT-RTX: judge the kernels that a service ends up with, not those of its first runs
+        runner = open_engine(admitted, eager_kernels=True)
     except MissingPackageError as error:
         return replace(record, executed=False, reason=f"compiled, not executed: {error}")
     with runner:

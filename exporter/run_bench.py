@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING
 from msn_export import __version__
 from msn_export.arena import Arena, Opened
 from msn_export.bench.device import device_bytes
-from msn_export.bench.entries import TORCH, Entry, Where, artifacts, source_graphs, torch_entry
+from msn_export.bench.entries import (
+    TORCH,
+    Entry,
+    Where,
+    artifacts,
+    source_graphs,
+    torch_dtype,
+    torch_entry,
+)
 from msn_export.bench.figures import Rounds, figures, ratio_of, rotated
 from msn_export.bench.records import Bench, Contender, Timing
 from msn_export.bench_reference import find_reference
@@ -24,12 +32,12 @@ from msn_export.errors import BenchError, MissingPackageError, SpecError
 from msn_export.files import require_writable, staging
 from msn_export.machine import physical_cores, this_machine
 from msn_export.manifest import versions_of
-from msn_export.spec import Dtype, ImageSize
 
 if TYPE_CHECKING:
     from msn_export.bench_reference import Reference
     from msn_export.check.sample import Sample
     from msn_export.progress import Progress
+    from msn_export.spec import Dtype, ImageSize
 
 PACKAGES = ("torch", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx", "numpy")
 _GPU = re.compile("cuda|tensorrt", re.IGNORECASE)  # in the name of an execution provider
@@ -115,9 +123,7 @@ def _where(job: BenchJob) -> Where:
 
 def _enter(job: BenchJob, arena: Arena, progress: Progress) -> None:
     """Open what the artifacts are compared with; the first that opens is the baseline."""
-    first = arena.opened[0].entry
-    on_cpu = arena.where.device is None
-    dtype = job.dtype or (Dtype.FP32 if on_cpu or first.dtype is None else Dtype(first.dtype))
+    dtype = job.dtype or torch_dtype(arena.opened[0].entry, arena.where)
     others: list[Opened] = []
     for kind in job.against:
         with progress.step(f"open {kind}"):

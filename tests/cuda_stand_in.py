@@ -91,6 +91,7 @@ class CudaStandIn:
         self._retained = 0
         self._threads = threading.local()
         self._problems: list[str] = []
+        self._configs: list[Any] = []  # of TensorRT's contexts, where they have one
 
     # what the tests and the TensorRT stand-in see
 

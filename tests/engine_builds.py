@@ -13,6 +13,10 @@ from msn_export.engine.build import BuildResult, build_engine
 from msn_export.engine.job import BuildSpec
 from msn_export.spec import BatchRange, ComputeCapability
 
+# found, not imported: these tests are collected with those that run another TensorRT on a GPU
+NEEDS_RTX = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed"
+)
 FOLDER = tempfile.TemporaryDirectory(prefix="msn-export-engines-")
 
 

@@ -60,8 +60,14 @@ class CudaGraphStrategy(Enum):
     WHOLE_GRAPH_CAPTURE = 1
 
 
+class DynamicShapesKernelSpecializationStrategy(Enum):
+    LAZY = 0
+    EAGER = 1
+
+
 class IRuntimeConfig:
     cuda_graph_strategy = CudaGraphStrategy.DISABLED
+    dynamic_shapes_kernel_specialization_strategy = DynamicShapesKernelSpecializationStrategy.LAZY
 
 
 class _State:
@@ -238,6 +244,7 @@ class _ConfigEngine(_Engine):
 
     def create_execution_context(self, runtime_config: IRuntimeConfig) -> _Context:
         assert isinstance(runtime_config, IRuntimeConfig)
+        self._cuda._configs.append(runtime_config)
         return _Context(self)
 
 
@@ -277,7 +284,12 @@ ROWS = {
         "11.4.0.106", _StrategyEngine, _StrategyContext, (ExecutionContextAllocationStrategy,)
     ),
     "bare": Row("8.6.0", _BareEngine, _BareContext, ()),
-    "config": Row("1.7.1.116", _ConfigEngine, _Context, (CudaGraphStrategy,)),
+    "config": Row(
+        "1.7.1.116",
+        _ConfigEngine,
+        _Context,
+        (CudaGraphStrategy, DynamicShapesKernelSpecializationStrategy),
+    ),
 }
 
 

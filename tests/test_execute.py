@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 from artifacts import TARGET, classifier, pretend, run
 from click.testing import CliRunner
+from engine_builds import NEEDS_RTX
 from networks import Network
 from trt_bench import one_device
 
@@ -21,7 +22,7 @@ from msn_export.errors import MissingPackageError
 from msn_export.runtime import open_runner, opening
 from msn_export.spec import ComputeCapability
 
-pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+pytestmark = NEEDS_RTX
 PROFILES = ((1, 1, 1), (2, 4, 6))
 NETWORK = Network(profiles=PROFILES, outputs=(("logits", "float", 3),), sizes=(3, 32, 32))
 BATCHES = ("--batch", "1", "--batch", "2:4:6")

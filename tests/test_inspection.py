@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from checkpoints import hugging_face
 from click.testing import CliRunner
+from engine_builds import NEEDS_RTX
 
 from msn_export.cli import main
 from msn_export.errors import MsnExportError
 from msn_export.proof.inspection import inspect
 
-pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+pytestmark = NEEDS_RTX
 
 
 @pytest.fixture(scope="module")

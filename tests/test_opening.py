@@ -141,15 +141,28 @@ def test_without_a_driver_nothing_of_tensorrt_is_touched(tmp_path) -> None:
     assert loaded == "[]"
 
 
-def test_another_gpu_generation_is_told_with_the_command_that_rebuilds(monkeypatch) -> None:
-    found(monkeypatch, one_device(HOPPER))
+@pytest.mark.parametrize(
+    ("device", "here", "target"),
+    [
+        # no engine of TensorRT-RTX is for the data centre's 9.0: full TensorRT has to build it
+        (HOPPER, "NVIDIA H200 (SM 9.0)", "tensorrt"),
+        (
+            replace(ADA, name="RTX 5090", capability=ComputeCapability(12, 0)),
+            "RTX 5090 (SM 12.0)",
+            "tensorrt-rtx --compute-capability 12.0",
+        ),
+    ],
+)
+def test_another_gpu_generation_is_told_with_the_command_that_rebuilds(
+    monkeypatch, device, here, target
+) -> None:
+    found(monkeypatch, one_device(device))
     version = importlib.import_module("tensorrt_rtx").__version__
     with pytest.raises(RunnerError) as at:
         open_runner(engine())
     assert str(at.value) == (
-        f"engine {engine()} was built with tensorrt-rtx {version} for SM 8.9; here is NVIDIA H200 "
-        "(SM 9.0); rebuild it with: msn-export trt m.onnx --fp16 --backend tensorrt-rtx "
-        "--compute-capability 9.0 --batch 1:8:32 --force"
+        f"engine {engine()} was built with tensorrt-rtx {version} for SM 8.9; here is {here}; "
+        f"rebuild it with: msn-export trt m.onnx --fp16 --backend {target} --batch 1:8:32 --force"
     )
 
 

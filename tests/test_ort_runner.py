@@ -1,5 +1,6 @@
 """The onnxruntime runner: what it takes, what it gives, threads, providers, the selftest."""
 
+import sys
 import threading
 from dataclasses import replace
 
@@ -247,6 +248,55 @@ def test_onnxruntime_leaving_a_provider_out_is_an_error(monkeypatch, plain) -> N
         RunnerError, match=r"m\.onnx: CUDAExecutionProvider was asked for and onnxruntime could no"
     ):
         OrtRunner(plain, ["cuda"])
+
+
+def test_the_cuda_libraries_are_loaded_before_a_gpus_provider_is_opened(
+    monkeypatch, plain, capsys
+) -> None:
+    loaded: list[str] = []
+
+    def preload() -> None:
+        sys.stdout.write("Failed to load libcublas.so.13")  # as onnxruntime does: no result of ours
+        loaded.append("CUDA")
+
+    monkeypatch.setattr(onnxruntime, "preload_dlls", preload, raising=False)
+    OrtRunner(plain, ["cpu"]).close()
+    assert loaded == []
+    monkeypatch.setattr(subject, "find_driver", lambda: CARD)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(BOTH))
+    with pytest.raises((RunnerError, GraphError)):
+        OrtRunner(plain, ["cuda"])
+    assert loaded == ["CUDA"]
+    assert capsys.readouterr().out == ""
+
+
+class OnGpu:
+    """A tensor of the host that says it lies on GPU 0."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def __dlpack__(self, **options: object) -> object:
+        return self.array.__dlpack__()
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, 0
+
+
+def test_what_a_library_computes_is_waited_for_before_its_address_is_bound(
+    monkeypatch, plain
+) -> None:
+    waited: list[tuple[int, object]] = []
+    monkeypatch.setattr(
+        subject, "finish", lambda _images, device, stream: waited.append((device, stream))
+    )
+    with OrtRunner(plain) as runner:
+        runner(torch.from_numpy(NETWORK.images(1)))
+        assert waited == []  # on the host nothing is late
+        runner._device = 0
+        with pytest.raises(DeviceError):  # there is no GPU to bind to
+            runner(OnGpu(NETWORK.images(1)), stream=7)
+    assert waited == [(0, 7)]
 
 
 def test_obtained_means_every_one() -> None:

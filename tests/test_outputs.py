@@ -84,3 +84,25 @@ def test_a_librarys_current_stream_is_asked_for(monkeypatch, name) -> None:
     tensor = type("Tensor", (), {"__module__": f"{name}.deep"})()
     assert library.current_stream(tensor, 0) == 9
     assert library.current_stream(object(), 0) is None
+
+
+@pytest.mark.parametrize("name", sorted(library.FINISH))
+def test_a_library_is_told_to_finish(monkeypatch, name) -> None:
+    waited: list[object] = []
+    stream = types.SimpleNamespace(synchronize=lambda: waited.append("its stream"))
+    cuda = types.SimpleNamespace(
+        current_stream=lambda device: stream, get_current_stream=lambda device: stream
+    )
+    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(cuda=cuda))
+    members = {
+        "__module__": f"{name}.deep",
+        "block_until_ready": lambda self: waited.append("its stream"),
+    }
+    tensor = type("Tensor", (), members)()
+    library.finish(tensor, 0)
+    assert waited == ["its stream"]
+    named = types.SimpleNamespace(synchronize=lambda: waited.append("the stream named"))
+    library.finish(tensor, 0, named)
+    assert waited == ["its stream", "the stream named", "its stream"]
+    library.finish(object(), 0, 7)  # a number and an unknown library: nothing to ask
+    assert len(waited) == 3

@@ -17,7 +17,14 @@ from onnx import numpy_helper
 from tiny_artifacts import classifier, foreign
 
 from msn_export import manifest
-from msn_export.bench.entries import Where, artifact, artifacts, source_graphs
+from msn_export.bench.entries import (
+    Entry,
+    Where,
+    artifact,
+    artifacts,
+    source_graphs,
+    torch_dtype,
+)
 from msn_export.bench.process import Process
 from msn_export.cli import main
 from msn_export.errors import BenchError, GraphError
@@ -84,6 +91,15 @@ def test_memory_is_each_contenders_own(measured) -> None:
     told, _ = measured
     peaks = {one["contender"]: one["peak_rss_bytes"] for one in told["timings"]}
     assert 20e6 < peaks["tiny.onnx"] < 0.6 * peaks["sdpa"]  # no torch in its process
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "expected"),
+    [("fp16", 0, "fp16"), ("bf16", 0, "bf16"), ("int8", 0, "fp16"), ("fp8", 1, "fp16"),
+     (None, 0, "fp32"), ("int8", None, "fp32")],
+)  # fmt: skip
+def test_pytorch_computes_as_the_artifact_does_where_it_can(dtype, device, expected) -> None:
+    assert torch_dtype(Entry("m", "engine", {}, dtype=dtype), Where(2, device)) == expected
 
 
 def test_what_was_left_out_says_why(measured) -> None:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 from checkpoints import hugging_face
 from click.testing import CliRunner
+from engine_builds import NEEDS_RTX
 from graphs import parse, run
 
 from msn_export import manifest
@@ -24,7 +25,7 @@ from msn_export.graph import io
 from msn_export.source import read_source
 from msn_export.spec import AttentionForm, Dtype
 
-pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+pytestmark = NEEDS_RTX
 RTX = ("--backend", "tensorrt-rtx", "--compute-capability", "8.9")
 
 

@@ -3,6 +3,7 @@
 And the stand-ins promise nothing that the real modules do not have.
 """
 
+import ast
 import importlib
 import importlib.util
 import inspect
@@ -37,8 +38,11 @@ OWN = {
     },
     "config": {
         "CudaGraphStrategy", "CudaGraphStrategy.WHOLE_GRAPH_CAPTURE",
+        "DynamicShapesKernelSpecializationStrategy",
+        "DynamicShapesKernelSpecializationStrategy.EAGER",
         "ICudaEngine.create_execution_context", "ICudaEngine.create_runtime_config",
         "IRuntimeConfig.cuda_graph_strategy",
+        "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
     },
 }  # fmt: skip
 
@@ -128,6 +132,15 @@ def test_a_name_that_does_not_exist_is_found(snippet: str) -> None:
     assert names.used == {"CudaDriver.cuMemAllocate"}
     pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
     assert look_up({"cuMemAllocate"}, Path(), "cuda.bindings.driver")["missing"]
+
+
+def test_no_test_imports_a_tensorrt_while_tests_are_collected() -> None:
+    """So that ``-m gpu``, which collects them all, has one in its process: that of the card."""
+    loads = re.compile(r"(importorskip|import_module|import)\W+tensorrt(_rtx|_lean)?\b")
+    for file in Path(__file__).parent.rglob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            if not isinstance(node, ast.FunctionDef | ast.ClassDef):
+                assert not loads.search(ast.unparse(node)), f"{file.name}, line {node.lineno}"
 
 
 # the stand-ins

@@ -119,6 +119,19 @@ def test_without_cuda_graphs_nothing_is_captured(bench) -> None:
     assert bench.recorder.count("cuStreamBeginCapture") == 0
 
 
+@pytest.mark.parametrize("eager", [False, True])
+def test_kernels_are_compiled_before_or_behind_the_first_run(bench, eager) -> None:
+    images = NETWORK.images(3)
+    with bench.open(eager_kernels=eager) as runner:
+        check(runner(images), NETWORK, images)
+        if not bench.is_real:
+            used = {
+                one.dynamic_shapes_kernel_specialization_strategy.name
+                for one in bench.stand_in._configs
+            }
+            assert used == ({"EAGER" if eager else "LAZY"} if bench.contexts == "config" else set())
+
+
 def test_graphs_are_bounded_and_give_way_only_to_what_came_up_twice_since(bench) -> None:
     network = Network(profiles=((1, 4, 2 * LIMIT + 2),))
     with bench.open(network) as runner:

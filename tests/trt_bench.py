@@ -5,6 +5,7 @@ and tensors on the GPU are torch's.
 """
 
 import importlib
+import os
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -19,13 +20,20 @@ from tensorrt_stand_in import plan_of, tensorrt_stand_in
 from tensors_stand_in import NAME, Library
 
 from msn_export.driver import Device, Driver, NoDriver, find_driver
+from msn_export.engine.backend import Backend, find_backend
+from msn_export.engine.build import build_engine
+from msn_export.engine.job import BuildSpec
+from msn_export.engine_header import may_target
+from msn_export.errors import MissingPackageError
 from msn_export.runtime import library as libraries
-from msn_export.runtime.loaders import LOADERS, Loaded
+from msn_export.runtime.loaders import LOADERS, Loaded, row_for
 from msn_export.runtime.trt import Machine, Plan, TrtRunner
 from msn_export.spec import BatchRange, ComputeCapability
 
 DEVICE = Device(0, "Stand-in GPU", ComputeCapability(8, 9), 1 << 30)
 ROWS = {row.contexts: row for row in reversed(LOADERS) if not row.only_compatible}
+AMPERE = ComputeCapability(8, 0)
+ANY_GPU = "MSN_EXPORT_ANY_GPU"
 BENCHES = [*ROWS, pytest.param("gpu", marks=pytest.mark.gpu)]
 
 
@@ -51,8 +59,11 @@ class Bench:
     def plan(self, network: Network) -> bytes:
         return plan_of(network, self.machine.loaded.version)
 
-    def open(self, network: Network | None = None, **options: Any) -> TrtRunner:
-        plan = Plan(self.plan(network or Network()), "m.engine", None)
+    def open(
+        self, network: Network | None = None, *, eager_kernels: bool = False, **options: Any
+    ) -> TrtRunner:
+        content = self.plan(network or Network())
+        plan = Plan(content, "m.engine", None, eager_kernels=eager_kernels)
         return TrtRunner(plan, self.machine, **options)
 
     @cache  # noqa: B019  lives as long as the test
@@ -82,13 +93,20 @@ class GpuBench(Bench):
             pytest.skip(driver.reason)
         self.recorder = Recorder()
         loaded, device = _loaded(), driver.devices[0]
+        if obstacle := _obstacle(device.capability):
+            pytest.skip(obstacle)
         self.contexts = loaded.loader.contexts
         self.cuda = pytest.importorskip("cuda.bindings.driver")
         wrapped = Loaded(self.recorder.tensorrt(loaded.trt), loaded.loader, loaded.version)
         self.machine = Machine(self.recorder.cuda(self.cuda), wrapped, device)
 
     def plan(self, network: Network) -> bytes:
-        return _compiled(network)
+        half = {kind for _, kind, _ in network.outputs} | {network.dtype}
+        capability = self.machine.device.capability
+        typed = _backend().flavour.strongly_typed
+        if "bfloat16" in half and (capability < AMPERE or not typed):
+            pytest.skip(f"{_backend()} has no bf16 on SM {capability}")
+        return _compiled(network, capability)
 
     @cache  # noqa: B019  lives as long as the test
     def library(self) -> Any:
@@ -127,8 +145,8 @@ class Torch:
 
     @stream.setter
     def stream(self, handle: int) -> None:
-        stream = self.torch.cuda.ExternalStream(0 if handle == 1 else handle)
-        self.torch.cuda.set_stream(stream)
+        cuda = self.torch.cuda  # ExternalStream(0) would be one of torch's pool
+        cuda.set_stream(cuda.default_stream() if handle == 1 else cuda.ExternalStream(handle))
 
     def new_stream(self) -> int:
         self._kept.append(self.torch.cuda.Stream())
@@ -176,35 +194,46 @@ def one_device(device: Device = DEVICE) -> Driver:
 
 
 @cache
-def _loaded() -> Loaded:
-    for row in LOADERS:
-        try:
-            module = importlib.import_module(row.module)
-        except ImportError:
-            continue
-        from msn_export.runtime.loaders import row_for
+def _backend() -> Backend:
+    try:
+        return find_backend()
+    except MissingPackageError as error:
+        pytest.skip(str(error))
 
-        found = row_for(row.module, module.__version__)
-        if found is not None and not found.only_compatible:
-            return Loaded(module, found, module.__version__)
-    pytest.skip("no TensorRT is installed")
+
+@cache
+def _loaded() -> Loaded:
+    """Import what the commands take too, so that a process has one TensorRT."""
+    module = importlib.import_module(_backend().flavour.module)
+    row = row_for(module.__name__, module.__version__)
+    assert row is not None, module.__version__
+    return Loaded(module, row, module.__version__)
+
+
+def _obstacle(capability: ComputeCapability) -> str:
+    """Say why nothing of these tests can run on a GPU; empty where it must."""
+    if not _backend().flavour.targets_capabilities or os.environ.get(ANY_GPU):
+        return ""
+    if not may_target(capability):
+        return (
+            f"{_backend()} is for no GPU of SM {capability}; {ANY_GPU}=1 tries engines that name "
+            "no target"
+        )
+    return "" if capability >= AMPERE else f"{_backend()} has no fp32 products on SM {capability}"
 
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="msn-export-networks-")
 
 
 @cache
-def _compiled(network: Network) -> bytes:
-    from msn_export.engine.backend import find_backend
-    from msn_export.engine.build import build_engine
-    from msn_export.engine.job import BuildSpec
-
+def _compiled(network: Network, capability: ComputeCapability) -> bytes:
     folder = Path(_FOLDER.name) / str(abs(hash(network)))
     folder.mkdir(exist_ok=True)
+    named = _backend().flavour.targets_capabilities and may_target(capability)
     spec = BuildSpec(
         network.graph(folder / "m.onnx"),
         tuple(BatchRange(*profile) for profile in network.profiles),
+        capabilities=(capability,) if named else (),
     )
-    backend = find_backend(_loaded().loader.backend)
-    build_engine(spec, backend, folder / "m.engine")
+    build_engine(spec, _backend(), folder / "m.engine")
     return (folder / "m.engine").read_bytes()

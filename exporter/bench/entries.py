@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from msn_export import manifest as manifests
 from msn_export.errors import BenchError, GraphError
 from msn_export.files import sha256_of
+from msn_export.spec import Dtype
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from msn_export.manifest import Manifest
-    from msn_export.spec import Dtype, ImageSize
+    from msn_export.spec import ImageSize
 
 AGAINST = ("eager", "sdpa", "compile", "onnxruntime")
 # PyTorch contenders: the form of attention, and whether torch.compile gets the model
@@ -146,6 +147,17 @@ def origin_of(
     if record is None:
         raise BenchError("no manifest names a checkpoint; name it with --checkpoint")
     return Origin(record.source, record.sha256, outputs, size)
+
+
+def torch_dtype(entry: Entry, where: Where) -> Dtype:
+    """Choose what PyTorch computes in beside an artifact: fp32 on the CPU, on a GPU its dtype.
+
+    Half precision beside 8 bits: the PyTorch reference has no quantised form.
+    """
+    if where.device is None or entry.dtype is None:
+        return Dtype.FP32
+    dtype = Dtype(entry.dtype)
+    return Dtype.FP16 if dtype.is_quantised else dtype
 
 
 def torch_entry(kind: str, origin: Origin, where: Where, dtype: Dtype) -> Entry:

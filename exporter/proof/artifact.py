@@ -184,7 +184,7 @@ def open_engine(path: Path) -> Opened:
             f"{path} cannot run here: {driver.reason}; run this command on the machine that has "
             "its GPU, or compare the graph it was built from"
         )
-    return opening.open_engine(admit_engine(path, trust=False))
+    return opening.open_engine(admit_engine(path, trust=False), eager_kernels=True)
 
 
 def _room(manifest: Manifest | None) -> int | None:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from msn_export.engine_header import read_header
 from msn_export.errors import ManifestError
 from msn_export.files import sha256_of
 from msn_export.manifest import Manifest
 from msn_export.progress import Progress
 from msn_export.records import to_plain
 from msn_export.run_trt import run_trt
-from msn_export.spec import ComputeCapability
 from msn_export.trt_job import TrtJob
 
 
@@ -28,6 +28,7 @@ def build_marked(engine: Path, manifest: Manifest, folder: Path, progress: Progr
     Raises:
         ManifestError: the graph is not beside the engine, or is another by now.
         BuildError: it does not compile.
+        EngineFileError: the engine is damaged.
     """
     record, source = manifest.engine, manifest.source
     if record is None or source is None:
@@ -38,6 +39,7 @@ def build_marked(engine: Path, manifest: Manifest, folder: Path, progress: Progr
             f"{engine} was built from {source.file} (sha256 {source.sha256[:12]}…), which is not "
             f"beside it; put it at {graph}, for drift builds it once more with its blocks shown"
         )
+    header = read_header(engine)
     islands = folder / "islands.json"
     known = {name: peak for name, peak in manifest.islands.items() if peak is not None}
     islands.write_text(json.dumps(to_plain(known)), encoding="utf-8")
@@ -46,8 +48,11 @@ def build_marked(engine: Path, manifest: Manifest, folder: Path, progress: Progr
         output=folder / f"marked-{engine.name}",
         precision=manifest.dtype,
         backend=record.backend,
-        capabilities=tuple(ComputeCapability.parse(c) for c in record.compute_capabilities),
+        # those it was told: none where it claims later GPUs too, or was built by full TensorRT,
+        # whose header names none and which takes none
+        capabilities=() if header.later else header.capabilities,
         profiles=manifest.profiles,
+        tf32=record.options.get("tf32") is True,
         islands=str(islands) if known else "none",
         check=False,
         stages=True,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from msn_export import manifest as manifests
 from msn_export.driver import Device, Driver, NoDriver
-from msn_export.engine_header import EngineHeader, parse_header
+from msn_export.engine_header import EngineHeader, may_target, parse_header
 from msn_export.errors import ManifestError, RunnerError
 from msn_export.files import manifest_path
 from msn_export.manifest import Manifest
@@ -145,9 +145,13 @@ def rebuild(manifest: Manifest | None, capability: ComputeCapability | None = No
     """Give the command that builds an engine for here, from what the manifest says."""
     if manifest is None or manifest.engine is None or manifest.source is None:
         return "build it again here with: msn-export trt MODEL.onnx"
+    backend, targeted = manifest.engine.backend, manifest.engine.backend == "tensorrt-rtx"
+    if targeted and capability is not None and not may_target(capability):
+        # a data-centre GPU: no engine of TensorRT-RTX is for it
+        backend, targeted = "tensorrt", False
     words = ["msn-export trt", manifest.source.file, f"--{manifest.dtype}"]
-    words += ["--backend", manifest.engine.backend]
-    if manifest.engine.backend == "tensorrt-rtx" and capability is not None:
+    words += ["--backend", backend]
+    if targeted and capability is not None:
         words += ["--compute-capability", str(capability)]
     for profile in manifest.profiles:
         words += ["--batch", str(profile)]

@@ -37,16 +37,27 @@ class Engine:
         file: what errors call it.
         compatible: whether it was built with ``--version-compatible``; such an engine brings
             code of the host, which is then allowed to run.
+        eager_kernels: whether TensorRT-RTX compiles the kernels of a batch size before it first
+            runs one, and not behind runs that use general ones.
 
     Raises:
         DeviceError: TensorRT refuses it.
         GraphError: it takes or gives something else than batches of images and vectors.
     """
 
-    def __init__(self, loaded: Loaded, plan: bytes, file: str, *, compatible: bool) -> None:
+    def __init__(
+        self,
+        loaded: Loaded,
+        plan: bytes,
+        file: str,
+        *,
+        compatible: bool,
+        eager_kernels: bool = False,
+    ) -> None:
         trt: TensorRT = loaded.trt
         self.loaded = loaded
         self.file = file
+        self._eager_kernels = eager_kernels
         self._heard: deque[str] = deque(maxlen=_KEPT)
         self._log: ILogger = _make_log(trt, self._heard)  # the runtime does not keep it alive
         runtime: Runtime = trt.Runtime(self._log)
@@ -103,9 +114,14 @@ class Engine:
         kind = self.loaded.loader.contexts
         if kind == "config":
             config: IRuntimeConfig = engine.create_runtime_config()
-            if graphs and config is not None:
+            if config is None:
+                return None
+            if graphs:
                 config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-            return None if config is None else engine.create_execution_context(config)
+            if self._eager_kernels:
+                eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+                config.dynamic_shapes_kernel_specialization_strategy = eager
+            return engine.create_execution_context(config)
         if kind == "strategy":
             strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
             context: IExecutionContext = engine.create_execution_context(strategy)

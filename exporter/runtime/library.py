@@ -1,7 +1,7 @@
 """The array library a tensor came from: how it takes one back, and which stream it works on."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -10,6 +10,12 @@ from typing import Any
 CURRENT_STREAM: dict[str, Callable[[Any, int], int]] = {
     "torch": lambda torch, device: torch.cuda.current_stream(device).cuda_stream,
     "cupy": lambda cupy, device: cupy.cuda.get_current_stream(device).ptr,
+}
+# How a library is told to finish what it computes, where its reader cannot wait in a stream.
+FINISH: dict[str, Callable[[Any, Any, int], object]] = {
+    "torch": lambda torch, _, device: torch.cuda.current_stream(device).synchronize(),
+    "cupy": lambda cupy, _, device: cupy.cuda.get_current_stream(device).synchronize(),
+    "jaxlib": lambda _, tensor, __: tensor.block_until_ready(),
 }
 
 
@@ -29,11 +35,23 @@ def take_back(tensor: Any) -> Callable[[Any], Any]:
 
 def current_stream(tensor: Any, device: int) -> int | None:
     """Ask the library of a GPU tensor for its current stream; None where that is not known."""
-    for kind in type(tensor).__mro__:
-        root = kind.__module__.partition(".")[0]
-        if root in CURRENT_STREAM and root in sys.modules:
-            return int(CURRENT_STREAM[root](sys.modules[root], device))
-    return None
+    root = _root_in(CURRENT_STREAM, tensor)
+    return None if root is None else int(CURRENT_STREAM[root](sys.modules[root], device))
+
+
+def finish(tensor: Any, device: int, stream: Any = None) -> None:
+    """Wait, in this thread, until the library of a GPU tensor has computed it.
+
+    Args:
+        tensor: the tensor.
+        device: the GPU's index.
+        stream: on which it is made, where that is not the library's current one.
+    """
+    if callable(wait := getattr(stream, "synchronize", None)):
+        wait()
+    root = _root_in(FINISH, tensor)
+    if root is not None:
+        FINISH[root](sys.modules[root], tensor, device)
 
 
 def handle_of(stream: Any) -> int:
@@ -46,6 +64,12 @@ def handle_of(stream: Any) -> int:
         if handle is not None:
             return int(handle)
     return int(stream)
+
+
+def _root_in(table: Mapping[str, object], tensor: Any) -> str | None:
+    """Find the package, of the tensor's type or a base of it, that has a row in a table."""
+    roots = (kind.__module__.partition(".")[0] for kind in type(tensor).__mro__)
+    return next((root for root in roots if root in table and root in sys.modules), None)
 
 
 def _module_of(tensor: Any) -> ModuleType | None:

@@ -31,6 +31,7 @@ def open_runner(  # noqa: PLR0913  each names one thing a service may have to ch
     threads: int | None = None,
     contexts: int = 2,
     cuda_graphs: bool = True,
+    eager_kernels: bool = False,
 ) -> Runner:
     """Load an artifact and make it ready to run.
 
@@ -46,6 +47,9 @@ def open_runner(  # noqa: PLR0913  each names one thing a service may have to ch
         threads: onnxruntime on the CPU: threads that one call computes with.
         contexts: an engine: calls that run at the same time, each with its own memory.
         cuda_graphs: an engine: replay runs that come up again as CUDA graphs.
+        eager_kernels: an engine of TensorRT-RTX: compile the kernels of a batch size before its
+            first run, which then takes seconds. By default that happens behind runs that use
+            general kernels: later runs are faster, and round otherwise, than the first.
 
     Raises:
         RunnerError: the artifact does not exist, or cannot run here; the message says what would.
@@ -63,12 +67,21 @@ def open_runner(  # noqa: PLR0913  each names one thing a service may have to ch
     if providers is not None:
         raise RunnerError(f"engine {file} takes no providers; it runs in the TensorRT it is for")
     return open_engine(
-        admit_engine(file, trust=trust), device, contexts=contexts, cuda_graphs=cuda_graphs
+        admit_engine(file, trust=trust),
+        device,
+        contexts=contexts,
+        cuda_graphs=cuda_graphs,
+        eager_kernels=eager_kernels,
     )
 
 
 def open_engine(
-    engine: Admitted, device: int | None = None, *, contexts: int = 2, cuda_graphs: bool = True
+    engine: Admitted,
+    device: int | None = None,
+    *,
+    contexts: int = 2,
+    cuda_graphs: bool = True,
+    eager_kernels: bool = False,
 ) -> TrtRunner:
     """Load an engine that was admitted.
 
@@ -83,7 +96,7 @@ def open_engine(
     cuda = load_cuda(engine.header.backend)
     loaded = load(engine.header.backend, compatible=engine.compatible)
     require_version(engine, loaded, chosen)
-    plan = Plan(engine.content, engine.path.name, engine.manifest, engine.compatible)
+    plan = Plan(engine.content, engine.path.name, engine.manifest, engine.compatible, eager_kernels)
     machine = Machine(cuda, loaded, chosen)
     return TrtRunner(plan, machine, contexts=contexts, cuda_graphs=cuda_graphs)
 

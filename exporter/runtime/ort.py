@@ -14,7 +14,7 @@ from msn_export.runtime import dlpack
 from msn_export.runtime.batching import Piece, deal
 from msn_export.runtime.elements import OF_ONNX
 from msn_export.runtime.feed import element_of, pad, require_fit
-from msn_export.runtime.library import take_back
+from msn_export.runtime.library import finish, take_back
 from msn_export.runtime.ort_session import open_session, profiles_of, spec_of, translated
 from msn_export.runtime.outputs import Outputs
 from msn_export.runtime.providers import CPU, ON_GPU, choose, require_obtained
@@ -79,11 +79,12 @@ class OrtRunner(Runner):
             OF_ONNX[spec.dtype].numpy for spec in (*inputs, *self.outputs) if spec.dtype in OF_ONNX
         )
 
-    def __call__(self, images: Any, *, stream: Any = None) -> Outputs:  # noqa: ARG002
+    def __call__(self, images: Any, *, stream: Any = None) -> Outputs:
         """Run any number of images (see ``Runner``); returns when the outputs are there.
 
-        Tensors on the GPU go in and come out by their address; what their library still computes
-        is waited for, so a stream need not be named.
+        Tensors on the GPU go in and come out by their address. onnxruntime runs in a stream of its
+        own, so what torch, cupy or jax still compute in theirs, and ``stream`` as an object of
+        theirs, is waited for first.
         """
         self._require_open()
         if isinstance(images, np.ndarray):
@@ -94,6 +95,8 @@ class OrtRunner(Runner):
             return Outputs({name: tensor.array() for name, tensor in bound.items()})
         borrowed = dlpack.borrow(images)
         require_fit(borrowed.shape, borrowed.element, self.inputs[0])
+        if borrowed.device is not None:  # the TensorRT provider waits for nothing by itself
+            finish(images, borrowed.device, stream)
         back = take_back(images)
         if borrowed.device is None and self._through_numpy:
             made: dict[str, Any] = self._run_arrays(borrowed.array())
@@ -149,7 +152,7 @@ class OrtRunner(Runner):
                 )  # fmt: skip
                 for spec, value in whole.values():
                     _bind_rows(binding, spec, value, piece, place)
-                binding.synchronize_inputs()  # on the GPU: waits for whatever still computes them
+                binding.synchronize_inputs()  # the CUDA provider waits for the whole device
                 session.run_with_iobinding(binding)
         return {
             name: Tensor(

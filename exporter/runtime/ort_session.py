@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 import onnxruntime
 
 from msn_export.errors import DeviceError, GraphError, MsnExportError
 from msn_export.runtime.batching import together
-from msn_export.runtime.providers import CPU
+from msn_export.runtime.providers import CPU, ON_GPU
 from msn_export.spec import BatchRange, TensorSpec
 
 if TYPE_CHECKING:
@@ -34,12 +35,26 @@ def open_session(
     options.log_severity_level = 3  # errors; the graph optimiser's remarks are no one's business
     if providers[0][0] != CPU:
         options.log_severity_level = 4  # what cannot be loaded is told by require_obtained
+    if ON_GPU.intersection(name for name, _ in providers):
+        _preload()
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
         return onnxruntime.InferenceSession(str(model), options, providers=providers)
     except Exception as error:
         raise GraphError(f"onnxruntime refuses {model.name}: {_one_line(error)}") from error
+
+
+def _preload() -> None:
+    """Load the CUDA libraries of the ``nvidia-*`` packages, which no loader path names.
+
+    onnxruntime finds them by itself only where torch has loaded them. It prints what it misses,
+    and stdout is for results; what then cannot be opened is told by require_obtained.
+    """
+    preload = getattr(onnxruntime, "preload_dlls", None)  # from 1.21 on
+    if preload is not None:
+        with redirect_stdout(StringIO()):
+            preload()
 
 
 def spec_of(node: Any) -> TensorSpec:

@@ -50,12 +50,16 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """An engine that may be loaded: its bytes, what it is called, and what is known of it."""
+    """An engine that may be loaded: its bytes, what it is called, and what is known of it.
+
+    ``compatible`` and ``eager_kernels`` are ``Engine``'s.
+    """
 
     content: bytes
     file: str
     manifest: Manifest | None
     compatible: bool = False
+    eager_kernels: bool = False
 
 
 class TrtRunner(Runner):
@@ -192,7 +196,13 @@ def _load(plan: Plan, machine: Machine, gpu: Gpu) -> Engine:
     engine = None
     try:
         with gpu.current():
-            engine = Engine(machine.loaded, plan.content, plan.file, compatible=plan.compatible)
+            engine = Engine(
+                machine.loaded,
+                plan.content,
+                plan.file,
+                compatible=plan.compatible,
+                eager_kernels=plan.eager_kernels,
+            )
     except Exception as error:  # noqa: BLE001  pybind raises what it likes
         failure = error
     else:

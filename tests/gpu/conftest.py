@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from places import Place, Rehearsal, find_card
+from places import FOUND, Place, Rehearsal
 
 
 @pytest.fixture(scope="session")
@@ -25,5 +25,6 @@ def place(
 ) -> Place:
     """The place a test's parameter names; skipped with the reason where it is not to be had."""
     if request.param not in places:
-        places[request.param] = find_card(tmp_path_factory.mktemp(request.param), photographs)
+        folder = tmp_path_factory.mktemp(request.param.replace(" ", "-"))
+        places[request.param] = FOUND[request.param](folder, photographs)
     return places[request.param]

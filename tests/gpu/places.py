@@ -18,6 +18,7 @@ from msn_export import manifest as manifests
 from msn_export.cli import main
 from msn_export.driver import Device, NoDriver, find_driver
 from msn_export.engine.backend import Backend, find_backend
+from msn_export.engine_header import may_target
 from msn_export.errors import MissingPackageError
 from msn_export.manifest import Manifest
 from msn_export.models.checkpoints import Checkpoint, load_checkpoint
@@ -31,6 +32,7 @@ HEADS = ("--head", "cls", "--head", "mean")
 FIRST = {Dtype.BF16: ComputeCapability(8, 0), Dtype.FP8: ComputeCapability(8, 9)}
 BATCHES = {"vit-msn-base-4": "1:2:4", "vit-msn-large-7": "1:4:8"}  # 3137 and 1025 tokens
 CARD = pytest.param("card", marks=pytest.mark.gpu)
+BARE = pytest.param("card without TensorRT", marks=pytest.mark.gpu)
 SHAPES = [("rehearsal", TINY), *(pytest.param("card", v, marks=pytest.mark.gpu) for v in VARIANTS)]
 
 
@@ -136,14 +138,35 @@ class Rehearsal(Place):
         )  # fmt: skip
 
 
-class Card(Place):
-    """The first GPU, and the TensorRT that is installed."""
+class Bare(Place):
+    """The first GPU, for what runs there without TensorRT."""
 
     torch_device = "cuda"
 
-    def __init__(self, folder: Path, photographs: Path, device: Device, backend: Backend) -> None:
+    def __init__(self, folder: Path, photographs: Path, device: Device) -> None:
         super().__init__(folder, photographs)
-        self.device, self.backend = device, backend
+        self.device = device
+
+    def obstacle(self, dtype: Dtype) -> str:
+        return f"no TensorRT is here to build {dtype} with"
+
+    def _source(self, shape: str) -> str:
+        return f"random:{shape}:0"
+
+    def _finished(self, graph: Path, dtype: Dtype) -> Path:
+        raise NotImplementedError
+
+
+class Card(Bare):
+    """The first GPU, and the TensorRT that is installed."""
+
+    def __init__(self, folder: Path, photographs: Path, device: Device, backend: Backend) -> None:
+        super().__init__(folder, photographs, device)
+        self.backend = backend
+
+    def open(self, built: Built, **options: Any) -> Runner:
+        """Open as a service does that wants the same bytes each time."""
+        return super().open(built, **{"eager_kernels": True, **options})
 
     def obstacle(self, dtype: Dtype) -> str:
         first = FIRST.get(dtype)
@@ -152,9 +175,6 @@ class Card(Place):
         if not self.backend.flavour.strongly_typed and (dtype.is_quantised or dtype is Dtype.BF16):
             return f"{self.backend} builds nothing in {dtype}"
         return ""
-
-    def _source(self, shape: str) -> str:
-        return f"random:{shape}:0"
 
     def _finished(self, graph: Path, dtype: Dtype) -> Path:
         precision = () if dtype.is_quantised else (f"--{dtype}",)
@@ -171,16 +191,34 @@ class Card(Place):
         return "--compute-capability", str(self.device.capability)
 
 
-def find_card(folder: Path, photographs: Path) -> Card:
-    """Find a card with all the suite needs, or skip with what is missing."""
+def find_bare(folder: Path, photographs: Path) -> Bare:
+    """Find a card that torch can use, or skip with what is missing."""
     driver = find_driver()
     if isinstance(driver, NoDriver):
         pytest.skip(driver.reason)
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("this torch has no CUDA: the reference must run on the card too")
+    return Bare(folder, photographs, driver.devices[0])
+
+
+def find_card(folder: Path, photographs: Path) -> Card:
+    """Find a card and a TensorRT that compiles for it, or skip with what is missing."""
+    bare = find_bare(folder, photographs)
+    if obstacle := no_engines(bare.device):
+        pytest.skip(obstacle)
+    return Card(folder, photographs, bare.device, find_backend())
+
+
+def no_engines(device: Device) -> str:
+    """Say why no TensorRT here compiles for a card; empty where one must."""
     try:
         backend = find_backend()
     except MissingPackageError as error:
-        pytest.skip(str(error))
-    return Card(folder, photographs, driver.devices[0], backend)
+        return str(error)
+    if backend.flavour.targets_capabilities and not may_target(device.capability):
+        return f"{backend} is for no GPU of SM {device.capability}"
+    return ""
+
+
+FOUND = {"card": find_card, "card without TensorRT": find_bare}

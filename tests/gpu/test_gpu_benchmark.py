@@ -1,6 +1,7 @@
 """The benchmark of a GPU runs to its end: on a card, and rehearsed with the CPU in its place."""
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -8,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from places import CARD, TINY
+from places import BARE, TINY, Place, no_engines
 from trt_bench import one_device
 
+from msn_export.errors import MissingPackageError
 from msn_export.runtime import open_runner
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
+MODULES = ("gpu", "gpu_contenders", "gpu_timing", "gpu_table")
 ALL = [
     "torch eager", "torch SDPA", "torch.compile", "torch.compile, CUDA graphs", "onnxruntime CUDA",
     "engine", "engine, CUDA graphs",
@@ -42,7 +45,7 @@ class Clock:
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The script, as a module."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for name in ("gpu", "gpu_contenders"):
+    for name in MODULES:
         sys.modules.pop(name, None)
     import gpu
 
@@ -52,13 +55,14 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
 def rehearse(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Put the CPU where the script has a card, and the fp16 graph where it has an engine."""
     import gpu_contenders
+    import gpu_timing
 
-    for module in (benchmark, gpu_contenders):
+    for module in (benchmark, gpu_contenders, gpu_timing):
         monkeypatch.setattr(module, "DEVICE", "cpu")
     monkeypatch.setattr(torch.cuda, "Event", Clock)
     monkeypatch.setattr(benchmark, "find_driver", one_device)
     monkeypatch.setattr(benchmark, "ceilings", lambda: {"copy_tb_s": 1.0, "fp16_tflop_s": 1.0})
-    monkeypatch.setattr(benchmark, "BURST", 0.001)
+    monkeypatch.setattr(gpu_timing, "BURST", 0.001)
     monkeypatch.setattr(benchmark, "run_trt", lambda _job, _progress: None)
     monkeypatch.setattr(
         gpu_contenders, "open_runner", lambda path, **_: open_runner(path.with_name("m.fp16.onnx"))
@@ -70,7 +74,17 @@ def rehearse(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", no_compiler)
 
 
-@pytest.mark.parametrize("place", ["rehearsal", CARD], indirect=True)
+def may_be_missing(place: Place) -> set[str]:
+    """Name the contenders that a card may lack: each needs more than the card and torch."""
+    missing = {"onnxruntime CUDA"}
+    if no_engines(place.device):
+        missing |= {"engine", "engine, CUDA graphs"}
+    if not any(map(shutil.which, ("cc", "gcc", "clang"))):  # Triton compiles its launchers with one
+        missing |= {"torch.compile", "torch.compile, CUDA graphs"}
+    return missing
+
+
+@pytest.mark.parametrize("place", ["rehearsal", BARE], indirect=True)
 def test_it_writes_a_row_for_each_contender_and_batch(
     place, benchmark, monkeypatch, tmp_path, capsys
 ) -> None:
@@ -89,7 +103,7 @@ def test_it_writes_a_row_for_each_contender_and_batch(
     ]
     for row in found["rows"]:
         if "reason" in row:
-            assert not on_card or row["contender"] == "onnxruntime CUDA", row["reason"]
+            assert not on_card or row["contender"] in may_be_missing(place), row["reason"]
             continue
         assert row["ms"] > 0
         assert row["cosine_min"] > 0.999
@@ -107,3 +121,38 @@ def test_without_a_card_it_says_so_and_writes_nothing(benchmark, monkeypatch, tm
     with pytest.raises(SystemExit, match="nothing was measured: no NVIDIA driver"):
         benchmark.main(["--images", str(tmp_path), "--output", str(out)])
     assert not out.exists()
+
+
+@pytest.mark.parametrize("place", ["rehearsal"], indirect=True)
+def test_whoever_fails_is_told_with_why_and_the_others_are_timed(
+    place, benchmark, monkeypatch, tmp_path
+) -> None:
+    rehearse(benchmark, monkeypatch)
+    import gpu_contenders
+
+    def no_engine(_job: Any, _progress: Any) -> None:
+        raise MissingPackageError("tensorrt is not installed")
+
+    def runs_out(_model: Any, attention: str) -> Any:
+        def run(images: torch.Tensor) -> torch.Tensor:
+            if attention == "eager" and len(images) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory | 2 GiB")
+            return images.flatten(1)
+
+        return run
+
+    monkeypatch.setattr(benchmark, "run_trt", no_engine)
+    monkeypatch.setattr(gpu_contenders, "_torch", runs_out)
+    monkeypatch.setattr(benchmark, "reference", lambda _model: lambda images: images.flatten(1))
+    out = tmp_path / "gpu.json"
+    benchmark.main(
+        ["--images", str(place.photographs), "--models", place._source(TINY), "--batches", "1", "2",
+         "--rounds", "2", "--output", str(out)]
+    )  # fmt: skip
+    rows = json.loads(out.read_text())["rows"]
+    told = {(row["batch"], row["contender"]): row.get("reason") for row in rows}
+    assert told[1, "engine"] == told[2, "engine, CUDA graphs"] == "tensorrt is not installed"
+    assert told[1, "torch eager"] is told[2, "torch SDPA"] is None
+    assert told[2, "torch eager"] == "CUDA out of memory | 2 GiB"
+    table = out.with_suffix(".md").read_text().splitlines()
+    assert {line.count("|") for line in table} == {10}

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from places import CARD, TINY, Place
+from places import BARE, CARD, TINY, Place
 from recorder import Recorder
 
 from msn_export.check.compare import Comparison
+from msn_export.errors import RunnerError
 from msn_export.runtime import opening
 from msn_export.runtime.loaders import Loaded
 from msn_export.spec import Dtype
@@ -114,7 +115,7 @@ def test_ten_thousand_calls_hold_no_more_of_the_cards_memory(place) -> None:
     images = pixels(place, "vit-msn-small", 2)
     given = torch.from_numpy(images).cuda()
     with place.open(place.build("vit-msn-small", Dtype.FP16)) as runner:
-        for _ in range(10):
+        for _ in range(500):  # what CUDA and TensorRT keep for later, they have by then
             runner(images)
             runner(given)
         torch.cuda.synchronize()
@@ -127,7 +128,7 @@ def test_ten_thousand_calls_hold_no_more_of_the_cards_memory(place) -> None:
     assert before - after < 16 << 20, f"{(before - after) >> 20} MiB grew"
 
 
-@ON_A_CARD
+@pytest.mark.parametrize("place", [BARE], indirect=True)
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
 def test_onnxruntime_on_the_card_gives_what_the_cpu_gives(place, provider) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -138,7 +139,13 @@ def test_onnxruntime_on_the_card_gives_what_the_cpu_gives(place, provider) -> No
     images = pixels(place, "vit-msn-small", 4)
     with opening.open_runner(master, providers=["cpu"]) as cpu:
         exact = cpu(images).embedding
-    with opening.open_runner(master, providers=[provider]) as runner:
+    try:
+        opened = opening.open_runner(master, providers=[provider])
+    except RunnerError as error:
+        if provider == "tensorrt" and "could not load it" in str(error):
+            pytest.skip(str(error))  # onnxruntime brings the provider, not TensorRT itself
+        raise
+    with opened as runner:
         on_host = runner(images).embedding
         on_card = runner(torch.from_numpy(images).cuda()).embedding
     np.testing.assert_allclose(on_host, exact, atol=5e-2)  # products are TF32 there
