@@ -16,6 +16,7 @@ from msn_export.files import manifest_path, publish, require_writable, sha256_of
 from msn_export.graph import io
 from msn_export.graph.fuse import fuse_attention
 from msn_export.graph.lower import lower
+from msn_export.graph.narrow import narrow_to_first_token
 from msn_export.graph.reference import TorchRunner
 from msn_export.graph.simplify import simplify
 from msn_export.graph.trace import trace
@@ -33,7 +34,7 @@ from msn_export.records import to_json
 from msn_export.spec import BatchRange, Dtype, Head, ImageSize, InputKind, Target
 from msn_export.typed import Islands, cpu_runner, type_as
 
-PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxsim", "onnxruntime-gpu", "onnxruntime")
+PACKAGES = ("torch", "onnx", "onnx-ir", "onnxsim", "onnxruntime-gpu", "onnxruntime")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +145,8 @@ def _build(
         with progress.step("simplify"):
             outcome = simplify(model)
             model, simplified = outcome.model, outcome.reason
+    with progress.step("compute only what the outputs need"):
+        narrow_to_first_token(model)
     with progress.step("fuse attention"):
         fused = fuse_attention(model, job.target.attention, expected=checkpoint.config.depth)
         if job.target.opset < 23:
