@@ -34,6 +34,8 @@ from msn_export.records import to_json
 from msn_export.spec import BatchRange, Dtype, Head, ImageSize, InputKind, Target
 from msn_export.typed import Islands, cpu_runner, type_as
 
+# TensorRT-RTX 1.7.1 has its kernel for one query only where heads times smallest batch is 4 or more
+SINGLE_QUERY_HEADS = 4
 PACKAGES = ("torch", "onnx", "onnx-ir", "onnxsim", "onnxruntime-gpu", "onnxruntime")
 
 
@@ -145,8 +147,9 @@ def _build(
         with progress.step("simplify"):
             outcome = simplify(model)
             model, simplified = outcome.model, outcome.reason
-    with progress.step("compute only what the outputs need"):
-        narrow_to_first_token(model)
+    if checkpoint.config.heads >= SINGLE_QUERY_HEADS:
+        with progress.step("compute only what the outputs need"):
+            narrow_to_first_token(model, split_projection=job.target.splits_queries)
     with progress.step("fuse attention"):
         fused = fuse_attention(model, job.target.attention, expected=checkpoint.config.depth)
         if job.target.opset < 23:
