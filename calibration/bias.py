@@ -39,6 +39,26 @@ def corrections(
     """
     linear = [p for p in projections if p.role is not Role.PATCH]
     steps = {p.x: scales(thresholds[p.x], scheme.form, scheme.base) for p in linear}
+    exact, rounded = _means(steps, scheme, watch, batches)
+    found = {}
+    for projection in linear:
+        weight = model.graph.initializers[projection.weight].const_value
+        assert weight is not None
+        columns = np.moveaxis(weight.numpy(), projection.axis, -1)  # [in, out]
+        held = scales(np.abs(columns).max(axis=0), scheme.form, scheme.base)
+        carried = scheme.form.carry(columns, held).astype(np.float64)
+        error = rounded[projection.x] @ carried - exact[projection.x] @ columns
+        found[projection.node] = error.astype(np.float32)
+    return found
+
+
+def _means(
+    steps: Mapping[str, NDArray[np.float32]],
+    scheme: Scheme,
+    watch: Watch,
+    batches: Iterable[tuple[NDArray[Any], Sequence[str]]],
+) -> tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.float64]]]:
+    """Take each channel's mean as it is, and as its input's steps carry it."""
     exact: dict[str, Any] = dict.fromkeys(steps, 0.0)
     rounded: dict[str, Any] = dict.fromkeys(steps, 0.0)
     rows = dict.fromkeys(steps, 0)
@@ -50,17 +70,10 @@ def corrections(
                 exact[name] = exact[name] + flat.sum(axis=0, dtype=np.float64)
                 rounded[name] = rounded[name] + carried.sum(axis=0, dtype=np.float64)
                 rows[name] += len(flat)
-    found = {}
-    for projection in linear:
-        weight = model.graph.initializers[projection.weight].const_value
-        assert weight is not None
-        columns = np.moveaxis(weight.numpy(), projection.axis, -1)  # [in, out]
-        held = scales(np.abs(columns).max(axis=0), scheme.form, scheme.base)
-        mean = exact[projection.x] / rows[projection.x]
-        mean_rounded = rounded[projection.x] / rows[projection.x]
-        error = mean_rounded @ scheme.form.carry(columns, held).astype(np.float64) - mean @ columns
-        found[projection.node] = error.astype(np.float32)
-    return found
+    return (
+        {name: exact[name] / rows[name] for name in steps},
+        {name: rounded[name] / rows[name] for name in steps},
+    )
 
 
 def correct(model: ir.Model, errors: Mapping[str, NDArray[np.float32]]) -> None:

@@ -19,6 +19,7 @@ Seen = Mapping[str, NDArray[np.float32]]
 # What the watched tensors of one batch may take, in bytes. Not a share of the free memory: the
 # same images must be dealt into the same batches each time, for byte-identical ranges.
 _BATCH_BYTES = 256 * 2**20
+_FLOAT = ir.DataType.FLOAT
 
 
 class Watch:
@@ -70,6 +71,39 @@ def finite(seen: Seen, labels: Sequence[str]) -> Seen:
                 "be calibrated on that: check the weights and the preprocessing"
             )
     return seen
+
+
+def require_finite(
+    model: ir.Model,
+    outputs: Seen,
+    labels: Sequence[str],
+    image: Callable[[int], NDArray[Any]],
+    stage: Path,
+) -> None:
+    """Require that the outputs of a graph are finite for each image.
+
+    Args:
+        model: the graph that gave ``outputs``.
+        outputs: its outputs for all images, by name.
+        labels: the images' names.
+        image: gives the image of an index, as a batch of one.
+        stage: a folder for what has to be run again.
+
+    Raises:
+        GraphError: one is not; the message names the first tensor of the graph that is not, and
+            the image.
+    """
+    try:
+        finite(outputs, labels)
+    except GraphError:
+        bad = np.zeros(len(labels), bool)
+        for values in outputs.values():
+            bad |= ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
+        at = int(np.argmax(bad))
+        computed = [v for node in model.graph for v in node.outputs if v.dtype is _FLOAT]
+        watch = Watch(model, [value.name or "" for value in computed], stage)
+        finite(watch(image(at)), [labels[at]])
+        raise
 
 
 def _session(path: Path) -> onnxruntime.InferenceSession:

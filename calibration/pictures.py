@@ -113,31 +113,14 @@ def split(
     """
     found = images.find(folder)
     order = [found[i] for i in np.random.default_rng(seed).permutation(len(found))]
-    wanted = min(HELD_OUT_MOST, max(1, len(order) // HELD_OUT_SHARE))
-    calibrated: list[Path] = []
-    held: dict[str, NDArray[np.uint8]] = {}
-    names: list[str] = []
-    broken: dict[Path, str] = {}
-    rest = list(order)
-    while rest and len(held) < wanted:
-        path = rest.pop(0)
-        try:
-            decoded = images.read(path, preprocessing)
-        except ImageError as error:
-            broken[path] = str(error)
-            continue
-        digest = hash_of(decoded)
-        if digest in taken:
-            calibrated.append(path)
-        elif digest not in held:
-            held[digest] = decoded
-            names.append(str(path.relative_to(folder)) if path != folder else path.name)
-    pictures = Pictures([*calibrated, *rest], preprocessing, stem, limit, frozenset(held))
-    pictures.broken |= broken
-    if not held and not calibrated:
-        first = next(iter(broken.values()))
+    chosen = _hold_out(order, folder, preprocessing, taken)
+    withheld = frozenset(map(hash_of, chosen.pixels))
+    pictures = Pictures(chosen.others, preprocessing, stem, limit, withheld)
+    pictures.broken |= chosen.broken
+    if len(chosen.broken) == len(order):
+        first = next(iter(chosen.broken.values()))
         raise ImageError(f"all {len(order)} pictures of {folder} are broken; the first: {first}")
-    if not held:
+    if not chosen.pixels:
         raise ImageError(
             f"every picture of {folder} was calibrated on before, by --ranges; give others to "
             "judge the result by"
@@ -147,4 +130,39 @@ def split(
             f"{folder} has too few readable pictures; expected two or more that differ, to "
             "calibrate on one and judge by another"
         )
-    return Split(pictures, ImageSet(np.stack(list(held.values())), tuple(names), ()))
+    return Split(pictures, ImageSet(np.stack(chosen.pixels), tuple(chosen.names), ()))
+
+
+@dataclass(slots=True)
+class _HeldOut:
+    """Pictures that are held out, decoded, and the paths of the others in their order."""
+
+    pixels: list[NDArray[np.uint8]] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    others: list[Path] = field(default_factory=list)
+    broken: dict[Path, str] = field(default_factory=dict)
+
+
+def _hold_out(
+    order: Sequence[Path], folder: Path, preprocessing: Preprocessing, taken: Container[str]
+) -> _HeldOut:
+    """Decode pictures until enough are held out; what is ``taken`` is left for the others."""
+    wanted = min(HELD_OUT_MOST, max(1, len(order) // HELD_OUT_SHARE))
+    held, hashes = _HeldOut(), set()
+    rest = list(order)
+    while rest and len(held.pixels) < wanted:
+        path = rest.pop(0)
+        try:
+            decoded = images.read(path, preprocessing)
+        except ImageError as error:
+            held.broken[path] = str(error)
+            continue
+        digest = hash_of(decoded)
+        if digest in taken:
+            held.others.append(path)
+        elif digest not in hashes:
+            hashes.add(digest)
+            held.pixels.append(decoded)
+            held.names.append(str(path.relative_to(folder)) if path != folder else path.name)
+    held.others += rest
+    return held

@@ -7,7 +7,7 @@ projection (attention mixes tokens and leaves channels apart, so the output proj
 follows). GELU is not homogeneous: nothing before it can take a factor of fc2's input.
 
 Every s_j is a power of two, which no rounding can touch: the smoothed fp32 graph gives the bytes
-that the graph gave before. It costs 6 % of what the error of int8 is anyway (docs/quantization.md).
+that the graph gave before, and each s_j is within a factor of the square root of 2 of the paper's.
 """
 
 from collections.abc import Mapping, Sequence

@@ -5,14 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from msn_export.calibrate_job import CalibrateJob
 from msn_export.calibration import ranges as ranges_file
 from msn_export.calibration.pictures import FEW, Split
-from msn_export.compiled import Twin, compile_both
-from msn_export.driver import NoDriver, find_driver
+from msn_export.compiled import Twin, compile_both, engine_path
 from msn_export.files import sha256_of
 from msn_export.graph import io
 from msn_export.graph.quantised import quantised_products
+from msn_export.latency import time_beside
 from msn_export.manifest import (
     AttentionRecord,
     Manifest,
@@ -47,13 +49,16 @@ def describe(
     The ranges are written to ``stage`` under the name ``ranges``, unless they were given.
     """
     compiled: dict[str, Any] = {"reason": "not asked for (--no-compile)"}
+    latency = compiled
     if job.compile:
         with progress.step("compile both and count kernels"):
             compiled = _compile(done, job, stage)
+        with progress.step("time both, where a GPU is"):
+            latency = _time(done, job, compiled, stage)
     if job.ranges is None:
         ranges_file.write(done.ranged.ranges, stage / ranges)
     known, model = done.source.manifest, done.chosen.model
-    quantization = _quantization(done, job, compiled, job.ranges or stage / ranges)
+    quantization = _quantization(done, job, job.ranges or stage / ranges, compiled, latency)
     cores = done.ranged.plan.depth
     path = done.chosen.path
     return Manifest(
@@ -101,16 +106,32 @@ def _compile(done: Calibrated, job: CalibrateJob, stage: Path) -> dict[str, Any]
     return compile_both(twins, done.source.batch, stage)
 
 
+def _time(
+    done: Calibrated, job: CalibrateJob, compiled: dict[str, Any], stage: Path
+) -> dict[str, Any]:
+    if "reason" in compiled:
+        return compiled
+    engines = {str(dtype): engine_path(stage, str(dtype)) for dtype in (job.base, job.dtype)}
+    probe = done.ranged.probe.images
+    images = probe[np.arange(done.source.batch.opt) % len(probe)]
+    return time_beside(engines, images, str(job.base))
+
+
 def _quantization(
-    done: Calibrated, job: CalibrateJob, compiled: dict[str, Any], ranges: Path
+    done: Calibrated,
+    job: CalibrateJob,
+    ranges: Path,
+    compiled: dict[str, Any],
+    latency: dict[str, Any],
 ) -> QuantizationRecord:
     plan, taken, choice = done.ranged.plan, done.ranged.ranges, done.chosen.choice
     base, form = str(job.base), str(job.dtype)
     judged, twin = done.chosen.judged, done.twin.judged
     both = {base: done.twin.path.stat().st_size, form: done.chosen.path.stat().st_size}
     engines = (compiled[base]["bytes"], compiled[form]["bytes"]) if form in compiled else None
-    savings = Savings(base, form, (both[base], both[form]), engines, None)
-    driver = find_driver()
+    times = latency["reason"] if "reason" in latency else (latency[base], latency[form])
+    faults = tuple(_faults(compiled[form], form, plan.depth)) if form in compiled else ()
+    savings = Savings(base, form, (both[base], both[form]), engines, times, faults)
     return QuantizationRecord(
         format=form,
         base=base,
@@ -133,10 +154,18 @@ def _quantization(
         neighbours={base: twin.neighbours, form: judged.neighbours},
         classes={base: twin.classes, form: judged.classes},
         compiled=compiled,
-        latency={"reason": driver.reason if isinstance(driver, NoDriver) else "not measured"},
+        latency=latency,
         worthwhile=savings.worthwhile,
         verdict=sentence(savings, judged, twin, kept=len(choice.kept), depth=plan.depth),
     )
+
+
+def _faults(engine: dict[str, Any], form: str, depth: int) -> Iterator[str]:
+    """Say what an engine is not that was meant."""
+    if engine["fused_attention"] < depth:
+        yield f"fused attention in {engine['fused_attention']} of {depth} blocks"
+    if engine["multiplied"] < engine["products"]:
+        yield f"{engine['multiplied']} of {engine['products']} products multiply in {form}"
 
 
 def _kept(done: Calibrated, job: CalibrateJob) -> dict[str, str]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msn_export.driver import NoDriver, find_driver
 from msn_export.engine.backend import find_backend
 from msn_export.engine.build import build_engine
 from msn_export.engine.census import ALLOWED, not_multiplied_in
@@ -12,7 +13,7 @@ from msn_export.engine.job import BuildSpec
 from msn_export.errors import BuildError, MissingPackageError
 from msn_export.spec import BatchRange, ComputeCapability, Dtype
 
-# The first generation with both int8 and fp8 matrix products, for a compiler without a GPU.
+# The first generation with both int8 and fp8 matrix products: compiled for where no GPU is.
 _CAPABILITY = ComputeCapability(8, 9)
 
 
@@ -35,12 +36,12 @@ def compile_both(twins: Mapping[str, Twin], profile: BatchRange, stage: Path) ->
     try:
         backend = find_backend("auto")
         told: dict[str, Any] = {"compiler": f"{backend}"}
-        capabilities = (_CAPABILITY,) if backend.flavour.targets_capabilities else ()
+        capabilities = (_target(),) if backend.flavour.targets_capabilities else ()
         if capabilities:
-            told["compiler"] += f" for SM {_CAPABILITY}"
+            told["compiler"] += f" for SM {capabilities[0]}"
         for name, twin in twins.items():
             spec = BuildSpec(twin.path, (profile,), capabilities, precision=twin.dtype)
-            built = build_engine(spec, backend, stage / f"{name}.engine")
+            built = build_engine(spec, backend, engine_path(stage, name))
             census = built.census
             wrong = not_multiplied_in(census, ALLOWED[twin.dtype][0], twin.products)
             told[name] = {
@@ -54,3 +55,14 @@ def compile_both(twins: Mapping[str, Twin], profile: BatchRange, stage: Path) ->
     except (BuildError, MissingPackageError) as error:
         return {"reason": f"not compiled: {error}"}
     return told
+
+
+def engine_path(stage: Path, name: str) -> Path:
+    """Say where ``compile_both`` puts the engine called ``name``."""
+    return stage / f"{name}.engine"
+
+
+def _target() -> ComputeCapability:
+    """Choose the GPU generation to compile for: this machine's, so that it can be timed."""
+    driver = find_driver()
+    return _CAPABILITY if isinstance(driver, NoDriver) else driver.devices[0].capability

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from msn_export.calibration.collect import Watch, channel_maxima, finite, histograms
+from msn_export.calibration.collect import Watch, channel_maxima, histograms, require_finite
 from msn_export.calibration.observers import Observer
 from msn_export.calibration.plan import Plan
 from msn_export.calibration.ranges import SmoothingRecord
@@ -39,8 +39,13 @@ class Probe:
     def of(
         cls, model: ir.Model, images: NDArray[Any], names: Sequence[str], stage: Path
     ) -> "Probe":
-        """Run the fp32 graph."""
-        reference = finite(_outputs(model, images, stage), names)
+        """Run the fp32 graph.
+
+        Raises:
+            GraphError: a value is not finite; the tensor and the image are named.
+        """
+        reference = _outputs(model, images, stage)
+        require_finite(model, reference, names, lambda at: images[at : at + 1], stage)
         return cls(images, tuple(names), reference, stage)
 
     def batches(self, size: int) -> Iterator[tuple[NDArray[Any], Sequence[str]]]:

@@ -93,12 +93,7 @@ def take_ranges(
     plan, overflowing = _without_islands(plan, islands)
     if job.bias_correction:
         with progress.step("measure biases"):
-            watch = probe.watch(plan.model, [p.x for p in plan.projections])
-            errors = corrections(
-                plan.model, plan.projections, plan.thresholds, plan.scheme, watch,
-                probe.batches(watch.batch),
-            )  # fmt: skip
-            plan = replace(plan, corrections=errors)
+            plan = _corrected(plan, probe)
     return Ranged(plan, ranges, probe, islands, overflowing)
 
 
@@ -124,6 +119,15 @@ def _observe(
             pictures.feed(watch.batch),
             lambda count: progress.advance(count, of, f"{count} images"),
         )
+
+
+def _corrected(plan: Plan, probe: Probe) -> Plan:
+    watch = probe.watch(plan.model, [p.x for p in plan.projections])
+    errors = corrections(
+        plan.model, plan.projections, plan.thresholds, plan.scheme, watch,
+        probe.batches(watch.batch),
+    )  # fmt: skip
+    return replace(plan, corrections=errors)
 
 
 def _ranges(

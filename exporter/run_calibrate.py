@@ -3,13 +3,17 @@
 import resource
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from msn_export import __version__
 from msn_export.calibrate_job import CalibrateJob
 from msn_export.calibrated import Calibrated, describe
+from msn_export.calibration.collect import require_finite
 from msn_export.calibration.observers import require_meaning
 from msn_export.calibration.pictures import Split, split
 from msn_export.check.gate import GATES
@@ -25,7 +29,7 @@ from msn_export.quantise import choices
 from msn_export.ranged import Ranged, known_ranges, take_ranges
 from msn_export.runtime.ort import OrtRunner
 from msn_export.source import Source, read_source, room_of
-from msn_export.spec import Dtype
+from msn_export.spec import Dtype, InputKind
 from msn_export.typed import cpu_runner
 from msn_export.verdict import Candidate, judge
 
@@ -54,7 +58,7 @@ def run_calibrate(job: CalibrateJob, progress: Progress) -> tuple[Path, Manifest
             taken=known.images.sha256 if known else (),
         )  # fmt: skip
     with staging(output.parent) as stage:
-        reference = _run_fp32(job, source, dealt, progress)
+        reference = _run_fp32(job, source, dealt, stage, progress)
         ranged = take_ranges(job, source, dealt.calibration, known, stage, progress)
         chosen = _choose(job, source, ranged, reference, stage / output.name, progress)
         twin = _twin(job, source, ranged, reference, stage, progress)
@@ -87,7 +91,14 @@ def _read(path: Path) -> Source:
     return source
 
 
-def _run_fp32(job: CalibrateJob, source: Source, dealt: Split, progress: Progress) -> Reference:
+def _run_fp32(
+    job: CalibrateJob, source: Source, dealt: Split, stage: Path, progress: Progress
+) -> Reference:
+    """Run the graph to quantise on the held-out images.
+
+    Raises:
+        GraphError: a value is not finite; the tensor and the image are named.
+    """
     held = dealt.held_out
     sample = Sample(
         held.pixels, held.names, f"held out of {job.images}", source.preprocessing,
@@ -96,7 +107,14 @@ def _run_fp32(job: CalibrateJob, source: Source, dealt: Split, progress: Progres
     with progress.step(f"run the fp32 graph on {len(sample)} held-out images"):
         runner = OrtRunner(source.path)
         runner.name = f"{source.path.name} in {runner.name}"
-        return run_reference(runner, sample, source.stem, fixed=source.fixed)
+        reference = run_reference(runner, sample, source.stem, fixed=source.fixed)
+    again = partial(_one, sample, source.stem)
+    require_finite(source.model, reference.outputs, held.names, again, stage)
+    return reference
+
+
+def _one(sample: Sample, stem: InputKind, index: int) -> NDArray[Any]:
+    return sample.feed([index], stem)
 
 
 def _choose(

@@ -24,7 +24,7 @@ from msn_export.manifest import CheckRecord
 from msn_export.preprocessing import preset
 from msn_export.progress import Progress
 from msn_export.proof.artifact import Artifact
-from msn_export.proof.drift import Drift, common_stages, suspect_of
+from msn_export.proof.drift import Drift, common_stages, smoothing, suspect_of
 from msn_export.proof.pair import Pair, open_pair
 from msn_export.proof.streams import open_stream, what_is_shown
 from msn_export.spec import Dtype
@@ -104,7 +104,7 @@ def _compare(job: DriftJob, pair: Pair, progress: Progress) -> Drift:
         suspect,
         inside,
         _check(pair, sample, gathered, dtype, ran_on, _at_once(job, pair, sample)),
-        (*pair.notes, *(f"skipped: {broken}" for broken in sample.broken)),
+        (*pair.notes, *smoothing(pair), *(f"skipped: {broken}" for broken in sample.broken)),
     )
 
 

@@ -96,13 +96,19 @@ def _worst(
 
 @dataclass(frozen=True, slots=True)
 class Savings:
-    """Sizes in bytes of the files and, where they were compiled, of the engines; milliseconds."""
+    """What the twin in ``base`` takes, and the graph in ``form`` after it.
+
+    Sizes are bytes of the files and, where they were compiled, of the engines. ``latency`` is in
+    milliseconds a batch, or the reason why nothing was timed. ``faults`` are what the compiled
+    engine should be and is not.
+    """
 
     base: str
     form: str
     file: tuple[int, int]
     engine: tuple[int, int] | None
-    latency: tuple[float, float] | None
+    latency: tuple[float, float] | str
+    faults: tuple[str, ...] = ()
 
     @property
     def size_share(self) -> float:
@@ -112,9 +118,12 @@ class Savings:
 
     @property
     def worthwhile(self) -> bool:
-        """Whether anything is gained: bytes, and no time lost where that was measured."""
-        faster = self.latency is None or self.latency[1] < self.latency[0]
-        return self.size_share <= 1 - WORTHWHILE and faster
+        """Whether anything is gained: bytes, and no time lost where that was measured.
+
+        A kernel that was taken apart, or multiplies in another type, loses time on any GPU.
+        """
+        faster = isinstance(self.latency, str) or self.latency[1] < self.latency[0]
+        return self.size_share <= 1 - WORTHWHILE and faster and not self.faults
 
 
 def sentence(savings: Savings, judged: Judged, twin: Judged, *, kept: int, depth: int) -> str:
@@ -133,14 +142,17 @@ def sentence(savings: Savings, judged: Judged, twin: Judged, *, kept: int, depth
     ]
     if kept:
         shares.append(f"{kept} of {depth} blocks kept in {savings.base}")
-    time = "time not measured: no GPU"
-    if savings.latency is not None:
-        before, after = savings.latency
-        time = f"{after:.2f} ms a batch ({savings.base}: {before:.2f})"
-    detail = "; ".join([cost, *shares, time])
+    detail = "; ".join([cost, *shares, *savings.faults, _time(savings)])
     if not savings.worthwhile:
         return f"keep {savings.base}: {saved}; {detail}"
     return f"{saved}; {detail}"
+
+
+def _time(savings: Savings) -> str:
+    if isinstance(savings.latency, str):
+        return f"time not measured: {savings.latency}"
+    before, after = savings.latency
+    return f"{after:.2f} ms a batch ({savings.base}: {before:.2f})"
 
 
 def _figure(value: float | None) -> str:

@@ -16,6 +16,7 @@ from trt_bench import DEVICE, ROWS, one_device
 
 from msn_export import execute, manifest
 from msn_export.cli import main
+from msn_export.driver import NoDriver, find_driver
 from msn_export.proof import artifact
 from msn_export.runtime import opening
 from msn_export.runtime.loaders import Loaded
@@ -76,3 +77,11 @@ def pretend(
     monkeypatch.setattr(opening, "load", lambda _backend, compatible: loaded)
     monkeypatch.setattr(opening, "load_cuda", lambda _backend: wrapped)
     return recorder
+
+
+def no_driver() -> str:
+    """Say why no GPU is found here; a test of that is skipped where there is one."""
+    driver = find_driver()
+    if not isinstance(driver, NoDriver):
+        pytest.skip("there is a GPU here")
+    return driver.reason

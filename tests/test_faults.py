@@ -1,4 +1,4 @@
-"""Nine mistakes that exporters make, each caught by ``validate`` and placed by ``drift``.
+"""Nine mistakes that exporters make, each caught by ``validate`` and placed by ``drift``; overflow.
 
 The model is vit-msn-small with msn's own initialisation, not one made to show a fault.
 """
@@ -11,15 +11,21 @@ import faults
 import numpy as np
 import pytest
 import torch
+from checkpoints import massive
 from faults import BLOCK, describe, plant
 
-from msn_export import manifest
+from msn_export import images, manifest
+from msn_export.errors import ToleranceError
+from msn_export.manifest import Manifest
+from msn_export.preprocessing import preset
 from msn_export.progress import Silent
 from msn_export.proof.drift import Drift
 from msn_export.proof.validation import Validation
 from msn_export.run_drift import DriftJob, run_drift
+from msn_export.run_onnx import OnnxJob, run_onnx
 from msn_export.run_validate import ValidateJob, run_validate
-from msn_export.spec import BatchRange
+from msn_export.runtime import open_runner
+from msn_export.spec import BatchRange, Dtype, Head, ImageSize
 
 LIMIT = 4  # pictures: these faults are no matter of chance
 BATCH = BatchRange(1, 2, 4)
@@ -162,3 +168,69 @@ def test_shifted_classes_are_caught_and_named(
     assert validation.check.classes == 0
     assert validation.cause == "the candidate's classes are the reference's shifted by +1"
     assert drifted(small_checkpoint, faulty, photographs).parted == "logits"
+
+
+# --- an activation that fp16 cannot hold ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def massive_graph(small_checkpoint, photographs, tmp_path_factory) -> Path:
+    folder = massive(small_checkpoint, tmp_path_factory.mktemp("massive") / "checkpoint")
+    return exported(folder, folder.parent / "fp32.onnx", photographs)[0]
+
+
+def exported(checkpoint: Path, output: Path, photographs: Path, **options) -> tuple[Path, Manifest]:
+    job = OnnxJob(
+        str(checkpoint), output, images=photographs, batch=BATCH, heads=(Head.CLS,), **options
+    )
+    return run_onnx(job, Silent())
+
+
+def test_without_islands_it_overflows_and_nothing_is_written(
+    massive_graph, photographs, tmp_path
+) -> None:
+    checkpoint = massive_graph.parent / "checkpoint"
+    with pytest.raises(ToleranceError, match=r"[1-9]\d* NaN and \d+ infinite values"):
+        exported(checkpoint, tmp_path / "m.onnx", photographs, dtype=Dtype.FP16, islands="none")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_overflow_that_nobody_checked_is_caught_and_placed(
+    massive_graph, photographs, tmp_path
+) -> None:
+    checkpoint = massive_graph.parent / "checkpoint"
+    faulty, _ = exported(
+        checkpoint, tmp_path / "m.onnx", photographs,
+        dtype=Dtype.FP16, islands="none", check=False,
+    )  # fmt: skip
+    validation = validated(massive_graph, faulty, photographs)
+    assert not validation.passed
+    figures = validation.check.outputs["embedding"]
+    assert figures["nan"] == 384 * (1 + 2 + 3 + 4)  # every value, at each batch size
+    assert "NaN" in validation.reasons[0]
+    # the sum of patches and positions stays fp32 even so: its weight is itself too large for fp16
+    assert drifted(massive_graph, faulty, photographs).parted == "block 0"
+
+
+def test_measured_islands_keep_what_it_computes(massive_graph, photographs, tmp_path) -> None:
+    checkpoint = massive_graph.parent / "checkpoint"
+    kept, manifest = exported(checkpoint, tmp_path / "m.onnx", photographs, dtype=Dtype.FP16)
+    assert manifest.check.cosine_min >= 0.999
+    # the residual stream from the patches on: two additions a block, with their maxima
+    streams = {f"blocks.{i}.{add}" for i in range(6) for add in ("Add", "Add_2")}
+    measured = {name: manifest.islands[name] for name in ("patch.Add", *streams)}
+    assert all(peak == pytest.approx(1e5, rel=0.01) for peak in measured.values())
+    # and a weight that is too large by itself
+    assert set(manifest.islands) - set(measured) == {"pos_embed"}
+    validation = validated(massive_graph, kept, photographs)
+    assert validation.passed
+    assert validation.check.cosine_min >= 0.999
+    found = drifted(massive_graph, kept, photographs)
+    assert found.passed
+    assert all(stage.headroom < 1 for stage in found.stages[:7])
+    # and the images are told apart, so that a cosine of 1 is no matter of course
+    paths = sorted(photographs.iterdir())[:4]
+    pixels = images.preprocess(paths, preset("hf", ImageSize(64, 64)))
+    vectors = open_runner(massive_graph)(pixels)["embedding"]
+    cosines = (vectors @ vectors.T) / np.outer(*[np.linalg.norm(vectors, axis=1)] * 2)
+    assert cosines.min() < 0.99

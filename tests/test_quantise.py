@@ -72,7 +72,8 @@ def test_a_reference_that_is_not_finite_is_refused_with_its_image(tmp_path) -> N
     plan = planned(tmp_path)
     bad = IMAGES.copy()
     bad[2] = np.nan
-    with pytest.raises(GraphError, match=r"tensor 'norm_out' is NaN on image 2\.png; nothing can"):
+    message = r"tensor 'patch.Conv_out' is NaN on image 2\.png; nothing can"
+    with pytest.raises(GraphError, match=message):
         Probe.of(plan.model, bad, NAMES, tmp_path)
 
 

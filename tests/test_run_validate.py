@@ -10,7 +10,7 @@ import faults
 import numpy as np
 import onnx_ir as ir
 import pytest
-from artifacts import classifier, copy_of, engine, pretend
+from artifacts import classifier, copy_of, engine, no_driver, pretend
 from checkpoints import hugging_face
 from click.testing import CliRunner, Result
 from networks import Network
@@ -311,15 +311,6 @@ def test_an_engine_without_a_gpu_or_a_manifest_is_refused(tmp_path) -> None:
     copy = copy_of(engine(), tmp_path)
     copy.write_bytes(engine().read_bytes()[:-1] + b"?")
     assert "is not the file" in refused(classifier(), copy)
-
-
-def no_driver() -> str:
-    from msn_export.driver import NoDriver, find_driver
-
-    driver = find_driver()
-    if not isinstance(driver, NoDriver):
-        pytest.skip("there is a GPU here")
-    return driver.reason
 
 
 @pytest.mark.parametrize("spoiled", [False, True])

@@ -18,9 +18,18 @@ HEADROOM = 4.0
 
 # The relative error of a block's output from which ``drift`` calls two artifacts parted. In fp32
 # against a checkpoint, whose rounding can be measured, it is a multiple of that instead: ROUNDING.
-DRIFT = {Dtype.FP32: 4e-6, Dtype.FP16: 5e-3, Dtype.BF16: 4e-2}
+DRIFT = {
+    Dtype.FP32: 4e-6,
+    Dtype.FP16: 5e-3,
+    Dtype.BF16: 4e-2,
+    Dtype.INT8: 0.1,
+    Dtype.FP8: 0.2,
+}
 ROUNDING = 3.0
 
+# Where nothing is past that, ``drift`` suspects the first block that adds more than this many times
+# the error that any stage before it added.
+JUMP = 4.0
 
 _WORDS = {
     "max_abs": "max_abs (times the reference's RMS above 1) at most",

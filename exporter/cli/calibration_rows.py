@@ -59,3 +59,12 @@ def _compiled(record: QuantizationRecord) -> Iterator[tuple[str, str]]:
                 f"products {gemms}{eight}, {one['bytes'] / 1e6:.1f} MB"
             ),
         )
+    yield "timed", _timed(record)
+
+
+def _timed(record: QuantizationRecord) -> str:
+    told = record.latency
+    if "reason" in told:
+        return f"no: {told['reason']}"
+    times = ", ".join(f"{told[name]:.2f} ms {name}" for name in (record.base, record.format))
+    return f"batch {told['batch']}, copies included: {times}; on {told['device']}"

@@ -72,7 +72,7 @@ def is_quantised_core(softmax: ir.Node) -> bool:
 
     ``MatMul(dq(q), dq(k)), Softmax, MatMul(dq(q(probabilities)), dq(v))``: TensorRT's pattern for a
     fused 8-bit attention kernel. With one operand left out it takes the core apart; around the
-    Attention operator, Q/DQ only rounds and the kernel stays in fp16 (docs/quantization.md).
+    Attention operator, Q/DQ only rounds and the kernel stays in fp16 (TensorRT-RTX 1.7, SM 8.9).
     """
     scores = softmax.inputs[0].producer() if softmax.inputs[0] is not None else None
     if softmax.op_type != "Softmax" or scores is None or scores.op_type != "MatMul":

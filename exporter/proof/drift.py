@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from msn_export.check.drift import StageDrift, TensorDrift
+from msn_export.check.gate import JUMP
 from msn_export.errors import GraphError
 from msn_export.manifest import CheckRecord
 from msn_export.proof.pair import Pair
 from msn_export.proof.streams import what_is_shown
 from msn_export.spec import Dtype
-
-JUMP = 4.0  # times what any stage before added: docs/tolerances.md
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,3 +85,15 @@ def suspect_of(stages: tuple[StageDrift, ...], parted: StageDrift | None) -> str
             return stage.name
         before = max(before, stage.added)
     return max(blocks, key=lambda stage: stage.added).name
+
+
+def smoothing(pair: Pair) -> tuple[str, ...]:
+    """Warn of what differs inside the blocks of a smoothed graph and is right all the same."""
+    return tuple(
+        f"{side.name} was smoothed: some channels inside a block are scaled and scaled back, so "
+        "tensors there differ by more than the block's output does"
+        for side in (pair.reference, pair.candidate)
+        if side.manifest is not None
+        and side.manifest.quantization is not None
+        and side.manifest.quantization.smoothing
+    )

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from msn_export.check.drift import StageDrift, TensorDrift
-from msn_export.check.gate import GATES, in_words
+from msn_export.check.gate import GATES, HEADROOM, in_words
 from msn_export.check.neighbours import embedding_of, nearest
 from msn_export.check.verify import Verified
 from msn_export.manifest import Manifest
@@ -65,9 +65,8 @@ def recorded_agreement(name: str, manifest: Manifest) -> facts.Agreement:
     check = manifest.check
     assert check is not None
     gate = in_words(check.gate or GATES[manifest.dtype].numbers)
-    notes = check.notes
     if manifest.engine is not None and not manifest.engine.executed:
-        notes = ("the typed graph was compared, the engine did not run", *notes)
+        name = f"typed graph of {name}"  # no engine agrees with anything before it ran
     return facts.Agreement(
         candidate=name,
         reference=_reference(manifest, check.reference),
@@ -75,7 +74,7 @@ def recorded_agreement(name: str, manifest: Manifest) -> facts.Agreement:
         passed=check.passed,
         check=check,
         gate=f"{manifest.dtype}: {gate}",
-        notes=notes,
+        notes=check.notes,
     )
 
 
@@ -96,6 +95,8 @@ def drift_facts(found: Drift) -> facts.Drift:
         stages=tuple(_stage(stage) for stage in found.stages),
         suspect=found.suspect,
         inside=tuple(_tensor(tensor) for tensor in found.inside),
+        needed=HEADROOM,
+        notes=found.notes,
     )
 
 

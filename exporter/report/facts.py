@@ -124,7 +124,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """A candidate block by block."""
+    """A candidate block by block; below a headroom of ``needed`` a value is kept in fp32."""
 
     candidate: str
     reference: str
@@ -133,6 +133,8 @@ class Drift:
     stages: tuple[Stage, ...]
     suspect: str | None
     inside: tuple[Stage, ...]
+    needed: float
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,14 +121,14 @@ def _whole_decades(axes: Axes) -> None:
 def headroom(found: Drift) -> str:
     """Draw how often each stage's largest value fits below fp16's largest number."""
     rooms = [stage.headroom or 0.0 for stage in found.stages]
-    colours = [_SERIES[0] if room >= 4 else _WARN for room in rooms]
+    colours = [_SERIES[0] if room >= found.needed else _WARN for room in rooms]
 
     def paint(axes: Axes) -> None:
         finite = [room if math.isfinite(room) else 65504.0 for room in rooms]
         axes.bar(range(len(finite)), finite, color=colours, width=0.7)
         axes.set_yscale("log")
         axes.set_ylim(bottom=min(0.5, *finite))
-        axes.axhline(4, color=_WARN, linewidth=0.9, linestyle="--")
+        axes.axhline(found.needed, color=_WARN, linewidth=0.9, linestyle="--")
         axes.set_ylabel("65504 / largest value")
         axes.grid(axis="y")
         axes.set_axisbelow(True)

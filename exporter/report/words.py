@@ -32,13 +32,11 @@ def sentences(
 ) -> list[str]:
     """Say what each comparison and each engine came to."""
     said = []
-    idle = {a.name for a in artifacts if a.verdict == "compiled, not run"}
     for found in agreements:
         check, word = found.check, "agrees" if found.passed else "does not agree"
-        whose = "the typed graph of " if found.candidate in idle else ""
         cosine = "none" if check.cosine_min is None else f"{check.cosine_min:.7f}"
         said.append(
-            f"{whose}{found.candidate} {word} with {found.reference} on {check.images} images: "
+            f"{found.candidate} {word} with {found.reference} on {check.images} images: "
             f"least cosine {cosine}"
             + (f". {'; '.join(found.reasons)}" if found.reasons else "")
             + (f". {found.cause}" if found.cause else "")

@@ -40,9 +40,23 @@ def open_session(
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        return onnxruntime.InferenceSession(str(model), options, providers=providers)
+        return _open(model, options, providers)
     except Exception as error:
         raise GraphError(f"onnxruntime refuses {model.name}: {_one_line(error)}") from error
+
+
+def _open(
+    model: Path, options: onnxruntime.SessionOptions, providers: list[tuple[str, dict[str, Any]]]
+) -> Any:
+    try:
+        return onnxruntime.InferenceSession(str(model), options, providers=providers)
+    except Exception as error:
+        if "float8" not in str(error):
+            raise
+        # onnxruntime 1.31 fuses a product of two dequantised fp8 values (attention's)
+        # into MatMulIntegerToFloat, which takes int8 alone, and then refuses its own work
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        return onnxruntime.InferenceSession(str(model), options, providers=providers)
 
 
 def _preload() -> None:

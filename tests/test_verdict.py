@@ -1,0 +1,117 @@
+"""A verdict says what quantising costs and saves, and plainly where nothing is gained."""
+
+import numpy as np
+import pytest
+
+from msn_export.check.gate import Gate
+from msn_export.check.sample import Sample
+from msn_export.check.verify import Reference
+from msn_export.manifest import CheckRecord
+from msn_export.preprocessing import preset
+from msn_export.spec import ImageSize, InputKind
+from msn_export.verdict import Judged, Savings, judge, sentence
+
+SAMPLE = Sample(
+    np.zeros((4, 8, 8, 3), np.uint8), tuple("abcd"), "here", preset("hf", ImageSize(8, 8))
+)
+EMBEDDING = np.eye(4, dtype=np.float32) + 0.1
+LOGITS = np.eye(4, dtype=np.float32)
+
+
+class Runner:
+    name = "runner"
+
+    def __init__(self, **outputs: np.ndarray) -> None:
+        self.outputs = outputs
+
+    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        return {name: values[: len(images)] for name, values in self.outputs.items()}
+
+
+def judged(**outputs: np.ndarray) -> Judged:
+    reference = Reference({"embedding": EMBEDDING, "logits": LOGITS}, SAMPLE, "reference")
+    runner = Runner(**{"embedding": EMBEDDING, "logits": LOGITS, **outputs})
+    return judge(runner, reference, Gate(cosine_p1=0.99), InputKind.UINT8, None)
+
+
+def test_what_agrees_passes_with_all_neighbours_and_classes() -> None:
+    found = judged()
+    assert (found.failures, found.neighbours, found.classes) == ((), 1.0, 1.0)
+    assert found.record.cosine_p1 == pytest.approx(1)
+
+
+def test_classes_are_counted_where_there_are_logits() -> None:
+    assert judged(logits=np.roll(LOGITS, 1, axis=1)).classes == 0.0
+    assert judged(logits=LOGITS[[0, 1, 3, 2]]).classes == 0.5
+
+
+def test_nan_is_no_agreement() -> None:
+    logits = LOGITS.copy()
+    logits[0, 3] = np.nan  # argmax of a row with NaN is the NaN: no class
+    found = judged(logits=logits)
+    assert found.classes == 0.75
+    assert found.failures[0].startswith("output 'logits': 1 NaN")
+
+
+def test_the_worst_output_is_told() -> None:
+    found = judged(embedding=EMBEDDING[::-1].copy())
+    assert any(failure.startswith("output 'embedding': cosine_p1 ") for failure in found.failures)
+    assert found.record.passed is False
+
+
+ALIKE = judged()
+
+
+def savings(**said) -> Savings:
+    return Savings(**{
+        "base": "fp16", "form": "int8", "file": (100, 55), "engine": (100, 70),
+        "latency": "no GPU", **said,
+    })  # fmt: skip
+
+
+def said(saved: Savings, kept: int = 0) -> str:
+    return sentence(saved, ALIKE, ALIKE, kept=kept, depth=12)
+
+
+def test_a_gain_in_bytes_is_a_gain_where_no_time_was_measured() -> None:
+    assert savings().worthwhile
+    assert said(savings()) == (
+        "the int8 engine is 30% smaller than the fp16 one; p1 cosine 1.00000 (fp16: 1.00000); "
+        "100% of neighbours agree; 100% of classes agree; time not measured: no GPU"
+    )
+
+
+def test_the_file_counts_where_nothing_was_compiled() -> None:
+    assert said(savings(engine=None)).startswith("the int8 file is 45% smaller than the fp16 one; ")
+
+
+@pytest.mark.parametrize(
+    ("saved", "detail"),
+    [
+        ({"engine": (100, 95)}, "the int8 engine is 5% smaller"),
+        ({"engine": (100, 120)}, "the int8 engine is 20% larger"),
+        ({"latency": (1.0, 1.25)}, "1.25 ms a batch (fp16: 1.00)"),
+        ({"latency": (1.0, float("nan"))}, "nan ms a batch"),
+        ({"faults": ("fused attention in 0 of 12 blocks",)}, "; fused attention in 0 of 12 blocks"),
+    ],
+)
+def test_keep_fp16_is_said_plainly_where_nothing_is_gained(saved, detail) -> None:
+    found = savings(**saved)
+    assert not found.worthwhile
+    assert said(found).startswith("keep fp16: the int8 engine is ")
+    assert detail in said(found)
+
+
+def test_less_time_and_fewer_bytes_are_a_gain() -> None:
+    assert savings(latency=(1.0, 0.8)).worthwhile
+    assert said(savings(latency=(1.0, 0.8))).endswith("; 0.80 ms a batch (fp16: 1.00)")
+
+
+def test_blocks_that_stay_are_told() -> None:
+    assert "3 of 12 blocks kept in fp16; " in said(savings(), kept=3)
+
+
+def test_a_single_image_has_no_neighbours() -> None:
+    record: CheckRecord = ALIKE.record
+    alone = Judged(record, (), None, None)
+    assert "agree" not in sentence(savings(), alone, alone, kept=0, depth=12)
