@@ -10,6 +10,7 @@ those of benchmarks/calibration_memory.py.
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -250,16 +251,16 @@ def console(bench: Bench) -> str:
     if (kept := bench.folder / "console.txt").is_file():
         return kept.read_text()
     words = ["calibrate", "demo/vit-msn-small.onnx", "--int8", "--images", "demo/photographs"]
-    bench.folder.joinpath("demo").mkdir(exist_ok=True)
-    for name in ("vit-msn-small.onnx", "vit-msn-small.onnx.json"):
-        (bench.folder / "demo" / name).write_bytes((bench.folder / name).read_bytes())
-    photographs = bench.folder / "demo" / "photographs"
-    if not photographs.exists():
-        photographs.symlink_to(bench.images.resolve())
-    done = subprocess.run(
-        [sys.executable, "-m", "msn_export.cli", *words], check=True, cwd=bench.folder, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "COLUMNS": "100"},
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory(dir=bench.folder) as name:
+        demo = Path(name) / "demo"
+        demo.mkdir()
+        for file in ("vit-msn-small.onnx", "vit-msn-small.onnx.json"):
+            shutil.copy(bench.folder / file, demo / file)
+        (demo / "photographs").symlink_to(bench.images.resolve())
+        done = subprocess.run(
+            [sys.executable, "-m", "msn_export.cli", *words], check=True, cwd=name, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "COLUMNS": "100"},
+        )  # fmt: skip
     lines = [line.rstrip() for line in done.stdout.splitlines()]
     kept.write_text("\n".join([f"$ msn-export {' '.join(words)}", *lines]))
     return kept.read_text()
