@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint slow gpu wheel clean
+.PHONY: demo report test lint slow gpu wheel clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -22,6 +22,11 @@ demo: .venv/linked
 	$(BIN)/python scripts/photographs.py demo/photographs
 	$(BIN)/msn-export onnx random:vit-msn-small:0 --head tokens --images demo/photographs --output demo/vit-msn-small.onnx --force
 	$(BIN)/msn-export trt demo/vit-msn-small.onnx --fp16 --backend tensorrt-rtx --compute-capability 8.9 --images demo/photographs --output demo/vit-msn-small.engine --force
+
+# One page of the demo's artifacts: fp32 graph, fp16 graph, engine
+report: demo
+	$(BIN)/msn-export onnx random:vit-msn-small:0 --head tokens --dtype fp16 --images demo/photographs --output demo/vit-msn-small-fp16.onnx --force
+	$(BIN)/msn-export report demo/vit-msn-small.onnx demo/vit-msn-small-fp16.onnx demo/vit-msn-small.engine --images demo/photographs --output demo/report.html --markdown demo/report.md --force
 
 lint: .venv/linked
 	$(BIN)/ruff check .

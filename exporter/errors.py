@@ -61,5 +61,9 @@ class BenchError(MsnExportError):
     """A contender of a benchmark that cannot be opened, or that failed while it ran."""
 
 
+class ClusterError(MsnExportError):
+    """A Ray cluster that cannot be reached, has no room, or lost what it was doing."""
+
+
 class MissingPackageError(MsnExportError):
     """A package that this command needs is not installed; the message has the line that does."""

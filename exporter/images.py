@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -148,14 +148,32 @@ def read(path: Path, preprocessing: Preprocessing) -> NDArray[np.uint8]:
     Raises:
         ImageError: the file is not a picture Pillow can decode, or ``fit`` refuses it.
     """
+    return read_file(path, str(path), preprocessing)
+
+
+def read_file(file: Path | BinaryIO, name: str, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """Decode one file that is open, or whose path is not what it is called.
+
+    Raises:
+        ImageError: it is not a picture Pillow can decode, or ``fit`` refuses it; it is ``name``.
+    """
     from PIL import Image
 
     try:
-        with Image.open(path, formats=FORMATS) as picture:
+        with Image.open(file, formats=FORMATS) as picture:
             return fit(picture, preprocessing)
     except Exception as error:  # Pillow's decoders raise what they like for damaged data
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ImageError(f"{path} is not a readable picture ({reason})") from error
+        raise ImageError(f"{name} is not a readable picture ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    from PIL import UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):
+        return "cannot identify image file"  # Pillow names the file, or an object's address
+    if isinstance(error, OSError) and error.strerror is not None:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def find(folder: Path) -> list[Path]:

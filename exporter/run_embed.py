@@ -1,35 +1,41 @@
-"""The story of ``msn-export embed``: list pictures, decode ahead, run, keep, finish."""
+"""The story of ``msn-export embed``: list pictures, open the model, run, keep, finish."""
 
 from __future__ import annotations
 
 import time
-from contextlib import closing
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from msn_export import __version__
+from msn_export.cluster.connect import LOCAL, address_of, connected
+from msn_export.cluster.sources import list_sources
 from msn_export.embed import outputs
-from msn_export.embed.batches import Reading, batches, reading_of
-from msn_export.embed.decode import decode, read
+from msn_export.embed.batches import Reading, reading_of
 from msn_export.embed.job import Embedded, EmbedJob
-from msn_export.embed.listing import Listing, list_pictures
+from msn_export.embed.listing import list_pictures
+from msn_export.embed.local import Local
+from msn_export.embed.opened import tested
 from msn_export.embed.parts import Parts
 from msn_export.embed.rate import Rate
-from msn_export.errors import ImageError, MsnExportError, SpecError, ToleranceError
+from msn_export.errors import ClusterError, ImageError, MsnExportError, SpecError
 from msn_export.feed import Feed, feed_of
 from msn_export.files import no_room_reported, require_writable, sha256_of, staging
-from msn_export.machine import usable_cores
 from msn_export.process import peak_rss
 from msn_export.records import to_plain
 from msn_export.runtime import open_runner
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from msn_export.embed.listing import Pictures
+    from msn_export.embed.opened import Opened
+    from msn_export.embed.rows import Rows
     from msn_export.progress import Progress
-    from msn_export.runtime import Runner
 
 
 def run_embed(job: EmbedJob, progress: Progress) -> Embedded:
-    """Run a folder of pictures through an artifact.
+    """Run a folder of pictures through an artifact, on this machine or on a Ray cluster.
 
     Returns:
         What was written and how it went.
@@ -40,16 +46,9 @@ def run_embed(job: EmbedJob, progress: Progress) -> Embedded:
     """
     started = time.monotonic()
     require_output(job)
-    with progress.step("list pictures"):
-        listing = list_pictures(job.images)
-    with progress.step("open the model"):
-        runner = open_runner(
-            job.model, device=job.device, providers=job.providers or None, trust=job.trust
-        )
-    with runner, no_room_reported(job.output.parent):
-        with progress.step("selftest"):
-            tested = _selftest(job, runner)
-        run = _Run(job, listing, runner)
+    site = _here if job.ray is None else _on_cluster
+    with site(job, progress) as place, no_room_reported(job.output.parent):
+        run = _Run(job, place)
         parts = run.begin()
         with closing(parts):
             resumed_at = parts.done
@@ -64,25 +63,97 @@ def run_embed(job: EmbedJob, progress: Progress) -> Embedded:
                 parts.end_part()  # hours of rows are not lost with a device
                 raise
     seconds = time.monotonic() - started
+    images = len(place.pictures)
     return Embedded(
         output=str(job.output),
         files=tuple(str(path) for path in outputs.files_of(job.output)),
         shape=shape,
         output_name=run.reading.vector,
-        images=len(listing),
+        images=images,
         broken=len(parts.errors),
         errors=tuple(text for _, text in sorted(parts.errors.items())[:10]),
         resumed_at=resumed_at,
-        runner=runner.name,
+        runner=place.model.name,
+        cluster=place.cluster,
         batch=run.batch,
-        workers=run.workers,
+        workers=place.workers,
         preprocessing=to_plain(run.feed.preprocessing),
-        selftest=tested,
+        selftest=place.selftest,
         notes=(run.feed.note,) if run.feed.note else (),
         seconds=round(seconds, 3),
-        images_per_second=round((len(listing) - resumed_at) / seconds, 2),
+        images_per_second=round((images - resumed_at) / seconds, 2),
         peak_rss_bytes=peak_rss(),
     )
+
+
+class Place(Protocol):
+    """Where a job runs: the pictures it found there, the model that is open there."""
+
+    @property
+    def pictures(self) -> Pictures:
+        """What there is to run."""
+
+    @property
+    def model(self) -> Opened:
+        """What is known of the model."""
+
+    @property
+    def selftest(self) -> str:
+        """What the model's golden input said there."""
+
+    @property
+    def workers(self) -> int:
+        """Processes that decode."""
+
+    @property
+    def cluster(self) -> str | None:
+        """What the cluster has, in words; None on this machine."""
+
+    def rows(
+        self, feed: Feed, reading: Reading, batch: int, missing: Sequence[range]
+    ) -> Iterator[tuple[int, Rows]]:
+        """Make the rows of each batch of ``missing``; give them with the number of the first."""
+
+
+@contextmanager
+def _here(job: EmbedJob, progress: Progress) -> Iterator[Place]:
+    """Open the model on this machine."""
+    if not isinstance(job.images, Path):
+        raise SpecError(
+            f"{job.images} is read on a Ray cluster alone; add --ray local, or copy it to a folder"
+        )
+    if job.actors is not None:
+        raise SpecError("--actors is of a Ray cluster; add --ray, or leave it out")
+    with progress.step("list pictures"):
+        listing = list_pictures(job.images)
+    with progress.step("open the model"):
+        runner = open_runner(
+            job.model,
+            device=job.device,
+            providers=job.providers or None,
+            trust=job.trust,
+            eager_kernels=True,  # a row does not depend on which kernels were ready
+        )
+    with runner:
+        with progress.step("selftest"):
+            selftest = tested(runner, check=job.check)
+        yield Local(listing, runner, selftest, job.workers)
+
+
+@contextmanager
+def _on_cluster(job: EmbedJob, progress: Progress) -> Iterator[Place]:
+    """Join or start a cluster, and have one of its workers open the model."""
+    address = address_of(job.ray or "")
+    with progress.step("list pictures"):
+        pictures, store = list_sources(job.images)
+    with ExitStack() as stack:
+        with progress.step(f"start Ray on {address}" if address == LOCAL else f"join {address}"):
+            nodes = stack.enter_context(connected(address))
+        from msn_export.cluster.embed import OnCluster  # loads Ray, which is there by now
+
+        with progress.step("open the model on a worker"):
+            place = OnCluster(job, pictures, store, nodes)
+        yield place
 
 
 def require_output(job: EmbedJob) -> None:
@@ -100,25 +171,6 @@ def require_output(job: EmbedJob) -> None:
         outputs.require_parquet()
 
 
-def _selftest(job: EmbedJob, runner: Runner) -> str:
-    """Run the manifest's golden input, before a night is spent on a model that is wrong here.
-
-    Raises:
-        ToleranceError: this machine does not reproduce it.
-    """
-    if not job.check:
-        return "none (--no-check)"
-    if runner.manifest is None or runner.manifest.golden is None:
-        return "none: no golden input came with the model"
-    found = runner.selftest()
-    if not found.passed:
-        raise ToleranceError(
-            f"{found}: this machine does not compute what the model was checked for; export it "
-            "here, or run it all the same with --no-check"
-        )
-    return str(found)
-
-
 def _how_to_go_on(parts: Parts) -> str:
     if not parts.done:
         return ""
@@ -131,27 +183,25 @@ def _how_to_go_on(parts: Parts) -> str:
 class _Run:
     """One run over one folder: what is read, how, and where it goes."""
 
-    def __init__(self, job: EmbedJob, listing: Listing, runner: Runner) -> None:
-        self.job, self.listing, self.runner = job, listing, runner
+    def __init__(self, job: EmbedJob, place: Place) -> None:
+        self.job, self.place, self.model = job, place, place.model
         self.feed: Feed = feed_of(
             job.model.name,
-            runner.inputs,
-            runner.manifest,
+            self.model.inputs,
+            self.model.manifest,
             preprocess=job.preprocess,
             size=job.image_size,
         )
-        self.reading: Reading = reading_of(job.model.name, runner.outputs, job.output_name)
-        self.labels = runner.manifest.labels if runner.manifest is not None else ()
-        self.batch = job.batch or runner.batch.opt
-        # one a core: decoders that are ahead of the model wait, and leave the core to it
-        self.workers = job.workers or min(16, len(usable_cores()))
+        self.reading: Reading = reading_of(job.model.name, self.model.outputs, job.output_name)
+        self.labels = self.model.manifest.labels if self.model.manifest is not None else ()
+        self.batch = job.batch or self.model.batch.opt
 
     def begin(self) -> Parts:
         """Begin the output's parts, or go on with those that are there."""
         output = self.job.output
         return Parts.begin(
             output.with_name(output.name + ".parts"),
-            len(self.listing),
+            len(self.place.pictures),
             self.origin(),
             resume=self.job.resume,
             force=self.job.force,
@@ -159,49 +209,41 @@ class _Run:
 
     def origin(self) -> dict[str, Any]:
         """All that a row's numbers follow from."""
-        known = self.runner.manifest
+        known, pictures = self.model.manifest, self.place.pictures
         return {
             "model": known.sha256 if known is not None else sha256_of(self.job.model),
             "output_name": self.reading.vector,
             "preprocessing": to_plain(self.feed.preprocessing),
-            "listing": f"{len(self.listing)} pictures, sha256 {self.listing.sha256}",
+            "listing": f"{len(pictures)} pictures, sha256 {pictures.sha256}",
             "batch": self.batch,
-            "runner": self.runner.name,
+            "runner": self.model.name,
         }
 
     def fill(self, parts: Parts, progress: Progress) -> None:
         """Make the rows that are not done yet."""
-        size = self.feed.preprocessing.size
         rate = Rate(parts.total, parts.done)
-        decoded = decode(
-            self.listing.paths[parts.done :],
-            partial(read, preprocessing=self.feed.preprocessing),
-            workers=self.workers,
-            ahead=2 * self.batch + self.workers,
-        )
-        done = parts.done
-        with progress.step("embed"), closing(decoded):
-            for rows in batches(
-                decoded,
-                size,
-                self.feed.preprocessing.channels,
-                self.batch,
-                lambda pixels: self.runner(self.feed(pixels)),
-                self.reading,
-            ):
+        done, missing = parts.done, list(parts.missing(self.batch))
+        made = self.place.rows(self.feed, self.reading, self.batch, missing)
+        with progress.step("embed"):
+            for start, rows in made:
                 outputs.require_fit(self.job.output, rows.vectors.shape[1:])
-                parts.add(rows)
+                parts.add(start, rows)
                 done += len(rows.vectors)
                 progress.advance(done, parts.total, f"{rate.at(done)}, {parts.broken} broken")
         parts.end_part()
+        if parts.done != parts.total:
+            raise ClusterError(
+                f"{parts.total - parts.done} of {parts.total} rows did not come back; the same "
+                "command with --resume makes them"
+            )
 
     def finish(self, parts: Parts) -> tuple[int, ...]:
         """Turn whole parts into the output; give its shape."""
         if len(parts.errors) == parts.total:
             parts.remove()
             raise ImageError(
-                f"none of the {parts.total} pictures of {self.listing.folder} gave a row; the "
-                f"first: {parts.errors[0]}"
+                f"none of the {parts.total} pictures of {self.place.pictures.folder} gave a row; "
+                f"the first: {parts.errors[0]}"
             )
         shape = (parts.total, *parts.vectors.read(0, 1).shape[1:])
         about = {
@@ -214,7 +256,7 @@ class _Run:
         npy = self.job.output.suffix == ".npy"
         write = outputs.write_npy if npy else outputs.write_parquet
         with staging(self.job.output.parent) as stage:
-            made = write(parts, self.listing, self.labels, about, stage)
+            made = write(parts, self.place.pictures, self.labels, about, stage)
             outputs.place(made, self.job.output)
         parts.remove()
         return shape

@@ -16,6 +16,7 @@ from msn_export.files import manifest_path, publish, require_writable, sha256_of
 from msn_export.graph import io
 from msn_export.graph.fuse import fuse_attention
 from msn_export.graph.lower import lower
+from msn_export.graph.narrow import narrow_to_first_token
 from msn_export.graph.reference import TorchRunner
 from msn_export.graph.simplify import simplify
 from msn_export.graph.trace import trace
@@ -33,7 +34,7 @@ from msn_export.records import to_json
 from msn_export.spec import BatchRange, Dtype, Head, ImageSize, InputKind, Target
 from msn_export.typed import Islands, cpu_runner, type_as
 
-PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxsim", "onnxruntime-gpu", "onnxruntime")
+PACKAGES = ("torch", "onnx", "onnx-ir", "onnxsim", "onnxruntime-gpu", "onnxruntime")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +145,9 @@ def _build(
         with progress.step("simplify"):
             outcome = simplify(model)
             model, simplified = outcome.model, outcome.reason
+    if _compiles_for_one_query(job, checkpoint.config.heads):
+        with progress.step("compute only what the outputs need"):
+            narrow_to_first_token(model)
     with progress.step("fuse attention"):
         fused = fuse_attention(model, job.target.attention, expected=checkpoint.config.depth)
         if job.target.opset < 23:
@@ -158,6 +162,14 @@ def _build(
         io.save(model, path)
         io.check(path)
     return Built(path, model, fused, simplified, islands)
+
+
+def _compiles_for_one_query(job: OnnxJob, heads: int) -> bool:
+    """Whether the target has an attention kernel for the last block's [CLS] query alone.
+
+    TensorRT-RTX 1.7.1 has none where heads x batch is below 4; every published shape has 6 or more.
+    """
+    return job.target is not Target.TENSORRT or heads * job.batch.min >= 4
 
 
 def _metadata(checkpoint: Checkpoint, sample: Sample) -> dict[str, str]:

@@ -61,8 +61,7 @@ def run_report(job: ReportJob, progress: Progress) -> facts.Page:
         MissingPackageError: jinja2 or matplotlib is not installed.
         MsnExportError: an artifact cannot be read, or nothing can be written.
     """
-    outputs = [path for path in (job.output, job.markdown) if path is not None]
-    require_writable(outputs, force=job.force)
+    _require_outputs(job)
     require_packages()
     from msn_export.report.latency import read_latency
     from msn_export.report.page import html, markdown
@@ -71,15 +70,25 @@ def run_report(job: ReportJob, progress: Progress) -> facts.Page:
     measured = _measure(job, progress)
     with progress.step("gather what is known"):
         page = _page(job, measured, latency)
-    with progress.step("write the report"), staging(job.output.parent) as stage:
+    with progress.step("write the report"):
         texts = {job.output: html(page)}
         if job.markdown is not None:
             texts[job.markdown] = markdown(page)
         for output, text in texts.items():
-            staged = stage / output.name
-            staged.write_text(text, encoding="utf-8")
-            staged.replace(output)
+            with staging(output.parent) as stage:
+                staged = stage / output.name
+                staged.write_text(text, encoding="utf-8")
+                staged.replace(output)
     return page
+
+
+def _require_outputs(job: ReportJob) -> None:
+    outputs = [path for path in (job.output, job.markdown) if path is not None]
+    if len({path.absolute() for path in outputs}) < len(outputs):
+        raise SpecError(f"--markdown {job.markdown} is the page itself; give it another name")
+    sources = [Path(name) for name in job.artifacts]
+    sources += [job.bench] if job.bench is not None else []
+    require_writable(outputs, force=job.force, sources=sources)
 
 
 def require_packages() -> None:

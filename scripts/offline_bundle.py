@@ -3,11 +3,16 @@
     python scripts/offline_bundle.py tensorrt-rtx --output bundle/
     (there) python3 bundle/unpack.py /opt/msn-export-gpu
 
-Recipes: ``tensorrt-rtx`` (1.6.1: the last that does not refuse SM 9.0 when it loads), ``tensorrt-8.6``
-(8.6.0 with numpy and a CPython 3.10 of its own; g++ and a Python 3.10 are needed here),
-``onnxruntime-gpu``. All comes from PyPI. The bundle holds a folder ``site`` for PYTHONPATH (and
-``python`` for 8.6), compressed with xz and cut into pieces, ``bundle.json`` with the SHA-256 of every
-piece, and ``unpack.py``, which checks them before it unpacks anything.
+Recipes: ``tensorrt-rtx`` (1.6.1: the last that does not refuse SM 9.0 when it loads),
+``tensorrt-rtx-1.7`` (1.7.1: what the tests compile with; for GeForce and RTX cards), ``onnxruntime-gpu``, and
+``tensorrt-8.6`` (8.6.0 with numpy and a CPython 3.10 of its own; g++ and a Python 3.10 are needed here).
+All comes from PyPI. The bundle holds a folder ``site`` for PYTHONPATH, with msn-export itself and what it
+needs beside the packages of a machine for machine learning (torch, transformers, onnx, onnxscript,
+scikit-image, pytest are taken from there), and ``suite``, from which the GPU's tests and benchmark run. For
+8.6 there is ``python`` in their place: msn-export needs Python 3.11, and the modules of 8.6 end at 3.10.
+Compressed with xz and cut into pieces, beside ``bundle.json`` with the SHA-256 of every piece, and
+``unpack.py``, which checks them before it unpacks anything and prints the command that runs the suite.
+Several bundles may be unpacked into one folder.
 """
 
 import argparse
@@ -19,68 +24,50 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from offline_recipes import BESIDE, PACKAGE, RECIPES, SUITE, TREE, Recipe, pinned
+
 HERE = Path(__file__).parent
 PIECE = 60 * 10**6  # bytes
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """``wheels`` for CPython ``python``; ``sources`` are pure-Python and exist as sdists only.
-
-    ``drop`` are library files of a wheel that are left out; ``stubs`` (library to C++ source)
-    replace those that a module links and the path from ONNX to an engine never calls.
-    """
-
-    python: str
-    wheels: tuple[str, ...]
-    sources: tuple[str, ...] = ()
-    drop: tuple[str, ...] = ()
-    stubs: tuple[str, ...] = ()
-    interpreter: bool = False
-
-
-RECIPES = {
-    "tensorrt-rtx": Recipe(
-        "3.12",
-        (
-            "tensorrt-rtx-cu13-libs==1.6.1.120",
-            "tensorrt-rtx-cu13-bindings==1.6.1.120",
-            "cuda-bindings==13.5.0",
-            "cuda-pathfinder==1.9.0",
-        ),
-        sources=("tensorrt-rtx-cu13==1.6.1.120",),
-    ),
-    "tensorrt-8.6": Recipe(
-        "3.10",
-        ("tensorrt==8.6.0", "numpy==1.26.4"),
-        drop=("libnvinfer_plugin.so.8", "libnvparsers.so.8"),
-        stubs=("libnvinfer_plugin.so.8", "libnvparsers.so.8"),
-        interpreter=True,
-    ),
-    "onnxruntime-gpu": Recipe("3.12", ("onnxruntime-gpu==1.31.1", "flatbuffers==25.12.19")),
-}
 # Tags that pip is to accept: glibc 2.17 to 2.28, the oldest that these wheels are built for
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(17, 29)] + ["manylinux2014_x86_64"]
 
 
 def fetch(recipe: Recipe, folder: Path) -> list[Path]:
-    """Download the recipe's wheels from PyPI."""
+    """Download the recipe's wheels from PyPI, and build msn-export's own."""
+    wheels = (*recipe.wheels, *(pinned(BESIDE) if recipe.suite else ()))
     tags = [part for platform in PLATFORMS for part in ("--platform", platform)]
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     subprocess.run(
         [*pip, "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", folder,
-         "--python-version", recipe.python, *tags, *recipe.wheels],
+         "--python-version", recipe.python, *tags, *wheels],
         check=True,
     )  # fmt: skip
     for source in recipe.sources:
         subprocess.run(
             [*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, source], check=True
         )
+    if recipe.suite:
+        with tempfile.TemporaryDirectory() as copied:  # a build leaves its traces in the tree
+            copy(PACKAGE, Path(copied))
+            subprocess.run(
+                [*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, copied], check=True
+            )
     return sorted(folder.glob("*.whl"))
+
+
+def copy(names: Iterable[str], target: Path) -> None:
+    """Copy files and folders of the tree, without what running leaves in them."""
+    target.mkdir(exist_ok=True)
+    skipped = shutil.ignore_patterns("__pycache__", "results", "*.egg-info")
+    for name in names:
+        if (TREE / name).is_dir():
+            shutil.copytree(TREE / name, target / name, ignore=skipped)
+        else:
+            shutil.copy(TREE / name, target / name)
 
 
 def lay_out(recipe: Recipe, wheels: list[Path], tree: Path) -> None:
@@ -96,6 +83,8 @@ def lay_out(recipe: Recipe, wheels: list[Path], tree: Path) -> None:
              site / "tensorrt" / library, HERE / "tensorrt_8_6_stubs.cpp"],
             check=True,
         )  # fmt: skip
+    if recipe.suite:
+        copy(SUITE, tree / "suite")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ import tarfile
 from pathlib import Path
 from typing import IO, Any
 
+SUITE = "tests/gpu tests/test_trt_runner.py"  # all tests that need a card
+
 
 def verify(here: Path) -> tuple[dict[str, Any], list[Path]]:
     """Give the paths of all pieces, each with the size and SHA-256 that bundle.json states."""
@@ -71,11 +73,15 @@ def main(arguments: list[str]) -> None:
             archive.extractall(target, filter="data")
         else:  # before 3.8.17: the pieces were verified above
             archive.extractall(target)  # noqa: S202
+    target = target.resolve()  # the suite is run from a folder of its own
     python = target / "python" / "bin" / f"python{about['python']}"
     if python.exists():
         print(f"run it with: PYTHONPATH={target}/site {python}")
     else:
         print(f"use it with: export PYTHONPATH={target}/site")
+    if (target / "suite").exists():
+        tests = f"python3 -m pytest -m gpu {SUITE}"
+        print(f"its tests: cd {target}/suite && PYTHONPATH={target}/site {tests}")
 
 
 if __name__ == "__main__":

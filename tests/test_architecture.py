@@ -1,6 +1,7 @@
 """The table in CONTRIBUTING.md, enforced: which folder may import what, and what is light."""
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,12 +12,12 @@ import pytest
 import msn_export
 
 PACKAGE = Path(msn_export.__file__).parent
-FOLDERS = ("cli", "engine", "check", "graph", "proof", "report", "runtime", "embed", "bench",
-           "doctor", "triton", "models", "calibration")  # fmt: skip
+FOLDERS = ("cli", "engine", "check", "graph", "proof", "report", "runtime", "embed", "cluster",
+           "bench", "doctor", "triton", "models", "calibration")  # fmt: skip
 HEAVY = frozenset(
     {"torch", "onnx", "onnx_ir", "onnxscript", "onnxsim", "onnxruntime", "transformers",
      "safetensors", "huggingface_hub", "PIL", "click", "rich", "tensorrt", "tensorrt_lean",
-     "tensorrt_rtx", "cuda", "tritonclient"}
+     "tensorrt_rtx", "cuda", "tritonclient", "ray", "starlette", "pyarrow"}
 )  # fmt: skip
 # folder -> the packages of others that its modules may import; at import, or inside a function
 MAY_IMPORT = {
@@ -26,7 +27,8 @@ MAY_IMPORT = {
     "check": ({"numpy"}, set()),
     "proof": ({"numpy", "onnx_ir"}, set()),
     "report": ({"numpy", "PIL"}, set()),
-    "embed": ({"numpy"}, {"PIL"}),
+    "embed": ({"numpy"}, {"PIL", "pyarrow"}),
+    "cluster": ({"numpy"}, {"pyarrow"}),
     "bench": ({"numpy"}, set()),
     "doctor": (set(), set()),
     "runtime": ({"numpy"}, set()),
@@ -36,18 +38,28 @@ MAY_IMPORT = {
 }
 # module -> what it may import beyond its folder's row, each for the reason that is its subject
 EXCEPTIONS = {
-    "graph/trace.py": {"torch"},
+    "graph/trace.py": {"torch"},  # walks the module and shares its weights
+    "graph/translate.py": {"torch"},
+    "graph/operators.py": {"torch"},
+    "graph/draft.py": {"torch"},
+    "graph/fold.py": {"torch"},
     "graph/reference.py": {"torch"},
     "graph/simplify.py": {"onnxruntime"},  # runs what came of it
     "triton/messages.py": {"tritonclient"},
+    "cluster/connect.py": {"ray"},  # inside its functions: loaded when a cluster is joined
+    "cluster/embed.py": {"ray"},
+    "cluster/serve.py": {"ray", "starlette"},
     "runtime/ort.py": {"onnxruntime"},
     "runtime/ort_session.py": {"onnxruntime"},
     "runtime/runner.py": {"PIL"},  # named in annotations
 }
 # folder -> the sibling folders it may use: the gates judge what the runtime's selftest finds;
-# Q/DQ is written with the graph's own steps; what is compared comes from all of them
+# Q/DQ is written with the graph's own steps; embed is given a runner, on a cluster too; what is
+# compared comes from all of them
 SIBLINGS = {
     "runtime": {"check"},
+    "embed": {"runtime"},
+    "cluster": {"embed", "runtime"},
     "graph": {"models"},
     "calibration": {"graph"},
     "proof": {"check", "engine", "graph", "models", "report", "runtime"},
@@ -68,8 +80,13 @@ def modules() -> Iterator[tuple[str, Path]]:
         yield str(path.relative_to(PACKAGE)), path
 
 
-def imports(path: Path) -> Iterator[tuple[str, bool]]:
+@functools.cache
+def imports(path: Path) -> tuple[tuple[str, bool], ...]:
     """Give each imported module's full name, and whether importing the file imports it."""
+    return tuple(_imports(path))
+
+
+def _imports(path: Path) -> Iterator[tuple[str, bool]]:
     tree = ast.parse(path.read_text())
     inside = {
         id(node)
@@ -173,6 +190,20 @@ def test_importing_the_runtime_loads_numpy_and_the_standard_library_alone() -> N
     ours = loaded - sys.stdlib_module_names - {"msn_export", "numpy"}
     # numpy's compiled parts register helpers of Cython
     assert {name for name in ours if not name.startswith(("_cython", "cython_runtime"))} == set()
+
+
+def test_only_their_own_commands_load_ray_and_tritonclient() -> None:
+    commands = [name.removesuffix(".py") for name in MODULES if name.startswith("run_")]
+    names = [f"msn_export.{name}" for name in commands if name != "run_triton"]
+    assert len(names) >= 9
+    assert loaded_by(f"import {', '.join(names)}") & {"ray", "starlette", "tritonclient"} == set()
+
+
+def test_what_a_cluster_needs_of_us_loads_without_ray() -> None:
+    on_ray = {"cluster/embed.py", "cluster/serve.py"}
+    light = [name for name in MODULES if name.startswith("cluster/") and name not in on_ray]
+    names = ", ".join("msn_export." + name.removesuffix(".py").replace("/", ".") for name in light)
+    assert loaded_by(f"import {names}") & {"ray", "starlette", "tritonclient"} == set()
 
 
 def test_help_loads_no_framework() -> None:

@@ -34,13 +34,14 @@ def test_whole_it_is_byte_for_byte_what_numpy_saves(tmp_path_factory, steps, sha
     assert (folder / "a.npy").read_bytes() == (folder / "b.npy").read_bytes()
 
 
-def test_writing_again_replaces_what_came_after(tmp_path) -> None:
+def test_rows_may_come_in_any_order_and_again(tmp_path) -> None:
     array = GrowingArray(tmp_path / "a.npy", 4)
-    array.write(0, np.ones((3, 2), np.float32))
+    array.write(2, np.full((2, 2), 3, np.float32))
+    assert array.holds(4)
+    array.write(0, np.ones((2, 2), np.float32))
     array.write(1, np.full((1, 2), 7, np.float32))
-    assert array.holds(2)
-    assert not array.holds(3)
-    np.testing.assert_array_equal(array.read(0, 2), [[1, 1], [7, 7]])
+    np.testing.assert_array_equal(array.read(0, 4), [[1, 1], [7, 7], [3, 3], [3, 3]])
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), array.read(0, 4))
 
 
 def test_rows_of_another_shape_are_refused(tmp_path) -> None:

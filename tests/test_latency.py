@@ -1,60 +1,56 @@
-"""Two engines are timed by turns where a GPU is; else the reason is told."""
+"""What ``bench --json`` wrote is read for the report; of a file nobody knows, its table."""
 
-from pathlib import Path
+import json
 
-import numpy as np
 import pytest
-from artifacts import pretend
-from networks import Network
-from tensorrt_stand_in import plan_of
-from trt_bench import one_device
+from benches import made_up
 
-from msn_export import latency
-from msn_export.driver import NoDriver
-from msn_export.errors import DeviceError
-from msn_export.latency import CALLS, ROUNDS, WARM_UP, time_beside
-
-NETWORK = Network()
+from msn_export.errors import SpecError
+from msn_export.records import to_plain
+from msn_export.report.latency import read_latency
 
 
-@pytest.fixture
-def engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
-    monkeypatch.setattr(latency, "find_driver", one_device)
-    found = {}
-    for name in ("fp16", "int8"):
-        found[name] = tmp_path / f"{name}.engine"
-        found[name].write_bytes(plan_of(NETWORK))
-    return found
+def test_a_benchmark_has_its_own_columns_and_a_bar_a_row(tmp_path) -> None:
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps(to_plain(made_up())))
+    found = read_latency(path)
+    assert found.columns == (
+        "what", "batch", "median ms", "p90 ms", "p99 ms", "images/s", "time / baseline",
+        "cosine min",
+    )  # fmt: skip
+    timing = made_up().timings[0]
+    assert len(found.rows) == len(made_up().timings) == len(found.bars)
+    assert found.rows[0][:3] == ("eager", "1", f"{timing.median_ms:.5g}")
+    assert found.bars[0] == ("eager, batch 1", timing.median_ms)
+    assert found.title == "a processor; times over eager; today"
 
 
-def test_each_is_called_as_often_and_both_times_are_told(engines, monkeypatch) -> None:
-    batches = []
-
-    def compute(_network, images):
-        batches.append(len(images))
-        return {name: np.zeros((len(images), size), np.float32) for name, size in
-                (("embedding", 64), ("odd", 3))}  # fmt: skip
-
-    pretend(monkeypatch, "strategy", NETWORK, compute)
-    told = time_beside(engines, NETWORK.images(4), "fp16")
-    assert told["fp16"] > 0
-    assert told["int8"] > 0
-    assert set(told["ratio"]) == {"int8"}
-    assert told["batch"] == 4
-    assert "Stand-in GPU" in told["device"]
-    assert len(batches) == 2 * (WARM_UP + ROUNDS * CALLS)
+def test_any_other_list_of_records_is_a_table(tmp_path) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps([{"name": "a", "ms": 1.25}, {"name": "b", "ms": None}]))
+    found = read_latency(path)
+    assert found.columns == ("name", "ms")
+    assert found.rows == (("a", "1.25"), ("b", ""))
+    assert found.bars == ()
+    assert found.title == "other.json"
 
 
-def test_without_a_gpu_the_reason_is_told(engines, monkeypatch) -> None:
-    monkeypatch.setattr(latency, "find_driver", lambda: NoDriver("no NVIDIA driver"))
-    assert time_beside(engines, NETWORK.images(4), "fp16") == {"reason": "no NVIDIA driver"}
-
-
-def test_an_engine_that_does_not_run_is_no_failure_of_the_calibration(engines, monkeypatch) -> None:
-    def refuse(_engine):
-        raise DeviceError("the GPU is out of memory")
-
-    monkeypatch.setattr(latency, "open_engine", refuse)
-    assert time_beside(engines, NETWORK.images(4), "fp16") == {
-        "reason": "not timed: the GPU is out of memory"
-    }
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"cannot be read as JSON \(.*No such file.*\); write it with 'msn-export bench …"),
+        ("{", "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON"),
+        ("{}", "has no timings in it; expected what 'bench --json' prints"),
+        ('{"timings": [1, 2]}', "has no timings in it"),
+        ("3", "has no timings in it"),
+        (" " * (16 * 2**20 + 1), "is larger than a benchmark can be"),
+    ],
+    ids=["absent", "cut short", "deep", "empty", "numbers", "a number", "large"],
+)
+def test_what_is_no_benchmark_is_refused(text, message, tmp_path) -> None:
+    path = tmp_path / "bench.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SpecError, match=f"--bench .*bench.json {message}"):
+        read_latency(path)

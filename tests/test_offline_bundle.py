@@ -4,11 +4,17 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.metadata import requires, version
 from pathlib import Path
 
 import offline_bundle
+import offline_recipes
 import pytest
+from offline_recipes import BESIDE, PACKAGE, SUITE
+from packaging.requirements import Requirement
 
+# comes with torch, onnx, onnxscript, transformers or scikit-image
+BROUGHT = {"numpy", "ml-dtypes", "onnx", "sympy", "typing-extensions"}
 UNPACK = Path(offline_bundle.__file__).with_name("offline_unpack.py")
 
 needs_xz = pytest.mark.skipif(shutil.which("xz") is None, reason="xz is not installed")
@@ -79,6 +85,42 @@ def test_the_same_content_gives_the_same_pieces(tmp_path) -> None:
         (tree / "x").write_bytes(b"content" * 1000)
         written.append(offline_bundle.pack(tree.parent, tmp_path / name, 100, 0))
     assert written[0] == written[1]
+
+
+in_the_tree = pytest.mark.skipif(
+    not (offline_recipes.TREE / "constraints.txt").is_file(), reason="the source tree is not here"
+)
+
+
+@in_the_tree
+def test_what_a_suite_needs_is_pinned_as_it_was_tested() -> None:
+    """All that is imported, but for what comes with the machine's own packages."""
+    known = {pin.partition("==")[0].lower(): pin for pin in offline_recipes.pinned(BESIDE)}
+    assert known["onnxsim"] == f"onnxsim=={version('onnxsim')}"
+    for package in ("msn-export", *known):
+        for line in requires(package) or []:
+            needed = Requirement(line)
+            if needed.marker is None or needed.marker.evaluate({"extra": ""}):
+                name = needed.name.lower().replace("_", "-")
+                assert name in {*known, *BROUGHT}, f"{package} needs {name}"
+
+
+@in_the_tree
+def test_the_tree_is_copied_without_its_traces(tmp_path) -> None:
+    offline_bundle.copy((*SUITE, *PACKAGE), tmp_path / "suite")
+    copied = {path.name for path in (tmp_path / "suite").rglob("*")}
+    assert {"conftest.py", "gpu.py", "pyproject.toml", "vit_msn.py", "py.typed"} <= copied
+    assert "__pycache__" not in copied
+
+
+def test_the_command_that_runs_the_suite_is_told(bundle, tmp_path) -> None:
+    (tmp_path / "out" / "suite").mkdir(parents=True)
+    run = unpack(bundle, str(tmp_path / "out"))
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1] == (
+        f"its tests: cd {tmp_path}/out/suite && PYTHONPATH={tmp_path}/out/site "
+        "python3 -m pytest -m gpu tests/gpu tests/test_trt_runner.py"
+    )
 
 
 def test_every_recipe_is_pinned() -> None:

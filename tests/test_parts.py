@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from msn_export.embed import parts as module
-from msn_export.embed.parts import BEST, Parts, Rows
+from msn_export.embed.parts import Parts
+from msn_export.embed.rows import BEST, Rows
 from msn_export.errors import OutputError
 
 ORIGIN = {"model": "abc", "listing": "6 pictures", "preprocessing": {"name": "hf", "mean": (0.5,)}}
@@ -28,8 +29,8 @@ def begin(tmp_path, *, resume=False, force=False, origin=ORIGIN, total=6) -> Par
 
 def interrupted(tmp_path) -> None:
     parts = begin(tmp_path)
-    parts.add(rows(0, 1))
-    parts.add(rows(2, 3, errors={1: "broken"}))
+    parts.add(0, rows(0, 1))
+    parts.add(2, rows(2, 3, errors={1: "broken"}))
     parts.close()
 
 
@@ -38,7 +39,7 @@ def test_a_run_goes_on_where_another_stopped(tmp_path) -> None:
     parts = begin(tmp_path, resume=True)
     assert parts.done == 4
     assert parts.errors == {3: "broken"}
-    parts.add(rows(4, 5))
+    parts.add(4, rows(4, 5))
     np.testing.assert_array_equal(np.load(parts.vectors.path)[:, 0], range(6))
     parts.remove()
     assert not (tmp_path / "parts").exists()
@@ -47,10 +48,10 @@ def test_a_run_goes_on_where_another_stopped(tmp_path) -> None:
 def test_rows_wait_in_memory_until_their_part_ends(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(module, "SECONDS", 1e9)
     parts = begin(tmp_path)
-    parts.add(rows(0, 1, errors={0: "broken"}))
+    parts.add(0, rows(0, 1, errors={0: "broken"}))
     assert (parts.done, parts.broken) == (0, 1)
     monkeypatch.setattr(module, "BYTES", 8 * 4)
-    parts.add(rows(2, 3))
+    parts.add(2, rows(2, 3))
     assert (parts.done, parts.broken) == (4, 1)
 
 
@@ -63,7 +64,7 @@ def test_what_a_killed_run_left_unfinished_is_written_again(tmp_path) -> None:
         file.write('{"done": 6, "err')
     parts = begin(tmp_path, resume=True)
     assert parts.done == 4
-    parts.add(rows(4, 5))
+    parts.add(4, rows(4, 5))
     np.testing.assert_array_equal(np.load(parts.vectors.path)[:, 0], range(6))
     parts.close()
     assert begin(tmp_path, resume=True).done == 6
@@ -72,7 +73,7 @@ def test_what_a_killed_run_left_unfinished_is_written_again(tmp_path) -> None:
 def test_ending_a_part_twice_counts_it_once(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(module, "SECONDS", 1e9)
     parts = begin(tmp_path)
-    parts.add(rows(0, 1))
+    parts.add(0, rows(0, 1))
     note = parts._note
 
     def interrupt(line):
@@ -124,7 +125,7 @@ def test_a_folder_that_is_someone_elses_loses_nothing(tmp_path) -> None:
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "thesis.txt").write_text("years of work")
     parts = begin(tmp_path, force=True)
-    parts.add(rows(0, 1, 2, 3, 4, 5))
+    parts.add(0, rows(0, 1, 2, 3, 4, 5))
     parts.remove()
     assert (tmp_path / "parts" / "thesis.txt").read_text() == "years of work"
 

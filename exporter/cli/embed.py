@@ -22,7 +22,21 @@ if TYPE_CHECKING:
     from msn_export.embed.job import Embedded
 
 
+class Pictures(click.ParamType[Any]):
+    """A folder that exists, or the URI of a bucket."""
+
+    name = "folder or URI"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Leave a URI as it is: as a path it would lose a slash."""
+        if isinstance(value, str) and "://" in value:
+            return value
+        return IMAGES.convert(value, param, ctx)
+
+
 def _ending(ctx: click.Context, param: click.Parameter, value: Path) -> Path:  # noqa: ARG001
+    if value.parts[:1] and value.parts[0] in {"s3:", "gs:", "gcs:"}:
+        raise click.BadParameter("the output is a file here; write one and copy it to the bucket")
     if value.suffix not in {".npy", ".parquet"}:
         raise click.BadParameter(f"{value} ends in neither .npy nor .parquet")
     return value
@@ -30,7 +44,7 @@ def _ending(ctx: click.Context, param: click.Parameter, value: Path) -> Path:  #
 
 @click.command()
 @click.argument("model", type=FILE)
-@click.argument("images", type=IMAGES)
+@click.argument("images", type=Pictures())
 @click.option(
     "-o",
     "--output",
@@ -47,10 +61,20 @@ def _ending(ctx: click.Context, param: click.Parameter, value: Path) -> Path:  #
 @runner_options
 @flag_off("--no-check", "check", help="Do not run the model's golden input first.")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
+@click.option(
+    "--ray",
+    is_flag=False,
+    flag_value="",
+    metavar="[ADDRESS|local]",
+    help="Run on a Ray cluster: HOST:PORT, auto, or one of this machine's own.",
+)
+@click.option("--actors", type=click.IntRange(min=1), help="--ray: how many hold the model.")
 @force_option
 @json_option
-def embed(model: Path, images: Path, **options: Any) -> None:
+def embed(model: Path, images: Path | str, **options: Any) -> None:
     """Run the pictures of the folder IMAGES through MODEL, an .onnx or .engine file.
+
+    With --ray, IMAGES may be s3://BUCKET/FOLDER or gs://BUCKET/FOLDER.
 
     Rows are in the order of the sorted paths. A picture that cannot be read is a row with an error.
     """
@@ -79,6 +103,7 @@ def _show(console: Console, embedded: Embedded) -> None:
         *(("", text) for text in embedded.errors),
         ("files", ", ".join(embedded.files)),
         ("runner", f"{embedded.runner}, batch {embedded.batch}"),
+        *((("cluster", embedded.cluster),) if embedded.cluster else ()),
         ("preprocessing", embedded.preprocessing["name"]),
         ("selftest", embedded.selftest),
         *(("note", note) for note in embedded.notes),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from msn_export.embed.parts import BEST, Rows
+from msn_export.embed.rows import BEST, Rows
 from msn_export.errors import GraphError, SpecError
 
 if TYPE_CHECKING:
@@ -68,14 +68,22 @@ def batches(
     """
     pictures = iter(decoded)
     while chunk := list(islice(pictures, count)):
-        pixels = np.zeros((len(chunk), size.height, size.width, channels), np.uint8)
-        errors: dict[int, str] = {}
-        for index, picture in enumerate(chunk):
-            if isinstance(picture, str):
-                errors[index] = picture
-            else:
-                pixels[index] = picture
+        pixels, errors = stack(chunk, size, channels)
         yield read_rows(run(pixels), reading, len(chunk), errors)
+
+
+def stack(
+    chunk: Sequence[Decoded], size: ImageSize, channels: int
+) -> tuple[NDArray[np.uint8], dict[int, str]]:
+    """Stack decoded pictures to [b, h, w, c], black where one is broken; say why by position."""
+    pixels = np.zeros((len(chunk), size.height, size.width, channels), np.uint8)
+    errors: dict[int, str] = {}
+    for index, picture in enumerate(chunk):
+        if isinstance(picture, str):
+            errors[index] = picture
+        else:
+            pixels[index] = picture
+    return pixels, errors
 
 
 def read_rows(

@@ -10,9 +10,9 @@ import warnings
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import closing, suppress
 from itertools import islice
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Generic, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from msn_export.preprocessing import Preprocessing
 
 Decoded: TypeAlias = NDArray[np.uint8] | str  # [h, w, c], or why there is no picture
+Source = TypeVar("Source")  # what names a picture to its reader; str() of it names it to people
 
 
 def read(path: Path, preprocessing: Preprocessing) -> Decoded:
@@ -41,59 +42,75 @@ def read(path: Path, preprocessing: Preprocessing) -> Decoded:
 def decode(
     paths: Iterable[Path], read: Callable[[Path], Decoded], *, workers: int, ahead: int
 ) -> Generator[Decoded]:
-    """Give each path's picture in order, decoding at most ``ahead`` of them before they are asked.
+    """Give each path's picture in order, by a ``Decoder`` that ends with the last one."""
+    with closing(Decoder(read, workers=workers, ahead=ahead)) as decoder:
+        yield from decoder(paths)
+
+
+class Decoder(Generic[Source]):
+    """Processes that decode; they live until ``close``.
 
     A picture that ends its process is decoded again alone; one that does so twice is broken.
 
     Args:
-        paths: what to decode.
-        read: runs in a process of its own, so it is picklable.
+        read: decodes one source; runs in a process of its own, so it is picklable.
         workers: processes.
         ahead: pictures that may be decoded and not yet taken; memory follows it.
     """
-    remaining = iter(paths)
-    waiting: deque[tuple[Path, Future[Decoded]]] = deque()
-    pool, alone = _Pool(workers, read), _Pool(1, read)
-    try:
+
+    def __init__(self, read: Callable[[Source], Decoded], *, workers: int, ahead: int) -> None:
+        self._ahead = ahead
+        self._pool, self._alone = _Pool(workers, read), _Pool(1, read)
+
+    def __call__(self, sources: Iterable[Source]) -> Generator[Decoded]:
+        """Give each source's picture in order; at most ``ahead`` are decoded before being asked."""
+        remaining = iter(sources)
+        waiting: deque[tuple[Source, Future[Decoded]]] = deque()
         while True:
-            for path in islice(remaining, ahead - len(waiting)):
-                waiting.append((path, pool.submit(path)))
+            for source in islice(remaining, self._ahead - len(waiting)):
+                waiting.append((source, self.begin(source)))
             if not waiting:
                 return
-            path, future = waiting.popleft()
+            source, future = waiting.popleft()
             try:
                 yield future.result()
             except BrokenProcessPool:  # by this picture, or by another that was in a worker
-                yield _alone(alone, path)
-    finally:
-        pool.close()
-        alone.close()
+                yield self.once_more(source)
+
+    def begin(self, source: Source) -> Future[Decoded]:
+        """Have a source decoded; ``BrokenProcessPool`` of its future calls for ``once_more``."""
+        return self._pool.submit(source)
+
+    def once_more(self, source: Source) -> Decoded:
+        """Decode a source whose process ended, by it or by another; one at a time."""
+        try:
+            return self._alone.submit(source).result()
+        except BrokenProcessPool:
+            return f"{source} is not a readable picture (its decoder crashed)"
+
+    def close(self) -> None:
+        """End the processes; a picture that one of them has begun is finished first."""
+        self._pool.close()
+        self._alone.close()
 
 
-def _alone(pool: _Pool, path: Path) -> Decoded:
-    try:
-        return pool.submit(path).result()
-    except BrokenProcessPool:
-        return f"{path} is not a readable picture (its decoder crashed)"
-
-
-class _Pool:
+class _Pool(Generic[Source]):
     """Processes that decode; a pool that one of them broke is replaced by a new one."""
 
-    def __init__(self, workers: int, read: Callable[[Path], Decoded]) -> None:
+    def __init__(self, workers: int, read: Callable[[Source], Decoded]) -> None:
         self._workers, self._read = workers, read
         self._executor: ProcessPoolExecutor | None = None
 
-    def submit(self, path: Path) -> Future[Decoded]:
+    def submit(self, source: Source) -> Future[Decoded]:
         """Have a picture decoded."""
         if self._executor is not None:
             with suppress(BrokenProcessPool):
-                return self._executor.submit(self._read, path)
+                return self._executor.submit(self._read, source)
             self.close()
         # spawn, not fork: the model's threads and the driver do not survive a fork
         context = multiprocessing.get_context("spawn")
         self._executor = ProcessPoolExecutor(self._workers, context, _begin)
-        return self._executor.submit(self._read, path)
+        return self._executor.submit(self._read, source)
 
     def close(self) -> None:
         """End the processes; a picture that one of them has begun is finished first."""

@@ -1,4 +1,4 @@
-"""An .npy file that is written row after row and is whole with its last row."""
+"""An .npy file whose rows are written as they come and that is whole when all have."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class GrowingArray:
     """Rows on disk under a header that promises ``total`` of them from the start.
 
-    With the last row the file is, byte for byte, what ``numpy.save`` would have written. Written
+    When all are written the file is, byte for byte, what ``numpy.save`` would have written. Written
     with plain writes: the pages of a mapped file would count as this process' memory.
     """
 
@@ -27,7 +27,7 @@ class GrowingArray:
         self.path, self.total = path, total
 
     def write(self, start: int, rows: NDArray[Any]) -> None:
-        """Put rows [k, ...] at ``start`` and see them to the disk; what lay after is cut off.
+        """Put rows [k, ...] at ``start`` and see them to the disk; what is skipped is zeros so far.
 
         Raises:
             OutputError: rows of another shape or type are there already.
@@ -43,7 +43,6 @@ class GrowingArray:
         size = dtype.itemsize * int(np.prod(shape[1:]))
         with self.path.open("r+b") as file:
             file.seek(offset + start * size)
-            file.truncate()
             file.write(np.ascontiguousarray(rows).data)
             file.flush()
             os.fsync(file.fileno())
@@ -58,7 +57,7 @@ class GrowingArray:
         return rows.reshape(-1, *shape[1:])
 
     def holds(self, rows: int) -> bool:
-        """Say whether at least so many rows are there."""
+        """Say whether the file reaches over the first ``rows`` rows."""
         if not self.path.exists():
             return rows == 0
         offset, shape, dtype = self._layout()

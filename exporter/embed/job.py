@@ -13,10 +13,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class EmbedJob:
-    """What ``msn-export embed`` was asked for; None leaves a choice to the model or the machine."""
+    """What ``msn-export embed`` was asked for; None leaves a choice to the model or the machine.
+
+    ``images`` is a folder, or the URI of a bucket. ``ray`` None runs on this machine; else it is
+    a cluster's address, ``local``, or empty for the cluster that the command was submitted to.
+    """
 
     model: Path
-    images: Path
+    images: Path | str
     output: Path
     batch: int | None = None
     workers: int | None = None
@@ -29,6 +33,8 @@ class EmbedJob:
     check: bool = True
     resume: bool = False
     force: bool = False
+    ray: str | None = None
+    actors: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +50,7 @@ class Embedded:
     errors: tuple[str, ...]
     resumed_at: int
     runner: str
+    cluster: str | None
     batch: int
     workers: int
     preprocessing: dict[str, Any]

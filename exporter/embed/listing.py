@@ -5,13 +5,34 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from msn_export import images
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
+
+
+class Pictures(Protocol):
+    """The pictures of a run, wherever they are; ``sha256`` tells them from others."""
+
+    @property
+    def folder(self) -> object:
+        """What people call the place they are in."""
+
+    @property
+    def paths(self) -> Sequence[object]:
+        """Each one's path, in the order of the rows."""
+
+    @property
+    def sha256(self) -> str:
+        """The fingerprint of names and sizes."""
+
+    def __len__(self) -> int: ...
+
+    def names(self) -> Iterator[str]:
+        """Give what each row calls its picture."""
 
 
 @dataclass(frozen=True, slots=True)

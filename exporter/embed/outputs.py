@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from msn_export.embed.listing import Listing
+    from msn_export.embed.listing import Pictures
     from msn_export.embed.parts import Parts
 
 ENDINGS = (".npy", ".parquet")
@@ -69,7 +69,7 @@ def require_fit(output: Path, row: Sequence[int]) -> None:
 
 
 def write_npy(
-    parts: Parts, listing: Listing, labels: Sequence[str], about: Mapping[str, Any], stage: Path
+    parts: Parts, listing: Pictures, labels: Sequence[str], about: Mapping[str, Any], stage: Path
 ) -> tuple[Path, ...]:
     """Write the sidecars; the array itself is already whole and only has to be moved.
 
@@ -88,7 +88,7 @@ def write_npy(
 
 
 def write_parquet(
-    parts: Parts, listing: Listing, labels: Sequence[str], about: Mapping[str, Any], stage: Path
+    parts: Parts, listing: Pictures, labels: Sequence[str], about: Mapping[str, Any], stage: Path
 ) -> tuple[Path, ...]:
     """Write one table, row group by row group.
 
@@ -130,7 +130,7 @@ def write_parquet(
     return (table,)
 
 
-def rows_of(parts: Parts, listing: Listing, labels: Sequence[str]) -> Iterator[Row]:
+def rows_of(parts: Parts, listing: Pictures, labels: Sequence[str]) -> Iterator[Row]:
     """Give each row's path, error, and likeliest class where the model has a classifier."""
     step = 1 << 16
     names = listing.names()

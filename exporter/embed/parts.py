@@ -1,8 +1,9 @@
 """Rows that are done, kept beside the output until all are: what ``--resume`` goes on from.
 
-A folder ``<output>.parts``: the arrays, and a journal that says how many of their rows count. A
-part is what lies between two lines of the journal; its rows are on the disk before its line is, so
-a run that is killed at any moment loses the part it was in and nothing else.
+A folder ``<output>.parts``: the arrays, and a journal that says which of their rows count. A part
+is what a line of the journal says is done; its rows are on the disk before its line is, so a run
+that is killed at any moment loses the part it was in and nothing else. Rows come in any order: here
+they are made from the first to the last, on a cluster as its machines finish them.
 """
 
 from __future__ import annotations
@@ -12,38 +13,23 @@ import json
 import os
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from msn_export.embed.growing import GrowingArray
+from msn_export.embed.rows import joined
 from msn_export.errors import OutputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
-    from numpy.typing import NDArray
+    from msn_export.embed.rows import Rows
 
 # A part ends with whichever comes first: what a killed run may lose, and what waits in memory
 SECONDS = 10.0
 BYTES = 8 * 2**20
-
-BEST = np.dtype([("class", "<i4"), ("probability", "<f4")])
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """What one batch gave.
-
-    ``vectors`` is float32 [k, ...], NaN where ``errors`` (by position) says why; ``best`` is the
-    likeliest class of each, [k] of ``BEST``, where the model has a classifier.
-    """
-
-    vectors: NDArray[np.float32]
-    best: NDArray[Any] | None = None
-    errors: Mapping[int, str] = field(default_factory=dict)
 
 
 class Parts:
@@ -55,8 +41,8 @@ class Parts:
         self.best = GrowingArray(folder / "best.npy", total)
         self.journal = folder / "parts.jsonl"
         self.errors: dict[int, str] = {}
-        self.done = 0
-        self._open: list[Rows] = []
+        self._is_done = np.zeros(total, np.bool_)
+        self._open: list[tuple[int, Rows]] = []
         self._begun = time.monotonic()
         self._lock = -1
 
@@ -91,6 +77,18 @@ class Parts:
         return parts
 
     @property
+    def done(self) -> int:
+        """How many rows are on the disk."""
+        return int(np.count_nonzero(self._is_done))
+
+    def missing(self, count: int) -> Iterator[range]:
+        """Give the batches of ``count`` rows that are not done, each as its rows' numbers."""
+        for start in range(0, self.total, count):
+            rows = range(start, min(start + count, self.total))
+            if not self._is_done[rows.start : rows.stop].all():
+                yield rows
+
+    @property
     def has_best(self) -> bool:
         """Whether rows have a likeliest class."""
         return self.best.path.exists()
@@ -98,12 +96,12 @@ class Parts:
     @property
     def broken(self) -> int:
         """How many rows have an error so far, those of the open part among them."""
-        return len(self.errors) + sum(len(rows.errors) for rows in self._open)
+        return len(self.errors) + sum(len(rows.errors) for _, rows in self._open)
 
-    def add(self, rows: Rows) -> None:
-        """Take a batch; ends the part when it is old or large."""
-        self._open.append(rows)
-        size = sum(one.vectors.nbytes for one in self._open)
+    def add(self, start: int, rows: Rows) -> None:
+        """Take a batch whose first row is ``start``; ends the part when it is old or large."""
+        self._open.append((start, rows))
+        size = sum(one.vectors.nbytes for _, one in self._open)
         if size >= BYTES or time.monotonic() - self._begun >= SECONDS:
             self.end_part()
 
@@ -116,17 +114,18 @@ class Parts:
         self._begun = time.monotonic()
         if not self._open:
             return
-        vectors = np.concatenate([rows.vectors for rows in self._open])
-        self.vectors.write(self.done, vectors)
-        if self._open[0].best is not None:
-            self.best.write(self.done, np.concatenate([rows.best for rows in self._open]))
-        errors, row = {}, self.done
-        for rows in self._open:
-            errors.update({row + index: text for index, text in rows.errors.items()})
-            row += len(rows.vectors)
-        self._note({"done": row, "errors": errors})
-        self.errors |= errors
-        self.done, self._open = row, []
+        errors: dict[int, str] = {}
+        spans: list[tuple[int, int]] = []
+        for start, rows in joined(self._open):
+            self.vectors.write(start, rows.vectors)
+            if rows.best is not None:
+                self.best.write(start, rows.best)
+            errors |= {start + index: text for index, text in rows.errors.items()}
+            spans.append((start, start + len(rows.vectors)))
+        count = self.done + sum(self._new_in(*span) for span in spans)
+        self._note({"done": count, "rows": spans, "errors": errors})
+        self._take(spans, errors)
+        self._open = []
 
     def remove(self) -> None:
         """Delete them: the output is in place, or there will be none."""
@@ -161,25 +160,30 @@ class Parts:
         whole = text[: text.rfind(b"\n") + 1]
         if not whole:
             return
+        held = 0
         try:
             first, *lines = [json.loads(line) for line in whole.splitlines()]
             began, total = dict(first["origin"]), int(first["total"])
             for line in lines:
-                self.done = int(line["done"])
-                self.errors |= {int(row): str(text) for row, text in line["errors"].items()}
+                held = int(line["done"])
+                if total != self.total:  # of another listing, which will be refused
+                    continue
+                spans = [(int(start), int(stop)) for start, stop in line["rows"]]
+                errors = {int(row): str(text) for row, text in line["errors"].items()}
+                self._take(spans, errors)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise OutputError(
                 f"{self.journal} is damaged ({error!r}); --force without --resume starts over"
             ) from error
-        if not self.done:
+        if not held:
             return
         if not resume:
             raise OutputError(
-                f"{self.folder} holds {self.done} of {total} rows of an interrupted run; --resume "
+                f"{self.folder} holds {held} of {total} rows of an interrupted run; --resume "
                 "goes on from there, --force starts over"
             )
         self._require_same(began, origin)
-        self._require_rows()
+        self._require_rows(held)
         self.journal.write_bytes(whole)
 
     def _require_same(self, began: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
@@ -191,13 +195,24 @@ class Parts:
                     f"({_short(before)}, now {_short(now)}); --force without --resume starts over"
                 )
 
-    def _require_rows(self) -> None:
-        best = not self.has_best or self.best.holds(self.done)
-        if not self.vectors.holds(self.done) or not best:
+    def _require_rows(self, held: int) -> None:
+        last = int(np.flatnonzero(self._is_done).max(initial=-1)) + 1
+        best = not self.has_best or self.best.holds(last)
+        if self.done != held or not self.vectors.holds(last) or not best:
             raise OutputError(
-                f"{self.folder} is damaged: its journal counts {self.done} rows and the arrays "
+                f"{self.folder} is damaged: its journal counts {held} rows and the arrays "
                 "have fewer; --force without --resume starts over"
             )
+
+    def _new_in(self, start: int, stop: int) -> int:
+        return stop - start - int(np.count_nonzero(self._is_done[start:stop]))
+
+    def _take(self, spans: Iterable[tuple[int, int]], errors: Mapping[int, str]) -> None:
+        for start, stop in spans:
+            if not 0 <= start < stop <= self.total:
+                raise ValueError(f"rows {start} to {stop} of {self.total}")
+            self._is_done[start:stop] = True
+        self.errors |= errors
 
     def _note(self, line: Mapping[str, Any]) -> None:
         with self.journal.open("a", encoding="utf-8") as file:

@@ -1,0 +1,176 @@
+"""Pictures where a cluster finds them: a folder that its machines share, or a bucket."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from msn_export import images
+from msn_export.embed.listing import list_pictures
+from msn_export.errors import ClusterError, ImageError, MissingPackageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from msn_export.embed.decode import Decoded
+    from msn_export.embed.listing import Pictures
+    from msn_export.preprocessing import Preprocessing
+
+SCHEMES = ("s3", "gs", "gcs")
+_LARGEST = 2**30  # bytes of one picture: it is in memory while it is decoded
+# What pyarrow passes on where one object is at fault; anything else is a failure of the store
+_OF_ONE_OBJECT = ("ACCESS_DENIED", "NO_SUCH_KEY", "Permission denied")
+
+
+class Source(NamedTuple):
+    """One picture: where it is opened, and what people call it."""
+
+    path: str
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Opens pictures, on any machine; ``filesystem`` None is the machine's own."""
+
+    filesystem: Any = None
+    root: str = ""  # where relative paths begin
+    scheme: str = ""
+
+    def source(self, path: bytes) -> Source:
+        """Name a picture by what its listing calls it."""
+        text = os.fsdecode(path)
+        if self.filesystem is None:
+            return Source(str(Path(self.root, text)), text)
+        return Source(text, f"{self.scheme}://{text}")
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Pictures below a bucket's folder, in the order a local copy of it would have."""
+
+    folder: str
+    paths: tuple[str, ...]
+    sha256: str
+    below: int  # characters of the folder, and its slash, in each path
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def names(self) -> Iterator[str]:
+        """Give each path below the folder."""
+        for path in self.paths:
+            yield path[self.below :]
+
+
+def list_sources(images_at: Path | str) -> tuple[Pictures, Store]:
+    """List the pictures of a local folder (or one file), or of a bucket's URI.
+
+    Raises:
+        ImageError: there is none.
+        ClusterError: the bucket cannot be listed.
+        MissingPackageError: pyarrow is not installed.
+    """
+    if isinstance(images_at, Path):
+        return list_pictures(images_at), Store(root=str(Path.cwd()))
+    scheme, _, _ = images_at.partition("://")
+    if scheme not in SCHEMES:
+        raise ImageError(
+            f"{images_at}: buckets of {', '.join(name + '://' for name in SCHEMES)} are read; "
+            "expected one of them, or a folder"
+        )
+    try:
+        from pyarrow import fs
+    except ImportError as error:
+        raise MissingPackageError(
+            f"a bucket is read by pyarrow ({error}); pip install 'msn-export[ray]'"
+        ) from error
+    try:
+        filesystem, folder = fs.FileSystem.from_uri(images_at)
+        folder = folder.rstrip("/")
+        found = [filesystem.get_file_info(folder)]  # one object, or what is taken for a folder
+        if found[0].type != fs.FileType.File:
+            found = filesystem.get_file_info(fs.FileSelector(folder, recursive=True))
+    except (OSError, ValueError) as error:
+        text = _first_line(error).replace(_key(images_at), "")
+        raise ClusterError(f"cannot list {_safe(images_at)}: {text}") from error
+    return _bucket(_safe(images_at), folder, found), Store(filesystem, scheme=scheme)
+
+
+def _bucket(uri: str, folder: str, found: list[Any]) -> Bucket:
+    from pyarrow import fs
+
+    pictures = [
+        one
+        for one in found
+        if one.type == fs.FileType.File
+        and PurePosixPath(one.path).suffix.lower() in images.PICTURES
+    ]
+    if not pictures:
+        raise ImageError(
+            f"{uri} holds no picture; expected objects ending in "
+            f"{', '.join(sorted(images.PICTURES))}"
+        )
+    pictures.sort(key=lambda one: one.path.split("/"))
+    single = len(pictures) == 1 and pictures[0].path == folder
+    below = folder.rfind("/") + 1 if single else len(folder) + 1
+    digest = hashlib.sha256()
+    for one in pictures:
+        digest.update(os.fsencode(one.path[below:]) + b"\0%d\n" % one.size)
+    return Bucket(uri, tuple(one.path for one in pictures), digest.hexdigest(), below)
+
+
+def read_source(source: Source, *, store: Store, preprocessing: Preprocessing) -> Decoded:
+    """Decode one picture with the one preprocessing; say why where it is none.
+
+    Raises:
+        ClusterError: the store failed. That is no picture's fault: as a row with an error it would
+            stay in the output, and an hour without a network would be a million of them.
+    """
+    try:
+        if store.filesystem is None:
+            return images.read_file(Path(source.path), source.name, preprocessing)
+        content = _fetch(source, store.filesystem)
+        return images.read_file(io.BytesIO(content), source.name, preprocessing)
+    except ImageError as error:
+        return str(error)
+
+
+def _fetch(source: Source, filesystem: Any) -> bytes:
+    try:
+        with filesystem.open_input_file(source.path) as file:
+            size = file.size()
+            if size > _LARGEST:
+                raise ImageError(
+                    f"{source} is not a readable picture (it has {size} bytes; at most "
+                    f"{_LARGEST} are read)"
+                )
+            return bytes(file.read())
+    except OSError as error:
+        text = _first_line(error)
+        if isinstance(error, FileNotFoundError) or any(word in text for word in _OF_ONE_OBJECT):
+            raise ImageError(f"{source} is not a readable picture ({text})") from error
+        raise ClusterError(f"cannot read {source}: {text}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _safe(uri: str) -> str:
+    """Leave a key and its secret, which an s3 URI may hold, out of what is shown and written."""
+    return uri.partition("?")[0].replace(_key(uri), "")
+
+
+def _key(uri: str) -> str:
+    """Give the part before the bucket: ``KEY:SECRET@``; a secret may have a slash in it."""
+    found = re.match(r"[^:]+://([^/@]*:[^?]*@|[^/@]*@)", uri)
+    return found[1] if found else "\0"  # which is in no text
