@@ -47,6 +47,17 @@ def test_the_last_block_for_cls_alone_gives_the_same_numbers(model, heads, form)
     np.testing.assert_allclose(run(graph, feeds), before, atol=1e-5)
 
 
+def test_the_packed_projection_stays_where_that_takes_fewer_kernels(model) -> None:
+    graph = traced(model, Head.CLS)
+    feeds = random_feeds(graph)
+    before, products = run(graph, feeds), op_types(graph).count("MatMul")
+    narrowed = narrow_to_first_token(graph, split_projection=False)
+    assert narrowed.nodes > 0
+    assert not narrowed.projection_split
+    assert op_types(graph).count("MatMul") == products
+    np.testing.assert_allclose(run(graph, feeds), before, atol=1e-5)
+
+
 @pytest.mark.parametrize("heads", [(Head.TOKENS,), (Head.MEAN,), (Head.CLS, Head.MEAN)])
 def test_an_output_that_reads_all_tokens_keeps_them(model, heads) -> None:
     graph = traced(model, *heads)
