@@ -34,8 +34,12 @@ class Narrowed:
     projection_split: bool
 
 
-def narrow_to_first_token(model: ir.Model) -> Narrowed:
-    """Rewrite in place; a graph whose outputs read more than the first token is left alone."""
+def narrow_to_first_token(model: ir.Model, *, split_projection: bool) -> Narrowed:
+    """Rewrite in place; a graph whose outputs read more than the first token is left alone.
+
+    ``split_projection`` takes the queries out of the packed projection, to project one token's
+    alone: less to compute, in a projection more.
+    """
     infer_shapes(model)
     chosen = _rows_needed(model.graph)
     if not chosen:
@@ -44,7 +48,7 @@ def narrow_to_first_token(model: ir.Model) -> Narrowed:
     for node in list(model.graph):
         if node in chosen:
             _narrow(model.graph, node, chosen, cut)
-    split = split_queries(model.graph)
+    split = split_projection and split_queries(model.graph)
     RemoveUnusedNodesPass()(model)
     infer_shapes(model)
     return Narrowed(len(chosen), projection_split=split)
