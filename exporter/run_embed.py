@@ -128,7 +128,11 @@ def _here(job: EmbedJob, progress: Progress) -> Iterator[Place]:
         listing = list_pictures(job.images)
     with progress.step("open the model"):
         runner = open_runner(
-            job.model, device=job.device, providers=job.providers or None, trust=job.trust
+            job.model,
+            device=job.device,
+            providers=job.providers or None,
+            trust=job.trust,
+            eager_kernels=True,  # a row does not depend on which kernels were ready
         )
     with runner:
         with progress.step("selftest"):

@@ -95,6 +95,7 @@ def main() -> int:
     if len(sys.argv) < 2:
         print(__doc__, file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the child on its way out
     with started(sys.argv[1:]) as child:
         try:
             return child.wait()

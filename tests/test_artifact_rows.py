@@ -21,7 +21,7 @@ def test_every_row_says_what_the_manifest_says() -> None:
         ("preprocessing", "msn-eval, 32x32"),
         ("graph", "61 nodes, opset 23, fp16"),
         ("attention", "2 of 2 fused (kernel)"),
-        ("fp32 islands", "2: blocks.0.Add, norm.bias"),
+        ("fp32 islands", "2, up to 99999.5: blocks.0.Add, norm.bias"),
         ("engine", "tensorrt_rtx 1.7.1 for SM 8.9, 12.0"),
         ("kernels", "22 in all, 8 to 9 a block"),
         ("matrix products", "8 in Half"),
@@ -45,6 +45,15 @@ def row(name: str, **changes: object) -> str:
 def test_noise_is_not_called_images() -> None:
     noise = check(source="seeded noise (no --images given)", images=4)
     assert row("check", check=noise).startswith("4 inputs: seeded noise (no --images given)")
+
+
+def test_many_islands_are_counted_and_a_few_named() -> None:
+    many = {f"blocks.{i}.Add": 2e4 + i for i in range(9)}
+    assert row("fp32 islands", islands=many) == (
+        "9, up to 20008: blocks.0.Add, blocks.1.Add, blocks.2.Add, blocks.3.Add, blocks.4.Add, "
+        "blocks.5.Add and 3 more in the manifest"
+    )
+    assert row("fp32 islands", islands={"gain": None}) == "1: gain"
 
 
 def test_what_was_not_checked_or_has_no_engine_says_so() -> None:

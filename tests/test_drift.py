@@ -99,6 +99,11 @@ def test_it_is_said_in_a_sentence() -> None:
     assert drift_of(steady, "block 1", "block 1").sentence == (
         "They part at block 1, the first stage whose error is not allowed."
     )
+    jumping = stages(1e-5, 1.1e-5, 8e-5, 9e-4)
+    assert drift_of(jumping, None, "block 1").sentence.startswith(
+        "No stage is past what is allowed; block 1 is the first to add 4 times what any stage "
+        "before it does, block 2 adds the most error, "
+    )
     exact = drift_of(stages(0.0, 0.0, 0.0, 0.0), None, "block 0")
     assert exact.sentence.endswith("block 0 adds the most error.")
     assert exact.passed

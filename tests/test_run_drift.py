@@ -1,6 +1,7 @@
 """``msn-export drift``: where two artifacts part, whatever form and precision each has."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,14 @@ from checkpoints import hugging_face
 from click.testing import CliRunner, Result
 from tiny_artifacts import foreign, pictures
 
+from msn_export import manifest
 from msn_export.check.gate import DRIFT, HEADROOM
 from msn_export.cli import main
+from msn_export.errors import GraphError, ManifestError
 from msn_export.graph.narrow import narrow_to_first_token
+from msn_export.progress import Silent
+from msn_export.proof import artifact, streams
+from msn_export.proof.marked import build_marked
 from msn_export.spec import Dtype
 
 
@@ -215,11 +221,6 @@ def test_an_engine_is_refused_before_anything_is_compiled(tmp_path) -> None:
 
 
 def test_an_engine_without_its_graph_cannot_be_looked_into(tmp_path) -> None:
-    from msn_export import manifest
-    from msn_export.errors import ManifestError
-    from msn_export.progress import Silent
-    from msn_export.proof.marked import build_marked
-
     alone = copy_of(engine(), tmp_path)
     described = manifest.read(alone)
     with pytest.raises(ManifestError) as raised:
@@ -231,16 +232,60 @@ def test_an_engine_without_its_graph_cannot_be_looked_into(tmp_path) -> None:
     )
 
 
-def test_an_engine_is_built_once_more_with_its_blocks_shown(tmp_path) -> None:
-    from msn_export import manifest
-    from msn_export.progress import Silent
-    from msn_export.proof.marked import build_marked
+def test_an_engine_that_came_from_nowhere_cannot_be_looked_into(tmp_path) -> None:
+    lost = replace(manifest.read(engine()), source=None)
+    with pytest.raises(ManifestError) as raised:
+        build_marked(engine(), lost, tmp_path, Silent())
+    assert str(raised.value) == f"the manifest of {engine()} does not say which graph it came from"
 
+
+def test_an_engine_as_it_is_shows_nothing(tmp_path) -> None:
+    with pytest.raises(GraphError) as raised:
+        streams.what_is_shown(artifact.open_artifact(str(engine())), ("logits",))
+    assert str(raised.value) == (
+        f"{engine()}: an engine shows no tensors on its way; compare the graph it was built from"
+    )
+
+
+def test_an_engine_is_built_once_more_with_its_blocks_shown(tmp_path) -> None:
     marked = build_marked(engine(), manifest.read(engine()), tmp_path, Silent())
     outputs = [spec.name for spec in manifest.read(marked).outputs]
     assert outputs == ["logits", "seen:patch embedding", "seen:block 0", "seen:block 1"]
     assert {spec.dtype for spec in manifest.read(marked).outputs} == {"float"}
     assert manifest.read(marked).engine.fused_attention == 2
+
+
+def test_an_engine_is_compared_with_its_graph_block_by_block(images, monkeypatch) -> None:
+    graph = artifact.open_artifact(str(classifier()))
+
+    class Marked:
+        """What the engine with its blocks shown gives, computed by its graph."""
+
+        name = "TensorRT on a stand-in GPU"
+
+        def __init__(self) -> None:
+            self.stream = streams.open_stream(graph, ("logits",), tuple(STAGES))
+
+        def __call__(self, batch: np.ndarray) -> dict[str, np.ndarray]:
+            found = self.stream(batch)
+            return {n if n == "logits" else f"seen:{n}": value for n, value in found.items()}
+
+        def close(self) -> None:
+            self.stream.close()
+
+    for module in (artifact, streams):
+        monkeypatch.setattr(module, "open_engine", lambda _path: Marked())
+    found = told(checkpoint(), engine(), "--images", images)
+    assert found["passed"]
+    assert found["dtype"] == "fp16"
+    assert [stage["tensor"]["name"] for stage in found["stages"]] == STAGES
+    assert found["suspect"] is not None
+    assert found["inside"] == []  # an engine shows no more
+    assert (
+        "TensorRT on a stand-in GPU, built once more with its blocks shown"
+        in (found["check"]["executed_on"])
+    )
+    assert "inside block" not in drift(checkpoint(), engine(), "--images", images).stdout
 
 
 @pytest.mark.parametrize(

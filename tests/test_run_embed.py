@@ -21,6 +21,7 @@ from tiny_artifacts import classifier, foreign, pictures
 
 from msn_export import golden, images, manifest
 from msn_export.cli import main
+from msn_export.embed.local import Local
 
 BROKEN = (5, 18)
 COUNT = 45
@@ -417,12 +418,62 @@ def test_bad_input_is_one_message(prepare, message, model, tmp_path) -> None:
         ([], "Missing option '-o' / '--output'"),
         (["-o", "out.npy", "--batch", "0"], "Invalid value for '--batch'"),
         (["-o", "out.npy", "--workers", "0"], "Invalid value for '--workers'"),
+        (["-o", "out.npy", "--ray", "local", "--actors", "0"], "Invalid value for '--actors'"),
+        (
+            ["-o", "s3://bucket/out.parquet"],
+            "'--output': the output is a file here; write one and copy it to the bucket",
+        ),
     ],
 )
 def test_usage_errors_name_the_option(options, message, model, folder) -> None:
     result = CliRunner().invoke(main, ["embed", str(model), str(folder), *options])
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_rows_that_did_not_come_back_are_no_output(model, folder, tmp_path, monkeypatch) -> None:
+    made = Local.rows
+
+    def without_the_second(self, *arguments):
+        for start, rows in made(self, *arguments):
+            if start != 4:
+                yield start, rows
+
+    with monkeypatch.context() as losing:
+        losing.setattr(Local, "rows", without_the_second)
+        result = embed(model, folder, tmp_path / "out.npy")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == (
+        f"error: 4 of {COUNT} rows did not come back; the same command with --resume makes them"
+    )
+    assert not (tmp_path / "out.npy").exists()
+    result = embed(model, folder, tmp_path / "out.npy", "--resume", "--json")
+    assert json.loads(result.stdout)["resumed_at"] == COUNT - 4
+
+
+def test_what_a_cluster_alone_can_do_says_so(model, folder, tmp_path) -> None:
+    output = tmp_path / "out.parquet"
+    result = embed(model, "s3://bucket/pictures", output)
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "error: s3://bucket/pictures is read on a Ray cluster alone; add --ray local, or copy it "
+        "to a folder\n"
+    )
+    result = embed(model, folder, output, "--actors", "2")
+    assert result.exit_code == 1
+    assert "error: --actors is of a Ray cluster; add --ray, or leave it out" in result.stderr
+    result = embed(model, folder, output, "--ray", "ray://head:10001")
+    assert result.exit_code == 1
+    assert "error: --ray ray://head:10001: Ray Data runs inside the cluster;" in result.stderr
+
+
+def test_without_ray_the_line_that_installs_it(model, folder, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    result = embed(model, folder, tmp_path / "out.npy", "--ray")
+    assert result.exit_code == 1
+    assert "error: --ray needs Ray Data (" in result.stderr
+    assert "pip install 'msn-export[ray]'" in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_parquet_without_its_package_is_refused_before_any_work(

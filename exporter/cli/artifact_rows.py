@@ -1,6 +1,6 @@
 """An artifact that was just written, as a person reads it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rich.markup import escape
@@ -10,6 +10,8 @@ from msn_export.cli.calibration_rows import quantization_rows
 from msn_export.cli.console import Console
 from msn_export.manifest import CheckRecord, EngineRecord, Manifest
 from msn_export.records import to_plain
+
+SHOWN = 6  # islands that are named
 
 
 def show_artifact(console: Console, output: Path, manifest: Manifest) -> None:
@@ -41,7 +43,7 @@ def rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "graph", f"{manifest.nodes} nodes, opset {manifest.opset}, {manifest.dtype}"
     yield "attention", f"{attention.fused} of {attention.expected} fused ({attention.form})"
     if manifest.islands:
-        yield "fp32 islands", f"{len(manifest.islands)}: {', '.join(sorted(manifest.islands))}"
+        yield "fp32 islands", _islands(manifest.islands)
     if manifest.engine is not None:
         yield from _engine_rows(manifest.engine)
     if manifest.quantization is not None:
@@ -52,6 +54,15 @@ def rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
     for note in manifest.notes:
         yield "note", note
     yield "took", f"{manifest.seconds:.1f} s, peak memory {manifest.peak_rss_bytes / 1e9:.2f} GB"
+
+
+def _islands(maxima: Mapping[str, float | None]) -> str:
+    """Count them, with the largest maximum that was measured; a weight has none."""
+    peaks = [peak for peak in maxima.values() if peak is not None]
+    most = f", up to {max(peaks):.6g}" if peaks else ""
+    named, left = sorted(maxima)[:SHOWN], len(maxima) - SHOWN
+    more = f" and {left} more in the manifest" if left > 0 else ""
+    return f"{len(maxima)}{most}: {', '.join(named)}{more}"
 
 
 def _engine_rows(engine: EngineRecord) -> Iterator[tuple[str, str]]:

@@ -33,7 +33,8 @@ from msn_export.cli.options import images_option, json_option
 def drift(ctx: click.Context, /, reference: str, candidate: str, **options: Any) -> None:
     """Compare CANDIDATE with REFERENCE block by block: where do they part?
 
-    Each is a checkpoint or an .onnx file. Exit code 0: no block is past the tolerance.
+    Each is a checkpoint, an .onnx file, or an engine where its GPU is: its graph, beside it, is
+    compiled once more with the blocks as outputs. Exit code 0: no block is past the tolerance.
     """
     from msn_export.cli.console import Console
     from msn_export.cli.drift_rows import show_drift

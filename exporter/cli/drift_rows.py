@@ -22,7 +22,7 @@ def show_drift(console: Console, found: Drift) -> None:
     title = f"{found.candidate} against {found.reference}"
     console.print(_stages(f"{title}, {found.check.images} images", found.stages, found.parted))
     console.print(escape(found.sentence))
-    if found.suspect is not None:
+    if found.inside:  # an engine shows nothing inside a block
         console.print(_tensors(f"inside {found.suspect}", found.inside))
     for note in found.notes:
         console.print(escape(f"note: {note}"))

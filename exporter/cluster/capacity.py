@@ -5,11 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from msn_export.errors import ClusterError
+from msn_export.errors import ClusterError, SpecError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from msn_export.embed.job import EmbedJob
+
+# providers that need a GPU, however they are spelled
+_ON_GPU = ("cuda", "tensorrt", "nvtensorrt")
+# Batches of one task: few, for a lost machine loses its task, and many enough to outweigh Ray's own
+# milliseconds. A task is a fiftieth of an actor's work at most.
+_BATCHES, _TASKS_AN_ACTOR = 8, 50
 _THREADS = 4  # of one actor on the CPU: more of them share one model, and gain less each
 
 
@@ -36,10 +43,37 @@ class Crew:
     gpus: int
     readers: int
 
+    @property
+    def each(self) -> str:
+        """What an actor has, in words."""
+        return "1 GPU" if self.gpus else f"{self.cpus} CPU{'s' * (self.cpus > 1)}"
+
     def __str__(self) -> str:
-        each = "1 GPU" if self.gpus else f"{self.cpus} CPU{'s' * (self.cpus > 1)}"
-        actors = f"{self.actors} actor{'s' * (self.actors > 1)} of {each}"
+        actors = f"{self.actors} actor{'s' * (self.actors > 1)} of {self.each}"
         return f"{actors}, {self.readers} reader{'s' * (self.readers > 1)}"
+
+
+def crew_for(job: EmbedJob, nodes: Sequence[Node]) -> Crew:
+    """Decide who works on a job.
+
+    Raises:
+        SpecError: the job names a GPU, which is Ray's to choose.
+        ClusterError: the cluster has no room.
+    """
+    if job.device is not None:
+        raise SpecError("--device is for one machine: on a cluster Ray gives each actor its GPU")
+    needs_gpu = None
+    if job.model.suffix != ".onnx":
+        needs_gpu = True
+    elif job.providers:
+        needs_gpu = any(name.lower().startswith(_ON_GPU) for name in job.providers)
+    return crew_of(nodes, needs_gpu=needs_gpu, actors=job.actors)
+
+
+def blocks_of(batches: int, actors: int) -> int:
+    """Into how many tasks to divide the batches."""
+    each = max(1, min(_BATCHES, batches // (actors * _TASKS_AN_ACTOR)))
+    return -(-batches // each)
 
 
 def crew_of(nodes: Sequence[Node], *, needs_gpu: bool | None, actors: int | None) -> Crew:

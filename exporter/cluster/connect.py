@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import socket
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 LOCAL = "local"
+_ANSWER = 10.0  # seconds until a cluster's machine takes a connection
 # Ray Data 2.60 adds this, and advice on its settings, to the message of whatever was raised
 _REMARK = re.compile(r"\nFailed to .* after \d+/\d+ attempts.*", re.DOTALL)
 
@@ -24,7 +26,7 @@ def address_of(given: str, variables: Mapping[str, str] = os.environ) -> str:
     """Read what ``--ray`` was given; nothing is the cluster a submitted job runs in, else local.
 
     Raises:
-        ClusterError: it is the address of a Ray Client, which Ray Data does not run through.
+        ClusterError: it is no address, or a Ray Client's, which Ray Data does not run through.
     """
     # never None: Ray would then join whatever cluster was started last, or look for a dead one
     address = given or variables.get("RAY_ADDRESS") or LOCAL
@@ -33,6 +35,9 @@ def address_of(given: str, variables: Mapping[str, str] = os.environ) -> str:
             f"--ray {address}: Ray Data runs inside the cluster; give HOST:PORT on one of its "
             "machines, or submit the command with ray job submit"
         )
+    host, _, port = address.rpartition(":")
+    if address not in {LOCAL, "auto"} and not (host and port.isdigit()):
+        raise ClusterError(f"--ray {address}: expected HOST:PORT, auto, or local")
     return address
 
 
@@ -58,6 +63,7 @@ def connected(address: str) -> Iterator[tuple[Node, ...]]:
     if address == LOCAL:
         options |= {"num_cpus": len(usable_cores()), "include_dashboard": False}
     try:
+        _require_answer(address)
         ray.init(address, **options)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise ClusterError(
@@ -69,6 +75,17 @@ def connected(address: str) -> Iterator[tuple[Node, ...]]:
             yield _nodes(ray.nodes())
     finally:
         ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Look whether anybody listens: Ray asks for minutes.
+
+    Raises:
+        OSError: nobody does.
+    """
+    host, _, port = address.rpartition(":")
+    if host:
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER).close()
 
 
 def _nodes(found: list[dict[str, Any]]) -> tuple[Node, ...]:

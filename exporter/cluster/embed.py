@@ -16,18 +16,17 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
-from msn_export import __version__
-from msn_export.cluster.capacity import crew_of, describe
+from msn_export.cluster.capacity import blocks_of, crew_for, describe
 from msn_export.cluster.connect import failures_in_one_line
 from msn_export.cluster.shipping import pack
 from msn_export.cluster.wire import rows_from
-from msn_export.cluster.workers import Embedder, Opening, Reader, explore
-from msn_export.errors import ClusterError, SpecError
+from msn_export.cluster.workers import Embedder, Opening, Reader, explore, require_same
+from msn_export.errors import ClusterError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from msn_export.cluster.capacity import Crew, Node
+    from msn_export.cluster.capacity import Node
     from msn_export.cluster.sources import Store
     from msn_export.cluster.workers import Known
     from msn_export.embed.batches import Reading
@@ -38,11 +37,6 @@ if TYPE_CHECKING:
 
 _FIND_PLACE = 600.0  # seconds until a worker has a place and the model is open
 _STALLED = 900.0  # seconds without any batch: the cluster has no room for the job any more
-# providers that need a GPU, however they are spelled
-_ON_GPU = ("cuda", "tensorrt", "nvtensorrt")
-# Batches of one task: few, for a lost machine loses its task, and many enough to outweigh Ray's own
-# milliseconds. A task is a fiftieth of an actor's work at most.
-_BATCHES, _TASKS_AN_ACTOR = 8, 50
 
 
 class ShippedEmbedder(Embedder):
@@ -79,14 +73,10 @@ class OnCluster:
                 found: Known = ray.get(run.remote(self._cargo, self._opening), timeout=_FIND_PLACE)
         except ray.exceptions.GetTimeoutError as error:
             raise ClusterError(
-                f"no worker with {self._share()} could open the model in {_FIND_PLACE:.0f} s; is "
+                f"no worker with {self._crew.each} could open the model in {_FIND_PLACE:.0f} s; is "
                 "the cluster busy with other jobs?"
             ) from error
-        if found.version != __version__:
-            raise ClusterError(
-                f"a worker has msn-export {found.version} and this machine {__version__}; install "
-                "the same everywhere"
-            )
+        require_same(found)
         return found
 
     def _share(self) -> dict[str, int]:
@@ -128,29 +118,6 @@ class OnCluster:
         for one in missing:
             paths = self.pictures.paths[one.start : one.stop]
             yield {"start": one.start, "sources": [os.fsencode(str(path)) for path in paths]}
-
-
-def crew_for(job: EmbedJob, nodes: Sequence[Node]) -> Crew:
-    """Decide who works on a job.
-
-    Raises:
-        SpecError: the job names a GPU, which is Ray's to choose.
-        ClusterError: the cluster has no room.
-    """
-    if job.device is not None:
-        raise SpecError("--device is for one machine: on a cluster Ray gives each actor its GPU")
-    needs_gpu = None
-    if job.model.suffix != ".onnx":
-        needs_gpu = True
-    elif job.providers:
-        needs_gpu = any(name.lower().startswith(_ON_GPU) for name in job.providers)
-    return crew_of(nodes, needs_gpu=needs_gpu, actors=job.actors)
-
-
-def blocks_of(batches: int, actors: int) -> int:
-    """Into how many tasks to divide the batches."""
-    each = max(1, min(_BATCHES, batches // (actors * _TASKS_AN_ACTOR)))
-    return -(-batches // each)
 
 
 def _quiet() -> None:

@@ -68,12 +68,13 @@ class Serving:
         if not model.is_absolute():
             # a replica's folder is Ray's, on whatever machine it is
             model = model.absolute()
-        if isinstance(values.get("providers"), str):
-            values["providers"] = tuple(values["providers"].split(","))
+        providers = values.pop("providers", ())
+        if isinstance(providers, str):
+            providers = providers.split(",")
         for name in ("replicas", "cpus", "gpus", "batch", "wait", "decoders"):
             if name in values:
                 values[name] = _number(name, values[name])
-        return cls(model, **values)
+        return cls(model, providers=tuple(providers), **values)
 
     @property
     def share(self) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -95,11 +96,12 @@ def list_sources(images_at: Path | str) -> tuple[Pictures, Store]:
     try:
         filesystem, folder = fs.FileSystem.from_uri(images_at)
         folder = folder.rstrip("/")
-        found = filesystem.get_file_info(fs.FileSelector(folder, recursive=True))
-        if not found:
-            found = [filesystem.get_file_info(folder)]  # one object, or nothing
+        found = [filesystem.get_file_info(folder)]  # one object, or what is taken for a folder
+        if found[0].type != fs.FileType.File:
+            found = filesystem.get_file_info(fs.FileSelector(folder, recursive=True))
     except (OSError, ValueError) as error:
-        raise ClusterError(f"cannot list {_safe(images_at)}: {_first_line(error)}") from error
+        text = _first_line(error).replace(_key(images_at), "")
+        raise ClusterError(f"cannot list {_safe(images_at)}: {text}") from error
     return _bucket(_safe(images_at), folder, found), Store(filesystem, scheme=scheme)
 
 
@@ -165,7 +167,10 @@ def _first_line(error: Exception) -> str:
 
 def _safe(uri: str) -> str:
     """Leave a key and its secret, which an s3 URI may hold, out of what is shown and written."""
-    scheme, _, rest = uri.partition("://")
-    place = rest.partition("?")[0]
-    host, slash, path = place.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+    return uri.partition("?")[0].replace(_key(uri), "")
+
+
+def _key(uri: str) -> str:
+    """Give the part before the bucket: ``KEY:SECRET@``; a secret may have a slash in it."""
+    found = re.match(r"[^:]+://([^/@]*:[^?]*@|[^/@]*@)", uri)
+    return found[1] if found else "\0"  # which is in no text

@@ -83,6 +83,19 @@ def explore(cargo: Cargo, opening: Opening) -> Known:
         )
 
 
+def require_same(known: Known) -> None:
+    """Require that a worker is of this msn-export.
+
+    Raises:
+        ClusterError: it is of another.
+    """
+    if known.version != __version__:
+        raise ClusterError(
+            f"a worker has msn-export {known.version} and this machine {__version__}; install "
+            "the same everywhere"
+        )
+
+
 class Reader:
     """Decodes batches of pictures in processes of its own, which a hostile picture may end."""
 

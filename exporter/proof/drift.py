@@ -44,10 +44,16 @@ class Drift:
         """Where they part; if nowhere, which block adds the most error, beside the median one."""
         if self.parted is not None:
             return f"They part at {self.parted}, the first stage whose error is not allowed."
-        added = [stage.added for stage in self.stages if stage.name.startswith("block ")]
-        median, most = statistics.median(added), max(added)
-        times = f", {most / median:.1f} times the median block" if median > 0 else ""
-        return f"No stage is past what is allowed; {self.suspect} adds the most error{times}."
+        blocks = [stage for stage in self.stages if stage.name.startswith("block ")]
+        most = max(blocks, key=lambda stage: stage.added)
+        median = statistics.median(stage.added for stage in blocks)
+        times = f", {most.added / median:.1f} times the median block" if median > 0 else ""
+        first = (
+            f"{self.suspect} is the first to add {JUMP:g} times what any stage before it does, "
+            if self.suspect != most.name
+            else ""
+        )
+        return f"No stage is past what is allowed; {first}{most.name} adds the most error{times}."
 
 
 def common_stages(pair: Pair) -> tuple[str, ...]:

@@ -41,6 +41,7 @@ _STYLE: Any = {  # matplotlib types its settings one by one
     "legend.frameon": False,
 }
 _MARKS = "osD^"
+_LEAST_ROOM = 0.6  # a stump of a bar
 _LEAST = 1e-16  # below fp64's rounding of a cosine nothing is told apart
 
 
@@ -124,10 +125,11 @@ def headroom(found: Drift) -> str:
     colours = [_SERIES[0] if room >= found.needed else _WARN for room in rooms]
 
     def paint(axes: Axes) -> None:
-        finite = [room if math.isfinite(room) else 65504.0 for room in rooms]
-        axes.bar(range(len(finite)), finite, color=colours, width=0.7)
+        # zeros fit any number of times, a peak that is no number or infinite not even once
+        heights = [min(room, 65504.0) if room > 0 else _LEAST_ROOM for room in rooms]
+        axes.bar(range(len(heights)), heights, color=colours, width=0.7)
         axes.set_yscale("log")
-        axes.set_ylim(bottom=min(0.5, *finite))
+        axes.set_ylim(bottom=min(0.5, *heights))
         axes.axhline(found.needed, color=_WARN, linewidth=0.9, linestyle="--")
         axes.set_ylabel("65504 / largest value")
         axes.grid(axis="y")

@@ -172,6 +172,9 @@ class Card(Bare):
         first = FIRST.get(dtype)
         if first is not None and self.device.capability < first:
             return f"SM {self.device.capability} has no {dtype}: that begins with {first}"
+        turing = self.device.capability < FIRST[Dtype.BF16]
+        if self.backend.flavour.targets_capabilities and turing and dtype is Dtype.FP32:
+            return f"{self.backend} has no fp32 products on SM {self.device.capability}"
         if not self.backend.flavour.strongly_typed and (dtype.is_quantised or dtype is Dtype.BF16):
             return f"{self.backend} builds nothing in {dtype}"
         return ""

@@ -1,0 +1,98 @@
+"""A plot is drawn of whatever was measured, in the page's colours, and is named for the blind."""
+
+import math
+import re
+from typing import Any
+
+import pytest
+from manifests import check
+
+from msn_export.manifest import ImageRecord
+from msn_export.report import facts, plots
+
+
+def stage(name: str, **changes: Any) -> facts.Stage:
+    figures = {
+        "cosine": 1.0, "relative": 1e-3, "max_abs": 1e-3, "largest": 4.0, "allowed": 5e-3,
+        "added": 1e-3, "headroom": 1e4,
+    }  # fmt: skip
+    return facts.Stage(name, **{**figures, **changes})
+
+
+def drift(*stages: facts.Stage, parted: str | None = None) -> facts.Drift:
+    return facts.Drift("b.onnx", "a.onnx", "…", parted, stages, parted, (), 4.0)
+
+
+def agreement(*cosines: float | None) -> facts.Agreement:
+    images = tuple(ImageRecord(f"{i}.png", c, 0.0) for i, c in enumerate(cosines))
+    return facts.Agreement("b.onnx", "a.onnx", True, True, check(per_image=images), "fp16")
+
+
+def artifact(**changes: Any) -> facts.Artifact:
+    fields: dict[str, Any] = {
+        "name": "m & <n>.onnx", "kind": "ONNX graph", "precision": "fp16", "bytes": 43_000_000,
+        "weight_bytes": 1, "sha256": "ab", "runs_on": "", "fused": "", "verdict": "passed",
+        "rows": (),
+    }  # fmt: skip
+    return facts.Artifact(**{**fields, **changes})
+
+
+ENGINE = facts.Engine(
+    kernels=3, fused=1, blocks=1, products={"fp16": 1}, kinds={"attention": 1, "matrix product": 2},
+    per_block={"0": 3}, layout_only=0, closed=0, weight_bytes={}, strips=(), built_for="",
+    executed="",
+)  # fmt: skip
+PLAIN = drift(stage("patch embedding"), stage("block 0"), stage("logits"))
+ODD = drift(
+    stage("patch embedding", relative=0.0, headroom=math.inf),
+    stage("block 0", relative=math.nan, headroom=math.nan),
+    stage("block 1", relative=math.inf, headroom=0.0),
+    parted="block 0",
+)
+DRAWN = {
+    "histogram": lambda: plots.histogram([agreement(0.999, 0.9999, 1.0)]),
+    "histogram of the same": lambda: plots.histogram([agreement(1.0, 1.0), agreement(0.5)]),
+    "histogram with what is no number": lambda: plots.histogram([agreement(None, math.nan, 0.9)]),
+    "drift": lambda: plots.drift([PLAIN]),
+    "drift of what is no number": lambda: plots.drift([ODD, PLAIN]),
+    "drift of nothing but zeros": lambda: plots.drift([drift(stage("block 0", relative=0.0))]),
+    "headroom": lambda: plots.headroom(PLAIN),
+    "headroom of what is no number": lambda: plots.headroom(ODD),
+    "many blocks": lambda: plots.drift([drift(*(stage(f"block {i}") for i in range(40)))]),
+    "sizes": lambda: plots.sizes([artifact(), artifact(name="other")]),
+    "kinds": lambda: plots.kinds(artifact(engine=ENGINE)),
+    "blocks": lambda: plots.per_block(artifact(engine=ENGINE)),
+    "latency": lambda: plots.latency(facts.Latency("", (), (), (("a", 1.5), ("b", 3.0)))),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_it_is_drawn_in_colours_that_the_page_gives(name) -> None:
+    svg = DRAWN[name]()
+    assert svg.startswith('<svg role="img" aria-label="')
+    assert "var(--ink)" in svg or "var(--soft)" in svg
+    assert not re.search(r"#0[1-9]0[1-9]0[1-9]", svg)
+    assert "<metadata" not in svg
+
+
+def test_the_same_figures_give_the_same_bytes() -> None:
+    assert plots.drift([PLAIN]) == plots.drift([PLAIN])
+
+
+def test_ids_of_two_plots_do_not_clash_and_references_follow() -> None:
+    one, other = plots.drift([PLAIN]), plots.headroom(PLAIN)
+    ids, others = (set(re.findall(r'\bid="([^"]+)"', svg)) for svg in (one, other))
+    assert ids
+    assert not ids & others
+    assert set(re.findall(r'(?:url\(|href=")#([^")]+)', one)) <= ids
+
+
+def test_a_name_that_is_markup_stays_text() -> None:
+    svg = plots.kinds(artifact(engine=ENGINE))
+    assert 'aria-label="Kernels of m &amp; &lt;n>.onnx by kind"' in svg
+
+
+def test_the_stage_that_parted_is_marked() -> None:
+    parted = drift(stage("patch embedding"), stage("block 0", relative=0.5), parted="block 0")
+    assert "var(--bad)" in plots.drift([parted])
+    assert "var(--bad)" not in plots.drift([PLAIN])

@@ -1,0 +1,39 @@
+"""Records that Ray moves hold what went into them, and nothing that Ray would have to guess."""
+
+import numpy as np
+import pytest
+
+from msn_export.cluster.wire import pixels_from, pixels_to, rows_from, rows_to
+from msn_export.embed.rows import BEST, Rows
+
+
+def plain(record: dict) -> bool:
+    return all(isinstance(value, int | str | bytes) for value in record.values())
+
+
+def test_pixels_come_back() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 4, 5, 3), dtype=np.uint8)
+    record = pixels_to(12, pixels, {1: "broken"})
+    assert plain(record)
+    start, got, errors = pixels_from(record)
+    np.testing.assert_array_equal(got, pixels)
+    assert got.flags.writeable  # a runner may refuse what is not
+    assert (start, errors) == (12, {1: "broken"})
+
+
+@pytest.mark.parametrize("classified", [True, False])
+@pytest.mark.parametrize("shape", [(2, 8), (1, 5, 8)])
+def test_rows_come_back(shape, classified) -> None:
+    vectors = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    vectors[0] = np.nan
+    best = np.zeros(shape[0], BEST) if classified else None
+    record = rows_to(7, Rows(vectors, best, {0: "no picture"}))
+    assert plain(record)
+    start, got = rows_from(record)
+    assert start == 7
+    np.testing.assert_array_equal(got.vectors, vectors)
+    assert got.errors == {0: "no picture"}
+    if classified:
+        np.testing.assert_array_equal(got.best, best)
+    else:
+        assert got.best is None
