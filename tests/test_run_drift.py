@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,8 @@ def test_every_target_is_matched_with_every_other(images, tmp_path) -> None:
 
 
 def test_a_last_block_of_one_token_is_compared_at_that_token(images, tmp_path) -> None:
-    narrow = faults.plant(classifier(), tmp_path / "m.onnx", narrow_to_first_token)
+    narrowing = partial(narrow_to_first_token, split_projection=True)
+    narrow = faults.plant(classifier(), tmp_path / "m.onnx", narrowing)
     found = told(checkpoint(), narrow, "--images", images)
     assert found["passed"]
     assert [s["tensor"]["first_token"] for s in found["stages"]] == [False, False, True, False]
