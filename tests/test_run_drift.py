@@ -18,6 +18,7 @@ from msn_export import manifest
 from msn_export.check.gate import DRIFT, HEADROOM
 from msn_export.cli import main
 from msn_export.errors import GraphError, ManifestError
+from msn_export.graph.narrow import narrow_to_first_token
 from msn_export.progress import Silent
 from msn_export.proof import artifact, streams
 from msn_export.proof.marked import build_marked
@@ -138,11 +139,12 @@ def test_every_target_is_matched_with_every_other(images, tmp_path) -> None:
     assert [stage["tensor"]["name"] for stage in found["stages"]] == STAGES
 
 
-def test_a_last_block_of_one_token_is_compared_at_that_token(images) -> None:
-    found = told(checkpoint(), classifier(), "--images", images)
+def test_a_last_block_of_one_token_is_compared_at_that_token(images, tmp_path) -> None:
+    narrow = faults.plant(classifier(), tmp_path / "m.onnx", narrow_to_first_token)
+    found = told(checkpoint(), narrow, "--images", images)
     assert found["passed"]
     assert [s["tensor"]["first_token"] for s in found["stages"]] == [False, False, True, False]
-    assert "block 1 ([CLS])" in drift(checkpoint(), classifier(), "--images", images).stdout
+    assert "block 1 ([CLS])" in drift(checkpoint(), narrow, "--images", images).stdout
 
 
 # --- pairs that part ------------------------------------------------------------------------------
