@@ -34,6 +34,8 @@ from msn_export.records import to_json
 from msn_export.spec import BatchRange, Dtype, Head, ImageSize, InputKind, Target
 from msn_export.typed import Islands, cpu_runner, type_as
 
+# TensorRT-RTX 1.7.1 has its kernel for one query only where heads times smallest batch is 4 or more
+SINGLE_QUERY_HEADS = 4
 PACKAGES = ("torch", "onnx", "onnx-ir", "onnxsim", "onnxruntime-gpu", "onnxruntime")
 
 
@@ -145,11 +147,9 @@ def _build(
         with progress.step("simplify"):
             outcome = simplify(model)
             model, simplified = outcome.model, outcome.reason
-    if _compiles_for_one_query(job, checkpoint.config.heads):
+    if checkpoint.config.heads >= SINGLE_QUERY_HEADS:
         with progress.step("compute only what the outputs need"):
-            # TensorRT: 112 kernels with the projection in one and 114 with it split (ViT-S)
-            split = job.target is Target.ONNXRUNTIME
-            narrow_to_first_token(model, split_projection=split)
+            narrow_to_first_token(model, split_projection=job.target.splits_queries)
     with progress.step("fuse attention"):
         fused = fuse_attention(model, job.target.attention, expected=checkpoint.config.depth)
         if job.target.opset < 23:
@@ -164,14 +164,6 @@ def _build(
         io.save(model, path)
         io.check(path)
     return Built(path, model, fused, simplified, islands)
-
-
-def _compiles_for_one_query(job: OnnxJob, heads: int) -> bool:
-    """Whether the target has an attention kernel for the last block's [CLS] query alone.
-
-    TensorRT-RTX 1.7.1 has none where heads x batch is below 4; every published shape has 6 or more.
-    """
-    return job.target is not Target.TENSORRT or heads * job.batch.min >= 4
 
 
 def _metadata(checkpoint: Checkpoint, sample: Sample) -> dict[str, str]:

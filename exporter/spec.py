@@ -82,6 +82,14 @@ class Target(StrEnum):
         """The form measured best for this target (docs/performance.md)."""
         return _ATTENTION_FORMS[self]
 
+    @property
+    def splits_queries(self) -> bool:
+        """Whether one token's query is projected apart from all keys and values.
+
+        Fewer multiply-adds, two kernels more in TensorRT (docs/performance.md).
+        """
+        return self is Target.ONNXRUNTIME
+
 
 _ATTENTION_FORMS = {
     Target.TENSORRT: AttentionForm.HEADS,

@@ -97,6 +97,10 @@ class VitMsn(nn.Module):
         """Turn embedded patches [b, dim, rows, columns] into tokens [b, n, dim]."""
         x = patches.flatten(2).transpose(1, 2)
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1) + self.pos_embed
+        return self.transform(x)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """Run the blocks and the final LayerNorm over tokens [b, n, dim]."""
         for block in self.blocks:
             x = block(x)
         tokens: Tensor = self.norm(x)

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from msn_export.graph.fold import with_normalisation
+from msn_export.graph.fold import with_cls_token, with_normalisation
 from msn_export.images import normalize
 from msn_export.preprocessing import preset
 from msn_export.spec import ImageSize
@@ -23,3 +24,11 @@ def test_normalisation_folds_into_the_patch_convolution(bias) -> None:
         got = with_normalisation(patch, preprocessing)(planes)
     # folding rounds each weight once more
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
+
+
+def test_the_cls_token_folds_into_its_position() -> None:
+    torch.manual_seed(0)
+    cls, pos, x = torch.randn(1, 1, 8), torch.randn(1, 5, 8), torch.randn(2, 4, 8)
+    wanted = torch.cat((cls.expand(2, -1, -1), x), dim=1) + pos
+    got = F.pad(x, (0, 0, 1, 0)) + with_cls_token(pos, cls)
+    assert torch.equal(got, wanted)

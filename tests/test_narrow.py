@@ -33,22 +33,28 @@ def traced(model, *heads: Head):
     )
 
 
-@pytest.mark.parametrize(
-    ("form", "split"),
-    # the 3-D form takes rows of the projection, not of a head
-    [*((form, True) for form in AttentionForm), ("4-D Attention", False),
-     ("MatMul, Softmax, MatMul", False)],
-)  # fmt: skip
+@pytest.mark.parametrize("form", list(AttentionForm))
 @pytest.mark.parametrize("heads", [(Head.CLS,), (Head.LOGITS,), (Head.CLS, Head.LOGITS)])
-def test_the_last_block_for_cls_alone_gives_the_same_numbers(model, heads, form, split) -> None:
+def test_the_last_block_for_cls_alone_gives_the_same_numbers(model, heads, form) -> None:
     graph = traced(model, *heads)
     feeds = random_feeds(graph)
     before, work = run(graph, feeds), multiply_adds(graph)
-    narrowed = narrow_to_first_token(graph, split_projection=split)
-    assert narrowed.projection_split is split
-    assert multiply_adds(graph) < (0.7 if split else 0.75) * work
-    fuse_attention(graph, AttentionForm(form), expected=2)
+    narrowed = narrow_to_first_token(graph)
+    assert narrowed.projection_split
+    assert multiply_adds(graph) < 0.7 * work
+    fuse_attention(graph, form, expected=2)
     # fewer rows, the same sums: another blocking of the same products
+    np.testing.assert_allclose(run(graph, feeds), before, atol=1e-5)
+
+
+def test_the_packed_projection_stays_where_that_takes_fewer_kernels(model) -> None:
+    graph = traced(model, Head.CLS)
+    feeds = random_feeds(graph)
+    before, products = run(graph, feeds), op_types(graph).count("MatMul")
+    narrowed = narrow_to_first_token(graph, split_projection=False)
+    assert narrowed.nodes > 0
+    assert not narrowed.projection_split
+    assert op_types(graph).count("MatMul") == products
     np.testing.assert_allclose(run(graph, feeds), before, atol=1e-5)
 
 
@@ -56,13 +62,13 @@ def test_the_last_block_for_cls_alone_gives_the_same_numbers(model, heads, form,
 def test_an_output_that_reads_all_tokens_keeps_them(model, heads) -> None:
     graph = traced(model, *heads)
     nodes = op_types(graph)
-    assert narrow_to_first_token(graph, split_projection=True).nodes == 0
+    assert narrow_to_first_token(graph).nodes == 0
     assert op_types(graph) == nodes
 
 
 def test_keys_and_values_are_still_computed_for_every_token(model) -> None:
     graph = traced(model, Head.CLS)
-    narrow_to_first_token(graph, split_projection=True)
+    narrow_to_first_token(graph)
     attention = [node for node in graph.graph if node.op_type == "Attention"][-1]
     sizes = [list(value.shape)[2] for value in attention.inputs]
     assert sizes == [1, 17, 17]
@@ -76,7 +82,7 @@ def test_rowwise_operators_pass_the_row_and_broadcast_operands_stay() -> None:
     lift(model)
     feeds = random_feeds(model)
     before = run(model, feeds)
-    assert narrow_to_first_token(model, split_projection=True).nodes == 3
+    assert narrow_to_first_token(model).nodes == 3
     assert op_types(model).count("Slice") == 2  # x and pos; the bias has no tokens
     np.testing.assert_array_equal(run(model, feeds), before)
 
@@ -92,7 +98,7 @@ def test_what_mixes_tokens_or_is_read_whole_is_left_alone(body) -> None:
     more = ", float z" if " z = " in body else ""
     model = parse(f"g (float[b,5,4] x) => (float[b,4] y{more}) {{ {body}  {PICK} }}")
     lift(model)
-    assert narrow_to_first_token(model, split_projection=True).nodes == 0
+    assert narrow_to_first_token(model).nodes == 0
 
 
 def lift(model) -> None:

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +140,7 @@ def test_every_target_is_matched_with_every_other(images, tmp_path) -> None:
 
 
 def test_a_last_block_of_one_token_is_compared_at_that_token(images, tmp_path) -> None:
-    narrowing = partial(narrow_to_first_token, split_projection=True)
-    narrow = faults.plant(classifier(), tmp_path / "m.onnx", narrowing)
+    narrow = faults.plant(classifier(), tmp_path / "m.onnx", narrow_to_first_token)
     found = told(checkpoint(), narrow, "--images", images)
     assert found["passed"]
     assert [s["tensor"]["first_token"] for s in found["stages"]] == [False, False, True, False]

@@ -45,7 +45,7 @@ def test_json_and_manifest_say_what_was_made(checkpoint, photographs, tmp_path) 
     assert told["output"] == str(output)
     assert told["bytes"] == output.stat().st_size
     assert told["attention"] == {"expected": 2, "fused": 2, "form": "4-D Attention"}
-    assert sum(told["ops"].values()) == told["nodes"] == 49
+    assert sum(told["ops"].values()) == told["nodes"] == 46
     check = told["check"]
     assert check["images"] == 16
     assert check["source"] == str(photographs)

@@ -173,7 +173,7 @@ def test_our_graphs_of_every_target_name_blocks_and_modules(target, folder, tmp_
 def test_a_last_block_for_the_first_token_alone_keeps_its_place(folder, tmp_path) -> None:
     run_onnx(OnnxJob(str(folder / "hf"), tmp_path / "m.onnx", check=False), Silent())
     model = io.load(tmp_path / "m.onnx")
-    narrow_to_first_token(model, split_projection=True)
+    narrow_to_first_token(model)
     stream = find_stream(model)
     assert [block.number for block in stream.blocks] == [0, 1]
     assert list(stream.blocks[1].output.shape)[1:] == [1, 64]

@@ -11,12 +11,13 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+import torch.nn.functional as F
 from checkpoints import hugging_face
 from graphs import op_types
 from torch import Tensor, fx, nn
 
 from msn_export.errors import GraphError
-from msn_export.graph.reference import Heads
+from msn_export.graph.module import ExportedModule
 from msn_export.graph.trace import trace
 from msn_export.graph.translate import translate
 from msn_export.models.checkpoints import load_checkpoint
@@ -24,6 +25,7 @@ from msn_export.models.vit_msn import VitMsn
 from msn_export.preprocessing import preset
 from msn_export.spec import BatchRange, Head, ImageSize, InputKind
 
+PREPROCESSING = preset("hf", ImageSize(32, 32))
 IMAGES = np.random.default_rng(0).standard_normal((3, 3, 32, 32)).astype(np.float32)
 
 
@@ -42,7 +44,7 @@ def torchs_own(model: VitMsn, heads: list[Head]) -> ir.Model:
         warnings.filterwarnings("ignore", category=FutureWarning, module=copyreg.__name__)
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
         program = torch.onnx.export(
-            Heads(model, heads).eval(),
+            ExportedModule(model, heads, InputKind.FLOAT, PREPROCESSING).eval(),
             (torch.empty(2, 3, 32, 32),),
             dynamo=True,
             opset_version=23,
@@ -68,7 +70,7 @@ def test_torch_onnx_export_gives_the_same_outputs_from_the_same_operators(
         heads=heads,
         stem=InputKind.FLOAT,
         batch=BatchRange(),
-        preprocessing=preset("hf", ImageSize(32, 32)),
+        preprocessing=PREPROCESSING,
     )
     theirs = torchs_own(model, heads)
     feeds = {"pixel_values": IMAGES}
@@ -109,7 +111,8 @@ FUNCTIONS = {
     "the second chunk": lambda x: x.chunk(2, dim=-2)[1],
     "a row and a range": lambda x: x[:, 1, 1:3],
     "a negative row": lambda x: x[:, -1],
-    "joined": lambda x: torch.cat((x, x[:, :1]), dim=1),
+    "a row of zeros in front": lambda x: F.pad(x, (0, 0, 1, 0)),
+    "zeros around": lambda x: F.pad(x, (1, 2, 3, 4, 0, 1)),
     "averaged": lambda x: x.mean(dim=2),
     "sizes in arithmetic": lambda x: x * x.shape[-1] ** -0.5,
     "numbers on the left": lambda x: 1.0 - 2.0 * x,
@@ -117,7 +120,6 @@ FUNCTIONS = {
     "product": lambda x: x @ x.transpose(-2, -1),
     "softmax in fp32": lambda x: x.softmax(dim=-1, dtype=torch.float32).to(x.dtype),
     "clamped": lambda x: x.clamp(-0.5, 0.25),
-    "repeated over the batch": lambda x: x.mean(dim=1)[:, :1].expand(x.shape[0], 5, -1),
 }
 
 
@@ -139,6 +141,7 @@ REFUSED = {
     "unequal chunks": (lambda x: x.chunk(4, dim=1), "3 rows are no 4 equal parts"),
     "sizes that differ": (lambda x: x + x[:, :2], "do not broadcast"),
     "an argument it does not know": (lambda x: x.mean(dim=1, keepdim=True), "keepdim"),
+    "padding with a number": (lambda x: F.pad(x, (1, 0), value=1.0), "1.0 instead of zeros"),
     "another dtype": (lambda x: x.to(torch.int64), "to has no ONNX form here"),
 }
 

@@ -27,13 +27,11 @@ class Draft:
     The names matter: the compiler's log repeats them, and by them a kernel is traced to its block.
     """
 
-    def __init__(self, images: ir.Value) -> None:
-        self.images = images
+    def __init__(self) -> None:
         self.scope = ""
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
         self._seen: Counter[str] = Counter()
-        self._batch: ir.Value | None = None
 
     def op(
         self,
@@ -99,26 +97,12 @@ class Draft:
         target = self.constant(np.array(sizes), f"shape.bx{name}")
         return self.op("Reshape", [x, target], shape)
 
-    def expand(self, x: ir.Value, shape: Shape) -> ir.Value:
-        """Add an Expand to ``shape``, whose first size may be the batch."""
-        sizes = [require_size(dim) for dim in shape[1:]]
-        name = "x".join(str(size) for size in sizes)
-        if isinstance(shape[0], int):
-            target = self.constant(np.array([shape[0], *sizes]), f"shape.{shape[0]}x{name}")
-            return self.op("Expand", [x, target], shape)
-        if self._batch is None:
-            first = {"start": 0, "end": 1}
-            self._batch = self.op("Shape", [self.images], (1,), first, ir.DataType.INT64)
-        parts = [self._batch, self.constant(np.array(sizes), f"shape.{name}")]
-        target = self.op("Concat", parts, (len(shape),), {"axis": 0})
-        return self.op("Expand", [x, target], shape)
-
 
 def require_size(dim: Dim) -> int:
     """Require a size that is known.
 
     Raises:
-        ValueError: it is the batch, which no operator but Expand may be told.
+        ValueError: it is the batch, which no operator may be told.
     """
     if not isinstance(dim, int):
         raise ValueError(f"the batch {dim} would become a constant")  # noqa: TRY004

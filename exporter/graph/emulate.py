@@ -10,7 +10,18 @@ import onnx_ir as ir
 from msn_export.graph.io import infer_shapes
 
 _MOVES = frozenset(
-    ("Concat", "Expand", "Gather", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
+    (
+        "Concat",
+        "Expand",
+        "Gather",
+        "Pad",
+        "Reshape",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Transpose",
+        "Unsqueeze",
+    )
 )
 _BF16, _FLOAT = ir.DataType.BFLOAT16, ir.DataType.FLOAT
 

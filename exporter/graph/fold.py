@@ -1,7 +1,7 @@
 """Fold what is constant into the weights before the graph is written; the function stays."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from msn_export.preprocessing import Preprocessing
 
@@ -25,5 +25,15 @@ def with_normalisation(patch: nn.Conv2d, preprocessing: Preprocessing) -> nn.Con
     return folded
 
 
-def _constant(values: torch.Tensor) -> nn.Parameter:
+def with_cls_token(pos_embed: Tensor, cls_token: Tensor) -> nn.Parameter:
+    """Give position embeddings [1, n, dim] whose first row holds the [CLS] token too.
+
+    ``[cls; x] + pos`` is ``[0; x] + pos'``, the same sums.
+    """
+    table = pos_embed.detach().clone()
+    table[:, :1] += cls_token.detach()
+    return nn.Parameter(table, requires_grad=False)
+
+
+def _constant(values: Tensor) -> nn.Parameter:
     return nn.Parameter(values.float(), requires_grad=False)

@@ -18,7 +18,7 @@ _UNCHANGED = frozenset(
     """
     Abs Add Cast Clip Concat Constant Conv Div Elu Equal Erf Exp Expand Gather Gelu Gemm
     HardSigmoid HardSwish Identity LayerNormalization LeakyRelu Log MatMul Max Min Mish Mul Neg
-    Pow Reciprocal ReduceMean Relu Reshape Shape Sigmoid Slice Softmax Softplus Softsign Split
+    Pad Pow Reciprocal ReduceMean Relu Reshape Shape Sigmoid Slice Softmax Softplus Softsign Split
     Sqrt Squeeze Sub Tanh Transpose Unsqueeze Where
     """.split()  # noqa: SIM905  fifty quoted words would be five times as long
 )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from msn_export.graph.draft import Dim, Draft, require_size, shape_of
+from msn_export.graph.draft import Draft, require_size, shape_of
 
 _END = np.iinfo(np.int64).max  # onnx.ai operators, Slice: "to the end"
 
@@ -59,18 +59,26 @@ def chunk(draft: Draft, x: ir.Value, chunks: int, dim: int = 0) -> Sequence[ir.V
     return draft.ops("Split", [x], [tuple(shape)] * chunks, attributes)
 
 
-def cat(draft: Draft, tensors: Sequence[ir.Value], dim: int = 0) -> ir.Value:
-    """Join along an axis."""
-    shape = list(shape_of(tensors[0]))
-    shape[dim] = sum(require_size(shape_of(tensor)[dim]) for tensor in tensors)
-    return draft.op("Concat", tensors, tuple(shape), {"axis": dim})
-
-
-def expand(draft: Draft, x: ir.Value, *sizes: Dim) -> ir.Value:
-    """Repeat; -1 leaves a size as it is."""
-    kept = zip(shape_of(x), sizes, strict=True)
-    shape = tuple(dim if size == -1 else size for dim, size in kept)
-    return x if shape == shape_of(x) else draft.expand(x, shape)
+def pad(
+    draft: Draft,
+    x: ir.Value,
+    pad: Sequence[int],
+    mode: str = "constant",
+    value: float | None = None,
+) -> ir.Value:
+    """Add zeros before and after; ``pad`` are pairs, the last axis first."""
+    if mode != "constant" or value:
+        raise ValueError(f"{mode} {value or 0} instead of zeros")
+    shape = shape_of(x)
+    pairs = list(zip(pad[::2], pad[1::2], strict=True))[::-1]
+    pairs = [(0, 0)] * (len(shape) - len(pairs)) + pairs
+    grown = tuple(
+        dim if before == after == 0 else require_size(dim) + before + after
+        for dim, (before, after) in zip(shape, pairs, strict=True)
+    )
+    sizes = [before for before, _ in pairs] + [after for _, after in pairs]
+    name = "x".join(str(size) for size in sizes)
+    return draft.op("Pad", [x, draft.constant(np.array(sizes), f"pad.{name}")], grown)
 
 
 def getitem(draft: Draft, x: ir.Value | Sequence[Any], index: Any) -> Any:

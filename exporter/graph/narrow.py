@@ -34,11 +34,13 @@ class Narrowed:
     projection_split: bool
 
 
-def narrow_to_first_token(model: ir.Model, *, split_projection: bool) -> Narrowed:
+def narrow_to_first_token(model: ir.Model, *, split_projection: bool = True) -> Narrowed:
     """Rewrite in place; a graph whose outputs read more than the first token is left alone.
 
-    ``split_projection`` takes the queries out of the packed projection, to project one token's
-    alone: less to compute, in a projection more.
+    Args:
+        model: changed in place.
+        split_projection: take queries out of the packed projection too, and compute one; fewer
+            multiply-adds, one matrix product more.
     """
     infer_shapes(model)
     chosen = _rows_needed(model.graph)

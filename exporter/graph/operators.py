@@ -153,11 +153,9 @@ MODULES: Mapping[type[nn.Module], Callable[..., ir.Value]] = {
 # By the name of the function or method: Tensor.sqrt and torch.sqrt are one thing.
 CALLS: Mapping[str, Callable[..., Any]] = {
     "add": _binary("Add"),
-    "cat": move.cat,
     "chunk": move.chunk,
     "clamp": _clamp,
     "erf": _unary("Erf"),
-    "expand": move.expand,
     "flatten": move.flatten,
     "gelu": _gelu,
     "getattr": _getattr,
@@ -168,6 +166,7 @@ CALLS: Mapping[str, Callable[..., Any]] = {
     "mean": _mean,
     "mish": _unary("Mish"),
     "mul": _binary("Mul"),
+    "pad": move.pad,
     "permute": move.permute,
     "relu": _unary("Relu"),
     "relu6": _relu6,

@@ -12,7 +12,7 @@ from msn_export.graph.draft import Draft
 from msn_export.graph.operators import CALLS, MODULES
 
 # Wrappers around the model whose names say nothing of it
-_WRAPPERS = re.compile(r"^(model|stem)(\.|$)")
+_WRAPPERS = re.compile(r"^model(\.|$)")
 
 
 def translate(traced: fx.Graph, root: nn.Module, images: ir.Value) -> tuple[Draft, list[ir.Value]]:
@@ -24,7 +24,7 @@ def translate(traced: fx.Graph, root: nn.Module, images: ir.Value) -> tuple[Draf
     Raises:
         GraphError: the module calls something that has no ONNX form here.
     """
-    draft = Draft(images)
+    draft = Draft()
     known: dict[fx.Node, Any] = {}
     for node in traced.nodes:
         args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
