@@ -18,6 +18,7 @@ from msn_export import manifest as manifests
 from msn_export.cli import main
 from msn_export.graph import io
 from msn_export.graph.quantised import quantised_products
+from msn_export.proof.artifact_facts import artifact_facts
 
 PRODUCTS = 8  # two blocks of four
 QUICK = ("--no-compile", "--smooth", "off")
@@ -106,6 +107,14 @@ def test_the_verdict_has_what_it_costs_beside_the_fp16_twin(int8) -> None:
     assert quantization["sizes"]["int8"] == output.stat().st_size
     assert quantization["sizes"]["int8"] < quantization["sizes"]["fp16"]
     assert quantization["sizes"]["fp16"] < quantization["sizes"]["fp32"]
+
+
+def test_a_report_shows_the_split_and_the_verdict(int8) -> None:
+    output, told = int8
+    rows = dict(artifact_facts(output, live=None).rows)
+    assert rows["quantised"] == f"{PRODUCTS} of {PRODUCTS} products to int8"
+    assert rows["images"].startswith("33 calibrated on, 11 held out (seed ")
+    assert rows["in short"] == told["quantization"]["verdict"]
 
 
 def test_the_rest_is_fp16_and_attention_stays_one_operator(int8) -> None:

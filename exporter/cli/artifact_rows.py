@@ -6,9 +6,9 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from msn_export.cli.calibration_rows import quantization_rows
 from msn_export.cli.console import Console
 from msn_export.manifest import CheckRecord, EngineRecord, Manifest
+from msn_export.proof.quantization_rows import quantization_rows
 from msn_export.records import to_plain
 
 SHOWN = 6  # islands that are named

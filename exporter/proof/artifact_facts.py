@@ -18,6 +18,7 @@ from msn_export.graph import io
 from msn_export.graph.precision_map import PARTS, precision_map
 from msn_export.manifest import EngineRecord, Manifest
 from msn_export.proof.inspection import Inspection, inspect
+from msn_export.proof.quantization_rows import quantization_rows
 from msn_export.report.facts import Artifact, Chip, Engine, Grid, Verdict
 
 # TensorRT's spelling to the project's
@@ -115,6 +116,11 @@ def _rows(found: Inspection, manifest: Manifest | None) -> list[tuple[str, str]]
     if manifest is not None:
         if manifest.source is not None:
             rows.append(("made from", f"{manifest.source.file}, sha256 {manifest.source.sha256}"))
+        if manifest.quantization is not None:
+            rows += [
+                *quantization_rows(manifest.quantization),
+                ("in short", manifest.quantization.verdict),
+            ]
         rows += [("note", note) for note in manifest.notes]
     return rows
 
