@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from msn_export.cluster.wire import pixels_from, pixels_to, rows_from, rows_to
+from msn_export.cluster.wire import failure_to, pixels_from, pixels_to, rows_from, rows_to
 from msn_export.embed.rows import BEST, Rows
+from msn_export.errors import ClusterError, DeviceError
 
 
 def plain(record: dict) -> bool:
@@ -37,3 +38,20 @@ def test_rows_come_back(shape, classified) -> None:
         np.testing.assert_array_equal(got.best, best)
     else:
         assert got.best is None
+
+
+def test_a_failure_comes_as_a_record_and_is_raised_where_it_is_read() -> None:
+    record = failure_to(DeviceError("GPU 0 is lost"))
+    assert plain(record)
+    assert record.keys() == rows_to(0, Rows(np.zeros((1, 2), np.float32))).keys()
+    with pytest.raises(DeviceError) as failed:
+        rows_from(record)
+    assert str(failed.value) == "GPU 0 is lost"
+
+
+@pytest.mark.parametrize("name", ["OfANewerVersionError", "annotations", "MsnExportError.mro"])
+def test_a_failure_of_a_type_that_is_not_known_is_the_clusters(name) -> None:
+    record = failure_to(DeviceError("x")) | {"failure": f'["{name}", "text"]'}
+    with pytest.raises(ClusterError) as failed:
+        rows_from(record)
+    assert (type(failed.value), str(failed.value)) == (ClusterError, "text")

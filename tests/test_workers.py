@@ -68,7 +68,7 @@ def test_readers_and_embedders_make_the_rows_of_one_machine(model, folder) -> No
     reader = Reader(store, feed.preprocessing, 1, BATCH)
     embedder = Embedder(cargo, OPENING, known.name, feed, reading)
     with closing(reader._decoder):
-        got = [rows_from(embedder(reader(record))) for record in records]
+        got = [rows_from(embedder.run(reader(record))) for record in records]
     with runtime.open_runner(model, providers=["cpu"], threads=1) as runner:
         here = Local(found, runner, "", 1)
         wanted = list(here.rows(feed, reading, BATCH, batches))

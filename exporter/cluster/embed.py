@@ -19,15 +19,16 @@ from ray.data import ActorPoolStrategy, DataContext
 from msn_export.cluster.capacity import blocks_of, crew_for, describe
 from msn_export.cluster.connect import failures_in_one_line
 from msn_export.cluster.shipping import pack
-from msn_export.cluster.wire import rows_from
+from msn_export.cluster.wire import failure_to, rows_from
 from msn_export.cluster.workers import Embedder, Opening, Reader, explore, require_same
-from msn_export.errors import ClusterError
+from msn_export.errors import ClusterError, MsnExportError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from msn_export.cluster.capacity import Node
     from msn_export.cluster.sources import Store
+    from msn_export.cluster.wire import Record
     from msn_export.cluster.workers import Known
     from msn_export.embed.batches import Reading
     from msn_export.embed.job import EmbedJob
@@ -40,10 +41,17 @@ _STALLED = 900.0  # seconds without any batch: the cluster has no room for the j
 
 
 class ShippedEmbedder(Embedder):
-    """Takes the model out of Ray's object store, where it lies once a machine."""
+    """Takes the model out of Ray's object store, where it lies once a machine; fails in order."""
 
     def __init__(self, sent: list[Any], *others: Any) -> None:
         super().__init__(ray.get(sent[0]), *others)
+
+    def __call__(self, record: Record) -> Record:
+        """Run one batch; give its rows, or why there are none."""
+        try:
+            return self.run(record)
+        except MsnExportError as error:
+            return failure_to(error)
 
 
 class OnCluster:

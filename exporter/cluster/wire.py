@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from msn_export import errors as failures
 from msn_export.embed.rows import BEST, Rows
+from msn_export.errors import ClusterError, MsnExportError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,11 +43,32 @@ def rows_to(start: int, rows: Rows) -> Record:
         "vectors": rows.vectors.tobytes(),
         "best": b"" if rows.best is None else rows.best.tobytes(),
         "errors": json.dumps(rows.errors),
+        "failure": "",
     }
 
 
+def failure_to(error: MsnExportError) -> Record:
+    """Write why there are no rows.
+
+    As a record it comes after the rows that were made before it. Raised, it would overtake them:
+    Ray Data drops what is on its way, and a resumed run would make it again.
+    """
+    nothing = Rows(np.zeros((0, 0), np.float32))
+    return rows_to(0, nothing) | {"failure": json.dumps([type(error).__name__, str(error)])}
+
+
 def rows_from(record: Record) -> tuple[int, Rows]:
-    """Read what ``rows_to`` wrote."""
+    """Read what ``rows_to`` wrote.
+
+    Raises:
+        MsnExportError: ``failure_to`` wrote it; of the same type, with the same message.
+    """
+    if record["failure"]:
+        name, text = json.loads(record["failure"])
+        kind = getattr(failures, name, None)
+        if isinstance(kind, type) and issubclass(kind, MsnExportError):
+            raise kind(text)
+        raise ClusterError(text)
     vectors = np.frombuffer(record["vectors"], np.float32).reshape(json.loads(record["shape"]))
     best = np.frombuffer(record["best"], BEST) if record["best"] else None
     return int(record["start"]), Rows(vectors, best, _errors(record))

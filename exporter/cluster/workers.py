@@ -138,7 +138,7 @@ class Embedder:
             )
         self._feed, self._reading = feed, reading
 
-    def __call__(self, record: Record) -> Record:
+    def run(self, record: Record) -> Record:
         """Run one batch.
 
         Raises:

@@ -24,12 +24,12 @@ NOTES, MISHAP, AT = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 class Noted(ShippedEmbedder):
     """Notes the first row, the number of rows and the node of each batch, when it is done."""
 
-    def __call__(self, record):
+    def run(self, record):
         noted = len(NOTES.read_text().splitlines()) if NOTES.exists() else 0
         if MISHAP == "fail" and noted >= AT:
             raise DeviceError("the drill's model failed")
         time.sleep(0.05)  # long enough to be in the middle of something
-        made = super().__call__(record)
+        made = super().run(record)
         node = ray.get_runtime_context().get_node_id()
         with NOTES.open("a") as file:
             file.write(f"{made['start']} {node} {os.getpid()}\n")
