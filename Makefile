@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo report test lint slow gpu performance wheel clean
+.PHONY: demo report test lint slow drills gpu performance wheel packaged clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -51,14 +51,19 @@ test: lint
 slow: .venv/linked
 	$(BIN)/python -m pytest -m slow
 
+# Against a real tritonserver and a real Ray; their environments are made in build/ on the first run
+drills: .venv/linked
+	$(BIN)/python -m pytest -m slow tests/test_triton_server.py tests/test_ray_embed.py tests/test_ray_serve.py
+
 gpu: .venv/linked
 	$(BIN)/python -m pytest -m gpu
 
-# The tests against the built wheel, where the source tree cannot be imported
-wheel: .venv/linked
+# The tests against the built wheel, where the source tree cannot be imported; packaged: those of
+# packaging alone, after the wheel's files were compared with the tree's
+wheel packaged: .venv/linked
 	rm -rf dist
 	$(BIN)/python -m build --quiet --wheel --outdir dist
-	$(BIN)/python scripts/test_wheel.py
+	$(BIN)/python scripts/test_wheel.py $(if $(filter packaged,$@),--packaged)
 
 clean:
 	rm -rf .venv build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache
