@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo report test lint slow drills gpu wheel packaged clean
+.PHONY: demo report test lint slow drills gpu performance wheel packaged clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -27,6 +27,18 @@ demo: .venv/linked
 report: demo
 	$(BIN)/msn-export onnx random:vit-msn-small:0 --head tokens --dtype fp16 --images demo/photographs --output demo/vit-msn-small-fp16.onnx --force
 	$(BIN)/msn-export report demo/vit-msn-small.onnx demo/vit-msn-small-fp16.onnx demo/vit-msn-small.engine --images demo/photographs --output demo/report.html --markdown demo/report.md --force
+
+# Every figure of docs/performance.md, on a machine that does nothing else: about ten minutes
+.venv-peer/installed: benchmarks/peer.txt
+	$(PYTHON) -m venv .venv-peer
+	.venv-peer/bin/pip install --quiet --requirement benchmarks/peer.txt
+	touch $@
+
+performance: .venv/linked .venv-peer/installed
+	$(BIN)/python benchmarks/forms.py
+	$(BIN)/python benchmarks/foldings.py
+	$(BIN)/python benchmarks/export.py --optimum .venv-peer/bin/optimum-cli
+	$(BIN)/python benchmarks/graphs.py --optimum .venv-peer/bin/optimum-cli --compile
 
 lint: .venv/linked
 	$(BIN)/ruff check .
