@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo report test lint slow gpu wheel clean
+.PHONY: demo report test lint slow drills gpu performance wheel packaged clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -28,6 +28,18 @@ report: demo
 	$(BIN)/msn-export onnx random:vit-msn-small:0 --head tokens --dtype fp16 --images demo/photographs --output demo/vit-msn-small-fp16.onnx --force
 	$(BIN)/msn-export report demo/vit-msn-small.onnx demo/vit-msn-small-fp16.onnx demo/vit-msn-small.engine --images demo/photographs --output demo/report.html --markdown demo/report.md --force
 
+# Every figure of docs/performance.md, on a machine that does nothing else: about ten minutes
+.venv-peer/installed: benchmarks/peer.txt
+	$(PYTHON) -m venv .venv-peer
+	.venv-peer/bin/pip install --quiet --requirement benchmarks/peer.txt
+	touch $@
+
+performance: .venv/linked .venv-peer/installed
+	$(BIN)/python benchmarks/forms.py
+	$(BIN)/python benchmarks/foldings.py
+	$(BIN)/python benchmarks/export.py --optimum .venv-peer/bin/optimum-cli
+	$(BIN)/python benchmarks/graphs.py --optimum .venv-peer/bin/optimum-cli --compile
+
 lint: .venv/linked
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,14 +51,19 @@ test: lint
 slow: .venv/linked
 	$(BIN)/python -m pytest -m slow
 
+# Against a real tritonserver and a real Ray; their environments are made in build/ on the first run
+drills: .venv/linked
+	$(BIN)/python -m pytest -m slow tests/test_triton_server.py tests/test_ray_embed.py tests/test_ray_serve.py
+
 gpu: .venv/linked
 	$(BIN)/python -m pytest -m gpu
 
-# The tests against the built wheel, where the source tree cannot be imported
-wheel: .venv/linked
+# The tests against the built wheel, where the source tree cannot be imported; packaged: those of
+# packaging alone, after the wheel's files were compared with the tree's
+wheel packaged: .venv/linked
 	rm -rf dist
 	$(BIN)/python -m build --quiet --wheel --outdir dist
-	$(BIN)/python scripts/test_wheel.py
+	$(BIN)/python scripts/test_wheel.py $(if $(filter packaged,$@),--packaged)
 
 clean:
 	rm -rf .venv build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache

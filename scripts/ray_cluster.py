@@ -24,6 +24,13 @@ ROOT = Path(__file__).absolute().parent.parent
 ENVIRONMENT = Path(os.environ.get("MSN_EXPORT_RAY", ROOT / "build/ray"))
 PACKAGE = "ray[data,serve]>=2.60,<3"
 CONSTRAINTS = ROOT / "constraints.txt"
+# Brings the loopback up (SIOCSIFFLAGS, IFF_UP), as "ip link set lo up" does, and becomes the command
+LOOPBACK = """
+import fcntl, os, socket, struct, sys
+with socket.socket() as any:
+    fcntl.ioctl(any, 0x8914, struct.pack("16sh22x", b"lo", 1))
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
 
 
 def environment() -> Path:
@@ -52,8 +59,7 @@ def environment() -> Path:
 def alone(command: Sequence[object]) -> list[str]:
     """Put a command where nothing but its own loopback can be reached, from either side."""
     unshare = ["unshare", "--net", *([] if os.geteuid() == 0 else ["--map-root-user"])]
-    up = 'ip link set lo up && exec "$@"'
-    return [*unshare, "sh", "-c", up, "sh", *map(str, command)]
+    return [*unshare, sys.executable, "-c", LOOPBACK, *map(str, command)]
 
 
 @contextlib.contextmanager
@@ -67,7 +73,9 @@ def started(arguments: Sequence[object], **options: object) -> Iterator["subproc
     # the sessions' folder: sockets in it allow no long path, and an address that a killed cluster
     # left in it would be joined by the next command
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as tmp:
-        variables = {**os.environ, "RAY_TMPDIR": tmp, "RAY_USAGE_STATS_ENABLED": "0"}
+        # a cluster's first start writes a token into the home folder
+        own = {"RAY_TMPDIR": tmp, "HOME": tmp, "RAY_USAGE_STATS_ENABLED": "0"}
+        variables = {**os.environ, **own}
         child = subprocess.Popen(
             alone([environment(), *arguments]),
             env=variables, text=True, stdin=subprocess.DEVNULL, start_new_session=True, **options,

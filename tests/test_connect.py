@@ -90,7 +90,8 @@ def test_an_address_where_nobody_listens_is_not_waited_for(joined) -> None:
         pass
     assert str(refused.value) == (
         f"--ray 127.0.0.1:{nobody}: no cluster that can be joined ([Errno 111] Connection "
-        "refused); start one with ray start --head, or use --ray local"
+        "refused); start one with ray start --head, use --ray local, or set RAY_AUTH_MODE=token "
+        "if it asks for one"
     )
     assert ray.asked is None
 
@@ -130,7 +131,7 @@ def test_a_cluster_that_is_not_there_is_one_line(joined, kind) -> None:
         pass
     assert str(refused.value) == (
         "--ray auto: no cluster that can be joined (Ray runtime not found.); start one "
-        "with ray start --head, or use --ray local"
+        "with ray start --head, use --ray local, or set RAY_AUTH_MODE=token if it asks for one"
     )
 
 

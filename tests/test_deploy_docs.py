@@ -9,6 +9,7 @@ import yaml
 from triton_faults import FAULTS
 
 from msn_export.cli import main
+from msn_export.cluster.serving import Serving
 from msn_export.triton.releases import RELEASES, for_tensorrt, parse_release
 
 DOCUMENT = Path(__file__).parent.parent / "docs/deploy.md"
@@ -106,8 +107,21 @@ def test_every_command_has_the_options_it_is_shown_with(text) -> None:
         assert given <= known, f"msn-export {name} has no {given - known}"
 
 
-def test_the_option_table_names_options_that_there_are(text) -> None:
-    options = set(re.findall(r"^\| `(--[a-z-]+)[` ]", text, re.MULTILINE))
-    known = {option for param in main.commands["triton"].params for option in param.opts}
+@pytest.mark.parametrize(("command", "part"), [("triton", 0), ("embed", 1)])
+def test_the_option_table_names_options_that_there_are(text, command, part) -> None:
+    tables = text.split("\n## Ray\n")[part]
+    options = set(re.findall(r"^\| `(--[a-z-]+)[` ]", tables, re.MULTILINE))
+    known = {option for param in main.commands[command].params for option in param.opts}
     assert options
     assert options <= known
+
+
+def test_the_services_arguments_are_all_named_with_their_defaults(text) -> None:
+    table = text.split("| argument | |\n")[1].split("\n\n")[0]
+    shown = dict(re.findall(r"`([a-z]+)=([A-Za-z0-9,]+)`", table))
+    assert set(shown) == set(Serving.__dataclass_fields__)
+    numbers = {name: int(value) for name, value in shown.items() if value.isdigit()}
+    assert numbers == {"replicas": 1, "cpus": 1, "gpus": 0, "wait": 5, "decoders": 1}
+    plain = Serving(Path("m.onnx"))
+    for name, value in numbers.items():
+        assert (plain.share.get("num_gpus", 0) if name == "gpus" else getattr(plain, name)) == value

@@ -68,7 +68,7 @@ def connected(address: str) -> Iterator[tuple[Node, ...]]:
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise ClusterError(
             f"--ray {address}: no cluster that can be joined ({first_line(error)}); start one "
-            "with ray start --head, or use --ray local"
+            "with ray start --head, use --ray local, or set RAY_AUTH_MODE=token if it asks for one"
         ) from error
     try:
         with failures_in_one_line():

@@ -1,0 +1,93 @@
+"""Time ``msn-export onnx`` of vit-msn-base beside ``optimum-cli export onnx`` of the same folder.
+
+    python benchmarks/export.py --optimum VENV/bin/optimum-cli [--rounds 3]
+
+Ours checks its graph on 16 photographs, optimum's on two random images. Whole commands by turns, each a
+process of its own: wall time, processor time, and peak resident memory as the kernel counts them.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from transformers import ViTImageProcessorPil, ViTMSNConfig, ViTMSNModel
+
+from msn_export.machine import this_machine
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results" / "export.json"
+Figures = dict[str, float]
+
+
+def main() -> None:
+    """Run both by turns, print medians and their ratio, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--optimum", type=Path, required=True, help="optimum-cli of its own venv")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    runs: dict[str, list[Figures]] = {"msn-export": [], "optimum": []}
+    with tempfile.TemporaryDirectory() as name:
+        commands = prepare(Path(name), options.optimum)
+        for _ in range(options.rounds):
+            for who, command in commands.items():
+                runs[who].append(measure(command, Path(name) / f"{who}.log"))
+                print(who, runs[who][-1], file=sys.stderr, flush=True)
+    medians = {
+        who: {key: statistics.median(run[key] for run in found) for key in found[0]}
+        for who, found in runs.items()
+    }
+    ours, theirs = medians["msn-export"], medians["optimum"]
+    ratios = {key: ours[key] / theirs[key] for key in ours}
+    told = {"machine": asdict(this_machine()), "load": os.getloadavg(), "runs": runs}
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(
+        json.dumps(told | {"medians": medians, "ratio": ratios}, indent=2) + "\n"
+    )
+    for key, ratio in ratios.items():
+        print(
+            f"{key:12} msn-export {ours[key]:6.2f}  optimum {theirs[key]:6.2f}  ratio {ratio:.2f}"
+        )
+
+
+def prepare(folder: Path, optimum: Path) -> dict[str, list[str]]:
+    """Write the checkpoint and the photographs; give each side's command."""
+    torch.manual_seed(0)
+    ViTMSNModel(ViTMSNConfig()).save_pretrained(folder / "hf")
+    ViTImageProcessorPil().save_pretrained(folder / "hf")
+    photographs = folder / "photographs"
+    script = ROOT / "scripts" / "photographs.py"
+    subprocess.run([sys.executable, str(script), str(photographs)], check=True, stdout=sys.stderr)
+    model = str(folder / "hf")
+    ours = [sys.executable, "-m", "msn_export.cli", "onnx", model, "-o", str(folder / "m.onnx")]
+    theirs = [str(optimum), "export", "onnx", "--model", model, "--task", "feature-extraction"]
+    return {
+        "msn-export": [*ours, "--images", str(photographs), "--force"],
+        "optimum": [*theirs, str(folder / "peer")],
+    }
+
+
+def measure(command: list[str], log: Path) -> Figures:
+    """Run to the end: seconds by the clock, seconds of processor, peak memory in GB."""
+    started = time.monotonic()
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        _, status, used = os.wait4(process.pid, 0)
+    wall = time.monotonic() - started
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{log.read_text()[-2000:]}")
+    cpu = used.ru_utime + used.ru_stime
+    return {"wall_s": wall, "cpu_s": cpu, "peak_gb": used.ru_maxrss / 1e6}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Time vit-msn-base for a [CLS] embedding: our graphs beside optimum's and PyTorch's own.
+
+    python benchmarks/graphs.py --optimum VENV/bin/optimum-cli [--rounds 40] [--threads 2]
+
+One process, one input, a contender after the other in random order every round: a machine that is
+busy for a while slows all of them. The ratio is the median of a round's ratios. optimum-cli lives
+in an environment of its own (benchmarks/peer.txt); without it its row is left out, and says so.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from transformers import ViTMSNConfig, ViTMSNModel
+
+from msn_export.machine import this_machine
+
+RESULTS = Path(__file__).parent / "results" / "graphs.json"
+BATCHES = (1, 8)
+BASIS = ("optimum", "torch sdpa")
+Contender = Callable[[np.ndarray], np.ndarray]
+
+
+def main() -> None:
+    """Build the contenders, time them at both batch sizes, print ratios and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--optimum", type=Path, help="optimum-cli of its own environment")
+    parser.add_argument("--quantised", type=Path, help="an int8 graph by msn-export calibrate")
+    parser.add_argument("--compile", action="store_true", help="torch.compile too: slow to start")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    told: dict[str, object] = {"machine": asdict(this_machine()), "threads": options.threads}
+    with tempfile.TemporaryDirectory() as name:
+        contenders = build(options, Path(name))
+        for batch in BATCHES:
+            told[f"batch {batch}"] = measure(contenders, batch, max(3, options.rounds // batch))
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(told, indent=2) + "\n")
+
+
+def build(options: argparse.Namespace, folder: Path) -> dict[str, Contender]:
+    """Make every contender of one set of weights, in Hugging Face's format."""
+    torch.manual_seed(0)
+    model = ViTMSNModel(ViTMSNConfig())
+    model.save_pretrained(folder / "hf")
+    own = folder / "own.onnx"
+    export = ["onnx", str(folder / "hf"), "-o", str(own), "--target", "onnxruntime", "--no-check"]
+    run(sys.executable, "-m", "msn_export.cli", *export, "--head", "cls")
+    found = {"msn-export": session(own, options.threads)}
+    if options.quantised:
+        found["msn-export int8"] = session(options.quantised, options.threads)
+    if options.optimum:
+        task = ["--task", "feature-extraction", str(folder / "peer")]
+        run(str(options.optimum), "export", "onnx", "--model", str(folder / "hf"), *task)
+        found["optimum"] = session(folder / "peer" / "model.onnx", options.threads)
+    else:
+        print("optimum: left out, --optimum is not given", file=sys.stderr)
+    for kind in ("sdpa", "eager"):
+        loaded = ViTMSNModel.from_pretrained(folder / "hf", attn_implementation=kind)
+        found[f"torch {kind}"] = of_torch(loaded)
+        if kind == "sdpa" and options.compile:
+            found["torch compile"] = of_torch(torch.compile(loaded))
+    return found
+
+
+def run(*command: str) -> None:
+    """Run a command, and show what it said only if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+
+
+def session(path: Path, threads: int) -> Contender:
+    """Open a graph in onnxruntime on the CPU; what it gives first is read at [CLS]."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    # the contenders take turns: the threads of one must not spin while the next one runs
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    opened = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    name = opened.get_inputs()[0].name
+
+    def call(images: np.ndarray) -> np.ndarray:
+        output: np.ndarray = opened.run(None, {name: images})[0]
+        return output[:, 0] if output.ndim == 3 else output
+
+    return call
+
+
+def of_torch(model: Callable[..., Any]) -> Contender:
+    """Run a model of transformers."""
+
+    def call(images: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            hidden: torch.Tensor = model(torch.from_numpy(images)).last_hidden_state
+        return hidden[:, 0].numpy()
+
+    return call
+
+
+def measure(contenders: Mapping[str, Contender], batch: int, rounds: int) -> dict[str, object]:
+    """Time all contenders by turns; seconds to milliseconds, medians and ratios of rounds."""
+    generator = np.random.default_rng(0)
+    images = generator.standard_normal((batch, 3, 224, 224)).astype(np.float32)
+    wanted = contenders["torch sdpa"](images)
+    apart = {name: float(np.abs(call(images) - wanted).max()) for name, call in contenders.items()}
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    order = list(contenders)
+    for _ in range(rounds):
+        random.shuffle(order)
+        for name in order:
+            started = time.perf_counter()
+            contenders[name](images)
+            times[name].append(1e3 * (time.perf_counter() - started))
+    found: dict[str, object] = {"rounds": rounds}
+    for name, taken in times.items():
+        ratios = {
+            basis: statistics.median(a / b for a, b in zip(taken, times[basis], strict=True))
+            for basis in BASIS
+            if basis in times
+        }
+        found[name] = {"ms": statistics.median(taken), "ratio": ratios, "max_abs": apart[name]}
+        told = ", ".join(f"{ratio:.3f} x {basis}" for basis, ratio in ratios.items())
+        print(f"batch {batch}: {name:16} {statistics.median(taken):8.1f} ms  {told}", flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    main()
