@@ -45,8 +45,9 @@ lint: .venv/linked
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# A process a core; a file's tests stay together, for they share what its fixtures made
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 slow: .venv/linked
 	$(BIN)/python -m pytest -m slow

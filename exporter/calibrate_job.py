@@ -36,15 +36,16 @@ class CalibrateJob:
     quantize_patch: bool = False
     quantize_head: bool = False
     bias_correction: bool = False
-    gate_cosine: float = 0.99
+    gate_cosine: float | None = None
     compile: bool = True
     force: bool = False
     command: str = ""
 
     @property
     def gate(self) -> Gate:
-        """What the quantised graph must reach."""
-        return replace(GATES[self.dtype], cosine_p1=self.gate_cosine)
+        """What the quantised graph must reach: that of its format, or what was asked for."""
+        own = GATES[self.dtype]
+        return own if self.gate_cosine is None else replace(own, cosine_p1=self.gate_cosine)
 
     @property
     def scheme(self) -> Scheme:

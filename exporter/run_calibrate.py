@@ -141,7 +141,7 @@ def _choose(
                 return Candidate(path, model, judged, choice)
             failures = judged.failures
     raise ToleranceError(
-        f"no choice of blocks reaches --gate-cosine {job.gate_cosine} in {job.dtype}"
+        f"no choice of blocks reaches --gate-cosine {job.gate.cosine_p1} in {job.dtype}"
         + (f" on held-out images ({failures[0]})" if failures else " on calibration images")
         + f"; keep {job.base}, or lower the gate"
     )

@@ -70,9 +70,8 @@ def _strength(text: str) -> str | float:
 @click.option(
     "--gate-cosine",
     type=click.FloatRange(0, 1),
-    default=0.99,
-    show_default=True,
-    help="First-percentile cosine with the fp32 graph on held-out images; blocks stay until then.",
+    help="First-percentile cosine with the fp32 graph on held-out images; blocks stay until then."
+    " Default: the gate of the format, docs/tolerances.md.",
 )
 @flag_off("--no-compile", "compile", help="Do not compile it to count its kernels.")
 @force_option
