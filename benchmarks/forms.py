@@ -127,7 +127,7 @@ def opened(path: Path) -> onnxruntime.InferenceSession:
     """Open on the CPU with two threads that do not spin while others run."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 2
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 

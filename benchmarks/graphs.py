@@ -3,7 +3,8 @@
     python benchmarks/graphs.py --optimum VENV/bin/optimum-cli [--rounds 40] [--threads 2]
 
 One process, one input, a contender after the other in random order every round: a machine that is
-busy for a while slows all of them. The ratio is the median of a round's ratios. optimum-cli lives
+busy for a while slows all of them. The ratio is the median of a round's ratios, by the clock and of
+processor time, which a busy machine disturbs less. optimum-cli lives
 in an environment of its own (benchmarks/peer.txt); without it its row is left out, and says so.
 """
 
@@ -31,6 +32,7 @@ RESULTS = Path(__file__).parent / "results" / "graphs.json"
 BATCHES = (1, 8)
 BASIS = ("optimum", "torch sdpa")
 Contender = Callable[[np.ndarray], np.ndarray]
+Times = tuple[float, float]  # milliseconds by the clock, and of the processor
 
 
 def main() -> None:
@@ -48,7 +50,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         contenders = build(options, Path(name))
         for batch in BATCHES:
-            told[f"batch {batch}"] = measure(contenders, batch, max(3, options.rounds // batch))
+            told[f"batch {batch}"] = measure(
+                contenders, batch, options.rounds // (1 if batch == 1 else 2)
+            )
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(told, indent=2) + "\n")
 
@@ -90,7 +94,7 @@ def session(path: Path, threads: int) -> Contender:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     # the contenders take turns: the threads of one must not spin while the next one runs
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     opened = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     name = opened.get_inputs()[0].name
 
@@ -113,29 +117,37 @@ def of_torch(model: Callable[..., Any]) -> Contender:
 
 
 def measure(contenders: Mapping[str, Contender], batch: int, rounds: int) -> dict[str, object]:
-    """Time all contenders by turns; seconds to milliseconds, medians and ratios of rounds."""
+    """Time all contenders by turns; medians, ratios, and how far outputs are apart."""
     generator = np.random.default_rng(0)
     images = generator.standard_normal((batch, 3, 224, 224)).astype(np.float32)
     wanted = contenders["torch sdpa"](images)
     apart = {name: float(np.abs(call(images) - wanted).max()) for name, call in contenders.items()}
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    times: dict[str, list[Times]] = {name: [] for name in contenders}
     order = list(contenders)
     for _ in range(rounds):
         random.shuffle(order)
         for name in order:
-            started = time.perf_counter()
+            started = time.perf_counter(), time.process_time()
             contenders[name](images)
-            times[name].append(1e3 * (time.perf_counter() - started))
+            ended = time.perf_counter(), time.process_time()
+            times[name].append((1e3 * (ended[0] - started[0]), 1e3 * (ended[1] - started[1])))
     found: dict[str, object] = {"rounds": rounds}
-    for name, taken in times.items():
-        ratios = {
-            basis: statistics.median(a / b for a, b in zip(taken, times[basis], strict=True))
-            for basis in BASIS
-            if basis in times
-        }
-        found[name] = {"ms": statistics.median(taken), "ratio": ratios, "max_abs": apart[name]}
-        told = ", ".join(f"{ratio:.3f} x {basis}" for basis, ratio in ratios.items())
-        print(f"batch {batch}: {name:16} {statistics.median(taken):8.1f} ms  {told}", flush=True)
+    for name in times:
+        found[name] = figures(times, name) | {"max_abs": apart[name]}
+        print(f"batch {batch}: {name}: {found[name]}", flush=True)
+    return found
+
+
+def figures(times: Mapping[str, list[Times]], name: str) -> dict[str, object]:
+    """Take medians, by the clock and of the processor, and medians of the ratios of a round."""
+    taken, found = times[name], dict[str, object]()
+    for index, clock in enumerate(("wall", "cpu")):
+        found[f"{clock}_ms"] = round(statistics.median(one[index] for one in taken), 1)
+        for basis in BASIS:
+            if basis in times:
+                pairs = zip(taken, times[basis], strict=True)
+                ratio = statistics.median(a[index] / b[index] for a, b in pairs)
+                found[f"{clock} x {basis}"] = round(ratio, 3)
     return found
 
 
