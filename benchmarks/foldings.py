@@ -13,14 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from forms import kernels, opened
+from forms import kernels, opened, traced
 
 from msn_export.graph import io
 from msn_export.graph.fuse import fuse_attention
-from msn_export.graph.trace import trace
 from msn_export.models.checkpoints import load_checkpoint
-from msn_export.preprocessing import preset
-from msn_export.spec import AttentionForm, BatchRange, Head, ImageSize, InputKind
+from msn_export.spec import AttentionForm, Head
 
 RESULTS = Path(__file__).parent / "results" / "foldings.json"
 VARIANT = "random:vit-msn-small:0"
@@ -38,13 +36,7 @@ def main() -> None:
         images = generator.integers(0, 256, shape, dtype=np.uint8)
         noise: dict[str, np.ndarray] = {}
         for label, fold in FOLDINGS.items():
-            model = trace(
-                module,
-                heads=[Head.TOKENS],
-                stem=InputKind.UINT8,
-                batch=BatchRange(),
-                preprocessing=preset("hf", ImageSize(*module.config.image_size)),
-            )
+            model = traced(module, Head.TOKENS)
             fuse_attention(model, AttentionForm.HEADS)
             for weight, value in model.graph.initializers.items():
                 if weight.endswith(".bias"):
@@ -86,7 +78,7 @@ def patch_bias(model: ir.Model) -> None:
 
 
 def scale(model: ir.Model) -> None:
-    """Multiply the queries' weights by 1 / sqrt(d), and let attention multiply by one."""
+    """Multiply the queries' weights by 1 / sqrt(d), d 64, and let attention multiply by one."""
     for weight in [name for name in model.graph.initializers if ".attn.qkv." in name]:
         array = held(model, weight)
         array[..., : array.shape[-1] // 3] *= 64**-0.5

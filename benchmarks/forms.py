@@ -94,15 +94,20 @@ def main() -> None:
     options.json.write_text(json.dumps(told | {"forms": found}, indent=2) + "\n")
 
 
-def written(module: VitMsn, form: AttentionForm, narrowed: tuple[bool, ...]) -> ir.Model:
-    """Trace bytes to a [CLS] embedding, and write it in one form."""
-    model = trace(
+def traced(module: VitMsn, head: Head) -> ir.Model:
+    """Trace bytes to a head."""
+    return trace(
         module,
-        heads=[Head.CLS],
+        heads=[head],
         stem=InputKind.UINT8,
         batch=BatchRange(),
         preprocessing=preset("hf", ImageSize(*module.config.image_size)),
     )
+
+
+def written(module: VitMsn, form: AttentionForm, narrowed: tuple[bool, ...]) -> ir.Model:
+    """Trace bytes to a [CLS] embedding, and write it in one form."""
+    model = traced(module, Head.CLS)
     for split in narrowed:
         narrow_to_first_token(model, split_projection=split)
     fuse_attention(model, form, expected=module.config.depth)
@@ -123,10 +128,10 @@ def kernels(model: ir.Model, folder: Path) -> tuple[int | None, int | None]:
     return len(census.kernels), len(census.fused_attention)
 
 
-def opened(path: Path) -> onnxruntime.InferenceSession:
-    """Open on the CPU with two threads that do not spin while others run."""
+def opened(path: Path, threads: int = 2) -> onnxruntime.InferenceSession:
+    """Open on the CPU with threads that do not spin while others take their turn."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 2
+    options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
+from forms import opened
 from transformers import ViTMSNConfig, ViTMSNModel
 
 from msn_export.machine import this_machine
@@ -91,15 +91,11 @@ def run(*command: str) -> None:
 
 def session(path: Path, threads: int) -> Contender:
     """Open a graph in onnxruntime on the CPU; what it gives first is read at [CLS]."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    # the contenders take turns: the threads of one must not spin while the next one runs
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    opened = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    name = opened.get_inputs()[0].name
+    graph = opened(path, threads)
+    name = graph.get_inputs()[0].name
 
     def call(images: np.ndarray) -> np.ndarray:
-        output: np.ndarray = opened.run(None, {name: images})[0]
+        output: np.ndarray = graph.run(None, {name: images})[0]
         return output[:, 0] if output.ndim == 3 else output
 
     return call

@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack, closing, contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
 
 from msn_export import __version__
-from msn_export.cluster.connect import LOCAL, address_of, connected
-from msn_export.cluster.sources import list_sources
 from msn_export.embed import outputs
 from msn_export.embed.batches import Reading, reading_of
 from msn_export.embed.job import Embedded, EmbedJob
-from msn_export.embed.listing import list_pictures
-from msn_export.embed.local import Local
-from msn_export.embed.opened import tested
 from msn_export.embed.parts import Parts
 from msn_export.embed.rate import Rate
+from msn_export.embed_place import here, on_cluster
 from msn_export.errors import ClusterError, ImageError, MsnExportError, SpecError
 from msn_export.feed import Feed, feed_of
 from msn_export.files import no_room_reported, require_writable, sha256_of, staging
 from msn_export.process import peak_rss
 from msn_export.records import to_plain
-from msn_export.runtime import open_runner
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from msn_export.embed.listing import Pictures
-    from msn_export.embed.opened import Opened
-    from msn_export.embed.rows import Rows
+    from msn_export.embed_place import Place
     from msn_export.progress import Progress
 
 
@@ -46,7 +36,7 @@ def run_embed(job: EmbedJob, progress: Progress) -> Embedded:
     """
     started = time.monotonic()
     require_output(job)
-    site = _here if job.ray is None else _on_cluster
+    site = here if job.ray is None else on_cluster
     with site(job, progress) as place, no_room_reported(job.output.parent):
         run = _Run(job, place)
         parts = run.begin()
@@ -84,76 +74,6 @@ def run_embed(job: EmbedJob, progress: Progress) -> Embedded:
         images_per_second=round((images - resumed_at) / seconds, 2),
         peak_rss_bytes=peak_rss(),
     )
-
-
-class Place(Protocol):
-    """Where a job runs: the pictures it found there, the model that is open there."""
-
-    @property
-    def pictures(self) -> Pictures:
-        """What there is to run."""
-
-    @property
-    def model(self) -> Opened:
-        """What is known of the model."""
-
-    @property
-    def selftest(self) -> str:
-        """What the model's golden input said there."""
-
-    @property
-    def workers(self) -> int:
-        """Processes that decode."""
-
-    @property
-    def cluster(self) -> str | None:
-        """What the cluster has, in words; None on this machine."""
-
-    def rows(
-        self, feed: Feed, reading: Reading, batch: int, missing: Sequence[range]
-    ) -> Iterator[tuple[int, Rows]]:
-        """Make the rows of each batch of ``missing``; give them with the number of the first."""
-
-
-@contextmanager
-def _here(job: EmbedJob, progress: Progress) -> Iterator[Place]:
-    """Open the model on this machine."""
-    if not isinstance(job.images, Path):
-        raise SpecError(
-            f"{job.images} is read on a Ray cluster alone; add --ray local, or copy it to a folder"
-        )
-    if job.actors is not None:
-        raise SpecError("--actors is of a Ray cluster; add --ray, or leave it out")
-    with progress.step("list pictures"):
-        listing = list_pictures(job.images)
-    with progress.step("open the model"):
-        runner = open_runner(
-            job.model,
-            device=job.device,
-            providers=job.providers or None,
-            trust=job.trust,
-            eager_kernels=True,  # a row does not depend on which kernels were ready
-        )
-    with runner:
-        with progress.step("selftest"):
-            selftest = tested(runner, check=job.check)
-        yield Local(listing, runner, selftest, job.workers)
-
-
-@contextmanager
-def _on_cluster(job: EmbedJob, progress: Progress) -> Iterator[Place]:
-    """Join or start a cluster, and have one of its workers open the model."""
-    address = address_of(job.ray or "")
-    with progress.step("list pictures"):
-        pictures, store = list_sources(job.images)
-    with ExitStack() as stack:
-        with progress.step(f"start Ray on {address}" if address == LOCAL else f"join {address}"):
-            nodes = stack.enter_context(connected(address))
-        from msn_export.cluster.embed import OnCluster  # loads Ray, which is there by now
-
-        with progress.step("open the model on a worker"):
-            place = OnCluster(job, pictures, store, nodes)
-        yield place
 
 
 def require_output(job: EmbedJob) -> None:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from msn_export import __version__, golden
 from msn_export.check.gate import GATES
-from msn_export.check.sample import Sample, affordable_batch, batch_sizes, dealt_once, draw
+from msn_export.check.sample import Sample, affordable_batch, batch_sizes, draw
 from msn_export.check.verify import Reference, run_reference, verify
 from msn_export.checkpoint import preprocessing_of, sized
 from msn_export.files import manifest_path, publish, require_writable, sha256_of, staging
@@ -182,8 +182,7 @@ def _check(
         return None
     with progress.step("compare with the reference"):
         runner = cpu_runner(built.path, job.dtype, built.path.parent)
-        sample = reference.sample
-        sizes = dealt_once(batch_sizes(job.batch, sample.room), len(sample))
+        sizes = batch_sizes(job.batch, reference.sample.room)
         verified = verify(runner, reference, job.stem, sizes)
     return verified.require(GATES[job.dtype], f"the {job.dtype} graph")
 

@@ -6,14 +6,14 @@ It must load without a word on the console. Needs chromium and chromedriver, and
 """
 
 import io
-import shutil
 import sys
 from pathlib import Path
 
 from PIL import Image
-from selenium import webdriver
-from selenium.webdriver.chrome.options import Options
-from selenium.webdriver.chrome.service import Service
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+from browser import chromium, look_at
 
 WIDTH, HEIGHT = 1180, 2190  # pixels: down to the images that agree least
 COLOURS = 128  # a palette: a quarter of the size, and nothing to be seen of it
@@ -23,22 +23,12 @@ def main(page: Path, output: Path) -> None:
     """Open the page, refuse one that complains, and write its upper part as PNG."""
     if not page.is_file():
         raise SystemExit(f"{page} does not exist; make report writes it")
-    options = Options()
-    options.binary_location = shutil.which("chromium") or ""
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    browser = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
-    try:
-        size = {"width": WIDTH, "height": HEIGHT, "deviceScaleFactor": 1, "mobile": False}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        browser.get(page.absolute().as_uri())
+    with chromium(WIDTH, HEIGHT) as browser:
+        look_at(browser, page)
         said = browser.get_log("browser")
         if said:
             raise SystemExit(f"{page} complains: {said}")
         shot = browser.get_screenshot_as_png()
-    finally:
-        browser.quit()
     output.parent.mkdir(parents=True, exist_ok=True)
     picture = Image.open(io.BytesIO(shot)).convert("RGB")
     picture.quantize(COLOURS).save(output, optimize=True)

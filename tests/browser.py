@@ -10,8 +10,8 @@ import pytest
 
 
 @contextmanager
-def chromium(width: int = 1200, *, dark: bool = False) -> Iterator[Any]:
-    """Open a window of ``width`` pixels whose user prefers light or dark pages."""
+def chromium(width: int = 1200, height: int = 1000, *, dark: bool = False) -> Iterator[Any]:
+    """Open a window of so many pixels whose user prefers light or dark pages."""
     browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if browser is None or driver is None:
         pytest.skip("chromium and chromedriver are not installed")
@@ -23,7 +23,7 @@ def chromium(width: int = 1200, *, dark: bool = False) -> Iterator[Any]:
     options.binary_location = browser
     for argument in (
         "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-        "--disable-background-networking", "--hide-scrollbars", f"--window-size={width},1000",
+        "--disable-background-networking", "--hide-scrollbars", f"--window-size={width},{height}",
         # whatever is not in the page itself cannot be had, and is logged
         "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",
     ):  # fmt: skip
@@ -35,7 +35,7 @@ def chromium(width: int = 1200, *, dark: bool = False) -> Iterator[Any]:
         opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
         opened.execute_cdp_cmd(
             "Emulation.setDeviceMetricsOverride",
-            {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False},
+            {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False},
         )
         yield opened
     finally:

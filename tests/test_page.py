@@ -4,32 +4,14 @@ import json
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from benches import made_up
+from pages import read
 
 from msn_export.bench.page import write_page
 from msn_export.records import to_plain
-
-
-class Reader(HTMLParser):
-    """Collects elements, what they would fetch, and ids."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.fetched: list[str] = []
-        self.ids: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        for name, value in attrs:
-            if name == "id":
-                self.ids.append(value or "")
-            if name in {"src", "href", "xlink:href", "data", "action"} and value:
-                self.fetched.append(value)
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +19,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "bench.html"
     write_page(made_up(), path)
     return path
-
-
-def read(path: Path) -> Reader:
-    reader = Reader()
-    reader.feed(path.read_text())
-    return reader
 
 
 def test_it_fetches_nothing_and_is_small(page) -> None:

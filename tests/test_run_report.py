@@ -5,7 +5,6 @@ import itertools
 import json
 import re
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from artifacts import classifier, copy_of, engine, no_driver
 from benches import made_up
 from browser import chromium, look_at
 from click.testing import CliRunner, Result
+from pages import read
 from tiny_artifacts import pictures
 
 from msn_export.cli import main
@@ -64,30 +64,6 @@ def page(folder: Path) -> Path:
 
 
 # --- the file -------------------------------------------------------------------------------------
-
-
-class Reader(HTMLParser):
-    """Collects elements, what they would fetch, ids, and the text of headings and cells."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.fetched: list[str] = []
-        self.ids: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        for name, value in attrs:
-            if name == "id":
-                self.ids.append(value or "")
-            if name in {"src", "srcset", "href", "xlink:href", "data", "action"} and value:
-                self.fetched.append(value)
-
-
-def read(path: Path) -> Reader:
-    reader = Reader()
-    reader.feed(path.read_text(encoding="utf-8"))
-    return reader
 
 
 def test_it_holds_all_it_shows_and_is_small(page) -> None:

@@ -14,7 +14,6 @@ from msn_export.check.sample import (
     affordable_batch,
     batch_sizes,
     batches,
-    dealt_once,
     draw,
     with_ragged,
 )
@@ -83,24 +82,6 @@ ranges = st.lists(st.integers(1, 64), min_size=3, max_size=3).map(lambda x: Batc
 )
 def test_the_smallest_the_largest_and_one_between(batch, room, sizes) -> None:
     assert batch_sizes(BatchRange.parse(batch), room) == sizes
-
-
-@pytest.mark.parametrize(
-    ("sizes", "count", "dealt"),
-    [
-        ((1, 8, 32), 16, (1, 7, 8)),
-        ((1, 8, 32), 4, (1, 3)),
-        ((1, 8, 32), 2, (1,)),
-        ((1, 8, 32), 1, (1,)),
-        ((1, 2), 16, (1, 2)),  # memory affords no more than two
-        ((4,), 16, (4,)),
-        ((2, 8, 16), 3, (2,)),
-    ],
-)
-def test_a_check_that_must_be_cheap_runs_no_picture_twice(sizes, count, dealt) -> None:
-    assert dealt_once(sizes, count) == dealt
-    if len(dealt) > 1 and dealt[-1] * 2 > count - sum(dealt[:-1]):
-        assert sum(len(rows) for rows in batches(dealt, count)) == count
 
 
 def test_a_batch_that_could_not_be_checked_is_refused() -> None:

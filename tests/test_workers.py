@@ -10,6 +10,7 @@ import pytest
 from tiny_artifacts import classifier, pictures
 
 from msn_export import __version__, runtime
+from msn_export.cluster import workers
 from msn_export.cluster.shipping import pack
 from msn_export.cluster.sources import list_sources
 from msn_export.cluster.wire import pixels_from, rows_from
@@ -42,6 +43,18 @@ def test_the_model_is_known_before_all_open_it(model) -> None:
         assert (found.batch, found.manifest) == (runner.batch, runner.manifest)
     assert found.version == __version__
     assert found.selftest.startswith("selftest passed")
+
+
+def test_it_is_opened_with_kernels_that_stay_as_on_one_machine(model, monkeypatch) -> None:
+    asked = {}
+
+    def opened(path: Path, **options: object) -> runtime.Runner:
+        asked.update(options)
+        return runtime.open_runner(path, **options)
+
+    monkeypatch.setattr(workers, "open_runner", opened)
+    explore(pack(model), OPENING)
+    assert asked["eager_kernels"] is True
 
 
 def test_a_worker_of_another_version_is_refused(model) -> None:

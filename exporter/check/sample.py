@@ -82,21 +82,6 @@ def batch_sizes(batch: BatchRange, room: int) -> tuple[int, ...]:
     return tuple(sorted({batch.min, between, largest}))
 
 
-def dealt_once(sizes: Sequence[int], count: int) -> tuple[int, ...]:
-    """Cut ``batch_sizes`` down to those that deal ``count`` pictures without repeating one.
-
-    The smallest, a middle one and what is left: a picture run twice costs as much as a new one
-    and proves less. A graph of one size takes full batches only: its sizes stay as they are.
-    """
-    least, largest = sizes[0], sizes[-1]
-    rest = count - least
-    if rest < least or least == largest:
-        return tuple(size for size in sizes if size <= max(least * 2, count))
-    between = min(sizes[len(sizes) // 2], rest)
-    left = rest - between
-    return tuple(sorted({least, between, *([left] if least <= left <= largest else [])}))
-
-
 def with_ragged(sizes: Sequence[int], count: int) -> tuple[int, ...]:
     """Add the size of the last batch of a data set, which is rarely a full one.
 

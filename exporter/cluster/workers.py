@@ -46,7 +46,11 @@ class Opening:
         """
         with unpacked(cargo) as path:
             runner = open_runner(
-                path, providers=self.providers or None, trust=self.trust, threads=self.threads
+                path,
+                providers=self.providers or None,
+                trust=self.trust,
+                threads=self.threads,
+                eager_kernels=True,  # as without a cluster: the rows are the same
             )
         return runner, tested(runner, check=self.check)
 

@@ -67,7 +67,7 @@ class Place(ABC):
         """Say why nothing in a dtype can be built here; empty where it must."""
 
     @abstractmethod
-    def _source(self, shape: str) -> str:
+    def source(self, shape: str) -> str:
         """Name the checkpoint."""
 
     @abstractmethod
@@ -75,13 +75,13 @@ class Place(ABC):
         """Make what runs of the fp32 graph, or of the quantised one."""
 
     def _checkpoint(self, shape: str) -> Checkpoint:
-        return load_checkpoint(self._source(shape))
+        return load_checkpoint(self.source(shape))
 
     def _master(self, shape: str) -> Path:
         """Export the fp32 graph, without a check: the artifact has its own on the card."""
         batch = ("--batch", BATCHES.get(shape, "1:8:16"))
         return self.run(
-            self.folder / f"{shape}.onnx", "onnx", self._source(shape),
+            self.folder / f"{shape}.onnx", "onnx", self.source(shape),
             *HEADS, *batch, "--no-check",
         )  # fmt: skip
 
@@ -121,7 +121,7 @@ class Rehearsal(Place):
     def obstacle(self, dtype: Dtype) -> str:
         return "onnxruntime has no bf16 kernels on the CPU" if dtype is Dtype.BF16 else ""
 
-    def _source(self, shape: str) -> str:
+    def source(self, shape: str) -> str:
         folder = self.folder / shape
         if not folder.exists():
             hugging_face(folder)
@@ -133,7 +133,7 @@ class Rehearsal(Place):
         if dtype is Dtype.FP32 or dtype.is_quantised:
             return graph
         return self.run(
-            graph.with_name(f"{graph.stem}.{dtype}.onnx"), "onnx", self._source(graph.stem),
+            graph.with_name(f"{graph.stem}.{dtype}.onnx"), "onnx", self.source(graph.stem),
             *HEADS, "--dtype", str(dtype), "--batch", "1:8:16", *self.images(),
         )  # fmt: skip
 
@@ -150,7 +150,7 @@ class Bare(Place):
     def obstacle(self, dtype: Dtype) -> str:
         return f"no TensorRT is here to build {dtype} with"
 
-    def _source(self, shape: str) -> str:
+    def source(self, shape: str) -> str:
         return f"random:{shape}:0"
 
     def _finished(self, graph: Path, dtype: Dtype) -> Path:

@@ -91,7 +91,7 @@ def test_it_writes_a_row_for_each_contender_and_batch(
     on_card = place.torch_device == "cuda"
     if not on_card:
         rehearse(benchmark, monkeypatch)
-    model = "random:vit-msn-small:0" if on_card else place._source(TINY)
+    model = "random:vit-msn-small:0" if on_card else place.source(TINY)
     out = tmp_path / "gpu.json"
     benchmark.main(
         ["--images", str(place.photographs), "--models", model, "--batches", "1", "2",
@@ -146,7 +146,7 @@ def test_whoever_fails_is_told_with_why_and_the_others_are_timed(
     monkeypatch.setattr(benchmark, "reference", lambda _model: lambda images: images.flatten(1))
     out = tmp_path / "gpu.json"
     benchmark.main(
-        ["--images", str(place.photographs), "--models", place._source(TINY), "--batches", "1", "2",
+        ["--images", str(place.photographs), "--models", place.source(TINY), "--batches", "1", "2",
          "--rounds", "2", "--output", str(out)]
     )  # fmt: skip
     rows = json.loads(out.read_text())["rows"]

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.parametrize(
 
 def test_validate_compares_the_checkpoint_with_the_engine(place, shape) -> None:
     built = place.build(shape, Dtype.FP16)
-    arguments = (place._source(shape), str(built.artifact), *place.images(), "--json")
+    arguments = (place.source(shape), str(built.artifact), *place.images(), "--json")
     done = place.command("validate", *arguments)
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["passed"] is True
@@ -46,7 +46,7 @@ def test_embed_runs_a_folder(place, shape, tmp_path) -> None:
 def test_bench_times_it_beside_torch(place, shape) -> None:
     built = place.build(shape, Dtype.FP16)
     options = ("--rounds", "1", "--seconds", "0.1", "--batch", "2", "--json", *place.images())
-    checkpoint = ("--checkpoint", place._source(shape))
+    checkpoint = ("--checkpoint", place.source(shape))
     done = place.command("bench", str(built.artifact), *options, *checkpoint)
     assert done.exit_code == 0, done.output
     rows = json.loads(done.stdout)["timings"]

@@ -84,7 +84,7 @@ def test_the_gate_on_the_card_can_fail(place, shape) -> None:
 def test_the_golden_input_is_reproduced(place, shape, dtype) -> None:
     checked = place.folder / f"{shape}.{dtype}.checked.onnx"
     options = ("--head", "cls", "--dtype", str(dtype), *place.images())
-    place.run(checked, "onnx", place._source(shape), *options)
+    place.run(checked, "onnx", place.source(shape), *options)
     with place.open(replace(place.build(shape, dtype), artifact=checked)) as runner:
         result = runner.selftest()
     assert result.passed, str(result)
