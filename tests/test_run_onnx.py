@@ -49,7 +49,7 @@ def test_json_and_manifest_say_what_was_made(checkpoint, photographs, tmp_path) 
     check = told["check"]
     assert check["images"] == 16
     assert check["source"] == str(photographs)
-    assert check["batches"] == [1, 8, 32]  # 16 photographs, each once
+    assert check["batches"] == [1, 8, 32]
     assert check["passed"] is True
     assert check["max_abs"] <= 1e-4
     assert check["executed_on"].startswith("onnxruntime")
