@@ -28,7 +28,7 @@ report: demo
 	$(BIN)/msn-export onnx random:vit-msn-small:0 --head tokens --dtype fp16 --images demo/photographs --output demo/vit-msn-small-fp16.onnx --force
 	$(BIN)/msn-export report demo/vit-msn-small.onnx demo/vit-msn-small-fp16.onnx demo/vit-msn-small.engine --images demo/photographs --output demo/report.html --markdown demo/report.md --force
 
-# Every figure of docs/performance.md, on a machine that does nothing else: about ten minutes
+# The figures of docs/performance.md, on a machine that does nothing else
 .venv-peer/installed: benchmarks/peer.txt
 	$(PYTHON) -m venv .venv-peer
 	.venv-peer/bin/pip install --quiet --requirement benchmarks/peer.txt
