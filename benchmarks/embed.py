@@ -18,9 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from msn_export.files import sha256_of
 from msn_export.machine import this_machine
 from msn_export.process import rss
+from msn_export.sidecar import sha256_of
 
 RESULTS = Path(__file__).parent / "results" / "embed.json"
 

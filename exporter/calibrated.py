@@ -11,7 +11,6 @@ from msn_export.calibrate_job import CalibrateJob
 from msn_export.calibration import ranges as ranges_file
 from msn_export.calibration.pictures import FEW, Split
 from msn_export.compiled import Twin, compile_both, engine_path
-from msn_export.files import sha256_of
 from msn_export.graph import io
 from msn_export.graph.quantised import quantised_products
 from msn_export.latency import time_beside
@@ -24,6 +23,7 @@ from msn_export.manifest import (
 )
 from msn_export.progress import Progress
 from msn_export.ranged import Ranged
+from msn_export.sidecar import sha256_of
 from msn_export.source import Source
 from msn_export.verdict import Candidate, Savings, sentence
 

@@ -4,7 +4,6 @@ from msn_export.check.sample import Sample
 from msn_export.compilable import Compilable
 from msn_export.engine.build import BuildResult
 from msn_export.engine.census import summary
-from msn_export.files import sha256_of
 from msn_export.graph import io
 from msn_export.manifest import (
     AttentionRecord,
@@ -15,6 +14,7 @@ from msn_export.manifest import (
     versions_of,
 )
 from msn_export.records import to_plain
+from msn_export.sidecar import sha256_of
 from msn_export.source import Source
 from msn_export.trt_job import TrtJob
 

@@ -11,7 +11,7 @@ from msn_export.engine_header import parse_header
 from msn_export.errors import MissingPackageError
 from msn_export.manifest import CheckRecord, EngineRecord, Manifest
 from msn_export.runtime.admission import Admitted
-from msn_export.runtime.opening import open_engine
+from msn_export.runtime.engine_opening import open_engine
 from msn_export.runtime.outputs import Outputs
 from msn_export.runtime.trt import TrtRunner
 from msn_export.spec import InputKind

@@ -1,8 +1,7 @@
-"""Output files appear whole or not at all; hashes of what is on disk."""
+"""Output files appear whole or not at all."""
 
 import errno
 import fcntl
-import hashlib
 import os
 import shutil
 import tempfile
@@ -11,14 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from msn_export.errors import OutputError, SpecError
+from msn_export.sidecar import manifest_path
 
 STAGING_PREFIX = ".msn-export-staging-"  # whatever is called so is ours to delete
-
-
-def sha256_of(path: Path) -> str:
-    """Hash a file's bytes, as 64 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def require_writable(outputs: Sequence[Path], *, force: bool, sources: Sequence[Path] = ()) -> None:
@@ -156,8 +150,3 @@ def publish(staged: Path, output: Path, manifest: str) -> None:
         staged_sidecar.replace(sidecar)
     except OSError as error:
         raise OutputError(f"cannot write {output}: {error.strerror}") from error
-
-
-def manifest_path(artifact: Path) -> Path:
-    """Name the sidecar of an artifact: ``model.onnx`` has ``model.onnx.json``."""
-    return artifact.with_name(artifact.name + ".json")

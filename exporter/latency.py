@@ -13,7 +13,7 @@ from msn_export.driver import NoDriver, find_driver
 from msn_export.engine_header import parse_header
 from msn_export.errors import DeviceError, MissingPackageError, RunnerError
 from msn_export.runtime.admission import Admitted
-from msn_export.runtime.opening import open_engine
+from msn_export.runtime.engine_opening import open_engine
 from msn_export.runtime.runner import Runner
 
 # Enough that a median of rounds is steady to 1 % on an idle GPU; two seconds for a ViT-B.

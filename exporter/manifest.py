@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from msn_export import __version__
 from msn_export.errors import ManifestError
-from msn_export.files import manifest_path, sha256_of
 from msn_export.preprocessing import Preprocessing
 from msn_export.records import from_plain, to_plain
+from msn_export.sidecar import manifest_path, sha256_of
 from msn_export.spec import BatchRange, Dtype, TensorSpec
 
 SCHEMA = 1

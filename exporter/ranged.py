@@ -16,11 +16,11 @@ from msn_export.calibration.plan import Plan
 from msn_export.calibration.ranges import ImagesRecord, Ranges, SmoothingRecord, TensorRange
 from msn_export.check.sample import Sample
 from msn_export.errors import GraphError
-from msn_export.files import sha256_of
 from msn_export.graph.lower import raise_opset
 from msn_export.islands import MEASURED, decide
 from msn_export.progress import Progress
 from msn_export.quantise import PROBED, Probe, replay, smooth
+from msn_export.sidecar import sha256_of
 from msn_export.source import Source, room_of
 
 

@@ -20,7 +20,7 @@ from msn_export.check.gate import GATES
 from msn_export.check.sample import Sample
 from msn_export.check.verify import Reference, run_reference
 from msn_export.errors import GraphError, ToleranceError
-from msn_export.files import manifest_path, publish, require_writable, staging
+from msn_export.files import publish, require_writable, staging
 from msn_export.graph import io
 from msn_export.graph.precision import type_graph
 from msn_export.manifest import Manifest, seal
@@ -28,6 +28,7 @@ from msn_export.progress import Progress
 from msn_export.quantise import choices
 from msn_export.ranged import Ranged, known_ranges, take_ranges
 from msn_export.runtime.ort import OrtRunner
+from msn_export.sidecar import manifest_path
 from msn_export.source import Source, read_source, room_of
 from msn_export.spec import Dtype, InputKind
 from msn_export.typed import cpu_runner

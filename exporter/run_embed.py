@@ -15,9 +15,10 @@ from msn_export.embed.rate import Rate
 from msn_export.embed_place import here, on_cluster
 from msn_export.errors import ClusterError, ImageError, MsnExportError, SpecError
 from msn_export.feed import Feed, feed_of
-from msn_export.files import no_room_reported, require_writable, sha256_of, staging
+from msn_export.files import no_room_reported, require_writable, staging
 from msn_export.process import peak_rss
 from msn_export.records import to_plain
+from msn_export.sidecar import sha256_of
 
 if TYPE_CHECKING:
     from msn_export.embed_place import Place

@@ -12,7 +12,7 @@ from msn_export.check.gate import GATES
 from msn_export.check.sample import Sample, affordable_batch, batch_sizes, draw
 from msn_export.check.verify import Reference, run_reference, verify
 from msn_export.checkpoint import preprocessing_of, sized
-from msn_export.files import manifest_path, publish, require_writable, sha256_of, staging
+from msn_export.files import publish, require_writable, staging
 from msn_export.graph import io
 from msn_export.graph.fuse import fuse_attention
 from msn_export.graph.lower import lower
@@ -31,6 +31,7 @@ from msn_export.manifest import (
 from msn_export.models.checkpoints import Checkpoint, load_checkpoint
 from msn_export.progress import Progress
 from msn_export.records import to_json
+from msn_export.sidecar import manifest_path, sha256_of
 from msn_export.spec import BatchRange, Dtype, Head, ImageSize, InputKind, Target
 from msn_export.typed import Islands, cpu_runner, type_as
 

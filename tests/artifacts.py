@@ -18,7 +18,7 @@ from msn_export import execute, manifest
 from msn_export.cli import main
 from msn_export.driver import NoDriver, find_driver
 from msn_export.proof import artifact
-from msn_export.runtime import opening
+from msn_export.runtime import engine_opening
 from msn_export.runtime.loaders import Loaded
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="msn-export-artifacts-")
@@ -71,11 +71,11 @@ def pretend(
     module = tensorrt_stand_in(cuda, contexts, network, compute)
     loaded = Loaded(recorder.tensorrt(module), ROWS[contexts], version or module.__version__)
     wrapped = recorder.cuda(cuda)
-    monkeypatch.setattr(opening, "find_driver", lambda: one_device(DEVICE))
+    monkeypatch.setattr(engine_opening, "find_driver", lambda: one_device(DEVICE))
     for module in (execute, artifact):
         monkeypatch.setattr(module, "find_driver", lambda: one_device(DEVICE))
-    monkeypatch.setattr(opening, "load", lambda _backend, compatible: loaded)
-    monkeypatch.setattr(opening, "load_cuda", lambda _backend: wrapped)
+    monkeypatch.setattr(engine_opening, "load", lambda _backend, compatible: loaded)
+    monkeypatch.setattr(engine_opening, "load_cuda", lambda _backend: wrapped)
     return recorder
 
 

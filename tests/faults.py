@@ -9,9 +9,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from msn_export import manifest
-from msn_export.files import sha256_of
 from msn_export.graph import io
 from msn_export.manifest import Manifest
+from msn_export.sidecar import sha256_of
 
 Weights = NDArray[np.float32]
 BLOCK = 3  # of 6: neither the first, whose variance is small, nor the last

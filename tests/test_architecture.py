@@ -72,8 +72,8 @@ COMPOSED = {
     "proof/marked.py": {"run_trt"},
 }
 # the modules at the root, from the bottom up; each may use those before it, whatever its own rank
-BOTTOM = ("errors", "spec", "progress", "records", "preprocessing", "files", "driver", "images",
-          "manifest", "engine_header", "golden")  # fmt: skip
+BOTTOM = ("errors", "sidecar", "spec", "progress", "records", "preprocessing", "files", "driver",
+          "images", "manifest", "engine_header", "golden")  # fmt: skip
 
 
 def modules() -> Iterator[tuple[str, Path]]:

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import hashlib
 import os
 import shutil
 import subprocess
@@ -13,7 +12,8 @@ import pytest
 
 from msn_export import files
 from msn_export.errors import OutputError
-from msn_export.files import manifest_path, publish, require_writable, sha256_of, staging
+from msn_export.files import publish, require_writable, staging
+from msn_export.sidecar import manifest_path
 
 
 def message_of(*outputs: Path, force: bool = False, sources: tuple[Path, ...] = ()) -> str:
@@ -247,9 +247,3 @@ def test_a_refused_move_is_told(tmp_path) -> None:
         (stage / "m.onnx").write_text("graph")
         with pytest.raises(OutputError, match=r"cannot write .*m\.onnx: Is a directory"):
             publish(stage / "m.onnx", output, "{}")
-
-
-def test_a_hash_is_that_of_the_bytes(tmp_path) -> None:
-    (tmp_path / "m").write_bytes(b"abc" * 100_000)
-    assert sha256_of(tmp_path / "m") == hashlib.sha256(b"abc" * 100_000).hexdigest()
-    assert manifest_path(tmp_path / "m.tar.gz") == tmp_path / "m.tar.gz.json"

@@ -12,7 +12,7 @@ from manifests import example
 
 from msn_export import manifest
 from msn_export.errors import ManifestError
-from msn_export.files import sha256_of
+from msn_export.sidecar import sha256_of
 from msn_export.spec import Dtype
 
 

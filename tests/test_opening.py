@@ -25,9 +25,9 @@ from msn_export.errors import (
     MissingPackageError,
     RunnerError,
 )
-from msn_export.files import manifest_path, sha256_of
-from msn_export.runtime import loaders, open_runner, opening
+from msn_export.runtime import engine_opening, loaders, open_runner
 from msn_export.runtime.loaders import LOADERS, Loaded, load, may_run
+from msn_export.sidecar import manifest_path, sha256_of
 from msn_export.spec import BatchRange, ComputeCapability
 
 ADA = Device(0, "NVIDIA L4", ComputeCapability(8, 9), 24 << 30)
@@ -35,7 +35,7 @@ HOPPER = Device(0, "NVIDIA H200", ComputeCapability(9, 0), 140 << 30)
 
 
 def found(monkeypatch: pytest.MonkeyPatch, driver: Driver | NoDriver) -> None:
-    monkeypatch.setattr(opening, "find_driver", lambda: driver)
+    monkeypatch.setattr(engine_opening, "find_driver", lambda: driver)
 
 
 def rewrite(artifact: Path, **changes: object) -> None:
@@ -128,9 +128,9 @@ def test_a_truncated_engine_is_told_even_if_trusted(tmp_path) -> None:
 def test_without_a_driver_nothing_of_tensorrt_is_touched(tmp_path) -> None:
     code = (
         "import sys\n"
-        "from msn_export.runtime import RunnerError, open_runner, opening\n"
+        "from msn_export.runtime import RunnerError, engine_opening, open_runner\n"
         "from msn_export.driver import NoDriver\n"
-        "opening.find_driver = lambda: NoDriver('no NVIDIA driver')\n"
+        "engine_opening.find_driver = lambda: NoDriver('no NVIDIA driver')\n"
         f"try: open_runner({str(engine())!r})\n"
         "except RunnerError as error: print(error)\n"
         "print([name for name in sys.modules if name.startswith(('tensorrt', 'cuda'))])\n"
@@ -172,7 +172,9 @@ def test_the_first_gpu_that_fits_is_taken(monkeypatch) -> None:
     found(monkeypatch, Driver("13.0", (HOPPER, second)))
     version = importlib.import_module("tensorrt_rtx").__version__
     monkeypatch.setattr(
-        opening, "load", _with_version(opening.load("tensorrt-rtx", compatible=False), version)
+        engine_opening,
+        "load",
+        _with_version(engine_opening.load("tensorrt-rtx", compatible=False), version),
     )
     with open_runner(engine()) as runner:
         assert runner.name.endswith("NVIDIA L4")
@@ -243,11 +245,11 @@ def test_missing_packages_are_told_with_the_line_that_installs_them(monkeypatch)
             raise ImportError(name)
         return real(name)
 
-    monkeypatch.setattr(opening.importlib, "import_module", without)
+    monkeypatch.setattr(engine_opening.importlib, "import_module", without)
     with pytest.raises(
         MissingPackageError, match=r"^cuda-bindings is not installed; pip install 'msn-export\[rtx"
     ):
-        opening.load_cuda("tensorrt-rtx")
+        engine_opening.load_cuda("tensorrt-rtx")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     for name in ("ort", "ort_session"):
         monkeypatch.delitem(sys.modules, f"msn_export.runtime.{name}", raising=False)

@@ -16,13 +16,13 @@ from trt_bench import one_device
 from msn_export import images, manifest
 from msn_export.driver import NoDriver
 from msn_export.errors import DeviceError, GraphError, InputError, ManifestError, RunnerError
-from msn_export.files import manifest_path
 from msn_export.graph import io
 from msn_export.runtime import dlpack, open_runner
 from msn_export.runtime import ort as subject
 from msn_export.runtime.ort import OrtRunner
 from msn_export.runtime.providers import CPU, CUDA, choose, require_obtained
 from msn_export.runtime.runner import Guess
+from msn_export.sidecar import manifest_path
 
 NETWORK = Network()
 
@@ -390,7 +390,7 @@ def test_another_graph_fails_the_selftest_with_its_figures(tmp_path) -> None:
     weights.const_value = ir.tensor(weights.const_value.numpy() * 1.01, name=weights.name)
     io.save(model, path)
     known = manifest.read(path)
-    from msn_export.files import sha256_of
+    from msn_export.sidecar import sha256_of
 
     manifest_path(path).write_text(manifest.seal(replace(known, sha256=sha256_of(path))))
     with open_runner(path) as runner:

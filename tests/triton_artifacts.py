@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from msn_export.files import manifest_path, sha256_of
 from msn_export.manifest import AttentionRecord, EngineRecord, Manifest, seal
 from msn_export.preprocessing import preset
+from msn_export.sidecar import manifest_path, sha256_of
 from msn_export.spec import BatchRange, Dtype, ImageSize, TensorSpec
 
 SIZE = 8

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from msn_export import manifest as manifests
 from msn_export.errors import BenchError, GraphError
-from msn_export.files import sha256_of
+from msn_export.sidecar import sha256_of
 from msn_export.spec import Dtype
 
 if TYPE_CHECKING:

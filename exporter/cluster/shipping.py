@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from msn_export.errors import RunnerError
-from msn_export.files import manifest_path, sha256_of
+from msn_export.sidecar import manifest_path, sha256_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from msn_export.errors import MissingPackageError, OutputError
-from msn_export.files import manifest_path
 from msn_export.records import to_json
+from msn_export.sidecar import manifest_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

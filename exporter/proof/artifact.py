@@ -18,7 +18,7 @@ from msn_export.graph import io
 from msn_export.graph.precision import graph_dtype
 from msn_export.graph.structure import Structure, structure_of
 from msn_export.preprocessing import Preprocessing
-from msn_export.runtime import opening
+from msn_export.runtime import engine_opening
 from msn_export.runtime.admission import admit_engine
 from msn_export.runtime.batching import together
 from msn_export.source import DYNAMIC, image_input, room_of
@@ -184,7 +184,7 @@ def open_engine(path: Path) -> Opened:
             f"{path} cannot run here: {driver.reason}; run this command on the machine that has "
             "its GPU, or compare the graph it was built from"
         )
-    return opening.open_engine(admit_engine(path, trust=False), eager_kernels=True)
+    return engine_opening.open_engine(admit_engine(path, trust=False), eager_kernels=True)
 
 
 def _room(manifest: Manifest | None) -> int | None:

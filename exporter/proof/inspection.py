@@ -11,12 +11,12 @@ from msn_export import manifest as manifests
 from msn_export.engine.census import Census, summary
 from msn_export.engine_header import EngineHeader, read_header
 from msn_export.errors import GraphError, ManifestError
-from msn_export.files import manifest_path, sha256_of
 from msn_export.graph import io
 from msn_export.graph.attention import AttentionCore, match
 from msn_export.graph.precision import graph_dtype
 from msn_export.graph.work import multiply_adds
 from msn_export.manifest import Manifest
+from msn_export.sidecar import manifest_path, sha256_of
 from msn_export.spec import BatchRange, TensorSpec
 
 

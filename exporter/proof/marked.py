@@ -12,11 +12,11 @@ from pathlib import Path
 
 from msn_export.engine_header import read_header
 from msn_export.errors import ManifestError
-from msn_export.files import sha256_of
 from msn_export.manifest import Manifest
 from msn_export.progress import Progress
 from msn_export.records import to_plain
 from msn_export.run_trt import run_trt
+from msn_export.sidecar import sha256_of
 from msn_export.trt_job import TrtJob
 
 

@@ -12,10 +12,10 @@ from msn_export import manifest as manifests
 from msn_export.driver import Device, Driver, NoDriver
 from msn_export.engine_header import EngineHeader, may_target, parse_header
 from msn_export.errors import ManifestError, RunnerError
-from msn_export.files import manifest_path
 from msn_export.manifest import Manifest
 from msn_export.runtime.loaders import Loaded, may_run
 from msn_export.runtime.providers import require_index
+from msn_export.sidecar import manifest_path
 from msn_export.spec import ComputeCapability
 
 

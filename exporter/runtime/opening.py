@@ -1,25 +1,17 @@
-"""From a path to a runner: which one, and whether the artifact may be loaded here at all."""
+"""From a path to a runner: which one. What a graph or an engine needs is imported for it alone."""
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msn_export import manifest as manifests
-from msn_export.driver import find_driver
 from msn_export.errors import ManifestError, MissingPackageError, RunnerError
-from msn_export.files import manifest_path
-from msn_export.runtime.admission import Admitted, admit_engine, require_device, require_version
-from msn_export.runtime.loaders import INSTALL, load
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
 
-    from msn_export.runtime.bindings import CudaDriver
     from msn_export.runtime.runner import Runner
-    from msn_export.runtime.trt import TrtRunner
 
 
 def open_runner(  # noqa: PLR0913  each names one thing a service may have to choose
@@ -66,6 +58,9 @@ def open_runner(  # noqa: PLR0913  each names one thing a service may have to ch
         return _open_graph(file, device, providers, threads)
     if providers is not None:
         raise RunnerError(f"engine {file} takes no providers; it runs in the TensorRT it is for")
+    from msn_export.runtime.admission import admit_engine
+    from msn_export.runtime.engine_opening import open_engine
+
     return open_engine(
         admit_engine(file, trust=trust),
         device,
@@ -75,47 +70,12 @@ def open_runner(  # noqa: PLR0913  each names one thing a service may have to ch
     )
 
 
-def open_engine(
-    engine: Admitted,
-    device: int | None = None,
-    *,
-    contexts: int = 2,
-    cuda_graphs: bool = True,
-    eager_kernels: bool = False,
-) -> TrtRunner:
-    """Load an engine that was admitted.
-
-    Raises:
-        RunnerError: it cannot run here.
-        MissingPackageError: a package is not installed.
-        DeviceError: the GPU or TensorRT failed.
-    """
-    from msn_export.runtime.trt import Machine, Plan, TrtRunner
-
-    chosen = require_device(engine, find_driver(), device)
-    cuda = load_cuda(engine.header.backend)
-    loaded = load(engine.header.backend, compatible=engine.compatible)
-    require_version(engine, loaded, chosen)
-    plan = Plan(engine.content, engine.path.name, engine.manifest, engine.compatible, eager_kernels)
-    machine = Machine(cuda, loaded, chosen)
-    return TrtRunner(plan, machine, contexts=contexts, cuda_graphs=cuda_graphs)
-
-
-def load_cuda(backend: str) -> CudaDriver:
-    """Import the bindings of CUDA's driver API.
-
-    Raises:
-        MissingPackageError: they are not installed.
-    """
-    try:
-        return importlib.import_module("cuda.bindings.driver")
-    except ImportError as error:
-        raise MissingPackageError(f"cuda-bindings is not installed; {INSTALL[backend]}") from error
-
-
 def _open_graph(
     file: Path, device: int | None, providers: Sequence[str] | None, threads: int | None
 ) -> Runner:
+    from msn_export import manifest as manifests
+    from msn_export.sidecar import manifest_path
+
     manifest = manifests.read(file)
     if manifest is not None:
         if manifest.kind != "onnx":

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 
-from msn_export import images as pictures
 from msn_export.errors import InputError, ManifestError, RunnerError
 from msn_export.runtime.batching import together
 from msn_export.spec import BatchRange, InputKind, TensorSpec
@@ -121,6 +120,8 @@ class Runner(ABC):
                 "there is no manifest that says how pictures are preprocessed; keep the artifact's "
                 ".json beside it, or use msn_export.images"
             )
+        from msn_export import images as pictures
+
         several = [images] if isinstance(images, str | Path) or _is_picture(images) else images
         if self._stem is InputKind.UINT8:
             return pictures.decode(several, preprocessing)  # type: ignore[arg-type]

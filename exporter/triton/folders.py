@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from msn_export.files import manifest_path
 from msn_export.preprocessing import Preprocessing
+from msn_export.sidecar import manifest_path
 from msn_export.triton.artifact import Artifact, Platform
 from msn_export.triton.check_files import WARMUP, one_line
 from msn_export.triton.config import (
