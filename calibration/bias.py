@@ -45,8 +45,8 @@ def corrections(
         weight = model.graph.initializers[projection.weight].const_value
         assert weight is not None
         columns = np.moveaxis(weight.numpy(), projection.axis, -1)  # [in, out]
-        held = scales(np.abs(columns).max(axis=0), scheme.form, scheme.base)
-        carried = scheme.form.carry(columns, held).astype(np.float64)
+        held = scales(np.abs(columns).max(axis=0), scheme.weights, scheme.base)
+        carried = scheme.weights.carry(columns, held).astype(np.float64)
         error = rounded[projection.x] @ carried - exact[projection.x] @ columns
         found[projection.node] = error.astype(np.float32)
     return found

@@ -104,13 +104,13 @@ class Plan:
         quantise_projections(model, chosen, self.thresholds, self.scheme)
         cores = [core for core in self.operands if core.block not in kept]
         quantise_attention(model, cores, self.thresholds, self.scheme)
-        fuse_attention(model, AttentionForm.HEADS, expected=self.depth)
+        fuse_attention(model, self.scheme.attention, expected=self.depth)
         return model
 
     def unquantised(self) -> ir.Model:
         """Write the fp32 graph as it would be without any Q/DQ."""
         model = self.model.clone()
-        fuse_attention(model, AttentionForm.HEADS, expected=self.depth)
+        fuse_attention(model, self.scheme.attention, expected=self.depth)
         return model
 
 

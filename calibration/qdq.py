@@ -10,7 +10,7 @@ the type to come holds exactly.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from msn_export.calibration.projections import Projection, find_cores
 from msn_export.errors import GraphError
 from msn_export.graph.io import infer_shapes
 from msn_export.graph.patch import Patch
-from msn_export.spec import Dtype
+from msn_export.spec import AttentionForm, Dtype, Target
 
 # b batch, h heads, n tokens, d head size
 
@@ -38,6 +38,27 @@ class Scheme:
 
     form: Format
     base: Dtype
+
+    @property
+    def weights(self) -> Format:
+        """The format of weights: for onnxruntime integers to 64, so that no product saturates.
+
+        Processors without VNNI add pairs of products, of 255 at most times a weight, in 16 bits
+        that saturate (onnxruntime docs, Quantize ONNX models, "reduce_range"): 2 * 255 * 64 fits.
+        So the figures measured on one processor hold on others.
+        """
+        reduced = self.target is Target.ONNXRUNTIME and self.form.dtype is Dtype.INT8
+        return replace(self.form, largest=64.0) if reduced else self.form
+
+    @property
+    def target(self) -> Target:
+        """What runs it fast: 8-bit beside half precision TensorRT, beside fp32 onnxruntime."""
+        return Target.ONNXRUNTIME if self.base is Dtype.FP32 else Target.TENSORRT
+
+    @property
+    def attention(self) -> AttentionForm:
+        """How attention that stays unquantised is written."""
+        return self.target.attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,13 +173,13 @@ def _weight(model: ir.Model, node: ir.Node, projection: Projection, scheme: Sche
     limits = np.abs(weight).max(axis=others)
     if not np.isfinite(limits).all():
         raise GraphError(f"weight {projection.weight!r} is not finite; export the graph again")
-    steps = scales(limits, scheme.form, scheme.base)
+    steps = scales(limits, scheme.weights, scheme.base)
     shape = [1] * weight.ndim
     shape[projection.axis] = -1
     patch = Patch(model.graph, node)
     held = _constant(
         patch,
-        scheme.form.encode(weight / steps.reshape(shape)),
+        scheme.weights.encode(weight / steps.reshape(shape)),
         f"{value.name}.{scheme.form.dtype}",
     )
     step = _constant(patch, steps, f"{value.name}.scale")

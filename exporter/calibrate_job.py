@@ -3,23 +3,36 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from msn_export import manifest
 from msn_export.calibration.formats import FORMATS
 from msn_export.calibration.observers import Observer
 from msn_export.calibration.projections import Role
 from msn_export.calibration.qdq import Scheme
 from msn_export.check.gate import GATES, Gate
-from msn_export.spec import Dtype
+from msn_export.spec import Dtype, Target
 
 AUTO = "auto"
 OFF = "off"
+
+
+def base_for(model: Path, dtype: Dtype) -> Dtype:
+    """Choose the type of the rest by what the graph was exported for.
+
+    Raises:
+        ManifestError: the graph's manifest is malformed.
+    """
+    known = manifest.read(model) if dtype is Dtype.INT8 else None
+    on_cpu = known is not None and known.target == Target.ONNXRUNTIME
+    return Dtype.FP32 if on_cpu else Dtype.FP16
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrateJob:
     """Options as the command line names them.
 
-    ``dtype`` is int8 or fp8, ``base`` the type of the rest. ``smooth`` is ``auto``, ``off``, a
-    strength from 0 to 1, or None: not said, which is ``auto``, or what ``ranges`` say.
+    ``dtype`` is int8 or fp8, ``base`` the type of the rest: fp32 beside int8 is for onnxruntime.
+    ``smooth`` is ``auto``, ``off``, a strength from 0 to 1, or None: not said, which is ``auto``,
+    or what ``ranges`` say.
     """
 
     model: Path

@@ -1,19 +1,14 @@
 """A quantised graph's manifest: how it was made, what it costs, what it saves."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from msn_export.calibrate_job import CalibrateJob
 from msn_export.calibration import ranges as ranges_file
-from msn_export.calibration.pictures import FEW, Split
-from msn_export.compiled import Twin, compile_both, engine_path
+from msn_export.calibration.pictures import FEW
 from msn_export.graph import io
 from msn_export.graph.quantised import quantised_products
-from msn_export.latency import time_beside
 from msn_export.manifest import (
     AttentionRecord,
     Manifest,
@@ -21,24 +16,12 @@ from msn_export.manifest import (
     SourceRecord,
     versions_of,
 )
+from msn_export.measured import Calibrated, measure
 from msn_export.progress import Progress
-from msn_export.ranged import Ranged
 from msn_export.sidecar import sha256_of
-from msn_export.source import Source
-from msn_export.verdict import Candidate, Savings, sentence
+from msn_export.verdict import Savings, sentence
 
 PACKAGES = ("onnx", "onnx-ir", "onnxsim", "onnxruntime-gpu", "onnxruntime", "tensorrt-rtx")
-
-
-@dataclass(frozen=True, slots=True)
-class Calibrated:
-    """All that came of a calibration, the quantised graph and its twin in the base type."""
-
-    source: Source
-    dealt: Split
-    ranged: Ranged
-    chosen: Candidate
-    twin: Candidate
 
 
 def describe(
@@ -48,13 +31,7 @@ def describe(
 
     The ranges are written to ``stage`` under the name ``ranges``, unless they were given.
     """
-    compiled: dict[str, Any] = {"reason": "not asked for (--no-compile)"}
-    latency = compiled
-    if job.compile:
-        with progress.step("compile both and count kernels"):
-            compiled = _compile(done, job, stage)
-        with progress.step("time both, where a GPU is"):
-            latency = _time(done, job, compiled, stage)
+    compiled, latency = measure(done, job, stage, progress)
     if job.ranges is None:
         ranges_file.write(done.ranged.ranges, stage / ranges)
     known, model = done.source.manifest, done.chosen.model
@@ -76,7 +53,7 @@ def describe(
         attention=AttentionRecord(cores, cores, _form(job, done)),
         check=done.chosen.judged.record,
         opset=model.graph.opset_imports[""],
-        target="tensorrt",
+        target=job.scheme.target,
         labels=known.labels if known else (),
         checkpoint=known.checkpoint if known else None,
         config=known.config if known else None,
@@ -91,30 +68,10 @@ def describe(
 
 def _form(job: CalibrateJob, done: Calibrated) -> str:
     if not job.quantize_attention:
-        return "4-D Attention"
+        return job.scheme.attention.value
     kept = len(done.chosen.choice.kept)
-    rest = f", {kept} of them 4-D Attention" if kept else ""
+    rest = f", {kept} of them {job.scheme.attention}" if kept else ""
     return f"MatMul, Softmax, MatMul in {job.dtype}{rest}"
-
-
-def _compile(done: Calibrated, job: CalibrateJob, stage: Path) -> dict[str, Any]:
-    products = quantised_products(done.chosen.model)
-    twins = {
-        str(job.base): Twin(done.twin.path, job.base),
-        str(job.dtype): Twin(done.chosen.path, job.dtype, products),
-    }
-    return compile_both(twins, done.source.batch, stage)
-
-
-def _time(
-    done: Calibrated, job: CalibrateJob, compiled: dict[str, Any], stage: Path
-) -> dict[str, Any]:
-    if "reason" in compiled:
-        return compiled
-    engines = {str(dtype): engine_path(stage, str(dtype)) for dtype in (job.base, job.dtype)}
-    probe = done.ranged.probe.images
-    images = probe[np.arange(done.source.batch.opt) % len(probe)]
-    return time_beside(engines, images, str(job.base))
 
 
 def _quantization(

@@ -1,8 +1,9 @@
-"""How long two engines take for the same batch, by turns, where there is a GPU to run them."""
+"""How long artifacts take for the same batch, by turns: engines on a GPU, graphs on the CPU."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,28 @@ from msn_export.engine_header import parse_header
 from msn_export.errors import DeviceError, MissingPackageError, RunnerError
 from msn_export.runtime.admission import Admitted
 from msn_export.runtime.engine_opening import open_engine
+from msn_export.runtime.ort import OrtRunner
 from msn_export.runtime.runner import Runner
 
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How often each artifact is called."""
+
+    rounds: int
+    calls: int
+    warm_up: int
+
+
 # Enough that a median of rounds is steady to 1 % on an idle GPU; two seconds for a ViT-B.
-ROUNDS, CALLS, WARM_UP = 20, 10, 10
+ON_GPU = Effort(rounds=20, calls=10, warm_up=10)
+# A ViT-B takes seconds a batch on a few cores; there the median is steady to some percent.
+ON_CPU = Effort(rounds=5, calls=1, warm_up=1)
 
 
-def time_beside(engines: Mapping[str, Path], images: NDArray[Any], baseline: str) -> dict[str, Any]:
+def time_engines(
+    engines: Mapping[str, Path], images: NDArray[Any], baseline: str
+) -> dict[str, Any]:
     """Time each engine's calls on ``images``, in rounds that begin with another engine each time.
 
     Copies to and from the GPU are in the times: they are the same for all.
@@ -34,15 +50,27 @@ def time_beside(engines: Mapping[str, Path], images: NDArray[Any], baseline: str
     if isinstance(driver, NoDriver):
         return {"reason": driver.reason}
     try:
-        with ExitStack() as stack:
-            runners = {
-                name: stack.enter_context(open_engine(_staged(path)))
-                for name, path in engines.items()
-            }
-            rounds = _rounds(runners, images)
-            device = runners[baseline].name
+        return _timed(lambda path: open_engine(_staged(path)), engines, images, baseline, ON_GPU)
     except (DeviceError, MissingPackageError, RunnerError) as error:
         return {"reason": f"not timed: {error}"}
+
+
+def time_graphs(graphs: Mapping[str, Path], images: NDArray[Any], baseline: str) -> dict[str, Any]:
+    """Time each graph's calls in onnxruntime on the CPU; returns what ``time_engines`` does."""
+    return _timed(OrtRunner, graphs, images, baseline, ON_CPU)
+
+
+def _timed(
+    open_: Callable[[Path], Runner],
+    artifacts: Mapping[str, Path],
+    images: NDArray[Any],
+    baseline: str,
+    effort: Effort,
+) -> dict[str, Any]:
+    with ExitStack() as stack:
+        runners = {name: stack.enter_context(open_(path)) for name, path in artifacts.items()}
+        rounds = _rounds(runners, images, effort)
+        device = runners[baseline].name
     return {
         **{name: figures(times, len(images))["median_ms"] for name, times in rounds.items()},
         "ratio": {
@@ -61,14 +89,17 @@ def _staged(path: Path) -> Admitted:
     return Admitted(path, content, parse_header(content, path), None)
 
 
-def _rounds(runners: Mapping[str, Runner], images: NDArray[Any]) -> dict[str, Rounds]:
+def _rounds(
+    runners: Mapping[str, Runner], images: NDArray[Any], effort: Effort
+) -> dict[str, Rounds]:
     for runner in runners.values():
-        for _ in range(WARM_UP):
+        for _ in range(effort.warm_up):
             runner(images)
     rounds: dict[str, Rounds] = {name: [] for name in runners}
-    for turn in range(ROUNDS):
+    for turn in range(effort.rounds):
         for name in rotated(list(runners), turn):
-            rounds[name].append([_nanoseconds(runners[name], images) for _ in range(CALLS)])
+            times = [_nanoseconds(runners[name], images) for _ in range(effort.calls)]
+            rounds[name].append(times)
     return rounds
 
 

@@ -22,6 +22,7 @@ from msn_export.progress import Progress
 from msn_export.quantise import PROBED, Probe, replay, smooth
 from msn_export.sidecar import sha256_of
 from msn_export.source import Source, room_of
+from msn_export.spec import Dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +89,10 @@ def take_ranges(
         seen = _observe(plan, pictures, stage, progress)
         ranges = _ranges(job, source, pictures, smoothing, seen)
     plan = plan.measured(seen, job.observer)
-    with progress.step("measure what overflows"):
-        islands = decide(plan.unquantised(), MEASURED, job.base, sample, source.stem, stage)
+    islands = {}
+    if job.base is not Dtype.FP32:
+        with progress.step("measure what overflows"):
+            islands = decide(plan.unquantised(), MEASURED, job.base, sample, source.stem, stage)
     plan, overflowing = _without_islands(plan, islands)
     if job.bias_correction:
         with progress.step("measure biases"):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from msn_export import __version__
 from msn_export.calibrate_job import CalibrateJob
-from msn_export.calibrated import Calibrated, describe
+from msn_export.calibrated import describe
 from msn_export.calibration.collect import require_finite
 from msn_export.calibration.observers import require_meaning
 from msn_export.calibration.pictures import Split, split
@@ -24,6 +24,7 @@ from msn_export.files import publish, require_writable, staging
 from msn_export.graph import io
 from msn_export.graph.precision import type_graph
 from msn_export.manifest import Manifest, seal
+from msn_export.measured import Calibrated
 from msn_export.progress import Progress
 from msn_export.quantise import choices
 from msn_export.ranged import Ranged, known_ranges, take_ranges
@@ -168,8 +169,9 @@ def _twin(
 
 def _write(model: ir.Model, ranged: Ranged, base: Dtype, path: Path) -> None:
     """Type what is not 8-bit, and write the file."""
-    named = {value.name for node in model.graph for value in node.outputs}
-    type_graph(model, base, ranged.islands.keys() & named)
+    if base is not Dtype.FP32:
+        named = {value.name for node in model.graph for value in node.outputs}
+        type_graph(model, base, ranged.islands.keys() & named)
     model.producer_name, model.producer_version = "msn-export", __version__
     io.save(model, path)
     io.check(path)

@@ -62,10 +62,11 @@ def _strength(text: str) -> str | float:
 @click.option("--bias-correction", is_flag=True, help="Take the mean error out of the biases.")
 @click.option(
     "--base",
-    type=click.Choice(["fp16", "bf16"]),
-    default="fp16",
+    type=click.Choice(["auto", "fp32", "fp16", "bf16"]),
+    default="auto",
     show_default=True,
-    help="The type of all that is not 8-bit.",
+    help="The type of all that is not 8-bit; auto: fp32 for int8 graphs of --target onnxruntime,"
+    " else fp16.",
 )
 @click.option(
     "--gate-cosine",
@@ -73,7 +74,7 @@ def _strength(text: str) -> str | float:
     help="First-percentile cosine with the fp32 graph on held-out images; blocks stay until then."
     " Default: the gate of the format, docs/tolerances.md.",
 )
-@flag_off("--no-compile", "compile", help="Do not compile it to count its kernels.")
+@flag_off("--no-compile", "compile", help="Do not compile it to count kernels; time nothing.")
 @force_option
 @json_option
 def calibrate(model: Path, **options: Any) -> None:
@@ -83,19 +84,24 @@ def calibrate(model: Path, **options: Any) -> None:
         raise click.UsageError("give --int8 or --fp8")
     if dtype == "fp8" and options["observer"] == "entropy":
         raise click.BadParameter("fp8 has no even steps to compare with", param_hint="--observer")
-    from msn_export.calibrate_job import CalibrateJob
+    if dtype == "fp8" and options["base"] == "fp32":
+        raise click.BadParameter(
+            "fp32 is for onnxruntime, which multiplies no fp8 on a CPU; use fp16 or bf16",
+            param_hint="--base",
+        )
+    from msn_export.calibrate_job import CalibrateJob, base_for
     from msn_export.calibration.observers import Observer
     from msn_export.cli.artifact_rows import show_artifact
     from msn_export.cli.console import Console
     from msn_export.run_calibrate import run_calibrate
     from msn_export.spec import Dtype
 
-    console = Console(as_json=options.pop("as_json"))
+    console, base = Console(as_json=options.pop("as_json")), options.pop("base")
     job = CalibrateJob(
         model,
         Dtype(dtype),
         command=command_line(),
-        base=Dtype(options.pop("base")),
+        base=base_for(model, Dtype(dtype)) if base == "auto" else Dtype(base),
         observer=Observer(options.pop("observer")),
         **options,
     )

@@ -45,7 +45,9 @@ def quantization_rows(record: QuantizationRecord) -> Iterator[tuple[str, str]]:
 def _compiled(record: QuantizationRecord) -> Iterator[tuple[str, str]]:
     told = record.compiled
     if "reason" in told:
-        yield "compiled", told["reason"]
+        yield "compiled", f"no: {told['reason']}"
+        if "reason" not in record.latency:
+            yield "timed", _timed(record)
         return
     yield "compiled", f"by {told['compiler']}, counted, not executed"
     for name in (record.base, record.format):
@@ -67,4 +69,5 @@ def _timed(record: QuantizationRecord) -> str:
     if "reason" in told:
         return f"no: {told['reason']}"
     times = ", ".join(f"{told[name]:.2f} ms {name}" for name in (record.base, record.format))
-    return f"batch {told['batch']}, copies included: {times}; on {told['device']}"
+    copies = "" if "reason" in record.compiled else ", copies included"  # to a GPU and back
+    return f"batch {told['batch']}{copies}: {times}; on {told['device']}"

@@ -1,0 +1,72 @@
+"""What a quantised graph and its twin compile into, and how long each takes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msn_export.calibrate_job import CalibrateJob
+from msn_export.calibration.pictures import Split
+from msn_export.compiled import Twin, compile_both, engine_path
+from msn_export.graph.quantised import quantised_products
+from msn_export.latency import time_engines, time_graphs
+from msn_export.progress import Progress
+from msn_export.ranged import Ranged
+from msn_export.source import Source
+from msn_export.spec import Target
+from msn_export.verdict import Candidate
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """All that came of a calibration, the quantised graph and its twin in the base type."""
+
+    source: Source
+    dealt: Split
+    ranged: Ranged
+    chosen: Candidate
+    twin: Candidate
+
+
+def measure(
+    done: Calibrated, job: CalibrateJob, stage: Path, progress: Progress
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Give what both graphs compile into and how long they take, or the reasons why not."""
+    if not job.compile:
+        reason = {"reason": "not asked for (--no-compile)"}
+        return reason, reason
+    if job.scheme.target is Target.ONNXRUNTIME:
+        with progress.step("time both in onnxruntime"):
+            paths = {str(job.base): done.twin.path, str(job.dtype): done.chosen.path}
+            latency = time_graphs(paths, _batch(done), str(job.base))
+        return {"reason": f"{job.dtype} beside fp32 is for onnxruntime"}, latency
+    with progress.step("compile both and count kernels"):
+        compiled = _compile(done, job, stage)
+    with progress.step("time both, where a GPU is"):
+        return compiled, _time(done, job, compiled, stage)
+
+
+def _compile(done: Calibrated, job: CalibrateJob, stage: Path) -> dict[str, Any]:
+    products = quantised_products(done.chosen.model)
+    twins = {
+        str(job.base): Twin(done.twin.path, job.base),
+        str(job.dtype): Twin(done.chosen.path, job.dtype, products),
+    }
+    return compile_both(twins, done.source.batch, stage)
+
+
+def _time(
+    done: Calibrated, job: CalibrateJob, compiled: dict[str, Any], stage: Path
+) -> dict[str, Any]:
+    if "reason" in compiled:
+        return compiled
+    engines = {str(dtype): engine_path(stage, str(dtype)) for dtype in (job.base, job.dtype)}
+    return time_engines(engines, _batch(done), str(job.base))
+
+
+def _batch(done: Calibrated) -> NDArray[Any]:
+    """Make a batch of the usual size of what was calibrated on."""
+    probe = done.ranged.probe.images
+    return probe[np.arange(done.source.batch.opt) % len(probe)]
