@@ -2,8 +2,9 @@
 
     python benchmarks/export.py --optimum VENV/bin/optimum-cli [--rounds 3]
 
-Ours checks its graph on 16 photographs, optimum's on two random images. Whole commands by turns, each a
-process of its own: wall time, processor time, and peak resident memory as the kernel counts them.
+Ours checks its graph on 16 photographs (and runs without a check besides), optimum's on two random images,
+torch.onnx.export not at all. Whole commands by turns, each a process of its own: wall time, processor time,
+and peak resident memory as the kernel counts them.
 """
 
 import argparse
@@ -34,9 +35,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
-    runs: dict[str, list[Figures]] = {"msn-export": [], "optimum": []}
     with tempfile.TemporaryDirectory() as name:
         commands = prepare(Path(name), options.optimum)
+        runs: dict[str, list[Figures]] = {who: [] for who in commands}
         for _ in range(options.rounds):
             for who, command in commands.items():
                 runs[who].append(measure(command, Path(name) / f"{who}.log"))
@@ -45,17 +46,18 @@ def main() -> None:
         who: {key: statistics.median(run[key] for run in found) for key in found[0]}
         for who, found in runs.items()
     }
-    ours, theirs = medians["msn-export"], medians["optimum"]
-    ratios = {key: ours[key] / theirs[key] for key in ours}
+    ratios = {
+        who: {key: found[key] / medians["optimum"][key] for key in found}
+        for who, found in medians.items()
+    }
     told = {"machine": asdict(this_machine()), "load": os.getloadavg(), "runs": runs}
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(
-        json.dumps(told | {"medians": medians, "ratio": ratios}, indent=2) + "\n"
+        json.dumps(told | {"medians": medians, "ratios": ratios}, indent=2) + "\n"
     )
-    for key, ratio in ratios.items():
-        print(
-            f"{key:12} msn-export {ours[key]:6.2f}  optimum {theirs[key]:6.2f}  ratio {ratio:.2f}"
-        )
+    for who, found in medians.items():
+        row = (f"{key} {found[key]:6.2f} (x {ratios[who][key]:.2f})" for key in found)
+        print(f"{who:24}", *row, sep="  ")
 
 
 def prepare(folder: Path, optimum: Path) -> dict[str, list[str]]:
@@ -69,9 +71,12 @@ def prepare(folder: Path, optimum: Path) -> dict[str, list[str]]:
     model = str(folder / "hf")
     ours = [sys.executable, "-m", "msn_export.cli", "onnx", model, "-o", str(folder / "m.onnx")]
     theirs = [str(optimum), "export", "onnx", "--model", model, "--task", "feature-extraction"]
+    torchs = [sys.executable, str(Path(__file__).with_name("torch_export.py")), model]
     return {
         "msn-export": [*ours, "--images", str(photographs), "--force"],
+        "msn-export --no-check": [*ours, "--no-check", "--force"],
         "optimum": [*theirs, str(folder / "peer")],
+        "torch.onnx.export": [*torchs, str(folder / "torch.onnx")],
     }
 
 

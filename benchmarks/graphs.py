@@ -4,8 +4,8 @@
 
 One process, one input, a contender after the other in random order every round: a machine that is
 busy for a while slows all of them. The ratio is the median of a round's ratios, by the clock and of
-processor time, which a busy machine disturbs less. optimum-cli lives
-in an environment of its own (benchmarks/peer.txt); without it its row is left out, and says so.
+processor time, which a busy machine disturbs less. optimum-cli lives in an environment of its own
+(benchmarks/peer.txt); without it its row is left out, and says so.
 """
 
 import argparse
@@ -26,8 +26,12 @@ import torch
 from forms import opened
 from transformers import ViTMSNConfig, ViTMSNModel
 
+from msn_export import images
 from msn_export.machine import this_machine
+from msn_export.preprocessing import preset
+from msn_export.spec import ImageSize
 
+ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "graphs.json"
 BATCHES = (1, 8)
 BASIS = ("optimum", "torch sdpa")
@@ -39,7 +43,6 @@ def main() -> None:
     """Build the contenders, time them at both batch sizes, print ratios and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--optimum", type=Path, help="optimum-cli of its own environment")
-    parser.add_argument("--quantised", type=Path, help="an int8 graph by msn-export calibrate")
     parser.add_argument("--compile", action="store_true", help="torch.compile too: slow to start")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
@@ -48,13 +51,20 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     told: dict[str, object] = {"machine": asdict(this_machine()), "threads": options.threads}
     with tempfile.TemporaryDirectory() as name:
+        pictures = photographs(Path(name) / "photographs")
         contenders = build(options, Path(name))
         for batch in BATCHES:
-            told[f"batch {batch}"] = measure(
-                contenders, batch, options.rounds // (1 if batch == 1 else 2)
-            )
+            rounds = options.rounds // (1 if batch == 1 else 2)
+            told[f"batch {batch}"] = measure(contenders, pictures[:batch], rounds)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(told, indent=2) + "\n")
+
+
+def photographs(folder: Path) -> np.ndarray:
+    """Write scikit-image's photographs, and decode as many as the largest batch takes."""
+    run(sys.executable, str(ROOT / "scripts" / "photographs.py"), str(folder))
+    preprocessing = preset("hf", ImageSize(224, 224))
+    return images.normalize(images.load(folder, preprocessing, max(BATCHES)).pixels, preprocessing)
 
 
 def build(options: argparse.Namespace, folder: Path) -> dict[str, Contender]:
@@ -65,15 +75,28 @@ def build(options: argparse.Namespace, folder: Path) -> dict[str, Contender]:
     own = folder / "own.onnx"
     export = ["onnx", str(folder / "hf"), "-o", str(own), "--target", "onnxruntime", "--no-check"]
     run(sys.executable, "-m", "msn_export.cli", *export, "--head", "cls")
-    found = {"msn-export": session(own, options.threads)}
-    if options.quantised:
-        found["msn-export int8"] = session(options.quantised, options.threads)
+    eight = folder / "int8.onnx"
+    calibrate = ["calibrate", str(own), "--int8", "-o", str(eight), "--smooth", "off"]
+    pictures = ["--images", str(folder / "photographs"), "--no-compile"]
+    run(sys.executable, "-m", "msn_export.cli", *calibrate, *pictures)
+    found = {
+        "msn-export": session(own, options.threads),
+        "msn-export int8": session(eight, options.threads),
+    }
     if options.optimum:
         task = ["--task", "feature-extraction", str(folder / "peer")]
         run(str(options.optimum), "export", "onnx", "--model", str(folder / "hf"), *task)
         found["optimum"] = session(folder / "peer" / "model.onnx", options.threads)
     else:
         print("optimum: left out, --optimum is not given", file=sys.stderr)
+    exported = folder / "torch.onnx"
+    run(
+        sys.executable,
+        str(Path(__file__).with_name("torch_export.py")),
+        str(folder / "hf"),
+        str(exported),
+    )
+    found["torch.onnx.export"] = session(exported, options.threads)
     for kind in ("sdpa", "eager"):
         loaded = ViTMSNModel.from_pretrained(folder / "hf", attn_implementation=kind)
         found[f"torch {kind}"] = of_torch(loaded)
@@ -94,8 +117,8 @@ def session(path: Path, threads: int) -> Contender:
     graph = opened(path, threads)
     name = graph.get_inputs()[0].name
 
-    def call(images: np.ndarray) -> np.ndarray:
-        output: np.ndarray = graph.run(None, {name: images})[0]
+    def call(batch: np.ndarray) -> np.ndarray:
+        output: np.ndarray = graph.run(None, {name: batch})[0]
         return output[:, 0] if output.ndim == 3 else output
 
     return call
@@ -104,34 +127,41 @@ def session(path: Path, threads: int) -> Contender:
 def of_torch(model: Callable[..., Any]) -> Contender:
     """Run a model of transformers."""
 
-    def call(images: np.ndarray) -> np.ndarray:
+    def call(batch: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
-            hidden: torch.Tensor = model(torch.from_numpy(images)).last_hidden_state
+            hidden: torch.Tensor = model(torch.from_numpy(batch)).last_hidden_state
         return hidden[:, 0].numpy()
 
     return call
 
 
-def measure(contenders: Mapping[str, Contender], batch: int, rounds: int) -> dict[str, object]:
+def measure(
+    contenders: Mapping[str, Contender], batch: np.ndarray, rounds: int
+) -> dict[str, object]:
     """Time all contenders by turns; medians, ratios, and how far outputs are apart."""
-    generator = np.random.default_rng(0)
-    images = generator.standard_normal((batch, 3, 224, 224)).astype(np.float32)
-    wanted = contenders["torch sdpa"](images)
-    apart = {name: float(np.abs(call(images) - wanted).max()) for name, call in contenders.items()}
+    wanted = contenders["torch sdpa"](batch)
+    apart = {name: agreement(call(batch), wanted) for name, call in contenders.items()}
     times: dict[str, list[Times]] = {name: [] for name in contenders}
     order = list(contenders)
     for _ in range(rounds):
         random.shuffle(order)
         for name in order:
             started = time.perf_counter(), time.process_time()
-            contenders[name](images)
+            contenders[name](batch)
             ended = time.perf_counter(), time.process_time()
             times[name].append((1e3 * (ended[0] - started[0]), 1e3 * (ended[1] - started[1])))
     found: dict[str, object] = {"rounds": rounds}
     for name in times:
-        found[name] = figures(times, name) | {"max_abs": apart[name]}
-        print(f"batch {batch}: {name}: {found[name]}", flush=True)
+        found[name] = figures(times, name) | apart[name]
+        print(f"batch {len(batch)}: {name}: {found[name]}", flush=True)
     return found
+
+
+def agreement(output: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
+    """Compare embeddings [b, dim]: the largest difference, and the smallest cosine."""
+    norms = np.linalg.norm(output, axis=1) * np.linalg.norm(wanted, axis=1)
+    cosines = (output * wanted).sum(axis=1) / norms
+    return {"max_abs": float(np.abs(output - wanted).max()), "cosine": float(cosines.min())}
 
 
 def figures(times: Mapping[str, list[Times]], name: str) -> dict[str, object]:
