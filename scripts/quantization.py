@@ -29,7 +29,9 @@ CHOICES: tuple[tuple[str, ...], ...] = (
     ("--bias-correction",),
     ("--quantize-attention",),
 )
-MEMORY = ROOT / "benchmarks" / "results" / "calibration_memory.json"
+RESULTS = ROOT / "benchmarks" / "results"
+MEMORY = RESULTS / "calibration_memory.json"
+GRAPHS = RESULTS / "graphs.json"
 
 
 def shape_rows(bench: Bench) -> list[str]:
@@ -75,6 +77,18 @@ def choice_rows(bench: Bench) -> list[str]:
     chosen = [bench.calibrate(f"vit-msn-small.{form}.onnx", graph, bench.images) for form in FORMS]
     cells = [f"{told['check']['cosine_p1']:.5f} (chose {strength(told)})" for told in chosen]
     return [*rows, row("`--smooth auto`, as it is without options", *cells)]
+
+
+def cpu_rows() -> list[str]:
+    """Read what benchmarks/graphs.py measured of the int8 graph and of those beside it."""
+    graphs = json.loads(GRAPHS.read_text())
+    return [
+        row(batch, who, f"{found['wall_ms']:.0f}", f"{found['wall x optimum']:.2f}",
+            f"{found['wall x torch sdpa']:.2f}", f"{found['cosine']:.5f}")
+        for batch in (1, 8)
+        for who in ("msn-export", "msn-export int8", "optimum", "torch sdpa")
+        for found in (graphs[f"batch {batch}"][who],)
+    ]  # fmt: skip
 
 
 def console(bench: Bench) -> str:
@@ -124,6 +138,7 @@ def main(images: Path) -> None:
                 f"{run['seconds']:.0f}", f"{run['cosine_p1']:.5f}")
             for run in memory["runs"]
         ),
+        cpu="\n".join(cpu_rows()),
         apart=f"{memory['apart_bytes'] / 1e6:+.0f}",
         console=console(bench),
         rtx=tensorrt_rtx.__version__,

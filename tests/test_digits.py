@@ -94,6 +94,13 @@ def test_8_bits_are_within_a_point(fp32, dtype) -> None:
     assert told["check"]["cosine_p1"] >= 0.99
 
 
+def test_so_is_int8_for_a_cpu_whose_weights_have_one_bit_less(fp32) -> None:
+    graph, told = calibrated(fp32, "cpu", "--int8", "--base", "fp32")
+    assert abs(accuracy(graph) - accuracy(fp32)) <= 1.0
+    assert told["quantization"]["kept"] == {}
+    assert told["check"]["cosine_p1"] >= 0.99
+
+
 def test_planted_outliers_change_nothing_in_fp32(fp32, planted) -> None:
     assert accuracy(planted) == accuracy(fp32)
 
