@@ -7,7 +7,7 @@ from typing import Any
 from msn_export.calibrate_job import CalibrateJob
 from msn_export.calibration import ranges as ranges_file
 from msn_export.calibration.pictures import FEW
-from msn_export.graph import io
+from msn_export.graph.facts import GraphFacts
 from msn_export.graph.quantised import quantised_products
 from msn_export.manifest import (
     AttentionRecord,
@@ -34,7 +34,7 @@ def describe(
     compiled, latency = measure(done, job, stage, progress)
     if job.ranges is None:
         ranges_file.write(done.ranged.ranges, stage / ranges)
-    known, model = done.source.manifest, done.chosen.model
+    known, facts = done.source.manifest, GraphFacts.of(done.chosen.model)
     quantization = _quantization(done, job, job.ranges or stage / ranges, compiled, latency)
     cores = done.ranged.plan.depth
     path = done.chosen.path
@@ -44,15 +44,15 @@ def describe(
         sha256=sha256_of(path),
         bytes=path.stat().st_size,
         dtype=job.dtype,
-        inputs=io.tensor_specs(list(model.graph.inputs)),
-        outputs=io.tensor_specs(list(model.graph.outputs)),
+        inputs=facts.inputs,
+        outputs=facts.outputs,
         profiles=(done.source.batch,),
         preprocessing=done.source.preprocessing,
-        nodes=len(model.graph),
-        ops=io.operators(model),
+        nodes=facts.nodes,
+        ops=facts.ops,
         attention=AttentionRecord(cores, cores, _form(job, done)),
         check=done.chosen.judged.record,
-        opset=model.graph.opset_imports[""],
+        opset=facts.opset,
         target=job.scheme.target,
         labels=known.labels if known else (),
         checkpoint=known.checkpoint if known else None,

@@ -11,6 +11,7 @@ from msn_export.engine.backend import Backend
 from msn_export.errors import GraphError
 from msn_export.graph import io
 from msn_export.graph.expose import expose
+from msn_export.graph.facts import operators, tensor_specs
 from msn_export.graph.fuse import fuse_attention
 from msn_export.graph.lower import lower, raise_opset
 from msn_export.graph.precision import fp32_nodes
@@ -61,7 +62,7 @@ def prepare(
             f"{source.path} is quantised with {source.dtype} weights and half-precision scales, "
             f"which {backend} cannot read; it takes TensorRT 10 or later"
         )
-    before = io.operators(source.model)
+    before = operators(source.model)
     with progress.step(f"type as {dtype}"):
         model, form, cores = written_for(backend, source, dtype)
         if dtype is source.dtype:
@@ -74,9 +75,9 @@ def prepare(
     with progress.step("write and check the typed graph"):
         io.save(model, path)
         io.check(path)
-    ops = io.operators(model)
+    ops = operators(model)
     opset, nodes = model.graph.opset_imports[""], len(model.graph)
-    outputs = io.tensor_specs(list(model.graph.outputs))
+    outputs = tensor_specs(list(model.graph.outputs))
     quantised = quantised_products(model)
     return Compilable(
         path, dtype, cores, form, opset, nodes, ops, outputs, islands, quantised,

@@ -4,7 +4,7 @@ from msn_export.check.sample import Sample
 from msn_export.compilable import Compilable
 from msn_export.engine.build import BuildResult
 from msn_export.engine.census import summary
-from msn_export.graph import io
+from msn_export.graph.facts import tensor_specs
 from msn_export.manifest import (
     AttentionRecord,
     CheckRecord,
@@ -62,7 +62,7 @@ def describe(
         sha256=sha256_of(result.output),
         bytes=result.bytes,
         dtype=graph.dtype,
-        inputs=io.tensor_specs(list(source.model.graph.inputs)),
+        inputs=tensor_specs(list(source.model.graph.inputs)),
         outputs=graph.outputs,
         profiles=(),
         preprocessing=source.preprocessing,

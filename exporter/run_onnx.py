@@ -1,11 +1,10 @@
 """The story of ``msn-export onnx``: checkpoint, trace, graph steps, check, file."""
 
+import gc
 import resource
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import onnx_ir as ir
 
 from msn_export import __version__, golden
 from msn_export.check.gate import GATES
@@ -14,6 +13,7 @@ from msn_export.check.verify import Reference, run_reference, verify
 from msn_export.checkpoint import preprocessing_of, sized
 from msn_export.files import publish, require_writable, staging
 from msn_export.graph import io
+from msn_export.graph.facts import GraphFacts
 from msn_export.graph.fuse import fuse_attention
 from msn_export.graph.lower import lower
 from msn_export.graph.narrow import narrow_to_first_token
@@ -67,7 +67,7 @@ class Built:
     """A written, not yet published graph with what is known of it."""
 
     path: Path
-    model: ir.Model
+    facts: GraphFacts
     fused: int
     simplified: str
     islands: Islands
@@ -106,6 +106,10 @@ def run_onnx(job: OnnxJob, progress: Progress) -> tuple[Path, Manifest]:
                 stem = InputKind.FLOAT  # the reference takes floats whatever the graph takes
                 known = golden.record(runner, runner.name, sample.preprocessing, stem, room)
         built = _build(job, checkpoint, heads, sample, stage / output.name, progress)
+        # The weights are in the file: while it is checked onnxruntime alone holds them. The graph
+        # is full of cycles, so it does not go by itself.
+        checkpoint.model.to("meta")
+        gc.collect()
         check = _check(job, built, reference, progress)
         manifest = replace(
             _describe(job, checkpoint, sample, built, check),
@@ -164,7 +168,7 @@ def _build(
     with progress.step("write and check the file"):
         io.save(model, path)
         io.check(path)
-    return Built(path, model, fused, simplified, islands)
+    return Built(path, GraphFacts.of(model), fused, simplified, islands)
 
 
 def _metadata(checkpoint: Checkpoint, sample: Sample) -> dict[str, str]:
@@ -196,22 +200,22 @@ def _describe(
     check: CheckRecord | None,
 ) -> Manifest:
     form = job.target.attention
-    model = built.model
+    facts = built.facts
     return Manifest(
         kind="onnx",
         output=built.path.name,
         sha256=sha256_of(built.path),
         bytes=built.path.stat().st_size,
         dtype=job.dtype,
-        inputs=io.tensor_specs(list(model.graph.inputs)),
-        outputs=io.tensor_specs(list(model.graph.outputs)),
+        inputs=facts.inputs,
+        outputs=facts.outputs,
         profiles=(job.batch,),
         preprocessing=sample.preprocessing,
-        nodes=len(model.graph),
-        ops=io.operators(model),
+        nodes=facts.nodes,
+        ops=facts.ops,
         attention=AttentionRecord(checkpoint.config.depth, built.fused, form.value),
         check=check,
-        opset=model.graph.opset_imports[""],
+        opset=facts.opset,
         target=job.target,
         labels=checkpoint.config.labels,
         checkpoint=CheckpointRecord(checkpoint.source, checkpoint.sha256, checkpoint.notes),

@@ -8,6 +8,7 @@ from msn_export import manifest as manifests
 from msn_export.engine_header import read_header
 from msn_export.errors import GraphError, ManifestError
 from msn_export.graph import io
+from msn_export.graph.facts import tensor_specs
 from msn_export.triton.artifact import Artifact, Platform
 
 
@@ -60,8 +61,8 @@ def _read_onnx(path: Path, manifest: manifests.Manifest | None) -> Artifact:
     return Artifact(
         path,
         Platform.ONNX,
-        io.tensor_specs(inputs),
-        io.tensor_specs(list(model.graph.outputs)),
+        tensor_specs(inputs),
+        tensor_specs(list(model.graph.outputs)),
         manifest.profiles if manifest else (),
         manifest,
         () if manifest else _weight_files(path),  # our own graphs have no weights beside them

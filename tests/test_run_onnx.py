@@ -14,8 +14,9 @@ import pytest
 import torch
 from checkpoints import TINY, hugging_face, processor
 from click.testing import CliRunner
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from msn_export import images, manifest
+from msn_export import images, manifest, run_onnx
 from msn_export.check import gate
 from msn_export.cli import main
 from msn_export.preprocessing import from_processor_config
@@ -134,6 +135,30 @@ def test_bf16_says_how_it_was_run(checkpoint, tmp_path) -> None:
 def test_without_images_the_noise_is_called_noise(checkpoint, tmp_path) -> None:
     told = json.loads(export(checkpoint, tmp_path / "m.onnx").stdout)
     assert told["check"]["source"] == "seeded noise (no --images given)"
+
+
+def test_pytorch_holds_no_weights_while_the_graph_is_checked(
+    checkpoint, tmp_path, monkeypatch
+) -> None:
+    storages: list[StorageWeakRef] = []
+    expired: list[bool] = []
+    load, verify = run_onnx.load_checkpoint, run_onnx.verify
+
+    def loaded(*arguments, **options):
+        found = load(*arguments, **options)
+        weights = found.model.parameters()
+        storages.extend(StorageWeakRef(weight.untyped_storage()) for weight in weights)
+        return found
+
+    def verified(*arguments):
+        expired.extend(storage.expired() for storage in storages)
+        return verify(*arguments)
+
+    monkeypatch.setattr(run_onnx, "load_checkpoint", loaded)
+    monkeypatch.setattr(run_onnx, "verify", verified)
+    assert export(checkpoint, tmp_path / "m.onnx").exit_code == 0
+    assert expired == [True] * len(storages)
+    assert storages
 
 
 def test_no_check_says_so(checkpoint, tmp_path) -> None:

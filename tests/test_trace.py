@@ -9,7 +9,7 @@ from checkpoints import hugging_face
 from graphs import op_types
 
 from msn_export.errors import GraphError
-from msn_export.graph import io
+from msn_export.graph.facts import tensor_specs
 from msn_export.graph.reference import TorchRunner
 from msn_export.graph.trace import trace
 from msn_export.images import normalize
@@ -86,10 +86,10 @@ def test_every_head_computes_what_the_reference_does(model, stem) -> None:
 @pytest.mark.parametrize(("batch", "size"), [("1:8:32", "batch"), ("4", 4), ("1", 1)])
 def test_batch_is_the_only_dynamic_axis(model, batch, size) -> None:
     graph = traced(model, batch=BatchRange.parse(batch))
-    (spec,) = io.tensor_specs(list(graph.graph.inputs))
+    (spec,) = tensor_specs(list(graph.graph.inputs))
     assert spec.name == "pixel_values"
     assert spec.shape == (size, 3, 32, 32)
-    (output,) = io.tensor_specs(list(graph.graph.outputs))
+    (output,) = tensor_specs(list(graph.graph.outputs))
     assert (output.name, output.shape) == ("embedding", (size, 64))
 
 

@@ -4,7 +4,6 @@ A skeleton is the graph without its weights: onnxsim, the version converter and 
 serialise what they are given several times, which for a ViT-L is gigabytes each.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,6 @@ from onnx_ir.external_data import load_to_model
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from msn_export.errors import GraphError
-from msn_export.spec import TensorSpec
 
 # A protobuf message holds less than 2 GiB: protobuf.dev/programming-guides/proto-limits
 PROTOBUF_LIMIT = 2**31 - 1
@@ -217,25 +215,3 @@ def check(path: Path) -> None:
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         reason = " ".join(str(error).split())
         raise GraphError(f"{path.name} breaks the ONNX specification: {reason}") from error
-
-
-def operators(model: ir.Model) -> dict[str, int]:
-    """Count the graph's nodes by operator, the most frequent first."""
-    counts = Counter(
-        f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in model.graph
-    )
-    return dict(counts.most_common())
-
-
-def tensor_specs(values: list[ir.Value]) -> tuple[TensorSpec, ...]:
-    """Describe graph inputs or outputs: names, dtypes as ONNX spells them, shapes."""
-    return tuple(
-        TensorSpec(
-            name=value.name or "",
-            dtype=value.dtype.name.lower() if value.dtype else "undefined",
-            shape=tuple(
-                size if isinstance(size, int) else str(size.value) for size in (value.shape or ())
-            ),
-        )
-        for value in values
-    )

@@ -7,7 +7,8 @@ import onnx_ir as ir
 import onnxruntime
 import onnxsim
 
-from msn_export.graph.io import operators, refill, skeleton
+from msn_export.graph.facts import operators
+from msn_export.graph.io import refill, skeleton
 
 # Turns each MatMul + Add of a [b, n, dim] tensor into Reshape, Gemm, Reshape: 286 -> 322 nodes
 # on ViT-S, and TensorRT then loses the fusion of the bias.

@@ -13,6 +13,7 @@ from msn_export.engine_header import EngineHeader, read_header
 from msn_export.errors import GraphError, ManifestError
 from msn_export.graph import io
 from msn_export.graph.attention import AttentionCore, match
+from msn_export.graph.facts import operators, tensor_specs
 from msn_export.graph.precision import graph_dtype
 from msn_export.graph.work import multiply_adds
 from msn_export.manifest import Manifest
@@ -121,10 +122,10 @@ def _of_graph(path: Path, manifest: Manifest | None, described: str) -> Inspecti
     weights = model.graph.initializers.values()
     facts |= {
         "precision": str(graph_dtype(model)),
-        "inputs": io.tensor_specs(list(model.graph.inputs)),
-        "outputs": io.tensor_specs(list(model.graph.outputs)),
+        "inputs": tensor_specs(list(model.graph.inputs)),
+        "outputs": tensor_specs(list(model.graph.outputs)),
         "nodes": len(model.graph),
-        "ops": io.operators(model),
+        "ops": operators(model),
         "multiply_adds": multiply_adds(model),
         "attention_fused": len(fused),
         "gemm_dtypes": _product_dtypes(model),

@@ -6,7 +6,7 @@ from msn_export.errors import MissingPackageError, SpecError
 
 ModelConfig: TypeAlias = Any  # tritonclient.grpc.model_config_pb2.ModelConfig; it ships no types
 
-# ONNX's spelling (graph.io.tensor_specs) to Triton's: server docs/user_guide/model_configuration.md
+# ONNX's spelling (graph.tensor_specs) to Triton's: server docs/user_guide/model_configuration.md
 DATATYPES = {
     "bool": "TYPE_BOOL",
     "uint8": "TYPE_UINT8",
