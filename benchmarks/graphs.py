@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import torch
 from forms import opened
 from transformers import ViTMSNConfig, ViTMSNModel
@@ -49,7 +51,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    told: dict[str, object] = {"machine": asdict(this_machine()), "threads": options.threads}
+    told: dict[str, object] = {
+        "machine": asdict(this_machine()),
+        "threads": options.threads,
+        "peak_gflops": peak(options.threads),
+    }
     with tempfile.TemporaryDirectory() as name:
         pictures = photographs(Path(name) / "photographs")
         contenders = build(options, Path(name))
@@ -155,6 +161,33 @@ def measure(
         found[name] = figures(times, name) | apart[name]
         print(f"batch {len(batch)}: {name}: {found[name]}", flush=True)
     return found
+
+
+def peak(threads: int, side: int = 2048, calls: int = 12) -> dict[str, float]:
+    """Measure what either library makes of one square product in fp32, at best: GFLOP/s."""
+    generator = np.random.default_rng(0)
+    a, b = generator.standard_normal((2, side, side)).astype(np.float32)
+    x, y = torch.from_numpy(a), torch.from_numpy(b)
+    text = f"g (float[{side},{side}] a, float[{side},{side}] b) => (float[{side},{side}] y)"
+    model = onnx.parser.parse_model(
+        f'<ir_version: 10, opset_import: ["" : 23]> {text} {{ y = MatMul (a, b) }}'
+    )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    graph = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    work = {"onnxruntime": lambda: graph.run(None, {"a": a, "b": b}), "torch": lambda: x @ y}
+    return {
+        name: round(2 * side**3 / min(_seconds(call) for _ in range(calls)) / 1e9, 1)
+        for name, call in work.items()
+    }
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
 
 
 def agreement(output: np.ndarray, wanted: np.ndarray) -> dict[str, float]:

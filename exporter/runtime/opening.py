@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msn_export.errors import ManifestError, MissingPackageError, RunnerError
@@ -10,6 +9,7 @@ from msn_export.errors import ManifestError, MissingPackageError, RunnerError
 if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
+    from pathlib import Path
 
     from msn_export.runtime.runner import Runner
 
@@ -51,6 +51,8 @@ def open_runner(  # noqa: PLR0913  each names one thing a service may have to ch
         MissingPackageError: a package is not installed; the message has the line that does.
         DeviceError: the GPU or TensorRT failed.
     """
+    from pathlib import Path  # a third of what importing this module would take
+
     file = Path(path)
     if not file.is_file():
         raise RunnerError(f"{file} does not exist; give an .onnx file or an engine")

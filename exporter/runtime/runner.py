@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
@@ -14,6 +14,7 @@ from msn_export.runtime.batching import together
 from msn_export.spec import BatchRange, InputKind, TensorSpec
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from types import TracebackType
 
     from numpy.typing import NDArray
@@ -122,7 +123,8 @@ class Runner(ABC):
             )
         from msn_export import images as pictures
 
-        several = [images] if isinstance(images, str | Path) or _is_picture(images) else images
+        one = isinstance(images, str | os.PathLike) or _is_picture(images)
+        several = [images] if one else images
         if self._stem is InputKind.UINT8:
             return pictures.decode(several, preprocessing)  # type: ignore[arg-type]
         return pictures.preprocess(several, preprocessing)  # type: ignore[arg-type]
