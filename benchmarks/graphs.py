@@ -81,14 +81,13 @@ def build(options: argparse.Namespace, folder: Path) -> dict[str, Contender]:
     own = folder / "own.onnx"
     export = ["onnx", str(folder / "hf"), "-o", str(own), "--target", "onnxruntime", "--no-check"]
     run(sys.executable, "-m", "msn_export.cli", *export, "--head", "cls")
-    eight = folder / "int8.onnx"
-    calibrate = ["calibrate", str(own), "--int8", "-o", str(eight), "--smooth", "off"]
-    pictures = ["--images", str(folder / "photographs"), "--no-compile"]
-    run(sys.executable, "-m", "msn_export.cli", *calibrate, *pictures)
-    found = {
-        "msn-export": session(own, options.threads),
-        "msn-export int8": session(eight, options.threads),
-    }
+    found = {"msn-export": session(own, options.threads)}
+    calibrate = ["calibrate", str(own), "--int8", "--no-compile", "--smooth", "off"]
+    for name, base in (("msn-export int8", "fp32"), ("msn-export int8, the rest fp16", "fp16")):
+        eight = folder / f"{base}.onnx"
+        asked = ["--base", base, "--images", str(folder / "photographs"), "-o", str(eight)]
+        run(sys.executable, "-m", "msn_export.cli", *calibrate, *asked)
+        found[name] = session(eight, options.threads)
     if options.optimum:
         task = ["--task", "feature-extraction", str(folder / "peer")]
         run(str(options.optimum), "export", "onnx", "--model", str(folder / "hf"), *task)
@@ -179,12 +178,13 @@ def peak(threads: int, side: int = 2048, calls: int = 12) -> dict[str, float]:
     )
     work = {"onnxruntime": lambda: graph.run(None, {"a": a, "b": b}), "torch": lambda: x @ y}
     return {
-        name: round(2 * side**3 / min(_seconds(call) for _ in range(calls)) / 1e9, 1)
+        name: round(2 * side**3 / min(seconds_of(call) for _ in range(calls)) / 1e9, 1)
         for name, call in work.items()
     }
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def seconds_of(call: Callable[[], object]) -> float:
+    """Time one call."""
     started = time.perf_counter()
     call()
     return time.perf_counter() - started

@@ -9,13 +9,8 @@ from msn_export.calibration import ranges as ranges_file
 from msn_export.calibration.pictures import FEW
 from msn_export.graph.facts import GraphFacts
 from msn_export.graph.quantised import quantised_products
-from msn_export.manifest import (
-    AttentionRecord,
-    Manifest,
-    QuantizationRecord,
-    SourceRecord,
-    versions_of,
-)
+from msn_export.manifest import Manifest, versions_of
+from msn_export.manifest_records import AttentionRecord, QuantizationRecord, SourceRecord
 from msn_export.measured import Calibrated, measure
 from msn_export.progress import Progress
 from msn_export.sidecar import sha256_of

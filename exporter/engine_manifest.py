@@ -5,14 +5,8 @@ from msn_export.compilable import Compilable
 from msn_export.engine.build import BuildResult
 from msn_export.engine.census import summary
 from msn_export.graph.facts import tensor_specs
-from msn_export.manifest import (
-    AttentionRecord,
-    CheckRecord,
-    EngineRecord,
-    Manifest,
-    SourceRecord,
-    versions_of,
-)
+from msn_export.manifest import Manifest, versions_of
+from msn_export.manifest_records import AttentionRecord, CheckRecord, EngineRecord, SourceRecord
 from msn_export.records import to_plain
 from msn_export.sidecar import sha256_of
 from msn_export.source import Source

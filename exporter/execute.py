@@ -9,7 +9,8 @@ from msn_export.check.verify import Reference, verify
 from msn_export.driver import NoDriver, find_driver
 from msn_export.engine_header import parse_header
 from msn_export.errors import MissingPackageError
-from msn_export.manifest import CheckRecord, EngineRecord, Manifest
+from msn_export.manifest import Manifest
+from msn_export.manifest_records import CheckRecord, EngineRecord
 from msn_export.runtime.admission import Admitted
 from msn_export.runtime.engine_opening import open_engine
 from msn_export.runtime.outputs import Outputs

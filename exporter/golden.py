@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from msn_export import images
 from msn_export.errors import ManifestError
-from msn_export.manifest import GoldenRecord
+from msn_export.manifest_records import GoldenRecord
 from msn_export.preprocessing import Preprocessing
 from msn_export.spec import InputKind
 

@@ -11,6 +11,15 @@ from typing import Any, Literal
 
 from msn_export import __version__
 from msn_export.errors import ManifestError
+from msn_export.manifest_records import (
+    AttentionRecord,
+    CheckpointRecord,
+    CheckRecord,
+    EngineRecord,
+    GoldenRecord,
+    QuantizationRecord,
+    SourceRecord,
+)
 from msn_export.preprocessing import Preprocessing
 from msn_export.records import from_plain, to_plain
 from msn_export.sidecar import manifest_path, sha256_of
@@ -18,141 +27,6 @@ from msn_export.spec import BatchRange, Dtype, TensorSpec
 
 SCHEMA = 1
 LIMIT = 16 * 2**20  # bytes; a larger file is no manifest of ours
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointRecord:
-    """Where the weights came from."""
-
-    source: str
-    sha256: str
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionRecord:
-    """How many attention cores the model has, and how many are fused operators."""
-
-    expected: int
-    fused: int
-    form: str
-
-
-@dataclass(frozen=True, slots=True)
-class ImageRecord:
-    """One image's worst figures in a check. None: not a number."""
-
-    name: str
-    cosine: float | None
-    max_abs: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class CheckRecord:
-    """What a check measured; figures are those of the worst output. None: not a number.
-
-    ``neighbours`` and ``classes`` are the shares of images whose nearest neighbour and whose class
-    are the reference's, None where not measured; ``gate`` holds the numbers that had to be reached.
-    """
-
-    images: int
-    source: str
-    batches: tuple[int, ...]
-    max_abs: float | None
-    mean_abs: float | None
-    cosine_min: float | None
-    cosine_p1: float | None
-    cosine_median: float | None
-    passed: bool
-    executed_on: str
-    reference: str
-    outputs: dict[str, dict[str, float | None]] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    neighbours: float | None = None
-    classes: float | None = None
-    per_image: tuple[ImageRecord, ...] = ()
-    gate: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class EngineRecord:
-    """What a compiled engine is made of, and whether it has run."""
-
-    backend: str
-    version: str
-    compute_capabilities: tuple[str, ...]
-    precision: str
-    kernels: int
-    kernels_per_block: dict[str, int]
-    fused_attention: int
-    gemm_dtypes: dict[str, int]
-    executed: bool
-    reason: str
-    quantised_products: int = 0
-    census: Any = None
-    options: dict[str, Any] = field(default_factory=dict)
-    check: CheckRecord | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class GoldenRecord:
-    """A seeded input as a recipe, and what the reference made of it (``msn_export.golden``).
-
-    ``shape`` is that of the pixels [b, h, w, c]; ``values`` are float32 [b, dim], little endian,
-    in base64: the output called ``output``, of tokens [b, n, dim] the first.
-    """
-
-    generator: str
-    seed: int
-    shape: tuple[int, ...]
-    output: str
-    dim: int
-    values: str
-    reference: str
-
-
-@dataclass(frozen=True, slots=True)
-class SourceRecord:
-    """The file an artifact was made from."""
-
-    file: str
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizationRecord:
-    """How a graph was quantised, what it costs and what it saves.
-
-    Shares are from 0 to 1, sizes in bytes. ``kept`` names the blocks that stay in ``base`` with
-    why; ``drift`` is the relative error of the embedding with one block quantised at a time, where
-    that was measured. ``twin`` is the same graph in ``base``, ``compiled`` what TensorRT made of
-    both, or why it did not.
-    """
-
-    format: str
-    base: str
-    observer: str
-    smoothing: float | None
-    smoothing_errors: dict[str, float]
-    attention: bool
-    bias_correction: bool
-    products: int
-    expected: int
-    kept: dict[str, str]
-    drift: dict[str, float]
-    calibration_images: int
-    held_out: tuple[str, ...]
-    seed: int
-    limit: int
-    ranges: SourceRecord
-    sizes: dict[str, int]
-    twin: CheckRecord
-    neighbours: dict[str, float | None]
-    classes: dict[str, float | None]
-    compiled: dict[str, Any]
-    latency: dict[str, Any]
-    worthwhile: bool
-    verdict: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from msn_export.check.drift import (
 from msn_export.check.gate import DRIFT, GATES, ROUNDING, coarsest
 from msn_export.check.sample import Sample, batches, draw
 from msn_export.check.verify import Reference, Verified
-from msn_export.manifest import CheckRecord
+from msn_export.manifest_records import CheckRecord
 from msn_export.preprocessing import preset
 from msn_export.progress import Progress
 from msn_export.proof.artifact import Artifact

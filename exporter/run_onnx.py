@@ -20,14 +20,8 @@ from msn_export.graph.narrow import narrow_to_first_token
 from msn_export.graph.reference import TorchRunner
 from msn_export.graph.simplify import simplify
 from msn_export.graph.trace import trace
-from msn_export.manifest import (
-    AttentionRecord,
-    CheckpointRecord,
-    CheckRecord,
-    Manifest,
-    seal,
-    versions_of,
-)
+from msn_export.manifest import Manifest, seal, versions_of
+from msn_export.manifest_records import AttentionRecord, CheckpointRecord, CheckRecord
 from msn_export.models.checkpoints import Checkpoint, load_checkpoint
 from msn_export.progress import Progress
 from msn_export.records import to_json

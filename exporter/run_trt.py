@@ -21,7 +21,8 @@ from msn_export.engine_manifest import describe
 from msn_export.errors import SpecError
 from msn_export.execute import execute
 from msn_export.files import publish, require_writable, staging
-from msn_export.manifest import CheckRecord, GoldenRecord, Manifest, seal
+from msn_export.manifest import Manifest, seal
+from msn_export.manifest_records import CheckRecord, GoldenRecord
 from msn_export.progress import Progress
 from msn_export.sidecar import manifest_path
 from msn_export.source import Source, read_source, room_of

@@ -73,7 +73,7 @@ COMPOSED = {
 }
 # the modules at the root, from the bottom up; each may use those before it, whatever its own rank
 BOTTOM = ("errors", "sidecar", "spec", "progress", "records", "preprocessing", "files", "driver",
-          "images", "manifest", "engine_header", "golden")  # fmt: skip
+          "images", "manifest_records", "manifest", "engine_header", "golden")  # fmt: skip
 
 
 def modules() -> Iterator[tuple[str, Path]]:

@@ -5,7 +5,6 @@ import importlib.util
 import json
 import subprocess
 import sys
-import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,8 +24,8 @@ from msn_export.errors import (
     MissingPackageError,
     RunnerError,
 )
-from msn_export.runtime import engine_opening, loaders, open_runner
-from msn_export.runtime.loaders import LOADERS, Loaded, load, may_run
+from msn_export.runtime import engine_opening, open_runner
+from msn_export.runtime.loaders import Loaded
 from msn_export.sidecar import manifest_path, sha256_of
 from msn_export.spec import BatchRange, ComputeCapability
 
@@ -255,78 +254,6 @@ def test_missing_packages_are_told_with_the_line_that_installs_them(monkeypatch)
         monkeypatch.delitem(sys.modules, f"msn_export.runtime.{name}", raising=False)
     with pytest.raises(MissingPackageError, match=r"onnxruntime cannot be imported .*\[ort\]'"):
         open_runner(classifier())
-
-
-# which module loads an engine
-
-
-def installed(monkeypatch: pytest.MonkeyPatch, **modules: str) -> None:
-    """Have modules of these versions installed, and no others."""
-    made = {name: types.SimpleNamespace(__version__=text) for name, text in modules.items()}
-    monkeypatch.setattr(loaders.importlib.util, "find_spec", made.get)
-    monkeypatch.setattr(loaders.importlib, "import_module", made.__getitem__)
-
-
-def test_full_tensorrt_is_taken_before_the_lean_runtime(monkeypatch) -> None:
-    installed(monkeypatch, tensorrt="11.4.0.106", tensorrt_lean="11.4.0.106")
-    assert str(load("tensorrt", compatible=True)) == "tensorrt 11.4.0.106"
-
-
-def test_the_lean_runtime_runs_version_compatible_engines_alone(monkeypatch) -> None:
-    installed(monkeypatch, tensorrt_lean="11.4.0.106")
-    assert str(load("tensorrt", compatible=True)) == "tensorrt (lean) 11.4.0.106"
-    with pytest.raises(
-        MissingPackageError,
-        match=r"^tensorrt is not installed; pip install 'msn-export\[tensorrt\]'$",
-    ):
-        load("tensorrt", compatible=False)
-
-
-def test_nothing_installed_names_what_would_do(monkeypatch) -> None:
-    installed(monkeypatch)
-    with pytest.raises(MissingPackageError, match=r"\(or pip install tensorrt-lean, which is sm"):
-        load("tensorrt", compatible=True)
-    with pytest.raises(MissingPackageError, match=r"^tensorrt-rtx is not .*'msn-export\[rtx\]'$"):
-        load("tensorrt-rtx", compatible=False)
-    with pytest.raises(RunnerError, match="engines of 'openvino' are not supported"):
-        load("openvino", compatible=False)
-
-
-@pytest.mark.parametrize("version", ["7.2.3", "9.3.0", "10.0.1", "unknown"])
-def test_an_unsupported_version_is_told(monkeypatch, version) -> None:
-    installed(monkeypatch, tensorrt=version)
-    with pytest.raises(RunnerError, match=f"^tensorrt {version} is not supported"):
-        load("tensorrt", compatible=False)
-
-
-def test_a_module_that_does_not_import_says_why(monkeypatch) -> None:
-    installed(monkeypatch, tensorrt_rtx="1.7.1")
-
-    def broken(_name: str) -> None:
-        raise OSError("libtensorrt_rtx.so: cannot open shared object file")
-
-    monkeypatch.setattr(loaders.importlib, "import_module", broken)
-    with pytest.raises(RunnerError, match="tensorrt_rtx is installed but does not import"):
-        load("tensorrt-rtx", compatible=False)
-
-
-@pytest.mark.parametrize(
-    ("here", "built", "compatible", "expected"),
-    [
-        ("11.4.0.106", "11.4.0.106", False, True),
-        ("11.4.0.106", "11.4.0", False, True),  # a header may tell less
-        ("11.4.0.106", "11.3.0.1", False, False),
-        ("11.4.0.106", "11.3.0.1", True, True),
-        ("11.3.0.1", "11.4.0.106", True, False),  # never an older one
-        ("11.4.0.106", "10.16.1.11", True, True),
-        ("10.16.1.11", "8.6.1", True, True),
-        ("11.4.0.106", "8.6.1", True, False),
-        ("11.4.0.106", "", True, False),
-    ],
-)
-def test_which_versions_load_an_engine(here, built, compatible, expected) -> None:
-    loaded = Loaded(None, LOADERS[1], here)
-    assert may_run(loaded, built, compatible=compatible) is expected
 
 
 def test_the_manifest_is_json_that_says_what_would_rebuild_it() -> None:

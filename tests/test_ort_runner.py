@@ -1,28 +1,23 @@
-"""The onnxruntime runner: what it takes, what it gives, threads, providers, the selftest."""
+"""The onnxruntime runner: what it takes, what it gives, threads, the providers it opens."""
 
 import sys
 import threading
-from dataclasses import replace
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
-from artifacts import classifier, copy_of
+from artifacts import classifier
 from graphs import parse
 from networks import Network, compute
 from trt_bench import one_device
 
-from msn_export import images, manifest
-from msn_export.driver import NoDriver
-from msn_export.errors import DeviceError, GraphError, InputError, ManifestError, RunnerError
+from msn_export.errors import DeviceError, GraphError, InputError, RunnerError
 from msn_export.graph import io
 from msn_export.runtime import dlpack, open_runner
 from msn_export.runtime import ort as subject
 from msn_export.runtime.ort import OrtRunner
-from msn_export.runtime.providers import CPU, CUDA, choose, require_obtained
-from msn_export.runtime.runner import Guess
-from msn_export.sidecar import manifest_path
+from msn_export.runtime.providers import CPU, CUDA
 
 NETWORK = Network()
 
@@ -197,46 +192,8 @@ def test_threads_of_a_call_can_be_set() -> None:
 # providers
 
 
-CARD, NO_CARD = one_device(), NoDriver("no NVIDIA driver (libcuda.so.1 cannot be loaded)")
+CARD = one_device()
 BOTH = ("TensorrtExecutionProvider", CUDA, CPU)
-
-
-@pytest.mark.parametrize(
-    ("asked", "device", "available", "driver", "expected"),
-    [
-        (None, None, BOTH, NO_CARD, [CPU]),
-        (None, None, BOTH, CARD, [CUDA]),
-        (None, None, (CPU,), CARD, [CPU]),
-        (None, 0, BOTH, CARD, [CUDA]),
-        (["cpu"], None, BOTH, CARD, [CPU]),
-        (["cuda", "cpu"], 0, BOTH, CARD, [CUDA, CPU]),
-        (["tensorrt", "cuda"], None, BOTH, CARD, ["TensorrtExecutionProvider", CUDA]),
-        ([CUDA], None, BOTH, CARD, [CUDA]),
-    ],
-)
-def test_which_providers_are_opened(asked, device, available, driver, expected) -> None:
-    chosen = choose(asked, device, available, driver)
-    assert [name for name, _ in chosen] == expected
-    assert all(options == ({} if name == CPU else {"device_id": 0}) for name, options in chosen)
-
-
-@pytest.mark.parametrize(
-    ("asked", "device", "available", "driver", "message"),
-    [
-        (["cuda"], None, BOTH, NO_CARD, "CUDAExecutionProvider was asked for, and here: no NVID"),
-        (["cuda"], None, (CPU,), CARD, "has cpu; pip install onnxruntime-gpu instead of onnxru"),
-        (["openvino"], None, BOTH, CARD, "has no provider 'openvino'; it has tensorrt, cuda, cpu"),
-        ([], None, BOTH, CARD, "no provider is asked for; give one of cpu, cuda"),
-        (["cpu"], 0, BOTH, CARD, r"device 0 is a GPU and the providers asked for \(cpu\) use none"),
-        (["cuda"], 3, BOTH, CARD, "device 3 does not exist; here are 0: Stand-in GPU"),
-        (None, 0, BOTH, NO_CARD, "CUDAExecutionProvider was asked for, and here: no NVIDIA dr"),
-    ],
-)
-def test_a_provider_that_cannot_be_had_is_an_error(
-    asked, device, available, driver, message
-) -> None:
-    with pytest.raises(RunnerError, match=message):
-        choose(asked, device, available, driver)
 
 
 def test_onnxruntime_leaving_a_provider_out_is_an_error(monkeypatch, plain) -> None:
@@ -297,132 +254,3 @@ def test_what_a_library_computes_is_waited_for_before_its_address_is_bound(
         with pytest.raises(DeviceError):  # there is no GPU to bind to
             runner(OnGpu(NETWORK.images(1)), stream=7)
     assert waited == [(0, 7)]
-
-
-def test_obtained_means_every_one() -> None:
-    require_obtained([CUDA], [CUDA, CPU], "m.onnx")
-    with pytest.raises(RunnerError, match="TensorrtExecutionProvider was asked for"):
-        require_obtained(["TensorrtExecutionProvider", CUDA], [CUDA, CPU], "m.onnx")
-
-
-# what all runners share
-
-
-def test_pictures_are_preprocessed_as_the_manifest_says(photographs) -> None:
-    from PIL import Image
-
-    paths = images.find(photographs)[:3]
-    with open_runner(classifier()) as runner:
-        known = runner.manifest.preprocessing
-        batch = runner.preprocess(paths)
-        np.testing.assert_array_equal(batch, images.preprocess(paths, known))
-        one = runner.preprocess(str(paths[1]))
-        np.testing.assert_array_equal(one, batch[1:2])
-        with Image.open(paths[2]) as picture:
-            np.testing.assert_array_equal(runner.preprocess(picture), batch[2:])
-        assert runner(batch).logits.shape == (3, 3)
-
-
-def test_a_graph_of_bytes_is_given_bytes(photographs) -> None:
-    paths = images.find(photographs)[:2]
-    with (
-        open_runner(classifier("--input", "uint8")) as of_bytes,
-        open_runner(classifier()) as of_floats,
-    ):
-        batch = of_bytes.preprocess(paths)
-        assert batch.dtype == np.uint8
-        assert batch.shape == (2, 32, 32, 3)
-        np.testing.assert_allclose(
-            of_bytes(batch).logits, of_floats(of_floats.preprocess(paths)).logits, atol=1e-3
-        )
-
-
-def test_the_likeliest_labels_come_first() -> None:
-    logits = np.array([[1.0, 3.0, 2.0], [1000.0, 0.0, -1000.0]], np.float32)
-    with open_runner(classifier()) as runner:
-        first, second = runner.top_k(logits, k=2)
-        assert [guess.label for guess in first] == ["class 1", "class 2"]
-        assert first[0].probability == pytest.approx(np.exp(3) / np.exp([1, 3, 2]).sum())
-        assert second[0] == Guess("class 0", 1.0, 0)
-        assert [len(row) for row in runner.top_k(logits, k=9)] == [3, 3]
-        for bad, k, message in (
-            (logits[0], 1, r"logits have shape \[3\] and k is 1; expected \[b, 3\]"),
-            (logits[:, :2], 1, r"have shape \[2, 2\]"),
-            (logits, 0, "k of at least 1"),
-            (logits * np.nan, 1, "logits are not all finite"),
-        ):
-            with pytest.raises(InputError, match=message):
-                runner.top_k(bad, k)
-
-
-def test_without_a_manifest_labels_are_numbers_and_pictures_are_refused(plain) -> None:
-    runner = OrtRunner(plain)
-    assert runner.labels == ()
-    assert runner.top_k(np.array([[0.0, 1.0]]), 1)[0][0].label == "1"
-    with pytest.raises(ManifestError, match="there is no manifest that says how pictures are"):
-        runner.preprocess(["a.png"])
-    with pytest.raises(ManifestError, match="there is no manifest with a golden input"):
-        runner.selftest()
-
-
-# the selftest
-
-
-@pytest.mark.parametrize(
-    "options", [(), ("--dtype", "fp16"), ("--input", "uint8"), ("--head", "tokens"),
-                ("--batch", "4")]
-)  # fmt: skip
-def test_a_fresh_export_passes_its_selftest(options) -> None:
-    with open_runner(classifier(*options)) as runner:
-        told = runner.selftest()
-    assert told.passed, str(told)
-    assert told.agreement.images == 2
-    assert told.reference.startswith("torch ")
-    assert str(told).startswith("selftest passed: output '")
-
-
-def test_another_graph_fails_the_selftest_with_its_figures(tmp_path) -> None:
-    path = copy_of(classifier(), tmp_path)
-    model = io.load(path)
-    weights = model.graph.initializers["classifier.weight"]
-    import onnx_ir as ir
-
-    weights.const_value = ir.tensor(weights.const_value.numpy() * 1.01, name=weights.name)
-    io.save(model, path)
-    known = manifest.read(path)
-    from msn_export.sidecar import sha256_of
-
-    manifest_path(path).write_text(manifest.seal(replace(known, sha256=sha256_of(path))))
-    with open_runner(path) as runner:
-        told = runner.selftest()
-    assert not told.passed
-    assert "selftest failed (max_abs" in str(told)
-
-
-def test_an_export_without_a_check_has_no_golden_values_and_says_so() -> None:
-    with (
-        open_runner(classifier("--no-check")) as runner,
-        pytest.raises(ManifestError, match=r"m\.onnx has none with a golden input to test with; e"),
-    ):
-        runner.selftest()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"generator": "numpy.random.MT19937"}, "is none this version can draw; upgrade"),
-        ({"shape": (2, 9999, 9999, 3)}, "is none this version can draw"),
-        ({"shape": (999, 32, 32, 3)}, "golden values cannot be read"),
-        ({"seed": -1}, "is none this version can draw"),
-        ({"values": "not base64!"}, "golden values cannot be read"),
-        ({"values": "AAAA"}, "golden values cannot be read"),
-        ({"dim": 7}, "golden values cannot be read"),
-        ({"output": "embedding"}, "golden output 'embedding' is none of the artifact's"),
-    ],
-)
-def test_a_hostile_golden_record_is_refused(changes, message) -> None:
-    known = manifest.read(classifier())
-    with open_runner(classifier()) as runner:
-        runner.manifest = replace(known, golden=replace(known.golden, **changes))
-        with pytest.raises(ManifestError, match=message):
-            runner.selftest()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from manifests import check
 
-from msn_export.manifest import ImageRecord
+from msn_export.manifest_records import ImageRecord
 from msn_export.report import facts, plots
 
 

@@ -28,6 +28,7 @@ from msn_export.bench.entries import (
 from msn_export.bench.process import Process
 from msn_export.cli import main
 from msn_export.errors import BenchError, GraphError
+from msn_export.manifest_records import CheckpointRecord
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +152,7 @@ def test_without_its_checkpoint_an_artifact_is_still_timed(model, tmp_path) -> N
     moved.write_bytes(model.read_bytes())
     known = manifest.read(model)
     assert known is not None
-    gone = manifest.CheckpointRecord(str(tmp_path / "gone"), known.checkpoint.sha256)
+    gone = CheckpointRecord(str(tmp_path / "gone"), known.checkpoint.sha256)
     text = manifest.seal(replace(known, checkpoint=gone))
     (tmp_path / "tiny.onnx.json").write_text(text)
     result = bench(moved, "--batch", "2", "--json")

@@ -1,20 +1,14 @@
-"""``msn-export calibrate``: a graph with its ranges and verdict, or one line and nothing."""
+"""``msn-export calibrate``: a graph with its ranges and verdict, and what TensorRT makes of it."""
 
 import json
-import re
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
-from checkpoints import hugging_face
-from click.testing import CliRunner, Result
-from onnx import numpy_helper
-from tiny_artifacts import classifier, foreign, pictures
+from calibrations import PRODUCTS, QUICK, calibrate, done, ranges_of
+from click.testing import CliRunner
+from tiny_artifacts import classifier, pictures
 
 from msn_export import manifest as manifests
 from msn_export import measured
@@ -22,9 +16,6 @@ from msn_export.cli import main
 from msn_export.graph import io
 from msn_export.graph.quantised import quantised_products
 from msn_export.proof.artifact_facts import artifact_facts
-
-PRODUCTS = 8  # two blocks of four
-QUICK = ("--no-compile", "--smooth", "off")
 
 
 @pytest.fixture(scope="module")
@@ -36,33 +27,6 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pictures(tmp_path_factory.mktemp("pictures"), 44)
-
-
-def calibrate(graph: Path, images: Path, output: Path, *options: str) -> Result:
-    arguments = ["calibrate", str(graph), "-o", str(output), "--images", str(images)]
-    return CliRunner().invoke(main, [*arguments, *options])
-
-
-def done(graph: Path, images: Path, output: Path, *options: str) -> dict[str, Any]:
-    result = calibrate(graph, images, output, "--json", *options)
-    assert result.exit_code == 0, result.output
-    told: dict[str, Any] = json.loads(result.stdout)
-    return told
-
-
-def refused(graph: Path, images: Path, output: Path, *options: str) -> str:
-    """Give the one line it is refused with; nothing is left at the output path or beside it."""
-    result = calibrate(graph, images, output, *options)
-    assert result.exit_code == 1
-    assert result.stdout == ""
-    assert "Traceback" not in result.stderr
-    assert not [path for path in output.parent.iterdir() if path.name.startswith(output.stem)]
-    line: str = result.stderr.strip().splitlines()[-1]
-    return line
-
-
-def ranges_of(output: Path) -> Path:
-    return output.with_name(f"{output.stem}.ranges.json")
 
 
 # --- what comes of it -----------------------------------------------------------------------------
@@ -270,77 +234,6 @@ def test_time_that_is_lost_is_told_with_both_engines_times(
     assert "batch 8, copies included: 1.00 ms fp16, 1.50 ms int8; on a GPU" in result.stdout
 
 
-@pytest.fixture(scope="module")
-def cpu_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return classifier(tmp_path_factory.mktemp("cpu"), "--target", "onnxruntime")
-
-
-def test_int8_for_onnxruntime_leaves_the_rest_in_fp32_and_is_timed_there(
-    cpu_graph, images, tmp_path
-) -> None:
-    output = tmp_path / "m.onnx"
-    told = done(cpu_graph, images, output, "--int8", "--smooth", "off")
-    assert (told["target"], told["quantization"]["base"]) == ("onnxruntime", "fp32")
-    types = {value.dtype for node in io.load(output).graph for value in node.outputs}
-    assert types & {ir.DataType.FLOAT16, ir.DataType.BFLOAT16} == set()
-    assert told["attention"] == {"expected": 2, "fused": 2, "form": "3-D Attention"}
-    assert told["quantization"]["compiled"] == {"reason": "int8 beside fp32 is for onnxruntime"}
-    times = told["quantization"]["latency"]
-    assert times["device"].endswith("CPUExecutionProvider")
-    assert times["batch"] == 8
-    assert (times["int8"] < times["fp32"]) == told["quantization"]["worthwhile"]
-    assert times["ratio"]["int8"] > 0
-
-
-def test_onnxruntime_multiplies_such_a_graph_in_8_bits(cpu_graph, images, tmp_path) -> None:
-    output, optimised = tmp_path / "m.onnx", tmp_path / "optimised.onnx"
-    done(cpu_graph, images, output, "--int8", *QUICK)
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(optimised)
-    # beyond it the file is for this processor alone, and onnxruntime warns of that
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    onnxruntime.InferenceSession(output, options, providers=["CPUExecutionProvider"])
-    found = Counter(node.op_type for node in io.load(optimised).graph)
-    assert (found["MatMulIntegerToFloat"], found["MatMul"]) == (PRODUCTS, 0)
-
-
-def test_none_of_its_sums_saturates_whatever_the_processor(cpu_graph, images, tmp_path) -> None:
-    """onnxruntime's exact kernels, which it does not use by default, give the same."""
-    output = tmp_path / "m.onnx"
-    done(cpu_graph, images, output, "--int8", *QUICK)
-    eight = io.load(output).graph.initializers.values()
-    largest = [
-        np.abs(value.const_value.numpy().astype(int)).max()
-        for value in eight
-        if value.const_value is not None and value.dtype is ir.DataType.INT8 and value.shape
-    ]
-    assert largest == [64] * PRODUCTS
-    exact = onnxruntime.SessionOptions()
-    exact.add_session_config_entry("session.x64quantprecision", "1")
-    batch = np.random.default_rng(0).standard_normal((8, 3, 32, 32)).astype(np.float32)
-    fast, slow = (
-        onnxruntime.InferenceSession(output, options, providers=["CPUExecutionProvider"]).run(
-            None, {"pixel_values": batch}
-        )[0]
-        for options in (onnxruntime.SessionOptions(), exact)
-    )
-    np.testing.assert_allclose(fast, slow, atol=1e-5)
-
-
-def test_a_person_reads_which_is_faster_on_the_cpu(cpu_graph, images, tmp_path) -> None:
-    result = calibrate(cpu_graph, images, tmp_path / "m.onnx", "--int8", "--smooth", "off")
-    assert "no: int8 beside fp32 is for onnxruntime" in result.stdout
-    assert re.search(r"batch 8: [0-9.]+ ms fp32, [0-9.]+ ms int8; on onnxruntime", result.stdout)
-
-
-def test_the_rest_may_be_said(cpu_graph, images, tmp_path) -> None:
-    options = ("--int8", "--base", "fp16", *QUICK)
-    told = done(cpu_graph, images, tmp_path / "half.onnx", *options)
-    assert (told["target"], told["quantization"]["base"]) == ("tensorrt", "fp16")
-    told = done(cpu_graph, images, tmp_path / "fp8.onnx", "--fp8", *QUICK)
-    assert told["quantization"]["base"] == "fp16"
-
-
 def test_a_gpu_without_fp8_is_named(graph, images, tmp_path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     output = tmp_path / "fp8.onnx"
@@ -354,171 +247,3 @@ def test_a_gpu_without_fp8_is_named(graph, images, tmp_path) -> None:
         "later"
     )
     assert not engine.exists()
-
-
-# --- bad input ------------------------------------------------------------------------------------
-
-
-def test_a_folder_without_images_is_refused(graph, tmp_path) -> None:
-    (tmp_path / "empty").mkdir()
-    message = refused(graph, tmp_path / "empty", tmp_path / "m.onnx", "--int8")
-    assert message.startswith(
-        f"error: image folder {tmp_path / 'empty'} holds no picture; expected"
-    )
-
-
-def test_fewer_than_32_images_are_a_warning(graph, images, tmp_path) -> None:
-    told = done(graph, images, tmp_path / "m.onnx", "--int8", *QUICK, "--limit", "12")
-    assert told["notes"][0] == (
-        "only 12 images were calibrated on: ranges of fewer than 32 say little about others; give "
-        "more with --images"
-    )
-
-
-def test_broken_images_are_named_and_counted(graph, tmp_path) -> None:
-    folder = pictures(tmp_path / "pictures", 12, broken=(3, 8))
-    told = done(graph, folder, tmp_path / "m.onnx", "--int8", *QUICK)
-    assert "2 broken images skipped" in told["notes"]
-    assert sum(note.startswith("skipped: ") for note in told["notes"]) == 2
-
-
-def test_a_graph_that_is_quantised_already_is_refused(int8, images, tmp_path) -> None:
-    output, _ = int8
-    message = refused(output, images, tmp_path / "twice.onnx", "--int8")
-    assert message == (
-        f"error: {output} is quantised to int8 already; give the fp32 graph it was made from"
-    )
-
-
-def test_ranges_of_another_graph_are_refused(int8, images, tmp_path) -> None:
-    other = classifier(tmp_path / "other", heads=("cls",))
-    ranges = ranges_of(int8[0])
-    options = ("--int8", "--ranges", str(ranges))
-    message = refused(other, images, tmp_path / "m.onnx", *options)
-    assert message.startswith(f"error: --ranges {ranges} were taken of another graph (sha256 ")
-    assert message.endswith("leave --ranges out to take them anew")
-
-
-def test_ranges_taken_after_another_smoothing_are_refused(int8, graph, images, tmp_path) -> None:
-    ranges = ranges_of(int8[0])
-    options = ("--int8", "--ranges", str(ranges), "--smooth", "0.9")
-    message = refused(graph, images, tmp_path / "m.onnx", *options)
-    assert f"--smooth 0.9: --ranges {ranges} were taken after --smooth " in message
-    assert message.endswith("; leave one of the two out")
-
-
-def test_ranges_without_attention_are_refused_for_it(int8, graph, images, tmp_path) -> None:
-    options = ("--int8", "--ranges", str(ranges_of(int8[0])), "--quantize-attention")
-    message = refused(graph, images, tmp_path / "m.onnx", *options)
-    assert "which --quantize-attention needs; leave --ranges out to take them anew" in message
-
-
-def test_a_typed_graph_is_refused(graph, images, tmp_path) -> None:
-    typed = tmp_path / "typed" / "fp16.onnx"
-    typed.parent.mkdir()
-    checkpoint = str(graph.parent / "checkpoint")
-    options = ["-o", str(typed), "--dtype", "fp16", "--islands", "none", "--no-check"]
-    assert CliRunner().invoke(main, ["onnx", checkpoint, *options]).exit_code == 0
-    message = refused(typed, images, tmp_path / "m.onnx", "--int8")
-    assert message == f"error: {typed} is typed fp16; calibrate takes the fp32 graph"
-
-
-def changed(graph: Path, output: Path, **scale: Any) -> Path:
-    """Copy a graph, without its manifest, with constants multiplied whose names end so."""
-    model = onnx.load(graph)
-    found = 0
-    for tensor in model.graph.initializer:
-        for ending, factor in scale.items():
-            if tensor.name.endswith(ending.replace("_", ".")):
-                array = numpy_helper.to_array(tensor) * np.float32(factor)
-                tensor.CopyFrom(numpy_helper.from_array(array.astype(np.float32), tensor.name))
-                found += 1
-    assert found == len(scale)
-    onnx.save(model, output)
-    return output
-
-
-def test_nan_names_the_first_tensor_that_has_it_and_an_image(graph, images, tmp_path) -> None:
-    sick = changed(graph, tmp_path / "sick.onnx", blocks_1_norm1_weight=np.nan)
-    message = refused(sick, images, tmp_path / "m.onnx", "--int8")
-    assert message.startswith("error: tensor 'blocks.1.norm1.LayerNormalization' is NaN on image ")
-    assert message.endswith(
-        ".png; nothing can be calibrated on that: check the weights and the preprocessing"
-    )
-
-
-def test_what_fp16_cannot_hold_stays_fp32_and_is_listed(graph, images, tmp_path) -> None:
-    large = changed(
-        graph, tmp_path / "large.onnx", blocks_0_mlp_fc1_weight=3e4, blocks_0_mlp_fc2_weight=1 / 3e4
-    )
-    output = tmp_path / "m.onnx"
-    told = done(large, images, output, "--int8", *QUICK)
-    assert told["quantization"]["kept"] == {
-        "blocks.0.mlp.fc1.MatMul": "fp32: its result passes what fp16 can hold"
-    }
-    assert told["quantization"]["products"] == PRODUCTS - 1
-    assert max(told["islands"].values()) > 65504 / 4
-    assert told["check"]["cosine_p1"] >= 0.99
-
-
-def test_a_channel_that_is_always_zero_does_no_harm(graph, images, tmp_path) -> None:
-    dead = changed(graph, tmp_path / "dead.onnx", blocks_0_norm1_weight=0, blocks_0_norm1_bias=0)
-    told = done(dead, images, tmp_path / "m.onnx", "--int8", *QUICK)
-    assert told["check"]["cosine_p1"] >= 0.99
-
-
-def test_a_graph_of_another_tool_is_calibrated_and_what_was_assumed_is_told(
-    graph, images, tmp_path
-) -> None:
-    foreign = changed(graph, tmp_path / "foreign.onnx")
-    told = done(foreign, images, tmp_path / "m.onnx", "--int8", *QUICK)
-    assert told["quantization"]["products"] == PRODUCTS
-    assert "foreign.onnx has no manifest: preprocessing hf assumed" in told["notes"][-1]
-
-
-def test_a_graph_that_is_no_vit_is_refused(images, tmp_path) -> None:
-    path = tmp_path / "cnn.onnx"
-    foreign(path, ["b", 3, 32, 32], {"embedding": 3})
-    message = refused(path, images, tmp_path / "m.onnx", "--int8")
-    assert message == (
-        "error: the graph has no Softmax and no Attention; expected a vision transformer"
-    )
-
-
-def test_more_than_512_tokens_of_int8_attention_are_refused(images, tmp_path) -> None:
-    output = tmp_path / "wide" / "m.onnx"
-    hugging_face(output.parent / "checkpoint", image_size=96, patch_size=4, num_hidden_layers=1)
-    arguments = ["onnx", str(output.parent / "checkpoint"), "-o", str(output), "--no-check"]
-    assert CliRunner().invoke(main, arguments).exit_code == 0
-    options = ("--int8", "--quantize-attention")
-    assert refused(output, images, tmp_path / "q.onnx", *options) == (
-        "error: --quantize-attention: TensorRT has fused int8 attention up to 512 tokens and this "
-        "graph has 577; leave attention in fp16, or use --fp8"
-    )
-
-
-def test_an_existing_file_is_not_replaced(graph, images, tmp_path) -> None:
-    for name in ("m.onnx", "m.ranges.json"):
-        (tmp_path / name).write_text("mine")
-        result = calibrate(graph, images, tmp_path / "m.onnx", "--int8")
-        assert result.exit_code == 1
-        assert str(tmp_path / name) in result.stderr
-        assert (tmp_path / name).read_text() == "mine"
-        (tmp_path / name).unlink()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ((), "give --int8 or --fp8"),
-        (("--fp8", "--observer", "entropy"), "--observer: fp8 has no even steps to compare with"),
-        (("--fp8", "--base", "fp32"), "--base: fp32 is for onnxruntime, which multiplies no fp8"),
-        (("--int8", "--smooth", "1.5"), "'--smooth'"),
-        (("--int8", "--limit", "0"), "'--limit'"),
-        (("--int8", "--gate-cosine", "1.5"), "'--gate-cosine'"),
-    ],
-)
-def test_usage_names_the_option(graph, images, tmp_path, options, message) -> None:
-    result = calibrate(graph, images, tmp_path / "m.onnx", *options)
-    assert result.exit_code == 2
-    assert message in result.stderr

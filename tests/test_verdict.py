@@ -6,7 +6,7 @@ import pytest
 from msn_export.check.gate import Gate
 from msn_export.check.sample import Sample
 from msn_export.check.verify import Reference
-from msn_export.manifest import CheckRecord
+from msn_export.manifest_records import CheckRecord
 from msn_export.preprocessing import preset
 from msn_export.spec import ImageSize, InputKind
 from msn_export.verdict import Judged, Savings, judge, sentence

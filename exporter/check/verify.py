@@ -12,7 +12,7 @@ from msn_export.check.compare import Agreement, Comparison, worst_of
 from msn_export.check.neighbours import embedding_of, neighbour_agreement
 from msn_export.check.sample import Sample, batches
 from msn_export.errors import ToleranceError
-from msn_export.manifest import CheckRecord, ImageRecord
+from msn_export.manifest_records import CheckRecord, ImageRecord
 from msn_export.spec import Head, InputKind
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from msn_export.cli.console import Console
-from msn_export.manifest import CheckRecord, EngineRecord, Manifest
+from msn_export.manifest import Manifest
+from msn_export.manifest_records import CheckRecord, EngineRecord
 from msn_export.proof.quantization_rows import quantization_rows
 from msn_export.records import to_plain
 

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from msn_export.cli.console import Console
-from msn_export.manifest import CheckRecord, ImageRecord
+from msn_export.manifest_records import CheckRecord, ImageRecord
 from msn_export.proof.validation import Side, Validation
 
 WORST = 3  # images that are named

@@ -16,7 +16,8 @@ from msn_export.engine.roles import (
 )
 from msn_export.graph import io
 from msn_export.graph.precision_map import PARTS, precision_map
-from msn_export.manifest import EngineRecord, Manifest
+from msn_export.manifest import Manifest
+from msn_export.manifest_records import EngineRecord
 from msn_export.proof.inspection import Inspection, inspect
 from msn_export.proof.quantization_rows import quantization_rows
 from msn_export.report.facts import Artifact, Chip, Engine, Grid, Verdict

@@ -10,7 +10,7 @@ from typing import Any
 from msn_export.check.drift import StageDrift, TensorDrift
 from msn_export.check.gate import JUMP
 from msn_export.errors import GraphError
-from msn_export.manifest import CheckRecord
+from msn_export.manifest_records import CheckRecord
 from msn_export.proof.pair import Pair
 from msn_export.proof.streams import what_is_shown
 from msn_export.spec import Dtype

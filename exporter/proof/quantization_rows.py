@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from msn_export.manifest import QuantizationRecord
+from msn_export.manifest_records import QuantizationRecord
 
 
 def quantization_rows(record: QuantizationRecord) -> Iterator[tuple[str, str]]:

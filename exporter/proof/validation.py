@@ -10,7 +10,7 @@ from msn_export.check.gate import Gate
 from msn_export.check.labels import label_faults
 from msn_export.check.verify import Verified
 from msn_export.graph.structure import differences
-from msn_export.manifest import CheckRecord
+from msn_export.manifest_records import CheckRecord
 from msn_export.preprocessing import Preprocessing
 from msn_export.proof.artifact import Artifact
 from msn_export.proof.pair import Pair

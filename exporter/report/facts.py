@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from msn_export.manifest import CheckRecord
+from msn_export.manifest_records import CheckRecord
 
 State = Literal["passed", "partial", "failed"]
 Verdict = Literal["passed", "failed", "compiled, not run", "not checked", "reference"]

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import numpy as np
 
 from msn_export.errors import InputError, ManifestError, RunnerError
-from msn_export.runtime.batching import together
-from msn_export.spec import BatchRange, InputKind, TensorSpec
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,6 +21,7 @@ if TYPE_CHECKING:
     from msn_export.manifest import Manifest
     from msn_export.runtime.outputs import Outputs
     from msn_export.runtime.selftest import SelfTest
+    from msn_export.spec import BatchRange, TensorSpec
 
 
 class Guess(NamedTuple):
@@ -59,6 +58,8 @@ class Runner(ABC):
     @property
     def batch(self) -> BatchRange:
         """The batches accepted, all profiles together; others are split or padded."""
+        from msn_export.runtime.batching import together
+
         return together(self.profiles)
 
     @abstractmethod
@@ -125,7 +126,7 @@ class Runner(ABC):
 
         one = isinstance(images, str | os.PathLike) or _is_picture(images)
         several = [images] if one else images
-        if self._stem is InputKind.UINT8:
+        if self._takes_bytes:
             return pictures.decode(several, preprocessing)  # type: ignore[arg-type]
         return pictures.preprocess(several, preprocessing)  # type: ignore[arg-type]
 
@@ -164,12 +165,14 @@ class Runner(ABC):
             ManifestError: there is no golden input.
         """
         from msn_export.runtime.selftest import selftest
+        from msn_export.spec import InputKind
 
-        return selftest(self, self.name, self.manifest, self._stem)
+        stem = InputKind.UINT8 if self._takes_bytes else InputKind.FLOAT
+        return selftest(self, self.name, self.manifest, stem)
 
     @property
-    def _stem(self) -> InputKind:
-        return InputKind.UINT8 if self.inputs[0].dtype == "uint8" else InputKind.FLOAT
+    def _takes_bytes(self) -> bool:
+        return self.inputs[0].dtype == "uint8"
 
     def _label(self, index: int) -> str:
         return self.labels[index] if self.labels else str(index)

@@ -1,0 +1,90 @@
+"""``msn-export calibrate`` for onnxruntime on a CPU: int8 beside fp32."""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from calibrations import PRODUCTS, QUICK, calibrate, done
+from tiny_artifacts import classifier, pictures
+
+from msn_export.graph import io
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pictures(tmp_path_factory.mktemp("pictures"), 44)
+
+
+@pytest.fixture(scope="module")
+def cpu_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return classifier(tmp_path_factory.mktemp("cpu"), "--target", "onnxruntime")
+
+
+def test_int8_for_onnxruntime_leaves_the_rest_in_fp32_and_is_timed_there(
+    cpu_graph, images, tmp_path
+) -> None:
+    output = tmp_path / "m.onnx"
+    told = done(cpu_graph, images, output, "--int8", "--smooth", "off")
+    assert (told["target"], told["quantization"]["base"]) == ("onnxruntime", "fp32")
+    types = {value.dtype for node in io.load(output).graph for value in node.outputs}
+    assert types & {ir.DataType.FLOAT16, ir.DataType.BFLOAT16} == set()
+    assert told["attention"] == {"expected": 2, "fused": 2, "form": "3-D Attention"}
+    assert told["quantization"]["compiled"] == {"reason": "int8 beside fp32 is for onnxruntime"}
+    times = told["quantization"]["latency"]
+    assert times["device"].endswith("CPUExecutionProvider")
+    assert times["batch"] == 8
+    assert (times["int8"] < times["fp32"]) == told["quantization"]["worthwhile"]
+    assert times["ratio"]["int8"] > 0
+
+
+def test_onnxruntime_multiplies_such_a_graph_in_8_bits(cpu_graph, images, tmp_path) -> None:
+    output, optimised = tmp_path / "m.onnx", tmp_path / "optimised.onnx"
+    done(cpu_graph, images, output, "--int8", *QUICK)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(optimised)
+    # beyond it the file is for this processor alone, and onnxruntime warns of that
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    onnxruntime.InferenceSession(output, options, providers=["CPUExecutionProvider"])
+    found = Counter(node.op_type for node in io.load(optimised).graph)
+    assert (found["MatMulIntegerToFloat"], found["MatMul"]) == (PRODUCTS, 0)
+
+
+def test_none_of_its_sums_saturates_whatever_the_processor(cpu_graph, images, tmp_path) -> None:
+    """onnxruntime's exact kernels, which it does not use by default, give the same."""
+    output = tmp_path / "m.onnx"
+    done(cpu_graph, images, output, "--int8", *QUICK)
+    eight = io.load(output).graph.initializers.values()
+    largest = [
+        np.abs(value.const_value.numpy().astype(int)).max()
+        for value in eight
+        if value.const_value is not None and value.dtype is ir.DataType.INT8 and value.shape
+    ]
+    assert largest == [64] * PRODUCTS
+    exact = onnxruntime.SessionOptions()
+    exact.add_session_config_entry("session.x64quantprecision", "1")
+    batch = np.random.default_rng(0).standard_normal((8, 3, 32, 32)).astype(np.float32)
+    fast, slow = (
+        onnxruntime.InferenceSession(output, options, providers=["CPUExecutionProvider"]).run(
+            None, {"pixel_values": batch}
+        )[0]
+        for options in (onnxruntime.SessionOptions(), exact)
+    )
+    np.testing.assert_allclose(fast, slow, atol=1e-5)
+
+
+def test_a_person_reads_which_is_faster_on_the_cpu(cpu_graph, images, tmp_path) -> None:
+    result = calibrate(cpu_graph, images, tmp_path / "m.onnx", "--int8", "--smooth", "off")
+    assert "no: int8 beside fp32 is for onnxruntime" in result.stdout
+    assert re.search(r"batch 8: [0-9.]+ ms fp32, [0-9.]+ ms int8; on onnxruntime", result.stdout)
+
+
+def test_the_rest_may_be_said(cpu_graph, images, tmp_path) -> None:
+    options = ("--int8", "--base", "fp16", *QUICK)
+    told = done(cpu_graph, images, tmp_path / "half.onnx", *options)
+    assert (told["target"], told["quantization"]["base"]) == ("tensorrt", "fp16")
+    told = done(cpu_graph, images, tmp_path / "fp8.onnx", "--fp8", *QUICK)
+    assert told["quantization"]["base"] == "fp16"

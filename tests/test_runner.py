@@ -1,0 +1,69 @@
+"""What all runners share: pictures, labels, the likeliest classes."""
+
+import numpy as np
+import pytest
+from artifacts import classifier
+from networks import Network
+
+from msn_export import images
+from msn_export.errors import InputError, ManifestError
+from msn_export.runtime import open_runner
+from msn_export.runtime.ort import OrtRunner
+from msn_export.runtime.runner import Guess
+
+
+def test_pictures_are_preprocessed_as_the_manifest_says(photographs) -> None:
+    from PIL import Image
+
+    paths = images.find(photographs)[:3]
+    with open_runner(classifier()) as runner:
+        known = runner.manifest.preprocessing
+        batch = runner.preprocess(paths)
+        np.testing.assert_array_equal(batch, images.preprocess(paths, known))
+        one = runner.preprocess(str(paths[1]))
+        np.testing.assert_array_equal(one, batch[1:2])
+        with Image.open(paths[2]) as picture:
+            np.testing.assert_array_equal(runner.preprocess(picture), batch[2:])
+        assert runner(batch).logits.shape == (3, 3)
+
+
+def test_a_graph_of_bytes_is_given_bytes(photographs) -> None:
+    paths = images.find(photographs)[:2]
+    with (
+        open_runner(classifier("--input", "uint8")) as of_bytes,
+        open_runner(classifier()) as of_floats,
+    ):
+        batch = of_bytes.preprocess(paths)
+        assert batch.dtype == np.uint8
+        assert batch.shape == (2, 32, 32, 3)
+        np.testing.assert_allclose(
+            of_bytes(batch).logits, of_floats(of_floats.preprocess(paths)).logits, atol=1e-3
+        )
+
+
+def test_the_likeliest_labels_come_first() -> None:
+    logits = np.array([[1.0, 3.0, 2.0], [1000.0, 0.0, -1000.0]], np.float32)
+    with open_runner(classifier()) as runner:
+        first, second = runner.top_k(logits, k=2)
+        assert [guess.label for guess in first] == ["class 1", "class 2"]
+        assert first[0].probability == pytest.approx(np.exp(3) / np.exp([1, 3, 2]).sum())
+        assert second[0] == Guess("class 0", 1.0, 0)
+        assert [len(row) for row in runner.top_k(logits, k=9)] == [3, 3]
+        for bad, k, message in (
+            (logits[0], 1, r"logits have shape \[3\] and k is 1; expected \[b, 3\]"),
+            (logits[:, :2], 1, r"have shape \[2, 2\]"),
+            (logits, 0, "k of at least 1"),
+            (logits * np.nan, 1, "logits are not all finite"),
+        ):
+            with pytest.raises(InputError, match=message):
+                runner.top_k(bad, k)
+
+
+def test_without_a_manifest_labels_are_numbers_and_pictures_are_refused(tmp_path) -> None:
+    runner = OrtRunner(Network().graph(tmp_path / "m.onnx"))
+    assert runner.labels == ()
+    assert runner.top_k(np.array([[0.0, 1.0]]), 1)[0][0].label == "1"
+    with pytest.raises(ManifestError, match="there is no manifest that says how pictures are"):
+        runner.preprocess(["a.png"])
+    with pytest.raises(ManifestError, match="there is no manifest with a golden input"):
+        runner.selftest()
