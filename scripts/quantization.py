@@ -32,6 +32,9 @@ CHOICES: tuple[tuple[str, ...], ...] = (
 RESULTS = ROOT / "benchmarks" / "results"
 MEMORY = RESULTS / "calibration_memory.json"
 GRAPHS = RESULTS / "graphs.json"
+GRAPHS_SHOWN = (
+    "msn-export", "msn-export int8", "msn-export int8, the rest fp16", "optimum", "torch sdpa",
+)  # fmt: skip
 
 
 def shape_rows(bench: Bench) -> list[str]:
@@ -86,7 +89,7 @@ def cpu_rows() -> list[str]:
         row(batch, who, f"{found['wall_ms']:.0f}", f"{found['wall x optimum']:.2f}",
             f"{found['wall x torch sdpa']:.2f}", f"{found['cosine']:.5f}")
         for batch in (1, 8)
-        for who in ("msn-export", "msn-export int8", "optimum", "torch sdpa")
+        for who in GRAPHS_SHOWN
         for found in (graphs[f"batch {batch}"][who],)
     ]  # fmt: skip
 
