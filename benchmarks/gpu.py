@@ -42,7 +42,7 @@ from msn_export.progress import Silent
 from msn_export.run_onnx import OnnxJob, run_onnx
 from msn_export.run_trt import run_trt
 from msn_export.spec import BatchRange, Dtype, Head, InputKind
-from msn_export.trt_job import TrtJob
+from msn_export.trt.job import TrtJob
 
 MODELS = ("random:vit-msn-small:0", "random:vit-msn-base:0")
 BASE = "torch SDPA"

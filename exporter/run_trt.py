@@ -9,7 +9,6 @@ from msn_export import golden
 from msn_export.check.gate import GATES
 from msn_export.check.sample import Sample, draw
 from msn_export.check.verify import Reference, run_reference, verify
-from msn_export.compilable import Compilable, prepare
 from msn_export.driver import NoDriver, find_driver
 from msn_export.engine import timing_cache
 from msn_export.engine.backend import Backend, find_backend
@@ -17,9 +16,7 @@ from msn_export.engine.build import BuildResult, build_engine
 from msn_export.engine.census import require
 from msn_export.engine.job import BuildSpec
 from msn_export.engine.job import Progress as BuildProgress
-from msn_export.engine_manifest import describe
 from msn_export.errors import SpecError
-from msn_export.execute import execute
 from msn_export.files import publish, require_writable, staging
 from msn_export.manifest import Manifest, seal
 from msn_export.manifest_records import CheckRecord, GoldenRecord
@@ -27,7 +24,10 @@ from msn_export.progress import Progress
 from msn_export.sidecar import manifest_path
 from msn_export.source import Source, read_source, room_of
 from msn_export.spec import BatchRange, Dtype
-from msn_export.trt_job import TrtJob
+from msn_export.trt.compilable import Compilable, prepare
+from msn_export.trt.described import describe
+from msn_export.trt.execute import execute
+from msn_export.trt.job import TrtJob
 from msn_export.typed import cpu_runner
 
 

@@ -14,12 +14,13 @@ from recorder import Recorder
 from tensorrt_stand_in import tensorrt_stand_in
 from trt_bench import DEVICE, ROWS, one_device
 
-from msn_export import execute, manifest
+from msn_export import manifest
 from msn_export.cli import main
 from msn_export.driver import NoDriver, find_driver
 from msn_export.proof import artifact
 from msn_export.runtime import engine_opening
 from msn_export.runtime.loaders import Loaded
+from msn_export.trt import execute
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="msn-export-artifacts-")
 TARGET = ("--backend", "tensorrt-rtx", "--compute-capability", "8.9")

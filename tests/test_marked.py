@@ -13,7 +13,7 @@ from msn_export.manifest import Manifest
 from msn_export.progress import Silent
 from msn_export.proof import marked
 from msn_export.spec import ComputeCapability
-from msn_export.trt_job import TrtJob
+from msn_export.trt.job import TrtJob
 
 
 def described(path: Path) -> Manifest:

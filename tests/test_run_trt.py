@@ -17,13 +17,13 @@ from graphs import parse, run
 
 from msn_export import manifest
 from msn_export.cli import main
-from msn_export.compilable import written_for
 from msn_export.driver import NoDriver, find_driver
 from msn_export.engine.backend import Backend
 from msn_export.engine.flavours import flavour_for
 from msn_export.graph import io
 from msn_export.source import read_source
 from msn_export.spec import AttentionForm, Dtype
+from msn_export.trt.compilable import written_for
 
 pytestmark = NEEDS_RTX
 RTX = ("--backend", "tensorrt-rtx", "--compute-capability", "8.9")

@@ -89,10 +89,10 @@ def calibrate(model: Path, **options: Any) -> None:
             "fp32 is for onnxruntime, which multiplies no fp8 on a CPU; use fp16 or bf16",
             param_hint="--base",
         )
-    from msn_export.calibrate_job import CalibrateJob, base_for
     from msn_export.calibration.observers import Observer
     from msn_export.cli.artifact_rows import show_artifact
     from msn_export.cli.console import Console
+    from msn_export.quantise.job import CalibrateJob, base_for
     from msn_export.run_calibrate import run_calibrate
     from msn_export.spec import Dtype
 

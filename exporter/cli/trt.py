@@ -59,7 +59,7 @@ def trt(model: Path, **options: Any) -> None:
     from msn_export.cli.artifact_rows import show_artifact
     from msn_export.cli.console import Console
     from msn_export.run_trt import run_trt
-    from msn_export.trt_job import TrtJob
+    from msn_export.trt.job import TrtJob
 
     console = Console(as_json=options.pop("as_json"))
     precision = options.pop("precision")

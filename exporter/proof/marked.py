@@ -17,7 +17,7 @@ from msn_export.progress import Progress
 from msn_export.records import to_plain
 from msn_export.run_trt import run_trt
 from msn_export.sidecar import sha256_of
-from msn_export.trt_job import TrtJob
+from msn_export.trt.job import TrtJob
 
 
 def build_marked(engine: Path, manifest: Manifest, folder: Path, progress: Progress) -> Path:

@@ -1,7 +1,6 @@
 """Describe an engine: what it was built from, with what, and what the compiler made of it."""
 
 from msn_export.check.sample import Sample
-from msn_export.compilable import Compilable
 from msn_export.engine.build import BuildResult
 from msn_export.engine.census import summary
 from msn_export.graph.facts import tensor_specs
@@ -10,7 +9,8 @@ from msn_export.manifest_records import AttentionRecord, CheckRecord, EngineReco
 from msn_export.records import to_plain
 from msn_export.sidecar import sha256_of
 from msn_export.source import Source
-from msn_export.trt_job import TrtJob
+from msn_export.trt.compilable import Compilable
+from msn_export.trt.job import TrtJob
 
 PACKAGES = ("onnx", "onnx-ir", "onnxsim", "onnxruntime-gpu", "onnxruntime")
 
