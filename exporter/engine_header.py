@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Literal
 
 from msn_export.errors import EngineFileError
-from msn_export.spec import ComputeCapability
+from msn_export.spec import ComputeCapability, Targets
 
 _RTX = b"vtrt"
 _FULL = b"ftrt"
@@ -65,6 +65,11 @@ class EngineHeader:
     capabilities: tuple[ComputeCapability, ...] = ()
     later: bool = False
     weight_bytes: int | None = None
+
+    @property
+    def targets(self) -> Targets:
+        """The GPU generations it is for; none where the format does not tell."""
+        return Targets(self.capabilities, self.later)
 
 
 def read_header(path: Path) -> EngineHeader:

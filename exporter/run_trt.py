@@ -150,6 +150,7 @@ def _compile(
         optimization_level=job.optimization_level,
         timing_cache=job.timing_cache or _default_timing_cache(backend),
         version_compatible=job.version_compatible,
+        hardware_compatible=job.hardware_compatible,
         tf32=job.tf32,
         decompose_attention=job.allow_unfused,
         timeout=job.timeout,

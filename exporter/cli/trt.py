@@ -48,6 +48,7 @@ from msn_export.spec import Dtype
 @click.option("--optimization-level", type=click.IntRange(0, 5))
 @click.option("--timing-cache", type=FILE)
 @click.option("--version-compatible", is_flag=True, help="Loads in the lean runtime of others.")
+@click.option("--hardware-compatible", is_flag=True, help="For any GPU from Ampere on (tensorrt).")
 @click.option("--tf32", is_flag=True, help="Let fp32 products round to TF32, 10 bits of mantissa.")
 @click.option("--timeout", type=click.FloatRange(min=1), help="Seconds the compiler may take.")
 @click.option("--memory-limit", type=MEMORY, help="Resident memory the compiler may take.")

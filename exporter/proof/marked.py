@@ -53,6 +53,7 @@ def build_marked(engine: Path, manifest: Manifest, folder: Path, progress: Progr
         capabilities=() if header.later else header.capabilities,
         profiles=manifest.profiles,
         tf32=record.options.get("tf32") is True,
+        hardware_compatible=record.options.get("hardware_compatible") is True,
         islands=str(islands) if known else "none",
         check=False,
         stages=True,

@@ -19,13 +19,19 @@ def _engine_record(job: TrtJob, graph: Compilable, result: BuildResult) -> Engin
     figures = summary(result.census)
     options = {
         name: getattr(job, name)
-        for name in ("workspace", "optimization_level", "version_compatible", "tf32")
+        for name in (
+            "workspace",
+            "optimization_level",
+            "version_compatible",
+            "hardware_compatible",
+            "tf32",
+        )
         if getattr(job, name) not in {None, False}
     }
     return EngineRecord(
         backend=result.backend.name,
         version=result.backend.version,
-        compute_capabilities=tuple(str(capability) for capability in result.capabilities),
+        compute_capabilities=tuple(map(str, result.targets.named)),
         precision=graph.dtype,
         kernels=figures["kernels"],
         kernels_per_block=figures["kernels_per_block"],
@@ -34,6 +40,7 @@ def _engine_record(job: TrtJob, graph: Compilable, result: BuildResult) -> Engin
         quantised_products=len(graph.quantised),
         executed=False,
         reason="compiled",
+        later=result.targets.later,
         census=[to_plain(census) for census in result.censuses],
         options=options,
     )
