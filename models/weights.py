@@ -149,9 +149,7 @@ def _state_dict(loaded: Any, path: Path) -> dict[str, Tensor]:
             break
     if not isinstance(loaded, Mapping) or not loaded:
         raise CheckpointError(f"{path} holds no weights by name; expected a state dict")
-    odd = [
-        key for key, value in loaded.items() if not isinstance(value, Tensor) or value.is_nested
-    ]
+    odd = [key for key, value in loaded.items() if not isinstance(value, Tensor) or value.is_nested]
     if odd:
         raise CheckpointError(
             f"{path} holds {odd[0]!r}, which is no weight; expected a state dict, or one under "

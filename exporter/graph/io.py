@@ -47,7 +47,8 @@ def load(path: Path) -> ir.Model:
     except FileNotFoundError as error:
         raise GraphError(f"{path} does not exist; give an .onnx file") from error
     except Exception as error:  # protobuf and onnx-ir raise what they like for damaged files
-        raise GraphError(f"{path} is not an ONNX file ({_reason(error)}); export it again") from error
+        reason = _reason(error)
+        raise GraphError(f"{path} is not an ONNX file ({reason}); export it again") from error
     if not model.graph.outputs:
         raise GraphError(f"{path} is not an ONNX file (no graph in it); export it again")
     if "" not in model.graph.opset_imports:
