@@ -66,7 +66,8 @@ def _reason(error: Exception) -> str:
 
 def _require_no_more_files(model: ir.Model, path: Path) -> None:
     """Refuse weights beside the file that are no initializers: nobody checks where those lie."""
-    for graph in (model.graph, *model.functions.values()):
+    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for graph in graphs:
         for node in RecursiveGraphIterator(graph):
             for attribute in node.attributes.values():
                 held = () if attribute.is_ref() else attribute.value
