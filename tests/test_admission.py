@@ -8,16 +8,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from artifacts import classifier, copy_of, engine, foreign, found, pretend, rewrite
+from manifests import example
 from networks import Network, compute
 from trt_bench import one_device
 
 from msn_export import manifest as manifests
 from msn_export.driver import Device, Driver
 from msn_export.errors import EngineFileError, ManifestError, RunnerError
-from msn_export.manifest_records import EngineRecord
+from msn_export.manifest_records import EngineRecord, SourceRecord
 from msn_export.records import from_plain, to_plain
 from msn_export.runtime import engine_opening, open_runner
-from msn_export.runtime.admission import admit_engine
+from msn_export.runtime.admission import admit_engine, rebuild
 from msn_export.runtime.loaders import Loaded
 from msn_export.sidecar import manifest_path, sha256_of
 from msn_export.spec import ComputeCapability
@@ -201,3 +202,10 @@ def test_a_manifest_that_names_no_gpu_generation_is_refused() -> None:
     plain = to_plain(known.engine) | {"compute_capabilities": ["ada"]}
     with pytest.raises(ManifestError, match="m: compute capability 'ada' is not a version; expe"):
         from_plain(EngineRecord, plain, "m")
+
+
+def test_the_command_that_rebuilds_does_nothing_else() -> None:
+    hostile = replace(example(), source=SourceRecord("m; rm -rf ~ #.onnx", "ef" * 32))
+    assert rebuild(hostile).startswith(
+        "rebuild it with: msn-export trt 'm; rm -rf ~ #.onnx' --fp16 --backend "
+    )
