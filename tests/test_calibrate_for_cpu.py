@@ -12,6 +12,7 @@ from calibrations import PRODUCTS, QUICK, calibrate, done
 from tiny_artifacts import classifier, pictures
 
 from msn_export.graph import io
+from msn_export.runtime import open_runner
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,18 @@ def test_onnxruntime_multiplies_such_a_graph_in_8_bits(cpu_graph, images, tmp_pa
     onnxruntime.InferenceSession(output, options, providers=["CPUExecutionProvider"])
     found = Counter(node.op_type for node in io.load(optimised).graph)
     assert (found["MatMulIntegerToFloat"], found["MatMul"]) == (PRODUCTS, 0)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+def test_a_graph_of_one_batch_size_is_quantised_and_runs(images, tmp_path, target) -> None:
+    """onnxruntime's fusion of MatMul and Add, which fixed shapes invite, refuses its own work."""
+    graph = classifier(tmp_path, "--target", target, "--batch", "3")
+    output = tmp_path / "m.int8.onnx"
+    told = done(graph, images, output, "--int8", *QUICK)
+    assert told["quantization"]["products"] == PRODUCTS
+    batch = np.zeros((3, 3, 32, 32), np.float32)
+    with open_runner(output, providers=["cpu"]) as runner:
+        assert runner(batch).logits.shape == (3, 3)
 
 
 def test_none_of_its_sums_saturates_whatever_the_processor(cpu_graph, images, tmp_path) -> None:
