@@ -40,7 +40,7 @@ _TAG = b"\x02\x80\x01\x00"
 _SEARCHED = 1 << 20  # bytes in which a tool's prefix is looked for
 
 # Bit of the mask -> capability; bit 6 alone is set where none was named ("Ampere and later").
-_CAPABILITIES = tuple(
+CAPABILITIES = tuple(
     ComputeCapability(*pair) for pair in ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
 )
 _LATER = 1 << 6
@@ -48,7 +48,7 @@ _LATER = 1 << 6
 
 def may_target(capability: ComputeCapability) -> bool:
     """Tell whether TensorRT-RTX compiles for a GPU: all it knows, and those after the last."""
-    return capability in _CAPABILITIES or capability > max(_CAPABILITIES)
+    return capability in CAPABILITIES or capability > max(CAPABILITIES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ def _read_rtx(path: Path, start: bytes, size: int) -> EngineHeader:
         raise _damaged(path, "it gives two versions of TensorRT-RTX")
     if found.get("WGHT") != weights:
         raise _damaged(path, "its header gives two sizes for the weights")
-    unknown = mask & ~(_LATER | ((1 << len(_CAPABILITIES)) - 1))
+    unknown = mask & ~(_LATER | ((1 << len(CAPABILITIES)) - 1))
     if not mask or unknown:
         raise EngineFileError(
             f"engine {path} claims GPUs that this version of msn-export does not know (mask "
@@ -130,7 +130,7 @@ def _read_rtx(path: Path, start: bytes, size: int) -> EngineHeader:
         "tensorrt-rtx",
         ".".join(map(str, version)),
         size,
-        tuple(item for bit, item in enumerate(_CAPABILITIES) if mask >> bit & 1),
+        tuple(item for bit, item in enumerate(CAPABILITIES) if mask >> bit & 1),
         bool(mask & _LATER),
         weights,
     )

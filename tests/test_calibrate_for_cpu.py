@@ -9,8 +9,10 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from calibrations import PRODUCTS, QUICK, calibrate, done
+from click.testing import CliRunner
 from tiny_artifacts import classifier, pictures
 
+from msn_export.cli import main
 from msn_export.graph import io
 from msn_export.runtime import open_runner
 
@@ -64,6 +66,16 @@ def test_a_graph_of_one_batch_size_is_quantised_and_runs(images, tmp_path, targe
     batch = np.zeros((3, 3, 32, 32), np.float32)
     with open_runner(output, providers=["cpu"]) as runner:
         assert runner(batch).logits.shape == (3, 3)
+
+
+def test_int8_beside_fp32_is_no_graph_for_tensorrt(cpu_graph, images, tmp_path) -> None:
+    output = tmp_path / "m.int8.onnx"
+    done(cpu_graph, images, output, "--int8", *QUICK)
+    arguments = ["trt", str(output), "-o", str(tmp_path / "m.engine")]
+    result = CliRunner().invoke(main, [*arguments, "--backend", "tensorrt-rtx"])
+    assert result.exit_code == 1
+    assert "m.int8.onnx is int8 beside fp32, for onnxruntime on a CPU, and Tenso" in result.stderr
+    assert "calibrate the fp32 graph again with --base fp16" in result.stderr
 
 
 def test_none_of_its_sums_saturates_whatever_the_processor(cpu_graph, images, tmp_path) -> None:

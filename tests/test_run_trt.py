@@ -53,6 +53,32 @@ def told(result) -> dict:
     return parsed
 
 
+def test_contradicting_precisions_are_refused(graph, tmp_path) -> None:
+    result = build(graph, tmp_path / "m.engine", "--fp16", "--bf16")
+    assert result.exit_code == 2
+    assert "--fp16 and --bf16 contradict each other; give one" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (
+            ("--compute-capability", "5.0"),
+            "cannot compile for compute capability 5.0; it can for",
+        ),
+        (("--version-compatible",), "cannot take --version-compatible: TensorRT-RTX ships without"),
+    ],
+)
+def test_what_the_compiler_cannot_take_is_refused_before_anything_is_run(
+    graph, tmp_path, monkeypatch, target, message
+) -> None:
+    monkeypatch.setattr("msn_export.run_trt.draw", None)
+    options = ("--backend", "tensorrt-rtx", *target)
+    result = build(graph, tmp_path / "m.engine", "--fp16", target=options)
+    assert result.exit_code == 1
+    assert message in result.stderr
+
+
 @pytest.mark.parametrize(
     ("option", "gemms"), [("--fp16", {"Half": 8}), ("--bf16", {"BFloat16": 8})]
 )

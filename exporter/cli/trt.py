@@ -14,16 +14,18 @@ from msn_export.cli.options import (
     MEMORY,
     artifact_options,
     command_line,
+    flags_of,
+    the_one,
 )
 from msn_export.spec import Dtype
+
+PRECISIONS = ("fp32", "fp16", "bf16")
 
 
 @click.command()
 @click.argument("model", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("-o", "--output", type=FILE, help="The .engine file to write.")
-@click.option("--fp32", "precision", flag_value="fp32", help="Default: as the graph is typed.")
-@click.option("--fp16", "precision", flag_value="fp16")
-@click.option("--bf16", "precision", flag_value="bf16")
+@flags_of(*PRECISIONS, fp32="Default: as the graph is typed.")
 @click.option(
     "--backend",
     type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]),
@@ -63,7 +65,7 @@ def trt(model: Path, **options: Any) -> None:
     from msn_export.trt.job import TrtJob
 
     console = Console(as_json=options.pop("as_json"))
-    precision = options.pop("precision")
+    precision = the_one(options, *PRECISIONS)
     job = TrtJob(
         model,
         command=command_line(),

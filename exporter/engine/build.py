@@ -15,7 +15,7 @@ from msn_export.engine.census import Census, by_profile
 from msn_export.engine.job import BuildSpec, Progress
 from msn_export.engine.kernels import Kernel
 from msn_export.engine.supervise import Limits, run_child
-from msn_export.engine_header import read_header
+from msn_export.engine_header import CAPABILITIES, may_target, read_header
 from msn_export.errors import BuildError, OutputError
 from msn_export.records import from_plain
 from msn_export.spec import AMPERE, Targets
@@ -69,7 +69,7 @@ def build_engine(
     """
     driver = find_driver()
     require_buildable(backend, driver)
-    notes = _judge_options(spec, backend, driver)
+    notes = judge_options(spec, backend, driver)
     if not spec.model.is_file():
         raise BuildError(f"graph {spec.model} does not exist")
     started = time.monotonic()
@@ -98,11 +98,21 @@ def _ignore(_progress: Progress) -> None:
     """Tell nobody."""
 
 
-def _judge_options(spec: BuildSpec, backend: Backend, driver: Driver | NoDriver) -> tuple[str, ...]:
-    """Refuse the options the backend cannot have, and tell of those it ignores."""
+def judge_options(spec: BuildSpec, backend: Backend, driver: Driver | NoDriver) -> tuple[str, ...]:
+    """Refuse the options the backend cannot have, and tell of those it ignores.
+
+    Raises:
+        BuildError: an option cannot be had, or TensorRT-RTX has no kernels for a target.
+    """
     flavour, options = backend.flavour, spec.options_set()
     for option in options.keys() & flavour.refused.keys():
         raise BuildError(f"{backend} cannot take {_flag(option)}: {flavour.refused[option]}")
+    for capability in spec.capabilities:
+        if not may_target(capability):
+            raise BuildError(
+                f"TensorRT-RTX cannot compile for compute capability {capability}; it can for "
+                f"{', '.join(map(str, CAPABILITIES))}"
+            )
     if spec.hardware_compatible and isinstance(driver, Driver):
         _require_ampere(driver.devices[0])
     notes = [
