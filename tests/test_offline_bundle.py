@@ -1,5 +1,6 @@
 """A bundle arrives whole or is refused: pieces are hashed, cut and joined again."""
 
+import ast
 import json
 import shutil
 import subprocess
@@ -126,3 +127,14 @@ def test_the_command_that_runs_the_suite_is_told(bundle, tmp_path) -> None:
 def test_every_recipe_is_pinned() -> None:
     for recipe in offline_bundle.RECIPES.values():
         assert all("==" in package for package in (*recipe.wheels, *recipe.sources))
+
+
+def test_no_fixture_has_the_name_of_a_plugins() -> None:
+    """A machine has plugins that ours has not; pytest-benchmark ends the run over another's."""
+    of_plugins = {"benchmark", "benchmark_weave", "mocker", "cov", "no_cover", "worker_id", "faker"}
+    for file in Path(__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                marks = {ast.unparse(mark) for mark in node.decorator_list}
+                is_fixture = any(mark.startswith("pytest.fixture") for mark in marks)
+                assert not (is_fixture and node.name in of_plugins), f"{file.name}: {node.name}"

@@ -33,9 +33,15 @@ def call(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
     """Call a function of the driver API and give its value.
 
     Raises:
-        DeviceError: it gave an error code.
+        DeviceError: it gave an error code, or the driver is too old to have it.
     """
-    code, *values = function(*arguments)
+    try:
+        code, *values = function(*arguments)
+    except RuntimeError as error:  # cuda-bindings, of what this driver lacks
+        raise DeviceError(
+            f"{function.__name__} failed: {' '.join(str(error).split())}; the NVIDIA driver is too "
+            "old for these cuda-bindings: update it, or install cuda-bindings of its CUDA version"
+        ) from error
     if int(code) != 0:
         name = getattr(code, "name", f"error {int(code)}")
         raise DeviceError(f"{function.__name__} failed: {name}{_HINTS.get(name, '')}")

@@ -42,8 +42,8 @@ class Clock:
 
 
 @pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The script, as a module."""
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script, as a module; not called ``benchmark``, which is pytest-benchmark's fixture."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     for name in MODULES:
         sys.modules.pop(name, None)
@@ -52,18 +52,18 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
     return gpu
 
 
-def rehearse(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def rehearse(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Put the CPU where the script has a card, and the fp16 graph where it has an engine."""
     import gpu_contenders
     import gpu_timing
 
-    for module in (benchmark, gpu_contenders, gpu_timing):
+    for module in (script, gpu_contenders, gpu_timing):
         monkeypatch.setattr(module, "DEVICE", "cpu")
     monkeypatch.setattr(torch.cuda, "Event", Clock)
-    monkeypatch.setattr(benchmark, "find_driver", one_device)
-    monkeypatch.setattr(benchmark, "ceilings", lambda: {"copy_tb_s": 1.0, "fp16_tflop_s": 1.0})
+    monkeypatch.setattr(script, "find_driver", one_device)
+    monkeypatch.setattr(script, "ceilings", lambda: {"copy_tb_s": 1.0, "fp16_tflop_s": 1.0})
     monkeypatch.setattr(gpu_timing, "BURST", 0.001)
-    monkeypatch.setattr(benchmark, "run_trt", lambda _job, _progress: None)
+    monkeypatch.setattr(script, "run_trt", lambda _job, _progress: None)
     monkeypatch.setattr(
         gpu_contenders, "open_runner", lambda path, **_: open_runner(path.with_name("m.fp16.onnx"))
     )
@@ -86,14 +86,14 @@ def may_be_missing(place: Place) -> set[str]:
 
 @pytest.mark.parametrize("place", ["rehearsal", BARE], indirect=True)
 def test_it_writes_a_row_for_each_contender_and_batch(
-    place, benchmark, monkeypatch, tmp_path, capsys
+    place, script, monkeypatch, tmp_path, capsys
 ) -> None:
     on_card = place.torch_device == "cuda"
     if not on_card:
-        rehearse(benchmark, monkeypatch)
+        rehearse(script, monkeypatch)
     model = "random:vit-msn-small:0" if on_card else place.source(TINY)
     out = tmp_path / "gpu.json"
-    benchmark.main(
+    script.main(
         ["--images", str(place.photographs), "--models", model, "--batches", "1", "2",
          "--rounds", "3", "--output", str(out)]
     )  # fmt: skip
@@ -115,19 +115,19 @@ def test_it_writes_a_row_for_each_contender_and_batch(
         assert "not run: no compiler in a rehearsal" in table[4]
 
 
-def test_without_a_card_it_says_so_and_writes_nothing(benchmark, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(benchmark, "find_driver", lambda: benchmark.NoDriver("no NVIDIA driver"))
+def test_without_a_card_it_says_so_and_writes_nothing(script, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(script, "find_driver", lambda: script.NoDriver("no NVIDIA driver"))
     out = tmp_path / "gpu.json"
     with pytest.raises(SystemExit, match="nothing was measured: no NVIDIA driver"):
-        benchmark.main(["--images", str(tmp_path), "--output", str(out)])
+        script.main(["--images", str(tmp_path), "--output", str(out)])
     assert not out.exists()
 
 
 @pytest.mark.parametrize("place", ["rehearsal"], indirect=True)
 def test_whoever_fails_is_told_with_why_and_the_others_are_timed(
-    place, benchmark, monkeypatch, tmp_path
+    place, script, monkeypatch, tmp_path
 ) -> None:
-    rehearse(benchmark, monkeypatch)
+    rehearse(script, monkeypatch)
     import gpu_contenders
 
     def no_engine(_job: Any, _progress: Any) -> None:
@@ -141,11 +141,11 @@ def test_whoever_fails_is_told_with_why_and_the_others_are_timed(
 
         return run
 
-    monkeypatch.setattr(benchmark, "run_trt", no_engine)
+    monkeypatch.setattr(script, "run_trt", no_engine)
     monkeypatch.setattr(gpu_contenders, "_torch", runs_out)
-    monkeypatch.setattr(benchmark, "reference", lambda _model: lambda images: images.flatten(1))
+    monkeypatch.setattr(script, "reference", lambda _model: lambda images: images.flatten(1))
     out = tmp_path / "gpu.json"
-    benchmark.main(
+    script.main(
         ["--images", str(place.photographs), "--models", place.source(TINY), "--batches", "1", "2",
          "--rounds", "2", "--output", str(out)]
     )  # fmt: skip
