@@ -19,6 +19,7 @@ from pathlib import Path
 from quantization_attention import attention_rows
 from quantization_bench import FORMS, Bench, percent, row, strength
 from quantization_digits import digit_rows
+from quantization_smoothing import smoothing_rows
 
 ROOT = Path(__file__).parent.parent
 SHAPES = ("vit-msn-small", "vit-msn-base")
@@ -132,6 +133,7 @@ def main(images: Path) -> None:
         attention="\n".join(attention_rows(bench)),
         digits="\n".join(rows),
         planted="\n".join(planted_rows),
+        smoothing="\n".join(smoothing_rows(bench)),
         sick=sick["quantization"]["verdict"],
         sick_kept="; ".join(f"{k}: {v}" for k, v in sick["quantization"]["kept"].items()),
         sick_drift=", ".join(f"{b}: {e:.2%}" for b, e in sick["quantization"]["drift"].items()),

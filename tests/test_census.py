@@ -125,6 +125,15 @@ def test_weights_by_dtype() -> None:
     assert built(vit).census.weight_bytes["Half"] == pytest.approx(halves, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [("Float", 60), ("Half", 30), ("BFloat16", 30), ("Int8", 15), ("FP8", 15), ("Int64", 120),
+     ("Int4", 8)],
+)  # fmt: skip
+def test_a_weight_takes_the_bytes_of_its_elements(dtype, size) -> None:
+    assert Constant("w", dtype, (3, 5)).bytes == size
+
+
 def test_census_survives_json() -> None:
     census = built(Vit(quantised="int8")).census
     assert Census.from_json(json.loads(json.dumps(census.to_json()))) == census

@@ -33,6 +33,15 @@ def test_shapes_are_those_that_are_written_at_the_lines() -> None:
     assert tiny.classifier(tokens[:, 0]).shape == (5, 3)
 
 
+def test_attention_written_out_computes_what_the_fused_kernel_does() -> None:
+    written = VitMsn(TINY, attention="eager").eval()
+    written.load_state_dict(model().state_dict())
+    images = torch.randn(3, 3, 16, 24)
+    with torch.no_grad():
+        # the same sums in another order; measured 1e-6
+        torch.testing.assert_close(written(images), model()(images), atol=1e-5, rtol=1e-5)
+
+
 def test_the_order_of_patches_matters_only_through_their_positions() -> None:
     tiny = model()
     images = torch.randn(2, 3, 16, 24)

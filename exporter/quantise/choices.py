@@ -22,10 +22,9 @@ from msn_export.progress import Progress
 # Strengths that --smooth auto tries beside none; SmoothQuant's own default is 0.5 (arXiv
 # 2211.10438, section 5.1).
 STRENGTHS = (0.25, 0.5, 0.75)
-# How much less error than without it a strength must leave to be taken. Without outliers, the share
-# of the error that a strength leaves has a mean of 1 and a deviation of 0.05 from one 16 images to
-# the next, 0.91 at the lowest; where outliers were planted int8 leaves 0.05
-# (docs/quantization.md, trained digits).
+# How much less error than without it a strength must leave to be taken. By the choice of the images
+# alone one leaves 0.91 to 1.19 of the error; where int8 needs it 0.05 to 0.07
+# (docs/quantization.md, planted outliers).
 GAIN = 0.1
 # Images that a choice is measured on: each costs a run of the whole graph.
 PROBED = 16

@@ -1,0 +1,72 @@
+"""A batch that an artifact does not take is refused with what it takes and what to do."""
+
+import numpy as np
+import pytest
+
+from msn_export.errors import InputError
+from msn_export.runtime.feed import element_of, pad, require_fit
+from msn_export.spec import TensorSpec
+
+PLANES = TensorSpec("x", "float", ("b", 3, 4, 6))
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted", "message"),
+    [
+        (
+            "uint8",
+            "float",
+            "images are uint8; input 'x' takes float32; runner.preprocess() gives what it takes, "
+            "normalised",
+        ),
+        ("float32", "float16", "images are float32; input 'x' takes float16"),
+        (
+            "float32",
+            "bfloat16",
+            "images are float32; input 'x' takes bfloat16; NumPy has no bfloat16, give a torch "
+            "tensor",
+        ),
+    ],
+)
+def test_another_dtype_is_refused_with_what_gives_the_right_one(given, wanted, message) -> None:
+    spec = TensorSpec("x", wanted, PLANES.shape)
+    images = np.zeros((2, 3, 4, 6), given)
+    with pytest.raises(InputError) as refused:
+        require_fit(images.shape, element_of(images), spec)
+    assert str(refused.value) == message
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 3, 4, 7), "images have shape [2, 3, 4, 7]; input 'x' takes [b, 3, 4, 6]"),
+        ((2, 3, 4), "images have shape [2, 3, 4]; input 'x' takes [b, 3, 4, 6]"),
+        (
+            (3, 4, 6),
+            "images have shape [3, 4, 6]; input 'x' takes [b, 3, 4, 6]; give one image as "
+            "images[None]",
+        ),
+    ],
+)
+def test_another_shape_is_refused_and_one_image_is_told_what_to_do(shape, message) -> None:
+    images = np.zeros(shape, np.float32)
+    with pytest.raises(InputError) as refused:
+        require_fit(images.shape, element_of(images), PLANES)
+    assert str(refused.value) == message
+
+
+def test_any_number_of_images_fits_and_any_size_where_it_is_open() -> None:
+    element = element_of(np.zeros(1, np.float32))
+    require_fit((9, 3, 4, 6), element, PLANES)
+    require_fit((1, 3, 40, 60), element, TensorSpec("x", "float", ("b", 3, "h", "w")))
+
+
+def test_what_is_no_number_is_refused() -> None:
+    with pytest.raises(InputError, match="images are <U1; expected a plain float, integer or bool"):
+        element_of(np.array(["a"]))
+
+
+def test_a_batch_is_filled_up_with_zeros() -> None:
+    images = np.ones((2, 3), np.float32)
+    assert pad(images, 2) is images
+    np.testing.assert_array_equal(pad(images, 4), [[1] * 3] * 2 + [[0] * 3] * 2)
