@@ -10,7 +10,7 @@ from pathlib import Path
 
 from msn_export import manifest as manifests
 from msn_export.driver import Device, Driver, NoDriver
-from msn_export.engine_header import EngineHeader, may_target, parse_header
+from msn_export.engine_header import EngineHeader, may_target, parse_header, tries_any_gpu
 from msn_export.errors import ManifestError, RunnerError
 from msn_export.manifest import Manifest
 from msn_export.runtime.loaders import Loaded, may_run
@@ -51,8 +51,11 @@ class Admitted:
     def is_for(self, device: Device) -> bool:
         """Tell whether it is for a GPU."""
         known = self.capabilities
-        later = self.header.later and device.capability > max(known)
-        return not known or device.capability in known or later
+        if not known or device.capability in known:
+            return True
+        # it names no target: its kernels are made on the GPU
+        least = min(known) if tries_any_gpu() else max(known)
+        return self.header.later and device.capability > least
 
     def __str__(self) -> str:
         known = ", ".join(str(one) for one in self.capabilities)
