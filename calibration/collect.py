@@ -108,7 +108,7 @@ def require_finite(
 
 def _session(path: Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what fails is raised
     # a memory pattern is kept for each batch shape, and an arena never shrinks: off, so that
     # memory does not depend on how many images come
     options.enable_mem_pattern = False

@@ -133,20 +133,45 @@ def _remove_abandoned(folder: Path) -> None:
             os.close(lock)
 
 
-def publish(staged: Path, output: Path, manifest: str) -> None:
+def publish(staged: Path, output: Path, manifest: str, *, force: bool) -> None:
     """Move a checked artifact to its place, then write its manifest beside it.
 
     The old manifest goes first: at no moment does one lie beside an artifact it does not describe.
 
+    Args:
+        staged: the artifact, in a staging folder.
+        output: its place.
+        manifest: what is written beside it.
+        force: whether an existing file may be replaced.
+
     Raises:
-        OutputError: the file system refused.
+        OutputError: the file system refused, or another run has written ``output`` meanwhile.
     """
     sidecar = manifest_path(output)
     staged_sidecar = manifest_path(staged)
     try:
         staged_sidecar.write_text(manifest, encoding="utf-8")
-        sidecar.unlink(missing_ok=True)
-        staged.replace(output)
-        staged_sidecar.replace(sidecar)
+        with placing([output, sidecar], force=force):
+            sidecar.unlink(missing_ok=True)
+            staged.replace(output)
+            staged_sidecar.replace(sidecar)
     except OSError as error:
         raise OutputError(f"cannot write {output}: {error.strerror}") from error
+
+
+@contextmanager
+def placing(outputs: Sequence[Path], *, force: bool) -> Iterator[None]:
+    """Have the outputs' folder alone while finished files are moved to their places.
+
+    Raises:
+        OutputError: one exists, which another run has written since the work began.
+        OSError: the folder is gone.
+    """
+    with _lock_on(outputs[0].parent):
+        for output in outputs:
+            if os.path.lexists(output) and not force:
+                raise OutputError(
+                    f"output {output} was written by another run meanwhile; --force replaces it, "
+                    "-o writes elsewhere"
+                )
+        yield

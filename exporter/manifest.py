@@ -84,7 +84,10 @@ def read(artifact: Path) -> Manifest | None:
     if path.stat().st_size > LIMIT:
         raise ManifestError(f"{path} is larger than a manifest can be; export the artifact again")
     try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        plain = json.loads(text)
+        if "\\ud" in text.lower():  # half of a surrogate pair is no text: nothing could write it
+            json.dumps(plain, ensure_ascii=False).encode()
         _require_seal(plain, path)
     except (OSError, ValueError, RecursionError) as error:
         raise ManifestError(f"{path} is not JSON ({error}); export the artifact again") from error

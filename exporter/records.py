@@ -86,7 +86,17 @@ def _read(kind: Any, plain: Any, where: str) -> Any:
             raise ManifestError(f"{where} is {plain!r}, which is no {kind.__name__}") from error
     if kind is float:
         return _read_float(plain, where)
+    if kind is int:
+        return _read_int(plain, where)
     return _expect(kind, plain, where)
+
+
+def _read_int(plain: Any, where: str) -> int:
+    """Python's JSON has integers of any length, which no size or count here is."""
+    number: int = _expect(int, plain, where)
+    if not -(2**63) <= number < 2**63:
+        raise ManifestError(f"{where} is {_short(plain)}; expected an integer of 64 bits")
+    return number
 
 
 def _read_float(plain: Any, where: str) -> float:

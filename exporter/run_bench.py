@@ -29,7 +29,7 @@ from msn_export.bench_reference import find_reference
 from msn_export.check.sample import draw
 from msn_export.driver import NoDriver, find_driver
 from msn_export.errors import BenchError, MissingPackageError, SpecError
-from msn_export.files import require_writable, staging
+from msn_export.files import placing, require_writable, staging
 from msn_export.machine import physical_cores, this_machine
 from msn_export.manifest import versions_of
 
@@ -101,7 +101,7 @@ def run_bench(job: BenchJob, progress: Progress) -> Bench:
             timings += _time_batch(job, arena, reference, batch, progress)
     bench = _summary(job, arena, sample, reference, timings, load)
     if job.report is not None:
-        _write_page(bench, job.report, progress)
+        _write_page(bench, job.report, progress, force=job.force)
     return bench
 
 
@@ -238,9 +238,10 @@ def _require_page() -> None:
         ) from error
 
 
-def _write_page(bench: Bench, report: Path, progress: Progress) -> None:
+def _write_page(bench: Bench, report: Path, progress: Progress, *, force: bool) -> None:
     from msn_export.bench.page import write_page
 
     with progress.step(f"write {report}"), staging(report.parent) as stage:
         write_page(bench, stage / "page.html")
-        (stage / "page.html").replace(report)
+        with placing([report], force=force):
+            (stage / "page.html").replace(report)

@@ -15,7 +15,7 @@ from msn_export.embed.rate import Rate
 from msn_export.embed_place import here, on_cluster
 from msn_export.errors import ClusterError, ImageError, MsnExportError, SpecError
 from msn_export.feed import Feed, feed_of
-from msn_export.files import no_room_reported, require_writable, staging
+from msn_export.files import no_room_reported, placing, require_writable, staging
 from msn_export.process import peak_rss
 from msn_export.records import to_plain
 from msn_export.sidecar import sha256_of
@@ -178,6 +178,7 @@ class _Run:
         write = outputs.write_npy if npy else outputs.write_parquet
         with staging(self.job.output.parent) as stage:
             made = write(parts, self.place.pictures, self.labels, about, stage)
-            outputs.place(made, self.job.output)
+            with placing(outputs.files_of(self.job.output), force=self.job.force):
+                outputs.place(made, self.job.output)
         parts.remove()
         return shape

@@ -111,7 +111,7 @@ def run_onnx(job: OnnxJob, progress: Progress) -> tuple[Path, Manifest]:
             seconds=round(time.monotonic() - started, 3),
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
-        publish(built.path, output, seal(manifest))
+        publish(built.path, output, seal(manifest), force=job.force)
     return output, manifest
 
 

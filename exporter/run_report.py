@@ -16,7 +16,7 @@ from msn_export.errors import (
     RunnerError,
     SpecError,
 )
-from msn_export.files import require_writable, staging
+from msn_export.files import placing, require_writable, staging
 from msn_export.progress import Progress
 from msn_export.proof.artifact import ENGINES, is_checkpoint, open_engine
 from msn_export.proof.artifact_facts import artifact_facts, checkpoint_facts
@@ -78,7 +78,8 @@ def run_report(job: ReportJob, progress: Progress) -> facts.Page:
             with staging(output.parent) as stage:
                 staged = stage / output.name
                 staged.write_text(text, encoding="utf-8")
-                staged.replace(output)
+                with placing([output], force=job.force):
+                    staged.replace(output)
     return page
 
 

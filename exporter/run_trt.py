@@ -77,7 +77,7 @@ def run_trt(job: TrtJob, progress: Progress) -> tuple[Path, Manifest]:
                 resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, result.peak_rss
             ),
         )
-        publish(result.output, output, seal(manifest))
+        publish(result.output, output, seal(manifest), force=job.force)
     return output, manifest
 
 

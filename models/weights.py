@@ -1,7 +1,9 @@
 """Read weights files. They are hostile input: no pickle runs code, no index leaves its folder."""
 
+import math
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
+    _require_stored(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, about how other files were once written
@@ -94,7 +97,43 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             f"{path} is not a whole weights file ({_line(error)}); expected what torch.save or "
             "safetensors wrote"
         ) from error
-    return _state_dict(loaded, path)
+    tensors = _state_dict(loaded, path)
+    _require_held(tensors, path)
+    return tensors
+
+
+def _require_stored(path: Path) -> None:
+    """Refuse a file that was packed again: mapped, its compressed bytes would be read as weights.
+
+    Raises:
+        CheckpointError: an entry is compressed, which torch.save does to none.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [entry for entry in archive.infolist() if entry.compress_type]
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return  # another format, or damaged: torch says which
+    if packed:
+        raise CheckpointError(
+            f"{path}: {packed[0].filename!r} in it is compressed, so it was packed again after "
+            "torch.save; unpack it and pack it without compression (zip -0), or save it again"
+        )
+
+
+def _require_held(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse weights that are larger than their file: views of a few numbers fill any memory.
+
+    Raises:
+        CheckpointError: they are. Twice the size is allowed, for weights that share numbers.
+    """
+    plain = [t for t in tensors.values() if t.layout is torch.strided and t.device.type == "cpu"]
+    claimed = sum(math.prod(t.shape) * t.element_size() for t in plain if not t.is_nested)
+    held = path.stat().st_size
+    if claimed > 2 * held:
+        raise CheckpointError(
+            f"{path} has {held} bytes and weights of {claimed}, which repeat what is in it; "
+            "refused, save it again with contiguous weights"
+        )
 
 
 def _is_zip(path: Path) -> bool:
@@ -110,7 +149,7 @@ def _state_dict(loaded: Any, path: Path) -> dict[str, Tensor]:
             break
     if not isinstance(loaded, Mapping) or not loaded:
         raise CheckpointError(f"{path} holds no weights by name; expected a state dict")
-    odd = [key for key, value in loaded.items() if not isinstance(value, Tensor)]
+    odd = [key for key, value in loaded.items() if not isinstance(value, Tensor) or value.is_nested]
     if odd:
         raise CheckpointError(
             f"{path} holds {odd[0]!r}, which is no weight; expected a state dict, or one under "

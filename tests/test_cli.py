@@ -1,5 +1,6 @@
 """Exit codes and messages: 2 for usage, naming the option; 1 with one line for our errors."""
 
+import logging
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from msn_export.cli import main
+from msn_export.errors import GraphError
 
 
 def invoke(*arguments: str):
@@ -82,3 +84,53 @@ def test_help_names_every_command_that_there_is() -> None:
     for name in main.commands:
         assert name in result.output
         assert invoke(name, "--help").exit_code == 0
+
+
+def fail_with(monkeypatch, error: BaseException) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("msn_export.proof.inspection.inspect", broken)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            KeyError("ker\x1b[2Jnels\n" + "x" * 9000),
+            "unexpected KeyError: 'ker\\x1b[2Jnels\\nxxx",
+        ),
+        (RecursionError("too deep"), "unexpected RecursionError: too deep; -v shows where, please"),
+        (MemoryError(), "there is not enough memory; use a machine with more"),
+    ],
+)
+def test_what_nobody_expects_is_one_line_too(monkeypatch, tmp_path, error, message) -> None:
+    fail_with(monkeypatch, error)
+    (tmp_path / "m.onnx").touch()
+    result = invoke("inspect", str(tmp_path / "m.onnx"))
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: {message}")
+    assert line.isprintable()
+    assert len(line) < 2100
+
+
+def test_and_its_traceback_is_there_for_who_asks(monkeypatch, tmp_path) -> None:
+    fail_with(monkeypatch, KeyError("kernels"))
+    (tmp_path / "m.onnx").touch()
+    result = invoke("-v", "inspect", str(tmp_path / "m.onnx"))
+    assert isinstance(result.exception, KeyError)
+
+
+def test_a_librarys_remark_is_one_line_that_no_terminal_obeys(monkeypatch, tmp_path) -> None:
+    def remark(*_: object, **__: object) -> None:
+        logging.getLogger("onnx_ir").warning("input %r\x1b[2J\nof %s", "a", "b")
+        raise GraphError("that was all")
+
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])  # pytest's
+    monkeypatch.setattr("msn_export.proof.inspection.inspect", remark)
+    (tmp_path / "m.onnx").touch()
+    result = invoke("inspect", str(tmp_path / "m.onnx"))
+    assert result.stderr.splitlines() == ["input 'a' [2J of b", "error: that was all"]

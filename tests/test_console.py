@@ -9,6 +9,7 @@ import sys
 import pytest
 from rich.console import Console as RichConsole
 from rich.progress import Progress
+from rich.table import Table
 
 from msn_export.cli import console
 from msn_export.cli.console import Console, Steps
@@ -104,3 +105,29 @@ def test_but_not_with_every_step(capsys) -> None:
     with console.Console(as_json=True).progress() as progress, progress.step("embed"):
         progress.advance(1, 10, "1 of 10")
     assert "1 of 10" not in capsys.readouterr().err
+
+
+HOSTILE = "a\x1b[2J\x07\x9b31mb\u202eexe.x\x7f"
+SHOWN = r"a\u001b[2J\u0007\u009b31mb\u202eexe.x\u007f"
+
+
+def test_what_a_terminal_would_obey_is_shown(capsys) -> None:
+    table = Table(HOSTILE, title=HOSTILE)
+    table.add_row(HOSTILE + " :bomb:")
+    console = Console(as_json=False)
+    console.print(table)
+    console.print(HOSTILE)
+    with console.progress() as progress, progress.step(HOSTILE):
+        pass
+    out, err = capsys.readouterr()
+    for text in (out, err):
+        assert all(c.isprintable() or c == "\n" for c in text)
+        assert SHOWN in text
+    assert "\N{BOMB}" not in out
+
+
+def test_json_of_what_a_terminal_would_obey_is_still_json(capsys) -> None:
+    Console(as_json=True).print_json({"name": HOSTILE, "b": "dög\n"})
+    out = capsys.readouterr().out
+    assert out.removesuffix("\n").isprintable()
+    assert json.loads(out) == {"name": HOSTILE, "b": "dög\n"}

@@ -1,5 +1,6 @@
 """Pictures are decoded in order, never too far ahead, and a crash costs one picture."""
 
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -61,3 +62,16 @@ def test_a_picture_that_kills_its_decoder_costs_no_other(ahead) -> None:
         "deadly 2 is not a readable picture (its decoder crashed)",
         None,
     ]
+
+
+def test_a_decoder_imports_nothing_from_the_current_folder(tmp_path, monkeypatch) -> None:
+    # python -c, with which multiprocessing starts a process, would look there first
+    for module in ("multiprocessing", "json", "numpy", "threading"):
+        code = f"open({str(tmp_path / 'ran')!r}, 'w').close()\nraise SystemExit(1)\n"
+        (tmp_path / f"{module}.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    got = list(decode([Path("1"), Path("2")], slow_when_early, workers=2, ahead=2))
+    assert not (tmp_path / "ran").exists()
+    assert all(isinstance(pixels, np.ndarray) for pixels in got)
+    assert "PYTHONSAFEPATH" not in os.environ

@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -207,7 +209,7 @@ def test_an_artifact_and_its_manifest_appear_together(tmp_path) -> None:
     output = tmp_path / "m.onnx"
     with staging(tmp_path) as stage:
         (stage / "m.onnx").write_text("graph")
-        publish(stage / "m.onnx", output, "{}")
+        publish(stage / "m.onnx", output, "{}", force=False)
     assert output.read_text() == "graph"
     assert manifest_path(output).read_text() == "{}"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "m.onnx.json"]
@@ -234,7 +236,7 @@ def test_at_no_moment_does_a_manifest_lie_beside_another_file(tmp_path, monkeypa
     monkeypatch.setattr(Path, "replace", watched)
     with staging(tmp_path) as stage:
         (stage / "m.onnx").write_text("new")
-        publish(stage / "m.onnx", output, "of the new")
+        publish(stage / "m.onnx", output, "of the new", force=True)
     assert moves == [("m.onnx", False), ("m.onnx.json", False)]
     assert (output.read_text(), manifest_path(output).read_text()) == ("new", "of the new")
 
@@ -246,4 +248,40 @@ def test_a_refused_move_is_told(tmp_path) -> None:
     with staging(tmp_path) as stage:
         (stage / "m.onnx").write_text("graph")
         with pytest.raises(OutputError, match=r"cannot write .*m\.onnx: Is a directory"):
-            publish(stage / "m.onnx", output, "{}")
+            publish(stage / "m.onnx", output, "{}", force=True)
+
+
+@pytest.mark.parametrize("taken", ["m.onnx", "m.onnx.json"])
+def test_what_another_run_has_written_meanwhile_is_not_replaced(tmp_path, taken) -> None:
+    output = tmp_path / "m.onnx"
+    require_writable([output, manifest_path(output)], force=False)  # as every run begins
+    with staging(tmp_path) as stage:
+        (stage / "m.onnx").write_text("graph")
+        (tmp_path / taken).write_text("of the other run")
+        with pytest.raises(OutputError, match=r"m\.onnx(\.json)? was written by another run mean"):
+            publish(stage / "m.onnx", output, "{}", force=False)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        taken: "of the other run"
+    }
+
+
+def test_two_runs_never_mix_an_artifact_with_the_others_manifest(tmp_path, monkeypatch) -> None:
+    output, move = tmp_path / "m.onnx", Path.replace
+
+    def slow(self: Path, target: Path) -> Path:
+        found = move(self, target)
+        time.sleep(0.05)  # between the artifact and its manifest
+        return found
+
+    def run(name: str) -> None:
+        with staging(tmp_path) as stage:
+            (stage / "m.onnx").write_text(name)
+            publish(stage / "m.onnx", output, name, force=True)
+
+    monkeypatch.setattr(Path, "replace", slow)
+    runs = [threading.Thread(target=run, args=(name,)) for name in ("one", "other", "third")]
+    for thread in runs:
+        thread.start()
+    for thread in runs:
+        thread.join()
+    assert output.read_text() == manifest_path(output).read_text()

@@ -1,6 +1,7 @@
 """Graphs are read from hostile files and written without gathering their weights."""
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -213,3 +214,86 @@ def external(proto: onnx.ModelProto, location: str) -> None:
     onnx.external_data_helper.set_external_data(tensor, location)
     tensor.ClearField("raw_data")
     tensor.ClearField("float_data")
+
+
+@pytest.mark.parametrize("named", ["m.onnx", "./m.onnx", "{folder}/m.onnx"])
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to], ids=["symbolic", "hard"])
+def test_a_link_out_of_the_folder_is_not_followed(named, link, tmp_path, monkeypatch) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_beside(with_big_weight(), folder / "m.onnx")
+    (folder / "w.bin").rename(tmp_path / "secret.bin")
+    link(folder / "w.bin", tmp_path / "secret.bin")
+    monkeypatch.chdir(folder)
+    with pytest.raises(GraphError, match=r"m\.onnx: its weights cannot be read \(External data"):
+        io.load(Path(named.format(folder=folder)))
+
+
+@pytest.mark.parametrize("place", ["node", "function", "list"])
+def test_a_tensor_in_another_file_is_refused_where_nobody_would_look_for_it(
+    place, tmp_path, monkeypatch
+) -> None:
+    proto = ir.to_proto(parse(TEXT))
+    (tmp_path / "w.bin").write_bytes(bytes(64))
+    weight = onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT, [1], [0.0])
+    weight.ClearField("float_data")
+    weight.data_location = onnx.TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value="w.bin")
+    held = [weight] if place == "list" else weight
+    node = onnx.helper.make_node("ConstantOfShape", ["s"], ["c"], name="fill", value=held)
+    if place == "function":
+        opsets = [onnx.helper.make_opsetid("", 23)]
+        function = onnx.helper.make_function("own", "F", ["s"], ["c"], [node], opsets)
+        proto.functions.append(function)
+    else:
+        proto.graph.input.append(
+            onnx.helper.make_tensor_value_info("s", onnx.TensorProto.INT64, [1])
+        )
+        proto.graph.node.append(node)
+    (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(GraphError, match="'value' of node 'fill' has its tensor in another file"):
+        io.load(Path("m.onnx"))
+
+
+def damaged(change: Callable[[onnx.ModelProto], object], path: Path) -> Path:
+    proto = ir.to_proto(parse(TEXT))
+    proto.graph.node[0].name = "a name"
+    change(proto)
+    path.write_bytes(proto.SerializeToString().replace(b"a name", b"a\xff\xfeme"))
+    return path
+
+
+def no_name_that_is_text(proto: onnx.ModelProto) -> None:
+    proto.graph.node[0].name = "a name"
+
+
+def no_operators(proto: onnx.ModelProto) -> None:
+    proto.graph.node[0].name = ""
+    del proto.opset_import[:]
+
+
+def no_type_that_there_is(proto: onnx.ModelProto) -> None:
+    proto.graph.node[0].name = ""
+    proto.graph.node[0].attribute.add(name="x", type=onnx.AttributeProto.UNDEFINED)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (no_name_that_is_text, "is not an ONNX file"),
+        (no_operators, "names no version of ONNX's operators; export it again"),
+        (no_type_that_there_is, "is not an ONNX file"),
+    ],
+)
+def test_what_could_not_be_written_again_is_not_read(change, message, tmp_path) -> None:
+    with pytest.raises(GraphError, match=message):
+        io.load(damaged(change, tmp_path / "m.onnx"))
+
+
+def test_whatever_onnx_raises_for_shapes_is_our_error() -> None:
+    model = parse(TEXT)
+    model.graph.inputs[0].shape = ir.Shape([2**62, 2**62])
+    model.graph.node(0).attributes.add(ir.AttrInt64s("axes", [2**40]))
+    with pytest.raises(GraphError, match="the graph's types or shapes do not fit: "):
+        io.infer_shapes(model)

@@ -185,3 +185,18 @@ def test_an_engine_is_judged_by_what_it_multiplies_in(dtype, options, gate) -> N
     engine = replace(described.engine, options=options)
     assert replace(described, engine=engine).rounds_as is gate
     assert replace(described, engine=None).rounds_as is dtype
+
+
+def test_half_of_a_surrogate_pair_is_no_text(artifact) -> None:
+    plain = json.loads(manifest.seal(example(sha256=sha256_of(artifact))))
+    del plain["seal"]
+    plain["labels"] = ["cat \ud800"]
+    sealed = {**plain, "seal": manifest._hash_of(plain)}
+    write(artifact, json.dumps(sealed))
+    assert reading(artifact).startswith("m.engine.json is not JSON ('utf-8' codec can't encode")
+    plain["labels"] = ["cat \U0001f408"]
+    sealed = {**plain, "seal": manifest._hash_of(plain)}
+    write(artifact, json.dumps(sealed))  # a whole pair, as ASCII spells it
+    read = manifest.read(artifact)
+    assert read is not None
+    assert read.labels == ("cat \U0001f408",)

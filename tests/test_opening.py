@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from artifacts import classifier, copy_of, engine, pretend
+from manifests import example
 from networks import Network, compute
 from tensorrt_stand_in import plan_of
 from trt_bench import one_device
@@ -24,7 +25,9 @@ from msn_export.errors import (
     MissingPackageError,
     RunnerError,
 )
+from msn_export.manifest_records import SourceRecord
 from msn_export.runtime import engine_opening, open_runner
+from msn_export.runtime.admission import rebuild
 from msn_export.runtime.loaders import Loaded
 from msn_export.sidecar import manifest_path, sha256_of
 from msn_export.spec import BatchRange, ComputeCapability
@@ -260,3 +263,10 @@ def test_the_manifest_is_json_that_says_what_would_rebuild_it() -> None:
     told = json.loads(manifest_path(engine()).read_text())
     assert told["source"]["file"] == "m.onnx"
     assert told["golden"]["output"] == "logits"
+
+
+def test_the_command_that_rebuilds_does_nothing_else() -> None:
+    hostile = replace(example(), source=SourceRecord("m; rm -rf ~ #.onnx", "ef" * 32))
+    assert rebuild(hostile).startswith(
+        "rebuild it with: msn-export trt 'm; rm -rf ~ #.onnx' --fp16 --backend "
+    )

@@ -58,6 +58,11 @@ def test_a_hostile_name_stays_text(tmp_path) -> None:
     assert "img" not in read(tmp_path / "bench.html").tags
 
 
+def test_a_dollar_in_a_name_is_a_dollar_in_the_plots(tmp_path) -> None:
+    write_page(made_up(names=("eager", r"a$\frac{$.onnx")), tmp_path / "bench.html")
+    assert read(tmp_path / "bench.html").tags.count("svg") == 3
+
+
 def test_it_is_rendered_without_an_error(page, tmp_path) -> None:
     chromium = shutil.which("chromium")
     if chromium is None:

@@ -144,7 +144,19 @@ def _other_json(folder) -> None:
     (folder / "parts.jsonl").write_text(json.dumps([1, 2]) + "\n")
 
 
-@pytest.mark.parametrize("damage", [_cut_array, _garble, _other_json])
+def _endless_number(folder) -> None:
+    with (folder / "parts.jsonl").open("a") as journal:
+        journal.write('{"done": Infinity, "rows": [], "errors": {}}\n')
+
+
+def _endless_list(folder) -> None:
+    with (folder / "parts.jsonl").open("a") as journal:
+        journal.write("[" * 100_000 + "\n")
+
+
+@pytest.mark.parametrize(
+    "damage", [_cut_array, _garble, _other_json, _endless_number, _endless_list]
+)
 def test_damage_is_named_and_nothing_is_built_on_it(tmp_path, damage) -> None:
     interrupted(tmp_path)
     damage(tmp_path / "parts")

@@ -4,6 +4,7 @@ import math
 import re
 from typing import Any
 
+import matplotlib as mpl
 import pytest
 from manifests import check
 
@@ -96,3 +97,15 @@ def test_the_stage_that_parted_is_marked() -> None:
     parted = drift(stage("patch embedding"), stage("block 0", relative=0.5), parted="block 0")
     assert "var(--bad)" in plots.drift([parted])
     assert "var(--bad)" not in plots.drift([PLAIN])
+
+
+def test_a_dollar_in_a_name_is_a_dollar() -> None:
+    assert r"a$\frac{$.onnx" in plots.sizes([artifact(name=r"a$\frac{$.onnx")])
+
+
+def test_no_matplotlibrc_has_a_say() -> None:
+    # matplotlib reads the current folder's, and TeX is a program that reads and writes files
+    with mpl.rc_context({"text.usetex": True, "font.size": 40, "svg.fonttype": "path"}):
+        changed = plots.sizes([artifact()])
+        assert mpl.rcParams["text.usetex"]
+    assert changed == plots.sizes([artifact()])

@@ -179,3 +179,10 @@ def test_the_message_has_the_path_of_what_is_wrong(plain, message) -> None:
 
 def test_mappings_are_read_as_dicts() -> None:
     assert from_plain(Mapping[str, int], {"a": 1}, "m") == {"a": 1}
+
+
+@pytest.mark.parametrize("number", [2**63, -(2**63) - 1, 10**400])
+def test_an_integer_that_no_64_bits_hold_is_refused(number) -> None:
+    with pytest.raises(ManifestError, match=r"^bytes is -?\d+\.*; expected an integer of 64 bits$"):
+        from_plain(int, number, "bytes")
+    assert from_plain(int, 2**63 - 1, "bytes") == 2**63 - 1

@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ from click.testing import CliRunner, Result
 from pages import read
 from tiny_artifacts import pictures
 
+from msn_export import manifest as manifests
 from msn_export.cli import main
+from msn_export.manifest_records import CheckpointRecord
 from msn_export.records import to_plain
+from msn_export.sidecar import manifest_path
 
 ENGINE_KINDS = 2  # plots of an engine: its kernels by kind, and by block
 PLOTS = 4 + ENGINE_KINDS + 1  # sizes, cosines, drift, headroom; the engine's; latency
@@ -268,6 +272,22 @@ def test_a_name_that_is_markup_stays_text(folder, tmp_path) -> None:
     assert result.exit_code == 0, result.output
     assert not {"img", "script"} & set(read(output).tags)
     assert r"\<img src=x onerror=alert(1)\>\|\`.onnx" in card.read_text(encoding="utf-8")
+
+
+def test_nor_is_what_a_manifest_says_markdown(folder, tmp_path) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes((folder / "m.onnx").read_bytes())
+    read = manifests.read(folder / "m.onnx")
+    assert read is not None
+    source = CheckpointRecord("x\n\n# Verified <b>", "cd" * 32)
+    hostile = replace(read, checkpoint=source, config={"depth": "<script>", "dim": "|"})
+    manifest_path(path).write_text(manifests.seal(hostile), encoding="utf-8")
+    card = tmp_path / "card.md"
+    result = report(path, "-o", tmp_path / "report.html", "--markdown", card)
+    assert result.exit_code == 0, result.output
+    lines = card.read_text(encoding="utf-8").splitlines()
+    assert lines[0] == r"# x \# Verified \<b\>"
+    assert lines[2].startswith(r"ViT-MSN, \<script\> blocks of \| with")
 
 
 # --- what is refused ------------------------------------------------------------------------------

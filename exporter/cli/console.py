@@ -11,10 +11,31 @@ from typing import Any
 from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from msn_export.records import to_plain
 
 _TELL = 30.0  # seconds between two lines of a long step in a log
+
+# What a terminal obeys or what turns text around: names in files are hostile. As JSON escapes them.
+_OBEYED = (
+    *(code for code in range(0x20) if chr(code) not in "\n\t"), *range(0x7F, 0xA0),
+    0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A),
+)  # fmt: skip
+_ESCAPES = {code: f"\\u{code:04x}" for code in _OBEYED}
+
+
+class _Shown(RichConsole):
+    """A console that shows the characters a terminal would obey."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Make text of what is printed, of titles and of cells."""
+        return super().render_str(text.translate(_ESCAPES), **options)
+
+
+def _plain(text: str) -> str:
+    """Keep a title from being markup, or a terminal's commands."""
+    return escape(text.translate(_ESCAPES))
 
 
 class Steps:
@@ -30,21 +51,21 @@ class Steps:
     def step(self, title: str) -> Iterator[None]:
         """Show a step while it runs; leave one line with its time."""
         started = self._told = time.monotonic()
-        self._task = self._progress.add_task(escape(title), total=None, detail="")
+        self._task = self._progress.add_task(_plain(title), total=None, detail="")
         try:
             yield
         finally:
             self._progress.remove_task(self._task)
             self._task = None
-        self._console.print(f"[dim]{time.monotonic() - started:6.1f} s[/]  {escape(title)}")
+        self._console.print(f"[dim]{time.monotonic() - started:6.1f} s[/]  {_plain(title)}")
 
     def advance(self, done: int, of: int, detail: str = "") -> None:
         """Move the open step's bar."""
         if self._task is not None:
-            self._progress.update(self._task, completed=done, total=of, detail=escape(detail))
+            self._progress.update(self._task, completed=done, total=of, detail=_plain(detail))
         if detail and not self._console.is_terminal and time.monotonic() - self._told > _TELL:
             self._told = time.monotonic()  # a log shows no bar
-            self._console.print(f"          {escape(detail)}")
+            self._console.print(f"          {_plain(detail)}")
 
 
 class Console:
@@ -54,9 +75,11 @@ class Console:
         self.as_json = as_json
         if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may have no "…" and no "≠"
             sys.stdout.reconfigure(errors="backslashreplace")
-        self._stderr = RichConsole(stderr=True, highlight=False)
+        self._stderr = _Shown(stderr=True, highlight=False, emoji=False)
         # a pipe or a file gets a fixed width
-        self._stdout = RichConsole(highlight=False, width=None if sys.stdout.isatty() else 100)
+        self._stdout = _Shown(
+            highlight=False, emoji=False, width=None if sys.stdout.isatty() else 100
+        )
 
     @contextmanager
     def progress(self) -> Iterator[Steps]:
@@ -79,4 +102,5 @@ class Console:
 
     def print_json(self, record: Any) -> None:
         """Print one JSON object on stdout, and nothing else there."""
-        sys.stdout.write(json.dumps(to_plain(record), ensure_ascii=False, allow_nan=False) + "\n")
+        text = json.dumps(to_plain(record), ensure_ascii=False, allow_nan=False)
+        sys.stdout.write(text.translate(_ESCAPES) + "\n")

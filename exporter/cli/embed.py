@@ -95,7 +95,7 @@ def _show(console: Console, embedded: Embedded) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=embedded.output, title_justify="left", show_header=False)
+    table = Table(title=escape(embedded.output), title_justify="left", show_header=False)
     shape = ", ".join(str(size) for size in embedded.shape)
     rows = [
         ("rows", f"{embedded.output_name} [{shape}] float32"),

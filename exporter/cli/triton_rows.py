@@ -17,7 +17,7 @@ def show_written(console: Console, written: Written) -> None:
     if console.as_json:
         console.print_json(written)
         return
-    table = Table(title=written.repository, title_justify="left", show_header=False)
+    table = Table(title=escape(written.repository), title_justify="left", show_header=False)
     for name in written.models:
         table.add_row("model", f"{escape(name)}, version {written.version}")
     table.add_row("Triton", escape(written.image))

@@ -20,7 +20,7 @@ def show_validation(console: Console, validation: Validation) -> None:
         console.print_json(validation)
         return
     title = f"{validation.candidate.name} against {validation.reference.name}"
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = Table(title=escape(title), title_justify="left", show_header=False)
     for name, text in _rows(validation):
         table.add_row(name, escape(text))
     console.print(table)

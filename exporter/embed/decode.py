@@ -10,7 +10,7 @@ import warnings
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Generic, TypeAlias, TypeVar
 
@@ -21,13 +21,14 @@ from msn_export import images
 from msn_export.errors import ImageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable
+    from collections.abc import Callable, Generator, Iterable, Iterator
     from concurrent.futures import Future
     from pathlib import Path
 
     from msn_export.preprocessing import Preprocessing
 
 Decoded: TypeAlias = NDArray[np.uint8] | str  # [h, w, c], or why there is no picture
+_SAFE_PATH = "PYTHONSAFEPATH"  # docs.python.org/3/using/cmdline: as -P does
 Source = TypeVar("Source")  # what names a picture to its reader; str() of it names it to people
 
 
@@ -103,19 +104,38 @@ class _Pool(Generic[Source]):
 
     def submit(self, source: Source) -> Future[Decoded]:
         """Have a picture decoded."""
-        if self._executor is not None:
-            with suppress(BrokenProcessPool):
-                return self._executor.submit(self._read, source)
-            self.close()
-        # spawn, not fork: the model's threads and the driver do not survive a fork
-        context = multiprocessing.get_context("spawn")
-        self._executor = ProcessPoolExecutor(self._workers, context, _begin)
-        return self._executor.submit(self._read, source)
+        with _safe_path():
+            if self._executor is not None:
+                with suppress(BrokenProcessPool):
+                    return self._executor.submit(self._read, source)
+                self.close()
+            # spawn, not fork: the model's threads and the driver do not survive a fork
+            context = multiprocessing.get_context("spawn")
+            self._executor = ProcessPoolExecutor(self._workers, context, _begin)
+            return self._executor.submit(self._read, source)
 
     def close(self) -> None:
         """End the processes; a picture that one of them has begun is finished first."""
         if self._executor is not None:
             self._executor.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Let no process that is started meanwhile import from the current folder.
+
+    ``multiprocessing`` starts them with ``python -c``, which looks there first: in a folder of
+    pictures a file called ``multiprocessing.py`` would run. The parent's own path they get later.
+    """
+    before = os.environ.get(_SAFE_PATH)
+    os.environ[_SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_SAFE_PATH]
+        else:
+            os.environ[_SAFE_PATH] = before
 
 
 def _begin() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ class GrowingArray:
                 f"{self.path} holds rows of {dtype}{list(shape[1:])}, these are "
                 f"{rows.dtype}{list(rows.shape[1:])}; start over with --force"
             )
-        size = dtype.itemsize * int(np.prod(shape[1:]))
+        size = dtype.itemsize * math.prod(shape[1:])
         with self.path.open("r+b") as file:
             file.seek(offset + start * size)
             file.write(np.ascontiguousarray(rows).data)
@@ -50,7 +51,7 @@ class GrowingArray:
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Give rows ``start`` to ``stop``."""
         offset, shape, dtype = self._layout()
-        row = int(np.prod(shape[1:]))
+        row = math.prod(shape[1:])
         with self.path.open("rb") as file:
             file.seek(offset + start * row * dtype.itemsize)
             rows = np.fromfile(file, dtype, (stop - start) * row)
@@ -61,7 +62,7 @@ class GrowingArray:
         if not self.path.exists():
             return rows == 0
         offset, shape, dtype = self._layout()
-        size = dtype.itemsize * int(np.prod(shape[1:]))
+        size = dtype.itemsize * math.prod(shape[1:])
         return shape[0] == self.total and self.path.stat().st_size >= offset + rows * size
 
     def _begin(self, rows: NDArray[Any]) -> None:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from msn_export.embed.rows import Rows
 
+# What a line of a journal that is none raises: JSON has infinity, and lists as deep as they like
+_MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 # A part ends with whichever comes first: what a killed run may lose, and what waits in memory
 SECONDS = 10.0
 BYTES = 8 * 2**20
@@ -171,7 +173,7 @@ class Parts:
                 spans = [(int(start), int(stop)) for start, stop in line["rows"]]
                 errors = {int(row): str(text) for row, text in line["errors"].items()}
                 self._take(spans, errors)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except _MALFORMED as error:
             raise OutputError(
                 f"{self.journal} is damaged ({error!r}); --force without --resume starts over"
             ) from error

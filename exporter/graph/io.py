@@ -10,9 +10,9 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
 from onnx_ir.external_data import load_to_model
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
+from onnx_ir.traversal import RecursiveGraphIterator
 
 from msn_export.errors import GraphError
 
@@ -37,17 +37,46 @@ def load(path: Path) -> ir.Model:
         GraphError: the file is missing, is not ONNX, or points outside its folder.
     """
     try:
-        model = ir.load(path)
+        # absolute: where a path names no folder, onnx-ir follows links out of it
+        model = ir.load(path.absolute())
+        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        _require_no_more_files(model, path)
+        skeleton(model)  # what cannot be written again has names that are no text, or no types
+    except GraphError:
+        raise
     except FileNotFoundError as error:
         raise GraphError(f"{path} does not exist; give an .onnx file") from error
-    except (DecodeError, OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # protobuf and onnx-ir raise what they like for damaged files
+        reason = _reason(error)
         raise GraphError(f"{path} is not an ONNX file ({reason}); export it again") from error
     if not model.graph.outputs:
         raise GraphError(f"{path} is not an ONNX file (no graph in it); export it again")
-    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    if "" not in model.graph.opset_imports:
+        raise GraphError(f"{path} names no version of ONNX's operators; export it again")
     _load_weights(model, path)
     return model
+
+
+def _reason(error: Exception) -> str:
+    """Give an error's first line, which of onnx-ir's is the innermost one's."""
+    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _require_no_more_files(model: ir.Model, path: Path) -> None:
+    """Refuse weights beside the file that are no initializers: nobody checks where those lie."""
+    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for graph in graphs:
+        for node in RecursiveGraphIterator(graph):
+            for attribute in node.attributes.values():
+                held = () if attribute.is_ref() else attribute.value
+                tensors = held if isinstance(held, list | tuple) else (held,)
+                if any(isinstance(tensor, ir.ExternalTensor) for tensor in tensors):
+                    raise GraphError(
+                        f"{path}: attribute {attribute.name!r} of node {node.name!r} has its "
+                        "tensor in another file; refused, save the model with its weights inside"
+                    )
 
 
 def _load_weights(model: ir.Model, path: Path) -> None:
@@ -192,7 +221,7 @@ def infer_shapes(model: ir.Model) -> None:
         proto = onnx.shape_inference.infer_shapes(
             skeleton(model), check_type=True, strict_mode=True, data_prop=True
         )
-    except onnx.shape_inference.InferenceError as error:
+    except Exception as error:  # onnx raises several of its own, and C++'s, for one that is wrong
         reason = " ".join(str(error).split())
         raise GraphError(f"the graph's types or shapes do not fit: {reason}") from error
     inferred = {info.name: info for info in (*proto.graph.value_info, *proto.graph.output)}

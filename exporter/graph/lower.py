@@ -60,7 +60,7 @@ def raise_opset(model: ir.Model, opset: int = 23) -> ir.Model:
         return model
     try:
         return refill(onnx.version_converter.convert_version(skeleton(model), opset), model)
-    except RuntimeError as error:
+    except Exception as error:  # onnx raises several of its own, and C++'s, for one that is wrong
         reason = " ".join(str(error).split())
         raise GraphError(f"opset {held} cannot be converted to {opset}: {reason}") from error
 

@@ -1,5 +1,8 @@
 """Simplify a graph with onnxsim, and keep the result only if it is smaller and the same."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +36,10 @@ def simplify(model: ir.Model) -> Simplified:
     """
     before = len(model.graph)
     try:
-        proto, _ = onnxsim.simplify(skeleton(model), skipped_optimizers=HARMFUL_PASSES, check_n=0)
+        with _unheard():
+            proto, _ = onnxsim.simplify(
+                skeleton(model), skipped_optimizers=HARMFUL_PASSES, check_n=0
+            )
         candidate = refill(proto, model)
         reason = _objection(model, candidate)
     except Exception as error:  # noqa: BLE001  theirs have no base; a smaller graph is no need
@@ -42,6 +48,22 @@ def simplify(model: ir.Model) -> Simplified:
         return Simplified(model, before, before, reason)
     after = len(candidate.graph)
     return Simplified(candidate, before, after, f"kept: {before - after} nodes fewer")
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Drop what is printed on stderr by C++ too: names out of a hostile file, and tracebacks.
+
+    onnxsim tells so what it cannot fold, and leaves it as it is.
+    """
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nothing:  # noqa: PTH123  for its descriptor
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _objection(model: ir.Model, candidate: ir.Model) -> str:
@@ -74,8 +96,10 @@ def _difference(model: ir.Model, candidate: ir.Model) -> float:
 
 
 def _run(model: ir.Model, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what fails is raised
     session = onnxruntime.InferenceSession(
-        ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]
+        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     outputs: list[np.ndarray] = session.run(None, feeds)
     return outputs

@@ -25,6 +25,7 @@ _NAMES = {
     **{colour: f"--series-{index}" for index, colour in enumerate(_SERIES)},
 }  # fmt: skip
 _STYLE: Any = {  # matplotlib types its settings one by one
+    "text.parse_math": False,  # a "$" in a file's name is a "$"
     "svg.fonttype": "none",  # text stays text: selectable, searchable, small
     "svg.hashsalt": "msn-export",  # the same figures give the same bytes
     "font.size": 10,
@@ -49,7 +50,9 @@ def draw(
     prefix: str, title: str, paint: Callable[[Axes], None], size: tuple[float, float] = (10.4, 3.0)
 ) -> str:
     """Draw one figure as SVG for a page; ``size`` in inches."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context():
+        mpl.rcdefaults()  # nobody's matplotlibrc, which may lie in the current folder, has a say
+        mpl.rcParams.update(_STYLE)
         figure = Figure(figsize=size, layout="constrained")
         figure.patch.set_alpha(0)
         paint(figure.add_subplot())

@@ -5,6 +5,7 @@ be the one its manifest describes, and a driver was found.
 """
 
 import hashlib
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,8 +153,8 @@ def rebuild(manifest: Manifest | None, capability: ComputeCapability | None = No
     if targeted and capability is not None and not may_target(capability):
         # a data-centre GPU: no engine of TensorRT-RTX is for it
         backend, targeted = "tensorrt", False
-    words = ["msn-export trt", manifest.source.file, f"--{manifest.dtype}"]
-    words += ["--backend", backend]
+    words = ["msn-export trt", shlex.quote(manifest.source.file), f"--{manifest.dtype}"]
+    words += ["--backend", shlex.quote(backend)]
     if targeted and capability is not None:
         words += ["--compute-capability", str(capability)]
     for profile in manifest.profiles:

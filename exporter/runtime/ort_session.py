@@ -10,7 +10,7 @@ import onnxruntime
 
 from msn_export.errors import DeviceError, GraphError, MsnExportError
 from msn_export.runtime.batching import together
-from msn_export.runtime.providers import CPU, ON_GPU
+from msn_export.runtime.providers import ON_GPU
 from msn_export.spec import BatchRange, TensorSpec
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ def open_session(
         GraphError: onnxruntime refuses the graph.
     """
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors; the graph optimiser's remarks are no one's business
-    if providers[0][0] != CPU:
-        options.log_severity_level = 4  # what cannot be loaded is told by require_obtained
+    # What fails is raised too, and what cannot be loaded is told by require_obtained; the log would
+    # print the names in a hostile file as they are, with the characters that a terminal obeys
+    options.log_severity_level = 4
     if ON_GPU.intersection(name for name, _ in providers):
         _preload()
     if threads is not None:

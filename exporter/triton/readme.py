@@ -1,5 +1,7 @@
 """The README of a served model: how to start it, call it and check it."""
 
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,26 +42,42 @@ def readme(about: About) -> str:
 def _what(about: About) -> list[str]:
     artifact, config = about.artifact, about.config
     known = artifact.manifest
-    lines = [f"{artifact.path.name}, served by Triton's {config.backend} backend."]
+    lines = [f"{_text(artifact.path.name)}, served by Triton's {config.backend} backend."]
     if known is not None and known.checkpoint is not None:
-        lines.append(f"Checkpoint: {known.checkpoint.source}.")
+        lines.append(f"Checkpoint: {_text(known.checkpoint.source)}.")
     if known is not None:
         check = known.check
         verdict = "not checked" if check is None else ("passed" if check.passed else "failed")
         on = "" if check is None else f" on {check.images} of {check.source}, {check.executed_on}"
-        lines.append(f"Check: {verdict}{on}.")
+        lines.append(f"Check: {verdict}{_text(on)}.")
         if known.engine is not None:
-            lines.append(f"Engine: {'executed' if known.engine.executed else known.engine.reason}.")
+            ran = "executed" if known.engine.executed else known.engine.reason
+            lines.append(f"Engine: {_text(ran)}.")
     lines += ["", "| tensor | dtype | shape |", "|---|---|---|"]
     for kind, tensors in (("in", config.input), ("out", config.output)):
         for tensor in tensors:
             batch = f"1 to {config.max_batch_size}, " if config.max_batch_size else ""
             sizes = ", ".join(str(size) for size in tensor.dims)
             dtype = messages.datatype_name(tensor.data_type).removeprefix("TYPE_")
-            lines.append(f"| {kind}: `{tensor.name}` | {dtype} | [{batch}{sizes}] |")
+            lines.append(f"| {kind}: {_code(tensor.name)} | {dtype} | [{batch}{sizes}] |")
     if about.ensemble is not None:
         lines += ["", f"`{about.ensemble.name}` takes bytes [h, w, c] and normalises them first."]
     return [*lines, ""]
+
+
+def _text(text: str) -> str:
+    """Keep what a manifest says from being Markdown: it would be followed as these lines are."""
+    return re.sub(r"([\\`*\[\]<>|#])", r"\\\1", " ".join(text.split()))
+
+
+def _code(name: str) -> str:
+    """Show a tensor's name as code, where nothing in it ends that."""
+    return f"`{name}`" if re.fullmatch(r"[\w./:-]+", name) else _text(ascii(name))
+
+
+def _literal(name: str) -> str:
+    """Write a tensor's name into a program: what it says is a string there, whatever it says."""
+    return json.dumps(name, ensure_ascii=False) if name.isprintable() else ascii(name)
 
 
 def start_command(repository: str, artifact: Artifact, settings: Settings) -> str:
@@ -122,6 +140,7 @@ def client(about: About) -> str:
     """Write a client of the model: pictures on its command line, what they are on its output."""
     called = about.ensemble or about.config
     source, output = called.input[0], about.config.output[0]
+    gives, takes = _literal(source.name), _literal(output.name)
     datatype = messages.datatype_name(source.data_type).removeprefix("TYPE_")
     bytes_in = source.name == InputKind.UINT8.tensor
     batch = (
@@ -147,13 +166,12 @@ def client(about: About) -> str:
                 f'known = manifest.read(Path("{about.repository.name}/{about.config.name}/'
                 f'{about.file}"))',
                 f"batch = {batch}",
-                f'tensor = triton.InferInput("{source.name}", list(batch.shape), "{datatype}")',
+                f'tensor = triton.InferInput({gives}, list(batch.shape), "{datatype}")',
                 "tensor.set_data_from_numpy(batch)",
-                f'wanted = triton.InferRequestedOutput("{output.name}"'
-                f"{', ' if wanted else ''}{wanted})",
+                f"wanted = triton.InferRequestedOutput({takes}{', ' if wanted else ''}{wanted})",
                 'client = triton.InferenceServerClient("localhost:8001")',
                 f'answer = client.infer("{called.name}", [tensor], outputs=[wanted])',
-                f'print(answer.as_numpy("{output.name}"){"" if labelled else ".shape"})',
+                f"print(answer.as_numpy({takes}){'' if labelled else '.shape'})",
             ]
         )
         + "\n"
