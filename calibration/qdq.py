@@ -102,10 +102,14 @@ def _producer(value: ir.Value | None) -> ir.Node:
 def require_fusable(tokens: int, scheme: Scheme) -> None:
     """Refuse int8 attention where TensorRT would take the fused kernel apart for it.
 
+    onnxruntime, which a scheme beside fp32 is for, multiplies each product by itself: it has no
+    such limit.
+
     Raises:
         GraphError: there are too many tokens.
     """
-    if scheme.form.dtype is Dtype.INT8 and tokens > INT8_ATTENTION_TOKENS:
+    fused = scheme.target is Target.TENSORRT and scheme.form.dtype is Dtype.INT8
+    if fused and tokens > INT8_ATTENTION_TOKENS:
         raise GraphError(
             f"--quantize-attention: TensorRT has fused int8 attention up to "
             f"{INT8_ATTENTION_TOKENS} tokens and this graph has {tokens}; leave attention in "

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Literal
 
 from msn_export.errors import EngineFileError
-from msn_export.spec import ComputeCapability
+from msn_export.spec import ComputeCapability, Targets
 
 _RTX = b"vtrt"
 _FULL = b"ftrt"
@@ -41,7 +41,7 @@ _TAG = b"\x02\x80\x01\x00"
 _SEARCHED = 1 << 20  # bytes in which a tool's prefix is looked for
 
 # Bit of the mask -> capability; bit 6 alone is set where none was named ("Ampere and later").
-_CAPABILITIES = tuple(
+CAPABILITIES = tuple(
     ComputeCapability(*pair) for pair in ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
 )
 _LATER = 1 << 6
@@ -50,7 +50,7 @@ ANY_GPU = "MSN_EXPORT_ANY_GPU"  # tries TensorRT-RTX where its maker promises no
 
 def may_target(capability: ComputeCapability) -> bool:
     """Tell whether TensorRT-RTX compiles for a GPU: all it knows, and those after the last."""
-    return capability in _CAPABILITIES or capability > max(_CAPABILITIES)
+    return capability in CAPABILITIES or capability > max(CAPABILITIES)
 
 
 def tries_any_gpu() -> bool:
@@ -72,6 +72,11 @@ class EngineHeader:
     capabilities: tuple[ComputeCapability, ...] = ()
     later: bool = False
     weight_bytes: int | None = None
+
+    @property
+    def targets(self) -> Targets:
+        """The GPU generations it is for; none where the format does not tell."""
+        return Targets(self.capabilities, self.later)
 
 
 def read_header(path: Path) -> EngineHeader:
@@ -122,7 +127,7 @@ def _read_rtx(path: Path, start: bytes, size: int) -> EngineHeader:
         raise _damaged(path, "it gives two versions of TensorRT-RTX")
     if found.get("WGHT") != weights:
         raise _damaged(path, "its header gives two sizes for the weights")
-    unknown = mask & ~(_LATER | ((1 << len(_CAPABILITIES)) - 1))
+    unknown = mask & ~(_LATER | ((1 << len(CAPABILITIES)) - 1))
     if not mask or unknown:
         raise EngineFileError(
             f"engine {path} claims GPUs that this version of msn-export does not know (mask "
@@ -132,7 +137,7 @@ def _read_rtx(path: Path, start: bytes, size: int) -> EngineHeader:
         "tensorrt-rtx",
         ".".join(map(str, version)),
         size,
-        tuple(item for bit, item in enumerate(_CAPABILITIES) if mask >> bit & 1),
+        tuple(item for bit, item in enumerate(CAPABILITIES) if mask >> bit & 1),
         bool(mask & _LATER),
         weights,
     )

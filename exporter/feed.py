@@ -78,7 +78,7 @@ def feed_of(
     chosen = preset(preprocess or "hf", found, count)
     note = None
     if preprocess is None:
-        note = f"{name} has no manifest: preprocessing hf assumed, --preprocess chooses another"
+        note = f"{name} has no manifest: preprocessing hf assumed"
     return Feed(kind, spec.dtype, chosen, note)
 
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import numpy as np
 
@@ -112,9 +112,11 @@ def normalize(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArra
     return planes
 
 
-def decode(
-    pictures: Iterable[Path | str | Image.Image], preprocessing: Preprocessing
-) -> NDArray[np.uint8]:
+# a file, a Pillow image, or decoded pixels: uint8 [h, w, 3] in RGB
+Picture: TypeAlias = "Path | str | Image.Image | NDArray[np.uint8]"
+
+
+def decode(pictures: Iterable[Picture], preprocessing: Preprocessing) -> NDArray[np.uint8]:
     """Turn pictures into pixels [b, h, w, c].
 
     Raises:
@@ -123,7 +125,7 @@ def decode(
     pixels = [
         read(Path(picture), preprocessing)
         if isinstance(picture, str | Path)
-        else fit(picture, preprocessing)
+        else fit(_opened(picture), preprocessing)
         for picture in pictures
     ]
     if not pixels:
@@ -131,9 +133,23 @@ def decode(
     return np.stack(pixels)
 
 
-def preprocess(
-    pictures: Iterable[Path | str | Image.Image], preprocessing: Preprocessing
-) -> NDArray[np.float32]:
+def _opened(picture: Any) -> Image.Image:
+    from PIL import Image
+
+    if isinstance(picture, Image.Image):
+        return picture
+    if not isinstance(picture, np.ndarray):
+        found = f"a {type(picture).__name__}"
+    elif picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3 and picture.size:
+        return Image.fromarray(picture)
+    else:
+        found = f"{picture.dtype} {list(picture.shape)}"
+    raise ImageError(
+        f"{found} is no picture; give a file, a Pillow image, or uint8 [h, w, 3] in RGB"
+    )
+
+
+def preprocess(pictures: Iterable[Picture], preprocessing: Preprocessing) -> NDArray[np.float32]:
     """Turn pictures into a batch [b, c, h, w].
 
     Raises:

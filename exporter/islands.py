@@ -43,7 +43,6 @@ def decide(
 
 def measure(model: ir.Model, sample: Sample, stem: InputKind, stage: Path) -> dict[str, float]:
     """Run the graph over the sample and give each value's largest absolute value."""
-    batch = min(4, sample.room)
     observed = observe(model)
     path = stage / "observed.onnx"
     io.save(observed.model, path)
@@ -54,10 +53,15 @@ def measure(model: ir.Model, sample: Sample, stem: InputKind, stage: Path) -> di
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     path.unlink()
+    (taken,) = session.get_inputs()
+    # a graph of one batch size takes no other: its last batch starts over with the first image
+    fixed = taken.shape[0] if isinstance(taken.shape[0], int) else None
+    batch = fixed or min(4, sample.room)
     peaks = np.zeros(len(observed.names), np.float32)
     for start in range(0, len(sample), batch):
-        images = sample.feed(range(start, min(start + batch, len(sample))), stem)
-        (maxima,) = session.run([MAXIMA], {session.get_inputs()[0].name: images})
+        end = start + batch if fixed else min(start + batch, len(sample))
+        images = sample.feed(range(start, end), stem)
+        (maxima,) = session.run([MAXIMA], {taken.name: images})
         peaks = np.maximum(peaks, maxima)
     return dict(zip(observed.names, (float(peak) for peak in peaks), strict=True))
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from msn_export.spec import ComputeCapability, Targets
+
 
 @dataclass(frozen=True, slots=True)
 class CheckpointRecord:
@@ -60,7 +62,10 @@ class CheckRecord:
 
 @dataclass(frozen=True, slots=True)
 class EngineRecord:
-    """What a compiled engine is made of, and whether it has run."""
+    """What a compiled engine is made of, and whether it has run.
+
+    ``later`` says that it is for GPUs after the last of ``compute_capabilities`` too.
+    """
 
     backend: str
     version: str
@@ -72,10 +77,19 @@ class EngineRecord:
     gemm_dtypes: dict[str, int]
     executed: bool
     reason: str
+    later: bool = False
     quantised_products: int = 0
     census: Any = None
     options: dict[str, Any] = field(default_factory=dict)
     check: CheckRecord | None = None
+
+    def __post_init__(self) -> None:
+        _ = self.targets  # a manifest that names no generation is refused where it is read
+
+    @property
+    def targets(self) -> Targets:
+        """The GPU generations it is for."""
+        return Targets(tuple(map(ComputeCapability.parse, self.compute_capabilities)), self.later)
 
 
 @dataclass(frozen=True, slots=True)

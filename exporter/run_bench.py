@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msn_export import __version__
-from msn_export.arena import Arena, Opened
+from msn_export.bench.arena import Arena, Opened
 from msn_export.bench.device import device_bytes
 from msn_export.bench.entries import (
     TORCH,
@@ -25,7 +25,7 @@ from msn_export.bench.entries import (
 )
 from msn_export.bench.figures import Rounds, figures, ratio_of, rotated
 from msn_export.bench.records import Bench, Contender, Timing
-from msn_export.bench_reference import find_reference
+from msn_export.bench.reference import find_reference
 from msn_export.check.sample import draw
 from msn_export.driver import NoDriver, find_driver
 from msn_export.errors import BenchError, MissingPackageError, SpecError
@@ -34,7 +34,7 @@ from msn_export.machine import physical_cores, this_machine
 from msn_export.manifest import versions_of
 
 if TYPE_CHECKING:
-    from msn_export.bench_reference import Reference
+    from msn_export.bench.reference import Reference
     from msn_export.check.sample import Sample
     from msn_export.progress import Progress
     from msn_export.spec import Dtype, ImageSize

@@ -11,8 +11,6 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from msn_export import __version__
-from msn_export.calibrate_job import CalibrateJob
-from msn_export.calibrated import describe
 from msn_export.calibration.collect import require_finite
 from msn_export.calibration.observers import require_meaning
 from msn_export.calibration.pictures import Split, split
@@ -24,16 +22,18 @@ from msn_export.files import placing, publish, require_writable, staging
 from msn_export.graph import io
 from msn_export.graph.precision import type_graph
 from msn_export.manifest import Manifest, seal
-from msn_export.measured import Calibrated
 from msn_export.progress import Progress
-from msn_export.quantise import choices
-from msn_export.ranged import Ranged, known_ranges, take_ranges
+from msn_export.quantise.choices import choices
+from msn_export.quantise.described import describe
+from msn_export.quantise.job import CalibrateJob
+from msn_export.quantise.measured import Calibrated
+from msn_export.quantise.ranged import Ranged, known_ranges, take_ranges
+from msn_export.quantise.verdict import Candidate, judge
 from msn_export.runtime.ort import OrtRunner
 from msn_export.sidecar import manifest_path
 from msn_export.source import Source, read_source, room_of
 from msn_export.spec import Dtype, InputKind
 from msn_export.typed import cpu_runner
-from msn_export.verdict import Candidate, judge
 
 
 def run_calibrate(job: CalibrateJob, progress: Progress) -> tuple[Path, Manifest]:

@@ -9,17 +9,14 @@ from msn_export import golden
 from msn_export.check.gate import GATES
 from msn_export.check.sample import Sample, draw
 from msn_export.check.verify import Reference, run_reference, verify
-from msn_export.compilable import Compilable, prepare
 from msn_export.driver import NoDriver, find_driver
 from msn_export.engine import timing_cache
 from msn_export.engine.backend import Backend, find_backend
-from msn_export.engine.build import BuildResult, build_engine
+from msn_export.engine.build import BuildResult, build_engine, judge_options
 from msn_export.engine.census import require
 from msn_export.engine.job import BuildSpec
 from msn_export.engine.job import Progress as BuildProgress
-from msn_export.engine_manifest import describe
 from msn_export.errors import SpecError
-from msn_export.execute import execute
 from msn_export.files import publish, require_writable, staging
 from msn_export.manifest import Manifest, seal
 from msn_export.manifest_records import CheckRecord, GoldenRecord
@@ -27,7 +24,10 @@ from msn_export.progress import Progress
 from msn_export.sidecar import manifest_path
 from msn_export.source import Source, read_source, room_of
 from msn_export.spec import BatchRange, Dtype
-from msn_export.trt_job import TrtJob
+from msn_export.trt.compilable import Compilable, prepare
+from msn_export.trt.described import describe
+from msn_export.trt.execute import execute
+from msn_export.trt.job import TrtJob
 from msn_export.typed import cpu_runner
 
 
@@ -56,12 +56,16 @@ def run_trt(job: TrtJob, progress: Progress) -> tuple[Path, Manifest]:
     with progress.step("read the graph"):
         source = read_source(job.model)
         profiles = _profiles(job, source)
+        spec = _spec(job, profiles, backend)
+        judge_options(spec, backend, find_driver())
+        _require_for_tensorrt(source, job)
     with progress.step("read images"):
         sample = draw(job.images, source.preprocessing, room=room_of(source.model))
     with staging(output.parent) as stage:
         graph = prepare(job, source, backend, sample, stage, progress)
         checked = _check(job, source, graph, sample, profiles, progress)
-        result = _compile(job, graph, profiles, backend, stage / output.name, progress)
+        spec = replace(spec, model=graph.path, precision=graph.dtype)
+        result = _compile(job, graph, spec, backend, stage / output.name, progress)
         manifest = replace(
             describe(job, source, graph, sample, checked.record, result),
             profiles=profiles,
@@ -136,26 +140,11 @@ def _run_given(
 def _compile(
     job: TrtJob,
     graph: Compilable,
-    profiles: tuple[BatchRange, ...],
+    spec: BuildSpec,
     backend: Backend,
     output: Path,
     progress: Progress,
 ) -> BuildResult:
-    spec = BuildSpec(
-        model=graph.path,
-        profiles=profiles,
-        capabilities=job.capabilities,
-        precision=graph.dtype,
-        workspace=job.workspace,
-        optimization_level=job.optimization_level,
-        timing_cache=job.timing_cache or _default_timing_cache(backend),
-        version_compatible=job.version_compatible,
-        tf32=job.tf32,
-        decompose_attention=job.allow_unfused,
-        timeout=job.timeout,
-        memory_limit=job.memory_limit,
-    )
-
     def advance(at: BuildProgress) -> None:
         progress.advance(int(at.fraction * 1000), 1000, at.phase)
 
@@ -172,6 +161,33 @@ def _compile(
             quantised=graph.quantised,
         )
     return result
+
+
+def _spec(job: TrtJob, profiles: tuple[BatchRange, ...], backend: Backend) -> BuildSpec:
+    """Say what to compile, as far as it is known before the graph is typed."""
+    return BuildSpec(
+        model=job.model,
+        profiles=profiles,
+        capabilities=job.capabilities,
+        workspace=job.workspace,
+        optimization_level=job.optimization_level,
+        timing_cache=job.timing_cache or _default_timing_cache(backend),
+        version_compatible=job.version_compatible,
+        hardware_compatible=job.hardware_compatible,
+        tf32=job.tf32,
+        decompose_attention=job.allow_unfused,
+        timeout=job.timeout,
+        memory_limit=job.memory_limit,
+    )
+
+
+def _require_for_tensorrt(source: Source, job: TrtJob) -> None:
+    quantization = source.manifest.quantization if source.manifest is not None else None
+    if quantization is not None and quantization.base == Dtype.FP32 and not job.allow_unfused:
+        raise SpecError(
+            f"{source.path.name} is {source.dtype} beside fp32, for onnxruntime on a CPU, and "
+            "TensorRT fuses no attention in fp32; calibrate the fp32 graph again with --base fp16"
+        )
 
 
 def _default_timing_cache(backend: Backend) -> Path | None:

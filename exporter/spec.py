@@ -179,6 +179,31 @@ class ComputeCapability:
         return cls(int(match[1]), int(match[2]))
 
 
+AMPERE = ComputeCapability(8, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """The GPU generations an engine is for; none where that is not known.
+
+    ``later`` says that those after the last of ``named`` are served too.
+    """
+
+    named: tuple[ComputeCapability, ...] = ()
+    later: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.named)
+
+    def __contains__(self, capability: ComputeCapability) -> bool:
+        later = self.later and bool(self.named) and capability > max(self.named)
+        return later or capability in self.named
+
+    def __str__(self) -> str:
+        names = ", ".join(map(str, self.named))
+        return f"SM {names}{' and later' if self.later else ''}" if names else "its builder's GPU"
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """A graph's input or output: ``shape`` holds sizes, and names where a size is dynamic."""

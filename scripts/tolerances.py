@@ -23,11 +23,11 @@ from checkpoints import small
 from safetensors.torch import save_file
 
 from msn_export import manifest
-from msn_export.calibrate_job import CalibrateJob
 from msn_export.models.checkpoints import load_checkpoint
 from msn_export.progress import Silent
 from msn_export.proof.drift import Drift
 from msn_export.proof.validation import Validation
+from msn_export.quantise.job import CalibrateJob
 from msn_export.run_calibrate import run_calibrate
 from msn_export.run_drift import DriftJob, run_drift
 from msn_export.run_onnx import OnnxJob, run_onnx

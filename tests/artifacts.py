@@ -1,6 +1,7 @@
 """A tiny classifier, exported and compiled once a test run, and a machine to pretend it runs on."""
 
 import tempfile
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,16 @@ from click.testing import CliRunner
 from cuda_stand_in import CudaStandIn
 from networks import Network
 from recorder import Recorder
-from tensorrt_stand_in import tensorrt_stand_in
+from tensorrt_stand_in import plan_of, tensorrt_stand_in
 from trt_bench import DEVICE, ROWS, one_device
 
-from msn_export import execute, manifest
+from msn_export import manifest
 from msn_export.cli import main
-from msn_export.driver import NoDriver, find_driver
+from msn_export.driver import Driver, NoDriver, find_driver
 from msn_export.proof import artifact
 from msn_export.runtime import engine_opening
 from msn_export.runtime.loaders import Loaded
+from msn_export.trt import execute
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="msn-export-artifacts-")
 TARGET = ("--backend", "tensorrt-rtx", "--compute-capability", "8.9")
@@ -85,3 +87,22 @@ def no_driver() -> str:
     if not isinstance(driver, NoDriver):
         pytest.skip("there is a GPU here")
     return driver.reason
+
+
+def found(monkeypatch: pytest.MonkeyPatch, driver: Driver | NoDriver) -> None:
+    """Have these GPUs found, or none."""
+    monkeypatch.setattr(engine_opening, "find_driver", lambda: driver)
+
+
+def rewrite(artifact: Path, **changes: object) -> None:
+    """Change a manifest and seal it again."""
+    known = manifest.read(artifact)
+    assert known is not None
+    manifest.manifest_path(artifact).write_text(manifest.seal(replace(known, **changes)))
+
+
+def foreign(folder: Path, network: Network, version: str = "11.4.0.106") -> Path:
+    """Write an engine of full TensorRT, as the stand-in reads it, without a manifest."""
+    path = folder / "theirs.engine"
+    path.write_bytes(plan_of(network, version))
+    return path

@@ -13,7 +13,7 @@ import msn_export
 
 PACKAGE = Path(msn_export.__file__).parent
 FOLDERS = ("cli", "engine", "check", "graph", "proof", "report", "runtime", "embed", "cluster",
-           "bench", "doctor", "triton", "models", "calibration")  # fmt: skip
+           "bench", "doctor", "triton", "trt", "quantise", "models", "calibration")  # fmt: skip
 HEAVY = frozenset(
     {"torch", "onnx", "onnx_ir", "onnxscript", "onnxsim", "onnxruntime", "transformers",
      "safetensors", "huggingface_hub", "PIL", "click", "rich", "tensorrt", "tensorrt_lean",
@@ -29,9 +29,11 @@ MAY_IMPORT = {
     "report": ({"numpy", "PIL"}, set()),
     "embed": ({"numpy"}, {"PIL", "pyarrow"}),
     "cluster": ({"numpy"}, {"pyarrow"}),
-    "bench": ({"numpy"}, set()),
+    "bench": ({"numpy"}, {"torch"}),
     "doctor": (set(), set()),
     "runtime": ({"numpy"}, set()),
+    "trt": ({"numpy", "onnx_ir"}, set()),
+    "quantise": ({"numpy", "onnx_ir"}, set()),
     "triton": ({"numpy", "onnx", "onnx_ir"}, set()),
     "models": ({"numpy", "torch", "safetensors"}, {"huggingface_hub"}),
     "calibration": ({"numpy", "onnxruntime", "onnx_ir", "onnx"}, set()),
@@ -50,20 +52,25 @@ EXCEPTIONS = {
     "cluster/connect.py": {"ray"},  # inside its functions: loaded when a cluster is joined
     "cluster/embed.py": {"ray"},
     "cluster/serve.py": {"ray", "starlette"},
+    "bench/torch_reference.py": {"torch"},  # the model beside its artifacts
     "runtime/ort.py": {"onnxruntime"},
     "runtime/ort_session.py": {"onnxruntime"},
     "runtime/runner.py": {"PIL"},  # named in annotations
 }
 # folder -> the sibling folders it may use: the gates judge what the runtime's selftest finds;
-# Q/DQ is written with the graph's own steps; embed is given a runner, on a cluster too; what is
-# compared comes from all of them
+# Q/DQ is written with the graph's own steps; embed is given a runner, on a cluster too; a
+# benchmark's contenders are artifacts and the reference; what is compared, compiled or quantised
+# goes through all of them
 SIBLINGS = {
     "runtime": {"check"},
     "embed": {"runtime"},
     "cluster": {"embed", "runtime"},
     "graph": {"models"},
     "calibration": {"graph"},
-    "proof": {"check", "engine", "graph", "models", "report", "runtime"},
+    "bench": {"check", "graph", "models", "runtime"},
+    "proof": {"check", "engine", "graph", "models", "report", "runtime", "trt"},
+    "trt": {"check", "engine", "graph", "runtime"},
+    "quantise": {"bench", "calibration", "check", "engine", "graph", "runtime"},
 }
 # module -> the commands it is made of: a report is of what validate and drift found, and to look
 # into an engine drift compiles it once more

@@ -28,7 +28,7 @@ from msn_export.engine.flavours import flavour_for
 from msn_export.engine.job import BuildSpec, Progress
 from msn_export.engine.listeners import Heard
 from msn_export.errors import BuildError, OutputError
-from msn_export.spec import BatchRange, ComputeCapability, Dtype
+from msn_export.spec import BatchRange, ComputeCapability, Dtype, Targets
 
 DEEP = Vit(depth=24)  # long enough to be interrupted
 
@@ -38,7 +38,7 @@ def test_result_tells_what_was_built(tmp_path: Path) -> None:
     engine, log = tmp_path / "vit.engine", tmp_path / "vit.log"
     result = build_engine(spec_of(Vit()), rtx(), engine, log, seen.append)
     assert result.bytes == engine.stat().st_size > 1_000_000
-    assert result.capabilities == (ComputeCapability(8, 9),)
+    assert result.targets == Targets((ComputeCapability(8, 9),))
     assert result.notes == ()
     assert 0 < result.seconds < 60
     assert 50 * 2**20 < result.peak_rss < 2 * 2**30
@@ -185,6 +185,8 @@ def test_attention_is_taken_apart_where_that_is_allowed() -> None:
         (spec_of(Vit(), workspace=1024), "no kernel fits into --workspace; raise it"),
         (spec_of(Vit(), version_compatible=True), r"cannot take --version-compatible: TensorRT-RTX "
          r"ships without the lean runtime"),
+        (spec_of(Vit(), hardware_compatible=True), r"cannot take --hardware-compatible: without "
+         r"--compute-capability its engines are for any GPU from Ampere on"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
@@ -214,9 +216,9 @@ def test_several_targets_are_told_to_share_their_kernels() -> None:
 
 
 def test_an_engine_that_claims_other_gpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    other = SimpleNamespace(capabilities=(ComputeCapability(12, 0),))
+    other = SimpleNamespace(targets=Targets((ComputeCapability(12, 0),)))
     monkeypatch.setattr(subject, "read_header", lambda _path: other)
-    with pytest.raises(BuildError, match=r"asked for compute capability 8\.9, .* claims 12\.0"):
+    with pytest.raises(BuildError, match=r"asked for SM 8\.9, and the engine claims SM 12\.0"):
         build_engine(spec_of(Vit()), rtx(), Path(graph(Vit())).with_suffix(".claims"))
 
 
@@ -396,11 +398,14 @@ def test_11_is_strongly_typed_and_takes_its_options() -> None:
     trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED = 1
     trt.IProgressMonitor = type("IProgressMonitor", (), {})
     options = {"workspace": 1 << 30, "optimization_level": 4, "version_compatible": True}
+    options["hardware_compatible"] = True
     _, config = compile_with(trt, "11.4.0", **options)
     trt.Builder.return_value.create_network.assert_called_once_with(2)
     config.set_memory_pool_limit.assert_called_once_with(trt.MemoryPoolType.WORKSPACE, 1 << 30)
     assert config.builder_optimization_level == 4
     config.set_flag.assert_called_once_with(trt.BuilderFlag.VERSION_COMPATIBLE)
+    level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    assert config.hardware_compatibility_level is level
     config.clear_flag.assert_called_once_with(trt.BuilderFlag.TF32)
     config.set_compute_capability.assert_not_called()
     profile = trt.Builder.return_value.create_optimization_profile.return_value
@@ -428,3 +433,47 @@ def test_full_tensorrt_builds_for_its_own_gpu_only(
         BuildError, match=r"11\.4\.0 cannot take --compute-capability: TensorRT com"
     ):
         build_engine(spec_of(Vit()), Backend(row, "11.4.0"), tmp_path / "x.engine")
+
+
+def test_an_engine_for_any_gpu_is_built_on_ampere_or_later(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    row = flavour_for("tensorrt", "10.16.0")
+    assert row is not None
+    turing = Driver("13.0", (Device(0, "Tesla T4", ComputeCapability(7, 5), 1),))
+    monkeypatch.setattr(subject, "find_driver", lambda: turing)
+    with pytest.raises(
+        BuildError,
+        match=r"--hardware-compatible needs a GPU of SM 8\.0 or later to build on, and Tesla T4 is "
+        r"SM 7\.5; leave it out, or build where such a GPU is",
+    ):
+        build_engine(
+            spec_of(Vit(), "", hardware_compatible=True),
+            Backend(row, "10.16.0"),
+            tmp_path / "x.engine",
+        )
+
+
+@pytest.mark.parametrize(
+    ("compatible", "targets"),
+    [
+        (False, Targets((ComputeCapability(8, 9),))),
+        (True, Targets((ComputeCapability(8, 0),), later=True)),
+    ],
+)
+def test_full_tensorrt_builds_for_its_gpu_or_any_from_ampere_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compatible: bool, targets: Targets
+) -> None:
+    row = flavour_for("tensorrt", "10.16.0")
+    assert row is not None
+    card = Driver("13.0", (Device(0, "NVIDIA L4", ComputeCapability(8, 9), 1),))
+    monkeypatch.setattr(subject, "find_driver", lambda: card)
+
+    def pretend(*_args: object) -> dict[str, object]:
+        (tmp_path / "x.engine").write_bytes(b"compiled where the GPU is")
+        return {"kernels": [], "notes": [], "warnings": [], "peak_rss": 1}
+
+    monkeypatch.setattr(subject, "run_child", pretend)
+    monkeypatch.setattr(subject, "by_profile", lambda _kernels: ())
+    spec = spec_of(Vit(), "", hardware_compatible=compatible)
+    assert build_engine(spec, Backend(row, "10.16.0"), tmp_path / "x.engine").targets == targets

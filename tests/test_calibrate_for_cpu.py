@@ -9,9 +9,12 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from calibrations import PRODUCTS, QUICK, calibrate, done
+from click.testing import CliRunner
 from tiny_artifacts import classifier, pictures
 
+from msn_export.cli import main
 from msn_export.graph import io
+from msn_export.runtime import open_runner
 
 
 @pytest.fixture(scope="module")
@@ -41,22 +44,66 @@ def test_int8_for_onnxruntime_leaves_the_rest_in_fp32_and_is_timed_there(
     assert times["ratio"]["int8"] > 0
 
 
-def test_onnxruntime_multiplies_such_a_graph_in_8_bits(cpu_graph, images, tmp_path) -> None:
-    output, optimised = tmp_path / "m.onnx", tmp_path / "optimised.onnx"
-    done(cpu_graph, images, output, "--int8", *QUICK)
+def optimised_operators(graph: Path, optimised: Path) -> Counter[str]:
+    """Count the operators that onnxruntime makes of a graph."""
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(optimised)
     # beyond it the file is for this processor alone, and onnxruntime warns of that
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    onnxruntime.InferenceSession(output, options, providers=["CPUExecutionProvider"])
-    found = Counter(node.op_type for node in io.load(optimised).graph)
+    onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in io.load(optimised).graph)
+
+
+def test_onnxruntime_multiplies_such_a_graph_in_8_bits(cpu_graph, images, tmp_path) -> None:
+    output = tmp_path / "m.onnx"
+    done(cpu_graph, images, output, "--int8", *QUICK)
+    found = optimised_operators(output, tmp_path / "optimised.onnx")
     assert (found["MatMulIntegerToFloat"], found["MatMul"]) == (PRODUCTS, 0)
 
 
-def test_none_of_its_sums_saturates_whatever_the_processor(cpu_graph, images, tmp_path) -> None:
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+def test_a_graph_of_one_batch_size_is_quantised_and_runs(images, tmp_path, target) -> None:
+    """onnxruntime's fusion of MatMul and Add, which fixed shapes invite, refuses its own work."""
+    graph = classifier(tmp_path, "--target", target, "--batch", "3")
+    output = tmp_path / "m.int8.onnx"
+    told = done(graph, images, output, "--int8", *QUICK)
+    assert told["quantization"]["products"] == PRODUCTS
+    batch = np.zeros((3, 3, 32, 32), np.float32)
+    with open_runner(output, providers=["cpu"]) as runner:
+        assert runner(batch).logits.shape == (3, 3)
+
+
+def test_int8_beside_fp32_is_no_graph_for_tensorrt(cpu_graph, images, tmp_path) -> None:
+    output = tmp_path / "m.int8.onnx"
+    done(cpu_graph, images, output, "--int8", *QUICK)
+    arguments = ["trt", str(output), "-o", str(tmp_path / "m.engine")]
+    result = CliRunner().invoke(main, [*arguments, "--backend", "tensorrt-rtx"])
+    assert result.exit_code == 1
+    assert "m.int8.onnx is int8 beside fp32, for onnxruntime on a CPU, and Tenso" in result.stderr
+    assert "calibrate the fp32 graph again with --base fp16" in result.stderr
+
+
+def test_attentions_own_products_are_multiplied_in_8_bits_too_where_asked(
+    cpu_graph, images, tmp_path
+) -> None:
+    output, optimised = tmp_path / "m.onnx", tmp_path / "optimised.onnx"
+    told = done(cpu_graph, images, output, "--int8", "--quantize-attention", *QUICK)
+    assert (told["target"], told["quantization"]["base"]) == ("onnxruntime", "fp32")
+    assert told["attention"] == {
+        "expected": 2, "fused": 2, "form": "MatMul, Softmax, MatMul in int8",
+    }  # fmt: skip
+    found = optimised_operators(output, optimised)
+    assert found["MatMulIntegerToFloat"] + found["QLinearMatMul"] == PRODUCTS + 4
+    assert found["MatMul"] == 0
+
+
+@pytest.mark.parametrize("options", [(), ("--quantize-attention",)])
+def test_none_of_its_sums_saturates_whatever_the_processor(
+    cpu_graph, images, tmp_path, options
+) -> None:
     """onnxruntime's exact kernels, which it does not use by default, give the same."""
     output = tmp_path / "m.onnx"
-    done(cpu_graph, images, output, "--int8", *QUICK)
+    done(cpu_graph, images, output, "--int8", *QUICK, *options)
     eight = io.load(output).graph.initializers.values()
     largest = [
         np.abs(value.const_value.numpy().astype(int)).max()

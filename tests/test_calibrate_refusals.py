@@ -184,6 +184,7 @@ def test_an_existing_file_is_not_replaced(graph, images, tmp_path) -> None:
     ("options", "message"),
     [
         ((), "give --int8 or --fp8"),
+        (("--int8", "--fp8"), "--int8 and --fp8 contradict each other; give one"),
         (("--fp8", "--observer", "entropy"), "--observer: fp8 has no even steps to compare with"),
         (("--fp8", "--base", "fp32"), "--base: fp32 is for onnxruntime, which multiplies no fp8"),
         (("--int8", "--smooth", "1.5"), "'--smooth'"),

@@ -15,12 +15,13 @@ from engine_builds import NEEDS_RTX
 from networks import Network
 from trt_bench import one_device
 
-from msn_export import execute, manifest
+from msn_export import manifest
 from msn_export.cli import main
 from msn_export.driver import Device, NoDriver
 from msn_export.errors import MissingPackageError
 from msn_export.runtime import engine_opening, open_runner
 from msn_export.spec import ComputeCapability
+from msn_export.trt import execute
 
 pytestmark = NEEDS_RTX
 PROFILES = ((1, 1, 1), (2, 4, 6))

@@ -306,6 +306,24 @@ def test_a_folder_without_a_picture_that_can_be_read_is_an_error(tmp_path) -> No
     )
 
 
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        (np.zeros((8, 8, 3), np.float32), r"float32 \[8, 8, 3\] is no picture; give a file, a Pi"),
+        (
+            np.zeros((3, 8, 8), np.uint8),
+            r"uint8 \[3, 8, 8\] is no picture; .* uint8 \[h, w, 3\] i",
+        ),
+        (np.zeros((8, 8), np.uint8), r"uint8 \[8, 8\] is no picture"),
+        (np.zeros((0, 8, 3), np.uint8), r"uint8 \[0, 8, 3\] is no picture"),
+        (7, "a int is no picture"),
+    ],
+)
+def test_what_is_no_picture_is_told(picture, message) -> None:
+    with pytest.raises(ImageError, match=message):
+        images.preprocess([picture], SMALL)
+
+
 def test_no_picture_at_all_is_an_error() -> None:
     with pytest.raises(ImageError, match="no picture to preprocess; give at least one"):
         images.preprocess([], SMALL)

@@ -49,6 +49,14 @@ def test_maxima_are_the_largest_over_all_batches(sample, tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_a_graph_of_one_batch_size_is_measured_at_it(sample, tmp_path, batch) -> None:
+    """Two do not divide three images, five are more than there are."""
+    fixed = parse(MODEL.replace("float[b,", f"float[{batch},"))
+    peaks = measure(fixed, sample, InputKind.FLOAT, tmp_path)
+    assert peaks == measure(parse(MODEL), sample, InputKind.FLOAT, tmp_path)
+
+
 def test_what_comes_within_the_headroom_of_overflow_stays_fp32() -> None:
     # 65504 / 4 = 16376
     maxima = {"low": 16000.0, "high": 17000.0, "unknown": float("nan")}

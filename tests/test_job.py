@@ -63,6 +63,7 @@ specs = st.builds(
     optimization_level=st.none() | st.integers(0, 5),
     timing_cache=st.none() | st.just(Path("cache")),
     version_compatible=st.booleans(),
+    hardware_compatible=st.booleans(),
     tf32=st.booleans(),
     decompose_attention=st.booleans(),
     timeout=st.none() | st.floats(0.1, 1e6),

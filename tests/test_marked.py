@@ -13,7 +13,7 @@ from msn_export.manifest import Manifest
 from msn_export.progress import Silent
 from msn_export.proof import marked
 from msn_export.spec import ComputeCapability
-from msn_export.trt_job import TrtJob
+from msn_export.trt.job import TrtJob
 
 
 def described(path: Path) -> Manifest:
@@ -54,9 +54,12 @@ def test_full_tensorrt_is_told_no_target(tmp_path, monkeypatch) -> None:
     path.write_bytes(b"ftrt" + bytes(20) + bytes((10, 16, 1, 11)) + bytes(100))
     graph = engine().with_name("m.onnx")
     (tmp_path / "m.onnx").write_bytes(graph.read_bytes())
-    changes = {"backend": "tensorrt", "compute_capabilities": ("9.0",), "options": {"tf32": True}}
+    changes = {"backend": "tensorrt", "compute_capabilities": ("8.0",), "later": True}
+    changes["options"] = {"tf32": True, "hardware_compatible": True}
     job = job_for(monkeypatch, path, tmp_path, **changes)
-    assert (job.backend, job.capabilities, job.tf32) == ("tensorrt", (), True)
+    assert (job.backend, job.capabilities) == ("tensorrt", ())
+    assert job.tf32
+    assert job.hardware_compatible
 
 
 def test_tensorrt_rtx_is_told_what_it_was_told(tmp_path, monkeypatch) -> None:

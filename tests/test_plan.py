@@ -92,3 +92,9 @@ def test_int8_attention_is_refused_before_anything_is_run(tmp_path) -> None:
     with pytest.raises(GraphError, match="up to 512 tokens and this graph has 1157; leave atten"):
         Plan.of(model, scheme(), attention=True)
     Plan.of(vit(tmp_path, size=32 * 17, patch=16, depth=1), scheme(Dtype.FP8), attention=True)
+
+
+def test_so_many_tokens_are_no_matter_to_onnxruntime(tmp_path) -> None:
+    model = vit(tmp_path, size=32 * 17, patch=16, depth=1)
+    plan = Plan.of(model, scheme(base=Dtype.FP32), attention=True)
+    assert len(plan.operands) == 1

@@ -18,7 +18,7 @@ from msn_export.check.gate import Gate
 from msn_export.errors import GraphError
 from msn_export.graph.quantised import quantised_products
 from msn_export.progress import Silent
-from msn_export.quantise import STRENGTHS, Choice, Probe, choices, replay, smooth
+from msn_export.quantise.choices import STRENGTHS, Choice, Probe, choices, replay, smooth
 
 IMAGES = feeds(6)["x"]
 NAMES = [f"{i}.png" for i in range(len(IMAGES))]

@@ -58,13 +58,13 @@ OUTER: dict[str, Any] = {
 # Type, and values of it; a record is made of fields of these types.
 text = st.text(st.characters(exclude_categories=("Cs",)), max_size=6)
 scalars: list[tuple[Any, st.SearchStrategy[Any]]] = [
-    (int, st.integers()),
+    (int, st.integers(-(2**63), 2**63 - 1)),
     (float, st.floats(allow_nan=False, allow_infinity=False)),
     (bool, st.booleans()),
     (str, text),
     (Colour, st.sampled_from(Colour)),
     (Literal["a", "b"], st.sampled_from(["a", "b"])),
-    (Inner, st.builds(Inner, st.integers(0), st.floats(-1, 1))),
+    (Inner, st.builds(Inner, st.integers(0, 2**63 - 1), st.floats(-1, 1))),
 ]
 
 

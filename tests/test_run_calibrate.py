@@ -11,11 +11,11 @@ from click.testing import CliRunner
 from tiny_artifacts import classifier, pictures
 
 from msn_export import manifest as manifests
-from msn_export import measured
 from msn_export.cli import main
 from msn_export.graph import io
 from msn_export.graph.quantised import quantised_products
 from msn_export.proof.artifact_facts import artifact_facts
+from msn_export.quantise import measured
 
 
 @pytest.fixture(scope="module")

@@ -291,9 +291,7 @@ def test_a_graph_of_another_tool_runs_with_a_note(folder, tmp_path) -> None:
     result = embed(model, folder, tmp_path / "out.npy", "--json")
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
-    assert told["notes"] == [
-        "m.onnx has no manifest: preprocessing hf assumed, --preprocess chooses another"
-    ]
+    assert told["notes"] == ["m.onnx has no manifest: preprocessing hf assumed"]
     assert told["output_name"] == "features"
 
 

@@ -172,6 +172,17 @@ def test_engines_that_are_not_one_model_are_refused(tmp_path) -> None:
     assert "has no manifest, and an engine does not tell its tensors" in refused(manifestless, *out)
 
 
+def test_an_engine_for_any_gpu_serves_those_without_one_of_their_own(tmp_path) -> None:
+    hopper = plan(tmp_path / "hopper.engine", capability="9.0")
+    any_gpu = plan(tmp_path / "any.engine", capability="8.0", later=True)
+    assert invoke(hopper, any_gpu, "-o", tmp_path / "repo", "--name", "m").exit_code == 0
+    config = config_of(tmp_path / "repo", "m/config.pbtxt")
+    assert dict(config.cc_model_filenames) == {"9.0": "model.sm90.plan"}
+    files = {file.name for file in (tmp_path / "repo/m/1").iterdir()}
+    assert files >= {"model.plan", "model.sm90.plan"}
+    assert invoke("--lint", tmp_path / "repo").exit_code == 0
+
+
 def test_an_engine_of_tensorrt_rtx_is_refused_with_what_to_do(tmp_path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     line = refused(built(Vit()).output, "-o", tmp_path / "repo", "--name", "m")

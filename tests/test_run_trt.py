@@ -17,13 +17,13 @@ from graphs import parse, run
 
 from msn_export import manifest
 from msn_export.cli import main
-from msn_export.compilable import written_for
 from msn_export.driver import NoDriver, find_driver
 from msn_export.engine.backend import Backend
 from msn_export.engine.flavours import flavour_for
 from msn_export.graph import io
 from msn_export.source import read_source
 from msn_export.spec import AttentionForm, Dtype
+from msn_export.trt.compilable import written_for
 
 pytestmark = NEEDS_RTX
 RTX = ("--backend", "tensorrt-rtx", "--compute-capability", "8.9")
@@ -51,6 +51,32 @@ def told(result) -> dict:
     assert result.exit_code == 0, result.output
     parsed: dict = json.loads(result.stdout)
     return parsed
+
+
+def test_contradicting_precisions_are_refused(graph, tmp_path) -> None:
+    result = build(graph, tmp_path / "m.engine", "--fp16", "--bf16")
+    assert result.exit_code == 2
+    assert "--fp16 and --bf16 contradict each other; give one" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (
+            ("--compute-capability", "5.0"),
+            "cannot compile for compute capability 5.0; it can for",
+        ),
+        (("--version-compatible",), "cannot take --version-compatible: TensorRT-RTX ships without"),
+    ],
+)
+def test_what_the_compiler_cannot_take_is_refused_before_anything_is_run(
+    graph, tmp_path, monkeypatch, target, message
+) -> None:
+    monkeypatch.setattr("msn_export.run_trt.draw", None)
+    options = ("--backend", "tensorrt-rtx", *target)
+    result = build(graph, tmp_path / "m.engine", "--fp16", target=options)
+    assert result.exit_code == 1
+    assert message in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,9 @@ def test_pictures_are_preprocessed_as_the_manifest_says(photographs) -> None:
         np.testing.assert_array_equal(one, batch[1:2])
         with Image.open(paths[2]) as picture:
             np.testing.assert_array_equal(runner.preprocess(picture), batch[2:])
+            pixels = np.asarray(picture.convert("RGB"))
+        for decoded in (pixels, [pixels], pixels[None]):
+            np.testing.assert_array_equal(runner.preprocess(decoded), batch[2:])
         assert runner(batch).logits.shape == (3, 3)
 
 

@@ -13,6 +13,7 @@ from msn_export.spec import (
     ImageSize,
     InputKind,
     Target,
+    Targets,
     parse_bytes,
 )
 
@@ -165,3 +166,28 @@ def test_every_target_has_an_opset_that_its_attention_exists_in() -> None:
 def test_inputs_are_named_after_what_they_hold() -> None:
     assert InputKind.FLOAT.tensor == "pixel_values"
     assert InputKind.UINT8.tensor == "images"
+
+
+# --- GPUs -----------------------------------------------------------------------------------------
+
+ADA, HOPPER = ComputeCapability(8, 9), ComputeCapability(9, 0)
+
+
+def test_an_engine_is_for_the_generations_it_names() -> None:
+    targets = Targets((ComputeCapability(8, 6), ADA))
+    assert ADA in targets
+    assert HOPPER not in targets
+    assert str(targets) == "SM 8.6, 8.9"
+
+
+def test_an_engine_for_later_gpus_too_is_for_no_earlier_one() -> None:
+    targets = Targets((ComputeCapability(8, 0),), later=True)
+    assert HOPPER in targets
+    assert ComputeCapability(7, 5) not in targets
+    assert str(targets) == "SM 8.0 and later"
+
+
+def test_where_nothing_is_named_nothing_is_known() -> None:
+    assert not Targets()
+    assert HOPPER not in Targets(later=True)
+    assert str(Targets()) == "its builder's GPU"

@@ -8,8 +8,8 @@ from msn_export.check.sample import Sample
 from msn_export.check.verify import Reference
 from msn_export.manifest_records import CheckRecord
 from msn_export.preprocessing import preset
+from msn_export.quantise.verdict import Judged, Savings, judge, sentence
 from msn_export.spec import ImageSize, InputKind
-from msn_export.verdict import Judged, Savings, judge, sentence
 
 SAMPLE = Sample(
     np.zeros((4, 8, 8, 3), np.uint8), tuple("abcd"), "here", preset("hf", ImageSize(8, 8))

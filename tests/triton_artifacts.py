@@ -71,6 +71,7 @@ def plan(
     *,
     version: str = "10.13.3.9",
     capability: str = "8.9",
+    later: bool = False,
     profiles: tuple[BatchRange, ...] = (BatchRange(1, 4, 16),),
     backend: str = "tensorrt",
     labels: tuple[str, ...] = LABELS,
@@ -91,6 +92,7 @@ def plan(
         gemm_dtypes={},
         executed=False,
         reason="no engine: bytes of a test",
+        later=later,
         options=options or {},
     )
     describe(path, "engine", "float", batch, profiles, labels, engine=record)

@@ -209,7 +209,7 @@ FAULTS = (
           "1/: model.sm90.plan does not exist"),
     Fault("an engine for another GPU", "two",
           swap('value: "model.sm89.plan"', 'value: "model.sm86.plan"'), "nobody",
-          "1/model.sm86.plan was built for 8.6"),
+          "1/model.sm86.plan was built for SM 8.6"),
     Fault("an engine outside the version", "two",
           swap('value: "model.sm89.plan"', 'value: "../../outside.plan"'), "backend",
           "'../../outside.plan' is not the name of a file in 1/"),

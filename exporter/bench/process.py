@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 _TAIL = 4096  # bytes of its log that are searched for a crash's reason
+CONTENDER = "msn_export.bench.contender_process"
 # Each library of linear algebra reads a name of its own
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 class Process:
-    """A process that runs ``msn_export.contender_process`` and answers one request at a time.
+    """A process that runs ``msn_export.bench.contender_process`` and answers one request at a time.
 
     Args:
         name: of the contender, for messages.
@@ -42,7 +43,7 @@ class Process:
             with log.open("wb") as file:
                 # this interpreter and a module of this package; requests travel on stdin
                 self._child = subprocess.Popen(  # noqa: S603
-                    [sys.executable, "-P", "-m", "msn_export.contender_process", str(writing)],
+                    [sys.executable, "-P", "-m", CONTENDER, str(writing)],
                     stdin=subprocess.PIPE,
                     stdout=file,
                     stderr=subprocess.STDOUT,

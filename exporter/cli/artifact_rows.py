@@ -67,8 +67,7 @@ def _islands(maxima: Mapping[str, float | None]) -> str:
 
 
 def _engine_rows(engine: EngineRecord) -> Iterator[tuple[str, str]]:
-    capabilities = ", ".join(engine.compute_capabilities)
-    yield "engine", f"{engine.backend} {engine.version} for SM {capabilities}"
+    yield "engine", f"{engine.backend} {engine.version} for {engine.targets}"
     blocks = sorted(set(engine.kernels_per_block.values()))
     span = f"{blocks[0]}" if len(blocks) == 1 else f"{blocks[0]} to {blocks[-1]}" if blocks else "?"
     yield "kernels", f"{engine.kernels} in all, {span} a block"

@@ -59,7 +59,7 @@ def _against(text: str) -> tuple[str, ...]:
     help="For each contender at each batch.",
 )
 @click.option(
-    "--threads", type=click.IntRange(min=1), help="Of each contender. Default: all cores."
+    "--threads", type=click.IntRange(min=1), help="Of each contender. Default: physical cores."
 )
 @click.option(
     "--dtype",

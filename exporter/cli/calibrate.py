@@ -13,9 +13,13 @@ from msn_export.cli.options import (
     Parsed,
     command_line,
     flag_off,
+    flags_of,
     force_option,
     json_option,
+    the_one,
 )
+
+FORMATS = ("int8", "fp8")
 
 
 def _strength(text: str) -> str | float:
@@ -29,8 +33,11 @@ def _strength(text: str) -> str | float:
 
 @click.command()
 @click.argument("model", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--int8", "dtype", flag_value="int8", help="8-bit integers, 127 even steps.")
-@click.option("--fp8", "dtype", flag_value="fp8", help="8-bit floats (E4M3), for SM 8.9 and later.")
+@flags_of(
+    *FORMATS,
+    int8="8-bit integers, 127 even steps.",
+    fp8="8-bit floats (E4M3), for SM 8.9 and later.",
+)
 @click.option("--images", type=IMAGES, required=True, help="Pictures like those to come.")
 @click.option("-o", "--output", type=FILE, help="The .onnx file to write.")
 @click.option(
@@ -79,7 +86,7 @@ def _strength(text: str) -> str | float:
 @json_option
 def calibrate(model: Path, **options: Any) -> None:
     """Quantise the fp32 ONNX graph MODEL to int8 or fp8, with ranges taken on images."""
-    dtype = options.pop("dtype")
+    dtype = the_one(options, *FORMATS)
     if dtype is None:
         raise click.UsageError("give --int8 or --fp8")
     if dtype == "fp8" and options["observer"] == "entropy":
@@ -89,10 +96,10 @@ def calibrate(model: Path, **options: Any) -> None:
             "fp32 is for onnxruntime, which multiplies no fp8 on a CPU; use fp16 or bf16",
             param_hint="--base",
         )
-    from msn_export.calibrate_job import CalibrateJob, base_for
     from msn_export.calibration.observers import Observer
     from msn_export.cli.artifact_rows import show_artifact
     from msn_export.cli.console import Console
+    from msn_export.quantise.job import CalibrateJob, base_for
     from msn_export.run_calibrate import run_calibrate
     from msn_export.spec import Dtype
 

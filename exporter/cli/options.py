@@ -49,6 +49,29 @@ def flag_off(*names: str, help: str | None = None) -> Callable[..., Any]:
     return click.option(*names, is_flag=True, default=True, flag_value=False, help=help)
 
 
+def flags_of(*values: str, **help: str) -> Callable[..., Any]:
+    """Offer a flag for each of some values, of which one may be given: ``--fp16``, ``--bf16``.
+
+    The command gets them as booleans; ``the_one`` says which it was.
+    """
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for value in reversed(values):
+            command = click.option(f"--{value}", is_flag=True, help=help.get(value))(command)
+        return command
+
+    return add
+
+
+def the_one(options: dict[str, Any], *values: str) -> str | None:
+    """Take the flags of ``flags_of`` out of a command's options: the one that is set, or None."""
+    given = [value for value in values if options.pop(value)]
+    if len(given) > 1:
+        told = " and ".join(f"--{value}" for value in given)
+        raise click.UsageError(f"{told} contradict each other; give one")
+    return given[0] if given else None
+
+
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on stdout."
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from msn_export.cli.options import force_option, images_option, json_option
+from msn_export.cli.options import IMAGES, force_option, json_option
 
 
 @click.command()
@@ -39,7 +39,7 @@ from msn_export.cli.options import force_option, images_option, json_option
 @click.option("--warmup", is_flag=True, help="Run a picture through each instance first.")
 @click.option("--response-cache", is_flag=True, help="Answer repeated requests from a cache.")
 @click.option("--cuda-graphs", is_flag=True, help="Engines: a GPU variant that captures graphs.")
-@images_option
+@click.option("--images", type=IMAGES, help="Pictures to warm up with; without, noise.")
 @force_option
 @json_option
 def triton(

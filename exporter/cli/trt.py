@@ -14,16 +14,18 @@ from msn_export.cli.options import (
     MEMORY,
     artifact_options,
     command_line,
+    flags_of,
+    the_one,
 )
 from msn_export.spec import Dtype
+
+PRECISIONS = ("fp32", "fp16", "bf16")
 
 
 @click.command()
 @click.argument("model", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("-o", "--output", type=FILE, help="The .engine file to write.")
-@click.option("--fp32", "precision", flag_value="fp32", help="Default: as the graph is typed.")
-@click.option("--fp16", "precision", flag_value="fp16")
-@click.option("--bf16", "precision", flag_value="bf16")
+@flags_of(*PRECISIONS, fp32="Default: as the graph is typed.")
 @click.option(
     "--backend",
     type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]),
@@ -48,6 +50,7 @@ from msn_export.spec import Dtype
 @click.option("--optimization-level", type=click.IntRange(0, 5))
 @click.option("--timing-cache", type=FILE)
 @click.option("--version-compatible", is_flag=True, help="Loads in the lean runtime of others.")
+@click.option("--hardware-compatible", is_flag=True, help="For any GPU from Ampere on (tensorrt).")
 @click.option("--tf32", is_flag=True, help="Let fp32 products round to TF32, 10 bits of mantissa.")
 @click.option("--timeout", type=click.FloatRange(min=1), help="Seconds the compiler may take.")
 @click.option("--memory-limit", type=MEMORY, help="Resident memory the compiler may take.")
@@ -59,10 +62,10 @@ def trt(model: Path, **options: Any) -> None:
     from msn_export.cli.artifact_rows import show_artifact
     from msn_export.cli.console import Console
     from msn_export.run_trt import run_trt
-    from msn_export.trt_job import TrtJob
+    from msn_export.trt.job import TrtJob
 
     console = Console(as_json=options.pop("as_json"))
-    precision = options.pop("precision")
+    precision = the_one(options, *PRECISIONS)
     job = TrtJob(
         model,
         command=command_line(),

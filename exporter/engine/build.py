@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from msn_export.driver import Driver, NoDriver, find_driver
+from msn_export.driver import Device, Driver, NoDriver, find_driver
 from msn_export.engine.backend import Backend, require_buildable
 from msn_export.engine.census import Census, by_profile
 from msn_export.engine.job import BuildSpec, Progress
 from msn_export.engine.kernels import Kernel
 from msn_export.engine.supervise import Limits, run_child
-from msn_export.engine_header import read_header
+from msn_export.engine_header import CAPABILITIES, may_target, read_header
 from msn_export.errors import BuildError, OutputError
 from msn_export.records import from_plain
-from msn_export.spec import ComputeCapability
+from msn_export.spec import AMPERE, Targets
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class BuildResult:
     seconds: float
     peak_rss: int
     backend: Backend
-    capabilities: tuple[ComputeCapability, ...]
+    targets: Targets
     censuses: tuple[Census, ...]
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -69,7 +69,7 @@ def build_engine(
     """
     driver = find_driver()
     require_buildable(backend, driver)
-    notes = _judge_options(spec, backend)
+    notes = judge_options(spec, backend, driver)
     if not spec.model.is_file():
         raise BuildError(f"graph {spec.model} does not exist")
     started = time.monotonic()
@@ -87,7 +87,7 @@ def build_engine(
         seconds=time.monotonic() - started,
         peak_rss=done["peak_rss"],
         backend=backend,
-        capabilities=_capabilities(spec, backend, output, driver),
+        targets=_targets(spec, backend, output, driver),
         censuses=by_profile(kernels),
         notes=(*notes, *done["notes"]),
         warnings=tuple(done["warnings"]),
@@ -98,11 +98,23 @@ def _ignore(_progress: Progress) -> None:
     """Tell nobody."""
 
 
-def _judge_options(spec: BuildSpec, backend: Backend) -> tuple[str, ...]:
-    """Refuse the options the backend cannot have, and tell of those it ignores."""
+def judge_options(spec: BuildSpec, backend: Backend, driver: Driver | NoDriver) -> tuple[str, ...]:
+    """Refuse the options the backend cannot have, and tell of those it ignores.
+
+    Raises:
+        BuildError: an option cannot be had, or TensorRT-RTX has no kernels for a target.
+    """
     flavour, options = backend.flavour, spec.options_set()
     for option in options.keys() & flavour.refused.keys():
         raise BuildError(f"{backend} cannot take {_flag(option)}: {flavour.refused[option]}")
+    for capability in spec.capabilities:
+        if not may_target(capability):
+            raise BuildError(
+                f"TensorRT-RTX cannot compile for compute capability {capability}; it can for "
+                f"{', '.join(map(str, CAPABILITIES))}"
+            )
+    if spec.hardware_compatible and isinstance(driver, Driver):
+        _require_ampere(driver.devices[0])
     notes = [
         f"{_flag(option)} has no effect: {flavour.ignored[option]}"
         for option in options
@@ -115,6 +127,15 @@ def _judge_options(spec: BuildSpec, backend: Backend) -> tuple[str, ...]:
             "for each target may be faster"
         )
     return tuple(notes)
+
+
+def _require_ampere(device: Device) -> None:
+    # NvInfer.h, HardwareCompatibilityLevel: from Ampere on, and built on Ampere or later
+    if device.capability < AMPERE:
+        raise BuildError(
+            f"--hardware-compatible needs a GPU of SM {AMPERE} or later to build on, and "
+            f"{device.name} is SM {device.capability}; leave it out, or build where such a GPU is"
+        )
 
 
 def _flag(option: str) -> str:
@@ -130,27 +151,21 @@ def _job(spec: BuildSpec, backend: Backend, output: Path) -> dict[str, Any]:
     return {"module": backend.flavour.module, "spec": plain, "output": str(output.absolute())}
 
 
-def _capabilities(
-    spec: BuildSpec, backend: Backend, output: Path, driver: Driver | NoDriver
-) -> tuple[ComputeCapability, ...]:
+def _targets(spec: BuildSpec, backend: Backend, output: Path, driver: Driver | NoDriver) -> Targets:
     """Say which GPUs the engine is for, as its header claims where that can be read.
 
     Raises:
         BuildError: it claims others than were asked for.
     """
     if not backend.flavour.targets_capabilities:
-        return (driver.devices[0].capability,) if isinstance(driver, Driver) else ()
-    claimed = read_header(output).capabilities
-    if spec.capabilities and set(claimed) != set(spec.capabilities):
-        raise BuildError(
-            f"asked for compute capability {_join(spec.capabilities)}, and the engine claims "
-            f"{_join(claimed)}"
-        )
+        if spec.hardware_compatible:
+            return Targets((AMPERE,), later=True)
+        return Targets((driver.devices[0].capability,) if isinstance(driver, Driver) else ())
+    claimed = read_header(output).targets
+    if spec.capabilities and set(claimed.named) != set(spec.capabilities):
+        asked = Targets(tuple(sorted(spec.capabilities)))
+        raise BuildError(f"asked for {asked}, and the engine claims {claimed}")
     return claimed
-
-
-def _join(capabilities: tuple[ComputeCapability, ...]) -> str:
-    return ", ".join(str(capability) for capability in sorted(capabilities))
 
 
 @contextlib.contextmanager

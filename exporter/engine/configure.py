@@ -13,7 +13,7 @@ from msn_export.engine.bindings import (
 from msn_export.engine.flavours import Flavour
 from msn_export.engine.job import BuildSpec
 from msn_export.errors import BuildError
-from msn_export.spec import BatchRange, ComputeCapability, Dtype
+from msn_export.spec import AMPERE, BatchRange, ComputeCapability, Dtype
 
 # The first GPU generation that computes in a dtype; TensorRT-RTX refuses a named older one, and
 # where none is named writes an engine that claims GPUs which cannot run it: those from Ampere on.
@@ -22,7 +22,6 @@ _FIRST_CAPABILITY = {
     "FP8": ComputeCapability(8, 9),
     "FP4": ComputeCapability(12, 0),
 }
-_AMPERE = ComputeCapability(8, 0)
 
 
 def add_profiles(
@@ -100,7 +99,7 @@ def _require_capable(dtypes: set[str], capabilities: tuple[ComputeCapability, ..
     for dtype, first in _FIRST_CAPABILITY.items():
         if dtype not in dtypes:
             continue
-        if not capabilities and first > _AMPERE:
+        if not capabilities and first > AMPERE:
             raise BuildError(
                 f"the graph computes in {dtype.lower()}, which GPUs before {first} cannot; name "
                 f"the target: --compute-capability {first}"
@@ -147,5 +146,7 @@ def set_options(trt: TensorRT, config: IBuilderConfig, spec: BuildSpec) -> tuple
         config.clear_flag(trt.BuilderFlag.TF32)
     if spec.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if spec.hardware_compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     note = timing_cache.attach(config, spec.timing_cache) if spec.timing_cache else None
     return (note,) if note else ()

@@ -76,6 +76,7 @@ class Flavour:
 
 
 _RTX_IGNORES = "TensorRT-RTX accepts it and does nothing: it chooses its kernels on the user's GPU"
+_RTX_PORTABLE = "without --compute-capability its engines are for any GPU from Ampere on"
 _TENSORRT_REFUSES = {"capabilities": _OWN_GPU_ONLY}
 
 FLAVOURS = (
@@ -87,7 +88,10 @@ FLAVOURS = (
         targets_capabilities=True,
         kernels_from="log",
         ignored={"timing_cache": _RTX_IGNORES, "optimization_level": _RTX_IGNORES},
-        refused={"version_compatible": "TensorRT-RTX ships without the lean runtime it needs"},
+        refused={
+            "version_compatible": "TensorRT-RTX ships without the lean runtime it needs",
+            "hardware_compatible": _RTX_PORTABLE,
+        },
     ),
     Flavour("tensorrt", "tensorrt", (10, 14), refused=_TENSORRT_REFUSES, lacks=_TARGETS),
     Flavour(

@@ -20,6 +20,7 @@ class BuildSpec:
     TensorRT take an Attention operator apart where it has no fused kernel for it; without it such
     a graph does not compile, so that a build proves the fusion. ``tf32`` lets fp32 products round
     their inputs to 10 bits of mantissa, which TensorRT does by default and this package does not.
+    ``hardware_compatible`` is for every GPU from Ampere on, not only for the builder's own.
     """
 
     model: Path
@@ -30,6 +31,7 @@ class BuildSpec:
     optimization_level: int | None = None
     timing_cache: Path | None = None
     version_compatible: bool = False
+    hardware_compatible: bool = False
     tf32: bool = False
     decompose_attention: bool = False
     timeout: float | None = None

@@ -131,7 +131,6 @@ def _engine(record: EngineRecord, expected: int) -> Engine | None:
         return None
     census = Census.from_json(record.census[0])
     figures = summary(census)
-    capabilities = ", ".join(record.compute_capabilities) or "its builder's GPU"
     return Engine(
         kernels=figures["kernels"],
         fused=figures["fused_attention"],
@@ -143,7 +142,7 @@ def _engine(record: EngineRecord, expected: int) -> Engine | None:
         closed=len(census.closed),
         weight_bytes={_DTYPES.get(name, name): n for name, n in census.weight_bytes.items()},
         strips=_strips(census),
-        built_for=f"{record.backend} {record.version}, SM {capabilities}",
+        built_for=f"{record.backend} {record.version}, {record.targets}",
         executed="executed" if record.executed else record.reason,
     )
 

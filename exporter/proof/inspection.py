@@ -238,12 +238,8 @@ def _runs_on_graph(opset: int) -> str:
 def _runs_on_engine(manifest: Manifest) -> str:
     engine = manifest.engine
     assert engine is not None
-    capabilities = ", ".join(engine.compute_capabilities) or "its builder's GPU"
-    return f"{engine.backend} {engine.version} on SM {capabilities}"
+    return f"{engine.backend} {engine.version} on {engine.targets}"
 
 
 def _runs_on_header(header: EngineHeader) -> str:
-    capabilities = ", ".join(str(capability) for capability in header.capabilities)
-    later = " and later" if header.later else ""
-    where = f"SM {capabilities}{later}" if capabilities else "the GPU generation it was built on"
-    return f"{header.backend} {header.version} on {where}"
+    return f"{header.backend} {header.version} on {header.targets}"

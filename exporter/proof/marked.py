@@ -17,7 +17,7 @@ from msn_export.progress import Progress
 from msn_export.records import to_plain
 from msn_export.run_trt import run_trt
 from msn_export.sidecar import sha256_of
-from msn_export.trt_job import TrtJob
+from msn_export.trt.job import TrtJob
 
 
 def build_marked(engine: Path, manifest: Manifest, folder: Path, progress: Progress) -> Path:
@@ -53,6 +53,7 @@ def build_marked(engine: Path, manifest: Manifest, folder: Path, progress: Progr
         capabilities=() if header.later else header.capabilities,
         profiles=manifest.profiles,
         tf32=record.options.get("tf32") is True,
+        hardware_compatible=record.options.get("hardware_compatible") is True,
         islands=str(islands) if known else "none",
         check=False,
         stages=True,

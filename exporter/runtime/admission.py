@@ -17,7 +17,7 @@ from msn_export.manifest import Manifest
 from msn_export.runtime.loaders import Loaded, may_run
 from msn_export.runtime.providers import require_index
 from msn_export.sidecar import manifest_path
-from msn_export.spec import ComputeCapability
+from msn_export.spec import ComputeCapability, Targets
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,28 +42,22 @@ class Admitted:
         return record.version if record is not None else self.header.version
 
     @property
-    def capabilities(self) -> tuple[ComputeCapability, ...]:
-        """The GPU generations it is for; empty where neither file nor manifest tells."""
+    def targets(self) -> Targets:
+        """The GPU generations it is for; none where neither file nor manifest tells."""
         record = self.manifest.engine if self.manifest is not None else None
-        if self.header.capabilities or record is None:
-            return self.header.capabilities
-        return tuple(ComputeCapability.parse(text) for text in record.compute_capabilities)
+        return self.header.targets if self.header.targets or not record else record.targets
 
     def is_for(self, device: Device) -> bool:
         """Tell whether it is for a GPU."""
-        known = self.capabilities
-        if not known or device.capability in known:
+        if not self.targets or device.capability in self.targets:
             return True
         # it names no target: its kernels are made on the GPU
-        least = min(known) if tries_any_gpu() else max(known)
-        return self.header.later and device.capability > least
+        late = self.targets.later and device.capability > min(self.targets.named)
+        return late and tries_any_gpu()
 
     def __str__(self) -> str:
-        known = ", ".join(str(one) for one in self.capabilities)
-        later = " and later" if self.header.later else ""
-        return f"{self.header.backend} {self.version}" + (
-            f" for SM {known}{later}" if known else ""
-        )
+        gpus = f" for {self.targets}" if self.targets else ""
+        return f"{self.header.backend} {self.version}{gpus}"
 
 
 def admit_engine(path: Path, *, trust: bool) -> Admitted:
@@ -159,4 +153,7 @@ def rebuild(manifest: Manifest | None, capability: ComputeCapability | None = No
         words += ["--compute-capability", str(capability)]
     for profile in manifest.profiles:
         words += ["--batch", str(profile)]
+    for option in ("version_compatible", "hardware_compatible", "tf32"):
+        if manifest.engine.options.get(option) is True:
+            words.append(f"--{option.replace('_', '-')}")
     return "rebuild it with: " + " ".join([*words, "--force"])

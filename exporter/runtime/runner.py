@@ -12,12 +12,11 @@ import numpy as np
 from msn_export.errors import InputError, ManifestError, RunnerError
 
 if TYPE_CHECKING:
-    from pathlib import Path
     from types import TracebackType
 
     from numpy.typing import NDArray
-    from PIL import Image
 
+    from msn_export.images import Picture
     from msn_export.manifest import Manifest
     from msn_export.runtime.outputs import Outputs
     from msn_export.runtime.selftest import SelfTest
@@ -104,10 +103,12 @@ class Runner(ABC):
         """The classifier's labels; empty where the artifact has none."""
         return self.manifest.labels if self.manifest is not None else ()
 
-    def preprocess(
-        self, images: Path | str | Image.Image | Iterable[Path | str | Image.Image]
-    ) -> NDArray[Any]:
-        """Turn picture files or Pillow images into a batch, as the manifest says.
+    def preprocess(self, images: Picture | Iterable[Picture]) -> NDArray[Any]:
+        """Turn pictures into a batch, as the manifest says.
+
+        Args:
+            images: one or several: files, Pillow images, or uint8 [h, w, 3] in RGB (OpenCV's
+                arrays are BGR: ``array[..., ::-1]``).
 
         Returns:
             What the artifact takes: float32 [b, c, h, w], normalised, or uint8 [b, h, w, c].
@@ -124,8 +125,7 @@ class Runner(ABC):
             )
         from msn_export import images as pictures
 
-        one = isinstance(images, str | os.PathLike) or _is_picture(images)
-        several = [images] if one else images
+        several = [images] if _is_one(images) else images
         if self._takes_bytes:
             return pictures.decode(several, preprocessing)  # type: ignore[arg-type]
         return pictures.preprocess(several, preprocessing)  # type: ignore[arg-type]
@@ -182,5 +182,8 @@ class Runner(ABC):
             raise RunnerError(f"this runner ({self.name}) is closed; open another")
 
 
-def _is_picture(value: object) -> bool:
-    return hasattr(value, "convert") and hasattr(value, "resize")
+def _is_one(images: object) -> bool:
+    """Tell one picture from several; four dimensions are several."""
+    if isinstance(images, np.ndarray):
+        return images.ndim < 4
+    return isinstance(images, str | os.PathLike) or not isinstance(images, Iterable)

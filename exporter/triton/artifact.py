@@ -7,7 +7,7 @@ from pathlib import Path
 
 from msn_export.manifest import Manifest
 from msn_export.preprocessing import Preprocessing
-from msn_export.spec import BatchRange, TensorSpec
+from msn_export.spec import BatchRange, Targets, TensorSpec
 
 LOGITS = "logits"
 
@@ -63,10 +63,10 @@ class Artifact:
         return only.max if only is not None and only.is_static else None
 
     @property
-    def capabilities(self) -> tuple[str, ...]:
-        """The compute capabilities an engine was built for, where its manifest tells."""
+    def targets(self) -> Targets:
+        """The GPU generations an engine was built for, where its manifest tells."""
         engine = self.manifest.engine if self.manifest else None
-        return engine.compute_capabilities if engine else ()
+        return engine.targets if engine else Targets()
 
     @property
     def version_compatible(self) -> bool:

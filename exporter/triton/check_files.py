@@ -4,6 +4,7 @@ import re
 from math import prod
 from pathlib import Path
 
+from msn_export.spec import ComputeCapability
 from msn_export.triton import messages
 from msn_export.triton.artifact import LOGITS, Platform
 from msn_export.triton.findings import Findings, Subject, safe_file
@@ -68,9 +69,10 @@ def _check_capabilities(subject: Subject) -> Findings:
             yield subject.wrong(where, "is no compute capability; expected as in 8.9")
             continue
         for file, artifact in subject.artifacts:
-            built = artifact.capabilities
-            if Path(file).name == name and built and capability not in built:
-                yield subject.wrong(where, f"{file} was built for {', '.join(built)}")
+            built = artifact.targets
+            asked = ComputeCapability.parse(capability)
+            if Path(file).name == name and built and asked not in built:
+                yield subject.wrong(where, f"{file} was built for {built}")
 
 
 def _check_labels(subject: Subject, root: Path) -> Findings:

@@ -58,7 +58,10 @@ def model_config(name: str, artifacts: Sequence[Artifact], settings: Settings) -
         group.profile.extend(str(index) for index in range(len(first.profiles)))
     if len(artifacts) > 1:
         for artifact in artifacts:
-            config.cc_model_filenames[artifact.capabilities[0]] = plan_name(artifact, artifacts)
+            # one for any GPU from Ampere on is what Triton opens where no other is named
+            if not artifact.targets.later:
+                capability = str(artifact.targets.named[0])
+                config.cc_model_filenames[capability] = plan_name(artifact, artifacts)
     if settings.response_cache:
         config.response_cache.enable = True
     if settings.warmup:
@@ -124,9 +127,10 @@ def batch_limit(artifact: Artifact, asked: int | None) -> int:
 
 def plan_name(artifact: Artifact, among: Sequence[Artifact]) -> str:
     """Name an artifact's file in a version's folder."""
-    if len(among) == 1:
+    if len(among) == 1 or artifact.targets.later:
         return artifact.platform.filename
-    return f"model.sm{artifact.capabilities[0].replace('.', '')}.plan"
+    generation = artifact.targets.named[0]
+    return f"model.sm{generation.major}{generation.minor}.plan"
 
 
 def dims(spec: TensorSpec, *, batching: bool) -> list[int]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from msn_export.errors import SpecError
+from msn_export.spec import Targets
 from msn_export.triton.artifact import Artifact, Platform
 from msn_export.triton.check_tensors import RTX
 
@@ -23,15 +24,14 @@ def require_one_model(artifacts: Sequence[Artifact]) -> None:
             "several artifacts are one model's engines for several GPUs, and an .onnx runs on all; "
             "give it alone, and a second model in a call of its own with another --name"
         )
-    seen: dict[tuple[str, ...], Artifact] = {}
+    seen: dict[Targets, Artifact] = {}
     for artifact in artifacts:
-        if len(artifact.capabilities) != 1:
+        if len(artifact.targets.named) != 1:
             raise SpecError(f"{artifact.path} does not say which GPU it is for; build it again")
-        other = seen.setdefault(artifact.capabilities, artifact)
+        other = seen.setdefault(artifact.targets, artifact)
         if other is not artifact:
             raise SpecError(
-                f"{other.path} and {artifact.path} are both for SM {artifact.capabilities[0]}; "
-                "give one"
+                f"{other.path} and {artifact.path} are both for {artifact.targets}; give one"
             )
         _require_same_facts(artifact, artifacts[0])
 

@@ -4,17 +4,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from msn_export.calibrate_job import CalibrateJob
 from msn_export.calibration import ranges as ranges_file
 from msn_export.calibration.pictures import FEW
 from msn_export.graph.facts import GraphFacts
 from msn_export.graph.quantised import quantised_products
 from msn_export.manifest import Manifest, versions_of
 from msn_export.manifest_records import AttentionRecord, QuantizationRecord, SourceRecord
-from msn_export.measured import Calibrated, measure
 from msn_export.progress import Progress
+from msn_export.quantise.job import CalibrateJob
+from msn_export.quantise.measured import Calibrated, measure
+from msn_export.quantise.verdict import Savings, sentence
 from msn_export.sidecar import sha256_of
-from msn_export.verdict import Savings, sentence
 
 PACKAGES = ("onnx", "onnx-ir", "onnxsim", "onnxruntime-gpu", "onnxruntime", "tensorrt-rtx")
 

@@ -21,6 +21,7 @@ class TrtJob:
     optimization_level: int | None = None
     timing_cache: Path | None = None
     version_compatible: bool = False
+    hardware_compatible: bool = False
     tf32: bool = False
     timeout: float | None = None
     memory_limit: int | None = None

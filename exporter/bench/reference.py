@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from msn_export.arena import Arena
+    from msn_export.bench.arena import Arena
     from msn_export.bench.entries import Entry
 
 _BATCH = 4  # images the reference takes at a time: it is not what is timed

@@ -20,7 +20,7 @@ from msn_export.graph.stream import stages_of
 from msn_export.progress import Progress
 from msn_export.source import Source
 from msn_export.spec import AttentionForm, Dtype, TensorSpec
-from msn_export.trt_job import TrtJob
+from msn_export.trt.job import TrtJob
 from msn_export.typed import Islands, type_as
 
 

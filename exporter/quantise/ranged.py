@@ -6,7 +6,6 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from msn_export.calibrate_job import AUTO, OFF, CalibrateJob
 from msn_export.calibration import ranges as ranges_file
 from msn_export.calibration.bias import corrections
 from msn_export.calibration.collect import Watch, histograms
@@ -19,7 +18,8 @@ from msn_export.errors import GraphError
 from msn_export.graph.lower import raise_opset
 from msn_export.islands import MEASURED, decide
 from msn_export.progress import Progress
-from msn_export.quantise import PROBED, Probe, replay, smooth
+from msn_export.quantise.choices import PROBED, Probe, replay, smooth
+from msn_export.quantise.job import AUTO, OFF, CalibrateJob
 from msn_export.sidecar import sha256_of
 from msn_export.source import Source, room_of
 from msn_export.spec import Dtype

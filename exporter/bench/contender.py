@@ -95,7 +95,7 @@ class Torch:
     def __init__(self, told: Mapping[str, Any]) -> None:
         import torch
 
-        from msn_export.torch_reference import open_reference
+        from msn_export.bench.torch_reference import open_reference
 
         torch.set_num_threads(told["threads"])
         self._torch = torch

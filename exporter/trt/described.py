@@ -1,7 +1,6 @@
 """Describe an engine: what it was built from, with what, and what the compiler made of it."""
 
 from msn_export.check.sample import Sample
-from msn_export.compilable import Compilable
 from msn_export.engine.build import BuildResult
 from msn_export.engine.census import summary
 from msn_export.graph.facts import tensor_specs
@@ -10,7 +9,8 @@ from msn_export.manifest_records import AttentionRecord, CheckRecord, EngineReco
 from msn_export.records import to_plain
 from msn_export.sidecar import sha256_of
 from msn_export.source import Source
-from msn_export.trt_job import TrtJob
+from msn_export.trt.compilable import Compilable
+from msn_export.trt.job import TrtJob
 
 PACKAGES = ("onnx", "onnx-ir", "onnxsim", "onnxruntime-gpu", "onnxruntime")
 
@@ -19,13 +19,19 @@ def _engine_record(job: TrtJob, graph: Compilable, result: BuildResult) -> Engin
     figures = summary(result.census)
     options = {
         name: getattr(job, name)
-        for name in ("workspace", "optimization_level", "version_compatible", "tf32")
+        for name in (
+            "workspace",
+            "optimization_level",
+            "version_compatible",
+            "hardware_compatible",
+            "tf32",
+        )
         if getattr(job, name) not in {None, False}
     }
     return EngineRecord(
         backend=result.backend.name,
         version=result.backend.version,
-        compute_capabilities=tuple(str(capability) for capability in result.capabilities),
+        compute_capabilities=tuple(map(str, result.targets.named)),
         precision=graph.dtype,
         kernels=figures["kernels"],
         kernels_per_block=figures["kernels_per_block"],
@@ -34,6 +40,7 @@ def _engine_record(job: TrtJob, graph: Compilable, result: BuildResult) -> Engin
         quantised_products=len(graph.quantised),
         executed=False,
         reason="compiled",
+        later=result.targets.later,
         census=[to_plain(census) for census in result.censuses],
         options=options,
     )

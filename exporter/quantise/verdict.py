@@ -14,7 +14,7 @@ from msn_export.check.gate import Gate
 from msn_export.check.neighbours import embedding_of, neighbour_agreement
 from msn_export.check.verify import Reference, Runner, Verified, run_reference
 from msn_export.manifest_records import CheckRecord
-from msn_export.quantise import EVERYTHING, Choice
+from msn_export.quantise.choices import EVERYTHING, Choice
 from msn_export.spec import Head, InputKind
 
 # Saving less than this of the twin's bytes is not worth another artifact.

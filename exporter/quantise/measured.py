@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from msn_export.calibrate_job import CalibrateJob
 from msn_export.calibration.pictures import Split
-from msn_export.compiled import Twin, compile_both, engine_path
 from msn_export.graph.quantised import quantised_products
-from msn_export.latency import time_engines, time_graphs
 from msn_export.progress import Progress
-from msn_export.ranged import Ranged
+from msn_export.quantise.compiled import Twin, compile_both, engine_path
+from msn_export.quantise.job import CalibrateJob
+from msn_export.quantise.latency import time_engines, time_graphs
+from msn_export.quantise.ranged import Ranged
+from msn_export.quantise.verdict import Candidate
 from msn_export.source import Source
 from msn_export.spec import Target
-from msn_export.verdict import Candidate
 
 
 @dataclass(frozen=True, slots=True)

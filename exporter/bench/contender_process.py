@@ -1,4 +1,4 @@
-"""A contender of a benchmark: ``python -m msn_export.contender_process``.
+"""A contender of a benchmark: ``python -m msn_export.bench.contender_process``.
 
 ``bench/process.py`` starts it. A request comes in as a line of JSON on stdin, its answer goes out
 as one on a pipe of its own: libraries print on stdout and stderr as they like. It never outlives
@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from msn_export.bench.contender import open_timed
 from msn_export.check.sample import Sample
-from msn_export.contender import open_timed
 from msn_export.errors import MsnExportError
 from msn_export.preprocessing import Preprocessing
 from msn_export.process import end_with, peak_rss, reset_peak
