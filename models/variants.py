@@ -78,11 +78,6 @@ class VitConfig:
         """Sequence length: the patches and [CLS]."""
         return self.grid[0] * self.grid[1] + 1
 
-    @property
-    def head_dim(self) -> int:
-        """Size of one attention head."""
-        return self.dim // self.heads
-
     def for_image_size(self, size: tuple[int, int]) -> VitConfig:
         """Give the same model for another image size.
 

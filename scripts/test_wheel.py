@@ -24,7 +24,7 @@ SOURCES = {"exporter": "msn_export", "models": "msn_export/models",
 # What the wheel could get wrong although its files are the tree's: entry point, extras, imports
 # under their installed names, data files
 PACKAGED = ("tests/test_architecture.py", "tests/test_cli.py", "tests/test_run_embed.py",
-            "tests/test_run_triton.py", "tests/test_page.py")  # fmt: skip
+            "tests/test_embed_resume.py", "tests/test_embed_refusals.py", "tests/test_run_triton.py", "tests/test_page.py")  # fmt: skip
 
 
 def differences(wheel: Path) -> list[str]:

@@ -39,7 +39,7 @@ def random_feeds(model: ir.Model, seed: int = 0) -> dict[str, np.ndarray[Any, An
     return {
         value.name or "": generator.standard_normal(
             [size if isinstance(size, int) else 2 for size in value.shape or ()]
-        ).astype(np.float32)
+        ).astype(np.float32 if value.dtype is None else value.dtype.numpy())
         for value in model.graph.inputs
     }
 

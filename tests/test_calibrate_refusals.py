@@ -48,6 +48,12 @@ def test_fewer_than_32_images_are_a_warning(graph, images, tmp_path) -> None:
     )
 
 
+def test_32_images_are_none(graph, images, tmp_path) -> None:
+    told = done(graph, images, tmp_path / "m.onnx", "--int8", *QUICK, "--limit", "32")
+    assert told["quantization"]["calibration_images"] == 32
+    assert not any("were calibrated on" in note for note in told["notes"])
+
+
 def test_broken_images_are_named_and_counted(graph, tmp_path) -> None:
     folder = pictures(tmp_path / "pictures", 12, broken=(3, 8))
     told = done(graph, folder, tmp_path / "m.onnx", "--int8", *QUICK)

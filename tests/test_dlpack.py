@@ -29,6 +29,7 @@ def test_every_dtype_goes_through_torch_and_back_in_place(kind) -> None:
     array = np.arange(24).reshape(2, 3, 4).astype(kind)
     taken = torch.from_dlpack(lent(array, OF_NUMPY[array.dtype].onnx))
     assert taken.data_ptr() == array.ctypes.data
+    assert taken.numpy().dtype == array.dtype
     np.testing.assert_array_equal(taken.numpy(), array)
     borrowed = dlpack.borrow(taken)
     assert borrowed.pointer == array.ctypes.data

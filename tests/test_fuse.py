@@ -86,3 +86,18 @@ def test_the_softmax_of_a_classifier_is_no_attention() -> None:
         }""")
     assert fuse_attention(model, AttentionForm.HEADS) == 1
     assert op_types(model) == ["Attention", "Softmax"]
+
+
+def test_packed_form_refuses_tokens_that_are_split_instead_of_heads() -> None:
+    model = parse("""
+        g (float[b,15,8] x) => (float[b,5,8] y)
+        <int64[4] apart = {0, 15, 2, 4}, int64[3] together = {0, 5, 8}> {
+            heads = Reshape (x, apart)
+            first = Transpose <perm = [0, 2, 1, 3]> (heads)
+            q, k, v = Split <axis = 2, num_outputs = 3> (first)
+            o = Attention (q, k, v)
+            back = Transpose <perm = [0, 2, 1, 3]> (o)
+            y = Reshape (back, together)
+        }""")
+    with pytest.raises(FusionError, match="does not read one packed query-key-value projection"):
+        fuse_attention(model, AttentionForm.PACKED)

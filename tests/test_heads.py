@@ -48,8 +48,11 @@ def test_heads_are_set_apart_and_the_numbers_stay(text, ops) -> None:
         """g (float[b,n,8] q, float[b,n,8] k, float[b,n,8] v) => (float[b,n,8] y)
            { y = Attention <q_num_heads = 2, kv_num_heads = 2> (q, k, v) }""",
         "g (float[b,2,5,4] q) => (float[b,2,5,4] y) { y = Attention (q, q, q) }",
+        # keys and values come out too, which the 4-D form would give in another shape
+        """g (float[b,5,8] q, float[b,7,8] k, float[b,7,8] v) => (float[b,5,8] y, float[b,2,7,4] pk)
+           { y, pk, pv = Attention <q_num_heads = 2, kv_num_heads = 2> (q, k, v) }""",
     ],
-    ids=["grouped", "dynamic", "4-D"],
+    ids=["grouped", "dynamic", "4-D", "with a cache"],
 )
 def test_what_cannot_be_set_apart_is_left(text) -> None:
     model = parse(text)

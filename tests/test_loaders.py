@@ -44,11 +44,25 @@ def test_nothing_installed_names_what_would_do(monkeypatch) -> None:
         load("openvino", compatible=False)
 
 
-@pytest.mark.parametrize("version", ["7.2.3", "9.3.0", "10.0.1", "unknown"])
-def test_an_unsupported_version_is_told(monkeypatch, version) -> None:
-    installed(monkeypatch, tensorrt=version)
-    with pytest.raises(RunnerError, match=f"^tensorrt {version} is not supported"):
-        load("tensorrt", compatible=False)
+@pytest.mark.parametrize(
+    ("backend", "module", "version"),
+    [("tensorrt", "tensorrt", version) for version in ("7.2.3", "9.3.0", "10.0.1", "unknown")]
+    + [("tensorrt-rtx", "tensorrt_rtx", version) for version in ("1.0.0", "1.4.9")],
+)
+def test_an_unsupported_version_is_told(monkeypatch, backend, module, version) -> None:
+    installed(monkeypatch, **{module: version})
+    with pytest.raises(RunnerError, match=f"^{module} {version} is not supported"):
+        load(backend, compatible=False)
+
+
+@pytest.mark.parametrize(
+    ("backend", "module", "version"),
+    [("tensorrt", "tensorrt", version) for version in ("8.6.0", "10.2.0")]
+    + [("tensorrt-rtx", "tensorrt_rtx", "1.5.0")],
+)
+def test_the_first_supported_version_is_taken(monkeypatch, backend, module, version) -> None:
+    installed(monkeypatch, **{module: version})
+    assert str(load(backend, compatible=False)) == f"{backend} {version}"
 
 
 def test_a_module_that_does_not_import_says_why(monkeypatch) -> None:

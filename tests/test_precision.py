@@ -6,7 +6,12 @@ import pytest
 from graphs import op_types, parse, random_feeds, run
 
 from msn_export.errors import GraphError
-from msn_export.graph.precision import graph_dtype, overflowing_weights, type_graph
+from msn_export.graph.precision import (
+    fp32_nodes,
+    graph_dtype,
+    overflowing_weights,
+    type_graph,
+)
 from msn_export.spec import Dtype
 
 CHAIN = """
@@ -61,6 +66,15 @@ def test_an_island_is_neither_written_nor_read_in_fp16() -> None:
     assert types(model)["h"] == types(model)["r"] == types(model)["y"] == "FLOAT"
     assert op_types(model) == ["MatMul", "Relu", "LayerNormalization"]
     np.testing.assert_array_equal(run(model, feeds), wanted)
+
+
+def test_the_nodes_that_stay_are_named_and_are_found_again_in_the_typed_graph() -> None:
+    model = parse(CHAIN)
+    typed = type_graph(model, Dtype.FP16, ["h"])
+    product, relu, norm = (node.name for node in parse(CHAIN).graph)
+    assert typed.fp32_nodes == (product, relu)
+    assert fp32_nodes(model) == (product, relu)
+    assert norm not in typed.fp32_nodes
 
 
 def test_a_value_read_in_both_types_is_cast_once() -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 import pytest
-from calibrated_graphs import feeds, planned, scheme
+from calibrated_graphs import feeds, planned, scheme, vit
 from graphs import op_types, parse, run
 
 from msn_export.calibration.observers import Histogram, Observer
@@ -70,6 +70,26 @@ def test_weights_are_held_to_half_a_step(tmp_path, dtype) -> None:
     # int8 has steps of one scale, E4M3 four-bit mantissas: 2**-4 of the value
     step = scale if dtype is Dtype.INT8 else np.maximum(np.abs(wanted) / 8, scale * 2**-9)
     assert (np.abs(held * scale - wanted) <= step / 2 * 1.001).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "base", "largest"),
+    [
+        (Dtype.INT8, Dtype.FP16, 127),
+        (Dtype.INT8, Dtype.BF16, 127),
+        (Dtype.INT8, Dtype.FP32, 64),  # for onnxruntime, whose sums of two may saturate
+        (Dtype.FP8, Dtype.FP16, 448),
+    ],
+)
+def test_weights_use_the_whole_range_wherever_no_sum_saturates(
+    tmp_path, dtype, base, largest
+) -> None:
+    plan = Plan.of(vit(tmp_path), scheme(dtype, base), attention=False)
+    ranges = dict.fromkeys(plan.watched, RANGE)
+    quantise_projections(plan.model, plan.projections, ranges, plan.scheme)
+    weight = dequantised(node_of(plan.model, "blocks.0.fc1.MatMul").inputs[1])
+    held = weight.inputs[0].const_value.numpy().astype(np.float32)
+    assert np.abs(held).max() == largest
 
 
 @FORMATS

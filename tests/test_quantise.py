@@ -90,13 +90,28 @@ def test_auto_smooths_planted_outliers_and_lowers_the_error(tmp_path) -> None:
     assert after == pytest.approx(min(record.errors.values()), rel=0.05)
 
 
-def test_auto_leaves_a_graph_alone_that_smoothing_does_not_help(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("errors", "strength"),
+    [
+        ((0.1, 0.1, 0.1, 0.1), None),
+        ((0.1, 0.095, 0.091, 0.099), None),  # as images differ; docs/quantization.md
+        ((0.1, 0.095, 0.089, 0.099), 0.5),
+        ((np.inf, 0.1, 0.2, 0.3), 0.25),
+        ((np.inf,) * 4, None),
+    ],
+)
+def test_auto_leaves_a_graph_alone_unless_a_strength_leaves_a_tenth_less_error(
+    tmp_path, monkeypatch, errors, strength
+) -> None:
     plan = planned(tmp_path)
     probe = probe_of(plan, tmp_path)
-    monkeypatch.setattr(Probe, "error", lambda self, model: 0.1)  # all the same: the first wins
+    told = iter(errors)
+    monkeypatch.setattr(Probe, "error", lambda self, model: next(told))
     chosen, record = smooth(plan, None, probe, Observer.MAX)
-    assert chosen is plan
-    assert (record.strength, record.exponents) == (None, None)
+    assert record.strength == strength
+    assert (chosen is plan) == (strength is None)
+    assert (record.exponents is None) == (strength is None)
+    assert record.errors == dict(zip(("off", "0.25", "0.5", "0.75"), errors, strict=True))
 
 
 def test_a_strength_is_taken_as_it_is_said_and_tried_on_nothing(tmp_path) -> None:

@@ -113,6 +113,14 @@ def test_a_norm_that_something_else_reads_is_no_seam(tmp_path) -> None:
     assert "blocks.0.norm1_out" not in seams_of(plan)
 
 
+def test_a_value_projection_that_something_else_reads_is_no_seam() -> None:
+    model = block("thirds")
+    assert len(find_seams(model, find_projections(model))) == 3
+    model.graph.outputs.append(value(model, "product"))
+    seams = find_seams(model, find_projections(model))
+    assert [seam.name for seam in seams] == ["n", "between"]
+
+
 def test_a_norm_whose_reader_is_not_quantised_is_no_seam(tmp_path) -> None:
     plan = planned(tmp_path)
     fewer = tuple(p for p in plan.projections if (p.role, p.block) != (Role.FC1, 0))
