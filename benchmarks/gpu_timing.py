@@ -34,7 +34,7 @@ def time_all(
     """Run every contender in every round, the order rotated; milliseconds a call."""
     names = list(runs)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
+    for turn in range(rounds if names else 0):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
             times[name].append(milliseconds(runs[name], inputs, calls[name]))

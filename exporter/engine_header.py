@@ -21,6 +21,7 @@ Full TensorRT writes ``ftrt``, a 4-byte serialisation version and, at 24, its ve
 Everything in a file is hostile: nothing is indexed that was not measured first.
 """
 
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,11 +45,17 @@ CAPABILITIES = tuple(
     ComputeCapability(*pair) for pair in ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
 )
 _LATER = 1 << 6
+ANY_GPU = "MSN_EXPORT_ANY_GPU"  # tries TensorRT-RTX where its maker promises nothing
 
 
 def may_target(capability: ComputeCapability) -> bool:
     """Tell whether TensorRT-RTX compiles for a GPU: all it knows, and those after the last."""
     return capability in CAPABILITIES or capability > max(CAPABILITIES)
+
+
+def tries_any_gpu() -> bool:
+    """Tell whether an engine that names no target is to be tried on GPUs that it does not claim."""
+    return os.environ.get(ANY_GPU) == "1"
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,13 @@ import photographs as photographs_script
 import real_bindings
 from checkpoints import small
 from click.testing import CliRunner
+from on_a_card import (  # noqa: F401  hooks of pytest
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_runtest_logreport,
+    pytest_runtest_setup,
+    pytest_sessionstart,
+)
 
 from msn_export.cli import main
 

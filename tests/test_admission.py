@@ -4,6 +4,7 @@ import importlib
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +15,12 @@ from trt_bench import one_device
 
 from msn_export import manifest as manifests
 from msn_export.driver import Device, Driver
+from msn_export.engine_header import EngineHeader
 from msn_export.errors import EngineFileError, ManifestError, RunnerError
 from msn_export.manifest_records import EngineRecord, SourceRecord
 from msn_export.records import from_plain, to_plain
 from msn_export.runtime import engine_opening, open_runner
-from msn_export.runtime.admission import admit_engine, rebuild
+from msn_export.runtime.admission import Admitted, admit_engine, rebuild
 from msn_export.runtime.loaders import Loaded
 from msn_export.sidecar import manifest_path, sha256_of
 from msn_export.spec import ComputeCapability
@@ -134,6 +136,23 @@ def test_another_gpu_generation_is_told_with_the_command_that_rebuilds(
         f"engine {engine()} was built with tensorrt-rtx {version} for SM 8.9; here is {here}; "
         f"rebuild it with: msn-export trt m.onnx --fp16 --backend {target} --batch 1:8:32 --force"
     )
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("asked", [None, "0", "1"])
+def test_a_gpu_that_no_engine_claims_is_tried_where_that_is_asked_for(
+    monkeypatch, later, asked
+) -> None:
+    monkeypatch.delenv("MSN_EXPORT_ANY_GPU", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("MSN_EXPORT_ANY_GPU", asked)
+    claimed = tuple(ComputeCapability(*pair) for pair in ((8, 0), (8, 9), (12, 1)))
+    header = EngineHeader("tensorrt-rtx", "1.6.1.120", 1, claimed, later)
+    engine = Admitted(Path("m.engine"), b"", header, None)
+    assert engine.is_for(HOPPER) == (later and asked == "1")
+    assert engine.is_for(ADA)
+    assert engine.is_for(replace(ADA, capability=ComputeCapability(13, 0))) == later
+    assert not engine.is_for(replace(ADA, capability=ComputeCapability(7, 5)))
 
 
 def test_the_first_gpu_that_fits_is_taken(monkeypatch) -> None:

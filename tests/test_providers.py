@@ -27,7 +27,9 @@ BOTH = ("TensorrtExecutionProvider", CUDA, CPU)
 def test_which_providers_are_opened(asked, device, available, driver, expected) -> None:
     chosen = choose(asked, device, available, driver)
     assert [name for name, _ in chosen] == expected
-    assert all(options == ({} if name == CPU else {"device_id": 0}) for name, options in chosen)
+    for name, options in chosen:
+        tf32 = {"use_tf32": "0"} if name == CUDA else {}  # fp32 is computed as such
+        assert options == ({} if name == CPU else {"device_id": 0, **tf32})
 
 
 @pytest.mark.parametrize(

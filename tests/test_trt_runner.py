@@ -475,13 +475,22 @@ def script(bench: Bench) -> None:
             del output, given
 
 
+def numbers_to_fail(bench: Bench) -> list[int]:
+    """List every call; on a card, where opening takes seconds, each function's first and last."""
+    calls = bench.recorder.calls
+    if not bench.is_real:
+        return list(range(len(calls)))
+    last = {name: number for number, name in enumerate(calls)}
+    first = {name: number for number, name in reversed(list(enumerate(calls)))}
+    return sorted({*first.values(), *last.values()})
+
+
 def test_whichever_call_fails_it_is_our_error_and_nothing_stays_allocated(bench) -> None:
     script(bench)
     bench.settle()
     assert bench.recorder.live() == {}
-    total = len(bench.recorder.calls)
     told = set()
-    for number in range(total):
+    for number in numbers_to_fail(bench):
         bench.recorder.calls.clear()
         bench.recorder.fail_at = number
         try:

@@ -5,7 +5,6 @@ and tensors on the GPU are torch's.
 """
 
 import importlib
-import os
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -23,7 +22,7 @@ from msn_export.driver import Device, Driver, NoDriver, find_driver
 from msn_export.engine.backend import Backend, find_backend
 from msn_export.engine.build import build_engine
 from msn_export.engine.job import BuildSpec
-from msn_export.engine_header import may_target
+from msn_export.engine_header import ANY_GPU, may_target, tries_any_gpu
 from msn_export.errors import MissingPackageError
 from msn_export.runtime import library as libraries
 from msn_export.runtime.loaders import LOADERS, Loaded, row_for
@@ -33,7 +32,6 @@ from msn_export.spec import BatchRange, ComputeCapability
 DEVICE = Device(0, "Stand-in GPU", ComputeCapability(8, 9), 1 << 30)
 ROWS = {row.contexts: row for row in reversed(LOADERS) if not row.only_compatible}
 AMPERE = ComputeCapability(8, 0)
-ANY_GPU = "MSN_EXPORT_ANY_GPU"
 BENCHES = [*ROWS, pytest.param("gpu", marks=pytest.mark.gpu)]
 
 
@@ -212,7 +210,7 @@ def _loaded() -> Loaded:
 
 def _obstacle(capability: ComputeCapability) -> str:
     """Say why nothing of these tests can run on a GPU; empty where it must."""
-    if not _backend().flavour.targets_capabilities or os.environ.get(ANY_GPU):
+    if not _backend().flavour.targets_capabilities or tries_any_gpu():
         return ""
     if not may_target(capability):
         return (

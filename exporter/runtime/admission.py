@@ -11,7 +11,7 @@ from pathlib import Path
 
 from msn_export import manifest as manifests
 from msn_export.driver import Device, Driver, NoDriver
-from msn_export.engine_header import EngineHeader, may_target, parse_header
+from msn_export.engine_header import EngineHeader, may_target, parse_header, tries_any_gpu
 from msn_export.errors import ManifestError, RunnerError
 from msn_export.manifest import Manifest
 from msn_export.runtime.loaders import Loaded, may_run
@@ -49,7 +49,11 @@ class Admitted:
 
     def is_for(self, device: Device) -> bool:
         """Tell whether it is for a GPU."""
-        return not self.targets or device.capability in self.targets
+        if not self.targets or device.capability in self.targets:
+            return True
+        # it names no target: its kernels are made on the GPU
+        late = self.targets.later and device.capability > min(self.targets.named)
+        return late and tries_any_gpu()
 
     def __str__(self) -> str:
         gpus = f" for {self.targets}" if self.targets else ""

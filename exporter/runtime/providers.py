@@ -14,6 +14,9 @@ _SHORT = {
     "tensorrt": "TensorrtExecutionProvider",
     "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
 }
+# What a provider is told beside the GPU. Unasked, CUDA's products of fp32 round to TF32: an fp32
+# graph would not reproduce its golden input.
+_OPTIONS = {CUDA: {"use_tf32": "0"}}
 # Providers whose tensors may stay on the GPU; each takes a device_id
 ON_GPU = frozenset({CUDA, "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider"})
 
@@ -53,7 +56,10 @@ def choose(
             f"device {device} is a GPU and the providers asked for ({', '.join(asked)}) use none; "
             "leave device out, or ask for cuda"
         )
-    return [(name, {"device_id": device or 0} if name in ON_GPU else {}) for name in names]
+    return [
+        (name, {"device_id": device or 0, **_OPTIONS.get(name, {})} if name in ON_GPU else {})
+        for name in names
+    ]
 
 
 def require_obtained(asked: Sequence[str], obtained: Sequence[str], file: str) -> None:

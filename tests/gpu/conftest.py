@@ -10,16 +10,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from places import FOUND, Place, Rehearsal
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let a card's machine warn: it has the torch and the compiler that it has.
-
-    torch gives advice there that is none for us: to round products to TF32, to spell it anew.
-    """
-    for item in items:
-        if item.get_closest_marker("gpu") and item.path.is_relative_to(Path(__file__).parent):
-            item.add_marker(pytest.mark.filterwarnings("default"))
-
-
 @pytest.fixture(scope="session")
 def places(tmp_path_factory: pytest.TempPathFactory, photographs: Path) -> dict[str, Place]:
     """What was opened so far: a card's engines are built once a session."""

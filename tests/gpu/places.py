@@ -18,7 +18,7 @@ from msn_export import manifest as manifests
 from msn_export.cli import main
 from msn_export.driver import Device, NoDriver, find_driver
 from msn_export.engine.backend import Backend, find_backend
-from msn_export.engine_header import may_target
+from msn_export.engine_header import ANY_GPU, may_target, tries_any_gpu
 from msn_export.errors import MissingPackageError
 from msn_export.manifest import Manifest
 from msn_export.models.checkpoints import Checkpoint, load_checkpoint
@@ -175,6 +175,8 @@ class Card(Bare):
         turing = self.device.capability < FIRST[Dtype.BF16]
         if self.backend.flavour.targets_capabilities and turing and dtype is Dtype.FP32:
             return f"{self.backend} has no fp32 products on SM {self.device.capability}"
+        if self.backend.flavour.targets_capabilities and dtype is Dtype.FP8 and not self.target():
+            return f"{self.backend} compiles fp8 for a named target, of which this GPU is none"
         if not self.backend.flavour.strongly_typed and (dtype.is_quantised or dtype is Dtype.BF16):
             return f"{self.backend} builds nothing in {dtype}"
         return ""
@@ -188,8 +190,9 @@ class Card(Bare):
         )  # fmt: skip
 
     def target(self) -> tuple[str, ...]:
-        """Name this card to a compiler that would else write for any."""
-        if not self.backend.flavour.targets_capabilities:
+        """Name this card to a compiler that would else write for any, where it knows the card."""
+        known = may_target(self.device.capability)
+        if not self.backend.flavour.targets_capabilities or not known:
             return ()
         return "--compute-capability", str(self.device.capability)
 
@@ -219,8 +222,12 @@ def no_engines(device: Device) -> str:
         backend = find_backend()
     except MissingPackageError as error:
         return str(error)
-    if backend.flavour.targets_capabilities and not may_target(device.capability):
-        return f"{backend} is for no GPU of SM {device.capability}"
+    unknown = backend.flavour.targets_capabilities and not may_target(device.capability)
+    if unknown and not tries_any_gpu():
+        return (
+            f"{backend} is for no GPU of SM {device.capability}; {ANY_GPU}=1 tries engines that "
+            "name no target"
+        )
     return ""
 
 

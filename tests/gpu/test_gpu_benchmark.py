@@ -12,8 +12,9 @@ import torch
 from places import BARE, TINY, Place, no_engines
 from trt_bench import one_device
 
-from msn_export.errors import MissingPackageError
+from msn_export.errors import MissingPackageError, MsnExportError
 from msn_export.runtime import open_runner
+from msn_export.spec import ComputeCapability
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 MODULES = ("gpu", "gpu_contenders", "gpu_timing", "gpu_table")
@@ -63,7 +64,7 @@ def rehearse(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(script, "find_driver", one_device)
     monkeypatch.setattr(script, "ceilings", lambda: {"copy_tb_s": 1.0, "fp16_tflop_s": 1.0})
     monkeypatch.setattr(gpu_timing, "BURST", 0.001)
-    monkeypatch.setattr(script, "run_trt", lambda _job, _progress: None)
+    monkeypatch.setattr(script, "build", lambda *_files: None)
     monkeypatch.setattr(
         gpu_contenders, "open_runner", lambda path, **_: open_runner(path.with_name("m.fp16.onnx"))
     )
@@ -130,7 +131,7 @@ def test_whoever_fails_is_told_with_why_and_the_others_are_timed(
     rehearse(script, monkeypatch)
     import gpu_contenders
 
-    def no_engine(_job: Any, _progress: Any) -> None:
+    def no_engine(*_files: Any) -> None:
         raise MissingPackageError("tensorrt is not installed")
 
     def runs_out(_model: Any, attention: str) -> Any:
@@ -141,7 +142,7 @@ def test_whoever_fails_is_told_with_why_and_the_others_are_timed(
 
         return run
 
-    monkeypatch.setattr(script, "run_trt", no_engine)
+    monkeypatch.setattr(script, "build", no_engine)
     monkeypatch.setattr(gpu_contenders, "_torch", runs_out)
     monkeypatch.setattr(script, "reference", lambda _model: lambda images: images.flatten(1))
     out = tmp_path / "gpu.json"
@@ -156,3 +157,41 @@ def test_whoever_fails_is_told_with_why_and_the_others_are_timed(
     assert told[2, "torch eager"] == "CUDA out of memory | 2 GiB"
     table = out.with_suffix(".md").read_text().splitlines()
     assert {line.count("|") for line in table} == {10}
+
+
+@pytest.mark.parametrize("place", ["rehearsal"], indirect=True)
+@pytest.mark.parametrize("begun", [0, 1, 4])
+def test_what_a_budget_leaves_out_is_told_and_the_rest_is_written(
+    place, script, monkeypatch, tmp_path, capsys, begun
+) -> None:
+    rehearse(script, monkeypatch)
+    answers = iter([False] * begun)
+    monkeypatch.setattr(script, "over_after", lambda _seconds: lambda: next(answers, True))
+    out = tmp_path / "gpu.json"
+    script.main(
+        ["--images", str(place.photographs), "--models", place.source(TINY), "--batches", "1", "2",
+         "--rounds", "2", "--budget", "9", "--output", str(out)]
+    )  # fmt: skip
+    if begun == 0:
+        assert not out.exists()
+        assert "not begun: the 9 s of --budget are over" in capsys.readouterr().out
+        return
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == 2 * len(ALL)
+    timed = [(row["batch"], row["contender"]) for row in rows if "ms" in row]
+    # one answer is for the model itself; whatever had to be compiled did not make it here
+    assert timed == [
+        (1, name) for name in ("torch eager", "torch SDPA", "onnxruntime CUDA")[: begun - 1]
+    ]
+    left_out = {row["reason"] for row in rows if row["batch"] == 2}
+    assert "not begun: the 9 s of --budget are over" in left_out
+
+
+def test_an_engine_that_ends_its_process_is_a_reason(script, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(script, "find_driver", one_device)
+    script.find_backend()  # skips nothing: the compiler of the tests is installed
+    with pytest.raises(MsnExportError, match=r"msn-export trt ended with 1: .*none\.onnx"):
+        script.build(tmp_path / "none.onnx", tmp_path / "m.engine", tmp_path)
+    assert script.target(True, ComputeCapability(8, 9)) == ["--compute-capability", "8.9"]
+    assert script.target(True, ComputeCapability(9, 0)) == []
+    assert script.target(False, ComputeCapability(8, 9)) == []
