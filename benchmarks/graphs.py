@@ -28,7 +28,7 @@ import torch
 from forms import opened
 from transformers import ViTMSNConfig, ViTMSNModel
 
-from msn_export import images
+from msn_export import image_folder, images
 from msn_export.machine import this_machine
 from msn_export.preprocessing import preset
 from msn_export.spec import ImageSize
@@ -70,7 +70,9 @@ def photographs(folder: Path) -> np.ndarray:
     """Write scikit-image's photographs, and decode as many as the largest batch takes."""
     run(sys.executable, str(ROOT / "scripts" / "photographs.py"), str(folder))
     preprocessing = preset("hf", ImageSize(224, 224))
-    return images.normalize(images.load(folder, preprocessing, max(BATCHES)).pixels, preprocessing)
+    return images.normalize(
+        image_folder.load(folder, preprocessing, max(BATCHES)).pixels, preprocessing
+    )
 
 
 def build(options: argparse.Namespace, folder: Path) -> dict[str, Contender]:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from msn_export import images
+from msn_export import image_folder, images
 from msn_export.errors import ImageError
-from msn_export.images import ImageSet
+from msn_export.image_folder import ImageSet
 from msn_export.preprocessing import Preprocessing
 from msn_export.spec import InputKind
 
@@ -111,7 +111,7 @@ def split(
     Raises:
         ImageError: there are not two readable images, or none that was not calibrated on before.
     """
-    found = images.find(folder)
+    found = image_folder.find(folder)
     order = [found[i] for i in np.random.default_rng(seed).permutation(len(found))]
     chosen = _hold_out(order, folder, preprocessing, taken)
     withheld = frozenset(map(hash_of, chosen.pixels))

@@ -133,7 +133,9 @@ def _remove_abandoned(folder: Path) -> None:
             os.close(lock)
 
 
-def publish(staged: Path, output: Path, manifest: str, *, force: bool) -> None:
+def publish(
+    staged: Path, output: Path, manifest: str, *, beside: Sequence[Path] = (), force: bool
+) -> None:
     """Move a checked artifact to its place, then write its manifest beside it.
 
     The old manifest goes first: at no moment does one lie beside an artifact it does not describe.
@@ -142,6 +144,7 @@ def publish(staged: Path, output: Path, manifest: str, *, force: bool) -> None:
         staged: the artifact, in a staging folder.
         output: its place.
         manifest: what is written beside it.
+        beside: further files of the staging folder, which go to the output's under their names.
         force: whether an existing file may be replaced.
 
     Raises:
@@ -151,8 +154,11 @@ def publish(staged: Path, output: Path, manifest: str, *, force: bool) -> None:
     staged_sidecar = manifest_path(staged)
     try:
         staged_sidecar.write_text(manifest, encoding="utf-8")
-        with placing([output, sidecar], force=force):
+        places = [output.with_name(file.name) for file in beside]
+        with placing([output, sidecar, *places], force=force):
             sidecar.unlink(missing_ok=True)
+            for file, place in zip(beside, places, strict=True):
+                file.replace(place)
             staged.replace(output)
             staged_sidecar.replace(sidecar)
     except OSError as error:

@@ -18,7 +18,7 @@ from msn_export.check.gate import GATES
 from msn_export.check.sample import Sample
 from msn_export.check.verify import Reference, run_reference
 from msn_export.errors import GraphError, ToleranceError
-from msn_export.files import placing, publish, require_writable, staging
+from msn_export.files import publish, require_writable, staging
 from msn_export.graph import io
 from msn_export.graph.precision import type_graph
 from msn_export.manifest import Manifest, seal
@@ -71,10 +71,8 @@ def run_calibrate(job: CalibrateJob, progress: Progress) -> tuple[Path, Manifest
             seconds=round(time.monotonic() - started, 3),
             peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
-        if job.ranges is None:
-            with placing([ranges], force=job.force):
-                (stage / ranges.name).replace(ranges)
-        publish(chosen.path, output, seal(manifest), force=job.force)
+        taken = () if job.ranges else (stage / ranges.name,)
+        publish(chosen.path, output, seal(manifest), beside=taken, force=job.force)
     return output, manifest
 
 

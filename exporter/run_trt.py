@@ -12,10 +12,11 @@ from msn_export.check.verify import Reference, run_reference, verify
 from msn_export.driver import NoDriver, find_driver
 from msn_export.engine import timing_cache
 from msn_export.engine.backend import Backend, find_backend
-from msn_export.engine.build import BuildResult, build_engine, judge_options
+from msn_export.engine.build import BuildResult, build_engine
 from msn_export.engine.census import require
 from msn_export.engine.job import BuildSpec
 from msn_export.engine.job import Progress as BuildProgress
+from msn_export.engine.options import judge
 from msn_export.errors import SpecError
 from msn_export.files import publish, require_writable, staging
 from msn_export.manifest import Manifest, seal
@@ -57,7 +58,7 @@ def run_trt(job: TrtJob, progress: Progress) -> tuple[Path, Manifest]:
         source = read_source(job.model)
         profiles = _profiles(job, source)
         spec = _spec(job, profiles, backend)
-        judge_options(spec, backend, find_driver())
+        judge(spec, backend, find_driver())  # the build does too, but after all the checks
         _require_for_tensorrt(source, job)
     with progress.step("read images"):
         sample = draw(job.images, source.preprocessing, room=room_of(source.model))

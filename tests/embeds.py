@@ -5,7 +5,7 @@ from pathlib import Path
 
 from click.testing import CliRunner, Result
 
-from msn_export import images
+from msn_export import image_folder
 from msn_export.cli import main
 
 COUNT, BROKEN = 45, (5, 18)
@@ -17,7 +17,7 @@ def embed(model: object, folder: object, output: Path, *options: str) -> Result:
 
 
 def names(folder: Path) -> list[str]:
-    return [str(path.relative_to(folder)) for path in images.find(folder)]
+    return [str(path.relative_to(folder)) for path in image_folder.find(folder)]
 
 
 def lines_of(output: Path) -> list[dict[str, object]]:

@@ -18,12 +18,10 @@ from engine_builds import built, graph, rtx, spec_of
 from engine_graphs import Vit
 from onnx import numpy_helper
 
-from msn_export.driver import Device, Driver
 from msn_export.engine import build as subject
 from msn_export.engine.backend import Backend
 from msn_export.engine.build import build_engine
-from msn_export.engine.flavours import flavour_for
-from msn_export.engine.job import BuildSpec, Progress
+from msn_export.engine.job import Progress
 from msn_export.errors import BuildError, OutputError
 from msn_export.spec import ComputeCapability, Targets
 
@@ -161,57 +159,6 @@ def test_attention_is_taken_apart_where_that_is_allowed() -> None:
     assert len(kept.fused_attention) == 2
 
 
-# --- jobs that contradict the graph or the backend ------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        (spec_of(Vit(batch=4)), r"--batch 1:8:32 lies outside the graph: the batch of input 'x' is "
-         r"fixed at 4; give --batch 4, or export"),
-        (spec_of(Vit(batch=4), profiles="8"), "--batch 8:8:8 lies outside the graph"),
-        (spec_of(Vit(quantised="fp8"), "8.6"), r"computes in fp8, which --compute-capability 8\.6 "
-         r"cannot; it takes 8\.9 or later"),
-        (spec_of(Vit(quantised="fp8"), "8.9 8.6"), r"which --compute-capability 8\.6 cannot"),
-        (spec_of(Vit(quantised="fp8"), ""), r"computes in fp8, which GPUs before 8\.9 cannot; name "
-         r"the target: --compute-capability 8\.9"),
-        (spec_of(Vit(dtype="bf16"), "7.5"), r"bf16, which --compute-capability 7\.5 cannot"),
-        (spec_of(Vit(dtype="fp32", attention="plain"), "7.5"), r"7\.5 has no fp32 matrix products"),
-        (spec_of(Vit(), "9.0"), r"cannot compile for compute capability 9\.0; it can for 7\.5, 8\.0"
-         r", 8\.6, 8\.9, 12\.0, 12\.1"),
-        (spec_of(Vit(), workspace=1024), "no kernel fits into --workspace; raise it"),
-        (spec_of(Vit(), version_compatible=True), r"cannot take --version-compatible: TensorRT-RTX "
-         r"ships without the lean runtime"),
-        (spec_of(Vit(), hardware_compatible=True), r"cannot take --hardware-compatible: without "
-         r"--compute-capability its engines are for any GPU from Ampere on"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)  # fmt: skip
-def test_a_contradiction_is_refused(tmp_path: Path, spec: BuildSpec, message: str) -> None:
-    with pytest.raises(BuildError, match=message):
-        build_engine(spec, rtx(), tmp_path / "x.engine")
-    assert not (tmp_path / "x.engine").exists()
-
-
-def test_options_without_effect_are_told_and_do_not_change_the_engine(tmp_path: Path) -> None:
-    cache = tmp_path / "timing.cache"
-    spec = spec_of(Vit(), optimization_level=5, timing_cache=cache)
-    result = build_engine(spec, rtx(), tmp_path / "x.engine")
-    assert [note.split(":")[0] for note in result.notes] == [
-        "--optimization-level has no effect",
-        "--timing-cache has no effect",
-    ]
-    assert not cache.exists()
-    assert result.output.read_bytes() == built(Vit()).output.read_bytes()
-
-
-def test_several_targets_are_told_to_share_their_kernels() -> None:
-    assert built(Vit(), "8.9 12.0").notes == (
-        "one set of kernels serves all targets, that of 8.9; an engine for each target may be "
-        "faster",
-    )
-
-
 def test_an_engine_that_claims_other_gpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     other = SimpleNamespace(targets=Targets((ComputeCapability(12, 0),)))
     monkeypatch.setattr(subject, "read_header", lambda _path: other)
@@ -332,63 +279,3 @@ def test_an_engine_that_cannot_be_written_is_an_os_error(tmp_path: Path) -> None
 def test_a_log_that_cannot_be_written_is_told_before_the_build(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"log .*absent/x\.log cannot be written: No such file"):
         build_engine(spec_of(Vit()), rtx(), tmp_path / "x", tmp_path / "absent" / "x.log")
-
-
-# --- full TensorRT, which builds for the GPU it runs on -------------------------------------------
-
-
-def test_full_tensorrt_builds_for_its_own_gpu_only(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    row = flavour_for("tensorrt", "11.4.0")
-    assert row is not None
-    card = Driver("13.0", (Device(0, "NVIDIA H200", ComputeCapability(9, 0), 1),))
-    monkeypatch.setattr(subject, "find_driver", lambda: card)
-    with pytest.raises(
-        BuildError, match=r"11\.4\.0 cannot take --compute-capability: TensorRT com"
-    ):
-        build_engine(spec_of(Vit()), Backend(row, "11.4.0"), tmp_path / "x.engine")
-
-
-def test_an_engine_for_any_gpu_is_built_on_ampere_or_later(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    row = flavour_for("tensorrt", "10.16.0")
-    assert row is not None
-    turing = Driver("13.0", (Device(0, "Tesla T4", ComputeCapability(7, 5), 1),))
-    monkeypatch.setattr(subject, "find_driver", lambda: turing)
-    with pytest.raises(
-        BuildError,
-        match=r"--hardware-compatible needs a GPU of SM 8\.0 or later to build on, and Tesla T4 is "
-        r"SM 7\.5; leave it out, or build where such a GPU is",
-    ):
-        build_engine(
-            spec_of(Vit(), "", hardware_compatible=True),
-            Backend(row, "10.16.0"),
-            tmp_path / "x.engine",
-        )
-
-
-@pytest.mark.parametrize(
-    ("compatible", "targets"),
-    [
-        (False, Targets((ComputeCapability(8, 9),))),
-        (True, Targets((ComputeCapability(8, 0),), later=True)),
-    ],
-)
-def test_full_tensorrt_builds_for_its_gpu_or_any_from_ampere_on(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compatible: bool, targets: Targets
-) -> None:
-    row = flavour_for("tensorrt", "10.16.0")
-    assert row is not None
-    card = Driver("13.0", (Device(0, "NVIDIA L4", ComputeCapability(8, 9), 1),))
-    monkeypatch.setattr(subject, "find_driver", lambda: card)
-
-    def pretend(*_args: object) -> dict[str, object]:
-        (tmp_path / "x.engine").write_bytes(b"compiled where the GPU is")
-        return {"kernels": [], "notes": [], "warnings": [], "peak_rss": 1}
-
-    monkeypatch.setattr(subject, "run_child", pretend)
-    monkeypatch.setattr(subject, "by_profile", lambda _kernels: ())
-    spec = spec_of(Vit(), "", hardware_compatible=compatible)
-    assert build_engine(spec, Backend(row, "10.16.0"), tmp_path / "x.engine").targets == targets

@@ -10,7 +10,7 @@ import pytest
 from decoders import deadly, marking, slow_when_early
 from tiny_artifacts import pictures
 
-from msn_export import images
+from msn_export import image_folder, images
 from msn_export.embed.decode import decode, read
 from msn_export.preprocessing import preset
 from msn_export.spec import ImageSize
@@ -35,14 +35,14 @@ def test_no_more_are_decoded_than_may_wait(tmp_path) -> None:
 
 
 def test_pixels_are_those_of_the_one_preprocessing(tmp_path) -> None:
-    paths = images.find(pictures(tmp_path, 3))
+    paths = image_folder.find(pictures(tmp_path, 3))
     got = list(decode(paths, partial(read, preprocessing=HF), workers=1, ahead=2))
     for path, pixels in zip(paths, got, strict=True):
         np.testing.assert_array_equal(pixels, images.read(path, HF))
 
 
 def test_a_broken_picture_is_its_reason(tmp_path) -> None:
-    paths = images.find(pictures(tmp_path, 3, broken=(1,)))
+    paths = image_folder.find(pictures(tmp_path, 3, broken=(1,)))
     got = list(decode(paths, partial(read, preprocessing=HF), workers=1, ahead=2))
     texts = [found for found in got if isinstance(found, str)]
     assert len(texts) == 1

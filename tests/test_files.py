@@ -251,15 +251,16 @@ def test_a_refused_move_is_told(tmp_path) -> None:
             publish(stage / "m.onnx", output, "{}", force=True)
 
 
-@pytest.mark.parametrize("taken", ["m.onnx", "m.onnx.json"])
+@pytest.mark.parametrize("taken", ["m.onnx", "m.onnx.json", "m.ranges.json"])
 def test_what_another_run_has_written_meanwhile_is_not_replaced(tmp_path, taken) -> None:
     output = tmp_path / "m.onnx"
     require_writable([output, manifest_path(output)], force=False)  # as every run begins
     with staging(tmp_path) as stage:
         (stage / "m.onnx").write_text("graph")
+        (stage / "m.ranges.json").write_text("ranges")
         (tmp_path / taken).write_text("of the other run")
-        with pytest.raises(OutputError, match=r"m\.onnx(\.json)? was written by another run mean"):
-            publish(stage / "m.onnx", output, "{}", force=False)
+        with pytest.raises(OutputError, match=rf"{taken} was written by another run meanwhile"):
+            publish(stage / "m.onnx", output, "{}", beside=[stage / "m.ranges.json"], force=False)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
         taken: "of the other run"
     }

@@ -2,7 +2,6 @@
 
 import io
 import warnings
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from msn_export import images
+from msn_export import image_folder, images
 from msn_export.errors import ImageError
 from msn_export.preprocessing import RESAMPLING, from_processor_config, preset, resized
 from msn_export.spec import ImageSize
@@ -78,7 +77,7 @@ def test_the_hf_preset_is_the_published_file(photographs) -> None:
     published = {"do_normalize": True, "do_resize": True, "resample": 2, "size": 224, **IMAGENET}
     processor = ViTImageProcessorPil(**published)
     preprocessing = preset("hf", ImageSize(224, 224))
-    for path in images.find(photographs):
+    for path in image_folder.find(photographs):
         with Image.open(path) as opened:
             theirs = processor(opened.convert("RGB"), return_tensors="np").pixel_values
         np.testing.assert_array_equal(images.preprocess([path], preprocessing), theirs)
@@ -263,49 +262,6 @@ def test_damage_anywhere_raises_nothing_else(tmp_path, form) -> None:
             assert str(error).startswith(f"{path} is not a readable picture (")
 
 
-# --- folders --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    for name in ("b.png", "a.JPG", "deep/er/c.bmp"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        picture().save(tmp_path / name)
-    (tmp_path / "notes.txt").write_text("no picture")
-    (tmp_path / "folder.png").mkdir()
-    return tmp_path
-
-
-def test_pictures_are_found_at_every_depth_in_order(folder) -> None:
-    found = [str(path.relative_to(folder)) for path in images.find(folder)]
-    assert found == ["a.JPG", "b.png", "deep/er/c.bmp"]
-    assert images.find(folder / "b.png") == [folder / "b.png"]
-
-
-def test_broken_ones_are_named_and_the_others_read(folder) -> None:
-    (folder / "broken.png").write_bytes(b"not a picture")
-    loaded = images.load(folder, SMALL, 10)
-    assert loaded.names == ("a.JPG", "b.png", "deep/er/c.bmp")
-    assert loaded.pixels.shape == (3, 32, 32, 3)
-    (broken,) = loaded.broken
-    assert broken.startswith(f"{folder / 'broken.png'} is not a readable picture (")
-    assert images.load(folder / "b.png", SMALL, 10).names == ("b.png",)
-
-
-def test_a_folder_without_a_picture_that_can_be_read_is_an_error(tmp_path) -> None:
-    with pytest.raises(ImageError, match=r"image folder .*none does not exist; give a folder of"):
-        images.find(tmp_path / "none")
-    with pytest.raises(ImageError, match=r"holds no picture; expected files ending in \.bmp, \.gi"):
-        images.load(tmp_path, SMALL, 10)
-    for name in ("a.png", "b.png"):
-        (tmp_path / name).write_bytes(b"")
-    with pytest.raises(ImageError) as raised:
-        images.load(tmp_path, SMALL, 10)
-    assert str(raised.value).startswith(
-        f"all 2 pictures of {tmp_path} are broken; the first: {tmp_path / 'a.png'} is not a"
-    )
-
-
 @pytest.mark.parametrize(
     ("picture", "message"),
     [
@@ -327,14 +283,3 @@ def test_what_is_no_picture_is_told(picture, message) -> None:
 def test_no_picture_at_all_is_an_error() -> None:
     with pytest.raises(ImageError, match="no picture to preprocess; give at least one"):
         images.preprocess([], SMALL)
-
-
-@given(st.integers(0, 60), st.integers(1, 20))
-def test_a_limit_is_spread_evenly_over_the_list(count, limit) -> None:
-    paths = [Path(f"{i:03}") for i in range(count)]
-    chosen = images.spread(paths, limit)
-    assert len(chosen) == min(count, limit)
-    assert chosen == sorted(set(chosen))
-    assert chosen[:1] == paths[:1]
-    gaps = [int(b.name) - int(a.name) for a, b in pairwise(chosen)]
-    assert not gaps or max(gaps) - min(gaps) <= 1

@@ -12,7 +12,7 @@ from checkpoints import TINY, hugging_face, processor
 from exports import export
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from msn_export import images, manifest, run_onnx
+from msn_export import image_folder, images, manifest, run_onnx
 from msn_export.preprocessing import from_processor_config
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
@@ -60,7 +60,8 @@ def test_the_file_agrees_with_transformers(tmp_path, photographs) -> None:
     output = tmp_path / "m.onnx"
     assert export(tmp_path / "hf", output, "--head", "logits", "--head", "tokens").exit_code == 0
     config = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
-    pictures = images.preprocess(images.find(photographs), from_processor_config(config, None))
+    paths = image_folder.find(photographs)
+    pictures = images.preprocess(paths, from_processor_config(config, None))
     session = onnxruntime.InferenceSession(output, providers=["CPUExecutionProvider"])
     logits, tokens = session.run(["logits", "last_hidden_state"], {"pixel_values": pictures})
     with torch.no_grad():

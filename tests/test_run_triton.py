@@ -15,7 +15,7 @@ from engine_builds import built
 from engine_graphs import Vit
 from triton_artifacts import GRAPH, LABELS, graph, plan
 
-from msn_export import images, manifest
+from msn_export import image_folder, images, manifest
 from msn_export.cli import main
 from msn_export.manifest_records import CheckpointRecord
 from msn_export.spec import BatchRange
@@ -242,7 +242,8 @@ def test_warm_up_data_is_a_picture_as_the_model_takes_it(
     known = manifest.read(path)
     assert known is not None
     assert known.preprocessing is not None
-    pixels = images.load(photographs, known.preprocessing, 16).pixels[: 2 if batch == 2 else 1]
+    loaded = image_folder.load(photographs, known.preprocessing, 16)
+    pixels = loaded.pixels[: 2 if batch == 2 else 1]
     wanted = pixels if stem == "uint8" else images.normalize(pixels, known.preprocessing)
     assert data == wanted.tobytes()
     assert (

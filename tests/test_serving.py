@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from tiny_artifacts import classifier, foreign, pictures
 
-from msn_export import images, runtime
+from msn_export import image_folder, images, runtime
 from msn_export.cluster import serving as module
 from msn_export.cluster.serving import Replica, Serving
 from msn_export.errors import ImageError, SpecError
@@ -82,7 +82,7 @@ def test_what_is_no_argument_is_refused(arguments, message) -> None:
 
 
 def test_pictures_that_run_together_get_the_answers_they_get_alone(replica, model, tmp_path):
-    paths = images.find(pictures(tmp_path, 3))
+    paths = image_folder.find(pictures(tmp_path, 3))
 
     async def decode():
         return await asyncio.gather(*(replica.decode(path.read_bytes()) for path in paths))

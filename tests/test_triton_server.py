@@ -24,7 +24,7 @@ from click.testing import CliRunner
 from triton_artifacts import graph, plan
 from triton_faults import FAULTS, write_base
 
-from msn_export import images, manifest
+from msn_export import image_folder, images, manifest
 from msn_export.cli import main
 from msn_export.preprocessing import preset
 from msn_export.run_triton import run_lint
@@ -69,7 +69,7 @@ def vit(folder) -> Path:
 @pytest.fixture(scope="module")
 def pixels(photographs) -> np.ndarray:
     """Forty crops of photographs, uint8 [40, 32, 32, 3]."""
-    wide = images.load(photographs, preset("hf", ImageSize(64, 160)), 16).pixels
+    wide = image_folder.load(photographs, preset("hf", ImageSize(64, 160)), 16).pixels
     crops = [wide[:, y : y + 32, x : x + 32] for y in (0, 32) for x in range(0, 160, 32)]
     return np.concatenate(crops)[:40]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from msn_export import images
+from msn_export import image_folder, images
 from msn_export.errors import SpecError
 from msn_export.preprocessing import Preprocessing
 from msn_export.spec import BatchRange, InputKind
@@ -60,7 +60,7 @@ def draw(
         names = tuple(f"noise {i}" for i in range(len(pixels)))
         source = "seeded noise (no --images given)"
         return Sample(pixels, names, source, preprocessing, room=room)
-    loaded = images.load(folder, preprocessing, limit)
+    loaded = image_folder.load(folder, preprocessing, limit)
     return Sample(loaded.pixels, loaded.names, str(folder), preprocessing, loaded.broken, room)
 
 

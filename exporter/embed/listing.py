@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from msn_export import images
+from msn_export import image_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -62,7 +62,7 @@ def list_pictures(folder: Path) -> Listing:
     Raises:
         ImageError: there is none.
     """
-    paths = tuple(images.find(folder))
+    paths = tuple(image_folder.find(folder))
     digest = hashlib.sha256()
     for path in paths:
         try:

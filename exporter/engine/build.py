@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from msn_export.driver import Device, Driver, NoDriver, find_driver
-from msn_export.engine.backend import Backend, require_buildable
+from msn_export.driver import Driver, NoDriver, find_driver
+from msn_export.engine.backend import Backend
 from msn_export.engine.census import Census, by_profile
 from msn_export.engine.job import BuildSpec, Progress
 from msn_export.engine.kernels import Kernel
+from msn_export.engine.options import judge
 from msn_export.engine.supervise import Limits, run_child
-from msn_export.engine_header import CAPABILITIES, may_target, read_header
+from msn_export.engine_header import read_header
 from msn_export.errors import BuildError, OutputError
 from msn_export.records import from_plain
 from msn_export.spec import AMPERE, Targets
@@ -68,8 +69,7 @@ def build_engine(
         OutputError: ``log`` cannot be written.
     """
     driver = find_driver()
-    require_buildable(backend, driver)
-    notes = judge_options(spec, backend, driver)
+    notes = judge(spec, backend, driver)
     if not spec.model.is_file():
         raise BuildError(f"graph {spec.model} does not exist")
     started = time.monotonic()
@@ -96,51 +96,6 @@ def build_engine(
 
 def _ignore(_progress: Progress) -> None:
     """Tell nobody."""
-
-
-def judge_options(spec: BuildSpec, backend: Backend, driver: Driver | NoDriver) -> tuple[str, ...]:
-    """Refuse the options the backend cannot have, and tell of those it ignores.
-
-    Raises:
-        BuildError: an option cannot be had, or TensorRT-RTX has no kernels for a target.
-    """
-    flavour, options = backend.flavour, spec.options_set()
-    for option in options.keys() & flavour.refused.keys():
-        raise BuildError(f"{backend} cannot take {_flag(option)}: {flavour.refused[option]}")
-    for capability in spec.capabilities:
-        if not may_target(capability):
-            raise BuildError(
-                f"TensorRT-RTX cannot compile for compute capability {capability}; it can for "
-                f"{', '.join(map(str, CAPABILITIES))}"
-            )
-    if spec.hardware_compatible and isinstance(driver, Driver):
-        _require_ampere(driver.devices[0])
-    notes = [
-        f"{_flag(option)} has no effect: {flavour.ignored[option]}"
-        for option in options
-        if option in flavour.ignored
-    ]
-    if len(spec.capabilities) > 1:
-        # measured: an engine for 8.9 and 12.0 has the kernels of the one for 8.9 alone
-        notes.append(
-            f"one set of kernels serves all targets, that of {min(spec.capabilities)}; an engine "
-            "for each target may be faster"
-        )
-    return tuple(notes)
-
-
-def _require_ampere(device: Device) -> None:
-    # NvInfer.h, HardwareCompatibilityLevel: from Ampere on, and built on Ampere or later
-    if device.capability < AMPERE:
-        raise BuildError(
-            f"--hardware-compatible needs a GPU of SM {AMPERE} or later to build on, and "
-            f"{device.name} is SM {device.capability}; leave it out, or build where such a GPU is"
-        )
-
-
-def _flag(option: str) -> str:
-    """Spell an option as the command line does."""
-    return {"capabilities": "--compute-capability"}.get(option, f"--{option.replace('_', '-')}")
 
 
 def _job(spec: BuildSpec, backend: Backend, output: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from msn_export.engine.bindings import (
 )
 from msn_export.engine.flavours import Flavour
 from msn_export.engine.job import BuildSpec
+from msn_export.engine.options import no_kernels
 from msn_export.errors import BuildError
 from msn_export.spec import AMPERE, BatchRange, ComputeCapability, Dtype
 
@@ -124,10 +125,8 @@ def _set_capabilities(
     for index, capability in enumerate(capabilities):
         name = f"SM{capability.major}{capability.minor}"
         if name not in known:
-            names = ", ".join(f"{key[2:-1]}.{key[-1]}" for key in known)
-            raise BuildError(
-                f"TensorRT-RTX cannot compile for compute capability {capability}; it can for "
-                f"{names}"
+            raise no_kernels(
+                capability, [ComputeCapability(int(key[2:-1]), int(key[-1])) for key in known]
             )
         config.set_compute_capability(known[name], index)
 

@@ -51,7 +51,7 @@ class Admitted:
         """Tell whether it is for a GPU."""
         if not self.targets or device.capability in self.targets:
             return True
-        # it names no target: its kernels are made on the GPU
+        # one that names no target: its kernels are made on the GPU
         late = self.targets.later and device.capability > min(self.targets.named)
         return late and tries_any_gpu()
 
