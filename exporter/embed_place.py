@@ -64,6 +64,8 @@ def here(job: EmbedJob, progress: Progress) -> Iterator[Place]:
         )
     if job.actors is not None:
         raise SpecError("--actors is of a Ray cluster; add --ray, or leave it out")
+    if job.threads is not None and job.model.suffix != ".onnx":
+        raise SpecError(f"--threads is for graphs on a CPU, and {job.model} is an engine")
     with progress.step("list pictures"):
         listing = list_pictures(job.images)
     with progress.step("open the model"):
@@ -72,6 +74,7 @@ def here(job: EmbedJob, progress: Progress) -> Iterator[Place]:
             device=job.device,
             providers=job.providers or None,
             trust=job.trust,
+            threads=job.threads,
             eager_kernels=True,  # a row does not depend on which kernels were ready
         )
     with runner:

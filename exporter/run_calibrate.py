@@ -17,13 +17,14 @@ from msn_export.calibration.pictures import Split, split
 from msn_export.check.gate import GATES
 from msn_export.check.sample import Sample
 from msn_export.check.verify import Reference, run_reference
-from msn_export.errors import GraphError, ToleranceError
+from msn_export.errors import GraphError, SpecError, ToleranceError
 from msn_export.files import publish, require_writable, staging
 from msn_export.graph import io
 from msn_export.graph.precision import type_graph
 from msn_export.manifest import Manifest, seal
 from msn_export.progress import Progress
 from msn_export.quantise.choices import choices
+from msn_export.quantise.compiled import require_target
 from msn_export.quantise.described import describe
 from msn_export.quantise.job import CalibrateJob
 from msn_export.quantise.measured import Calibrated
@@ -32,7 +33,7 @@ from msn_export.quantise.verdict import Candidate, judge
 from msn_export.runtime.ort import OrtRunner
 from msn_export.sidecar import manifest_path
 from msn_export.source import Source, read_source, room_of
-from msn_export.spec import Dtype, InputKind
+from msn_export.spec import Dtype, InputKind, Target
 from msn_export.typed import cpu_runner
 
 
@@ -51,6 +52,7 @@ def run_calibrate(job: CalibrateJob, progress: Progress) -> tuple[Path, Manifest
     outputs = [output, manifest_path(output), *([] if job.ranges else [ranges])]
     require_writable(outputs, force=job.force, sources=[job.model])
     require_meaning(job.observer, job.scheme.form)
+    _require_target(job)
     with progress.step("read the graph"):
         source = _read(job.model)
         known = known_ranges(job, source)
@@ -74,6 +76,24 @@ def run_calibrate(job: CalibrateJob, progress: Progress) -> tuple[Path, Manifest
         taken = () if job.ranges else (stage / ranges.name,)
         publish(chosen.path, output, seal(manifest), beside=taken, force=job.force)
     return output, manifest
+
+
+def _require_target(job: CalibrateJob) -> None:
+    """Refuse a GPU generation to compile for where nothing would be compiled.
+
+    Raises:
+        SpecError: the graph is for onnxruntime.
+        BuildError: TensorRT does not compile it for that generation here.
+        MissingPackageError: there is no TensorRT.
+    """
+    if job.capability is None:
+        return
+    if job.scheme.target is Target.ONNXRUNTIME:
+        raise SpecError(
+            f"--compute-capability {job.capability}: {job.dtype} beside fp32 is for onnxruntime "
+            "and is not compiled; --base fp16 is"
+        )
+    require_target(job.capability, (job.dtype, job.base))
 
 
 def _read(path: Path) -> Source:

@@ -11,7 +11,7 @@ from msn_export.check.gate import GATES
 from msn_export.check.sample import Sample, affordable_batch, batch_sizes, draw
 from msn_export.check.verify import Reference, run_reference, verify
 from msn_export.checkpoint import preprocessing_of, sized
-from msn_export.files import publish, require_writable, staging
+from msn_export.files import publish, staging
 from msn_export.graph import io
 from msn_export.graph.facts import GraphFacts
 from msn_export.graph.fuse import fuse_attention
@@ -23,37 +23,16 @@ from msn_export.graph.trace import trace
 from msn_export.manifest import Manifest, seal, versions_of
 from msn_export.manifest_records import AttentionRecord, CheckpointRecord, CheckRecord
 from msn_export.models.checkpoints import Checkpoint, load_checkpoint
+from msn_export.onnx_job import OnnxJob
 from msn_export.progress import Progress
 from msn_export.records import to_json
-from msn_export.sidecar import manifest_path, sha256_of
-from msn_export.spec import BatchRange, Dtype, Head, ImageSize, InputKind, Target
+from msn_export.sidecar import sha256_of
+from msn_export.spec import Dtype, Head, InputKind
 from msn_export.typed import Islands, cpu_runner, type_as
 
 # TensorRT-RTX 1.7.1 has its kernel for one query only where heads times smallest batch is 4 or more
 SINGLE_QUERY_HEADS = 4
 PACKAGES = ("torch", "onnx", "onnx-ir", "onnxsim", "onnxruntime-gpu", "onnxruntime")
-
-
-@dataclass(frozen=True, slots=True)
-class OnnxJob:
-    """What ``msn-export onnx`` was asked for."""
-
-    checkpoint: str
-    output: Path | None = None
-    variant: str | None = None
-    heads: tuple[Head, ...] = ()
-    stem: InputKind = InputKind.FLOAT
-    dtype: Dtype = Dtype.FP32
-    batch: BatchRange = BatchRange()
-    image_size: ImageSize | None = None
-    target: Target = Target.TENSORRT
-    preprocess: str = "auto"
-    images: Path | None = None
-    islands: str = "measured"
-    simplify: bool = True
-    check: bool = True
-    force: bool = False
-    command: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +56,7 @@ def run_onnx(job: OnnxJob, progress: Progress) -> tuple[Path, Manifest]:
         MsnExportError: whatever kept the export from its gate; the output path is as it was.
     """
     started = time.monotonic()
-    output = job.output or default_output(job)
-    require_writable(
-        [output, manifest_path(output)], force=job.force, sources=[Path(job.checkpoint)]
-    )
+    output = job.judge()
     with progress.step("load checkpoint"):
         checkpoint = sized(load_checkpoint(job.checkpoint, variant=job.variant), job.image_size)
     default = Head.LOGITS if checkpoint.config.labels else Head.CLS
@@ -113,16 +89,6 @@ def run_onnx(job: OnnxJob, progress: Progress) -> tuple[Path, Manifest]:
         )
         publish(built.path, output, seal(manifest), force=job.force)
     return output, manifest
-
-
-def default_output(job: OnnxJob) -> Path:
-    """Name the output after the checkpoint: ``vit-msn-small.onnx`` in the current folder."""
-    source = job.checkpoint.rstrip("/").split("@")[0]
-    stem = source.split(":")[1] if source.startswith("random:") else Path(source).name
-    for ending in (".safetensors", ".bin", ".tar", ".pth", ".pt"):
-        stem = stem.removesuffix(ending)
-    suffix = "" if job.dtype is Dtype.FP32 else f".{job.dtype}"
-    return Path(f"{stem or 'model'}{suffix}.onnx")
 
 
 def _build(

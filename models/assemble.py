@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from msn_export.errors import CheckpointError
 from msn_export.models.keys import Keys, rename
-from msn_export.models.variants import VARIANTS, VitConfig
+from msn_export.models.variants import VARIANTS, VitConfig, named_variant
 from msn_export.models.vit_msn import VitMsn
 
 _QKV = ("attn.q.", "attn.k.", "attn.v.")
@@ -164,14 +164,3 @@ def config_of(tensors: Mapping[str, Tensor], variant: str | None, where: str) ->
         f"{where} fits no published shape; put its config.json beside it, or name one with "
         f"--variant ({', '.join(VARIANTS)})"
     )
-
-
-def named_variant(name: str) -> VitConfig:
-    """Look a published shape up.
-
-    Raises:
-        CheckpointError: there is none of that name.
-    """
-    if name not in VARIANTS:
-        raise CheckpointError(f"variant {name!r} is unknown; expected one of {', '.join(VARIANTS)}")
-    return VARIANTS[name]

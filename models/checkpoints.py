@@ -1,24 +1,21 @@
 """Find a checkpoint wherever a user keeps it, and load it as the reference model."""
 
-import re
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from msn_export.errors import CheckpointError
-from msn_export.models.assemble import assemble, classes_of, config_of, named_variant
+from msn_export.models.assemble import assemble, classes_of, config_of
 from msn_export.models.hf_config import parse_config, read_json
-from msn_export.models.variants import VitConfig
+from msn_export.models.named import kind_of, seeded
+from msn_export.models.variants import VitConfig, named_variant
 from msn_export.models.vit_msn import VitMsn
 from msn_export.models.weights import read_file, read_folder
-
-WEIGHTS = (".safetensors", ".bin", ".pth", ".tar", ".pt")
-_HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}(?:@[\w./-]{1,128})?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +48,7 @@ def load_checkpoint(
     Raises:
         CheckpointError: there is no such thing, or it cannot be used; the message says why.
     """
-    kind = _kind_of(source)
-    if variant is not None and kind != "file":
-        raise CheckpointError(
-            f"checkpoint {source!r} says its own shape; --variant is for a weights file"
-        )
-    match kind:
+    match kind_of(source, variant):
         case "random":
             return _random(source)
         case "file":
@@ -67,27 +59,6 @@ def load_checkpoint(
             name, _, at = source.partition("@")
             folder = _download(name, at or revision)
             return _from_folder(folder, f"{name}@{folder.name}")
-
-
-def _kind_of(source: str) -> Literal["random", "file", "folder", "hub"]:
-    if source.startswith("random:"):
-        return "random"
-    try:
-        if source and Path(source).is_dir():  # Path("") is the current folder
-            return "folder"
-        if Path(source).is_file():
-            return "file"
-    except OSError as error:  # a folder that may not be entered, a name that is too long
-        raise CheckpointError(
-            f"checkpoint {source[:200]!r} cannot be read: {error.strerror}"
-        ) from error
-    hub_id = _HUB_ID.fullmatch(source)
-    if hub_id and not source.endswith(WEIGHTS) and not source.startswith("."):
-        return "hub"
-    raise CheckpointError(
-        f"checkpoint {source!r} does not exist; expected a folder, a weights file "
-        f"({', '.join(WEIGHTS)}), a hub id such as facebook/vit-msn-small, or random:VARIANT"
-    )
 
 
 def _from_folder(folder: Path, source: str) -> Checkpoint:
@@ -130,10 +101,8 @@ def _random(source: str) -> Checkpoint:
 
     Zero biases and unit gains would hide a dropped bias or a swapped LayerNorm from every check.
     """
-    parts = source.split(":")
-    if len(parts) not in {2, 3} or (len(parts) == 3 and not re.fullmatch(r"\d{1,9}", parts[2])):
-        raise CheckpointError(f"checkpoint {source!r} is malformed; expected random:VARIANT[:SEED]")
-    config, seed = named_variant(parts[1]), int(parts[2]) if len(parts) == 3 else 0
+    variant, seed = seeded(source)
+    config = named_variant(variant)
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in VitMsn(config).state_dict().items()}
     generator = torch.Generator().manual_seed(seed)
@@ -144,7 +113,7 @@ def _random(source: str) -> Checkpoint:
         torch.nn.init.trunc_normal_(tensor, std=0.02, generator=generator)
         gain = "norm" in name and name.endswith("weight")
         tensors[name] = tensor + 1.0 if gain else tensor
-    where = f"random:{parts[1]}:{seed}"
+    where = f"random:{variant}:{seed}"
     made = _load(tensors, config, where, where, None)
     note = f"seeded random weights (seed {seed}), not a trained model"
     return Checkpoint(where, made.sha256, config, made.model, None, (*made.notes, note))

@@ -108,3 +108,14 @@ VARIANTS = {
     "vit-msn-base-4": _vit(4, 768, 12, 12),  # vitb4_300ep.pth.tar, deit_base_p4
     "vit-msn-large-7": _vit(7, 1024, 24, 16),  # vitl7_200ep.pth.tar, deit_large_p7
 }
+
+
+def named_variant(name: str) -> VitConfig:
+    """Look a published shape up.
+
+    Raises:
+        CheckpointError: there is none of that name.
+    """
+    if name not in VARIANTS:
+        raise CheckpointError(f"variant {name!r} is unknown; expected one of {', '.join(VARIANTS)}")
+    return VARIANTS[name]

@@ -193,6 +193,11 @@ def test_an_existing_file_is_not_replaced(graph, images, tmp_path) -> None:
         (("--int8", "--fp8"), "--int8 and --fp8 contradict each other; give one"),
         (("--fp8", "--observer", "entropy"), "--observer: fp8 has no even steps to compare with"),
         (("--fp8", "--base", "fp32"), "--base: fp32 is for onnxruntime, which multiplies no fp8"),
+        (("--int8", "--compute-capability", "8", "--no-compile"), "'--compute-capability'"),
+        (
+            ("--int8", "--compute-capability", "8.6", "--no-compile"),
+            "--no-compile leaves nothing to compile for --compute-capability",
+        ),
         (("--int8", "--smooth", "1.5"), "'--smooth'"),
         (("--int8", "--limit", "0"), "'--limit'"),
         (("--int8", "--gate-cosine", "1.5"), "'--gate-cosine'"),
@@ -202,3 +207,24 @@ def test_usage_names_the_option(graph, images, tmp_path, options, message) -> No
     result = calibrate(graph, images, tmp_path / "m.onnx", *options)
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--fp8", "--compute-capability", "8.6"), "the graph computes in fp8, which "
+         "--compute-capability 8.6 cannot; it takes 8.9 or later"),
+        (("--int8", "--base", "bf16", "--compute-capability", "7.5"), "the graph computes in bf16, "
+         "which --compute-capability 7.5 cannot; it takes 8.0 or later"),
+        (("--int8", "--compute-capability", "9.0"), "TensorRT-RTX cannot compile for compute "
+         "capability 9.0; it can for 7.5, 8.0, 8.6, 8.9, 12.0, 12.1"),
+        (("--int8", "--base", "fp32", "--compute-capability", "8.6"), "--compute-capability 8.6: "
+         "int8 beside fp32 is for onnxruntime and is not compiled; --base fp16 is"),
+    ],
+)  # fmt: skip
+def test_a_target_that_nothing_compiles_for_is_refused_before_the_work(
+    images, tmp_path, options, message
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    # not even the graph is read: there is none
+    assert refused(tmp_path / "none", images, tmp_path / "m.onnx", *options) == f"error: {message}"

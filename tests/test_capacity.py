@@ -96,12 +96,20 @@ def test_an_engine_and_a_provider_of_gpus_need_one() -> None:
             crew_for(asked, [Node(8)])
 
 
-def test_a_gpu_by_number_is_of_one_machine() -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": 1}, "--device is for one machine: on a cluster Ray gives each actor its GPU"),
+        (
+            {"threads": 2},
+            "--threads is for one machine: on a cluster Ray gives each actor its CPUs",
+        ),
+    ],
+)
+def test_what_ray_gives_out_cannot_be_asked_for(options, message) -> None:
     with pytest.raises(SpecError) as refused:
-        crew_for(job("m.engine", device=1), [Node(8, gpus=2)])
-    assert str(refused.value) == (
-        "--device is for one machine: on a cluster Ray gives each actor its GPU"
-    )
+        crew_for(job("m.onnx", **options), [Node(8, gpus=2)])
+    assert str(refused.value) == message
 
 
 @pytest.mark.parametrize(("batches", "actors"), [(1, 1), (100, 1), (100, 8), (10**6, 16)])

@@ -211,13 +211,6 @@ def test_a_variant_that_is_not_the_files_is_told_by_its_shapes(alone) -> None:
     assert message.endswith("is the configuration (--variant) right?")
 
 
-def test_a_variant_is_refused_where_the_shape_is_said(encoder) -> None:
-    for source in (str(encoder), "random:vit-msn-small", "facebook/vit-msn-small"):
-        assert message_of(source, variant="vit-msn-base") == (
-            f"checkpoint {source!r} says its own shape; --variant is for a weights file"
-        )
-
-
 # --- random ---------------------------------------------------------------------------------------
 
 
@@ -235,50 +228,6 @@ def test_no_random_weight_is_neutral(seeded) -> None:
         assert tensor.std() > 0.01, name
         centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
         assert abs(tensor.mean() - centre) < 0.01, name
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("random:", "variant '' is unknown; expected one of vit-msn-small, "),
-        ("random:vits16", "variant 'vits16' is unknown; expected one of vit-msn-small, "),
-        ("random:vit-msn-small:x", "is malformed; expected random:VARIANT[:SEED]"),
-        ("random:vit-msn-small:-1", "is malformed; expected random:VARIANT[:SEED]"),
-        ("random:vit-msn-small:1:2", "is malformed; expected random:VARIANT[:SEED]"),
-        ("random:vit-msn-small:9999999999", "is malformed; expected random:VARIANT[:SEED]"),
-    ],
-)
-def test_a_malformed_one_says_what_is_expected(source, message) -> None:
-    assert message in message_of(source)
-
-
-# --- nothing there --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "",
-        "none",
-        "./none/here",
-        "/none/here",
-        "a/b/c",
-        "weights/vits16.pth",
-        "weights/vits16.pth.tar",
-        "no\0ne",
-        "facebook/vit-msn-small@",
-        "facebook/vit msn",
-    ],
-)
-def test_what_is_neither_there_nor_a_hub_id_lists_what_is_taken(source) -> None:
-    assert message_of(source) == (
-        f"checkpoint {source!r} does not exist; expected a folder, a weights file (.safetensors, "
-        ".bin, .pth, .tar, .pt), a hub id such as facebook/vit-msn-small, or random:VARIANT"
-    )
-
-
-def test_a_name_that_is_too_long_is_an_error_too() -> None:
-    assert message_of("a" * 5000).endswith("cannot be read: File name too long")
 
 
 # --- the hub --------------------------------------------------------------------------------------

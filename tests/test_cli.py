@@ -58,13 +58,23 @@ def test_verbose_shows_the_traceback(tmp_path) -> None:
     assert "Traceback" in run.stderr
 
 
-def test_a_missing_package_says_what_to_install(tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("missing", "arguments", "extra"),
+    [
+        ("onnx_ir", ["trt", "x.onnx"], "graph"),
+        ("onnx_ir", ["onnx", "random:vit-msn-small"], "export"),
+        ("torch", ["onnx", "random:vit-msn-small"], "export"),
+        ("torch", ["validate", "random:vit-msn-small", "random:vit-msn-small"], "export"),
+    ],
+)
+def test_a_missing_package_says_what_to_install(tmp_path, missing, arguments, extra) -> None:
     # a process of its own: modules that are imported a second time here would be twice
-    script = "import sys; sys.modules['onnx_ir'] = None; from msn_export.cli import main; main()"
-    command = [sys.executable, "-c", script, "trt", "x.onnx"]
+    script = f"import sys; sys.modules[{missing!r}] = None; from msn_export.cli import main; main()"
+    command = [sys.executable, "-c", script, *arguments]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.returncode == 1
-    assert "package onnx_ir is not installed; pip install 'msn-export[export]'" in run.stderr
+    told = f"error: package {missing} is not installed; pip install 'msn-export[{extra}]'\n"
+    assert run.stderr == told
 
 
 HELP = "from msn_export.cli import main; main(['--help'], standalone_mode=False)"

@@ -38,7 +38,8 @@ def test_extras_are_those_of_the_installed_metadata() -> None:
     assert set(found) == {"", *declared}
     named = {extra: {requirement.name for requirement in of} for extra, of in found.items()}
     assert {"numpy", "click"} <= named[""]
-    assert named["ort"] < named["export"]  # [export] includes [ort]
+    assert named["ort"] < named["graph"] < named["export"]  # each includes the one before
+    assert "torch" in named["export"] - named["graph"]
     assert "msn-export" not in named["dev"]
     assert not named[""] & named["export"]
 

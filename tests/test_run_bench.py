@@ -182,11 +182,21 @@ def test_a_graph_of_another_tool_that_leaves_its_size_open_takes_that_of_the_oth
     assert timing["contender"] == "other.onnx"
     assert timing["agreement"] is None
     assert timing["not_compared"].startswith("it has no output in common with the reference")
+    result = bench(other, model, "--against", "none", "--batch", "2")
+    assert "other.onnx not compared: it has no output in common" in result.stdout
     result = bench(other, "--against", "none")
     assert "leaves height and width open, --image-size says them" in result.stderr
-    result = bench(other, "--against", "none", "--batch", "1", "--image-size", "48")
+
+
+def test_where_there_is_no_reference_it_is_said_once(tmp_path) -> None:
+    other = foreign(tmp_path / "other.onnx", ["b", "c", "h", "w"], {"features": 6})
+    options = ("--against", "none", "--batch", "1", "--image-size", "48")
+    result = bench(other, *options)
     assert result.exit_code == 0, result.output
-    assert "other.onnx not compared: it has no output in common" in result.stdout
+    told = " ".join(result.stdout.split())
+    assert "Outputs compared with nothing (no manifest names a checkpoint; name it with " in told
+    assert told.count("--checkpoint") == 1
+    assert "not compared" not in told
 
 
 def test_artifacts_of_other_image_sizes_are_refused(model, tmp_path) -> None:

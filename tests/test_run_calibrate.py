@@ -173,6 +173,13 @@ def test_every_product_multiplies_in_8_bits_and_attention_stays_fused(
     assert told["quantization"]["latency"]["reason"].startswith("no NVIDIA driver")
 
 
+def test_the_verdict_compiles_for_the_gpu_that_is_named(graph, images, tmp_path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    options = ("--int8", "--smooth", "off", "--compute-capability", "12.0")
+    told = done(graph, images, tmp_path / "m.onnx", *options)
+    assert told["quantization"]["compiled"]["compiler"].endswith("for SM 12.0")
+
+
 def test_trt_takes_the_graph_and_holds_the_engine_to_it(int8, images, tmp_path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     target = ["--backend", "tensorrt-rtx", "--compute-capability", "8.9", "--json"]

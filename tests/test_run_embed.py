@@ -5,6 +5,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -13,7 +14,8 @@ from embeds import BROKEN, COUNT, embed, is_broken, lines_of, names
 from pyarrow import parquet
 from tiny_artifacts import classifier, foreign, pictures
 
-from msn_export import golden, images, manifest
+from msn_export import embed_place, golden, images, manifest
+from msn_export.runtime import Runner, open_runner
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,23 @@ def test_npy_holds_a_row_for_each_path_in_order(model, folder, wanted, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         ["out.npy", "out.npy.json", "out.npy.rows.jsonl"]
     )
+
+
+def test_no_number_depends_on_how_many_threads_compute(
+    model, folder, tmp_path, monkeypatch
+) -> None:
+    asked = []
+
+    def opened(*arguments: Any, **options: Any) -> Runner:
+        asked.append(options["threads"])
+        return open_runner(*arguments, **options)
+
+    monkeypatch.setattr(embed_place, "open_runner", opened)
+    for threads in ("1", "3"):
+        result = embed(model, folder, tmp_path / f"{threads}.npy", "--threads", threads)
+        assert result.exit_code == 0, result.output
+    assert asked == [1, 3]
+    assert (tmp_path / "1.npy").read_bytes() == (tmp_path / "3.npy").read_bytes()
 
 
 def test_parquet_holds_the_same(model, folder, tmp_path) -> None:

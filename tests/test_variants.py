@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import ViTMSNConfig, ViTMSNModel
 
 from msn_export.errors import CheckpointError
-from msn_export.models.variants import VARIANTS
+from msn_export.models.variants import VARIANTS, named_variant
 from msn_export.models.vit_msn import VitMsn
 
 SMALL = VARIANTS["vit-msn-small"]
@@ -96,3 +96,8 @@ def test_a_config_is_plain_json() -> None:
         "qkv_bias": True,
         "labels": ["cat", "dog"],
     }
+
+
+def test_an_unknown_variant_lists_what_is_known() -> None:
+    with pytest.raises(CheckpointError, match=r"variant 'vits16' is unknown; expected one of vit-"):
+        named_variant("vits16")

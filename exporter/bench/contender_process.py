@@ -136,7 +136,9 @@ def _answer(server: Server, told: dict[str, Any]) -> dict[str, Any]:
         return {"failed": str(error)}
     except ModuleNotFoundError as error:
         traceback.print_exc()
-        return {"failed": f"package {error.name} is not installed"}
+        return {
+            "failed": f"package {error.name} is not installed; pip install 'msn-export[export]'"
+        }
     except MemoryError:
         return {"failed": "there is not enough memory"}
     except Exception as error:  # noqa: BLE001  torch raises what it likes; the log has it all

@@ -35,6 +35,8 @@ class Reference:
         self, entry: Entry, outputs: Mapping[str, NDArray[Any]]
     ) -> tuple[Agreed | None, str | None]:
         """Compare every output that both have; or say why none was."""
+        if not self.outputs:
+            return None, self.name
         record = entry.manifest.checkpoint if entry.manifest is not None else None
         own = record.sha256 if record is not None else None
         if own is not None and self.checkpoint is not None and own != self.checkpoint:
@@ -78,4 +80,4 @@ def _first_fp32(arena: Arena, reason: str) -> Reference:
             outputs, _ = arena.outputs(one, _BATCH)
             name = f"{one.name} (no PyTorch reference: {reason})"
             return Reference(name, outputs, record.sha256 if record is not None else None)
-    return Reference(f"none: {reason}", {})
+    return Reference(f"nothing ({reason})", {})

@@ -14,11 +14,11 @@ def said(bench: Bench) -> list[str]:
     """Say how ratios were made, what was compared with what, where it ran, and what is missing."""
     versions = ", ".join(f"{name} {version}" for name, version in bench.versions.items())
     lines = [
-        f"time / {bench.baseline}: median over {bench.rounds} rounds of the ratio within a round "
-        "(quartiles).",
+        f"time / {bench.baseline}: median over {_count(bench.rounds, 'round')} of the ratio within "
+        "a round (quartiles).",
         f"Outputs compared with {bench.reference}, over {bench.pictures} inputs: "
         f"{bench.pictures_from}.",
-        f"{bench.machine}; {bench.threads} threads a contender; {versions}.",
+        f"{bench.machine}; {_count(bench.threads, 'thread')} a contender; {versions}.",
     ]
     transfers = {one.transfers for one in bench.timed} - {None}
     if transfers:
@@ -27,7 +27,16 @@ def said(bench: Bench) -> list[str]:
     lines += [f"{one.name} left out: {one.skipped}" for one in bench.contenders if one.skipped]
     fewest = min(timing.calls for timing in bench.timings)
     if fewest < _FEW:
-        lines.append(f"Some figures are of {fewest} calls: p99 is near the slowest of them.")
+        lines.append(
+            f"Some figures are of {_count(fewest, 'call')}: p99 is near the slowest of them."
+        )
     apart = {(one.contender, one.not_compared) for one in bench.timings if one.not_compared}
-    lines += [f"{name} not compared: {why}" for name, why in sorted(apart)]
+    # that there is no reference is said above, once
+    lines += [
+        f"{name} not compared: {why}" for name, why in sorted(apart) if why != bench.reference
+    ]
     return [*lines, *bench.notes]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"

@@ -23,8 +23,8 @@ from msn_export.cli.trt import trt
 from msn_export.cli.validate import validate
 from msn_export.errors import MsnExportError
 
-INSTALL = "pip install 'msn-export[export]'"
 _LONGEST = 2000  # characters of a message
+_OF_CHECKPOINTS = {"torch", "safetensors", "huggingface_hub"}  # what [export] adds to [graph]
 
 
 class Commands(click.Group):
@@ -45,7 +45,9 @@ class Commands(click.Group):
         except ModuleNotFoundError as error:
             if (error.name or "").startswith("msn_export"):
                 raise
-            self._fail(ctx, f"package {error.name} is not installed; {INSTALL}", 1)
+            needs = ctx.invoked_subcommand == "onnx" or error.name in _OF_CHECKPOINTS
+            line = f"pip install 'msn-export[{'export' if needs else 'graph'}]'"
+            self._fail(ctx, f"package {error.name} is not installed; {line}", 1)
         except OSError as error:  # of a file that no step expects to fail, as when a disk breaks
             if error.errno == errno.EPIPE:
                 raise  # whoever read our output is gone: click ends quietly

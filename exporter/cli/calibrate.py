@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from msn_export.cli.options import (
+    CAPABILITY,
     FILE,
     IMAGES,
     Parsed,
@@ -81,6 +82,12 @@ def _strength(text: str) -> str | float:
     help="First-percentile cosine with the fp32 graph on held-out images; blocks stay until then."
     " Default: the gate of the format, docs/tolerances.md.",
 )
+@click.option(
+    "--compute-capability",
+    "capability",
+    type=CAPABILITY,
+    help="GPU generation to compile for, to count kernels. Default: this machine's, else 8.9.",
+)
 @flag_off("--no-compile", "compile", help="Do not compile it to count kernels; time nothing.")
 @force_option
 @json_option
@@ -89,13 +96,7 @@ def calibrate(model: Path, **options: Any) -> None:
     dtype = the_one(options, *FORMATS)
     if dtype is None:
         raise click.UsageError("give --int8 or --fp8")
-    if dtype == "fp8" and options["observer"] == "entropy":
-        raise click.BadParameter("fp8 has no even steps to compare with", param_hint="--observer")
-    if dtype == "fp8" and options["base"] == "fp32":
-        raise click.BadParameter(
-            "fp32 is for onnxruntime, which multiplies no fp8 on a CPU; use fp16 or bf16",
-            param_hint="--base",
-        )
+    _require_consistent(dtype, options)
     from msn_export.calibration.observers import Observer
     from msn_export.cli.artifact_rows import show_artifact
     from msn_export.cli.console import Console
@@ -115,3 +116,15 @@ def calibrate(model: Path, **options: Any) -> None:
     with console.progress() as progress:
         output, manifest = run_calibrate(job, progress)
     show_artifact(console, output, manifest)
+
+
+def _require_consistent(dtype: str, options: dict[str, Any]) -> None:
+    if dtype == "fp8" and options["observer"] == "entropy":
+        raise click.BadParameter("fp8 has no even steps to compare with", param_hint="--observer")
+    if dtype == "fp8" and options["base"] == "fp32":
+        raise click.BadParameter(
+            "fp32 is for onnxruntime, which multiplies no fp8 on a CPU; use fp16 or bf16",
+            param_hint="--base",
+        )
+    if options["capability"] is not None and not options["compile"]:
+        raise click.UsageError("--no-compile leaves nothing to compile for --compute-capability")

@@ -55,6 +55,9 @@ def _ending(ctx: click.Context, param: click.Parameter, value: Path) -> Path:  #
 )
 @click.option("--batch", type=click.IntRange(min=1), help="Default: what the model is tuned for.")
 @click.option("--workers", type=click.IntRange(1, 256), help="Processes that decode pictures.")
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="Of the model, on a CPU. Default: physical cores."
+)
 @click.option("--output-name", help="Output to keep. Default: embedding, or what comes nearest.")
 @click.option("--preprocess", type=click.Choice(["hf", "msn-eval"]), help="Default: the model's.")
 @click.option("--image-size", type=SIZE, help="For a graph that leaves height and width open.")

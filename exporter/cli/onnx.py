@@ -61,7 +61,7 @@ def onnx(checkpoint: str, **options: Any) -> None:
     """
     from msn_export.cli.artifact_rows import show_artifact
     from msn_export.cli.console import Console
-    from msn_export.run_onnx import OnnxJob, run_onnx
+    from msn_export.onnx_job import OnnxJob
 
     console = Console(as_json=options.pop("as_json"))
     job = OnnxJob(
@@ -73,6 +73,9 @@ def onnx(checkpoint: str, **options: Any) -> None:
         target=Target(options.pop("target")),
         **options,
     )
+    job.judge()
+    from msn_export.run_onnx import run_onnx  # torch: seconds, which no mistake is to wait for
+
     with console.progress() as progress:
         output, manifest = run_onnx(job, progress)
     show_artifact(console, output, manifest)

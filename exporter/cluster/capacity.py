@@ -57,11 +57,13 @@ def crew_for(job: EmbedJob, nodes: Sequence[Node]) -> Crew:
     """Decide who works on a job.
 
     Raises:
-        SpecError: the job names a GPU, which is Ray's to choose.
+        SpecError: the job names a GPU, or a number of threads, which is Ray's to choose.
         ClusterError: the cluster has no room.
     """
     if job.device is not None:
         raise SpecError("--device is for one machine: on a cluster Ray gives each actor its GPU")
+    if job.threads is not None:
+        raise SpecError("--threads is for one machine: on a cluster Ray gives each actor its CPUs")
     needs_gpu = None
     if job.model.suffix != ".onnx":
         needs_gpu = True

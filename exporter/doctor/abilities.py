@@ -29,13 +29,15 @@ class Ability:
 
 ABILITIES = (
     Ability("onnx", "checkpoint to ONNX graph", ("export",)),
-    Ability("trt", "compile with TensorRT-RTX", ("export", "rtx")),
-    Ability("trt", "compile with TensorRT", ("export", "tensorrt"), gpu=True),
-    Ability("calibrate", "fp32 graph to int8 or fp8", ("export",)),
-    Ability("validate", "compare two artifacts", ("export",)),
-    Ability("drift", "compare block by block", ("export",)),
-    Ability("report", "write a page", ("export", "report")),
-    Ability("inspect", "read any artifact", ("export",)),
+    Ability("trt", "compile with TensorRT-RTX", ("graph", "rtx")),
+    Ability("trt", "compile with TensorRT", ("graph", "tensorrt"), gpu=True),
+    Ability("calibrate", "fp32 graph to int8 or fp8", ("graph",)),
+    Ability("validate", "compare two graphs or engines", ("graph",)),
+    Ability("validate", "compare with a checkpoint", ("export",)),
+    Ability("drift", "compare block by block", ("graph",)),
+    Ability("drift", "compare with a checkpoint", ("export",)),
+    Ability("report", "write a page", ("graph", "report")),
+    Ability("inspect", "read any artifact", ("graph",)),
     Ability("bench", "time an .onnx file", ("ort",)),
     Ability("bench", "against PyTorch", ("export",)),
     Ability("bench", "--against compile", ("export",), tool=COMPILER),
@@ -47,7 +49,7 @@ ABILITIES = (
     Ability("embed", "an engine of TensorRT-RTX", ("ort", "rtx"), gpu=True),
     Ability("embed", "an engine of TensorRT", ("ort", "tensorrt"), gpu=True),
     Ability("embed", "to .parquet", ("ort", "parquet")),
-    Ability("triton", "write or check a model repository", ("export", "triton")),
+    Ability("triton", "write or check a model repository", ("graph", "triton")),
     Ability("doctor", "this"),
 )
 

@@ -12,17 +12,9 @@ from msn_export.engine.bindings import (
 )
 from msn_export.engine.flavours import Flavour
 from msn_export.engine.job import BuildSpec
-from msn_export.engine.options import no_kernels
+from msn_export.engine.options import no_kernels, require_capable
 from msn_export.errors import BuildError
-from msn_export.spec import AMPERE, BatchRange, ComputeCapability, Dtype
-
-# The first GPU generation that computes in a dtype; TensorRT-RTX refuses a named older one, and
-# where none is named writes an engine that claims GPUs which cannot run it: those from Ampere on.
-_FIRST_CAPABILITY = {
-    "BF16": ComputeCapability(8, 0),
-    "FP8": ComputeCapability(8, 9),
-    "FP4": ComputeCapability(12, 0),
-}
+from msn_export.spec import BatchRange, ComputeCapability, Dtype
 
 
 def add_profiles(
@@ -71,7 +63,7 @@ def set_types(
     for feature in flavour.preview_features:
         config.set_preview_feature(getattr(trt.PreviewFeature, feature), True)
     if flavour.targets_capabilities:
-        _require_capable(dtypes, spec.capabilities)
+        require_capable(dtypes, spec.capabilities)
         _set_capabilities(trt, config, spec.capabilities)
     if flavour.strongly_typed:
         return
@@ -94,23 +86,6 @@ def _dtypes(network: INetworkDefinition) -> set[str]:
             if tensor is not None:  # an optional output that nothing reads
                 found.add(tensor.dtype.name)
     return found
-
-
-def _require_capable(dtypes: set[str], capabilities: tuple[ComputeCapability, ...]) -> None:
-    for dtype, first in _FIRST_CAPABILITY.items():
-        if dtype not in dtypes:
-            continue
-        if not capabilities and first > AMPERE:
-            raise BuildError(
-                f"the graph computes in {dtype.lower()}, which GPUs before {first} cannot; name "
-                f"the target: --compute-capability {first}"
-            )
-        for capability in capabilities:
-            if capability < first:
-                raise BuildError(
-                    f"the graph computes in {dtype.lower()}, which --compute-capability "
-                    f"{capability} cannot; it takes {first} or later"
-                )
 
 
 def _set_capabilities(

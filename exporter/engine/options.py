@@ -1,6 +1,6 @@
 """Which options of a build can be had, with which backend and on which GPU."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 from msn_export.driver import Device, Driver, NoDriver
 from msn_export.engine.backend import Backend, require_buildable
@@ -8,6 +8,14 @@ from msn_export.engine.job import BuildSpec
 from msn_export.engine_header import CAPABILITIES, may_target
 from msn_export.errors import BuildError
 from msn_export.spec import AMPERE, ComputeCapability
+
+# The first GPU generation that computes in a dtype; TensorRT-RTX refuses a named older one, and
+# where none is named writes an engine that claims GPUs which cannot run it: those from Ampere on.
+_FIRST_CAPABILITY = {
+    "BF16": ComputeCapability(8, 0),
+    "FP8": ComputeCapability(8, 9),
+    "FP4": ComputeCapability(12, 0),
+}
 
 
 def judge(spec: BuildSpec, backend: Backend, driver: Driver | NoDriver) -> tuple[str, ...]:
@@ -49,6 +57,28 @@ def _require_ampere(device: Device) -> None:
             f"--hardware-compatible needs a GPU of SM {AMPERE} or later to build on, and "
             f"{device.name} is SM {device.capability}; leave it out, or build where such a GPU is"
         )
+
+
+def require_capable(dtypes: Set[str], capabilities: tuple[ComputeCapability, ...]) -> None:
+    """Refuse targets that do not compute in all of ``dtypes``, in TensorRT's spelling.
+
+    Raises:
+        BuildError: one does not, or none is named and not every one of TensorRT-RTX's does.
+    """
+    for dtype, first in _FIRST_CAPABILITY.items():
+        if dtype not in dtypes:
+            continue
+        if not capabilities and first > AMPERE:
+            raise BuildError(
+                f"the graph computes in {dtype.lower()}, which GPUs before {first} cannot; name "
+                f"the target: --compute-capability {first}"
+            )
+        for capability in capabilities:
+            if capability < first:
+                raise BuildError(
+                    f"the graph computes in {dtype.lower()}, which --compute-capability "
+                    f"{capability} cannot; it takes {first} or later"
+                )
 
 
 def no_kernels(capability: ComputeCapability, known: Iterable[ComputeCapability]) -> BuildError:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
-import onnxsim
 
 from msn_export.graph.facts import operators
 from msn_export.graph.io import refill, skeleton
@@ -34,6 +33,8 @@ def simplify(model: ir.Model) -> Simplified:
     The result is kept only if it has fewer nodes and, run on the same seeded input, the same
     outputs.
     """
+    import onnxsim  # it imports torch, two seconds that most graphs need not wait for
+
     before = len(model.graph)
     try:
         with _unheard():

@@ -9,7 +9,7 @@ from msn_export.calibration.observers import Observer
 from msn_export.calibration.projections import Role
 from msn_export.calibration.qdq import Scheme
 from msn_export.check.gate import GATES, Gate
-from msn_export.spec import Dtype, Target
+from msn_export.spec import ComputeCapability, Dtype, Target
 
 AUTO = "auto"
 OFF = "off"
@@ -32,7 +32,8 @@ class CalibrateJob:
 
     ``dtype`` is int8 or fp8, ``base`` the type of the rest: fp32 beside int8 is for onnxruntime.
     ``smooth`` is ``auto``, ``off``, a strength from 0 to 1, or None: not said, which is ``auto``,
-    or what ``ranges`` say.
+    or what ``ranges`` say. ``capability`` is the GPU generation that the verdict compiles for; None
+    is this machine's.
     """
 
     model: Path
@@ -51,6 +52,7 @@ class CalibrateJob:
     bias_correction: bool = False
     gate_cosine: float | None = None
     compile: bool = True
+    capability: ComputeCapability | None = None
     force: bool = False
     command: str = ""
 

@@ -54,7 +54,7 @@ def _compile(done: Calibrated, job: CalibrateJob, stage: Path) -> dict[str, Any]
         str(job.base): Twin(done.twin.path, job.base),
         str(job.dtype): Twin(done.chosen.path, job.dtype, products),
     }
-    return compile_both(twins, done.source.batch, stage)
+    return compile_both(twins, done.source.batch, stage, job.capability)
 
 
 def _time(

@@ -1,0 +1,59 @@
+"""What ``msn-export onnx`` was asked for. It loads no torch, so that a mistake is told at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from msn_export.files import require_writable
+from msn_export.models.named import WEIGHTS, kind_of
+from msn_export.sidecar import manifest_path
+from msn_export.spec import BatchRange, Dtype, Head, ImageSize, InputKind, Target
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxJob:
+    """Options as the command line names them."""
+
+    checkpoint: str
+    output: Path | None = None
+    variant: str | None = None
+    heads: tuple[Head, ...] = ()
+    stem: InputKind = InputKind.FLOAT
+    dtype: Dtype = Dtype.FP32
+    batch: BatchRange = BatchRange()
+    image_size: ImageSize | None = None
+    target: Target = Target.TENSORRT
+    preprocess: str = "auto"
+    images: Path | None = None
+    islands: str = "measured"
+    simplify: bool = True
+    check: bool = True
+    force: bool = False
+    command: str = ""
+
+    def judge(self) -> Path:
+        """Refuse what cannot be done whatever the checkpoint holds.
+
+        Returns:
+            The path of the file to write.
+
+        Raises:
+            OutputError: the output exists, or its folder cannot be written.
+            CheckpointError: there is no such checkpoint.
+        """
+        output = self.output or self._default_output()
+        require_writable(
+            [output, manifest_path(output)], force=self.force, sources=[Path(self.checkpoint)]
+        )
+        kind_of(self.checkpoint, self.variant)
+        return output
+
+    def _default_output(self) -> Path:
+        """Name the file after the checkpoint: ``vit-msn-small.onnx`` in the current folder."""
+        source = self.checkpoint.rstrip("/").split("@")[0]
+        stem = source.split(":")[1] if source.startswith("random:") else Path(source).name
+        while stem.endswith(WEIGHTS):  # .pth.tar
+            stem = stem.rpartition(".")[0]
+        suffix = "" if self.dtype is Dtype.FP32 else f".{self.dtype}"
+        return Path(f"{stem or 'model'}{suffix}.onnx")
