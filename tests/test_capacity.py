@@ -102,7 +102,7 @@ def test_an_engine_and_a_provider_of_gpus_need_one() -> None:
         ({"device": 1}, "--device is for one machine: on a cluster Ray gives each actor its GPU"),
         (
             {"threads": 2},
-            "--threads is for one machine: on a cluster Ray gives each actor its CPUs",
+            "--threads is for one machine: on a cluster Ray gives an actor its CPUs",
         ),
     ],
 )

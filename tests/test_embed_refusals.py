@@ -132,6 +132,9 @@ def test_what_a_cluster_alone_can_do_says_so(model, folder, tmp_path) -> None:
     result = embed(model, folder, output, "--actors", "2")
     assert result.exit_code == 1
     assert "error: --actors is of a Ray cluster; add --ray, or leave it out" in result.stderr
+    result = embed(model, folder, output, "--ray", "ray://head:10001")
+    assert result.exit_code == 1
+    assert "error: --ray ray://head:10001: Ray Data runs inside the cluster;" in result.stderr
 
 
 def test_an_engine_takes_no_threads(folder, tmp_path) -> None:
@@ -139,9 +142,6 @@ def test_an_engine_takes_no_threads(folder, tmp_path) -> None:
     assert result.exit_code == 1
     told = "error: --threads is for graphs on a CPU, and m.engine is an engine"
     assert result.stderr.splitlines()[-1] == told
-    result = embed(model, folder, output, "--ray", "ray://head:10001")
-    assert result.exit_code == 1
-    assert "error: --ray ray://head:10001: Ray Data runs inside the cluster;" in result.stderr
 
 
 def test_without_ray_the_line_that_installs_it(model, folder, tmp_path, monkeypatch) -> None:

@@ -63,7 +63,7 @@ def crew_for(job: EmbedJob, nodes: Sequence[Node]) -> Crew:
     if job.device is not None:
         raise SpecError("--device is for one machine: on a cluster Ray gives each actor its GPU")
     if job.threads is not None:
-        raise SpecError("--threads is for one machine: on a cluster Ray gives each actor its CPUs")
+        raise SpecError("--threads is for one machine: on a cluster Ray gives an actor its CPUs")
     needs_gpu = None
     if job.model.suffix != ".onnx":
         needs_gpu = True

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 class EmbedJob:
     """What ``msn-export embed`` was asked for; None leaves a choice to the model or the machine.
 
-    ``images`` is a folder, or the URI of a bucket. ``threads`` are those an .onnx file computes with
-    on a CPU: not one number in the rows depends on how many (tests/test_run_embed.py). ``ray`` None runs on this machine; else it is
-    a cluster's address, ``local``, or empty for the cluster that the command was submitted to.
+    ``images`` is a folder, or the URI of a bucket. ``threads`` are those an .onnx file computes
+    with on a CPU: no number in the rows depends on how many (tests/test_run_embed.py). ``ray`` None
+    runs on this machine; else it is a cluster's address, ``local``, or empty for the cluster that
+    the command was submitted to.
     """
 
     model: Path
