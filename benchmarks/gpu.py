@@ -44,9 +44,8 @@ from msn_export.errors import BuildError, MsnExportError
 from msn_export.graph import io
 from msn_export.graph.work import multiply_adds
 from msn_export.models.checkpoints import load_checkpoint
-from msn_export.onnx_job import OnnxJob
 from msn_export.progress import Silent
-from msn_export.run_onnx import run_onnx
+from msn_export.run_onnx import OnnxJob, run_onnx
 from msn_export.spec import BatchRange, ComputeCapability, Dtype, Head, InputKind
 
 MODELS = ("random:vit-msn-small:0", "random:vit-msn-base:0")

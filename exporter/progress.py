@@ -25,3 +25,6 @@ class Silent:
 
     def advance(self, done: int, of: int, detail: str = "") -> None:
         """Ignore it."""
+
+
+SILENT = Silent()

@@ -32,6 +32,7 @@ from msn_export.errors import BenchError, MissingPackageError, SpecError
 from msn_export.files import placing, require_writable, staging
 from msn_export.machine import physical_cores, this_machine
 from msn_export.manifest import versions_of
+from msn_export.progress import SILENT
 
 if TYPE_CHECKING:
     from msn_export.bench.reference import Reference
@@ -69,7 +70,7 @@ class BenchJob:
     command: str = ""
 
 
-def run_bench(job: BenchJob, progress: Progress) -> Bench:
+def run_bench(job: BenchJob, progress: Progress = SILENT) -> Bench:
     """Time artifacts and what they are compared with, interleaved.
 
     Raises:

@@ -22,7 +22,7 @@ from msn_export.files import publish, require_writable, staging
 from msn_export.graph import io
 from msn_export.graph.precision import type_graph
 from msn_export.manifest import Manifest, seal
-from msn_export.progress import Progress
+from msn_export.progress import SILENT, Progress
 from msn_export.quantise.choices import choices
 from msn_export.quantise.compiled import require_target
 from msn_export.quantise.described import describe
@@ -36,8 +36,10 @@ from msn_export.source import Source, read_source, room_of
 from msn_export.spec import Dtype, InputKind, Target
 from msn_export.typed import cpu_runner
 
+__all__ = ["CalibrateJob", "run_calibrate"]  # the two that docs/python.md speaks of
 
-def run_calibrate(job: CalibrateJob, progress: Progress) -> tuple[Path, Manifest]:
+
+def run_calibrate(job: CalibrateJob, progress: Progress = SILENT) -> tuple[Path, Manifest]:
     """Quantise an fp32 graph, judge it on held-out images, and write it with its ranges.
 
     Returns:

@@ -22,7 +22,7 @@ from msn_export.check.sample import Sample, batches, draw
 from msn_export.check.verify import Reference, Verified
 from msn_export.manifest_records import CheckRecord
 from msn_export.preprocessing import preset
-from msn_export.progress import Progress
+from msn_export.progress import SILENT, Progress
 from msn_export.proof.artifact import Artifact
 from msn_export.proof.drift import Drift, common_stages, smoothing, suspect_of
 from msn_export.proof.pair import Pair, open_pair
@@ -50,7 +50,7 @@ class DriftJob:
     tolerance: float | None = None
 
 
-def run_drift(job: DriftJob, progress: Progress) -> Drift:
+def run_drift(job: DriftJob, progress: Progress = SILENT) -> Drift:
     """Compare two artifacts block by block on the same pictures.
 
     Raises:

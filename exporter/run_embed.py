@@ -17,6 +17,7 @@ from msn_export.errors import ClusterError, ImageError, MsnExportError, SpecErro
 from msn_export.feed import Feed, feed_of
 from msn_export.files import no_room_reported, placing, require_writable, staging
 from msn_export.process import peak_rss
+from msn_export.progress import SILENT
 from msn_export.records import to_plain
 from msn_export.sidecar import sha256_of
 
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
     from msn_export.embed_place import Place
     from msn_export.progress import Progress
 
+__all__ = ["EmbedJob", "run_embed"]  # the two that docs/python.md speaks of
 
-def run_embed(job: EmbedJob, progress: Progress) -> Embedded:
+
+def run_embed(job: EmbedJob, progress: Progress = SILENT) -> Embedded:
     """Run a folder of pictures through an artifact, on this machine or on a Ray cluster.
 
     Returns:

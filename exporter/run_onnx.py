@@ -24,11 +24,13 @@ from msn_export.manifest import Manifest, seal, versions_of
 from msn_export.manifest_records import AttentionRecord, CheckpointRecord, CheckRecord
 from msn_export.models.checkpoints import Checkpoint, load_checkpoint
 from msn_export.onnx_job import OnnxJob
-from msn_export.progress import Progress
+from msn_export.progress import SILENT, Progress
 from msn_export.records import to_json
 from msn_export.sidecar import sha256_of
 from msn_export.spec import Dtype, Head, InputKind
 from msn_export.typed import Islands, cpu_runner, type_as
+
+__all__ = ["OnnxJob", "run_onnx"]  # the two that docs/python.md speaks of
 
 # TensorRT-RTX 1.7.1 has its kernel for one query only where heads times smallest batch is 4 or more
 SINGLE_QUERY_HEADS = 4
@@ -46,7 +48,7 @@ class Built:
     islands: Islands
 
 
-def run_onnx(job: OnnxJob, progress: Progress) -> tuple[Path, Manifest]:
+def run_onnx(job: OnnxJob, progress: Progress = SILENT) -> tuple[Path, Manifest]:
     """Export a checkpoint to a checked ONNX file with its manifest.
 
     Returns:

@@ -17,7 +17,7 @@ from msn_export.errors import (
     SpecError,
 )
 from msn_export.files import placing, require_writable, staging
-from msn_export.progress import Progress
+from msn_export.progress import SILENT, Progress
 from msn_export.proof.artifact import ENGINES, is_checkpoint, open_engine
 from msn_export.proof.artifact_facts import artifact_facts, checkpoint_facts
 from msn_export.proof.measured_facts import drift_facts, live_agreement, recorded_agreement
@@ -51,7 +51,7 @@ class Measured:
     notes: tuple[str, ...]
 
 
-def run_report(job: ReportJob, progress: Progress) -> facts.Page:
+def run_report(job: ReportJob, progress: Progress = SILENT) -> facts.Page:
     """Write the page, and the Markdown if asked for.
 
     Returns:

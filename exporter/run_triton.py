@@ -10,7 +10,7 @@ from msn_export.check.sample import draw
 from msn_export.errors import OutputError, SpecError
 from msn_export.files import staging
 from msn_export.preprocessing import Preprocessing, preset
-from msn_export.progress import Progress
+from msn_export.progress import SILENT, Progress
 from msn_export.servable import read_artifact
 from msn_export.spec import ImageSize, InputKind
 from msn_export.triton.artifact import Artifact, Platform
@@ -56,7 +56,7 @@ class Written:
     notes: tuple[str, ...]
 
 
-def run_triton(job: TritonJob, progress: Progress) -> Written:
+def run_triton(job: TritonJob, progress: Progress = SILENT) -> Written:
     """Write models into a repository; they appear there checked and whole, or not at all.
 
     Raises:

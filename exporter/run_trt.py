@@ -21,7 +21,7 @@ from msn_export.errors import SpecError
 from msn_export.files import publish, require_writable, staging
 from msn_export.manifest import Manifest, seal
 from msn_export.manifest_records import CheckRecord, GoldenRecord
-from msn_export.progress import Progress
+from msn_export.progress import SILENT, Progress
 from msn_export.sidecar import manifest_path
 from msn_export.source import Source, read_source, room_of
 from msn_export.spec import BatchRange, Dtype
@@ -30,6 +30,8 @@ from msn_export.trt.described import describe
 from msn_export.trt.execute import execute
 from msn_export.trt.job import TrtJob
 from msn_export.typed import cpu_runner
+
+__all__ = ["TrtJob", "run_trt"]  # the two that docs/python.md speaks of
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class Checked:
     golden: GoldenRecord | None
 
 
-def run_trt(job: TrtJob, progress: Progress) -> tuple[Path, Manifest]:
+def run_trt(job: TrtJob, progress: Progress = SILENT) -> tuple[Path, Manifest]:
     """Compile a graph into an engine with its manifest.
 
     Returns:

@@ -26,7 +26,7 @@ from msn_export.preprocessing import (
     from_processor_config,
     preset,
 )
-from msn_export.progress import Progress
+from msn_export.progress import SILENT, Progress
 from msn_export.proof.pair import Pair, open_pair
 from msn_export.proof.validation import Measured, Validation, judge
 from msn_export.spec import BatchRange, Dtype
@@ -54,7 +54,7 @@ class ValidateJob:
     numbers_only: bool = False
 
 
-def run_validate(job: ValidateJob, progress: Progress) -> Validation:
+def run_validate(job: ValidateJob, progress: Progress = SILENT) -> Validation:
     """Compare two artifacts on the same pictures.
 
     Raises:

@@ -24,14 +24,13 @@ from safetensors.torch import save_file
 
 from msn_export import manifest
 from msn_export.models.checkpoints import load_checkpoint
-from msn_export.onnx_job import OnnxJob
 from msn_export.progress import Silent
 from msn_export.proof.drift import Drift
 from msn_export.proof.validation import Validation
 from msn_export.quantise.job import CalibrateJob
 from msn_export.run_calibrate import run_calibrate
 from msn_export.run_drift import DriftJob, run_drift
-from msn_export.run_onnx import run_onnx
+from msn_export.run_onnx import OnnxJob, run_onnx
 from msn_export.run_validate import ValidateJob, run_validate
 from msn_export.spec import BatchRange, Dtype, Head
 

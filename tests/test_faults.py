@@ -17,13 +17,12 @@ from faults import BLOCK, describe, plant
 from msn_export import images, manifest
 from msn_export.errors import ToleranceError
 from msn_export.manifest import Manifest
-from msn_export.onnx_job import OnnxJob
 from msn_export.preprocessing import preset
 from msn_export.progress import Silent
 from msn_export.proof.drift import Drift
 from msn_export.proof.validation import Validation
 from msn_export.run_drift import DriftJob, run_drift
-from msn_export.run_onnx import run_onnx
+from msn_export.run_onnx import OnnxJob, run_onnx
 from msn_export.run_validate import ValidateJob, run_validate
 from msn_export.runtime import open_runner
 from msn_export.spec import BatchRange, Dtype, Head, ImageSize

@@ -24,9 +24,8 @@ from msn_export.graph.precision_map import precision_map
 from msn_export.graph.stream import ENTRY, find_stream, stages_of
 from msn_export.graph.structure import differences, structure_of, structure_of_module
 from msn_export.models.checkpoints import load_checkpoint
-from msn_export.onnx_job import OnnxJob
 from msn_export.progress import Silent
-from msn_export.run_onnx import run_onnx
+from msn_export.run_onnx import OnnxJob, run_onnx
 from msn_export.spec import Dtype, Head, Target
 
 # One pre-norm block; the tanh form of GELU has an addition of two computed values inside

@@ -13,15 +13,18 @@ from msn_export.report import facts
 def verdict(
     artifacts: Sequence[facts.Artifact], agreements: Sequence[facts.Agreement]
 ) -> tuple[facts.State, str]:
-    """Say in one line whether all that ran agrees, and what did not run."""
+    """Say in one line whether all that ran agrees, what did not run and what was not checked."""
     failed = [found.candidate for found in agreements if not found.passed]
     if failed:
         return "failed", f"{', '.join(failed)}: not what the reference is"
     if not agreements:
         return "partial", "Nothing was compared"
-    idle = [a.name for a in artifacts if a.verdict in {"compiled, not run", "not checked"}]
-    if idle:
-        return "partial", f"Everything that ran agrees; {', '.join(idle)} did not run"
+    open_ends = []
+    for state, words in (("compiled, not run", "did not run"), ("not checked", "was not checked")):
+        names = [artifact.name for artifact in artifacts if artifact.verdict == state]
+        open_ends += [f"{', '.join(names)} {words}"] if names else []
+    if open_ends:
+        return "partial", "; ".join(["Everything that ran agrees", *open_ends])
     return "passed", "Every artifact agrees with its reference"
 
 
