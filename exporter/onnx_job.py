@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from msn_export.files import require_writable
+from msn_export.job import Job
 from msn_export.models.named import WEIGHTS, kind_of
 from msn_export.sidecar import manifest_path
 from msn_export.spec import BatchRange, Dtype, Head, ImageSize, InputKind, Target
 
 
 @dataclass(frozen=True, slots=True)
-class OnnxJob:
+class OnnxJob(Job):
     """Options as the command line names them."""
 
     checkpoint: str

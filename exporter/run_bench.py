@@ -30,15 +30,16 @@ from msn_export.check.sample import draw
 from msn_export.driver import NoDriver, find_driver
 from msn_export.errors import BenchError, MissingPackageError, SpecError
 from msn_export.files import placing, require_writable, staging
+from msn_export.job import Job
 from msn_export.machine import physical_cores, this_machine
 from msn_export.manifest import versions_of
 from msn_export.progress import SILENT
+from msn_export.spec import Dtype, ImageSize
 
 if TYPE_CHECKING:
     from msn_export.bench.reference import Reference
     from msn_export.check.sample import Sample
     from msn_export.progress import Progress
-    from msn_export.spec import Dtype, ImageSize
 
 PACKAGES = ("torch", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx", "numpy")
 _GPU = re.compile("cuda|tensorrt", re.IGNORECASE)  # in the name of an execution provider
@@ -46,7 +47,7 @@ _BUSY = 0.5  # load average, per core, from which a time is not to be trusted
 
 
 @dataclass(frozen=True, slots=True)
-class BenchJob:
+class BenchJob(Job):
     """What ``msn-export bench`` was asked for; ``seconds`` is for each contender at each batch."""
 
     artifacts: tuple[Path, ...]

@@ -20,6 +20,7 @@ from msn_export.check.drift import (
 from msn_export.check.gate import DRIFT, GATES, ROUNDING, coarsest
 from msn_export.check.sample import Sample, batches, draw
 from msn_export.check.verify import Reference, Verified
+from msn_export.job import Job
 from msn_export.manifest_records import CheckRecord
 from msn_export.preprocessing import preset
 from msn_export.progress import SILENT, Progress
@@ -37,7 +38,7 @@ AT_ONCE = 4
 
 
 @dataclass(frozen=True, slots=True)
-class DriftJob:
+class DriftJob(Job):
     """What ``msn-export drift`` was asked for; ``tolerance`` None is measured or the dtype's."""
 
     reference: str

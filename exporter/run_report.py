@@ -17,6 +17,7 @@ from msn_export.errors import (
     SpecError,
 )
 from msn_export.files import placing, require_writable, staging
+from msn_export.job import Job
 from msn_export.progress import SILENT, Progress
 from msn_export.proof.artifact import ENGINES, is_checkpoint, open_engine
 from msn_export.proof.artifact_facts import artifact_facts, checkpoint_facts
@@ -27,7 +28,7 @@ from msn_export.run_validate import ValidateJob, validate_in_full
 
 
 @dataclass(frozen=True, slots=True)
-class ReportJob:
+class ReportJob(Job):
     """What ``msn-export report`` was asked for; the first artifact is the others' reference."""
 
     artifacts: tuple[str, ...]

@@ -9,6 +9,7 @@ import numpy as np
 from msn_export.check.sample import draw
 from msn_export.errors import OutputError, SpecError
 from msn_export.files import staging
+from msn_export.job import Job
 from msn_export.preprocessing import Preprocessing, preset
 from msn_export.progress import SILENT, Progress
 from msn_export.servable import read_artifact
@@ -24,7 +25,7 @@ from msn_export.triton.repository import join_version, move_in, require_name, re
 
 
 @dataclass(frozen=True, slots=True)
-class TritonJob:
+class TritonJob(Job):
     """What ``msn-export triton`` was asked for; ``queue_delay`` in microseconds."""
 
     artifacts: tuple[Path, ...]

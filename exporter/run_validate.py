@@ -20,6 +20,7 @@ from msn_export.check.verify import (
     verify,
 )
 from msn_export.errors import SpecError
+from msn_export.job import Job
 from msn_export.models.hf_config import read_json
 from msn_export.preprocessing import (
     Preprocessing,
@@ -35,7 +36,7 @@ LIMIT = 64  # pictures: enough for a first percentile, seconds of a ViT-S on two
 
 
 @dataclass(frozen=True, slots=True)
-class ValidateJob:
+class ValidateJob(Job):
     """What ``msn-export validate`` was asked for.
 
     ``preprocess`` says how the candidate is fed in production, where that is not what its manifest

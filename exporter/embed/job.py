@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from msn_export.spec import ImageSize
+from msn_export.job import Job
+from msn_export.spec import ImageSize
 
 
 @dataclass(frozen=True, slots=True)
-class EmbedJob:
+class EmbedJob(Job):
     """What ``msn-export embed`` was asked for; None leaves a choice to the model or the machine.
 
     ``images`` is a folder, or the URI of a bucket. ``threads`` are those an .onnx file computes

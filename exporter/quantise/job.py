@@ -9,6 +9,7 @@ from msn_export.calibration.observers import Observer
 from msn_export.calibration.projections import Role
 from msn_export.calibration.qdq import Scheme
 from msn_export.check.gate import GATES, Gate
+from msn_export.job import Job
 from msn_export.spec import ComputeCapability, Dtype, Target
 
 AUTO = "auto"
@@ -27,7 +28,7 @@ def base_for(model: Path, dtype: Dtype) -> Dtype:
 
 
 @dataclass(frozen=True, slots=True)
-class CalibrateJob:
+class CalibrateJob(Job):
     """Options as the command line names them.
 
     ``dtype`` is int8 or fp8, ``base`` the type of the rest: fp32 beside int8 is for onnxruntime.

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from msn_export.job import Job
 from msn_export.spec import BatchRange, ComputeCapability, Dtype
 
 
 @dataclass(frozen=True, slots=True)
-class TrtJob:
+class TrtJob(Job):
     """What ``msn-export trt`` was asked for; ``precision`` None is as the graph is typed."""
 
     model: Path
