@@ -28,7 +28,7 @@ class Job:
     __slots__ = ()
 
     def __post_init__(self) -> None:
-        kind = type(self)
+        kind: Any = type(self)
         hints = _hints(kind)
         for name, hint in hints.items():
             value = getattr(self, name)
