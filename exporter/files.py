@@ -3,10 +3,10 @@
 import errno
 import fcntl
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from msn_export.errors import OutputError, SpecError
@@ -74,20 +74,20 @@ def staging(folder: Path) -> Iterator[Path]:
     Raises:
         OutputError: the folder cannot be made, or the disk is full.
     """
-    try:
-        with _lock_on(folder):  # nobody takes the new folder for an abandoned one
-            _remove_abandoned(folder)
-            stage = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=folder))
-            lock = os.open(stage, os.O_RDONLY)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-    except OSError as error:
-        raise OutputError(f"cannot write in {folder}: {error.strerror}") from error
-    try:
+    stage = folder / f"{STAGING_PREFIX}{secrets.token_hex(8)}"
+    with ExitStack() as last:
+        last.callback(shutil.rmtree, stage, ignore_errors=True)  # an interrupt may come at any line
+        try:
+            with _lock_on(folder):  # nobody takes the new folder for an abandoned one
+                _remove_abandoned(folder)
+                stage.mkdir(mode=0o700)
+                lock = os.open(stage, os.O_RDONLY)
+                last.callback(os.close, lock)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise OutputError(f"cannot write in {folder}: {error.strerror}") from error
         with no_room_reported(folder):
             yield stage
-    finally:
-        os.close(lock)
-        shutil.rmtree(stage, ignore_errors=True)
 
 
 @contextmanager

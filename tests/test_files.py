@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -104,6 +105,26 @@ def test_so_it_is_when_the_work_fails(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("call", ["mkdir", "open", "flock"])
+def test_so_it_is_when_an_interrupt_comes_while_the_folder_is_made(
+    tmp_path, monkeypatch, call
+) -> None:
+    place = {"mkdir": Path, "open": os, "flock": fcntl}[call]
+    real, came = getattr(place, call), []
+
+    def interrupted(*given: Any, **options: Any) -> Any:
+        done = real(*given, **options)
+        if list(tmp_path.iterdir()) and not came:
+            came.append(call)
+            raise KeyboardInterrupt
+        return done
+
+    monkeypatch.setattr(place, call, interrupted)
+    with pytest.raises(KeyboardInterrupt), staging(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_a_full_disk_is_told_as_such(tmp_path, code) -> None:
     with pytest.raises(OutputError) as raised, staging(tmp_path):
@@ -159,6 +180,7 @@ def test_a_disk_that_fills_up_is_named_and_nothing_left(tmp_path) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
+from typing import Any
 from msn_export.files import staging
 with staging(Path(sys.argv[1])) as stage:
     (stage / "m.onnx").write_text("half")
