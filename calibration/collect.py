@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -41,10 +42,10 @@ class Watch:
         RemoveUnusedNodesPass()(copy)
         self._fixed = _fixed_batch(copy)
         self.batch = self._fixed or _affordable(copy)
-        path = stage / "watched.onnx"
-        io.save(copy, path)
-        self._session = _session(path)
-        path.unlink()
+        with TemporaryDirectory(dir=stage) as own:
+            path = Path(own) / "watched.onnx"
+            io.save(copy, path)
+            self._session = _session(path)
         self._input = self._session.get_inputs()[0].name
 
     def __call__(self, images: NDArray[Any]) -> Seen:

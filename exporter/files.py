@@ -5,6 +5,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -24,13 +25,13 @@ def require_writable(outputs: Sequence[Path], *, force: bool, sources: Sequence[
         sources: what the work reads: never replaced.
 
     Raises:
-        OutputError: an output exists and ``force`` is not set, is no file, is a source, or its
-            folder cannot be written.
+        OutputError: an output exists and ``force`` is not set, is no file, is a source or another
+            output, or its folder cannot be written.
         SpecError: a path is one that no library here can open.
     """
     for path in (*outputs, *sources):
         _require_text(path)
-    for output in outputs:
+    for index, output in enumerate(outputs):
         folder = output.parent
         if output.is_dir():
             raise OutputError(f"output {output} is a folder; name a file with -o")
@@ -42,8 +43,10 @@ def require_writable(outputs: Sequence[Path], *, force: bool, sources: Sequence[
             raise OutputError(f"output folder {folder} is not writable; choose another with -o")
         if output.exists() and not output.is_file():
             raise OutputError(f"output {output} is a device or a pipe; name a file with -o")
-        if any(_same(source, output) for source in sources):
+        if any(same_file(source, output) for source in sources):
             raise OutputError(f"output {output} is what is read; choose another with -o")
+        if any(same_file(other, output) for other in outputs[:index]):
+            raise OutputError(f"output {output} would be written twice; name two files")
         if os.path.lexists(output) and not force:
             raise OutputError(f"output {output} exists; --force replaces it, -o writes elsewhere")
 
@@ -56,10 +59,13 @@ def _require_text(path: Path) -> None:
         raise SpecError(f"path {str(path)!r} is not UTF-8; rename it") from error
 
 
-def _same(one: Path, other: Path) -> bool:
+def same_file(one: Path, other: Path) -> bool:
+    """Tell whether two paths are, or would be, one file."""
     try:
-        return one.samefile(other)
-    except (OSError, ValueError):  # one of them is not there, or is no path at all
+        if one.exists() and other.exists():
+            return one.samefile(other)  # a hard link too
+        return one.resolve() == other.resolve()
+    except (OSError, ValueError):  # one of them is no path at all
         return False
 
 
@@ -88,6 +94,11 @@ def staging(folder: Path) -> Iterator[Path]:
             raise OutputError(f"cannot write in {folder}: {error.strerror}") from error
         with no_room_reported(folder):
             yield stage
+
+
+def apart(stage: Path) -> Path:
+    """Give a folder in ``stage`` for what is not published: no output is called as it is."""
+    return Path(tempfile.mkdtemp(dir=stage))
 
 
 @contextmanager

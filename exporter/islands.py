@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx_ir as ir
@@ -44,15 +45,15 @@ def decide(
 def measure(model: ir.Model, sample: Sample, stem: InputKind, stage: Path) -> dict[str, float]:
     """Run the graph over the sample and give each value's largest absolute value."""
     observed = observe(model)
-    path = stage / "observed.onnx"
-    io.save(observed.model, path)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what fails is raised
     # by default it runs the graph first and takes the maxima after, all values in memory:
     # 5.1 GB instead of 2.0 for one image of vit-msn-base-4
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    path.unlink()
+    with TemporaryDirectory(dir=stage) as own:
+        path = Path(own) / "observed.onnx"
+        io.save(observed.model, path)
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     (taken,) = session.get_inputs()
     # a graph of one batch size takes no other: its last batch starts over with the first image
     fixed = taken.shape[0] if isinstance(taken.shape[0], int) else None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from msn_export.files import require_writable
 from msn_export.job import Job
-from msn_export.models.named import WEIGHTS, kind_of
+from msn_export.models.named import WEIGHTS, files_of, kind_of
 from msn_export.sidecar import manifest_path
 from msn_export.spec import BatchRange, Dtype, Head, ImageSize, InputKind, Target
 
@@ -44,10 +44,10 @@ class OnnxJob(Job):
             CheckpointError: there is no such checkpoint.
         """
         output = self.output or self._default_output()
-        require_writable(
-            [output, manifest_path(output)], force=self.force, sources=[Path(self.checkpoint)]
-        )
         kind_of(self.checkpoint, self.variant)
+        outputs = [output, manifest_path(output)]
+        sources = [Path(self.checkpoint), *files_of(self.checkpoint)]
+        require_writable(outputs, force=self.force, sources=sources)
         return output
 
     def _default_output(self) -> Path:

@@ -34,6 +34,7 @@ from msn_export.job import Job
 from msn_export.machine import physical_cores, this_machine
 from msn_export.manifest import versions_of
 from msn_export.progress import SILENT
+from msn_export.sidecar import manifest_path
 from msn_export.spec import Dtype, ImageSize
 
 if TYPE_CHECKING:
@@ -82,7 +83,8 @@ def run_bench(job: BenchJob, progress: Progress = SILENT) -> Bench:
         MissingPackageError: the report needs a package that is not there.
     """
     if job.report is not None:
-        require_writable([job.report], force=job.force)
+        read = [*job.artifacts, *map(manifest_path, job.artifacts)]
+        require_writable([job.report], force=job.force, sources=read)
         _require_page()
     load = os.getloadavg()[0]
     where = _where(job)

@@ -18,7 +18,7 @@ from msn_export.check.gate import GATES
 from msn_export.check.sample import Sample
 from msn_export.check.verify import Reference, run_reference
 from msn_export.errors import GraphError, SpecError, ToleranceError
-from msn_export.files import publish, require_writable, staging
+from msn_export.files import apart, publish, require_writable, staging
 from msn_export.graph import io
 from msn_export.graph.precision import type_graph
 from msn_export.manifest import Manifest, seal
@@ -52,7 +52,8 @@ def run_calibrate(job: CalibrateJob, progress: Progress = SILENT) -> tuple[Path,
     output = job.output or Path(f"{job.model.stem}.{job.dtype}.onnx")
     ranges = job.ranges or output.with_name(f"{output.stem}.ranges.json")
     outputs = [output, manifest_path(output), *([] if job.ranges else [ranges])]
-    require_writable(outputs, force=job.force, sources=[job.model])
+    read = [job.model, manifest_path(job.model), *([job.ranges] if job.ranges else [])]
+    require_writable(outputs, force=job.force, sources=read)
     require_meaning(job.observer, job.scheme.form)
     _require_target(job)
     with progress.step("read the graph"):
@@ -179,7 +180,7 @@ def _twin(
     progress: Progress,
 ) -> Candidate:
     """Make the same graph in the base type, which is what quantising has to be better than."""
-    path = stage / f"twin.{job.base}.onnx"
+    path = apart(stage) / f"twin.{job.base}.onnx"
     with progress.step(f"judge the {job.base} graph beside it"):
         model = ranged.plan.unquantised()
         _write(model, ranged, job.base, path)

@@ -25,6 +25,7 @@ from msn_export.proof.measured_facts import drift_facts, live_agreement, recorde
 from msn_export.report import facts, words
 from msn_export.run_drift import DriftJob, run_drift
 from msn_export.run_validate import ValidateJob, validate_in_full
+from msn_export.sidecar import manifest_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,7 @@ def _require_outputs(job: ReportJob) -> None:
     if len({path.absolute() for path in outputs}) < len(outputs):
         raise SpecError(f"--markdown {job.markdown} is the page itself; give it another name")
     sources = [Path(name) for name in job.artifacts]
+    sources += [manifest_path(path) for path in sources]
     sources += [job.bench] if job.bench is not None else []
     require_writable(outputs, force=job.force, sources=sources)
 

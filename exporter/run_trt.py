@@ -18,7 +18,7 @@ from msn_export.engine.job import BuildSpec
 from msn_export.engine.job import Progress as BuildProgress
 from msn_export.engine.options import judge
 from msn_export.errors import SpecError
-from msn_export.files import publish, require_writable, staging
+from msn_export.files import publish, require_writable, same_file, staging
 from msn_export.manifest import Manifest, seal
 from msn_export.manifest_records import CheckRecord, GoldenRecord
 from msn_export.progress import SILENT, Progress
@@ -54,7 +54,7 @@ def run_trt(job: TrtJob, progress: Progress = SILENT) -> tuple[Path, Manifest]:
     """
     started = time.monotonic()
     output = job.output or Path(job.model.with_suffix(".engine").name)
-    require_writable([output, manifest_path(output)], force=job.force, sources=[job.model])
+    _require_outputs(job, output)
     backend = find_backend(job.backend)
     with progress.step("read the graph"):
         source = read_source(job.model)
@@ -86,6 +86,18 @@ def run_trt(job: TrtJob, progress: Progress = SILENT) -> tuple[Path, Manifest]:
         )
         publish(result.output, output, seal(manifest), force=job.force)
     return output, manifest
+
+
+def _require_outputs(job: TrtJob, output: Path) -> None:
+    read = [job.model, manifest_path(job.model)]
+    written = [output, manifest_path(output)]
+    if job.timing_cache is not None:
+        if same_file(job.timing_cache, job.model):  # what is no cache is replaced by one
+            raise SpecError(f"--timing-cache {job.timing_cache} is the graph; name another file")
+        read.append(job.timing_cache)
+    if job.log is not None and (job.log.is_file() or not job.log.exists()):  # no terminal, no pipe
+        written.append(job.log)
+    require_writable(written, force=job.force, sources=read)
 
 
 def _profiles(job: TrtJob, source: Source) -> tuple[BatchRange, ...]:

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import onnx_ir as ir
 
@@ -46,9 +47,9 @@ def cpu_runner(path: Path, dtype: Dtype, stage: Path) -> OrtRunner:
     model = io.load(path)
     if not has_bf16(model):  # a quantised graph's other half
         return OrtRunner(path)
-    emulated = stage / "emulated.onnx"
-    io.save(emulate_bf16(model), emulated)
-    runner = OrtRunner(emulated)
-    emulated.unlink()
+    with TemporaryDirectory(dir=stage) as own:
+        emulated = Path(own) / "emulated.onnx"
+        io.save(emulate_bf16(model), emulated)
+        runner = OrtRunner(emulated)
     runner.name += " (bf16 emulated: fp32 arithmetic, every value rounded to bf16)"
     return runner

@@ -12,6 +12,7 @@ from msn_export.models.variants import named_variant
 Kind = Literal["random", "file", "folder", "hub"]
 
 WEIGHTS = (".safetensors", ".bin", ".pth", ".tar", ".pt")
+BESIDE = ("config.json", "preprocessor_config.json")
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}(?:@[\w./-]{1,128})?", re.ASCII)
 
 
@@ -35,6 +36,15 @@ def kind_of(source: str, variant: str | None = None) -> Kind:
     if variant is not None:
         named_variant(variant)
     return kind
+
+
+def files_of(source: str) -> list[Path]:
+    """List the files of a checkpoint that lies here, as far as loading it may read them."""
+    path = Path(source)
+    if path.is_dir():
+        wanted = (*WEIGHTS, ".index.json", *BESIDE)
+        return [file for file in path.iterdir() if file.name.endswith(wanted)]
+    return [path, *(path.parent / name for name in BESIDE)] if path.is_file() else []
 
 
 def seeded(source: str) -> tuple[str, int]:

@@ -294,6 +294,9 @@ def test_an_output_that_is_what_is_read_is_refused(checkpoint) -> None:
     result = CliRunner().invoke(main, ["onnx", str(weights), "-o", str(weights), "--force"])
     assert f"output {weights} is what is read; choose another with -o" in last_line(result)
     assert weights.read_bytes() == before
+    result = CliRunner().invoke(main, ["onnx", str(checkpoint), "-o", str(weights), "--force"])
+    assert f"output {weights} is what is read; choose another with -o" in last_line(result)
+    assert weights.read_bytes() == before
 
 
 def test_a_device_is_never_replaced(tiny) -> None:

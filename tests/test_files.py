@@ -74,6 +74,17 @@ def test_what_is_read_is_never_replaced(tmp_path) -> None:
     require_writable([source], force=True, sources=(Path("a" * 5000), Path("a\0b")))
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_two_outputs_that_are_one_file_are_refused(tmp_path, there) -> None:
+    output = tmp_path / "m.engine"
+    if there:
+        output.touch()
+    other = tmp_path / "." / ".." / tmp_path.name / "m.engine"
+    assert message_of(output, other, force=True) == (
+        f"output {other} would be written twice; name two files"
+    )
+
+
 def test_a_folder_that_cannot_be_written_is_named_before_the_work(tmp_path, monkeypatch) -> None:
     # root may write everywhere: what the system answers anyone else is put in its place
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)

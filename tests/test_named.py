@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from msn_export.errors import CheckpointError
-from msn_export.models.named import kind_of, seeded
+from msn_export.models.named import files_of, kind_of, seeded
 
 
 def message_of(source: str, variant: str | None = None) -> str:
@@ -104,6 +104,18 @@ def test_any_text_is_a_kind_or_our_own_error(name) -> None:
         assert kind_of(name) in {"random", "file", "folder", "hub"}
     except CheckpointError as error:
         assert str(error).startswith(("checkpoint ", "variant "))
+
+
+def test_the_files_that_loading_may_read_are_listed(tmp_path) -> None:
+    read = {"config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"}
+    for name in (*read, "m.onnx", "m.onnx.json", "README.md"):
+        (tmp_path / name).touch()
+    assert {path.name for path in files_of(str(tmp_path))} == read
+    weights = tmp_path / "model-00001-of-00002.safetensors"
+    assert files_of(str(weights)) == [
+        weights, tmp_path / "config.json", tmp_path / "preprocessor_config.json"
+    ]  # fmt: skip
+    assert files_of("random:vit-msn-small") == files_of("facebook/vit-msn-small") == []
 
 
 def test_it_loads_no_torch() -> None:

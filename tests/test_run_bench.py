@@ -223,6 +223,14 @@ def test_usage_and_settings_are_checked_first(model, options, code, message) -> 
     assert message in result.output
 
 
+def test_a_report_replaces_no_artifact(model, tmp_path) -> None:
+    own = tmp_path / "own.onnx"
+    own.write_bytes(model.read_bytes())
+    result = bench(own, "--report", own, "--force")
+    assert result.stderr == f"error: output {own} is what is read; choose another with -o\n"
+    assert own.read_bytes() == model.read_bytes()
+
+
 def test_an_artifact_that_is_none_is_an_error(tmp_path, model) -> None:
     assert "none.onnx does not exist" in bench(tmp_path / "none.onnx").stderr
     (tmp_path / "bad.onnx").write_bytes(b"nothing")

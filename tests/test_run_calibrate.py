@@ -151,6 +151,12 @@ def test_a_person_reads_the_verdict_in_a_table(graph, images, tmp_path) -> None:
         assert said in result.stdout
 
 
+@pytest.mark.parametrize("name", ["twin.fp16.onnx", "watched.onnx", "observed.onnx"])
+def test_no_name_of_an_output_is_one_of_ours(graph, images, tmp_path, name) -> None:
+    done(graph, images, tmp_path / name, "--int8", *QUICK)
+    assert len(quantised_products(io.load(tmp_path / name))) == PRODUCTS
+
+
 # --- what TensorRT makes of it --------------------------------------------------------------------
 
 

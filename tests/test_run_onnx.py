@@ -116,6 +116,12 @@ def test_every_option_passes_its_check(checkpoint, tmp_path, options, expected) 
     onnx.checker.check_model(str(tmp_path / "m.onnx"), full_check=True)
 
 
+def test_no_name_of_an_output_is_one_of_ours(checkpoint, tmp_path) -> None:
+    for name in ("emulated.onnx", "observed.onnx"):
+        result = export(checkpoint, tmp_path / name, "--dtype", "bf16")
+        assert result.exit_code == 0, result.output
+
+
 def test_bf16_says_how_it_was_run(checkpoint, tmp_path) -> None:
     told = json.loads(export(checkpoint, tmp_path / "m.onnx", "--dtype", "bf16").stdout)
     assert "bf16 emulated" in told["check"]["executed_on"]

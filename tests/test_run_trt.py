@@ -166,6 +166,27 @@ def test_the_log_has_what_tensorrt_said(graph, tmp_path) -> None:
     assert "_gemm_mha" in (tmp_path / "build.log").read_text()
 
 
+def test_the_log_replaces_nothing_that_is_read_or_written(graph, tmp_path) -> None:
+    model, output, log = tmp_path / "m.onnx", tmp_path / "m.engine", tmp_path / "build.log"
+    model.write_bytes(graph.read_bytes())
+    log.write_text("mine")
+    for path, options, message in (
+        (model, ("--force",), f"output {model} is what is read; choose another with -o"),
+        (output, (), f"output {output} would be written twice; name two files"),
+        (log, (), f"output {log} exists; --force replaces it, -o writes elsewhere"),
+    ):
+        result = build(model, output, "--fp16", "--log", str(path), *options)
+        assert (result.exit_code, result.stderr) == (1, f"error: {message}\n")
+    assert model.read_bytes() == graph.read_bytes()
+    assert log.read_text() == "mine"
+    assert not output.exists()
+
+
+def test_the_graph_is_no_timing_cache(graph, tmp_path) -> None:
+    result = build(graph, tmp_path / "m.engine", "--fp16", "--timing-cache", str(graph))
+    assert result.stderr == f"error: --timing-cache {graph} is the graph; name another file\n"
+
+
 def test_a_graph_of_another_tool_is_understood(graph, tmp_path) -> None:
     foreign = tmp_path / "theirs.onnx"
     io.save(io.load(graph), foreign)

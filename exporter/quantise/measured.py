@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msn_export.calibration.pictures import Split
+from msn_export.files import apart
 from msn_export.graph.quantised import quantised_products
 from msn_export.progress import Progress
 from msn_export.quantise.compiled import Twin, compile_both, engine_path
@@ -42,6 +43,7 @@ def measure(
             paths = {str(job.base): done.twin.path, str(job.dtype): done.chosen.path}
             latency = time_graphs(paths, _batch(done), str(job.base))
         return {"reason": f"{job.dtype} beside fp32 is for onnxruntime"}, latency
+    stage = apart(stage)
     with progress.step("compile both and count kernels"):
         compiled = _compile(done, job, stage)
     with progress.step("time both, where a GPU is"):

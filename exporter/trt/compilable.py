@@ -9,6 +9,7 @@ import onnx_ir as ir
 from msn_export.check.sample import Sample
 from msn_export.engine.backend import Backend
 from msn_export.errors import GraphError
+from msn_export.files import apart
 from msn_export.graph import io
 from msn_export.graph.expose import expose
 from msn_export.graph.facts import operators, tensor_specs
@@ -71,7 +72,7 @@ def prepare(
             islands = type_as(model, dtype, job.islands, sample, source.stem, stage)
     if job.stages:
         model = expose(model, stages_of(model))
-    path = stage / source.path.name
+    path = apart(stage) / source.path.name
     with progress.step("write and check the typed graph"):
         io.save(model, path)
         io.check(path)
