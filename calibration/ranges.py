@@ -35,7 +35,8 @@ class TensorRange:
         whole = len(self.counts) == BINS and all(0 <= n <= _MOST_VALUES for n in self.counts)
         edged = 0 <= self.peak < self.limit and np.frexp(self.limit)[0] == 0.5
         last = max((i for i, count in enumerate(self.counts) if count), default=None)
-        if not whole or not edged or last != int(self.peak * (BINS / self.limit)):
+        # as a fraction first: BINS over the least of floats is infinite
+        if not whole or not edged or last != int(self.peak / self.limit * BINS):
             raise SpecError(f"not a histogram of {BINS} bins up to a power of two")
 
     @classmethod

@@ -1,6 +1,7 @@
 """Decide which values of a graph stay fp32: measured on images, read from a file, or none."""
 
 import json
+import math
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -10,9 +11,10 @@ import onnxruntime
 
 from msn_export.check.gate import HEADROOM
 from msn_export.check.sample import Sample
-from msn_export.errors import GraphError
+from msn_export.errors import GraphError, ManifestError
 from msn_export.graph import io
-from msn_export.graph.islands import MAXIMA, choose, observe
+from msn_export.graph.islands import choose, observe
+from msn_export.records import from_plain
 from msn_export.spec import Dtype, InputKind
 
 MEASURED = "measured"
@@ -62,7 +64,7 @@ def measure(model: ir.Model, sample: Sample, stem: InputKind, stage: Path) -> di
     for start in range(0, len(sample), batch):
         end = start + batch if fixed else min(start + batch, len(sample))
         images = sample.feed(range(start, end), stem)
-        (maxima,) = session.run([MAXIMA], {taken.name: images})
+        (maxima,) = session.run(None, {taken.name: images})
         peaks = np.maximum(peaks, maxima)
     return dict(zip(observed.names, (float(peak) for peak in peaks), strict=True))
 
@@ -70,14 +72,14 @@ def measure(model: ir.Model, sample: Sample, stem: InputKind, stage: Path) -> di
 def _read(path: Path) -> dict[str, float]:
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise GraphError(f"islands file {path} cannot be read: {error}") from error
-    valid = isinstance(listed, dict) and all(
-        isinstance(peak, int | float) and not isinstance(peak, bool) for peak in listed.values()
-    )
-    if not valid:
+    try:
+        peaks = from_plain(dict[str, float | None], listed, "islands")
+    except ManifestError as error:
         raise GraphError(
-            f"islands file {path} is not a JSON object of tensor name to largest value; "
-            "take the 'islands' of a manifest"
-        )
-    return {name: float(peak) for name, peak in listed.items()}
+            f"islands file {path} is not a JSON object of tensor name to largest value; take the "
+            f"'islands' of a manifest ({error})"
+        ) from error
+    # a manifest, which is JSON, has null for the infinity of a weight that overflows by itself
+    return {name: math.inf if peak is None else peak for name, peak in peaks.items()}

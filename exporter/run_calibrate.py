@@ -1,6 +1,5 @@
 """The story of ``msn-export calibrate``: ranges, Q/DQ, the blocks that stay, verdict."""
 
-import resource
 import time
 from dataclasses import replace
 from functools import partial
@@ -22,6 +21,7 @@ from msn_export.files import apart, publish, require_writable, staging
 from msn_export.graph import io
 from msn_export.graph.precision import type_graph
 from msn_export.manifest import Manifest, seal
+from msn_export.process import peak_rss
 from msn_export.progress import SILENT, Progress
 from msn_export.quantise.choices import choices
 from msn_export.quantise.compiled import require_target
@@ -74,7 +74,7 @@ def run_calibrate(job: CalibrateJob, progress: Progress = SILENT) -> tuple[Path,
         manifest = replace(
             manifest,
             seconds=round(time.monotonic() - started, 3),
-            peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            peak_rss_bytes=peak_rss(),
         )
         taken = () if job.ranges else (stage / ranges.name,)
         publish(chosen.path, output, seal(manifest), beside=taken, force=job.force)

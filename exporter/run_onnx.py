@@ -1,7 +1,6 @@
 """The story of ``msn-export onnx``: checkpoint, trace, graph steps, check, file."""
 
 import gc
-import resource
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from msn_export.manifest import Manifest, seal, versions_of
 from msn_export.manifest_records import AttentionRecord, CheckpointRecord, CheckRecord
 from msn_export.models.checkpoints import Checkpoint, load_checkpoint
 from msn_export.onnx_job import OnnxJob
+from msn_export.process import peak_rss
 from msn_export.progress import SILENT, Progress
 from msn_export.records import to_json
 from msn_export.sidecar import sha256_of
@@ -87,7 +87,7 @@ def run_onnx(job: OnnxJob, progress: Progress = SILENT) -> tuple[Path, Manifest]
             _describe(job, checkpoint, sample, built, check),
             golden=known,
             seconds=round(time.monotonic() - started, 3),
-            peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            peak_rss_bytes=peak_rss(),
         )
         publish(built.path, output, seal(manifest), force=job.force)
     return output, manifest

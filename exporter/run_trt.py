@@ -1,6 +1,5 @@
 """The story of ``msn-export trt``: graph, precision, check, compile in a child, census, engine."""
 
-import resource
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from msn_export.errors import SpecError
 from msn_export.files import publish, require_writable, same_file, staging
 from msn_export.manifest import Manifest, seal
 from msn_export.manifest_records import CheckRecord, GoldenRecord
+from msn_export.process import peak_rss
 from msn_export.progress import SILENT, Progress
 from msn_export.sidecar import manifest_path
 from msn_export.source import Source, read_source, room_of
@@ -80,9 +80,7 @@ def run_trt(job: TrtJob, progress: Progress = SILENT) -> tuple[Path, Manifest]:
             manifest,
             engine=engine,
             seconds=round(time.monotonic() - started, 3),
-            peak_rss_bytes=max(
-                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, result.peak_rss
-            ),
+            peak_rss_bytes=max(peak_rss(), result.peak_rss),
         )
         publish(result.output, output, seal(manifest), force=job.force)
     return output, manifest

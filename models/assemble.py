@@ -12,6 +12,7 @@ from msn_export.models.keys import Keys, rename
 from msn_export.models.variants import VARIANTS, VitConfig, named_variant
 from msn_export.models.vit_msn import VitMsn
 
+_NUMBERS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 _QKV = ("attn.q.", "attn.k.", "attn.v.")
 
 
@@ -93,11 +94,11 @@ def _require_plain(keys: Keys, tensors: Mapping[str, Tensor], where: str) -> Non
     for key in keys.known.values():
         tensor = tensors[key]
         dense = tensor.layout is torch.strided and tensor.device.type == "cpu"
-        if not dense or not tensor.is_floating_point():
+        if not dense or tensor.dtype not in _NUMBERS:
             kind = _short(tensor.dtype) if dense else f"{tensor.layout} on {tensor.device}"
             raise CheckpointError(
                 f"{where}: weight {key!r} is {kind}; expected dense floating-point numbers "
-                "(quantised checkpoints are not read)"
+                "of 16 bits or more (quantised checkpoints are not read)"
             )
 
 

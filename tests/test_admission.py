@@ -23,7 +23,7 @@ from msn_export.runtime import engine_opening, open_runner
 from msn_export.runtime.admission import Admitted, admit_engine, rebuild
 from msn_export.runtime.loaders import Loaded
 from msn_export.sidecar import manifest_path, sha256_of
-from msn_export.spec import ComputeCapability
+from msn_export.spec import ComputeCapability, Dtype
 
 ADA = Device(0, "NVIDIA L4", ComputeCapability(8, 9), 24 << 30)
 HOPPER = Device(0, "NVIDIA H200", ComputeCapability(9, 0), 140 << 30)
@@ -156,6 +156,7 @@ def test_a_gpu_that_no_engine_claims_is_tried_where_that_is_asked_for(
 
 
 def test_the_first_gpu_that_fits_is_taken(monkeypatch) -> None:
+    engine()  # compiled before a GPU is found
     pretend(monkeypatch, "config", Network())
     second = replace(ADA, index=1)
     found(monkeypatch, Driver("13.0", (HOPPER, second)))
@@ -178,6 +179,7 @@ def _with_version(loaded: Loaded, version: str):
 
 
 def test_another_version_of_tensorrt_is_told(monkeypatch) -> None:
+    engine()  # compiled before a GPU is found
     recorder = pretend(monkeypatch, "config", version="1.6.1.120")
     with pytest.raises(
         RunnerError,
@@ -221,6 +223,15 @@ def test_a_manifest_that_names_no_gpu_generation_is_refused() -> None:
     plain = to_plain(known.engine) | {"compute_capabilities": ["ada"]}
     with pytest.raises(ManifestError, match="m: compute capability 'ada' is not a version; expe"):
         from_plain(EngineRecord, plain, "m")
+
+
+def test_a_quantised_graph_says_its_own_precision() -> None:
+    known = example()
+    assert known.engine is not None
+    unfused = replace(known.engine, options={"allow_unfused": True})
+    told = rebuild(replace(known, dtype=Dtype.INT8, engine=unfused))
+    assert told.startswith("rebuild it with: msn-export trt m.onnx --backend ")
+    assert told.endswith(" --allow-unfused --force")
 
 
 def test_the_command_that_rebuilds_does_nothing_else() -> None:

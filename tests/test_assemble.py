@@ -130,6 +130,8 @@ def test_finite_weights_whose_sum_is_not_are_accepted() -> None:
     [
         (torch.ones(8, dtype=torch.int8), "int8"),
         (torch.ones(8, dtype=torch.complex64), "complex64"),
+        (torch.ones(8).to(torch.float8_e4m3fn), "float8_e4m3fn"),
+        (torch.zeros(8, dtype=torch.uint8).view(torch.float4_e2m1fn_x2), "float4_e2m1fn_x2"),
         (torch.ones(8).to_sparse(), "torch.sparse_coo on cpu"),
         (torch.ones(8, device="meta"), "torch.strided on meta"),
     ],
@@ -139,7 +141,7 @@ def test_a_weight_that_is_no_plain_tensor_is_refused(tensor, kind) -> None:
     tensors["norm.bias"] = tensor
     assert message_of(tensors) == (
         f"checkpoint x: weight 'norm.bias' is {kind}; expected dense floating-point numbers "
-        "(quantised checkpoints are not read)"
+        "of 16 bits or more (quantised checkpoints are not read)"
     )
 
 

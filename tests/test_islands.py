@@ -1,6 +1,7 @@
 """Which tensors stay fp32 is measured on images, read from a file, or none."""
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -71,9 +72,9 @@ def test_none_and_bf16_have_no_islands(sample, tmp_path) -> None:
 
 def test_islands_come_from_a_file(sample, tmp_path) -> None:
     path = tmp_path / "islands.json"
-    path.write_text(json.dumps({"big": 70000}))
+    path.write_text(json.dumps({"big": 70000, "weight": None}))  # as a manifest has them
     chosen = decide(parse(MODEL), str(path), Dtype.FP16, sample, InputKind.FLOAT, tmp_path)
-    assert chosen == {"big": 70000.0}
+    assert chosen == {"big": 70000.0, "weight": math.inf}
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,8 @@ def test_islands_come_from_a_file(sample, tmp_path) -> None:
     [
         ("[1]", "is not a JSON object of tensor name to largest value"),
         ('{"a": true}', "is not a JSON object of tensor name to largest value"),
+        ('{"a": ' + "9" * 401 + "}", "is not a JSON object of tensor name to largest value"),
+        ("[" * 100_000, "cannot be read"),
         ("{", "cannot be read"),
         (None, "cannot be read: .*No such file"),
     ],

@@ -6,6 +6,8 @@ import pytest
 from graphs import op_types, parse, random_feeds, run
 
 from msn_export.errors import GraphError
+from msn_export.graph.emulate import emulate_bf16
+from msn_export.graph.islands import observe
 from msn_export.graph.precision import (
     fp32_nodes,
     graph_dtype,
@@ -23,6 +25,26 @@ g (float[b,4] x) => (float[b,4] y)
     y = LayerNormalization <axis = -1> (r, gain)
 }
 """
+
+
+@pytest.mark.parametrize("dtype", [Dtype.FP16, Dtype.BF16])
+@pytest.mark.parametrize(
+    "taken", ["w.fp16", "w.bf16", "x.to_float16", "y.typed", "h.bf16", "h.rounded", "h.abs",
+              "h.axes", "h.peak", "maxima"],
+)  # fmt: skip
+def test_a_foreign_graph_may_have_any_of_our_names(dtype, taken) -> None:
+    text = "g (float[2] x) => (float[2] y) <float[2] w = {3,1}> { h = Mul (x, w)  a = Relu (h)"
+    model = parse(f"{text}  y = Neg (a) }}")
+    next(value for node in model.graph for value in node.outputs if value.name == "a").name = taken
+    peaks = observe(model)
+    maxima = run(peaks.model, {"x": np.array([0.5, -2.0], np.float32)})
+    assert dict(zip(peaks.names, maxima, strict=True)) == {"h": 2.0, taken: 1.5, "y": 1.5}
+    type_graph(model, dtype, ())
+    names = [value.name for node in model.graph for value in node.outputs]
+    assert len({*names, *model.graph.initializers}) == len(names) + len(model.graph.initializers)
+    runnable = emulate_bf16(model) if dtype is Dtype.BF16 else model
+    y = run(runnable, {"x": np.array([0.5, -2.0], np.float32)})
+    assert y.tolist() == [-1.5, 0.0]
 
 
 def types(model: ir.Model) -> dict[str, str]:

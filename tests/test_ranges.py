@@ -138,6 +138,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "infinite": damaged(limit=float("inf")),
     "odd limit": damaged(limit=5.0),
     "peak above": damaged(peak=4.0),
+    "least limit": damaged(peak=0.0, limit=5e-324),
     "no counts": damaged(counts=[0] * BINS),
     "values above the peak": damaged(peak=1.0),
 }

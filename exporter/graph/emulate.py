@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from msn_export.graph.io import infer_shapes
+from msn_export.graph.patch import Names
 
 _MOVES = frozenset(
     (
@@ -34,6 +35,7 @@ def has_bf16(model: ir.Model) -> bool:
 def emulate_bf16(model: ir.Model) -> ir.Model:
     """Copy a bf16 graph as an fp32 one whose every value is rounded to bf16."""
     copy = model.clone()
+    names = Names(copy.graph)
     for value in copy.graph.initializers.values():
         if value.dtype == _BF16 and value.const_value is not None:
             widened = value.const_value.numpy().astype(np.float32)
@@ -47,16 +49,16 @@ def emulate_bf16(model: ir.Model) -> ir.Model:
             node.attributes["to"] = ir.AttrInt64("to", int(_FLOAT))
         if node.op_type not in _MOVES:
             for value in rounded:
-                _round(copy.graph, node, value)
+                _round(copy.graph, names, node, value)
     infer_shapes(copy)
     return copy
 
 
-def _round(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
-    down = ir.node("Cast", [value], {"to": int(_BF16)}, name=f"{value.name}.bf16")
-    up = ir.node("Cast", down.outputs, {"to": int(_FLOAT)}, name=f"{value.name}.rounded")
-    for cast in (down, up):
-        cast.outputs[0].name = cast.name
+def _round(graph: ir.Graph, names: Names, node: ir.Node, value: ir.Value) -> None:
+    down = ir.node("Cast", [value], {"to": int(_BF16)})
+    up = ir.node("Cast", down.outputs, {"to": int(_FLOAT)})
+    for cast, ending in ((down, "bf16"), (up, "rounded")):
+        cast.name = cast.outputs[0].name = names.free(f"{value.name}.{ending}")
     value.replace_all_uses_with(up.outputs[0], replace_graph_outputs=True)
     down.replace_input_with(0, value)
     graph.insert_after(node, [down, up])

@@ -7,6 +7,7 @@ import numpy as np
 import onnx_ir as ir
 
 from msn_export.graph.io import infer_shapes
+from msn_export.graph.patch import Names
 from msn_export.graph.precision import LARGEST
 from msn_export.spec import Dtype
 
@@ -33,18 +34,19 @@ def observe(model: ir.Model) -> Observed:
     watched = [
         value for node in graph for value in node.outputs if value.dtype == ir.DataType.FLOAT
     ]
-    scalars = [_peak(graph, value) for value in watched]
-    node = ir.node("Concat", scalars, {"axis": 0}, name=MAXIMA)
+    names = Names(graph)
+    scalars = [_peak(graph, names, value) for value in watched]
+    node = ir.node("Concat", scalars, {"axis": 0}, name=names.free(MAXIMA))
     graph.append(node)
     (joined,) = node.outputs
-    joined.name = MAXIMA
+    joined.name = node.name
     joined.type, joined.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([len(watched)])
     graph.outputs.clear()
     graph.outputs.append(joined)
     return Observed(copy, tuple(value.name or "" for value in watched))
 
 
-def _peak(graph: ir.Graph, value: ir.Value) -> ir.Value:
+def _peak(graph: ir.Graph, names: Names, value: ir.Value) -> ir.Value:
     """Take the largest absolute value [1] right where ``value`` is computed.
 
     Right there, for onnxruntime takes nodes in the order of the file where it can: at the end of
@@ -52,14 +54,14 @@ def _peak(graph: ir.Graph, value: ir.Value) -> ir.Value:
     """
     producer = value.producer()
     assert producer is not None
-    largest = ir.node("Abs", [value], name=f"{value.name}.abs")
-    scalar = ir.node("ReduceMax", largest.outputs, {"keepdims": 0}, name=f"{value.name}.max")
-    axes = ir.Value(name=f"{value.name}.axes", const_value=ir.tensor(np.array([0])))
+    largest = ir.node("Abs", [value])
+    scalar = ir.node("ReduceMax", largest.outputs, {"keepdims": 0})
+    axes = ir.Value(name=names.free(f"{value.name}.axes"), const_value=ir.tensor(np.array([0])))
     graph.register_initializer(axes)
-    vector = ir.node("Unsqueeze", [*scalar.outputs, axes], name=f"{value.name}.peak")
+    vector = ir.node("Unsqueeze", [*scalar.outputs, axes])
     nodes = (largest, scalar, vector)
-    for node in nodes:
-        node.outputs[0].name = node.name
+    for node, ending in zip(nodes, ("abs", "max", "peak"), strict=True):
+        node.name = node.outputs[0].name = names.free(f"{value.name}.{ending}")
     graph.insert_after(producer, nodes)
     return vector.outputs[0]
 

@@ -7,6 +7,24 @@ import numpy as np
 import onnx_ir as ir
 
 
+class Names:
+    """The names that a graph's nodes and values have; those of a foreign graph may be anything."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._held = {node.name for node in graph}
+        self._held |= {value.name for node in graph for value in node.outputs}
+        self._held |= {*graph.initializers, *(value.name for value in graph.inputs)}
+
+    def free(self, stem: str) -> str:
+        """Take ``stem``, or ``stem_2`` and so on where it is taken."""
+        name, number = stem, 1
+        while name in self._held:
+            number += 1
+            name = f"{stem}_{number}"
+        self._held.add(name)
+        return name
+
+
 class Patch:
     """Nodes that go into ``graph`` before ``anchor``, named after it.
 
@@ -16,11 +34,7 @@ class Patch:
     def __init__(self, graph: ir.Graph, anchor: ir.Node) -> None:
         self.graph = graph
         self.anchor = anchor
-        # of values too: each output is called after its node, and names of foreign graphs may be
-        # anything
-        self._names = {node.name for node in graph}
-        self._names |= {value.name for node in graph for value in node.outputs}
-        self._names |= {*graph.initializers, *(value.name for value in graph.inputs)}
+        self._names = Names(graph)
 
     def op(
         self,
@@ -41,12 +55,7 @@ class Patch:
     ) -> Sequence[ir.Value]:
         """Add a node of several outputs and return them."""
         node = ir.node(op_type, inputs, attributes, num_outputs=outputs)
-        stem = f"{self.anchor.name or self.anchor.outputs[0].name}.{op_type}"
-        node.name = stem
-        while node.name in self._names:
-            number = int(node.name.removeprefix(stem).lstrip("_") or 1) + 1
-            node.name = f"{stem}_{number}"
-        self._names.add(node.name)
+        node.name = self._names.free(f"{self.anchor.name or self.anchor.outputs[0].name}.{op_type}")
         for index, value in enumerate(node.outputs):
             value.name = node.name if outputs == 1 else f"{node.name}.{index}"
         self.graph.insert_before(self.anchor, node)

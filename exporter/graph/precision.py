@@ -13,6 +13,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from msn_export.errors import GraphError
 from msn_export.graph.io import infer_shapes
+from msn_export.graph.patch import Names
 from msn_export.graph.quantised import quantised_dtype
 from msn_export.spec import Dtype
 
@@ -129,6 +130,7 @@ class _Typing:
         self.fp32_nodes: list[str] = []
         self.casted: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
         self.outputs = [value.dtype for value in model.graph.outputs]
+        self.names = Names(model.graph)
 
     def type_node(self, node: ir.Node) -> None:
         floats = [value for value in node.outputs if value.dtype == _FLOAT]
@@ -166,7 +168,8 @@ class _Typing:
         assert value.const_value is not None  # initializers have values
         array = value.const_value.numpy().astype(self.dtype.numpy())
         short = "fp16" if self.dtype == ir.DataType.FLOAT16 else "bf16"
-        typed = ir.Value(name=f"{value.name}.{short}", type=ir.TensorType(self.dtype))
+        name = self.names.free(f"{value.name}.{short}")
+        typed = ir.Value(name=name, type=ir.TensorType(self.dtype))
         typed.shape = value.shape
         typed.const_value = ir.tensor(array, dtype=self.dtype, name=typed.name)
         self.graph.register_initializer(typed)
@@ -174,7 +177,7 @@ class _Typing:
 
     def _cast(self, value: ir.Value, target: ir.DataType, reader: ir.Node) -> ir.Value:
         node = ir.node("Cast", [value], {"to": int(target)})
-        node.name = f"{value.name}.to_{target.name.lower()}"
+        node.name = self.names.free(f"{value.name}.to_{target.name.lower()}")
         casted = node.outputs[0]
         casted.name, casted.shape = node.name, value.shape
         casted.type = ir.TensorType(target)
@@ -188,10 +191,10 @@ class _Typing:
             if wanted is None or value.dtype == wanted:
                 continue
             name = value.name or ""
-            value.name = f"{name}.typed"
+            value.name = self.names.free(f"{name}.typed")
             node = ir.node("Cast", [value], {"to": int(wanted)})
             casted = node.outputs[0]
-            node.name, casted.name = f"{name}.Cast", name
+            node.name, casted.name = self.names.free(f"{name}.Cast"), name
             casted.type, casted.shape = ir.TensorType(wanted), value.shape
             self.graph.append(node)
             self.graph.outputs[index] = casted

@@ -147,13 +147,15 @@ def rebuild(manifest: Manifest | None, capability: ComputeCapability | None = No
     if targeted and capability is not None and not may_target(capability):
         # a data-centre GPU: no engine of TensorRT-RTX is for it
         backend, targeted = "tensorrt", False
-    words = ["msn-export trt", shlex.quote(manifest.source.file), f"--{manifest.dtype}"]
+    words = ["msn-export trt", shlex.quote(manifest.source.file)]
+    if not manifest.dtype.is_quantised:  # the graph is, and says so
+        words.append(f"--{manifest.dtype}")
     words += ["--backend", shlex.quote(backend)]
     if targeted and capability is not None:
         words += ["--compute-capability", str(capability)]
     for profile in manifest.profiles:
         words += ["--batch", str(profile)]
-    for option in ("version_compatible", "hardware_compatible", "tf32"):
+    for option in ("version_compatible", "hardware_compatible", "tf32", "allow_unfused"):
         if manifest.engine.options.get(option) is True:
             words.append(f"--{option.replace('_', '-')}")
     return "rebuild it with: " + " ".join([*words, "--force"])

@@ -25,6 +25,7 @@ def _engine_record(job: TrtJob, graph: Compilable, result: BuildResult) -> Engin
             "version_compatible",
             "hardware_compatible",
             "tf32",
+            "allow_unfused",
         )
         if getattr(job, name) not in {None, False}
     }
