@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from msn_export.errors import SpecError
 from msn_export.files import require_writable
 from msn_export.job import Job
 from msn_export.models.named import WEIGHTS, files_of, kind_of
@@ -25,13 +27,20 @@ class OnnxJob(Job):
     batch: BatchRange = BatchRange()
     image_size: ImageSize | None = None
     target: Target = Target.TENSORRT
-    preprocess: str = "auto"
+    preprocess: Literal["auto", "hf", "msn-eval"] = "auto"
     images: Path | None = None
     islands: str = "measured"
     simplify: bool = True
     check: bool = True
     force: bool = False
     command: str = ""
+
+    def require_consistent(self) -> None:
+        """Refuse 8 bits, which take ranges."""
+        if self.dtype.is_quantised:
+            raise SpecError(
+                f"OnnxJob.dtype is {self.dtype}; a CalibrateJob quantises an fp32 graph"
+            )
 
     def judge(self) -> Path:
         """Refuse what cannot be done whatever the checkpoint holds.

@@ -30,7 +30,7 @@ from msn_export.check.sample import draw
 from msn_export.driver import NoDriver, find_driver
 from msn_export.errors import BenchError, MissingPackageError, SpecError
 from msn_export.files import placing, require_writable, staging
-from msn_export.job import Job
+from msn_export.job import Count, Index, Job
 from msn_export.machine import physical_cores, this_machine
 from msn_export.manifest import versions_of
 from msn_export.progress import SILENT
@@ -53,15 +53,15 @@ class BenchJob(Job):
 
     artifacts: tuple[Path, ...]
     against: tuple[str, ...] = ("sdpa",)
-    batches: tuple[int, ...] = (1, 8)
+    batches: tuple[Count, ...] = (1, 8)
     checkpoint: str | None = None
-    rounds: int = 10
+    rounds: Count = 10
     seconds: float = 10.0
-    threads: int | None = None
+    threads: Count | None = None
     images: Path | None = None
     image_size: ImageSize | None = None
     dtype: Dtype | None = None
-    device: int | None = None
+    device: Index | None = None
     providers: tuple[str, ...] = ()
     trust: bool = False
     resident: bool = False

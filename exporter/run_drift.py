@@ -20,7 +20,7 @@ from msn_export.check.drift import (
 from msn_export.check.gate import DRIFT, GATES, ROUNDING, coarsest
 from msn_export.check.sample import Sample, batches, draw
 from msn_export.check.verify import Reference, Verified
-from msn_export.job import Job
+from msn_export.job import Count, Job
 from msn_export.manifest_records import CheckRecord
 from msn_export.preprocessing import preset
 from msn_export.progress import SILENT, Progress
@@ -44,8 +44,8 @@ class DriftJob(Job):
     reference: str
     candidate: str
     images: Path | None = None
-    limit: int = LIMIT
-    batch: int = AT_ONCE
+    limit: Count = LIMIT
+    batch: Count = AT_ONCE
     preprocess: str | None = None
     variant: str | None = None
     tolerance: float | None = None

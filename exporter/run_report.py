@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from msn_export import __version__
 from msn_export import manifest as manifests
@@ -17,7 +18,7 @@ from msn_export.errors import (
     SpecError,
 )
 from msn_export.files import placing, require_writable, staging
-from msn_export.job import Job
+from msn_export.job import Job, Within
 from msn_export.progress import SILENT, Progress
 from msn_export.proof.artifact import ENGINES, is_checkpoint, open_engine
 from msn_export.proof.artifact_facts import artifact_facts, checkpoint_facts
@@ -36,7 +37,7 @@ class ReportJob(Job):
     output: Path = Path("report.html")
     markdown: Path | None = None
     images: Path | None = None
-    limit: int = 64
+    limit: Annotated[int, Within(3)] = 64
     bench: Path | None = None
     variant: str | None = None
     title: str | None = None

@@ -9,7 +9,7 @@ import numpy as np
 from msn_export.check.sample import draw
 from msn_export.errors import OutputError, SpecError
 from msn_export.files import staging
-from msn_export.job import Job
+from msn_export.job import Count, Index, Job
 from msn_export.preprocessing import Preprocessing, preset
 from msn_export.progress import SILENT, Progress
 from msn_export.servable import read_artifact
@@ -31,11 +31,11 @@ class TritonJob(Job):
     artifacts: tuple[Path, ...]
     output: Path
     name: str | None = None
-    version: int = 1
+    version: Count = 1
     release: str | None = None
-    max_batch: int | None = None
-    instances: int = 1
-    queue_delay: int = 500
+    max_batch: Count | None = None
+    instances: Count = 1
+    queue_delay: Index = 500
     ensemble: bool = False
     warmup: bool = False
     images: Path | None = None

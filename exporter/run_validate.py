@@ -20,7 +20,7 @@ from msn_export.check.verify import (
     verify,
 )
 from msn_export.errors import SpecError
-from msn_export.job import Job
+from msn_export.job import Count, Job
 from msn_export.models.hf_config import read_json
 from msn_export.preprocessing import (
     Preprocessing,
@@ -46,7 +46,7 @@ class ValidateJob(Job):
     reference: str
     candidate: str
     images: Path | None = None
-    limit: int = LIMIT
+    limit: Count = LIMIT
     batch: BatchRange | None = None
     preprocess: str | None = None
     variant: str | None = None

@@ -17,6 +17,7 @@ from msn_export.run_validate import ValidateJob
 from msn_export.spec import Dtype, Head
 
 FILE = Path("m.onnx")
+NAN = float("nan")
 WRONG = [
     (OnnxJob, ("x", "m.onnx"), {}, "OnnxJob.output is 'm.onnx'; expected Path or None"),
     (OnnxJob, ("x",), {"dtype": "fp16"}, "OnnxJob.dtype is 'fp16'; expected Dtype"),
@@ -24,10 +25,9 @@ WRONG = [
     (OnnxJob, ("x",), {"force": 1}, "OnnxJob.force is 1; expected bool"),
     (OnnxJob, (None,), {}, "OnnxJob.checkpoint is None; expected str"),
     (TrtJob, ("m.onnx",), {}, "TrtJob.model is 'm.onnx'; expected Path"),
-    (TrtJob, (FILE,), {"workspace": True}, "TrtJob.workspace is True; expected int or None"),
+    (TrtJob, (FILE,), {"workspace": True}, "TrtJob.workspace is True; expected int "
+     "from 1 or None"),
     (CalibrateJob, (FILE, Dtype.INT8, "p"), {}, "CalibrateJob.images is 'p'; expected Path"),
-    (CalibrateJob, (FILE, Dtype.INT8, Path("p")), {"smooth": ()}, "CalibrateJob.smooth is (); "
-     "expected str or float or None"),
     (ValidateJob, ("a", FILE), {}, "ValidateJob.candidate is "),
     (ValidateJob, ("a", "b"), {"numbers": {"cosine_min": "1"}}, "ValidateJob.numbers is "
      "{'cosine_min': '1'}; expected a mapping to float"),
@@ -36,6 +36,30 @@ WRONG = [
     (BenchJob, ((FILE,),), {"batches": [1]}, "BenchJob.batches is [1]; expected a tuple of int"),
     (EmbedJob, (FILE, 3, FILE), {}, "EmbedJob.images is 3; expected Path or str"),
     (TritonJob, (FILE, FILE), {}, "TritonJob.artifacts is "),
+    # bounds, and words of a list
+    (ValidateJob, ("a", "b"), {"limit": 0}, "ValidateJob.limit is 0; expected int from 1"),
+    (DriftJob, ("a", "b"), {"batch": -1}, "DriftJob.batch is -1; expected int from 1"),
+    (ReportJob, (("a",),), {"limit": 2}, "ReportJob.limit is 2; expected int from 3"),
+    (BenchJob, ((FILE,),), {"rounds": 0}, "BenchJob.rounds is 0; expected int from 1"),
+    (BenchJob, ((FILE,),), {"batches": (1, 0)}, "BenchJob.batches is (1, 0); expected a tuple of "
+     "int from 1"),
+    (EmbedJob, (FILE, "p", FILE), {"workers": 257}, "EmbedJob.workers is 257; expected int from 1 "
+     "to 256 or None"),
+    (TritonJob, ((FILE,), FILE), {"queue_delay": -1}, "TritonJob.queue_delay is -1; expected int "
+     "from 0"),
+    (TrtJob, (FILE,), {"optimization_level": 6}, "TrtJob.optimization_level is 6; expected int "
+     "from 0 to 5 or None"),
+    (TrtJob, (FILE,), {"timeout": NAN}, "TrtJob.timeout is nan; expected float from 1 or None"),
+    (OnnxJob, ("x",), {"preprocess": "imagenet"}, "OnnxJob.preprocess is 'imagenet'; expected "
+     "'auto' or 'hf' or 'msn-eval'"),
+    (OnnxJob, ("x",), {"dtype": Dtype.FP8}, "OnnxJob.dtype is fp8; a CalibrateJob quantises an "
+     "fp32 graph"),
+    (CalibrateJob, (FILE, Dtype.FP16, Path("p")), {}, "CalibrateJob.dtype is fp16; expected int8 "
+     "or fp8"),
+    (CalibrateJob, (FILE, Dtype.INT8, Path("p")), {"base": Dtype.INT8}, "CalibrateJob.base is "
+     "int8; expected fp32 or fp16 or bf16"),
+    (CalibrateJob, (FILE, Dtype.INT8, Path("p")), {"smooth": 1.5}, "CalibrateJob.smooth is 1.5; "
+     "expected 'auto' or 'off' or float from 0 to 1 or None"),
 ]  # fmt: skip
 
 

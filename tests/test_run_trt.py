@@ -20,7 +20,9 @@ from msn_export.cli import main
 from msn_export.driver import NoDriver, find_driver
 from msn_export.engine.backend import Backend
 from msn_export.engine.flavours import flavour_for
+from msn_export.errors import GraphError
 from msn_export.graph import io
+from msn_export.run_trt import TrtJob, run_trt
 from msn_export.source import read_source
 from msn_export.spec import AttentionForm, Dtype
 from msn_export.trt.compilable import written_for
@@ -180,6 +182,13 @@ def test_the_log_replaces_nothing_that_is_read_or_written(graph, tmp_path) -> No
     assert model.read_bytes() == graph.read_bytes()
     assert log.read_text() == "mine"
     assert not output.exists()
+
+
+def test_eight_bits_are_had_of_a_graph_that_has_them(graph, tmp_path) -> None:
+    job = TrtJob(graph, tmp_path / "m.engine", Dtype.INT8, "tensorrt-rtx")
+    with pytest.raises(GraphError) as raised:
+        run_trt(job)
+    assert str(raised.value) == f"{graph} is typed fp32; msn-export calibrate --int8 quantises it"
 
 
 def test_the_graph_is_no_timing_cache(graph, tmp_path) -> None:

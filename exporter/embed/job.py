@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from msn_export.job import Job
+from msn_export.job import Count, Index, Job, Within
 from msn_export.spec import ImageSize
 
 
@@ -23,12 +23,12 @@ class EmbedJob(Job):
     model: Path
     images: Path | str
     output: Path
-    batch: int | None = None
-    workers: int | None = None
-    threads: int | None = None
+    batch: Count | None = None
+    workers: Annotated[int, Within(1, 256)] | None = None
+    threads: Count | None = None
     output_name: str | None = None
     providers: tuple[str, ...] = ()
-    device: int | None = None
+    device: Index | None = None
     trust: bool = False
     preprocess: str | None = None
     image_size: ImageSize | None = None
@@ -36,7 +36,7 @@ class EmbedJob(Job):
     resume: bool = False
     force: bool = False
     ray: str | None = None
-    actors: int | None = None
+    actors: Count | None = None
 
 
 @dataclass(frozen=True, slots=True)

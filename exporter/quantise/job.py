@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, Literal
 
 from msn_export import manifest
 from msn_export.calibration.formats import FORMATS
@@ -9,7 +10,8 @@ from msn_export.calibration.observers import Observer
 from msn_export.calibration.projections import Role
 from msn_export.calibration.qdq import Scheme
 from msn_export.check.gate import GATES, Gate
-from msn_export.job import Job
+from msn_export.errors import SpecError
+from msn_export.job import Count, Index, Job, Within
 from msn_export.spec import ComputeCapability, Dtype, Target
 
 AUTO = "auto"
@@ -42,20 +44,27 @@ class CalibrateJob(Job):
     images: Path
     output: Path | None = None
     base: Dtype = Dtype.FP16
-    limit: int = 512
-    seed: int = 0
+    limit: Count = 512
+    seed: Index = 0
     observer: Observer = Observer.MSE
     ranges: Path | None = None
-    smooth: str | float | None = None
+    smooth: Literal["auto", "off"] | Annotated[float, Within(0, 1)] | None = None
     quantize_attention: bool = False
     quantize_patch: bool = False
     quantize_head: bool = False
     bias_correction: bool = False
-    gate_cosine: float | None = None
+    gate_cosine: Annotated[float, Within(0, 1)] | None = None
     compile: bool = True
     capability: ComputeCapability | None = None
     force: bool = False
     command: str = ""
+
+    def require_consistent(self) -> None:
+        """Refuse a format that is none of 8 bits, and a base that is one."""
+        for name, dtype, quantised in (("dtype", self.dtype, True), ("base", self.base, False)):
+            if dtype.is_quantised is not quantised:
+                wanted = " or ".join(one for one in Dtype if one.is_quantised is quantised)
+                raise SpecError(f"CalibrateJob.{name} is {dtype}; expected {wanted}")
 
     @property
     def gate(self) -> Gate:

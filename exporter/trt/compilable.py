@@ -56,6 +56,10 @@ def prepare(
         GraphError: the graph cannot be had in the precision asked for, or not by this backend.
     """
     dtype = job.precision or source.dtype
+    if dtype.is_quantised and dtype is not source.dtype:
+        raise GraphError(
+            f"{source.path} is typed {source.dtype}; msn-export calibrate --{dtype} quantises it"
+        )
     if dtype is not source.dtype and source.dtype is not Dtype.FP32:
         raise GraphError(f"{source.path} is typed {source.dtype}; --{dtype} needs the fp32 graph")
     if dtype.is_quantised and backend.flavour.opset < 19:

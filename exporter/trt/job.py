@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from msn_export.job import Job
+from msn_export.job import Count, Job, Within
 from msn_export.spec import BatchRange, ComputeCapability, Dtype
 
 
@@ -18,14 +19,14 @@ class TrtJob(Job):
     capabilities: tuple[ComputeCapability, ...] = ()
     profiles: tuple[BatchRange, ...] = ()
     islands: str = "measured"
-    workspace: int | None = None
-    optimization_level: int | None = None
+    workspace: Count | None = None
+    optimization_level: Annotated[int, Within(0, 5)] | None = None
     timing_cache: Path | None = None
     version_compatible: bool = False
     hardware_compatible: bool = False
     tf32: bool = False
-    timeout: float | None = None
-    memory_limit: int | None = None
+    timeout: Annotated[float, Within(1)] | None = None
+    memory_limit: Count | None = None
     images: Path | None = None
     allow_unfused: bool = False
     check: bool = True
