@@ -32,7 +32,8 @@ from msn_export.typed import Islands, cpu_runner, type_as
 
 __all__ = ["OnnxJob", "run_onnx"]  # the two that docs/python.md speaks of
 
-# TensorRT-RTX 1.7.1 has its kernel for one query only where heads times smallest batch is 4 or more
+# TensorRT-RTX 1.7.1 has its kernel for one query only where heads times smallest batch is 4 or
+# more: with as many heads any batch will do
 SINGLE_QUERY_HEADS = 4
 PACKAGES = ("torch", "onnx", "onnx-ir", "onnxsim", "onnxruntime-gpu", "onnxruntime")
 

@@ -39,7 +39,6 @@ class Compilable:
     outputs: tuple[TensorSpec, ...]
     islands: Islands
     quantised: tuple[str, ...]
-    changed: bool
 
 
 def prepare(
@@ -67,7 +66,6 @@ def prepare(
             f"{source.path} is quantised with {source.dtype} weights and half-precision scales, "
             f"which {backend} cannot read; it takes TensorRT 10 or later"
         )
-    before = operators(source.model)
     with progress.step(f"type as {dtype}"):
         model, form, cores = written_for(backend, source, dtype)
         if dtype is source.dtype:
@@ -84,10 +82,7 @@ def prepare(
     opset, nodes = model.graph.opset_imports[""], len(model.graph)
     outputs = tensor_specs(list(model.graph.outputs))
     quantised = quantised_products(model)
-    return Compilable(
-        path, dtype, cores, form, opset, nodes, ops, outputs, islands, quantised,
-        changed=ops != before,
-    )  # fmt: skip
+    return Compilable(path, dtype, cores, form, opset, nodes, ops, outputs, islands, quantised)
 
 
 def _islands_of(source: Source, model: ir.Model) -> Islands:
