@@ -96,7 +96,11 @@ def read(artifact: Path) -> Manifest | None:
         raise ManifestError(
             f"{path} has schema {schema}, this version reads up to {SCHEMA}; upgrade msn-export"
         )
-    return from_plain(Manifest, plain, path.name)
+    manifest = from_plain(Manifest, plain, path.name)
+    for name in ("inputs", "outputs", "profiles"):
+        if not getattr(manifest, name):
+            raise ManifestError(f"{path}: there are no {name}; export the artifact again")
+    return manifest
 
 
 def seal(manifest: Manifest) -> str:

@@ -19,7 +19,7 @@ from msn_export.check.verify import (
     run_reference,
     verify,
 )
-from msn_export.errors import SpecError
+from msn_export.errors import ImageError, SpecError
 from msn_export.job import Count, Job
 from msn_export.models.hf_config import read_json
 from msn_export.preprocessing import (
@@ -140,6 +140,27 @@ def _measure(
         return Measured(same, None, cause, tuple(notes))
     if job.images is None:
         notes.append("resizing was not compared, noise needs none: give --images")
-    room = reference.sample.room
-    fed = replace(reference, sample=draw(job.images, own, room=room, limit=job.limit))
-    return Measured(same, verify(runner, fed, side.stem, sizes), cause, tuple(notes))
+    fed = draw(job.images, own, room=reference.sample.room, limit=job.limit)
+    shared = _on_shared(reference, fed)
+    if len(shared.sample) < len(reference.sample):
+        notes.append(f"{len(shared.sample)} pictures can be read with both preprocessings")
+    return Measured(same, verify(runner, shared, side.stem, sizes), cause, tuple(notes))
+
+
+def _on_shared(reference: Reference, fed: Sample) -> Reference:
+    """Feed the pictures that both preprocessings could read: another may refuse another one.
+
+    Raises:
+        ImageError: there is none.
+    """
+    names = reference.sample.names
+    at = {name: index for index, name in enumerate(fed.names)}
+    kept = [index for index, name in enumerate(names) if name in at]
+    if not kept:
+        raise ImageError(f"no picture of {fed.source} can be read with both preprocessings")
+    chosen = [at[names[index]] for index in kept]
+    sample = replace(
+        fed, pixels=fed.pixels[chosen], names=tuple(fed.names[index] for index in chosen)
+    )
+    outputs = {name: values[kept] for name, values in reference.outputs.items()}
+    return replace(reference, sample=sample, outputs=outputs)

@@ -186,7 +186,7 @@ def stages_of(
         peak, peak_tensor = peaks.get(name, (tensor.largest, name))
         square = tensor.relative**2 - before**2
         added = math.sqrt(square) if square > 0 else 0.0 if square <= 0 else math.nan
-        peak = max(peak, tensor.largest)
+        peak = float(np.maximum(peak, tensor.largest))  # max() drops a NaN
         stages.append(StageDrift(tensor, added, allowed[name], peak, peak_tensor))
         before = tensor.relative
     return tuple(stages)

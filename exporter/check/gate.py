@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
-from msn_export.errors import ToleranceError
+from msn_export.errors import SpecError, ToleranceError
 from msn_export.spec import Dtype
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ class Gate:
     def numbers(self) -> dict[str, float]:
         """What is asked, by name."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in named.items() if isinstance(value, float)}
+        del named["reason"]
+        return {name: value for name, value in named.items() if value is not None}
 
     def __str__(self) -> str:
         return in_words(self.numbers)
@@ -144,11 +145,17 @@ def gate_of(dtype: Dtype, numbers: Mapping[str, float] | None = None) -> Gate:
     """Give the gate of a dtype with some numbers replaced, which its reason then says.
 
     ``cosine`` replaces the one cosine the gate asks for: every image's, or the first percentile.
+
+    Raises:
+        SpecError: there is no number of that name.
     """
     gate = GATES[dtype]
     if not numbers:
         return gate
     figure = "cosine_p1" if gate.cosine_min is None else "cosine_min"
+    known = ("cosine", *(field.name for field in fields(Gate) if field.name != "reason"))
+    for name in numbers.keys() - set(known):
+        raise SpecError(f"a gate has no {name!r}; it has {', '.join(known)}")
     named = {figure if name == "cosine" else name: value for name, value in numbers.items()}
     return replace(gate, **named, reason=f"{', '.join(named)} as asked for, not this gate's own")
 

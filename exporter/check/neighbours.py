@@ -35,19 +35,31 @@ def nearest(embeddings: NDArray[Any]) -> NDArray[np.intp]:
     return neighbours
 
 
-def neighbour_agreement(reference: NDArray[Any], candidate: NDArray[Any]) -> float:
+def class_agreement(reference: NDArray[Any], candidate: NDArray[Any]) -> float:
+    """Give the share of images of the same class in both logits, [n, classes] each.
+
+    An image whose logits are not finite in the candidate has none.
+    """
+    same = reference.argmax(axis=1) == candidate.argmax(axis=1)
+    return float((same & np.isfinite(candidate).all(axis=1)).mean())
+
+
+def neighbour_agreement(reference: NDArray[Any], candidate: NDArray[Any]) -> float | None:
     """Give the share of images whose nearest neighbour is the same in both, [n, dim] each.
 
-    An image whose embedding is not finite in either agrees with nothing.
+    None of one or two images, whose neighbours always agree. An image whose embedding is not finite
+    in either agrees with nothing.
 
     Raises:
-        ToleranceError: the shapes differ, or there are fewer than two images.
+        ToleranceError: the shapes differ.
     """
     if reference.shape != candidate.shape:
         raise ToleranceError(
             f"embeddings have shapes {list(reference.shape)} and {list(candidate.shape)}; "
             "they must be the same"
         )
+    if len(reference) < 3:
+        return None
     same = nearest(reference) == nearest(candidate)
     finite = np.isfinite(reference).all(axis=1) & np.isfinite(candidate).all(axis=1)
     return float((same & finite).mean())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from msn_export.check.compare import Agreement, Comparison, worst_of
-from msn_export.check.neighbours import embedding_of, neighbour_agreement
+from msn_export.check.neighbours import class_agreement, embedding_of, neighbour_agreement
 from msn_export.check.sample import Sample, batches
 from msn_export.errors import ToleranceError
 from msn_export.manifest_records import CheckRecord, ImageRecord
@@ -167,18 +167,15 @@ def verify(runner: Runner, reference: Reference, stem: InputKind, sizes: Sequenc
 def _with_set_figures(
     agreement: Agreement, reference: Reference, name: str, vectors: NDArray[Any]
 ) -> Agreement:
-    """Add the figures of the set as a whole; with one or two images every neighbour agrees."""
+    """Add the figures of the set as a whole."""
     wanted = embedding_of(reference.outputs[name])
     floor = reference.rounding.get(name)
-    same_class = (wanted.argmax(axis=1) == vectors.argmax(axis=1)) & np.isfinite(vectors).all(
-        axis=1
-    )
     return replace(
         agreement,
         images=len(wanted),
         rounding=None if floor is None else agreement.relative / max(floor, np.finfo(float).tiny),
-        neighbours=neighbour_agreement(wanted, vectors) if len(wanted) > 2 else None,
-        classes=float(same_class.mean()) if name == Head.LOGITS.output else None,
+        neighbours=neighbour_agreement(wanted, vectors),
+        classes=class_agreement(wanted, vectors) if name == Head.LOGITS.output else None,
     )
 
 

@@ -54,7 +54,7 @@ def _times(bench: Bench) -> Table:
     table.add_column("contender", no_wrap=True)
     for title in ("median ms", "p90", "p99", "images/s"):
         table.add_column(title, justify="right", no_wrap=True)
-    table.add_column(f"time / {bench.baseline}", no_wrap=True)
+    table.add_column(escape(f"time / {bench.baseline}"), no_wrap=True)
     table.add_column("cosine", no_wrap=True)
     table.add_column("max_abs", no_wrap=True)
     for batch in bench.batches:
@@ -87,9 +87,9 @@ def _ms(time: float) -> str:
 def _paper(bench: Bench) -> Table:
     """Lay times out as Hugging Face's table of attention implementations does."""
     names = [one.name for one in bench.timed]
-    base, others = names[0], names[1:]
-    ratios = [f"{base} / {name}" for name in others]
-    table = Table("batch", *(f"{name}, ms" for name in names), *(f"{text}, x" for text in ratios))
+    titles = [f"{name}, ms" for name in names]
+    titles += [f"{names[0]} / {name}, x" for name in names[1:]]
+    table = Table("batch", *map(escape, titles))
     for batch in bench.batches:
         found = [bench.timing(name, batch) for name in names]
         table.add_row(

@@ -27,6 +27,8 @@ def report(ctx: click.Context, /, artifacts: tuple[str, ...], **options: Any) ->
     With --images every artifact that runs here is compared with the first, block by block too.
     Exit code 1 where one does not agree; the page is written all the same.
     """
+    from rich.markup import escape
+
     from msn_export.cli.console import Console
     from msn_export.run_report import ReportJob, run_report
 
@@ -34,7 +36,7 @@ def report(ctx: click.Context, /, artifacts: tuple[str, ...], **options: Any) ->
     job = ReportJob(artifacts, command=command_line(), **options)
     with console.progress() as progress:
         page = run_report(job, progress)
-    console.print(f"{job.output}: {page.headline}")
+    console.print(escape(f"{job.output}: {page.headline}"))
     if job.markdown is not None:
-        console.print(str(job.markdown))
+        console.print(escape(str(job.markdown)))
     ctx.exit(1 if page.state == "failed" else 0)

@@ -157,7 +157,7 @@ def _of_engine(path: Path) -> Artifact:
         name=str(path),
         kind="engine",
         dtype=manifest.rounds_as,
-        stem=next(kind for kind in InputKind if kind.tensor == manifest.inputs[0].name),
+        stem=InputKind.UINT8 if manifest.inputs[0].dtype == "uint8" else InputKind.FLOAT,
         size=manifest.preprocessing.size,
         channels=manifest.preprocessing.channels,
         preprocessing=manifest.preprocessing,

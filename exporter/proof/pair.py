@@ -39,7 +39,7 @@ def open_pair(reference: str, candidate: str, *, variant: str | None = None) -> 
     """
     opened: dict[str, Artifact] = {}
     size = None
-    for name in sorted({reference, candidate}, key=is_checkpoint):
+    for name in sorted(dict.fromkeys((reference, candidate)), key=is_checkpoint):
         opened[name] = open_artifact(name, variant=variant, size=size)
         size = size or opened[name].size
     left, right = opened[reference], opened[candidate]

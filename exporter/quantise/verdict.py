@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from msn_export.check.compare import Comparison
 from msn_export.check.gate import Gate
-from msn_export.check.neighbours import embedding_of, neighbour_agreement
+from msn_export.check.neighbours import class_agreement, embedding_of, neighbour_agreement
 from msn_export.check.verify import Reference, Runner, Verified, run_reference
 from msn_export.manifest_records import CheckRecord
 from msn_export.quantise.choices import EVERYTHING, Choice
@@ -81,17 +80,13 @@ def _worst(
     neighbours: bool,
 ) -> float | None:
     """Give the agreement of the output that agrees least: of neighbours, or of classes."""
-    shares = []
-    for name, want in reference.items():
-        is_logits = name == Head.LOGITS.output
-        if neighbours and not is_logits and len(want) > 1:
-            pair = embedding_of(want), embedding_of(candidate[name])
-            shares.append(neighbour_agreement(*pair))
-        elif not neighbours and is_logits:
-            same = want.argmax(axis=1) == candidate[name].argmax(axis=1)
-            known = np.isfinite(candidate[name]).all(axis=1)
-            shares.append(float((same & known).mean()))
-    return min(shares, default=None)
+    agreement = neighbour_agreement if neighbours else class_agreement
+    shares = [
+        agreement(embedding_of(want), embedding_of(candidate[name]))
+        for name, want in reference.items()
+        if neighbours is not (name == Head.LOGITS.output)
+    ]
+    return min((share for share in shares if share is not None), default=None)
 
 
 @dataclass(frozen=True, slots=True)

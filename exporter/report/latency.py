@@ -23,7 +23,7 @@ _TITLES = {
 
 
 def read_latency(path: Path) -> Latency:
-    """Read a benchmark; of a file we do not know, every list of records becomes a table.
+    """Read a benchmark; of a file we do not know, its first list of records.
 
     Raises:
         SpecError: it is not JSON, or has no table in it.
@@ -47,7 +47,7 @@ def read_latency(path: Path) -> Latency:
         columns=tuple(_TITLES.get(name, name) for name in columns),
         rows=tuple(tuple(_shown(row.get(name)) for name in columns) for row in rows),
         bars=tuple(_bar(row) for row in rows if isinstance(row.get("median_ms"), int | float)),
-        notes=tuple(str(note) for note in plain.get("notes", [])) if _is_record(plain) else (),
+        notes=_notes(plain),
     )
 
 
@@ -64,6 +64,11 @@ def _rows(plain: Any) -> list[Mapping[str, Any]]:
         if isinstance(found, list) and found and all(isinstance(row, Mapping) for row in found):
             return found
     return []
+
+
+def _notes(plain: Any) -> tuple[str, ...]:
+    notes = plain.get("notes") if isinstance(plain, Mapping) else None
+    return tuple(str(note) for note in notes) if isinstance(notes, list) else ()
 
 
 def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -40,7 +40,7 @@ def inline(svg: str, prefix: str, title: str) -> str:
     body = re.sub(r'href="#', f'href="#{prefix}-', body)
     # a font of the page, not of the machine that drew it
     body = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font: \1 var(--sans)", body)
-    return re.sub(r"<svg ", f'<svg role="img" aria-label="{_quoted(title)}" ', body, count=1)
+    return body.replace("<svg ", f'<svg role="img" aria-label="{_quoted(title)}" ', 1)
 
 
 def _quoted(text: str) -> str:
