@@ -121,6 +121,14 @@ def test_a_peak_inside_the_block_counts_and_is_named() -> None:
     assert (found.peak, found.peak_tensor) == (99.0, "mlp.fc1")
 
 
+def test_a_peak_that_is_no_number_is_none_that_fits() -> None:
+    batch = np.array([[1.0, np.nan]])
+    exact = {"block 0": 0.0}
+    gathered = compare_streams(Shown(exact), Shown(exact), [(batch, batch)], exact)
+    (found,) = stages_of(gathered, {"block 0": (1.0, "mlp.fc1")}, {"block 0": 1.0})
+    assert math.isnan(found.peak)
+
+
 # --- shapes ---------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from msn_export.check.compare import Agreement, Comparison
 from msn_export.check.gate import GATES, Gate, coarsest, gate_of, in_words
-from msn_export.errors import ToleranceError
+from msn_export.errors import SpecError, ToleranceError
 from msn_export.spec import Dtype
 
 GOOD = Agreement(
@@ -129,3 +129,18 @@ def test_a_reference_of_zeros_agrees_with_nothing() -> None:
     comparison = Comparison()
     comparison.add(np.zeros((2, 4)), np.zeros((2, 4)))
     assert GATES[Dtype.FP16].failures(comparison.agreement())
+
+
+def test_a_number_that_is_asked_for_is_written_down_whole_or_not() -> None:
+    gate = gate_of(Dtype.FP16, {"max_abs": 1, "classes": 1})
+    assert gate.numbers["max_abs"] == gate.numbers["classes"] == 1
+    assert "reason" not in gate.numbers
+
+
+def test_a_number_that_no_gate_has_is_refused() -> None:
+    with pytest.raises(SpecError) as raised:
+        gate_of(Dtype.FP16, {"cosin": 0.9})
+    assert str(raised.value) == (
+        "a gate has no 'cosin'; it has cosine, max_abs, cosine_min, cosine_p1, rounding, "
+        "neighbours, classes"
+    )

@@ -35,6 +35,13 @@ def test_any_other_list_of_records_is_a_table(tmp_path) -> None:
     assert found.title == "other.json"
 
 
+@pytest.mark.parametrize("notes", [None, 3, {"a": 1}])
+def test_notes_that_are_no_list_are_none(tmp_path, notes) -> None:
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps({**to_plain(made_up()), "notes": notes}))
+    assert read_latency(path).notes == ()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

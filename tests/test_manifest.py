@@ -47,6 +47,12 @@ def test_it_is_text_that_a_person_can_read(artifact) -> None:
     assert json.loads(text)["schema"] == 1
 
 
+@pytest.mark.parametrize("name", ["inputs", "outputs", "profiles"])
+def test_one_that_says_nothing_of_its_tensors_is_refused(artifact, name) -> None:
+    write(artifact, manifest.seal(example(**{name: ()})))
+    assert reading(artifact) == f"m.engine.json: there are no {name}; export the artifact again"
+
+
 def test_an_artifact_without_one_has_none(tmp_path) -> None:
     assert manifest.read(tmp_path / "m.onnx") is None
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from msn_export.check.neighbours import embedding_of, nearest, neighbour_agreement
+from msn_export.check.neighbours import class_agreement, embedding_of, nearest, neighbour_agreement
 from msn_export.errors import ToleranceError
 
 EMBEDDINGS = np.array([[1, 0, 0], [0.9, 0.1, 0], [0, 1, 0], [0, 0.9, 0.2]], np.float32)
@@ -18,6 +18,19 @@ def test_agreement_is_the_share_of_images_with_the_same_nearest() -> None:
     moved = EMBEDDINGS.copy()
     moved[0] = [0.1, 1, 0.05]  # near the last two: it and image 1 find others
     assert neighbour_agreement(EMBEDDINGS, moved) < 1.0
+
+
+def test_of_two_images_each_is_the_others_neighbour_whatever_they_are() -> None:
+    assert neighbour_agreement(EMBEDDINGS[:2], -EMBEDDINGS[2:]) is None
+
+
+def test_classes_agree_where_the_largest_logit_does() -> None:
+    logits = np.array([[0, 1], [1, 0], [2, 3], [1, 0]], np.float32)
+    other = logits[:, ::-1].copy()
+    other[0] = [5, 6]
+    assert class_agreement(logits, other) == 0.25
+    other[0, 1] = np.inf
+    assert class_agreement(logits, other) == 0.0
 
 
 def test_an_embedding_that_is_not_finite_agrees_with_nothing() -> None:

@@ -315,6 +315,17 @@ def test_a_report_of_a_checkpoint_alone_is_refused(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["r[/b].html", "[red]x.html", r"a\q\1.html"])
+def test_a_name_is_printed_as_it_is(folder, tmp_path, name) -> None:
+    artifact = tmp_path / name.replace("html", "onnx")
+    artifact.parent.mkdir(exist_ok=True)  # [/b] is a folder called [
+    artifact.write_bytes((folder / "m.onnx").read_bytes())
+    result = report(artifact, "-o", tmp_path / name)
+    assert result.exit_code == 0, result.output
+    assert name in "".join(result.stdout.split("\n"))
+    assert (tmp_path / name).is_file()
+
+
 def test_what_does_not_exist_is_named(tmp_path) -> None:
     assert refused(tmp_path / "a.onnx", "-o", tmp_path / "r.html") == (
         f"error: {tmp_path / 'a.onnx'} does not exist; give an .onnx, .engine or .json file"

@@ -14,6 +14,7 @@ from artifacts import classifier, copy_of, engine, no_driver, pretend
 from checkpoints import hugging_face
 from click.testing import CliRunner, Result
 from networks import Network
+from PIL import Image
 from tiny_artifacts import foreign, pictures
 
 from msn_export import manifest
@@ -189,6 +190,36 @@ def test_outputs_of_fewer_images_than_were_given_are_refused(images, tmp_path) -
 
 
 # --- preprocessing, both ways ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_picture_that_one_preprocessing_alone_reads_is_left_out(tmp_path, turned) -> None:
+    folder = pictures(tmp_path / "images", 5)
+    Image.fromarray(np.zeros((1, 70_000, 3), np.uint8)).save(folder / "a" / "000-long.png")
+    reference, candidate = checkpoint(), str(classifier())
+    if turned:
+        evaluated = tmp_path / "eval.onnx"
+        made = CliRunner().invoke(
+            main, ["onnx", reference, "-o", str(evaluated), "--preprocess", "msn-eval"]
+        )
+        assert made.exit_code == 0, made.output
+        reference = str(evaluated)
+    options = () if turned else ("--preprocess", "msn-eval")
+    found = told(reference, candidate, "--images", folder, *options)
+    assert ("5 pictures can be read with both preprocessings" in found["notes"]) is not turned
+    assert found["own"]["images"] == 5
+    assert [one["name"] for one in found["own"]["per_image"]] == sorted(
+        str(path.relative_to(folder)) for path in folder.rglob("*.png") if "long" not in path.name
+    )
+
+
+def test_pictures_that_no_two_preprocessings_read_are_told(tmp_path) -> None:
+    (tmp_path / "images").mkdir()
+    Image.fromarray(np.zeros((1, 70_000, 3), np.uint8)).save(tmp_path / "images" / "long.png")
+    message = refused(
+        checkpoint(), classifier(), "--images", tmp_path / "images", "--preprocess", "msn-eval"
+    )
+    assert "long.png" in message
 
 
 def test_another_preprocessing_of_the_candidate_is_a_mismatch_and_no_model_error(images) -> None:

@@ -1,6 +1,7 @@
 """A disagreement is put down to a mistake only where undoing it makes the candidate agree."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -81,6 +82,15 @@ def test_a_graph_of_bytes_is_asked_about_its_channels_alone(sample) -> None:
     assert found is not None
     assert "BGR" in found
     assert cause(Model(lambda x: (x - MEAN) / STD), sample, InputKind.UINT8) is None
+
+
+def test_images_that_agree_have_no_cause(sample) -> None:
+    grey = replace(sample, pixels=np.repeat(sample.pixels[..., :1], 3, axis=-1))
+
+    def fault(logits: np.ndarray) -> np.ndarray:
+        return np.concatenate([logits[:4], -logits[4:]])  # the fifth image alone
+
+    assert cause(Model(after=fault), grey) is None
 
 
 def test_what_nothing_explains_is_put_down_to_nothing(sample) -> None:
