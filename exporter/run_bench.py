@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from msn_export import __version__
 from msn_export.bench.arena import Arena, Opened
@@ -52,7 +52,7 @@ class BenchJob(Job):
     """What ``msn-export bench`` was asked for; ``seconds`` is for each contender at each batch."""
 
     artifacts: tuple[Path, ...]
-    against: tuple[str, ...] = ("sdpa",)
+    against: tuple[Literal["eager", "sdpa", "compile", "onnxruntime"], ...] = ("sdpa",)
     batches: tuple[Count, ...] = (1, 8)
     checkpoint: str | None = None
     rounds: Count = 10
@@ -70,6 +70,11 @@ class BenchJob(Job):
     force: bool = False
     preset: str | None = None
     command: str = ""
+
+    def require_consistent(self) -> None:
+        """Refuse to time nothing."""
+        if not self.artifacts or not self.batches:
+            raise SpecError("a BenchJob takes at least one artifact and one batch size")
 
 
 def run_bench(job: BenchJob, progress: Progress = SILENT) -> Bench:
@@ -133,14 +138,22 @@ def _enter(job: BenchJob, arena: Arena, progress: Progress) -> None:
         with progress.step(f"open {kind}"):
             try:
                 for entry in _entries(kind, job, arena, dtype):
-                    one = arena.start(entry)
-                    if kind == "compile":  # what it cannot compile fails at its first call
-                        arena.outputs(one, job.batches[0])
-                    others.append(one)
+                    others.append(_started(arena, entry, job.batches[0]))
             except BenchError as error:
                 reason = str(error).removeprefix(f"{kind}: ")
                 arena.absent.append(Contender(kind, kind, skipped=reason))
     arena.opened[:0] = others
+
+
+def _started(arena: Arena, entry: Entry, batch: int) -> Opened:
+    one = arena.start(entry)
+    if entry.kind == "compile":  # what it cannot compile fails at its first call
+        try:
+            arena.outputs(one, batch)
+        except BenchError:
+            one.process.close()  # stopped, it would hold its memory until all are timed
+            raise
+    return one
 
 
 def _entries(kind: str, job: BenchJob, arena: Arena, dtype: Dtype) -> list[Entry]:

@@ -1,7 +1,7 @@
 """The story of ``msn-export triton``: artifacts, configuration, staged repository, check, place."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,8 @@ from msn_export.job import Count, Index, Job
 from msn_export.preprocessing import Preprocessing, preset
 from msn_export.progress import SILENT, Progress
 from msn_export.servable import read_artifact
-from msn_export.spec import ImageSize, InputKind
+from msn_export.spec import InputKind
+from msn_export.triton import messages
 from msn_export.triton.artifact import Artifact, Platform
 from msn_export.triton.config import Settings
 from msn_export.triton.findings import Finding
@@ -43,6 +44,18 @@ class TritonJob(Job):
     cuda_graphs: bool = False
     force: bool = False
 
+    def require_consistent(self) -> None:
+        """Refuse a model without an artifact."""
+        if not self.artifacts:
+            raise SpecError("a TritonJob takes at least one artifact")
+
+
+# what is said in a model's configuration, and so with its first version
+_CONFIGURATION = frozenset({
+    "release", "max_batch", "instances", "queue_delay", "ensemble", "warmup", "response_cache",
+    "cuda_graphs",
+})  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Written:
@@ -66,6 +79,8 @@ def run_triton(job: TritonJob, progress: Progress = SILENT) -> Written:
     name = job.name or job.artifacts[0].stem
     require_name(name)
     adding = _is_new_version(job, name)
+    if adding:
+        job = replace(job, release=_stated_release(job.output / name / "config.pbtxt"))
     with progress.step("read the artifacts"):
         artifacts = [read_artifact(path) for path in job.artifacts]
         require_one_model(artifacts)
@@ -108,12 +123,30 @@ def _is_new_version(job: TritonJob, name: str) -> bool:
     """
     if job.version == 1 or not (job.output / name).is_dir():
         return False
-    if job.ensemble or job.warmup or job.cuda_graphs or job.response_cache:
+    given = [
+        f"--{field.name.replace('_', '-')}"
+        for field in fields(job)
+        if field.name in _CONFIGURATION and getattr(job, field.name) != field.default
+    ]
+    if given:
         raise OutputError(
             f"--model-version {job.version} adds to {job.output / name}, whose configuration "
-            "stays; leave --ensemble, --warmup, --cuda-graphs and --response-cache out"
+            f"stays; leave {' and '.join(given)} out"
         )
     return True
+
+
+def _stated_release(config: Path) -> str | None:
+    """Read for which Triton a model that is there was written.
+
+    Raises:
+        SpecError: its configuration cannot be read.
+    """
+    try:
+        text = config.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise SpecError(f"{config} cannot be read: {error}") from error
+    return messages.from_text(text).parameters["triton_release"].string_value or None
 
 
 def _served(job: TritonJob, name: str, artifacts: Sequence[Artifact], notes: list[str]) -> Served:
@@ -176,20 +209,14 @@ def _assume_preprocessing(artifact: Artifact, notes: list[str]) -> Preprocessing
     Raises:
         SpecError: its input is no image of a fixed size.
     """
-    shape = artifact.inputs[0].shape
-    sizes = [size for size in shape[1:] if isinstance(size, int)]
-    if len(artifact.inputs) != 1 or len(shape) != 4 or len(sizes) != 3:
+    if artifact.image is None:
         told = ", ".join(f"{spec.name} {list(spec.shape)}" for spec in artifact.inputs)
         raise SpecError(
             f"{artifact.path.name} takes {told}, not images of a fixed size; leave --ensemble and "
             "--warmup out"
         )
-    if artifact.inputs[0].dtype == InputKind.UINT8:
-        height, width, channels = sizes
-    else:
-        channels, height, width = sizes
     notes.append(f"{artifact.path.name} has no manifest: preprocessing hf assumed")
-    return preset("hf", ImageSize(height, width), channels)
+    return preset("hf", *artifact.image)
 
 
 def _warmup_data(

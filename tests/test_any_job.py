@@ -36,6 +36,11 @@ WRONG = [
     (BenchJob, ((FILE,),), {"batches": [1]}, "BenchJob.batches is [1]; expected a tuple of int"),
     (EmbedJob, (FILE, 3, FILE), {}, "EmbedJob.images is 3; expected Path or str"),
     (TritonJob, (FILE, FILE), {}, "TritonJob.artifacts is "),
+    (BenchJob, ((),), {}, "a BenchJob takes at least one artifact and one batch size"),
+    (BenchJob, ((FILE,),), {"batches": ()}, "a BenchJob takes at least one artifact and one batch"),
+    (BenchJob, ((FILE,),), {"against": ("eagr",)}, "BenchJob.against is ('eagr',); expected a "
+     "tuple of 'eager' or 'sdpa' or 'compile' or 'onnxruntime'"),
+    (TritonJob, ((), FILE), {}, "a TritonJob takes at least one artifact"),
     # bounds, and words of a list
     (ValidateJob, ("a", "b"), {"limit": 0}, "ValidateJob.limit is 0; expected int from 1"),
     (DriftJob, ("a", "b"), {"batch": -1}, "DriftJob.batch is -1; expected int from 1"),

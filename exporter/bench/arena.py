@@ -10,7 +10,7 @@ import numpy as np
 from msn_export.bench.entries import Entry, Origin, Where, origin_of
 from msn_export.bench.process import Process
 from msn_export.bench.records import Contender
-from msn_export.errors import SpecError
+from msn_export.errors import BenchError, SpecError
 from msn_export.feed import Feed, feed_of
 from msn_export.records import from_plain, to_plain
 from msn_export.spec import BatchRange, ImageSize, TensorSpec
@@ -76,7 +76,11 @@ class Arena:
         log = self.folder / f"{self._started}.log"
         process = Process(entry.name, log, self.where.threads, offline=self.offline)
         self.stack.enter_context(process)
-        told = process.ask("open", **entry.opening)
+        try:
+            told = process.ask("open", **entry.opening)
+        except BenchError:
+            process.close()  # stopped, it would hold its memory until all are timed
+            raise
         one = Opened(entry, process, told, self._record(entry, told))
         if self.feed is not None:
             self._give(one, self.feed)

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from msn_export.manifest import Manifest
     from msn_export.spec import ImageSize
 
-AGAINST = ("eager", "sdpa", "compile", "onnxruntime")
 # PyTorch contenders: the form of attention, and whether torch.compile gets the model
 TORCH = {"eager": ("eager", False), "sdpa": ("sdpa", False), "compile": ("sdpa", True)}
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _TAIL = 4096  # bytes of its log that are searched for a crash's reason
 CONTENDER = "msn_export.bench.contender_process"
+_ENDING = 10  # seconds a process that closed its pipe may take to end
 # Each library of linear algebra reads a name of its own
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -107,7 +108,14 @@ class Process:
         self.close()
 
     def _end(self) -> str:
-        code = self._child.wait()
+        # it was stopped, maybe while it was ending: what it does not end by itself is ended
+        self._child.send_signal(signal.SIGCONT)
+        try:
+            code = self._child.wait(timeout=_ENDING)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+            return f"its process answered nothing more and did not end in {_ENDING} s"
         with self._log.open("rb") as file:
             file.seek(max(0, self._log.stat().st_size - _TAIL))
             lines = file.read().decode("utf-8", "replace").strip().splitlines()

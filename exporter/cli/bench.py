@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import click
 
@@ -21,10 +21,11 @@ from msn_export.cli.options import IMAGES as PICTURES
 from msn_export.errors import SpecError
 from msn_export.spec import Dtype
 
-AGAINST = ("eager", "sdpa", "compile", "onnxruntime")
+Against = Literal["eager", "sdpa", "compile", "onnxruntime"]
+AGAINST = get_args(Against)
 # Hugging Face's table of attention implementations for ViT-MSN: eager against SDPA, batch 1 to 8
-PAPER = (("eager", "sdpa"), (1, 2, 4, 8))
-DEFAULT = (("sdpa",), (1, 8))
+PAPER: tuple[tuple[Against, ...], tuple[int, ...]] = (("eager", "sdpa"), (1, 2, 4, 8))
+DEFAULT: tuple[tuple[Against, ...], tuple[int, ...]] = (("sdpa",), (1, 8))
 
 
 def _against(text: str) -> tuple[str, ...]:

@@ -122,7 +122,11 @@ class Replica:
         self._runner = open_runner(
             serving.model, providers=serving.providers or None, threads=threads
         )
-        self.selftest = tested(self._runner, check=True)
+        try:
+            self.selftest = tested(self._runner, check=True)
+        except BaseException:
+            self._runner.close()
+            raise
         name = serving.model.name
         self._feed = feed_of(name, self._runner.inputs, self._runner.manifest)
         self._reading = reading_of(name, self._runner.outputs, serving.output)

@@ -52,7 +52,11 @@ class Opening:
                 threads=self.threads,
                 eager_kernels=True,  # as without a cluster: the rows are the same
             )
-        return runner, tested(runner, check=self.check)
+        try:
+            return runner, tested(runner, check=self.check)
+        except BaseException:
+            runner.close()
+            raise
 
 
 @dataclass(frozen=True, slots=True)

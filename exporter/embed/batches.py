@@ -91,10 +91,11 @@ def read_rows(
 ) -> Rows:
     """Read a batch's rows off the model's outputs.
 
-    A vector with NaN or infinity in it is an error, as a broken picture is.
+    NaN or infinity in a vector or in the logits is an error, as a broken picture is.
 
     Raises:
-        GraphError: the output has another number of rows than pictures went in.
+        GraphError: an output has another number of rows than pictures went in, or the logits are
+            not a row of classes each.
     """
     vectors = np.array(outputs[reading.vector], np.float32)
     if vectors.ndim < 2 or len(vectors) != count:
@@ -102,14 +103,25 @@ def read_rows(
             f"output {reading.vector!r} is {list(vectors.shape)} for {count} images; expected "
             "a row for each"
         )
-    finite = np.isfinite(vectors.reshape(count, -1)).all(axis=1)
-    for index in np.flatnonzero(~finite):
-        errors.setdefault(int(index), f"the model's {reading.vector} has NaN or infinity")
-    vectors[list(errors)] = np.nan
+    _note_infinite(reading.vector, vectors, errors)
     best = None
     if reading.logits is not None:
-        best = _best_of(np.asarray(outputs[reading.logits], np.float64))
+        logits = np.asarray(outputs[reading.logits], np.float64)
+        if logits.ndim != 2 or len(logits) != count or not logits.shape[1]:
+            raise GraphError(
+                f"output {reading.logits!r} is {list(logits.shape)} for {count} images; expected "
+                "[images, classes]"
+            )
+        _note_infinite(reading.logits, logits, errors)
+        best = _best_of(logits)
+    vectors[list(errors)] = np.nan
     return Rows(vectors, best, errors)
+
+
+def _note_infinite(name: str, values: NDArray[Any], errors: dict[int, str]) -> None:
+    finite = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
+    for index in np.flatnonzero(~finite):
+        errors.setdefault(int(index), f"the model's {name} has NaN or infinity")
 
 
 def _best_of(logits: NDArray[np.float64]) -> NDArray[Any]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Decoded: TypeAlias = NDArray[np.uint8] | str  # [h, w, c], or why there is no picture
 _SAFE_PATH = "PYTHONSAFEPATH"  # docs.python.org/3/using/cmdline: as -P does
+_STARTING = threading.Lock()
 Source = TypeVar("Source")  # what names a picture to its reader; str() of it names it to people
 
 
@@ -127,15 +128,16 @@ def _safe_path() -> Iterator[None]:
     ``multiprocessing`` starts them with ``python -c``, which looks there first: in a folder of
     pictures a file called ``multiprocessing.py`` would run. The parent's own path they get later.
     """
-    before = os.environ.get(_SAFE_PATH)
-    os.environ[_SAFE_PATH] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_SAFE_PATH]
-        else:
-            os.environ[_SAFE_PATH] = before
+    with _STARTING:  # the environment is one for all threads
+        before = os.environ.get(_SAFE_PATH)
+        os.environ[_SAFE_PATH] = "1"
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[_SAFE_PATH]
+            else:
+                os.environ[_SAFE_PATH] = before
 
 
 def _begin() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from msn_export.errors import MissingPackageError, OutputError
-from msn_export.records import to_json
+from msn_export.records import to_json, to_plain
 from msn_export.sidecar import manifest_path
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def rows_of(parts: Parts, listing: Pictures, labels: Sequence[str]) -> Iterator[
         stop = min(start + step, parts.total)
         best = parts.best.read(start, stop) if parts.has_best else None
         for row in range(start, stop):
-            error = parts.errors.get(row)
+            error = to_plain(parts.errors.get(row))  # it has the path, whose bytes may be no text
             found = None
             if best is not None and error is None:
                 number = int(best["class"][row - start])

@@ -148,6 +148,8 @@ class Parts:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            os.close(self._lock)
+            self._lock = -1
             raise OutputError(
                 f"another run is writing {self.folder}; wait for it or choose another -o"
             ) from error

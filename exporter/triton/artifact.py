@@ -7,7 +7,7 @@ from pathlib import Path
 
 from msn_export.manifest import Manifest
 from msn_export.preprocessing import Preprocessing
-from msn_export.spec import BatchRange, Targets, TensorSpec
+from msn_export.spec import BatchRange, ImageSize, InputKind, Targets, TensorSpec
 
 LOGITS = "logits"
 
@@ -83,6 +83,19 @@ class Artifact:
     def preprocessing(self) -> Preprocessing | None:
         """What its input was prepared with, where its manifest tells."""
         return self.manifest.preprocessing if self.manifest else None
+
+    @property
+    def image(self) -> tuple[ImageSize, int] | None:
+        """The size and channels of the images it takes; None where its one input is none of them.
+
+        Bytes are [b, h, w, c], floats [b, c, h, w], as a graph of any tool has them.
+        """
+        sizes = [size for size in self.inputs[0].shape[1:] if isinstance(size, int)]
+        if len(self.inputs) != 1 or len(self.inputs[0].shape) != 4 or len(sizes) != 3:
+            return None
+        bytes_in = self.inputs[0].dtype == InputKind.UINT8
+        height, width, channels = sizes if bytes_in else (*sizes[1:], sizes[0])
+        return ImageSize(height, width), channels
 
     def uncovered(self, limit: int) -> int | None:
         """Find the smallest batch of 1 to ``limit`` that no profile takes."""

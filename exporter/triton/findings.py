@@ -67,7 +67,11 @@ def safe_file(folder: Path, name: str, root: Path) -> Path | str:
     if not name or "/" in name or "\\" in name or name in {".", ".."} or "\0" in name:
         return f"{name!r} is not the name of a file in {folder.name}/"
     path = folder / name
-    if not path.exists():
+    try:
+        there = path.exists()
+    except OSError as error:
+        return f"{name[:40]!r}… cannot be looked up: {error.strerror}"
+    if not there:
         return f"{name} does not exist" + (" (a broken link)" if path.is_symlink() else "")
     if not path.resolve().is_relative_to(root.resolve()):
         return f"{name} is a link that leads out of the repository"

@@ -62,5 +62,6 @@ def from_text(text: str) -> ModelConfig:
 
 
 def datatype_name(config_value: int) -> str:
-    """Give ``TYPE_FP32`` for its number."""
-    return str(module().DataType.Name(config_value))
+    """Give ``TYPE_FP32`` for its number; a number that Triton gives no meaning stays one."""
+    known = module().DataType
+    return str(known.Name(config_value) if config_value in known.values() else config_value)

@@ -144,9 +144,9 @@ def client(about: About) -> str:
     datatype = messages.datatype_name(source.data_type).removeprefix("TYPE_")
     bytes_in = source.name == InputKind.UINT8.tensor
     batch = (
-        "np.stack([images.read(Path(name), known.preprocessing) for name in sys.argv[1:]])"
+        "np.stack([images.read(Path(name), made) for name in sys.argv[1:]])"
         if bytes_in
-        else "images.preprocess(sys.argv[1:], known.preprocessing)"
+        else "images.preprocess(sys.argv[1:], made)"
     )
     if not bytes_in and datatype == "FP16":
         batch += ".astype(np.float16)"
@@ -161,10 +161,7 @@ def client(about: About) -> str:
                 *(["import numpy as np"] if "np." in batch else []),
                 "import tritonclient.grpc as triton",
                 "",
-                "from msn_export import images, manifest",
-                "",
-                f'known = manifest.read(Path("{about.repository.name}/{about.config.name}/'
-                f'{about.file}"))',
+                *_made(about),
                 f"batch = {batch}",
                 f'tensor = triton.InferInput({gives}, list(batch.shape), "{datatype}")',
                 "tensor.set_data_from_numpy(batch)",
@@ -176,6 +173,26 @@ def client(about: About) -> str:
         )
         + "\n"
     )
+
+
+def _made(about: About) -> list[str]:
+    """Say in the client how pictures are made into its input."""
+    if about.artifact.preprocessing is not None:
+        file = f"{about.repository.name}/{about.config.name}/{about.file}"
+        return [
+            "from msn_export import images, manifest",
+            "",
+            f'made = manifest.read(Path("{file}")).preprocessing',
+        ]
+    size, channels = about.artifact.image or (None, None)
+    asked = f"{size!r}, {channels}" if size else "ImageSize(HEIGHT, WIDTH), CHANNELS"
+    return [
+        "from msn_export import images",
+        "from msn_export.preprocessing import preset",
+        "from msn_export.spec import ImageSize",
+        "",
+        f'made = preset("hf", {asked})  # assumed: the model has no manifest that says it',
+    ]
 
 
 def _more(about: About) -> list[str]:
