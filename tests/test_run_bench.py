@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from onnx import numpy_helper
 from tiny_artifacts import classifier, foreign
 
 from msn_export import manifest
+from msn_export.bench import process as bench_process
+from msn_export.bench.arena import Arena
 from msn_export.bench.entries import (
     Entry,
     Where,
@@ -267,6 +270,30 @@ def test_a_process_stands_still_while_it_is_not_its_turn(model, tmp_path) -> Non
         with pytest.raises(BenchError, match=r"tiny\.onnx: KeyError"):
             process.ask("take")
     assert not Path(f"/proc/{process.id}").exists()
+
+
+def test_a_process_that_answers_no_more_and_does_not_end_is_ended(tmp_path, monkeypatch) -> None:
+    code = "import os, sys, time; os.close(int(sys.argv[1])); time.sleep(600)"
+    (tmp_path / "dawdler.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(bench_process, "CONTENDER", "dawdler")
+    monkeypatch.setattr(bench_process, "_ENDING", 1)
+    with (
+        Process("dawdler", tmp_path / "log", 1, offline=True) as process,
+        pytest.raises(BenchError, match="dawdler: its process answered nothing more and did not"),
+    ):
+        process.ask("open")
+
+
+def test_what_is_left_out_holds_no_memory(model, tmp_path) -> None:
+    with ExitStack() as stack:
+        arena = Arena(Where(1), tmp_path, stack, offline=True)
+        broken = replace(artifact(model, Where(1), "tiny.onnx"), opening={"kind": "nothing"})
+        with pytest.raises(BenchError):
+            arena.start(broken)
+        children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+        commands = [Path(f"/proc/{child}/cmdline").read_bytes() for child in children]
+        assert not [line for line in commands if b"contender_process" in line]
 
 
 def test_a_process_that_dies_is_described(model, tmp_path) -> None:

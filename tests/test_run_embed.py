@@ -15,6 +15,8 @@ from pyarrow import parquet
 from tiny_artifacts import classifier, foreign, pictures
 
 from msn_export import embed_place, golden, images, manifest
+from msn_export.embed.batches import Reading, read_rows
+from msn_export.errors import GraphError
 from msn_export.runtime import Runner, open_runner
 
 
@@ -178,6 +180,39 @@ def test_numbers_that_are_none_are_errors(tmp_path) -> None:
     told = {line["path"]: line["error"] for line in lines}
     assert told["white.png"] is None
     assert told["dark.png"] == "the model's features has NaN or infinity"
+
+
+@pytest.mark.parametrize("ending", [".npy", ".parquet"])
+def test_a_broken_picture_may_have_any_name(model, tmp_path, ending) -> None:
+    folder = pictures(tmp_path / "pictures", 2)
+    (folder / "caf\udce9.png").write_bytes(b"nothing")  # as Python reads a latin-1 name
+    output = tmp_path / f"out{ending}"
+    result = embed(model, folder, output)
+    assert result.exit_code == 0, result.output
+    if ending == ".npy":
+        errors = [line["error"] for line in lines_of(output)]
+    else:
+        errors = parquet.read_table(output)["error"].to_pylist()
+    assert errors[:2] == [None, None]
+    assert "caf\ufffd.png is not a readable picture" in errors[2]
+
+
+def test_logits_that_are_none_are_errors_too() -> None:
+    outputs = {"embedding": np.ones((2, 4)), "logits": np.array([[0, 1], [0, np.nan]])}
+    rows = read_rows(outputs, Reading("embedding", "logits"), 2, {})
+    assert rows.errors == {1: "the model's logits has NaN or infinity"}
+    assert np.isnan(rows.vectors[1]).all()
+    assert not np.isnan(rows.vectors[0]).any()
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 3, 4), (1, 3), (2, 0)])
+def test_logits_of_another_shape_are_refused(shape) -> None:
+    outputs = {"embedding": np.ones((2, 4)), "logits": np.zeros(shape)}
+    with pytest.raises(GraphError) as raised:
+        read_rows(outputs, Reading("embedding", "logits"), 2, {})
+    assert str(raised.value) == (
+        f"output 'logits' is {list(shape)} for 2 images; expected [images, classes]"
+    )
 
 
 def test_a_machine_that_computes_something_else_is_noticed_first(model, folder, tmp_path) -> None:

@@ -179,6 +179,37 @@ def test_a_new_version_goes_beside_the_old_one_under_its_configuration(tmp_path)
     assert "whose configuration stays; leave" in refused(newer, *add[:-1], 3, "--warmup")
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--max-batch", 4), "--max-batch"),
+        (("--instances", 2, "--queue-delay", 9), "--instances and --queue-delay"),
+        (("--release", "25.12"), "--release"),
+        (("--response-cache", "--ensemble"), "--ensemble and --response-cache"),
+    ],
+)
+def test_a_new_version_changes_no_configuration(tmp_path, options, told) -> None:
+    path = graph(tmp_path / "m.onnx")
+    assert invoke(path, "-o", tmp_path / "repo", "--release", "25.10").exit_code == 0
+    add = (path, "-o", tmp_path / "repo", "--model-version", 2)
+    assert refused(*add, *options) == (
+        f"error: --model-version 2 adds to {tmp_path / 'repo' / 'm'}, whose configuration stays; "
+        f"leave {told} out"
+    )
+    written = json.loads(invoke(*add, "--json").stdout)
+    assert written["release"] == "25.10"  # as it was written for
+
+
+@pytest.mark.parametrize("config", [b"\xff\xfe", b"nonsense {", None])
+def test_a_new_version_of_a_model_whose_configuration_is_none_is_refused(tmp_path, config) -> None:
+    path = graph(tmp_path / "m.onnx")
+    (tmp_path / "repo" / "m").mkdir(parents=True)
+    if config is not None:
+        (tmp_path / "repo" / "m" / "config.pbtxt").write_bytes(config)
+    assert refused(path, "-o", tmp_path / "repo", "--model-version", 2)
+    assert not (tmp_path / "repo" / "m" / "2").exists()
+
+
 def test_a_failure_on_the_way_in_leaves_the_repository_as_it_was(tmp_path, monkeypatch) -> None:
     path = graph(tmp_path / "m.onnx")
     assert invoke(path, "-o", tmp_path / "repo").exit_code == 0

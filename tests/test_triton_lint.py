@@ -47,6 +47,17 @@ def test_each_fault_is_named(fault, tmp_path) -> None:
     assert any(fault.says in line for line in found), found
 
 
+def test_a_type_or_a_name_that_nobody_knows_is_a_finding_like_others(tmp_path) -> None:
+    folder = write_base("graph", "model", tmp_path / "repo", tmp_path / "work")
+    config = folder / "config.pbtxt"
+    text = config.read_text()
+    config.write_text(text.replace("data_type: TYPE_FP32", "data_type: 99", 1))
+    assert any("99" in line for line in wrong(tmp_path / "repo"))
+    config.write_text(f'{text}default_model_filename: "{"x" * 300}"\n')
+    found = wrong(tmp_path / "repo")
+    assert any("… cannot be looked up: File name too long" in line for line in found), found
+
+
 def test_a_fault_is_reported_once_and_alone(tmp_path) -> None:
     folder = write_base("graph", "model", tmp_path / "repo", tmp_path / "work")
     (folder / "labels.txt").write_text("cat\ndog\na bird\nfish\n")

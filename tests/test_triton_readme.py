@@ -1,10 +1,13 @@
 """A model's README: a client that runs, and nothing that a graph or a manifest slips in."""
 
 import ast
+import sys
 from dataclasses import replace
+from typing import Any
 
 import onnx
 import pytest
+from PIL import Image
 from triton_artifacts import graph
 from triton_runs import invoke
 
@@ -22,6 +25,22 @@ def test_the_readmes_client_is_python_that_names_the_models_tensors(tmp_path) ->
     compile(code, "client.py", "exec")
     assert 'InferInput("pixel_values"' in code
     assert "class_count=3" in code
+
+
+def test_the_client_of_a_model_without_a_manifest_says_what_it_assumes(
+    tmp_path, monkeypatch
+) -> None:
+    graph(tmp_path / "m.onnx", manifest=False)
+    assert invoke(tmp_path / "m.onnx", "-o", tmp_path / "repo").exit_code == 0
+    readme = (tmp_path / "repo/m/README.md").read_text()
+    code = readme.split("```python\n")[1].split("```")[0]
+    assert "  # assumed: the model has no manifest that says it\n" in code
+    made = code[: code.index("tensor = ")]  # all that needs no server
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    monkeypatch.setattr(sys, "argv", ["client.py", str(tmp_path / "red.png")])
+    names: dict[str, Any] = {}
+    exec(compile(made, "client.py", "exec"), names)  # noqa: S102  our own text
+    assert names["batch"].shape == (1, 3, 8, 8)
 
 
 HOSTILE = 'x"); __import__("os").system("id") # `|'
