@@ -122,7 +122,7 @@ def _of_graph(path: Path) -> Artifact:
         size=size,
         channels=channels,
         preprocessing=manifest.preprocessing if manifest is not None else None,
-        batch=batch or (manifest.profiles[0] if manifest is not None else DYNAMIC),
+        batch=batch or (manifest.profiles[0] if manifest and manifest.profiles else DYNAMIC),
         room=_room(manifest) or room_of(model),
         outputs=tuple(value.name or "" for value in model.graph.outputs),
         start=start,
