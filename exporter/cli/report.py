@@ -7,14 +7,14 @@ from typing import Any
 
 import click
 
-from msn_export.cli.options import FILE, command_line, force_option, images_option
+from msn_export.cli.options import FILE, IMAGES, command_line, force_option
 
 
 @click.command()
 @click.argument("artifacts", nargs=-1, required=True, metavar="ARTIFACT…")
 @click.option("-o", "--output", type=FILE, default=Path("report.html"), show_default=True)
 @click.option("--markdown", type=FILE, help="Write a model card here too.")
-@images_option
+@click.option("--images", type=IMAGES, help="Pictures to run on; without, nothing runs.")
 @click.option("--limit", type=click.IntRange(3), default=64, show_default=True, help="Pictures.")
 @click.option("--bench", type=FILE, help="What 'msn-export bench --json' wrote.")
 @click.option("--variant", help="Published shape, where a weights file does not say.")

@@ -48,8 +48,8 @@ def _what(about: About) -> list[str]:
     if known is not None:
         check = known.check
         verdict = "not checked" if check is None else ("passed" if check.passed else "failed")
-        on = "" if check is None else f" on {check.images} of {check.source}, {check.executed_on}"
-        lines.append(f"Check: {verdict}{_text(on)}.")
+        on = "" if check is None else f"on {check.images} of {check.source}, {check.executed_on}"
+        lines.append(f"Check: {' '.join(filter(None, (verdict, _text(on))))}.")
         if known.engine is not None:
             ran = "executed" if known.engine.executed else known.engine.reason
             lines.append(f"Engine: {_text(ran)}.")
