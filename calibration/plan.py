@@ -18,8 +18,9 @@ from msn_export.calibration.qdq import (
     quantise_projections,
     require_fusable,
 )
+from msn_export.errors import FusionError, GraphError
 from msn_export.graph.fuse import fuse_attention
-from msn_export.spec import AttentionForm, Dtype
+from msn_export.spec import AttentionForm, Dtype, Target
 
 BLOCK_ROLES = frozenset({Role.QKV, Role.OUT, Role.FC1, Role.FC2})
 
@@ -104,14 +105,31 @@ class Plan:
         quantise_projections(model, chosen, self.thresholds, self.scheme)
         cores = [core for core in self.operands if core.block not in kept]
         quantise_attention(model, cores, self.thresholds, self.scheme)
-        fuse_attention(model, self.scheme.attention, expected=self.depth)
+        self._fuse(model)
         return model
 
     def unquantised(self) -> ir.Model:
         """Write the fp32 graph as it would be without any Q/DQ."""
         model = self.model.clone()
-        fuse_attention(model, self.scheme.attention, expected=self.depth)
+        self._fuse(model)
         return model
+
+    def _fuse(self, model: ir.Model) -> None:
+        """Write attention as the target runs it.
+
+        Raises:
+            GraphError: the graph was exported for another target, and cannot be written so.
+        """
+        try:
+            fuse_attention(model, self.scheme.attention, expected=self.depth)
+        except FusionError as error:
+            if self.scheme.target is not Target.ONNXRUNTIME:
+                raise
+            raise GraphError(
+                f"{self.scheme.form.dtype} beside fp32 is for onnxruntime, and the last block of "
+                "this graph is written for TensorRT; export it with --target onnxruntime, or "
+                "choose another --base"
+            ) from error
 
 
 def _tokens(model: ir.Model, core: Operands) -> int:

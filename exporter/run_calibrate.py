@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from msn_export import __version__
+from msn_export import __version__, golden
 from msn_export.calibration.collect import require_finite
 from msn_export.calibration.observers import require_meaning
 from msn_export.calibration.pictures import Split, split
@@ -21,12 +21,13 @@ from msn_export.files import apart, publish, require_writable, staging
 from msn_export.graph import io
 from msn_export.graph.precision import type_graph
 from msn_export.manifest import Manifest, seal
+from msn_export.manifest_records import GoldenRecord
 from msn_export.process import peak_rss
 from msn_export.progress import SILENT, Progress
 from msn_export.quantise.choices import choices
 from msn_export.quantise.compiled import require_target
 from msn_export.quantise.described import describe
-from msn_export.quantise.job import CalibrateJob
+from msn_export.quantise.job import CalibrateJob, base_for
 from msn_export.quantise.measured import Calibrated
 from msn_export.quantise.ranged import Ranged, known_ranges, take_ranges
 from msn_export.quantise.verdict import Candidate, judge
@@ -49,6 +50,8 @@ def run_calibrate(job: CalibrateJob, progress: Progress = SILENT) -> tuple[Path,
         MsnExportError: whatever kept the graph from its gate; the output paths are as they were.
     """
     started = time.monotonic()
+    if job.base is None:
+        job = replace(job, base=base_for(job.model, job.dtype))
     output = job.output or Path(f"{job.model.stem}.{job.dtype}.onnx")
     ranges = job.ranges or output.with_name(f"{output.stem}.ranges.json")
     outputs = [output, manifest_path(output), *([] if job.ranges else [ranges])]
@@ -73,12 +76,23 @@ def run_calibrate(job: CalibrateJob, progress: Progress = SILENT) -> tuple[Path,
         manifest = describe(done, job, stage, ranges.name, progress)
         manifest = replace(
             manifest,
+            golden=_golden(job, source, chosen.path, stage),
             seconds=round(time.monotonic() - started, 3),
             peak_rss_bytes=peak_rss(),
         )
         taken = () if job.ranges else (stage / ranges.name,)
         publish(chosen.path, output, seal(manifest), beside=taken, force=job.force)
     return output, manifest
+
+
+def _golden(job: CalibrateJob, source: Source, path: Path, stage: Path) -> GoldenRecord:
+    """Record what the quantised graph itself makes of seeded noise.
+
+    Noise is no picture: what 8 bits cost on it says nothing. Another machine has to reproduce it.
+    """
+    with cpu_runner(path, job.dtype, stage) as runner:
+        room = room_of(source.model)
+        return golden.record(runner, runner.name, source.preprocessing, source.stem, room)
 
 
 def _require_target(job: CalibrateJob) -> None:
@@ -96,7 +110,7 @@ def _require_target(job: CalibrateJob) -> None:
             f"--compute-capability {job.capability}: {job.dtype} beside fp32 is for onnxruntime "
             "and is not compiled; --base fp16 is"
         )
-    require_target(job.capability, (job.dtype, job.base))
+    require_target(job.capability, (job.dtype, job.rest))
 
 
 def _read(path: Path) -> Source:
@@ -158,7 +172,7 @@ def _choose(
     with progress.step(f"quantise to {job.dtype} and judge"):
         for choice in choices(ranged.plan, ranged.probe, job.gate, progress):
             model = ranged.plan.quantised(choice.kept)
-            _write(model, ranged, job.base, path)
+            _write(model, ranged, job.rest, path)
             runner = cpu_runner(path, job.dtype, path.parent)
             judged = judge(runner, reference, job.gate, source.stem, source.fixed)
             if not judged.failures:
@@ -167,7 +181,7 @@ def _choose(
     raise ToleranceError(
         f"no choice of blocks reaches --gate-cosine {job.gate.cosine_p1} in {job.dtype}"
         + (f" on held-out images ({failures[0]})" if failures else " on calibration images")
-        + f"; keep {job.base}, or lower the gate"
+        + f"; keep {job.rest}, or lower the gate"
     )
 
 
@@ -180,12 +194,12 @@ def _twin(
     progress: Progress,
 ) -> Candidate:
     """Make the same graph in the base type, which is what quantising has to be better than."""
-    path = apart(stage) / f"twin.{job.base}.onnx"
-    with progress.step(f"judge the {job.base} graph beside it"):
+    path = apart(stage) / f"twin.{job.rest}.onnx"
+    with progress.step(f"judge the {job.rest} graph beside it"):
         model = ranged.plan.unquantised()
-        _write(model, ranged, job.base, path)
-        runner = cpu_runner(path, job.base, stage)
-        judged = judge(runner, reference, GATES[job.base], source.stem, source.fixed)
+        _write(model, ranged, job.rest, path)
+        runner = cpu_runner(path, job.rest, stage)
+        judged = judge(runner, reference, GATES[job.rest], source.stem, source.fixed)
     return Candidate(path, model, judged)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from msn_export.check.compare import Agreement
 from msn_export.check.drift import (
@@ -20,7 +20,7 @@ from msn_export.check.drift import (
 from msn_export.check.gate import DRIFT, GATES, ROUNDING, coarsest
 from msn_export.check.sample import Sample, batches, draw
 from msn_export.check.verify import Reference, Verified
-from msn_export.job import Count, Job
+from msn_export.job import Count, Job, Within
 from msn_export.manifest_records import CheckRecord
 from msn_export.preprocessing import preset
 from msn_export.progress import SILENT, Progress
@@ -41,14 +41,14 @@ AT_ONCE = 4
 class DriftJob(Job):
     """What ``msn-export drift`` was asked for; ``tolerance`` None is measured or the dtype's."""
 
-    reference: str
-    candidate: str
+    reference: str | Path
+    candidate: str | Path
     images: Path | None = None
     limit: Count = LIMIT
     batch: Count = AT_ONCE
     preprocess: str | None = None
     variant: str | None = None
-    tolerance: float | None = None
+    tolerance: Annotated[float, Within(0)] | None = None
 
 
 def run_drift(job: DriftJob, progress: Progress = SILENT) -> Drift:
@@ -59,7 +59,7 @@ def run_drift(job: DriftJob, progress: Progress = SILENT) -> Drift:
     """
     with tempfile.TemporaryDirectory(prefix="msn-export-") as folder:
         with progress.step("read both sides"):
-            pair = open_pair(job.reference, job.candidate, variant=job.variant)
+            pair = open_pair(str(job.reference), str(job.candidate), variant=job.variant)
         reference = _marked(pair.reference, Path(folder) / "reference", progress)
         candidate = _marked(pair.candidate, Path(folder) / "candidate", progress)
         return _compare(job, replace(pair, reference=reference, candidate=candidate), progress)

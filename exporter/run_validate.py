@@ -43,8 +43,8 @@ class ValidateJob(Job):
     says. ``gate`` None is that of the coarser dtype; ``numbers`` replace some of the gate's.
     """
 
-    reference: str
-    candidate: str
+    reference: str | Path
+    candidate: str | Path
     images: Path | None = None
     limit: Count = LIMIT
     batch: BatchRange | None = None
@@ -72,7 +72,7 @@ def validate_in_full(job: ValidateJob, progress: Progress) -> tuple[Validation, 
         MsnExportError: as ``run_validate``.
     """
     with progress.step("read both sides"):
-        pair = open_pair(job.reference, job.candidate, variant=job.variant)
+        pair = open_pair(str(job.reference), str(job.candidate), variant=job.variant)
         own = _own_preprocessing(job, pair)
     name = job.gate or coarsest(pair.reference.dtype, pair.candidate.dtype)
     gate = gate_of(name, job.numbers)

@@ -28,7 +28,9 @@ WRONG = [
     (TrtJob, (FILE,), {"workspace": True}, "TrtJob.workspace is True; expected int "
      "from 1 or None"),
     (CalibrateJob, (FILE, Dtype.INT8, "p"), {}, "CalibrateJob.images is 'p'; expected Path"),
-    (ValidateJob, ("a", FILE), {}, "ValidateJob.candidate is "),
+    (ValidateJob, ("a", 3), {}, "ValidateJob.candidate is 3; expected str or Path"),
+    (DriftJob, ("a", "b"), {"tolerance": -1.0}, "DriftJob.tolerance is -1.0; expected "
+     "float from 0 or None"),
     (ValidateJob, ("a", "b"), {"numbers": {"cosine_min": "1"}}, "ValidateJob.numbers is "
      "{'cosine_min': '1'}; expected a mapping to float"),
     (DriftJob, ("a", "b"), {"limit": 0.5}, "DriftJob.limit is 0.5; expected int"),

@@ -8,13 +8,16 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from calibrations import PRODUCTS, QUICK, calibrate, done
+from calibrations import PRODUCTS, QUICK, calibrate, done, refused
+from checkpoints import hugging_face
 from click.testing import CliRunner
 from tiny_artifacts import classifier, pictures
 
 from msn_export.cli import main
 from msn_export.graph import io
+from msn_export.run_calibrate import CalibrateJob, run_calibrate
 from msn_export.runtime import open_runner
+from msn_export.spec import Dtype, Target
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +130,29 @@ def test_a_person_reads_which_is_faster_on_the_cpu(cpu_graph, images, tmp_path) 
     result = calibrate(cpu_graph, images, tmp_path / "m.onnx", "--int8", "--smooth", "off")
     assert "no: int8 beside fp32 is for onnxruntime" in result.stdout
     assert re.search(r"batch 8: [0-9.]+ ms fp32, [0-9.]+ ms int8; on onnxruntime", result.stdout)
+
+
+def test_a_graph_whose_last_block_is_written_for_tensorrt_says_what_to_export(
+    images, tmp_path
+) -> None:
+    hugging_face(tmp_path / "hf", num_attention_heads=4)
+    narrowed = tmp_path / "narrowed.onnx"
+    made = CliRunner().invoke(main, ["onnx", str(tmp_path / "hf"), "-o", str(narrowed)])
+    assert made.exit_code == 0, made.output
+    message = refused(narrowed, images, tmp_path / "m.onnx", "--int8", "--base", "fp32")
+    assert message == (
+        "error: int8 beside fp32 is for onnxruntime, and the last block of this graph is written "
+        "for TensorRT; export it with --target onnxruntime, or choose another --base"
+    )
+
+
+def test_from_python_the_rest_is_chosen_as_by_the_command(cpu_graph, images, tmp_path) -> None:
+    job = CalibrateJob(cpu_graph, Dtype.INT8, images, tmp_path / "m.onnx", smooth="off", limit=8)
+    _, manifest = run_calibrate(job)
+    assert manifest.quantization is not None
+    assert (manifest.target, manifest.quantization.base) == (Target.ONNXRUNTIME, "fp32")
+    with open_runner(tmp_path / "m.onnx", providers=["cpu"]) as runner:
+        assert runner.selftest().passed
 
 
 def test_the_rest_may_be_said(cpu_graph, images, tmp_path) -> None:

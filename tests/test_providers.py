@@ -55,3 +55,8 @@ def test_obtained_means_every_one() -> None:
     require_obtained([CUDA], [CUDA, CPU], "m.onnx")
     with pytest.raises(RunnerError, match="TensorrtExecutionProvider was asked for"):
         require_obtained(["TensorrtExecutionProvider", CUDA], [CUDA, CPU], "m.onnx")
+
+
+def test_a_name_alone_is_no_list() -> None:
+    with pytest.raises(RunnerError, match=r"^providers is 'cpu'; give a list, as \['cpu'\]$"):
+        choose("cpu", None, ["CPUExecutionProvider"], NoDriver("none"))

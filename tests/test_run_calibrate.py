@@ -16,6 +16,7 @@ from msn_export.graph import io
 from msn_export.graph.quantised import quantised_products
 from msn_export.proof.artifact_facts import artifact_facts
 from msn_export.quantise import measured
+from msn_export.runtime import open_runner
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +198,13 @@ def test_trt_takes_the_graph_and_holds_the_engine_to_it(int8, images, tmp_path) 
     assert told["engine"]["gemm_dtypes"]["Int8"] == told["engine"]["quantised_products"] == PRODUCTS
     assert told["engine"]["fused_attention"] == 2
     assert told["check"]["passed"] is True
+
+
+def test_a_quantised_graph_can_be_tested_elsewhere(int8) -> None:
+    with open_runner(int8[0], providers=["cpu"]) as runner:
+        found = runner.selftest()
+    assert found.passed
+    assert found.agreement.max_abs == 0.0
 
 
 def test_the_rest_may_be_bf16(graph, images, tmp_path) -> None:

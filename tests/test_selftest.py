@@ -46,7 +46,7 @@ def test_another_graph_fails_the_selftest_with_its_figures(tmp_path) -> None:
 def test_an_export_without_a_check_has_no_golden_values_and_says_so() -> None:
     with (
         open_runner(classifier("--no-check")) as runner,
-        pytest.raises(ManifestError, match=r"m\.onnx has none with a golden input to test with; e"),
+        pytest.raises(ManifestError, match=r"m\.onnx has no golden input to test with; export a"),
     ):
         runner.selftest()
 

@@ -100,7 +100,7 @@ def calibrate(model: Path, **options: Any) -> None:
     from msn_export.calibration.observers import Observer
     from msn_export.cli.artifact_rows import show_artifact
     from msn_export.cli.console import Console
-    from msn_export.quantise.job import CalibrateJob, base_for
+    from msn_export.quantise.job import CalibrateJob
     from msn_export.run_calibrate import run_calibrate
     from msn_export.spec import Dtype
 
@@ -109,7 +109,7 @@ def calibrate(model: Path, **options: Any) -> None:
         model,
         Dtype(dtype),
         command=command_line(),
-        base=base_for(model, Dtype(dtype)) if base == "auto" else Dtype(base),
+        base=None if base == "auto" else Dtype(base),
         observer=Observer(options.pop("observer")),
         **options,
     )

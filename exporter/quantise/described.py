@@ -77,7 +77,7 @@ def _quantization(
     latency: dict[str, Any],
 ) -> QuantizationRecord:
     plan, taken, choice = done.ranged.plan, done.ranged.ranges, done.chosen.choice
-    base, form = str(job.base), str(job.dtype)
+    base, form = str(job.rest), str(job.dtype)
     judged, twin = done.chosen.judged, done.twin.judged
     both = {base: done.twin.path.stat().st_size, form: done.chosen.path.stat().st_size}
     engines = (compiled[base]["bytes"], compiled[form]["bytes"]) if form in compiled else None
@@ -124,7 +124,7 @@ def _kept(done: Calibrated, job: CalibrateJob) -> dict[str, str]:
     """Say of each block, and each product, that is not quantised, why."""
     drift = done.chosen.choice.drift
     kept = {
-        f"block {block}": f"{job.base}: quantised alone, it moves the embedding by "
+        f"block {block}": f"{job.rest}: quantised alone, it moves the embedding by "
         f"{drift[block]:.2%}"
         for block in done.chosen.choice.kept
     }

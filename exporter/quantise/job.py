@@ -33,7 +33,8 @@ def base_for(model: Path, dtype: Dtype) -> Dtype:
 class CalibrateJob(Job):
     """Options as the command line names them.
 
-    ``dtype`` is int8 or fp8, ``base`` the type of the rest: fp32 beside int8 is for onnxruntime.
+    ``dtype`` is int8 or fp8, ``base`` the type of the rest: fp32 beside int8 is for onnxruntime;
+    None chooses by what the graph was exported for.
     ``smooth`` is ``auto``, ``off``, a strength from 0 to 1, or None: not said, which is ``auto``,
     or what ``ranges`` say. ``capability`` is the GPU generation that the verdict compiles for; None
     is this machine's.
@@ -43,7 +44,7 @@ class CalibrateJob(Job):
     dtype: Dtype
     images: Path
     output: Path | None = None
-    base: Dtype = Dtype.FP16
+    base: Dtype | None = None
     limit: Count = 512
     seed: Index = 0
     observer: Observer = Observer.MSE
@@ -62,7 +63,7 @@ class CalibrateJob(Job):
     def require_consistent(self) -> None:
         """Refuse a format that is none of 8 bits, and a base that is one."""
         for name, dtype, quantised in (("dtype", self.dtype, True), ("base", self.base, False)):
-            if dtype.is_quantised is not quantised:
+            if dtype is not None and dtype.is_quantised is not quantised:
                 wanted = " or ".join(one for one in Dtype if one.is_quantised is quantised)
                 raise SpecError(f"CalibrateJob.{name} is {dtype}; expected {wanted}")
 
@@ -75,7 +76,13 @@ class CalibrateJob(Job):
     @property
     def scheme(self) -> Scheme:
         """The 8-bit format and the type of the rest."""
-        return Scheme(FORMATS[self.dtype], self.base)
+        return Scheme(FORMATS[self.dtype], self.rest)
+
+    @property
+    def rest(self) -> Dtype:
+        """The type of all that is not 8-bit, once it is decided."""
+        assert self.base is not None, "run_calibrate decides it"
+        return self.base
 
     @property
     def extra(self) -> tuple[Role, ...]:

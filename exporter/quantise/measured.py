@@ -40,8 +40,8 @@ def measure(
         return reason, reason
     if job.scheme.target is Target.ONNXRUNTIME:
         with progress.step("time both in onnxruntime"):
-            paths = {str(job.base): done.twin.path, str(job.dtype): done.chosen.path}
-            latency = time_graphs(paths, _batch(done), str(job.base))
+            paths = {str(job.rest): done.twin.path, str(job.dtype): done.chosen.path}
+            latency = time_graphs(paths, _batch(done), str(job.rest))
         return {"reason": f"{job.dtype} beside fp32 is for onnxruntime"}, latency
     stage = apart(stage)
     with progress.step("compile both and count kernels"):
@@ -53,7 +53,7 @@ def measure(
 def _compile(done: Calibrated, job: CalibrateJob, stage: Path) -> dict[str, Any]:
     products = quantised_products(done.chosen.model)
     twins = {
-        str(job.base): Twin(done.twin.path, job.base),
+        str(job.rest): Twin(done.twin.path, job.rest),
         str(job.dtype): Twin(done.chosen.path, job.dtype, products),
     }
     return compile_both(twins, done.source.batch, stage, job.capability)
@@ -64,8 +64,8 @@ def _time(
 ) -> dict[str, Any]:
     if "reason" in compiled:
         return compiled
-    engines = {str(dtype): engine_path(stage, str(dtype)) for dtype in (job.base, job.dtype)}
-    return time_engines(engines, _batch(done), str(job.base))
+    engines = {str(dtype): engine_path(stage, str(dtype)) for dtype in (job.rest, job.dtype)}
+    return time_engines(engines, _batch(done), str(job.rest))
 
 
 def _batch(done: Calibrated) -> NDArray[Any]:

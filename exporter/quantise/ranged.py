@@ -76,6 +76,7 @@ def take_ranges(
     plan = Plan.of(
         raise_opset(source.model), job.scheme, attention=job.quantize_attention, extra=job.extra
     )
+    plan.unquantised()  # refuses now what it would refuse after the ranges were taken
     pixels, names = next(pictures.first(PROBED).decode(PROBED))
     sample = Sample(pixels, names, str(job.images), source.preprocessing, room=room_of(plan.model))
     with progress.step("run the fp32 graph on a few images"):
@@ -90,9 +91,9 @@ def take_ranges(
         ranges = _ranges(job, source, pictures, smoothing, seen)
     plan = plan.measured(seen, job.observer)
     islands = {}
-    if job.base is not Dtype.FP32:
+    if job.rest is not Dtype.FP32:
         with progress.step("measure what overflows"):
-            islands = decide(plan.unquantised(), MEASURED, job.base, sample, source.stem, stage)
+            islands = decide(plan.unquantised(), MEASURED, job.rest, sample, source.stem, stage)
     plan, overflowing = _without_islands(plan, islands)
     if job.bias_correction:
         with progress.step("measure biases"):

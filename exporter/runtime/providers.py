@@ -41,6 +41,8 @@ def choose(
     Raises:
         RunnerError: a provider is unknown or cannot be had here; the message says why.
     """
+    if isinstance(asked, str):
+        raise RunnerError(f"providers is {asked!r}; give a list, as [{asked!r}]")
     if asked is None:
         on_gpu = device is not None or (isinstance(driver, Driver) and CUDA in available)
         asked = [CUDA] if on_gpu else [CPU]

@@ -51,8 +51,8 @@ def selftest(
     record = manifest.golden if manifest is not None else None
     if manifest is None or record is None or manifest.preprocessing is None:
         raise ManifestError(
-            f"{'there is no manifest' if manifest is None else manifest.output + ' has none'} "
-            "with a golden input to test with; export again, without --no-check"
+            f"{'there is no manifest and so' if manifest is None else manifest.output + ' has'} no "
+            "golden input to test with; export again, without --no-check"
         )
     wanted = golden.values_of(record)
     outputs = run(golden.input_of(record, manifest.preprocessing, stem))
