@@ -51,7 +51,7 @@ def selftest(
     record = manifest.golden if manifest is not None else None
     if manifest is None or record is None or manifest.preprocessing is None:
         raise ManifestError(
-            f"{'there is no manifest and so' if manifest is None else manifest.output + ' has'} no "
+            f"{'there is no manifest with a' if manifest is None else manifest.output + ' has no'} "
             "golden input to test with; export again, without --no-check"
         )
     wanted = golden.values_of(record)
