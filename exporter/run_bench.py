@@ -6,10 +6,10 @@ import os
 import re
 import tempfile
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from msn_export import __version__
 from msn_export.bench.arena import Arena, Opened
@@ -24,57 +24,29 @@ from msn_export.bench.entries import (
     torch_entry,
 )
 from msn_export.bench.figures import Rounds, figures, ratio_of, rotated
+from msn_export.bench.job import BenchJob
 from msn_export.bench.records import Bench, Contender, Timing
 from msn_export.bench.reference import find_reference
 from msn_export.check.sample import draw
 from msn_export.driver import NoDriver, find_driver
 from msn_export.errors import BenchError, MissingPackageError, SpecError
 from msn_export.files import placing, require_writable, staging
-from msn_export.job import Count, Index, Job
 from msn_export.machine import physical_cores, this_machine
 from msn_export.manifest import versions_of
 from msn_export.progress import SILENT
 from msn_export.sidecar import manifest_path
-from msn_export.spec import Dtype, ImageSize
 
 if TYPE_CHECKING:
     from msn_export.bench.reference import Reference
     from msn_export.check.sample import Sample
     from msn_export.progress import Progress
+    from msn_export.spec import Dtype
+
+__all__ = ["BenchJob", "run_bench"]  # the two that docs/python.md speaks of
 
 PACKAGES = ("torch", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx", "numpy")
 _GPU = re.compile("cuda|tensorrt", re.IGNORECASE)  # in the name of an execution provider
 _BUSY = 0.5  # load average, per core, from which a time is not to be trusted
-
-
-@dataclass(frozen=True, slots=True)
-class BenchJob(Job):
-    """What ``msn-export bench`` was asked for; ``seconds`` is for each contender at each batch."""
-
-    artifacts: tuple[Path, ...]
-    against: tuple[Literal["eager", "sdpa", "compile", "onnxruntime"], ...] = ("sdpa",)
-    batches: tuple[Count, ...] = (1, 8)
-    checkpoint: str | None = None
-    rounds: Count = 10
-    seconds: float = 10.0
-    threads: Count | None = None
-    images: Path | None = None
-    image_size: ImageSize | None = None
-    dtype: Dtype | None = None
-    device: Index | None = None
-    providers: tuple[str, ...] = ()
-    trust: bool = False
-    resident: bool = False
-    cuda_graphs: bool = True
-    report: Path | None = None
-    force: bool = False
-    preset: str | None = None
-    command: str = ""
-
-    def require_consistent(self) -> None:
-        """Refuse to time nothing."""
-        if not self.artifacts or not self.batches:
-            raise SpecError("a BenchJob takes at least one artifact and one batch size")
 
 
 def run_bench(job: BenchJob, progress: Progress = SILENT) -> Bench:
@@ -138,22 +110,11 @@ def _enter(job: BenchJob, arena: Arena, progress: Progress) -> None:
         with progress.step(f"open {kind}"):
             try:
                 for entry in _entries(kind, job, arena, dtype):
-                    others.append(_started(arena, entry, job.batches[0]))
+                    others.append(arena.start(entry, job.batches[0] if kind == "compile" else None))
             except BenchError as error:
                 reason = str(error).removeprefix(f"{kind}: ")
                 arena.absent.append(Contender(kind, kind, skipped=reason))
     arena.opened[:0] = others
-
-
-def _started(arena: Arena, entry: Entry, batch: int) -> Opened:
-    one = arena.start(entry)
-    if entry.kind == "compile":  # what it cannot compile fails at its first call
-        try:
-            arena.outputs(one, batch)
-        except BenchError:
-            one.process.close()  # stopped, it would hold its memory until all are timed
-            raise
-    return one
 
 
 def _entries(kind: str, job: BenchJob, arena: Arena, dtype: Dtype) -> list[Entry]:

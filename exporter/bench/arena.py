@@ -66,8 +66,12 @@ class Arena:
     feed: Feed | None = None
     _started: int = 0
 
-    def start(self, entry: Entry) -> Opened:
+    def start(self, entry: Entry, tried: int | None = None) -> Opened:
         """Open an entry in a process of its own, and give it the pictures if they are there.
+
+        Args:
+            entry: what to open.
+            tried: a batch size to run once: what torch.compile cannot do fails at its first call.
 
         Raises:
             BenchError: it cannot be opened.
@@ -78,12 +82,14 @@ class Arena:
         self.stack.enter_context(process)
         try:
             told = process.ask("open", **entry.opening)
+            one = Opened(entry, process, told, self._record(entry, told))
+            if self.feed is not None:
+                self._give(one, self.feed)
+            if tried is not None:
+                self.outputs(one, tried)
         except BenchError:
             process.close()  # stopped, it would hold its memory until all are timed
             raise
-        one = Opened(entry, process, told, self._record(entry, told))
-        if self.feed is not None:
-            self._give(one, self.feed)
         return one
 
     def beside(self, where: Where, stack: ExitStack) -> Arena:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,14 +21,17 @@ from msn_export.cli.options import IMAGES as PICTURES
 from msn_export.errors import SpecError
 from msn_export.spec import Dtype
 
-Against = Literal["eager", "sdpa", "compile", "onnxruntime"]
-AGAINST = get_args(Against)
+if TYPE_CHECKING:
+    from msn_export.bench.job import Against
+
 # Hugging Face's table of attention implementations for ViT-MSN: eager against SDPA, batch 1 to 8
 PAPER: tuple[tuple[Against, ...], tuple[int, ...]] = (("eager", "sdpa"), (1, 2, 4, 8))
 DEFAULT: tuple[tuple[Against, ...], tuple[int, ...]] = (("sdpa",), (1, 8))
 
 
 def _against(text: str) -> tuple[str, ...]:
+    from msn_export.bench.job import AGAINST
+
     names = tuple(filter(None, text.split(",")))
     unknown = [name for name in names if name not in (*AGAINST, "none")]
     if unknown:

@@ -76,7 +76,8 @@ def take_ranges(
     plan = Plan.of(
         raise_opset(source.model), job.scheme, attention=job.quantize_attention, extra=job.extra
     )
-    plan.unquantised()  # refuses now what it would refuse after the ranges were taken
+    if job.rest is Dtype.FP32:
+        plan.unquantised()  # refuses now what it would refuse after the ranges were taken
     pixels, names = next(pictures.first(PROBED).decode(PROBED))
     sample = Sample(pixels, names, str(job.images), source.preprocessing, room=room_of(plan.model))
     with progress.step("run the fp32 graph on a few images"):

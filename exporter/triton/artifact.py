@@ -90,8 +90,10 @@ class Artifact:
 
         Bytes are [b, h, w, c], floats [b, c, h, w], as a graph of any tool has them.
         """
+        if len(self.inputs) != 1 or len(self.inputs[0].shape) != 4:
+            return None
         sizes = [size for size in self.inputs[0].shape[1:] if isinstance(size, int)]
-        if len(self.inputs) != 1 or len(self.inputs[0].shape) != 4 or len(sizes) != 3:
+        if len(sizes) != 3:
             return None
         bytes_in = self.inputs[0].dtype == InputKind.UINT8
         height, width, channels = sizes if bytes_in else (*sizes[1:], sizes[0])
