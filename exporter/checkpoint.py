@@ -16,6 +16,13 @@ def preprocessing_of(checkpoint: Checkpoint, choice: str) -> preprocessing.Prepr
     return preprocessing.preset("hf" if choice == "auto" else choice, size, channels)
 
 
+def assumed(checkpoint: Checkpoint, choice: str) -> tuple[str, ...]:
+    """Say that the preprocessing is assumed where neither user nor checkpoint names one."""
+    if choice != "auto" or checkpoint.processor is not None:
+        return ()
+    return (f"{checkpoint.source} has no preprocessor_config.json: preprocessing hf assumed",)
+
+
 def sized(checkpoint: Checkpoint, size: ImageSize | None) -> Checkpoint:
     """Give a checkpoint for images of ``size``, its position embedding interpolated.
 

@@ -72,15 +72,33 @@ class Manifest:
         return Dtype.FP16 if tf32 and self.dtype is Dtype.FP32 else self.dtype
 
 
-def read(artifact: Path) -> Manifest | None:
-    """Read the manifest beside ``artifact``; None if there is none.
+def read(artifact: Path, content: bytes | None = None) -> Manifest | None:
+    """Read the manifest beside ``artifact`` and verify that it describes this file.
+
+    Args:
+        artifact: the file.
+        content: its bytes, for a caller that uses these and does not open the file again.
+
+    Returns:
+        The manifest, or None if there is none.
 
     Raises:
-        ManifestError: it is malformed, or of a later schema.
+        ManifestError: it is malformed, of a later schema, or of another file (size or sha256).
     """
     path = manifest_path(artifact)
     if not path.is_file():
         return None
+    manifest = read_unverified(path)
+    _require_match(artifact, manifest, content)
+    return manifest
+
+
+def read_unverified(path: Path) -> Manifest:
+    """Read a manifest for what it says of itself, as where its artifact is not there.
+
+    Raises:
+        ManifestError: it is malformed, or of a later schema.
+    """
     if path.stat().st_size > LIMIT:
         raise ManifestError(f"{path} is larger than a manifest can be; export the artifact again")
     try:
@@ -126,18 +144,22 @@ def _hash_of(plain: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def require_match(artifact: Path, manifest: Manifest) -> None:
-    """Require that an artifact is the one its manifest describes.
-
-    Raises:
-        ManifestError: its hash is another.
-    """
-    found = sha256_of(artifact)
-    if found != manifest.sha256:
-        raise ManifestError(
-            f"{artifact} is not the file its manifest describes (sha256 {found[:12]}…, "
-            f"manifest {manifest.sha256[:12]}…); export it again or remove the manifest"
-        )
+def _require_match(artifact: Path, manifest: Manifest, content: bytes | None) -> None:
+    try:
+        size = artifact.stat().st_size if content is None else len(content)
+        if size != manifest.bytes:
+            differs = f"{size} bytes, manifest {manifest.bytes}"
+        else:
+            found = sha256_of(artifact) if content is None else hashlib.sha256(content).hexdigest()
+            if found == manifest.sha256:
+                return
+            differs = f"sha256 {found[:12]}…, manifest {manifest.sha256[:12]}…"
+    except OSError as error:
+        raise ManifestError(f"{artifact} cannot be read: {error.strerror}") from error
+    raise ManifestError(
+        f"{artifact} is not the file its manifest describes ({differs}); put the manifest that was "
+        "written with it beside it, or export it again"
+    )
 
 
 def versions_of(*packages: str) -> dict[str, str]:

@@ -9,7 +9,7 @@ from msn_export import __version__, golden
 from msn_export.check.gate import GATES
 from msn_export.check.sample import Sample, affordable_batch, batch_sizes, draw
 from msn_export.check.verify import Reference, run_reference, verify
-from msn_export.checkpoint import preprocessing_of, sized
+from msn_export.checkpoint import assumed, preprocessing_of, sized
 from msn_export.files import publish, staging
 from msn_export.graph import io
 from msn_export.graph.facts import GraphFacts
@@ -185,7 +185,10 @@ def _describe(
         config=checkpoint.config.to_json(),
         islands=dict(built.islands.maxima),
         simplified=built.simplified,
-        notes=tuple(f"skipped: {broken}" for broken in sample.broken),
+        notes=(
+            *assumed(checkpoint, job.preprocess),
+            *(f"skipped: {broken}" for broken in sample.broken),
+        ),
         command=job.command,
         versions=versions_of(*PACKAGES),
     )

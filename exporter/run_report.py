@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -19,14 +19,16 @@ from msn_export.errors import (
 )
 from msn_export.files import placing, require_writable, staging
 from msn_export.job import Job, Within
+from msn_export.manifest import Manifest
 from msn_export.progress import SILENT, Progress
 from msn_export.proof.artifact import ENGINES, is_checkpoint, open_engine
 from msn_export.proof.artifact_facts import artifact_facts, checkpoint_facts
+from msn_export.proof.inspection import believed
 from msn_export.proof.measured_facts import drift_facts, live_agreement, recorded_agreement
 from msn_export.report import facts, words
 from msn_export.run_drift import DriftJob, run_drift
 from msn_export.run_validate import ValidateJob, validate_in_full
-from msn_export.sidecar import manifest_path
+from msn_export.sidecar import manifest_path, sha256_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +71,11 @@ def run_report(job: ReportJob, progress: Progress = SILENT) -> facts.Page:
     from msn_export.report.latency import read_latency
     from msn_export.report.page import html, markdown
 
-    latency = read_latency(job.bench) if job.bench is not None else None
+    hashes = _hashes(job.artifacts)
+    latency = read_latency(job.bench, hashes) if job.bench is not None else None
     measured = _measure(job, progress)
     with progress.step("gather what is known"):
-        page = _page(job, measured, latency)
+        page = _page(job, measured, latency, hashes)
     with progress.step("write the report"):
         texts = {job.output: html(page)}
         if job.markdown is not None:
@@ -139,12 +142,16 @@ def _measure(job: ReportJob, progress: Progress) -> Measured:
 def _runnable(artifacts: Sequence[str]) -> tuple[list[str], list[str]]:
     """Tell the artifacts that run here from those that do not, with the reasons.
 
+    One whose manifest is not believed does not: nothing says how it is fed.
+
     Raises:
         DeviceError: an engine is for this GPU, and it does not run.
     """
     runnable, notes = [], []
     for name in artifacts:
         try:
+            if not is_checkpoint(name):
+                manifests.read(Path(name))
             if Path(name).suffix in ENGINES:
                 open_engine(Path(name)).close()
         except DeviceError:
@@ -156,19 +163,54 @@ def _runnable(artifacts: Sequence[str]) -> tuple[list[str], list[str]]:
     return runnable, notes
 
 
-def _page(job: ReportJob, measured: Measured, latency: facts.Latency | None) -> facts.Page:
+def _hashes(artifacts: Sequence[str]) -> dict[str, set[str]]:
+    """Hash the files; two may have one name in two folders."""
+    hashes: dict[str, set[str]] = {}
+    for path in (Path(name) for name in artifacts if not is_checkpoint(name)):
+        if not path.is_file():
+            raise GraphError(f"{path} does not exist; give an .onnx or .engine file")
+        hashes.setdefault(path.name, set()).add(sha256_of(path))
+    return hashes
+
+
+def _stale(name: str, manifest: Manifest | None, hashes: Mapping[str, set[str]]) -> str | None:
+    """Say that an artifact was made from, and compared with, another file than the one here."""
+    source = manifest.source if manifest is not None else None
+    here = hashes.get(source.file) if source is not None else None
+    if source is None or here is None or source.sha256 in here:
+        return None
+    return (
+        f"{name} was made from another {source.file} (sha256 {source.sha256[:12]}…, this one has "
+        f"{min(here)[:12]}…); make it again from this one, or compare the two with --images"
+    )
+
+
+def _page(
+    job: ReportJob,
+    measured: Measured,
+    latency: facts.Latency | None,
+    hashes: Mapping[str, set[str]],
+) -> facts.Page:
     live = measured.agreements
-    described = [
-        checkpoint_facts(name)
-        if is_checkpoint(name)
-        else artifact_facts(Path(name), live[name].passed if name in live else None)
-        for name in job.artifacts
-    ]
+    described, agreements, known = [], [], []
+    for name in job.artifacts:
+        if is_checkpoint(name):
+            described.append(checkpoint_facts(name))
+            continue
+        found = artifact_facts(Path(name), live[name].passed if name in live else None)
+        manifest, _ = believed(Path(name))
+        known += [manifest] if manifest is not None else []
+        stale = _stale(found.name, manifest, hashes)
+        if name in live:
+            agreements.append(live[name])
+        elif stale is not None:
+            found = replace(found, verdict="stale", distrusted=stale)
+        elif manifest is not None and manifest.check is not None:
+            agreements.append(recorded_agreement(found.name, manifest))
+        described.append(found)
     if not any(artifact.bytes is not None for artifact in described):
         raise SpecError("a report needs at least one exported file, .onnx or .engine")
-    known = [manifests.read(Path(name)) for name in job.artifacts if not is_checkpoint(name)]
-    manifest = next((found for found in known if found is not None), None)
-    agreements = _agreements(job, measured)
+    manifest = known[0] if known else None
     state, headline = words.verdict(described, agreements)
     return facts.Page(
         title=job.title or words.title_of(manifest, described),
@@ -181,21 +223,8 @@ def _page(job: ReportJob, measured: Measured, latency: facts.Latency | None) -> 
         sentences=tuple(words.sentences(described, agreements, measured.drifts)),
         origin=tuple(words.origin_of(manifest)),
         artifacts=tuple(described),
-        agreements=agreements,
+        agreements=tuple(agreements),
         drifts=measured.drifts,
         latency=latency,
         notes=measured.notes,
     )
-
-
-def _agreements(job: ReportJob, measured: Measured) -> tuple[facts.Agreement, ...]:
-    """Give what ran now, and for the rest what their manifests say was measured then."""
-    found = []
-    for name in job.artifacts:
-        if name in measured.agreements:
-            found.append(measured.agreements[name])
-            continue
-        manifest = None if is_checkpoint(name) else manifests.read(Path(name))
-        if manifest is not None and manifest.check is not None:
-            found.append(recorded_agreement(Path(name).name, manifest))
-    return tuple(found)

@@ -30,8 +30,6 @@ def read_artifact(path: Path, platform: Platform | None = None) -> Artifact:
     if platform is Platform.ONNX and size > io.PROTOBUF_LIMIT:
         raise GraphError(f"{path} is {size / 2**30:.0f} GiB; no ONNX file holds 2 or more")
     manifest = manifests.read(path) if size else None
-    if manifest is not None:
-        manifests.require_match(path, manifest)
     if platform is Platform.ONNX:
         return _read_onnx(path, manifest)
     header = read_header(path)

@@ -60,7 +60,6 @@ def read_source(path: Path) -> Source:
         model, done = _tidied(model, path)
         notes = _told(path, fixed, done)
     else:
-        manifests.require_match(path, manifest)
         batch = batch or next(iter(manifest.profiles), None)
     known = manifest.preprocessing if manifest is not None else None
     return Source(

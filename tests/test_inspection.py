@@ -78,8 +78,24 @@ def test_a_manifest_of_another_file_is_not_believed(artifacts, tmp_path) -> None
     shutil.copy(artifacts / "m.onnx", tmp_path / "x.onnx")
     shutil.copy(artifacts / "m.engine.json", tmp_path / "x.onnx.json")
     found = inspect(tmp_path / "x.onnx")
-    assert found.described == "x.onnx.json describes another file (its hash differs): not believed"
-    assert found.checkpoint is None
+    assert found.described == "x.onnx.json is not believed: only what the file itself tells"
+    assert found.distrusted is not None
+    assert "x.onnx is not the file its manifest describes (" in found.distrusted
+    assert (found.checkpoint, found.check) == (None, "unknown")
+    assert inspect(tmp_path / "x.onnx.json") == found
+    shown = CliRunner().invoke(main, ["inspect", str(tmp_path / "x.onnx")])
+    assert shown.exit_code == 1
+    assert "not believed" in shown.stdout
+
+
+def test_nor_is_a_damaged_one(artifacts, tmp_path) -> None:
+    shutil.copy(artifacts / "m.onnx", tmp_path)
+    (tmp_path / "m.onnx.json").write_text("{")
+    result = CliRunner().invoke(main, ["inspect", str(tmp_path / "m.onnx"), "--json"])
+    assert result.exit_code == 1
+    told = json.loads(result.stdout)
+    assert "m.onnx.json is not JSON" in told["distrusted"]
+    assert told["gemm_dtypes"] == {"float": 8}
 
 
 def test_two_artifacts_stand_side_by_side_with_differences_marked(artifacts) -> None:

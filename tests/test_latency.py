@@ -5,6 +5,7 @@ import json
 import pytest
 from benches import made_up
 
+from msn_export.bench.records import Contender
 from msn_export.errors import SpecError
 from msn_export.records import to_plain
 from msn_export.report.latency import read_latency
@@ -13,7 +14,7 @@ from msn_export.report.latency import read_latency
 def test_a_benchmark_has_its_own_columns_and_a_bar_a_row(tmp_path) -> None:
     path = tmp_path / "bench.json"
     path.write_text(json.dumps(to_plain(made_up())))
-    found = read_latency(path)
+    found = read_latency(path, {})
     assert found.columns == (
         "what", "batch", "median ms", "p90 ms", "p99 ms", "images/s", "time / baseline",
         "cosine min",
@@ -25,10 +26,31 @@ def test_a_benchmark_has_its_own_columns_and_a_bar_a_row(tmp_path) -> None:
     assert found.title == "a processor; times over eager; today"
 
 
+def test_times_of_another_file_of_the_same_name_are_refused(tmp_path) -> None:
+    timed = [Contender("m.onnx", "onnx", file="a/m.onnx", sha256="ab" * 32)]
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps(to_plain(made_up(contenders=tuple(timed)))))
+    for hashes in ({}, {"other.onnx": {"cd" * 32}}, {"m.onnx": {"cd" * 32, "ab" * 32}}):
+        read_latency(path, hashes)
+    with pytest.raises(SpecError) as raised:
+        read_latency(path, {"m.onnx": {"cd" * 32}})
+    assert str(raised.value) == (
+        f"--bench {path} timed another m.onnx (sha256 abababababab…, this one has cdcdcdcdcdcd…); "
+        "run msn-export bench again"
+    )
+
+
+@pytest.mark.parametrize("contenders", [3, [3], [{"file": 3, "sha256": 3}], [{"file": "m.onnx"}]])
+def test_contenders_of_another_tool_are_not_looked_up(tmp_path, contenders) -> None:
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps({**to_plain(made_up()), "contenders": contenders}))
+    assert read_latency(path, {"m.onnx": {"cd" * 32}}).rows
+
+
 def test_any_other_list_of_records_is_a_table(tmp_path) -> None:
     path = tmp_path / "other.json"
     path.write_text(json.dumps([{"name": "a", "ms": 1.25}, {"name": "b", "ms": None}]))
-    found = read_latency(path)
+    found = read_latency(path, {})
     assert found.columns == ("name", "ms")
     assert found.rows == (("a", "1.25"), ("b", ""))
     assert found.bars == ()
@@ -39,7 +61,7 @@ def test_any_other_list_of_records_is_a_table(tmp_path) -> None:
 def test_notes_that_are_no_list_are_none(tmp_path, notes) -> None:
     path = tmp_path / "bench.json"
     path.write_text(json.dumps({**to_plain(made_up()), "notes": notes}))
-    assert read_latency(path).notes == ()
+    assert read_latency(path, {}).notes == ()
 
 
 @pytest.mark.parametrize(
@@ -60,4 +82,4 @@ def test_what_is_no_benchmark_is_refused(text, message, tmp_path) -> None:
     if text is not None:
         path.write_text(text)
     with pytest.raises(SpecError, match=f"--bench .*bench.json {message}"):
-        read_latency(path)
+        read_latency(path, {})

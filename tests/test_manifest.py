@@ -12,6 +12,7 @@ from manifests import example
 
 from msn_export import manifest
 from msn_export.errors import ManifestError
+from msn_export.manifest import Manifest
 from msn_export.sidecar import sha256_of
 from msn_export.spec import Dtype
 
@@ -20,8 +21,12 @@ from msn_export.spec import Dtype
 def artifact(tmp_path: Path) -> Path:
     path = tmp_path / "m.engine"
     path.write_bytes(b"an engine")
-    write(path, manifest.seal(example(sha256=sha256_of(path))))
+    write(path, manifest.seal(described(path)))
     return path
+
+
+def described(path: Path, **changes: object) -> Manifest:
+    return example(**{"sha256": sha256_of(path), "bytes": path.stat().st_size, **changes})
 
 
 def write(artifact: Path, text: str) -> None:
@@ -35,9 +40,8 @@ def reading(artifact: Path) -> str:
 
 
 def test_what_was_sealed_is_read(artifact) -> None:
-    read = manifest.read(artifact)
-    assert read == example(sha256=sha256_of(artifact))
-    manifest.require_match(artifact, read)
+    assert manifest.read(artifact) == described(artifact)
+    assert manifest.read(artifact, b"an engine") == described(artifact)
 
 
 def test_it_is_text_that_a_person_can_read(artifact) -> None:
@@ -58,16 +62,33 @@ def test_an_artifact_without_one_has_none(tmp_path) -> None:
 
 
 def test_another_file_is_not_what_it_describes(artifact) -> None:
-    read = manifest.read(artifact)
-    assert read is not None
-    artifact.write_bytes(b"another engine")
-    with pytest.raises(ManifestError) as raised:
-        manifest.require_match(artifact, read)
-    assert str(raised.value) == (
-        f"{artifact} is not the file its manifest describes (sha256 "
-        f"{sha256_of(artifact)[:12]}…, manifest {read.sha256[:12]}…); export it again or remove "
-        "the manifest"
+    known = described(artifact)
+    artifact.write_bytes(b"on engine")
+    assert reading(artifact) == (
+        f"m.engine is not the file its manifest describes (sha256 {sha256_of(artifact)[:12]}…, "
+        f"manifest {known.sha256[:12]}…); put the manifest that was written with it beside it, or "
+        "export it again"
     )
+    artifact.write_bytes(b"another engine")
+    assert reading(artifact).startswith(
+        "m.engine is not the file its manifest describes (14 bytes, manifest 9); put"
+    )
+    write(artifact, manifest.seal(replace(known, bytes=14)))
+    assert reading(artifact).startswith("m.engine is not the file its manifest describes (sha256")
+
+
+def test_bytes_that_were_read_already_are_what_is_verified(artifact) -> None:
+    with pytest.raises(ManifestError, match=r"is not the file its manifest describes \(sha256"):
+        manifest.read(artifact, b"on engine")
+    artifact.unlink()
+    assert manifest.read(artifact, b"an engine") is not None
+
+
+def test_a_manifest_whose_artifact_is_gone_is_read_for_itself_alone(artifact) -> None:
+    known = described(artifact)
+    artifact.unlink()
+    assert reading(artifact) == "m.engine cannot be read: No such file or directory"
+    assert manifest.read_unverified(manifest.manifest_path(artifact)) == known
 
 
 def test_a_changed_figure_breaks_the_seal(artifact) -> None:
@@ -164,7 +185,7 @@ def test_a_hostile_preprocessing_cannot_ask_for_a_huge_picture(artifact) -> None
 
 def test_a_path_that_is_no_text_can_be_sealed(artifact) -> None:
     name = b"caf\xe9".decode("utf-8", "surrogateescape")
-    write(artifact, manifest.seal(replace(example(), notes=(f"skipped: {name}",))))
+    write(artifact, manifest.seal(described(artifact, notes=(f"skipped: {name}",))))
     read = manifest.read(artifact)
     assert read is not None
     assert read.notes == ("skipped: caf\ufffd",)
@@ -194,7 +215,7 @@ def test_an_engine_is_judged_by_what_it_multiplies_in(dtype, options, gate) -> N
 
 
 def test_half_of_a_surrogate_pair_is_no_text(artifact) -> None:
-    plain = json.loads(manifest.seal(example(sha256=sha256_of(artifact))))
+    plain = json.loads(manifest.seal(described(artifact)))
     del plain["seal"]
     plain["labels"] = ["cat \ud800"]
     sealed = {**plain, "seal": manifest._hash_of(plain)}

@@ -41,7 +41,7 @@ def job_for(monkeypatch: pytest.MonkeyPatch, path: Path, folder: Path, **changes
         return folder, None
 
     monkeypatch.setattr(marked, "run_trt", run_trt)
-    read = described(path)
+    read = described(engine())
     assert read.engine is not None
     read = replace(read, engine=replace(read.engine, **changes))
     marked.build_marked(path, read, folder, Silent())

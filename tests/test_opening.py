@@ -46,7 +46,11 @@ def test_a_described_engine_opens_and_runs(tmp_path, monkeypatch) -> None:
     assert known.engine is not None
     record = replace(known.engine, backend="tensorrt", version="11.4.0.106")
     described = replace(
-        known, sha256=sha256_of(path), engine=record, profiles=(BatchRange(1, 2, 4),)
+        known,
+        sha256=sha256_of(path),
+        bytes=path.stat().st_size,
+        engine=record,
+        profiles=(BatchRange(1, 2, 4),),
     )
     manifest_path(path).write_text(manifests.seal(described))
     recorder = pretend(monkeypatch, "strategy")

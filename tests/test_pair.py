@@ -1,17 +1,21 @@
 """Two artifacts are brought together the same way whatever the interpreter's hash seed."""
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
-from artifacts import copy_of, engine
-from checkpoints import hugging_face
+from artifacts import classifier, copy_of, engine, rewrite
+from checkpoints import hugging_face, processor
 
 from msn_export import manifest
+from msn_export.onnx_job import OnnxJob
+from msn_export.preprocessing import preset
 from msn_export.proof.artifact import open_artifact
 from msn_export.proof.pair import open_pair
-from msn_export.spec import InputKind
+from msn_export.run_onnx import run_onnx
+from msn_export.spec import ImageSize, InputKind
 
 
 def test_of_two_checkpoints_the_reference_says_the_image_size(tmp_path) -> None:
@@ -20,6 +24,39 @@ def test_of_two_checkpoints_the_reference_says_the_image_size(tmp_path) -> None:
     names = [str(tmp_path / "32"), str(tmp_path / "48")]
     assert str(open_pair(*names).reference.size) == "32x32"
     assert str(open_pair(*reversed(names)).candidate.size) == "48x48"
+
+
+def test_a_checkpoint_without_a_preprocessor_config_is_hf_as_onnx_reads_it(tmp_path) -> None:
+    hugging_face(tmp_path / "hf", labels=3)
+    said = f"{tmp_path / 'hf'} has no preprocessor_config.json: preprocessing hf assumed"
+    _, known = run_onnx(OnnxJob(str(tmp_path / "hf"), tmp_path / "m.onnx", check=False))
+    assert known.notes == (said,)
+    assert known.preprocessing == preset("hf", ImageSize(32, 32))
+    rewrite(tmp_path / "m.onnx", preprocessing=preset("msn-eval", ImageSize(32, 32)))
+    pair = open_pair(str(tmp_path / "hf"), str(tmp_path / "m.onnx"))
+    assert pair.preprocessing == known.preprocessing  # and not the candidate's own
+    assert said in pair.notes
+    processor(tmp_path / "hf", size=48, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    pair = open_pair(str(tmp_path / "hf"), str(tmp_path / "m.onnx"))
+    assert pair.preprocessing.mean == (0.5, 0.5, 0.5)
+    assert said not in pair.notes
+
+
+def test_a_preprocessing_that_is_chosen_is_no_assumption(tmp_path) -> None:
+    hugging_face(tmp_path / "hf")
+    job = OnnxJob(str(tmp_path / "hf"), tmp_path / "m.onnx", preprocess="msn-eval", check=False)
+    assert run_onnx(job)[1].notes == ()
+
+
+def test_a_graph_that_does_not_say_its_preprocessing_is_given_the_others_and_said(tmp_path) -> None:
+    ours, theirs = copy_of(classifier(), tmp_path), tmp_path / "theirs.onnx"
+    shutil.copy(ours, theirs)
+    rewrite(ours, preprocessing=preset("msn-eval", ImageSize(32, 32)))
+    said = f"{theirs} does not say its preprocessing: that of {ours} assumed"
+    for names in ((ours, theirs), (theirs, ours)):
+        pair = open_pair(*map(str, names))
+        assert pair.preprocessing.name == "msn-eval"
+        assert said in pair.notes
 
 
 @pytest.mark.parametrize("seed", ["1", "3"])

@@ -43,7 +43,6 @@ def test_a_graph_comes_with_its_ranges_and_a_sealed_manifest(int8, graph) -> Non
     output, told = int8
     written = manifests.read(output)
     assert written is not None
-    manifests.require_match(output, written)
     record = written.quantization
     assert record is not None
     assert (

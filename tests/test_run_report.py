@@ -248,6 +248,46 @@ def test_what_is_no_number_is_shown_as_such(folder, tmp_path) -> None:
     assert "| not a number |" in (tmp_path / "card.md").read_text(encoding="utf-8")
 
 
+def test_a_manifest_of_another_file_is_an_error_row_and_quoted_nowhere(folder, tmp_path) -> None:
+    graph = copy_of(folder / "m.onnx", tmp_path)
+    other = tmp_path / "half.onnx"
+    other.write_bytes((folder / "half.onnx").read_bytes())
+    manifest_path(other).write_bytes(manifest_path(graph).read_bytes())
+    output = tmp_path / "report.html"
+    for options in ((), ("--images", folder / "images")):
+        result = report(graph, other, *options, "-o", output, "--force")
+        assert result.exit_code == 1
+        assert "half.onnx: the manifest is not believed" in " ".join(result.stdout.split())
+        text = text_of(output)
+        assert f"{other} is not the file its manifest describes (" in text
+        assert re.search(r"half\.onnx ONNX graph fp16 [^A-Z]* of 2 \S.*? not believed", text)
+        assert "half.onnx agrees" not in text
+        assert "Everything that ran agrees" not in text
+
+
+def test_a_damaged_manifest_is_one_too(folder, tmp_path) -> None:
+    graph = copy_of(folder / "m.onnx", tmp_path)
+    manifest_path(graph).write_text("{")
+    result = report(folder / "half.onnx", graph, "-o", tmp_path / "report.html")
+    assert result.exit_code == 1
+    assert "m.onnx: the manifest is not believed" in " ".join(result.stdout.split())
+    assert f"{manifest_path(graph)} is not JSON" in text_of(tmp_path / "report.html")
+
+
+def test_what_was_checked_against_another_graph_of_that_name_is_stale(folder, tmp_path) -> None:
+    compiled = copy_of(folder / "m.engine", tmp_path)
+    graph = tmp_path / "m.onnx"
+    faults.plant(folder / "m.onnx", graph, lambda m: faults.edit(m, "classifier.bias", np.abs))
+    result = report(graph, compiled, "-o", tmp_path / "report.html")
+    assert result.exit_code == 1
+    assert "m.engine: made from another graph than the one here" in " ".join(result.stdout.split())
+    text = text_of(tmp_path / "report.html")
+    assert re.search(
+        r"m\.engine was made from another m\.onnx \(sha256 \w{12}…, this one has", text
+    )
+    assert "m.engine agrees" not in text
+
+
 def test_without_images_it_says_what_the_manifests_say(folder, tmp_path) -> None:
     result = report(folder / "m.onnx", "-o", tmp_path / "report.html")
     assert result.exit_code == 0
@@ -328,7 +368,7 @@ def test_a_name_is_printed_as_it_is(folder, tmp_path, name) -> None:
 
 def test_what_does_not_exist_is_named(tmp_path) -> None:
     assert refused(tmp_path / "a.onnx", "-o", tmp_path / "r.html") == (
-        f"error: {tmp_path / 'a.onnx'} does not exist; give an .onnx, .engine or .json file"
+        f"error: {tmp_path / 'a.onnx'} does not exist; give an .onnx or .engine file"
     )
 
 

@@ -97,7 +97,6 @@ def test_a_half_precision_engine_is_half_and_fused(graph, tmp_path, option, gemm
     assert said["source"]["file"] == "m.onnx"
     written = manifest.read(output)
     assert written is not None
-    manifest.require_match(output, written)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.engine", "m.engine.json"]
 
 

@@ -27,16 +27,18 @@ def test_a_fresh_export_passes_its_selftest(options) -> None:
 
 def test_another_graph_fails_the_selftest_with_its_figures(tmp_path) -> None:
     path = copy_of(classifier(), tmp_path)
+    known = manifest.read(path)
     model = io.load(path)
     weights = model.graph.initializers["classifier.weight"]
     import onnx_ir as ir
 
     weights.const_value = ir.tensor(weights.const_value.numpy() * 1.01, name=weights.name)
     io.save(model, path)
-    known = manifest.read(path)
     from msn_export.sidecar import sha256_of
 
-    manifest_path(path).write_text(manifest.seal(replace(known, sha256=sha256_of(path))))
+    manifest_path(path).write_text(
+        manifest.seal(replace(known, sha256=sha256_of(path), bytes=path.stat().st_size))
+    )
     with open_runner(path) as runner:
         told = runner.selftest()
     assert not told.passed

@@ -25,6 +25,12 @@ IDLE = artifact(name="m.engine", verdict="compiled, not run")
          ("partial", "Everything that ran agrees; m.engine did not run; a.onnx was not checked")),
         ([artifact(), IDLE], [AGREES, replace(AGREES, passed=False, candidate="c.onnx")],
          ("failed", "c.onnx: not what the reference is")),
+        ([artifact(), artifact(name="b.onnx", verdict="not believed")], [AGREES],
+         ("failed", "b.onnx: the manifest is not believed")),
+        ([artifact(name="b.onnx", verdict="stale"), IDLE], [],
+         ("failed", "b.onnx: made from another graph than the one here")),
+        ([artifact(name="d.onnx", verdict="not believed")], [replace(AGREES, passed=False)],
+         ("failed", "b.onnx: not what the reference is; d.onnx: the manifest is not believed")),
     ],
 )  # fmt: skip
 def test_the_headline_is_the_worst_that_is_known(artifacts, agreements, expected) -> None:

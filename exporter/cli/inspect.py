@@ -18,12 +18,18 @@ from msn_export.cli.options import json_option
     type=click.Path(dir_okay=False, path_type=Path),
 )
 @json_option
-def inspect(artifacts: tuple[Path, ...], as_json: bool) -> None:
-    """Show what an engine, an ONNX file or a manifest is made of; two of them side by side."""
+@click.pass_context
+def inspect(ctx: click.Context, /, artifacts: tuple[Path, ...], as_json: bool) -> None:
+    """Show what an engine, an ONNX file or a manifest is made of; two of them side by side.
+
+    Exit code 1 where a manifest is damaged or of another file; the file is shown all the same.
+    """
     if len(artifacts) > 2:
         raise click.UsageError("give one artifact, or two to compare")
     from msn_export.cli.console import Console
     from msn_export.cli.inspection_rows import show_inspections
     from msn_export.proof.inspection import inspect as inspect_artifact
 
-    show_inspections(Console(as_json=as_json), [inspect_artifact(path) for path in artifacts])
+    found = [inspect_artifact(path) for path in artifacts]
+    show_inspections(Console(as_json=as_json), found)
+    ctx.exit(1 if any(one.distrusted for one in found) else 0)

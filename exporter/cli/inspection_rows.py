@@ -32,6 +32,8 @@ def rows(found: Inspection) -> Iterator[tuple[str, str]]:
     """Describe an artifact in lines of a name and a text; the names are the same for each."""
     yield "kind", found.kind
     yield "described by", found.described
+    if found.distrusted:
+        yield "not believed", found.distrusted
     yield "size", _size(found)
     yield "sha256", f"{found.sha256[:16]}…"
     yield "made by", found.made_by or "unknown"

@@ -105,8 +105,6 @@ def is_checkpoint(name: str) -> bool:
 def _of_graph(path: Path) -> Artifact:
     model = io.load(path)
     manifest = manifests.read(path)
-    if manifest is not None:
-        manifests.require_match(path, manifest)
     stem, size, channels, batch = image_input(model, path)
     io.infer_shapes(model)
     dtype = manifest.dtype if manifest is not None else graph_dtype(model)
@@ -147,7 +145,6 @@ def _of_engine(path: Path) -> Artifact:
             f"{path} has no manifest beside it that says what it takes; compare the graph it was "
             "built from, or build it with msn-export trt"
         )
-    manifests.require_match(path, manifest)
     batch = together(manifest.profiles)
 
     def start(_outputs: tuple[str, ...], _stage: Path) -> Opened:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from msn_export import manifest as manifests
 from msn_export.engine.census import Census, summary
 from msn_export.engine.kernels import Kernel
 from msn_export.engine.roles import (
@@ -18,7 +17,7 @@ from msn_export.graph import io
 from msn_export.graph.precision_map import PARTS, precision_map
 from msn_export.manifest import Manifest
 from msn_export.manifest_records import EngineRecord
-from msn_export.proof.inspection import Inspection, inspect
+from msn_export.proof.inspection import Inspection, believed, inspect
 from msn_export.proof.quantization_rows import quantization_rows
 from msn_export.report.facts import Artifact, Chip, Engine, Grid, Verdict
 
@@ -51,12 +50,9 @@ def artifact_facts(path: Path, live: bool | None) -> Artifact:
     Raises:
         GraphError: there is no such file, or it is none of ours.
         EngineFileError: an engine is damaged.
-        ManifestError: a manifest is malformed.
     """
     found = inspect(path)
-    manifest = manifests.read(path)
-    if manifest is not None and manifest.sha256 != found.sha256:
-        manifest = None  # of another file: not believed
+    manifest, _ = believed(path)
     grid = None
     if found.kind == "onnx":
         model = io.load(path)
@@ -75,12 +71,13 @@ def artifact_facts(path: Path, live: bool | None) -> Artifact:
         sha256=found.sha256,
         runs_on=found.runs_on,
         fused=_fused(found),
-        verdict=_verdict(manifest, live),
+        verdict="not believed" if found.distrusted else _verdict(manifest, live),
         rows=tuple(_rows(found, manifest)),
         command=found.command or "",
         grid=grid,
         engine=engine,
         islands=manifest.islands if manifest is not None else {},
+        distrusted=found.distrusted,
     )
 
 
@@ -102,6 +99,7 @@ def _verdict(manifest: Manifest | None, live: bool | None) -> Verdict:
 
 def _rows(found: Inspection, manifest: Manifest | None) -> list[tuple[str, str]]:
     rows = [("described by", found.described)]
+    rows += [("not believed", found.distrusted)] if found.distrusted else []
     for title, specs in (("input", found.inputs), ("output", found.outputs)):
         rows += [
             (title, f"{spec.name}: {spec.dtype} [{', '.join(map(str, spec.shape))}]")

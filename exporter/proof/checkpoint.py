@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from msn_export.check.sample import affordable_batch
-from msn_export.checkpoint import preprocessing_of, sized
+from msn_export.checkpoint import assumed, preprocessing_of, sized
 from msn_export.graph.reference import TorchRunner, readable_heads
 from msn_export.graph.structure import structure_of_module
 from msn_export.models.checkpoints import load_checkpoint
@@ -34,7 +34,7 @@ def checkpoint_artifact(name: str, variant: str | None, size: ImageSize | None) 
         stem=InputKind.FLOAT,
         size=ImageSize(*config.image_size),
         channels=config.channels,
-        preprocessing=preprocessing_of(checkpoint, "auto") if checkpoint.processor else None,
+        preprocessing=preprocessing_of(checkpoint, "auto"),
         batch=BatchRange(),
         room=affordable_batch(config.tokens, config.dim, config.mlp_dim, config.heads),
         outputs=tuple(heads),
@@ -43,5 +43,5 @@ def checkpoint_artifact(name: str, variant: str | None, size: ImageSize | None) 
         labels=config.labels,
         structure=structure_of_module(model),
         module=model,
-        notes=checkpoint.notes,
+        notes=(*checkpoint.notes, *assumed(checkpoint, "auto")),
     )

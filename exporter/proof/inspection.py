@@ -1,7 +1,7 @@
 """What an artifact is made of, read without a GPU and without the TensorRT that built it."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ class Inspection:
     """The facts of one artifact; None where the file does not tell. Sizes in bytes.
 
     ``described`` says whether a manifest vouches for the rest: only one whose hash is that of the
-    file is believed. ``gemm_dtypes`` counts matrix products by what they multiply in.
+    file is believed; ``distrusted`` says why one is not. ``gemm_dtypes`` counts matrix products by
+    what they multiply in.
     """
 
     file: str
@@ -56,6 +57,7 @@ class Inspection:
     islands: tuple[str, ...] = ()
     check: str = "unknown"
     executed: str = "unknown"
+    distrusted: str | None = None
 
     @property
     def other_bytes(self) -> int | None:
@@ -69,42 +71,39 @@ def inspect(path: Path) -> Inspection:
     Raises:
         GraphError: there is no such file, or it is none of these.
         EngineFileError: an engine is damaged.
-        ManifestError: a manifest is malformed.
+        ManifestError: a manifest that is given by itself is malformed.
     """
     if not path.is_file():
         raise GraphError(f"{path} does not exist; give an .onnx, .engine or .json file")
     if path.suffix == ".json":
-        return _of_manifest(path)
-    manifest, described = _manifest_of(path)
-    if path.suffix == ".onnx":
-        return _of_graph(path, manifest, described)
-    return _of_engine(path, read_header(path), manifest, described)
-
-
-def _manifest_of(path: Path) -> tuple[Manifest | None, str]:
-    """Find the manifest that vouches for a file; one of another file does not."""
-    manifest = manifests.read(path)
+        artifact = path.with_suffix("")
+        return inspect(artifact) if artifact.is_file() else _of_manifest(path)
+    manifest, distrusted = believed(path)
+    name = manifest_path(path).name
+    described = f"{name}, hash verified"
     if manifest is None:
-        return None, "no manifest: only what the file itself tells"
+        described = "no manifest: only what the file itself tells"
+    if distrusted is not None:
+        described = f"{name} is not believed: only what the file itself tells"
+    if path.suffix == ".onnx":
+        found = _of_graph(path, manifest, described)
+    else:
+        found = _of_engine(path, read_header(path), manifest, described)
+    return replace(found, distrusted=distrusted)
+
+
+def believed(path: Path) -> tuple[Manifest | None, str | None]:
+    """Find the manifest that vouches for a file, or the reason why the one there does not."""
     try:
-        manifests.require_match(path, manifest)
-    except ManifestError:
-        return None, (
-            f"{manifest_path(path).name} describes another file (its hash differs): not believed"
-        )
-    return manifest, f"{manifest_path(path).name}, hash verified"
+        return manifests.read(path), None
+    except ManifestError as error:
+        return None, str(error)
 
 
 def _of_manifest(path: Path) -> Inspection:
     artifact = path.with_suffix("")
-    manifest = manifests.read(artifact)
-    if manifest is None:
-        raise GraphError(f"{path} is no manifest beside an artifact; expected NAME.json")
+    manifest = manifests.read_unverified(path)
     described = "the manifest alone: its artifact is not beside it"
-    if artifact.is_file():
-        vouched, described = _manifest_of(artifact)
-        if vouched is not None:
-            return inspect(artifact)
     runs_on = _runs_on_engine(manifest) if manifest.engine else _runs_on_graph(manifest.opset)
     facts = _from_manifest(manifest)
     return Inspection(

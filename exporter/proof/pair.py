@@ -20,7 +20,10 @@ class Pair:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """What makes the pixels both sides are given: the reference's own where it says."""
+        """What makes the pixels both sides are given: the reference's own where it says.
+
+        Else the candidate's, else hf; ``notes`` say which was assumed.
+        """
         known = self.reference.preprocessing or self.candidate.preprocessing
         return known or preset("hf", self.reference.size, self.reference.channels)
 
@@ -59,11 +62,18 @@ def open_pair(reference: str, candidate: str, *, variant: str | None = None) -> 
             f"nothing to compare: {left.name} has {', '.join(left.outputs)}, {right.name} has "
             f"{', '.join(right.outputs)}; export one of them again with the other's --head"
         )
-    notes = [*left.notes, *right.notes]
-    if left.preprocessing is None and right.preprocessing is None:
-        notes.append("neither side says its preprocessing: hf assumed")
+    notes = [*left.notes, *right.notes, *_assumed(left, right)]
     for side, other in ((left, right), (right, left)):
         alone = [name for name in side.outputs if name not in other.outputs]
         if alone and side.kind != "checkpoint":  # every head can be read off a checkpoint
             notes.append(f"not compared, only {side.name} has it: {', '.join(alone)}")
     return Pair(left, right, outputs, tuple(dict.fromkeys(notes)))
+
+
+def _assumed(left: Artifact, right: Artifact) -> tuple[str, ...]:
+    if left.preprocessing is None and right.preprocessing is None:
+        return ("neither side says its preprocessing: hf assumed",)
+    for silent, other in ((left, right), (right, left)):
+        if silent.preprocessing is None:
+            return (f"{silent.name} does not say its preprocessing: that of {other.name} assumed",)
+    return ()

@@ -9,7 +9,9 @@ from typing import Any, Literal
 from msn_export.manifest_records import CheckRecord
 
 State = Literal["passed", "partial", "failed"]
-Verdict = Literal["passed", "failed", "compiled, not run", "not checked", "reference"]
+Verdict = Literal[
+    "passed", "failed", "compiled, not run", "not checked", "not believed", "stale", "reference"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,10 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """One artifact: ``rows`` say what it is, ``islands`` what stays fp32 with its maximum."""
+    """One artifact: ``rows`` say what it is, ``islands`` what stays fp32 with its maximum.
+
+    ``distrusted`` says why what its manifest says is not believed, where that is so.
+    """
 
     name: str
     kind: str
@@ -65,6 +70,7 @@ class Artifact:
     grid: Grid | None = None
     engine: Engine | None = None
     islands: Mapping[str, float | None] = field(default_factory=dict)
+    distrusted: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

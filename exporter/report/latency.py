@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,15 @@ _TITLES = {
 }
 
 
-def read_latency(path: Path) -> Latency:
+def read_latency(path: Path, hashes: Mapping[str, Collection[str]]) -> Latency:
     """Read a benchmark; of a file we do not know, its first list of records.
 
+    Args:
+        path: the benchmark.
+        hashes: the sha256 of each artifact of the report, by file name.
+
     Raises:
-        SpecError: it is not JSON, or has no table in it.
+        SpecError: it is not JSON, has no table in it, or timed another file of the same name.
     """
     try:
         if path.stat().st_size > LIMIT:
@@ -37,6 +41,7 @@ def read_latency(path: Path) -> Latency:
             f"--bench {path} cannot be read as JSON ({error}); write it with "
             "'msn-export bench … --json > FILE.json'"
         ) from error
+    _require_same_files(plain, path, hashes)
     rows = [_flat(row) for row in _rows(plain)]
     if not rows:
         raise SpecError(f"--bench {path} has no timings in it; expected what 'bench --json' prints")
@@ -49,6 +54,20 @@ def read_latency(path: Path) -> Latency:
         bars=tuple(_bar(row) for row in rows if isinstance(row.get("median_ms"), int | float)),
         notes=_notes(plain),
     )
+
+
+def _require_same_files(plain: Any, path: Path, hashes: Mapping[str, Collection[str]]) -> None:
+    contenders = plain.get("contenders") if isinstance(plain, Mapping) else None
+    for one in contenders if isinstance(contenders, list) else []:
+        file, timed = (one.get("file"), one.get("sha256")) if isinstance(one, Mapping) else (0, 0)
+        if not isinstance(file, str) or not isinstance(timed, str):
+            continue  # not an artifact of ours: PyTorch, or a benchmark by another tool
+        here = hashes.get(Path(file).name)
+        if here is not None and timed not in here:
+            raise SpecError(
+                f"--bench {path} timed another {Path(file).name} (sha256 {timed[:12]}…, this one "
+                f"has {min(here)[:12]}…); run msn-export bench again"
+            )
 
 
 def _is_record(plain: Any) -> bool:

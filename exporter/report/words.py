@@ -15,8 +15,15 @@ def verdict(
 ) -> tuple[facts.State, str]:
     """Say in one line whether all that ran agrees, what did not run and what was not checked."""
     failed = [found.candidate for found in agreements if not found.passed]
-    if failed:
-        return "failed", f"{', '.join(failed)}: not what the reference is"
+    foreign = [artifact.name for artifact in artifacts if artifact.verdict == "not believed"]
+    stale = [artifact.name for artifact in artifacts if artifact.verdict == "stale"]
+    wrong = (
+        (failed, "not what the reference is"),
+        (foreign, "the manifest is not believed"),
+        (stale, "made from another graph than the one here"),
+    )
+    if failed or foreign or stale:
+        return "failed", "; ".join(f"{', '.join(names)}: {what}" for names, what in wrong if names)
     if not agreements:
         return "partial", "Nothing was compared"
     open_ends = []
@@ -45,6 +52,7 @@ def sentences(
             + (f". {found.cause}" if found.cause else "")
         )
     said += [f"{d.candidate} parts from {d.reference} at {d.parted}" for d in drifts if d.parted]
+    said += [artifact.distrusted for artifact in artifacts if artifact.distrusted]
     for artifact in artifacts:
         engine = artifact.engine
         if engine is not None:

@@ -4,7 +4,6 @@ Loading an engine runs what is in it. So nothing of TensorRT is touched before t
 be the one its manifest describes, and a driver was found.
 """
 
-import hashlib
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,19 +67,19 @@ def admit_engine(path: Path, *, trust: bool) -> Admitted:
         ManifestError: it has no manifest and is not trusted, or is not the one described.
         RunnerError: it cannot be read.
     """
-    manifest = manifests.read(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise RunnerError(f"engine {path} cannot be read: {error.strerror}") from error
+    manifest = manifests.read(path, content)
     if manifest is None and not trust:
         raise ManifestError(
             f"engine {path} has no manifest ({manifest_path(path).name} is missing), and loading "
             "an engine runs what is in it; copy the manifest that 'msn-export trt' wrote, or pass "
             "trust=True if you know where the engine comes from"
         )
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise RunnerError(f"engine {path} cannot be read: {error.strerror}") from error
-    if manifest is not None:
-        _require_described(path, content, manifest)
+    if manifest is not None and (manifest.kind != "engine" or manifest.engine is None):
+        raise ManifestError(f"{manifest_path(path)} describes no engine; export {path} again")
     header = parse_header(content, path)
     record = manifest.engine if manifest is not None else None
     if record is not None and record.backend != header.backend:
@@ -89,17 +88,6 @@ def admit_engine(path: Path, *, trust: bool) -> Admitted:
             f"{rebuild(manifest)}"
         )
     return Admitted(path, content, header, manifest)
-
-
-def _require_described(path: Path, content: bytes, manifest: Manifest) -> None:
-    if manifest.kind != "engine" or manifest.engine is None:
-        raise ManifestError(f"{manifest_path(path)} describes no engine; export {path} again")
-    found = hashlib.sha256(content).hexdigest()
-    if found != manifest.sha256:
-        raise ManifestError(
-            f"{path} is not the file its manifest describes (sha256 {found[:12]}…, manifest "
-            f"{manifest.sha256[:12]}…); {rebuild(manifest)}"
-        )
 
 
 def require_device(engine: Admitted, driver: Driver | NoDriver, device: int | None) -> Device:
