@@ -175,8 +175,8 @@ def _compile(
             precision=graph.dtype,
             # no TensorRT has fused attention in fp32: there is nothing to require
             allow_unfused=job.allow_unfused or graph.dtype is Dtype.FP32,
-            fp32_islands=graph.islands.nodes,
             quantised=graph.quantised,
+            asked=graph.asked if graph.dtype is not Dtype.FP32 else {},
         )
     return result
 

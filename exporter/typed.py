@@ -20,7 +20,7 @@ from msn_export.spec import Dtype, InputKind
 class Islands:
     """What stays fp32: values and weights with their largest absolute value, and the nodes.
 
-    A weight that overflows by itself has infinity.
+    A value that was named and not measured has infinity.
     """
 
     maxima: dict[str, float]
@@ -37,7 +37,8 @@ def type_as(
     """
     measured = decide(model, choice, dtype, sample, stem, stage)
     typed = type_graph(model, dtype, measured)
-    return Islands({name: measured.get(name, math.inf) for name in typed.islands}, typed.fp32_nodes)
+    peaks = {**measured, **typed.weights}
+    return Islands({name: peaks.get(name, math.inf) for name in typed.islands}, typed.fp32_nodes)
 
 
 def cpu_runner(path: Path, dtype: Dtype, stage: Path) -> OrtRunner:

@@ -9,6 +9,7 @@ from engine_graphs import Vit
 
 from msn_export.engine.census import Census, require, summary
 from msn_export.engine.kernels import Constant, Kernel
+from msn_export.engine.promises import AskedNode
 from msn_export.engine.roles import is_gemm
 from msn_export.errors import BuildError, ManifestError
 
@@ -184,10 +185,27 @@ def test_products_of_another_precision_are_named() -> None:
 
 def test_islands_may_stay_in_fp32() -> None:
     census = built(Vit(attention="float")).census
-    islands = ["blocks.0.attn", "blocks.1.attn"]
-    require(census, depth=2, precision="fp16", allow_unfused=True, fp32_islands=islands)
+    asked = {
+        f"blocks.{block}.attn.{part}.MatMul": AskedNode(fp32=True, product=True)
+        for block in range(2)
+        for part in ("scores", "values")
+    }
+    require(census, depth=2, precision="fp16", allow_unfused=True, asked=asked)
+    del asked["blocks.1.attn.scores.MatMul"], asked["blocks.1.attn.values.MatMul"]
     with pytest.raises(BuildError, match="2 of 12 matrix products"):
-        require(census, depth=2, precision="fp16", allow_unfused=True, fp32_islands=islands[:1])
+        require(census, depth=2, precision="fp16", allow_unfused=True, asked=asked)
+
+
+def test_a_product_is_no_island_because_the_addition_after_it_is() -> None:
+    census = built(Vit(attention="float")).census
+    asked = {
+        layer: AskedNode(fp32=True)
+        for kernel in census.gemms
+        for layer in kernel.layers
+        if kernel.inputs[0] == "Float"
+    }
+    with pytest.raises(BuildError, match="4 of 12 matrix products"):
+        require(census, depth=2, precision="fp16", allow_unfused=True, asked=asked)
 
 
 def test_an_unquantised_engine_is_not_int8() -> None:

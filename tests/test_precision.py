@@ -10,6 +10,7 @@ from msn_export.graph.emulate import emulate_bf16
 from msn_export.graph.islands import observe
 from msn_export.graph.precision import (
     fp32_nodes,
+    fp32_products,
     graph_dtype,
     overflowing_weights,
     type_graph,
@@ -117,11 +118,24 @@ def test_a_value_read_in_both_types_is_cast_once() -> None:
 
 def test_weights_that_overflow_are_islands_by_themselves() -> None:
     text = CHAIN.replace("{1,1,1,1}", "{1e5,1,1,1}")
-    assert overflowing_weights(parse(text), Dtype.FP16) == ["gain"]
-    assert overflowing_weights(parse(text), Dtype.BF16) == []
+    assert overflowing_weights(parse(text), Dtype.FP16) == {"gain": 1e5}
+    assert overflowing_weights(parse(text), Dtype.BF16) == {}
     model = parse(text)
-    assert type_graph(model, Dtype.FP16).islands == ("gain",)
+    typed = type_graph(model, Dtype.FP16)
+    assert typed.islands == ("gain",)
+    assert typed.weights == {"gain": 1e5}
     assert np.isfinite(run(model, random_feeds(model))).all()
+
+
+def test_the_result_of_a_product_with_such_a_weight_is_read_in_fp32() -> None:
+    """A cast back to fp16 right behind it makes TensorRT-RTX multiply in fp16."""
+    model = parse(CHAIN.replace("{1,0,0,0,", "{-1e5,0,0,0,"))
+    typed = type_graph(model, Dtype.FP16)
+    assert typed.islands == ("w",)
+    assert op_types(model) == ["MatMul", "Relu", "Cast", "LayerNormalization", "Cast"]
+    assert fp32_products(model, {"w": 1e5}) == ()
+    assert fp32_products(model, {}) == ("MatMul0",)
+    assert fp32_products(parse(CHAIN), {"h"}) == ()
 
 
 def test_bytes_are_cast_straight_to_fp16() -> None:

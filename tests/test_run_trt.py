@@ -303,6 +303,35 @@ def test_a_typed_graph_cannot_be_widened(graph, tmp_path) -> None:
     assert told(build(half, tmp_path / "m.engine", "--batch", "2"))["engine"]["precision"] == "fp16"
 
 
+def test_fp32_products_of_a_typed_graph_are_declared_or_accepted(tmp_path) -> None:
+    import torch
+
+    model = hugging_face(tmp_path / "hf", labels=3)
+    with torch.no_grad():  # one weight above fp16's range
+        model.classifier.weight[1, 5] = 119111.0
+    model.save_pretrained(tmp_path / "hf")
+    half = tmp_path / "half.onnx"
+    arguments = ["onnx", str(tmp_path / "hf"), "-o", str(half), "--dtype", "fp16"]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    declared = told(build(half, tmp_path / "declared.engine"))
+    assert declared["islands"]["classifier.weight"] == 119111.0
+    assert declared["engine"]["gemm_dtypes"] == {"Half": 8, "Float": 1}
+
+    foreign = tmp_path / "foreign.onnx"  # the same graph, and nothing says what stays fp32
+    foreign.write_bytes(half.read_bytes())
+    refused = build(foreign, tmp_path / "m.engine")
+    assert refused.exit_code == 1
+    assert refused.stderr.splitlines()[-1] == (
+        f"error: {foreign} is typed fp16, and 1 of its products compute in fp32 though no island "
+        "in its manifest says so: classifier.Gemm; export the fp32 graph and let --fp16 type it, "
+        "or accept them with --allow-fp32"
+    )
+    assert not (tmp_path / "m.engine").exists()
+    said = told(build(foreign, tmp_path / "m.engine", "--allow-fp32"))
+    assert said["engine"]["options"]["allow_fp32"] is True
+    assert "in fp32 though no island says so, accepted: classifier.Gemm" in said["notes"]
+
+
 def test_a_fixed_batch_cannot_be_widened(graph, tmp_path) -> None:
     static = tmp_path / "static.onnx"
     arguments = ["onnx", str(graph.parent / "hf"), "-o", str(static), "--batch", "4"]

@@ -72,10 +72,16 @@ def test_a_file_names_them(sample, tmp_path) -> None:
     assert value(model, "small").dtype == ir.DataType.FLOAT
 
 
-def test_a_weight_that_overflows_by_itself_has_infinity(sample, tmp_path) -> None:
-    model = parse(TEXT.replace("{1000.0}", "{100000.0}"))
+def test_a_weight_that_overflows_by_itself_is_told_with_its_own_maximum(sample, tmp_path) -> None:
+    model = parse(TEXT.replace("{1000.0}", "{-119111.0}"))
     islands = type_as(model, Dtype.FP16, "none", sample, InputKind.UINT8, tmp_path)
-    assert islands.maxima == {"k": math.inf}
+    assert islands.maxima == {"k": 119111.0}
+
+
+def test_what_was_named_and_not_measured_has_infinity(sample, tmp_path) -> None:
+    (tmp_path / "islands.json").write_text('{"small": null}')  # as older manifests have weights
+    _, islands = typed(str(tmp_path / "islands.json"), sample, tmp_path)
+    assert islands.maxima == {"small": math.inf}
 
 
 @pytest.mark.parametrize(

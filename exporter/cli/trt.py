@@ -55,6 +55,11 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 @click.option("--timeout", type=click.FloatRange(min=1), help="Seconds the compiler may take.")
 @click.option("--memory-limit", type=MEMORY, help="Resident memory the compiler may take.")
 @click.option("--allow-unfused", is_flag=True, help="Accept attention that is not fused.")
+@click.option(
+    "--allow-fp32",
+    is_flag=True,
+    help="Accept fp32 products in a typed graph that its manifest does not declare.",
+)
 @click.option("--log", type=FILE, help="Write everything TensorRT says here.")
 @artifact_options
 def trt(model: Path, **options: Any) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from msn_export.engine.kernels import Kernel
+from msn_export.engine.promises import AskedNode, island_faults
 from msn_export.engine.roles import (
     gemm_dtype,
     is_closed,
@@ -118,8 +119,8 @@ def require(
     depth: int,
     precision: str,
     allow_unfused: bool = False,
-    fp32_islands: Collection[str] = (),
     quantised: Collection[str] = (),
+    asked: Mapping[str, AskedNode] | None = None,
 ) -> None:
     """Require that an engine is what was asked for.
 
@@ -129,8 +130,8 @@ def require(
         precision: fp32, fp16, bf16, int8 or fp8: what the matrix products must multiply in
             (int8 and fp8: those of ``quantised``; the rest in fp16 or bf16).
         allow_unfused: do not ask about attention.
-        fp32_islands: ONNX nodes, or modules, that are meant to stay in fp32.
         quantised: ONNX nodes of the products that must multiply in int8 or fp8, each of them.
+        asked: what the graph asks of each node; those it computes in fp32 must stay in fp32.
 
     Raises:
         BuildError: it is not; the message names the blocks and the ONNX nodes.
@@ -140,11 +141,17 @@ def require(
         fusion = _fusion_faults(census, depth)
         faults = [f"{fault}; --allow-unfused accepts that" for fault in fusion]
     if not census.closed:
-        faults += _precision_faults(census, depth, precision, fp32_islands)
+        faults += _precision_faults(census, depth, precision, asked or {})
         faults += _quantisation_faults(census, ALLOWED[precision][0], quantised)
+        faults += _shortened(island_faults(census.kernels, asked or {}))
     if faults:
         where = f" (profile {census.profile})" if census.profile else ""
         raise BuildError(f"engine is not what was asked for{where}: {'; '.join(faults)}")
+
+
+def _shortened(faults: list[str]) -> list[str]:
+    more = [f"and {len(faults) - 3} more such"] if len(faults) > 3 else []
+    return [*faults[:3], *more]
 
 
 def _fusion_faults(census: Census, depth: int) -> list[str]:
@@ -163,7 +170,7 @@ def _fusion_faults(census: Census, depth: int) -> list[str]:
 
 
 def _precision_faults(
-    census: Census, depth: int, precision: str, islands: Collection[str]
+    census: Census, depth: int, precision: str, asked: Mapping[str, AskedNode]
 ) -> list[str]:
     allowed = ALLOWED[precision]
     unread = [
@@ -177,7 +184,7 @@ def _precision_faults(
     wrong = [
         kernel
         for kernel in (*census.gemms, *census.fused_attention)
-        if gemm_dtype(kernel) not in allowed and not _is_island(kernel, islands)
+        if gemm_dtype(kernel) not in allowed and not _multiplies_in_fp32(kernel, asked)
     ]
     if wrong:
         named = [f"{gemm_dtype(kernel)} in {_layers(kernel)}" for kernel in wrong[:3]]
@@ -214,12 +221,9 @@ def _quantisation_faults(census: Census, dtype: str, quantised: Collection[str])
     ]
 
 
-def _is_island(kernel: Kernel, islands: Collection[str]) -> bool:
-    return any(
-        layer == island or layer.startswith((f"{island}.", f"{island}/"))
-        for layer in kernel.layers
-        for island in islands
-    )
+def _multiplies_in_fp32(kernel: Kernel, asked: Mapping[str, AskedNode]) -> bool:
+    nodes = [asked[layer] for layer in kernel.layers if layer in asked]
+    return any(node.fp32 and node.product for node in nodes)
 
 
 def _layers(kernel: Kernel) -> str:

@@ -28,13 +28,13 @@ def is_fused_attention(kernel: Kernel) -> bool:
 
 def is_gemm(kernel: Kernel) -> bool:
     """Tell a matrix product, alone or with what follows it, outside of fused attention."""
-    return kernel.kind in _GEMM_KINDS or "Fc" in _parts(kernel)
+    return kernel.kind in _GEMM_KINDS or "Fc" in parts(kernel)
 
 
 def is_layout_only(kernel: Kernel) -> bool:
     """Tell a kernel that moves, copies or converts elements and computes nothing."""
-    parts = _parts(kernel)
-    moves = bool(parts) and all(part in _MOVES or part in _MOVES_3 for part in parts)
+    found = parts(kernel)
+    moves = bool(found) and all(part in _MOVES or part in _MOVES_3 for part in found)
     return moves or kernel.kind in _LAYOUT_KINDS
 
 
@@ -55,7 +55,7 @@ def _narrowness(dtype: str) -> int:
     return _WIDTH.index(dtype) if dtype in _WIDTH else -1
 
 
-def _parts(kernel: Kernel) -> list[str]:
+def parts(kernel: Kernel) -> list[str]:
     """Split ``__myl_FcAddCast_myl0_4`` into Fc, Add, Cast; other kernels have no parts."""
     match = _GENERATED.fullmatch(kernel.name)
     return re.findall(r"[A-Z][a-z0-9]*", match[1]) if match else []

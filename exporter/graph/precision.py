@@ -23,15 +23,26 @@ LARGEST = {Dtype.FP16: 65504.0, Dtype.BF16: 3.3895313892515355e38}
 _ONNX = {Dtype.FP16: ir.DataType.FLOAT16, Dtype.BF16: ir.DataType.BFLOAT16}
 _FLOAT = ir.DataType.FLOAT
 
+PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "Attention"})
+# Operators that move, copy or convert elements and compute nothing
+MOVES = frozenset(
+    {"Cast", "Concat", "Expand", "Flatten", "Gather", "Identity", "Pad", "Reshape", "Slice",
+     "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"}
+)  # fmt: skip
+
 # Operators with a float input or attribute that is float32 whatever the data's type
 _FIXED = frozenset({"Resize", "Upsample", "NonMaxSuppression", "DynamicQuantizeLinear"})
 
 
 @dataclass(frozen=True, slots=True)
 class Typed:
-    """What typing did: values and weights that stay fp32, and the nodes that compute in it."""
+    """What typing did: values and weights that stay fp32, and the nodes that compute in it.
+
+    ``weights`` are those that overflow, each with its largest absolute value.
+    """
 
     islands: tuple[str, ...]
+    weights: dict[str, float]
     fp32_nodes: tuple[str, ...]
     casts: int
 
@@ -40,7 +51,10 @@ def type_graph(model: ir.Model, dtype: Dtype, islands: Collection[str] = ()) -> 
     """Type ``model`` in place; graph inputs and outputs keep their types.
 
     A node computes in fp32 if any value it reads or writes is an island: a value too large for
-    fp16 must neither be written in it nor be read through it. Weights that overflow are islands.
+    fp16 must neither be written in it nor be read through it. Weights that overflow are islands,
+    and so are the results of the products that read them: TensorRT-RTX computes
+    ``Cast(half to float), MatMul(fp32 weight), Cast(half)`` in Half and stores the weight as
+    infinity; where the next node reads the result in fp32 it does not.
 
     Args:
         model: an fp32 graph with every value typed; changed in place.
@@ -53,29 +67,39 @@ def type_graph(model: ir.Model, dtype: Dtype, islands: Collection[str] = ()) -> 
     """
     infer_shapes(model)
     _require_fp32(model)
-    wanted = set(islands) | set(overflowing_weights(model, dtype))
+    weights = overflowing_weights(model, dtype)
+    wanted = set(islands) | weights.keys()
     unknown = wanted - _names(model)
     if unknown:
         raise GraphError(f"island {min(unknown)!r} is no value of this graph; measure them again")
-    typing = _Typing(model, dtype, wanted)
+    typing = _Typing(model, dtype, wanted | _products_of(model, weights.keys()))
     for node in list(model.graph):
         typing.type_node(node)
     typing.restore_outputs()
     RemoveUnusedNodesPass()(model)
     casts = sum(node.op_type == "Cast" for node in model.graph)
-    return Typed(tuple(sorted(wanted)), tuple(typing.fp32_nodes), casts)
+    return Typed(tuple(sorted(wanted)), weights, tuple(typing.fp32_nodes), casts)
 
 
-def overflowing_weights(model: ir.Model, dtype: Dtype) -> list[str]:
-    """Name the weights whose largest absolute value ``dtype`` cannot hold."""
-    return [
-        name
-        for name, value in model.graph.initializers.items()
-        if value.dtype == _FLOAT
-        and value.const_value is not None
-        and value.const_value.size
-        and np.abs(value.const_value.numpy()).max() > LARGEST[dtype]
-    ]
+def overflowing_weights(model: ir.Model, dtype: Dtype) -> dict[str, float]:
+    """Find the weights that ``dtype`` cannot hold, each with its largest absolute value."""
+    found = {}
+    for name, value in model.graph.initializers.items():
+        if value.dtype == _FLOAT and value.const_value is not None and value.const_value.size:
+            largest = float(np.abs(value.const_value.numpy()).max())
+            if not largest <= LARGEST[dtype]:  # NaN is held by no type
+                found[name] = largest
+    return found
+
+
+def _products_of(model: ir.Model, weights: Collection[str]) -> set[str]:
+    """Name the results of the products that read any of ``weights``."""
+    return {
+        node.outputs[0].name or ""
+        for node in model.graph
+        if node.op_type in PRODUCTS
+        and any(value is not None and value.name in weights for value in node.inputs)
+    }
 
 
 def graph_dtype(model: ir.Model) -> Dtype:
@@ -102,6 +126,18 @@ def fp32_nodes(model: ir.Model) -> tuple[str, ...]:
         for node in model.graph
         if node.op_type != "Cast" and any(value.dtype == _FLOAT for value in node.outputs)
     )
+
+
+def fp32_products(model: ir.Model, islands: Collection[str]) -> tuple[str, ...]:
+    """Name the products of a typed graph that compute in fp32 and touch none of ``islands``."""
+    found = []
+    for node in model.graph:
+        if node.op_type not in PRODUCTS or node.outputs[0].dtype != _FLOAT:
+            continue
+        touched = {value.name for value in (*node.inputs, *node.outputs) if value is not None}
+        if not touched & set(islands):
+            found.append(node.name or node.outputs[0].name or "")
+    return tuple(found)
 
 
 def _require_fp32(model: ir.Model) -> None:

@@ -143,7 +143,13 @@ def rebuild(manifest: Manifest | None, capability: ComputeCapability | None = No
         words += ["--compute-capability", str(capability)]
     for profile in manifest.profiles:
         words += ["--batch", str(profile)]
-    for option in ("version_compatible", "hardware_compatible", "tf32", "allow_unfused"):
+    for option in (
+        "version_compatible",
+        "hardware_compatible",
+        "tf32",
+        "allow_unfused",
+        "allow_fp32",
+    ):
         if manifest.engine.options.get(option) is True:
             words.append(f"--{option.replace('_', '-')}")
     return "rebuild it with: " + " ".join([*words, "--force"])

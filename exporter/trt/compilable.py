@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from msn_export.check.sample import Sample
 from msn_export.engine.backend import Backend
+from msn_export.engine.promises import AskedNode
 from msn_export.errors import GraphError
 from msn_export.files import apart
 from msn_export.graph import io
@@ -15,7 +16,7 @@ from msn_export.graph.expose import expose
 from msn_export.graph.facts import operators, tensor_specs
 from msn_export.graph.fuse import fuse_attention
 from msn_export.graph.lower import lower, raise_opset
-from msn_export.graph.precision import fp32_nodes
+from msn_export.graph.precision import MOVES, PRODUCTS, fp32_nodes, fp32_products
 from msn_export.graph.quantised import quantised_products
 from msn_export.graph.stream import stages_of
 from msn_export.progress import Progress
@@ -27,7 +28,11 @@ from msn_export.typed import Islands, type_as
 
 @dataclass(frozen=True, slots=True)
 class Compilable:
-    """The graph that is compiled: typed, its attention in the form the compiler fuses."""
+    """The graph that is compiled: typed, its attention in the form the compiler fuses.
+
+    ``asked`` says of each node what the compiler must keep to, ``accepted`` names the products in
+    fp32 that nothing declares and that the user accepted.
+    """
 
     path: Path
     dtype: Dtype
@@ -39,6 +44,8 @@ class Compilable:
     outputs: tuple[TensorSpec, ...]
     islands: Islands
     quantised: tuple[str, ...]
+    asked: dict[str, AskedNode]
+    accepted: tuple[str, ...] = ()
 
 
 def prepare(
@@ -66,6 +73,14 @@ def prepare(
             f"{source.path} is quantised with {source.dtype} weights and half-precision scales, "
             f"which {backend} cannot read; it takes TensorRT 10 or later"
         )
+    accepted = _undeclared(source)
+    if accepted and not job.allow_fp32:
+        named = ", ".join(accepted[:3]) + (", …" if len(accepted) > 3 else "")
+        raise GraphError(
+            f"{source.path} is typed {source.dtype}, and {len(accepted)} of its products compute "
+            f"in fp32 though no island in its manifest says so: {named}; export the fp32 graph and "
+            "let --fp16 type it, or accept them with --allow-fp32"
+        )
     with progress.step(f"type as {dtype}"):
         model, form, cores = written_for(backend, source, dtype)
         if dtype is source.dtype:
@@ -82,7 +97,36 @@ def prepare(
     opset, nodes = model.graph.opset_imports[""], len(model.graph)
     outputs = tensor_specs(list(model.graph.outputs))
     quantised = quantised_products(model)
-    return Compilable(path, dtype, cores, form, opset, nodes, ops, outputs, islands, quantised)
+    return Compilable(
+        path, dtype, cores, form, opset, nodes, ops, outputs, islands, quantised,
+        asked_of(model), accepted,
+    )  # fmt: skip
+
+
+def _undeclared(source: Source) -> tuple[str, ...]:
+    """Name the products in fp32 of a graph that came typed which its manifest does not declare."""
+    if source.dtype is Dtype.FP32:
+        return ()
+    declared = source.manifest.islands if source.manifest is not None else {}
+    return fp32_products(source.model, declared)
+
+
+def asked_of(model: ir.Model) -> dict[str, AskedNode]:
+    """Say what each node of a graph asks of the compiler; islands are those in fp32."""
+    wide = set(fp32_nodes(model))
+    asked = {}
+    for node in model.graph:
+        if node.name:
+            constants = [value.const_value for value in node.inputs if value is not None]
+            asked[node.name] = AskedNode(
+                fp32=node.name in wide,
+                moves=node.op_type in MOVES,
+                product=node.op_type in PRODUCTS,
+                constants=tuple(
+                    tuple(tensor.numpy().shape) for tensor in constants if tensor is not None
+                ),
+            )
+    return asked
 
 
 def _islands_of(source: Source, model: ir.Model) -> Islands:

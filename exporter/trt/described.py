@@ -26,6 +26,7 @@ def _engine_record(job: TrtJob, graph: Compilable, result: BuildResult) -> Engin
             "hardware_compatible",
             "tf32",
             "allow_unfused",
+            "allow_fp32",
         )
         if getattr(job, name) not in {None, False}
     }
@@ -45,6 +46,12 @@ def _engine_record(job: TrtJob, graph: Compilable, result: BuildResult) -> Engin
         census=[to_plain(census) for census in result.censuses],
         options=options,
     )
+
+
+def _accepted(graph: Compilable) -> tuple[str, ...]:
+    if not graph.accepted:
+        return ()
+    return (f"in fp32 though no island says so, accepted: {', '.join(graph.accepted)}",)
 
 
 def describe(
@@ -83,6 +90,7 @@ def describe(
         notes=(
             *source.notes,
             *result.notes,
+            *_accepted(graph),
             *(f"skipped: {broken}" for broken in sample.broken),
         ),
         command=job.command,

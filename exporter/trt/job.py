@@ -29,6 +29,7 @@ class TrtJob(Job):
     memory_limit: Count | None = None
     images: Path | None = None
     allow_unfused: bool = False
+    allow_fp32: bool = False
     check: bool = True
     stages: bool = False  # show the residual stream as outputs; for drift, not for production
     log: Path | None = None
