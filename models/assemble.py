@@ -62,7 +62,8 @@ def _take(name: str, known: Mapping[str, str], tensors: dict[str, Tensor]) -> Te
         found = tensors.pop(known[name])
     else:  # a packed projection that the file has in three
         found = torch.cat([tensors.pop(known[name.replace("attn.qkv.", part)]) for part in _QKV])
-    return found.detach().to(torch.float32).contiguous()
+    # a weight may be stored negated (torch: is_neg), which what reads its memory would not see
+    return found.detach().resolve_neg().to(torch.float32).contiguous()
 
 
 def _require_keys(

@@ -40,6 +40,18 @@ def test_the_model_has_the_weights_and_the_caller_no_longer_holds_them() -> None
         assert not tensor.requires_grad
 
 
+def test_a_weight_that_is_stored_negated_is_read_with_its_sign() -> None:
+    plain, negated = weights(), weights()
+    for name, tensor in negated.items():
+        negated[name] = torch._neg_view(-tensor)
+    expected = assemble(plain, TINY, "x")
+    made = assemble(negated, TINY, "x")
+    assert made.sha256 == expected.sha256
+    for tensor in made.model.state_dict().values():
+        assert not tensor.is_neg()
+        tensor.numpy()  # what reads the memory sees it too
+
+
 def test_the_hash_is_that_of_the_weights_not_of_their_layout() -> None:
     packed, strided, apart = weights(), weights(), weights()
     strided["blocks.0.mlp.fc1.weight"] = strided["blocks.0.mlp.fc1.weight"].T.contiguous().T

@@ -209,7 +209,12 @@ def test_a_variant_where_the_shape_is_said_is_refused(tiny, outputs) -> None:
 def offline(home: Path, folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "-m", "msn_export.cli", "onnx", *arguments],
-        env={**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"},
+        env={
+            **os.environ,
+            "HF_HOME": str(home),
+            "HF_HUB_CACHE": str(home / "hub"),
+            "HF_HUB_OFFLINE": "1",
+        },
         cwd=folder,
         capture_output=True,
         text=True,
@@ -255,7 +260,8 @@ def test_bombs_and_deep_pictures_are_named_counted_and_skipped(tiny, tmp_path, o
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
     assert told["check"]["images"] == 1
-    notes = told["notes"]
+    assumed, *notes = told["notes"]
+    assert assumed.endswith("has no preprocessor_config.json: preprocessing hf assumed")
     assert [note.split(" is not a readable picture")[0] for note in notes] == [
         f"skipped: {folder / name}" for name in ("bomb.png", "caf\ufffd.png", "deep.png")
     ]
@@ -263,7 +269,7 @@ def test_bombs_and_deep_pictures_are_named_counted_and_skipped(tiny, tmp_path, o
     assert "it has more than 8 bits a channel" in notes[2]
     written = manifest.read(outputs / "m.onnx")
     assert written is not None
-    assert list(written.notes) == notes
+    assert list(written.notes) == told["notes"]
 
 
 def test_nothing_but_bombs_is_an_error(tiny, tmp_path, outputs) -> None:

@@ -142,6 +142,14 @@ def test_half_precision_weights_are_read_and_told(encoder, tmp_path, dtype) -> N
     assert got.sha256 != load_checkpoint(str(encoder)).sha256  # rounded once is other weights
 
 
+def test_weights_that_torch_saved_negated_are_read_with_their_signs(classifier, tmp_path) -> None:
+    state = {name: torch._neg_view(-tensor) for name, tensor in weights_of(classifier).items()}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    assert torch.load(tmp_path / "pytorch_model.bin")["vit.layernorm.weight"].is_neg()
+    shutil.copy(classifier / "config.json", tmp_path)
+    assert load_checkpoint(str(tmp_path)).sha256 == load_checkpoint(str(classifier)).sha256
+
+
 @pytest.mark.parametrize("form", ["bin", "sharded", "sharded bin"])
 def test_every_format_of_a_folder_is_the_same_checkpoint(classifier, tmp_path, form) -> None:
     state = weights_of(classifier)
@@ -237,6 +245,9 @@ def test_no_random_weight_is_neutral(seeded) -> None:
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Point huggingface_hub, which reads its environment once, at a cache of this test's own."""
     monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     return tmp_path / "home"
 
 

@@ -159,6 +159,26 @@ class Odd:
         return self.device
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_a_tensor_that_is_stored_negated_is_read_with_its_sign(dtype) -> None:
+    stored = torch.arange(6, dtype=dtype).reshape(2, 3)
+    given = torch._neg_view(stored)
+    assert given.is_neg()
+    np.testing.assert_array_equal(dlpack.borrow(given).array(), -stored.numpy())
+    assert torch.equal(stored, torch.arange(6, dtype=dtype).reshape(2, 3))
+
+
+def test_so_is_the_imaginary_part_of_a_conjugate() -> None:
+    parts = torch.complex(torch.ones(4), torch.arange(4.0))
+    given = parts.conj().imag
+    assert given.is_neg()
+    np.testing.assert_array_equal(dlpack.borrow(given).array(), [-0.0, -1, -2, -3])
+
+
+def test_a_tensor_without_elements_needs_no_memory() -> None:
+    assert dlpack.borrow(torch.ones(0, 3)).shape == (0, 3)
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
@@ -167,6 +187,9 @@ class Odd:
         (Odd(), "gave no DLPack capsule that can be read"),
         (torch.ones(2).to(torch.complex64), "of DLPack's dtype 5, 64 bits, 1 lanes; expected a"),
         (torch.ones(2, requires_grad=True), r"cannot be read in place: .*use tensor\.detach\(\)"),
+        (torch.ones(2).to(torch.complex64).conj(), "of DLPack's dtype 5, 64 bits, 1 lanes; expec"),
+        (torch.ones(2, device="meta"), "the images' Tensor cannot be read in place: .*meta"),
+        (torch._efficientzerotensor(2, 3), r"the images' Tensor of \[2, 3\] has no memory"),
     ],
 )
 def test_what_cannot_be_read_is_told(bad, message) -> None:

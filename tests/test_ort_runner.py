@@ -86,6 +86,17 @@ def test_tensors_of_the_host_are_read_in_place_and_come_back_as_their_kind(plain
     )
 
 
+def test_a_torch_tensor_stored_negated_gives_what_the_resolved_one_does(plain) -> None:
+    runner = OrtRunner(plain)
+    given = torch._neg_view(torch.from_numpy(NETWORK.images(6)))
+    np.testing.assert_array_equal(
+        runner(given).embedding.numpy(), runner(given.resolve_neg()).embedding.numpy()
+    )
+    np.testing.assert_array_equal(
+        runner(given).embedding.numpy(), compute(NETWORK, -NETWORK.images(6))["embedding"]
+    )
+
+
 def test_bfloat16_travels_by_address(tmp_path) -> None:
     network = Network(outputs=(("embedding", "bfloat16", 8),))
     runner = OrtRunner(network.graph(tmp_path / "m.onnx"))

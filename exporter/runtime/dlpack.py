@@ -9,6 +9,7 @@ exception that is being raised when it is called.
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -139,7 +140,10 @@ def device_of(tensor: Any) -> int | None:
             f"images are a {type(tensor).__name__}; expected a numpy array or a tensor with "
             "DLPack (torch, cupy, jax)"
         )
-    kind, index = (int(value) for value in tensor.__dlpack_device__())
+    try:
+        kind, index = (int(value) for value in tensor.__dlpack_device__())
+    except Exception as error:  # a device that DLPack has no number for, as torch's meta
+        raise _unreadable(tensor, error) from error
     if kind in _HOST:
         return None
     if kind in _ON_GPU:
@@ -151,6 +155,9 @@ def device_of(tensor: Any) -> int | None:
 
 def borrow(tensor: Any, stream: int | None = None) -> Borrowed:
     """Read a DLPack tensor in place.
+
+    A torch tensor that is stored negated or conjugated is read from a copy that is not: DLPack
+    has no field for either, and torch lends the stored values without the sign.
 
     Args:
         tensor: anything with ``__dlpack__``.
@@ -164,6 +171,8 @@ def borrow(tensor: Any, stream: int | None = None) -> Borrowed:
     # the array API names the legacy default stream 1: 0 would be ambiguous
     wait: dict[str, Any] = {} if device is None or stream is None else {"stream": stream or 1}
     try:
+        for resolve in ("resolve_conj", "resolve_neg"):
+            tensor = getattr(tensor, resolve, lambda known=tensor: known)()
         try:
             capsule = tensor.__dlpack__(**wait, max_version=(1, 1))
         except TypeError:  # a library from before DLPack 1.0
@@ -171,10 +180,7 @@ def borrow(tensor: Any, stream: int | None = None) -> Borrowed:
     except MsnExportError:  # it is an output of a runner, and the GPU failed
         raise
     except Exception as error:
-        raise InputError(
-            f"the images' {type(tensor).__name__} cannot be read in place: "
-            f"{' '.join(str(error).split())}"
-        ) from error
+        raise _unreadable(tensor, error) from error
     view = _tensor_of(capsule)
     element = OF_DLPACK.get((view.code, view.bits))
     if element is None or view.lanes != 1:
@@ -183,14 +189,22 @@ def borrow(tensor: Any, stream: int | None = None) -> Borrowed:
             "expected a plain float, integer or bool"
         )
     dimensions = range(view.ndim)
+    shape = tuple(view.shape[i] for i in dimensions)
+    if not view.data and math.prod(shape):  # torch's ZeroTensor has a shape and no memory
+        raise InputError(f"the images' {type(tensor).__name__} of {list(shape)} has no memory")
     return Borrowed(
         pointer=(view.data or 0) + view.byte_offset,
-        shape=tuple(view.shape[i] for i in dimensions),
+        shape=shape,
         strides=tuple(view.strides[i] for i in dimensions) if view.strides else None,
         element=element,
         device=device,
         capsule=capsule,
     )
+
+
+def _unreadable(tensor: Any, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())
+    return InputError(f"the images' {type(tensor).__name__} cannot be read in place: {reason}")
 
 
 def lend(
