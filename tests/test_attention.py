@@ -1,6 +1,7 @@
 """Every form an exporter writes an attention core in is found; near misses say what they lack."""
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from graphs import op_types, parse, random_feeds, run
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
@@ -137,6 +138,24 @@ NEAR_MISSES = {
 def test_a_near_miss_is_refused_by_name(reason, body) -> None:
     with pytest.raises(FusionError, match=f"fused 0 of 1 attention cores: .*{reason}"):
         fuse_attention(graph(body), AttentionForm.HEADS, expected=1)
+
+
+@pytest.mark.parametrize("number", ["0.0", "inf", "-inf", "nan"])
+@pytest.mark.parametrize("step", ["Div (s, c)", "Mul (s, c)", "Mul (c, s)"])
+def test_scores_times_what_is_no_scale_are_no_core(number, step) -> None:
+    """Fused, such a constant would become an attribute of which every kernel makes another NaN."""
+    body = f"""
+        c = Constant <value = float {{1.0}}> ()
+        kt = Transpose <perm = [0, 1, 3, 2]> (k)
+        s = MatMul (q, kt)
+        z = {step}
+        p = Softmax <axis = -1> (z)
+        y = MatMul (p, v)"""
+    model = graph(body)
+    constant = next(v for v in model.graph.initializers.values() if v.const_value.size == 1)
+    constant.const_value = ir.tensor(np.array(float(number), np.float32))
+    with pytest.raises(FusionError, match=r"fused 0 of 1 attention cores: .* are not a MatMul's"):
+        fuse_attention(model, AttentionForm.HEADS, expected=1)
 
 
 def test_too_few_cores_are_an_error() -> None:

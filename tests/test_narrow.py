@@ -87,7 +87,24 @@ def test_rowwise_operators_pass_the_row_and_broadcast_operands_stay() -> None:
     np.testing.assert_array_equal(run(model, feeds), before)
 
 
+@pytest.mark.parametrize("axis", [-1, 2])
+def test_a_norm_over_channels_passes_the_row_however_its_axis_is_counted(axis) -> None:
+    model = parse(f"""
+        g (float[b,5,4] x) => (float[b,4] y)
+        <float[4] gain = {{1, 2, 3, 4}}, float[4] bias = {{4, 3, 2, 1}}>
+        {{ t = LayerNormalization <axis = {axis}> (x, gain, bias)  {PICK} }}""")
+    lift(model)
+    feeds = random_feeds(model)
+    before = run(model, feeds)
+    assert narrow_to_first_token(model).nodes == 1
+    assert op_types(model)[0] == "Slice"
+    np.testing.assert_array_equal(run(model, feeds), before)
+
+
 MIXERS = {
+    "a norm over tokens and channels": f"""
+        gain = Constant <value = float[5, 4] {{{", ".join("1" * 20)}}}> ()
+        t = LayerNormalization <axis = 1> (x, gain)""",
     "softmax over tokens": "t = Softmax <axis = 1> (x)",
     "a value read elsewhere": "t = Relu (x)  z = ReduceSum <keepdims = 0> (t)",
 }

@@ -40,6 +40,14 @@ def test_an_embedding_that_is_not_finite_agrees_with_nothing() -> None:
     assert neighbour_agreement(broken, broken) <= 0.75
 
 
+def test_one_that_is_finite_on_one_side_alone_agrees_with_nothing_either_way() -> None:
+    broken = EMBEDDINGS.copy()
+    broken[1] = np.nan  # argmax of NaNs answers 0, which is the true neighbour of image 1
+    assert nearest(broken)[1] == nearest(EMBEDDINGS)[1] == 0
+    assert neighbour_agreement(EMBEDDINGS, broken) == 0.25
+    assert neighbour_agreement(broken, EMBEDDINGS) == 0.25
+
+
 def test_too_few_images_and_other_shapes_are_refused() -> None:
     with pytest.raises(ToleranceError, match="1 image has no neighbour; give at least two"):
         nearest(EMBEDDINGS[:1])

@@ -1,6 +1,7 @@
 """Presets, and Hugging Face's preprocessor_config.json: hostile input, read strictly."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -49,6 +50,29 @@ def test_other_channels_have_plain_statistics(channels) -> None:
 def test_pictures_with_other_channels_do_not_exist(channels) -> None:
     with pytest.raises(SpecError, match=f"pictures have no {channels} channels; expected 1, 3 or"):
         preset("hf", SQUARE, channels)
+
+
+def test_two_make_the_same_whatever_they_are_called() -> None:
+    hf = preset("hf", SQUARE)
+    assert hf.makes_the_same_as(replace(hf, name="preprocessor_config.json"))
+    for other in (
+        preset("msn-eval", SQUARE),
+        preset("hf", ImageSize(192, 192)),
+        replace(hf, resample="bicubic"),
+        replace(hf, mean=(0.5, 0.5, 0.5)),
+        replace(hf, std=(0.5, 0.5, 0.5)),
+        replace(hf, scale=1.0),
+    ):
+        assert not hf.makes_the_same_as(other)
+        assert not other.makes_the_same_as(hf)
+
+
+def test_where_a_crop_begins_matters_only_where_something_is_cropped() -> None:
+    for name, same in (("hf", True), ("msn-eval", False)):
+        made = preset(name, SQUARE)
+        other = replace(made, crop_rounds_down=not made.crop_rounds_down)
+        assert made.makes_the_same_as(other) is same
+        assert other.makes_the_same_as(made) is same
 
 
 def test_an_unknown_preset_is_named() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from msn_export.errors import CheckpointError
 from msn_export.models.variants import VitConfig
@@ -40,6 +41,25 @@ def test_attention_written_out_computes_what_the_fused_kernel_does() -> None:
     with torch.no_grad():
         # the same sums in another order; measured 1e-6
         torch.testing.assert_close(written(images), model()(images), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_attention_written_out_takes_its_softmax_in_fp32_as_transformers_does(dtype) -> None:
+    """What the benchmark calls eager: two casts and an fp32 softmax are part of its time."""
+    seen: list[tuple[torch.dtype, torch.dtype]] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            if "softmax" in str(func):
+                seen.append((args[0].dtype, made.dtype))
+            return made
+
+    written = VitMsn(TINY, attention="eager").to(dtype).eval()
+    with torch.no_grad(), Watch():
+        tokens = written(torch.randn(1, 3, 16, 24, dtype=dtype))
+    assert seen == [(torch.float32, torch.float32)] * TINY.depth
+    assert tokens.dtype is dtype
 
 
 def test_the_order_of_patches_matters_only_through_their_positions() -> None:
