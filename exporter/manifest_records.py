@@ -65,6 +65,8 @@ class EngineRecord:
     """What a compiled engine is made of, and whether it has run.
 
     ``later`` says that it is for GPUs after the last of ``compute_capabilities`` too.
+    ``accumulators`` counts the fused attention kernels by what they sum in: fp16, fp32, int32, or
+    unknown where the engine does not tell.
     """
 
     backend: str
@@ -79,6 +81,7 @@ class EngineRecord:
     reason: str
     later: bool = False
     quantised_products: int = 0
+    accumulators: dict[str, int] = field(default_factory=dict)
     census: Any = None
     options: dict[str, Any] = field(default_factory=dict)
     check: CheckRecord | None = None

@@ -76,6 +76,7 @@ def engine(**changes: Any) -> EngineRecord:
         "kernels_per_block": {"0": 9, "1": 8},
         "fused_attention": 2,
         "gemm_dtypes": {"Half": 8},
+        "accumulators": {"fp16": 1, "fp32": 1},
         "executed": False,
         "reason": "compiled, not executed: no NVIDIA driver",
         "census": [{"kernels": 22}],

@@ -25,7 +25,7 @@ def test_every_row_says_what_the_manifest_says() -> None:
         ("engine", "tensorrt_rtx 1.7.1 for SM 8.9, 12.0"),
         ("kernels", "22 in all, 8 to 9 a block"),
         ("matrix products", "8 in Half"),
-        ("fused attention", "2 kernels"),
+        ("fused attention", "2 kernels; sums: 1 in fp16, 1 in fp32"),
         ("executed", "no: compiled, not executed: no NVIDIA driver"),
         ("check", "16 images: photographs; batches 1, 4, 8"),
         ("", "against m.onnx in onnxruntime 1.31"),

@@ -39,6 +39,7 @@ def test_an_engine_tells_what_it_is_made_of(artifacts) -> None:
     assert found.runs_on.endswith("on SM 8.6")
     assert found.gemm_dtypes == {"Half": 8}
     assert (found.attention_fused, found.attention_expected) == (2, 2)
+    assert found.accumulators == {"fp16": 2}
     assert found.kernels == sum(found.kernel_kinds.values())
     assert set(found.kernels_per_block) == {"0", "1"}
     assert any(place.startswith("block 1: blocks.1.attn.") for place in found.layout_only)
@@ -70,6 +71,7 @@ def test_without_a_manifest_only_the_header_speaks(artifacts, tmp_path) -> None:
     shutil.copy(artifacts / "m.engine", tmp_path)
     found = inspect(tmp_path / "m.engine")
     assert found.described == "no manifest: only what the file itself tells"
+    assert found.accumulators == {"fp16": 2}  # the source is in the engine
     assert found.kernels is None
     assert found.runs_on.endswith("on SM 8.6")
 

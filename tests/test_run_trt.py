@@ -82,14 +82,16 @@ def test_what_the_compiler_cannot_take_is_refused_before_anything_is_run(
 
 
 @pytest.mark.parametrize(
-    ("option", "gemms"), [("--fp16", {"Half": 8}), ("--bf16", {"BFloat16": 8})]
+    ("option", "gemms", "sums"),
+    [("--fp16", {"Half": 8}, {"fp16": 2}), ("--bf16", {"BFloat16": 8}, {"fp32": 2})],
 )
-def test_a_half_precision_engine_is_half_and_fused(graph, tmp_path, option, gemms) -> None:
+def test_a_half_precision_engine_is_half_and_fused(graph, tmp_path, option, gemms, sums) -> None:
     output = tmp_path / "m.engine"
     said = told(build(graph, output, option))
     engine = said["engine"]
     assert engine["gemm_dtypes"] == gemms
     assert engine["fused_attention"] == 2
+    assert engine["accumulators"] == sums
     assert set(engine["kernels_per_block"]) == {"0", "1"}
     assert engine["compute_capabilities"] == ["8.9"]
     assert said["check"]["passed"] is True

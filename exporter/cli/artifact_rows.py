@@ -74,7 +74,8 @@ def _engine_rows(engine: EngineRecord) -> Iterator[tuple[str, str]]:
     gemms = ", ".join(f"{count} in {dtype}" for dtype, count in engine.gemm_dtypes.items())
     eight = f"; {engine.quantised_products} of {engine.quantised_products} quantised ones so"
     yield "matrix products", gemms + (eight if engine.quantised_products else "")
-    yield "fused attention", f"{engine.fused_attention} kernels"
+    sums = ", ".join(f"{count} in {dtype}" for dtype, count in engine.accumulators.items())
+    yield "fused attention", f"{engine.fused_attention} kernels{f'; sums: {sums}' if sums else ''}"
     yield "executed", f"{'yes' if engine.executed else 'no'}: {engine.reason}"
 
 

@@ -53,6 +53,7 @@ def rows(found: Inspection) -> Iterator[tuple[str, str]]:
     if found.kind == "engine":
         yield "kernels", str(found.kernels or "unknown")
         yield "kernels a block", _per_block(found.kernels_per_block)
+        yield "attention sums in", _counts(found.accumulators)
         yield "kinds of kernel", _counts(found.kernel_kinds)
         yield "layout only", _layout(found)
     yield "check", found.check

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from msn_export.engine.accumulators import UNKNOWN
 from msn_export.engine.kernels import Kernel
 from msn_export.engine.promises import AskedNode, island_faults
 from msn_export.engine.roles import (
@@ -53,6 +54,11 @@ class Census:
     def fused_attention(self) -> tuple[Kernel, ...]:
         """The kernels that compute softmax(q k) v in one."""
         return tuple(kernel for kernel in self.kernels if is_fused_attention(kernel))
+
+    @property
+    def accumulators(self) -> dict[str, int]:
+        """Count the fused attention kernels by what they sum in: fp16, fp32, int32 or unknown."""
+        return dict(Counter(k.accumulator or UNKNOWN for k in self.fused_attention).most_common())
 
     @property
     def gemms(self) -> tuple[Kernel, ...]:
@@ -236,6 +242,7 @@ def summary(census: Census) -> Mapping[str, Any]:
         "kernels": len(census.kernels),
         "kernels_per_block": {str(k): v for k, v in census.kernels_per_block.items()},
         "fused_attention": len(census.fused_attention),
+        "accumulators": census.accumulators,
         "gemm_dtypes": census.gemm_dtypes,
         "convolution_dtypes": census.convolution_dtypes,
         "layout_only": [

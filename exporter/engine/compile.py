@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from msn_export.engine import timing_cache
+from msn_export.engine.accumulators import with_accumulators
 from msn_export.engine.bindings import (
     Builder,
     EngineInspector,
@@ -82,6 +83,7 @@ def compile_engine(
     unkept = timing_cache.store(config, spec.timing_cache) if spec.timing_cache else None
     from_log = flavour.kernels_from == "log"
     kernels = read_log(heard.records) if from_log else _inspect(trt, plan, log)
+    kernels = with_accumulators(kernels, memoryview(plan))
     return Compiled(plan, kernels, (*notes, unkept) if unkept else notes)
 
 

@@ -55,7 +55,8 @@ class Kernel:
     """One record: ``kind`` is TensorRT's LayerType, dtypes are in TensorRT's spelling.
 
     ``layers`` are the ONNX nodes it computes. ``kind`` "shape_call" computes shapes on the host;
-    it is counted like the rest.
+    it is counted like the rest. ``accumulator`` is what a fused attention kernel sums in,
+    "unknown" where that is not told and "" of all other kernels.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Kernel:
     layers: tuple[str, ...] = ()
     tactic: str = ""
     profile: int = 0
+    accumulator: str = ""
 
     @property
     def block(self) -> int | None:

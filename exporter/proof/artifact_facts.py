@@ -113,6 +113,9 @@ def _rows(found: Inspection, manifest: Manifest | None) -> list[tuple[str, str]]
     ]
     if found.multiply_adds is not None:
         rows.append(("multiply-adds", f"{found.multiply_adds / 1e9:.2f} billion an image"))
+    if found.accumulators:
+        sums = ", ".join(f"{dtype} in {count}" for dtype, count in found.accumulators.items())
+        rows.append(("attention sums in", f"{sums} fused attention kernels"))
     if manifest is not None:
         if manifest.source is not None:
             rows.append(("made from", f"{manifest.source.file}, sha256 {manifest.source.sha256}"))

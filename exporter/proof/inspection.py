@@ -1,5 +1,7 @@
 """What an artifact is made of, read without a GPU and without the TensorRT that built it."""
 
+import itertools
+import mmap
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 import onnx_ir as ir
 
 from msn_export import manifest as manifests
+from msn_export.engine.accumulators import read_accumulators
 from msn_export.engine.census import Census, summary
 from msn_export.engine_header import EngineHeader, read_header
 from msn_export.errors import GraphError, ManifestError
@@ -27,7 +30,7 @@ class Inspection:
 
     ``described`` says whether a manifest vouches for the rest: only one whose hash is that of the
     file is believed; ``distrusted`` says why one is not. ``gemm_dtypes`` counts matrix products by
-    what they multiply in.
+    what they multiply in, ``accumulators`` fused attention kernels by what they sum in.
     """
 
     file: str
@@ -49,6 +52,7 @@ class Inspection:
     attention_expected: int | None = None
     attention_fused: int | None = None
     gemm_dtypes: dict[str, int] = field(default_factory=dict)
+    accumulators: dict[str, int] = field(default_factory=dict)
     kernels: int | None = None
     kernels_per_block: dict[str, int] = field(default_factory=dict)
     kernel_kinds: dict[str, int] = field(default_factory=dict)
@@ -156,11 +160,20 @@ def _of_engine(
     path: Path, header: EngineHeader, manifest: Manifest | None, described: str
 ) -> Inspection:
     facts = _from_manifest(manifest) if manifest is not None else {}
+    if manifest is None:
+        facts["accumulators"] = _accumulators(path)
     facts["weight_bytes"] = header.weight_bytes
     return Inspection(
         path.name, "engine", path.stat().st_size, sha256_of(path), described,
         _runs_on_header(header), **facts,
     )  # fmt: skip
+
+
+def _accumulators(path: Path) -> dict[str, int]:
+    """Count what fused attention sums in, from the source in the engine; nothing where none is."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as engine:
+        found = read_accumulators(engine)
+    return dict(Counter(itertools.chain(*found.values())).most_common())
 
 
 def _from_manifest(manifest: Manifest) -> dict[str, Any]:
@@ -193,6 +206,7 @@ def _census_facts(manifest: Manifest) -> dict[str, Any]:
         "kernels": engine.kernels,
         "kernels_per_block": engine.kernels_per_block,
         "gemm_dtypes": engine.gemm_dtypes,
+        "accumulators": engine.accumulators,
         "attention_fused": engine.fused_attention,
         "precision": engine.precision,
         "executed": "yes" if engine.executed else engine.reason,

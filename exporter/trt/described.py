@@ -39,6 +39,7 @@ def _engine_record(job: TrtJob, graph: Compilable, result: BuildResult) -> Engin
         kernels_per_block=figures["kernels_per_block"],
         fused_attention=figures["fused_attention"],
         gemm_dtypes=figures["gemm_dtypes"],
+        accumulators=figures["accumulators"],
         quantised_products=len(graph.quantised),
         executed=False,
         reason="compiled",
