@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo report test lint slow drills gpu performance wheel packaged clean
+.PHONY: demo report test lint slow mutants drills gpu performance wheel packaged clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -51,6 +51,11 @@ test: lint
 
 slow: .venv/linked
 	$(BIN)/python -m pytest -m slow
+
+# Small faults planted in the core, those listed that no test notices; not part of CI, for it takes
+# hours: MUTANTS='graph runtime --count 50 --seed 1 --processes 2' runs a part
+mutants: .venv/linked
+	$(BIN)/python scripts/mutants.py $(MUTANTS)
 
 # Against a real tritonserver and a real Ray; their environments are made in build/ on the first run
 drills: .venv/linked

@@ -1,0 +1,279 @@
+"""Plant small faults in the core, one at a time, and list those that no test notices.
+
+``python scripts/mutants.py [WHERE …] --count 200 --seed 0 --processes 2 --kind "argument dropped"``
+
+WHERE is a folder or a file below the package (``graph``, ``graph/fuse.py``); default the core.
+Faults are drawn by the seed. Each is tried in a throw-away copy, never in the checkout, against the
+tests of its module: the file of its name first, then the files that import it; where those pass,
+the files named after the modules that import it. A test file that fails without a fault, or takes
+longer than ``--longest``, takes no part, and is listed. Whether a survivor is equivalent is for a
+person to judge: its difference is printed.
+"""
+
+import argparse
+import ast
+import difflib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+from mutations import Mutation, mutations_of
+
+ROOT = Path(__file__).resolve().parent.parent
+CORE = ("check", "graph", "engine", "calibration", "runtime", "models")
+_SOURCES = {"calibration": "calibration", "models": "models"}  # the rest lies in exporter/
+# imported once, before each run is forked: half of a small test's time
+_HEAVY = ("numpy", "torch", "onnx", "onnxruntime", "onnx_ir", "onnxscript", "transformers",
+          "transformers.models.vit_msn.modeling_vit_msn", "skimage.data", "pytest",
+          "safetensors.torch", "PIL.Image", "click.testing", "rich.table")  # fmt: skip
+PASSED, FAILED = 0, 1  # pytest's exit codes; others say that it could not run the tests
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """A fault in a module; ``module`` is its path below the package, ``source`` what it holds."""
+
+    module: str
+    source: bytes
+    mutation: Mutation
+
+    def __str__(self) -> str:
+        return f"{self.module}:{self.mutation.line} {self.mutation.kind}"
+
+    @property
+    def difference(self) -> str:
+        """The fault as a patch."""
+        lines = difflib.unified_diff(
+            self.source.decode().splitlines(),
+            self.mutation.apply(self.source).decode().splitlines(),
+            self.module,
+            self.mutation.kind,
+            lineterm="",
+            n=2,
+        )
+        return "\n".join(lines)
+
+
+def source_of(module: str) -> Path:
+    """Find a module of the package in the checkout."""
+    folder = module.partition("/")[0]
+    return ROOT / module if folder in _SOURCES else ROOT / "exporter" / module
+
+
+def modules_in(where: str) -> list[str]:
+    """List the modules of a folder, or a file alone.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    place = source_of(where)
+    paths = [place] if place.is_file() else sorted(place.rglob("*.py"))
+    if not paths:
+        sys.exit(f"{where} is neither a folder nor a file of the package")
+    return [where if path == place else f"{where}/{path.relative_to(place)}" for path in paths]
+
+
+def draw(modules: list[str], kind: str | None, count: int, seed: int) -> list[Mutant]:
+    """Draw faults, each place as likely as any other."""
+    sources = {module: source_of(module).read_bytes() for module in modules}
+    every = [
+        Mutant(module, source, mutation)
+        for module, source in sources.items()
+        for mutation in mutations_of(source)
+        if kind in {None, mutation.kind}
+    ]
+    chosen = random.Random(seed).sample(every, min(count, len(every)))  # noqa: S311  not a secret
+    return sorted(chosen, key=lambda one: (one.module, one.mutation.start))
+
+
+def imported_by(path: Path) -> set[str]:
+    """List the modules of the package that a file imports, as paths below it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        found |= {
+            name.removeprefix("msn_export.").replace(".", "/") + ".py"
+            for name in names
+            if name.startswith("msn_export.")
+        }
+    return found
+
+
+def stages_of(module: str) -> list[list[str]]:
+    """Name the test files of a module: its own and its importers', then its importers' own."""
+    tests = sorted((ROOT / "tests").glob("test_*.py"))
+    direct = [path.name for path in tests if module in imported_by(path)]
+    own = f"test_{Path(module).stem}.py"
+    first = [own] * (ROOT / "tests" / own).is_file() + [name for name in direct if name != own]
+    users = [
+        f"test_{path.stem}.py"
+        for folder in ("exporter", "models", "calibration")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        if module in imported_by(path)
+    ]
+    names = {path.name for path in tests}
+    return [first, [name for name in dict.fromkeys(users) if name in names and name not in first]]
+
+
+class Copy:
+    """A copy of the checkout whose package is imported instead of the installed one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.package = folder / "checkout", folder / "package" / "msn_export"
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT, capture_output=True, check=True,
+        ).stdout.decode().split("\0")  # fmt: skip
+        for name in filter(None, listed):
+            if (ROOT / name).is_file():
+                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, self.folder / name)
+        self.package.parent.mkdir()
+        shutil.copytree(self.folder / "exporter", self.package)
+        for part, source in _SOURCES.items():
+            shutil.copytree(self.folder / source, self.package / part)
+
+    def run(self, tests: list[str], timeout: float) -> int | None:
+        """Run test files in a process of their own, to the first failure; None out of time."""
+        pid = os.fork()
+        if not pid:
+            self._test(tests)
+        until = time.monotonic() + timeout
+        while time.monotonic() < until:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.05)
+        os.killpg(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        return None
+
+    def _test(self, tests: list[str]) -> None:
+        os.setsid()  # its children end with it
+        os.chdir(self.folder)
+        sink = os.open(self.folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(sink, 1)
+        os.dup2(sink, 2)
+        os.environ["PYTHONPATH"] = str(self.package.parent)
+        # a .pyc is known by its source's second and size, and a fault changes neither
+        os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+        sys.dont_write_bytecode = True
+        sys.path[:1] = [str(self.package.parent)]
+        import pytest
+
+        paths = [f"tests/{name}" for name in tests]
+        code = FAILED
+        try:
+            code = int(
+                pytest.main(["-q", "-x", "--assert=plain", "-p", "no:cacheprovider", *paths])
+            )
+        except BaseException:  # noqa: BLE001  nothing may leave it: it is a copy of the pool's process
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+
+
+class Runner:
+    """What a process of the pool holds: its copy, and how long each test file takes."""
+
+    def __init__(self, folder: Path, longest: float) -> None:
+        self._copy = Copy(Path(tempfile.mkdtemp(dir=folder)))
+        self._longest = longest
+        self.seconds: dict[str, float | None] = {}  # None: it takes no part
+
+    def survives(self, mutant: Mutant) -> str:
+        """Try a fault: ``killed``, ``survived``, or ``untested`` where no test file takes part."""
+        stages = [self._usable(names) for names in stages_of(mutant.module)]
+        path = self._copy.package / mutant.module
+        try:
+            path.write_bytes(mutant.mutation.apply(mutant.source))
+            for names in filter(None, stages):
+                usual = sum(self.seconds[name] or 0 for name in names)
+                if self._copy.run(names, 30 + 4 * usual) != PASSED:
+                    return "killed"
+        finally:
+            path.write_bytes(mutant.source)
+        return "survived" if any(stages) else "untested"
+
+    def _usable(self, names: list[str]) -> list[str]:
+        for name in names:
+            if name not in self.seconds:
+                started = time.monotonic()
+                passed = self._copy.run([name], self._longest) == PASSED
+                self.seconds[name] = time.monotonic() - started if passed else None
+        usable = [name for name in names if self.seconds[name] is not None]
+        own, rest = usable[:1], usable[1:]
+        return own + sorted(rest, key=lambda name: self.seconds[name] or 0)
+
+
+_RUNNERS: list[Runner] = []  # of this process of the pool
+
+
+def _start(folder: Path, longest: float) -> None:
+    import importlib
+
+    for name in _HEAVY:
+        importlib.import_module(name)
+    _RUNNERS.append(Runner(folder, longest))
+
+
+def _try(mutant: Mutant) -> tuple[Mutant, str, set[str]]:
+    found = _RUNNERS[0].survives(mutant)
+    return mutant, found, {name for name, s in _RUNNERS[0].seconds.items() if s is None}
+
+
+def main() -> None:
+    """Draw, try, and print the survivors and the figures of each folder."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("where", nargs="*", default=CORE, help="folders or files of the package")
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kind", help="faults of this kind alone")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--longest", type=float, default=120, help="seconds of a test file")
+    parser.add_argument("--list", action="store_true", help="show the faults and try none")
+    asked = parser.parse_args()
+    modules = sorted({name for where in asked.where for name in modules_in(where)})
+    mutants = draw(modules, asked.kind, asked.count, asked.seed)
+    if asked.list:
+        print("\n".join(one.difference for one in mutants))
+        return
+    results: Counter[tuple[str, str]] = Counter()
+    left_out: set[str] = set()
+    with (
+        tempfile.TemporaryDirectory(prefix="msn-export-mutants-") as folder,
+        ProcessPoolExecutor(
+            asked.processes, get_context("spawn"), _start, (Path(folder), asked.longest)
+        ) as pool,
+    ):
+        for number, (mutant, found, without) in enumerate(pool.map(_try, mutants), 1):
+            results[mutant.module.partition("/")[0], found] += 1
+            left_out |= without
+            print(f"{number}/{len(mutants)} {found} {mutant}", file=sys.stderr, flush=True)
+            if found != "killed":
+                print(f"{found}: {mutant}\n{mutant.difference}\n", flush=True)
+    for part in sorted({part for part, _ in results}):
+        killed, of = results[part, "killed"], sum(n for (p, _), n in results.items() if p == part)
+        print(f"{part}: {killed} of {of} killed")
+    if left_out:
+        print(f"took no part, failing or too long: {', '.join(sorted(left_out))}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""The faults that are planted to test the tests: each kind, what is left alone, which tests run."""
+
+import mutants
+import pytest
+from mutations import mutations_of
+
+SOURCE = b'''"""A module."""
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy
+
+
+@decorated(slots=True)
+def f(x: int = 3, *, name: str = "a") -> int | None:
+    """Say 1 == 2."""
+    assert x == 1
+    if not x:
+        raise ValueError(f"{x + 1} is odd")
+    for i in range(0, x):
+        if i <= 2 and x is not None:
+            continue
+        g(i, x, key=i - 1)
+    y = -x if name else "t" + name
+    y += 0.5
+    return y if (x) == (y) else 0
+'''
+
+
+def planted(source: bytes) -> dict[str, list[str]]:
+    """List the lines that each kind of fault makes."""
+    found: dict[str, list[str]] = {}
+    for one in mutations_of(source):
+        line = one.apply(source).splitlines()[one.line - 1].decode().strip()
+        found.setdefault(one.kind, []).append(line)
+    return found
+
+
+def test_each_kind_is_planted_and_nothing_where_no_test_could_see_it() -> None:
+    assert planted(SOURCE) == {
+        "constant": [
+            'def f(x: int = 4, *, name: str = "a") -> int | None:',
+            "for i in range(1, x):",
+            "if i <= 3 and x is not None:",
+            "g(i, x, key=i - 2)",
+            "y += 1.0",
+            "return y if (x) == (y) else 1",
+        ],
+        "comparison": [
+            "if i < 2 and x is not None:",
+            "if i <= 2 and x is None:",
+            "return y if (x) != (y) else 0",
+        ],
+        "not removed": ["if x:"],
+        "operator": ["if i <= 2 or x is not None:", "g(i, x, key=i + 1)"],
+        "argument dropped": ["for i in range(0):", "g(i, key=i - 1)", "g(i, x)"],
+        "sign removed": ['y = x if name else "t" + name'],
+        "condition negated": ['y = -x if (not (name)) else "t" + name'],
+        "statement deleted": ["pass", "pass", "pass", "pass"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("call", "dropped"),
+    [
+        ("f(a=1)", {"f()"}),
+        ("f(a=1, b=2)", {"f(b=2)", "f(a=1)"}),
+        ("f(x, *rest, **more)", {"f(x, **more)"}),
+        ("f(x)", set()),
+        ("f(x, y)", {"f(x)"}),
+    ],
+)
+def test_an_argument_is_dropped_with_its_comma(call, dropped) -> None:
+    assert set(planted(call.encode()).get("argument dropped", ())) == dropped
+
+
+def test_places_are_counted_in_bytes() -> None:
+    source = 'x = "é" == y  # ü'.encode()
+    assert planted(source) == {"comparison": ['x = "é" != y  # ü']}
+
+
+def test_a_draw_is_the_seeds_and_has_no_fault_twice() -> None:
+    modules = mutants.modules_in("check")
+    assert "check/neighbours.py" in modules
+    first, again, other = (mutants.draw(modules, None, 30, seed) for seed in (1, 1, 2))
+    assert first == again != other
+    assert len(set(first)) == 30
+    assert {m.mutation.kind for m in mutants.draw(modules, "comparison", 9, 0)} == {"comparison"}
+    assert all(m.difference.startswith(f"--- {m.module}\n+++ {m.mutation.kind}\n") for m in first)
+
+
+def test_the_tests_of_a_module_are_its_own_then_its_importers_then_their_own() -> None:
+    own, users = mutants.stages_of("graph/fuse.py")
+    assert own[0] == "test_fuse.py"
+    assert "test_attention.py" in own
+    assert "test_run_onnx.py" in own + users
+    assert not set(own) & set(users)
+
+
+def test_what_is_no_module_is_refused() -> None:
+    with pytest.raises(SystemExit, match="no_such is neither a folder nor a file of the package"):
+        mutants.modules_in("no_such")
