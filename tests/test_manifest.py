@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from manifests import example
 
+import msn_export
 from msn_export import manifest
 from msn_export.errors import ManifestError
 from msn_export.manifest import Manifest
@@ -227,3 +228,13 @@ def test_half_of_a_surrogate_pair_is_no_text(artifact) -> None:
     read = manifest.read(artifact)
     assert read is not None
     assert read.labels == ("cat \U0001f408",)
+
+
+def test_none_is_quoted_before_it_was_verified() -> None:
+    package = Path(msn_export.__file__).parent
+    unverified = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if "read_unverified" in path.read_text()
+    }
+    assert unverified == {"manifest.py", "proof/inspection.py"}  # one given without its artifact
