@@ -1,7 +1,7 @@
 """Which images are calibrated on and which are held out, decoded a few at a time."""
 
 import hashlib
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ def hash_of(pixels: NDArray[np.uint8]) -> str:
 class Pictures:
     """Paths in the order they are used; ``seen`` and ``broken`` fill while they are decoded.
 
-    ``withheld`` are hashes of images that are passed over: copies of those that are held out.
+    ``skipped`` says by reason how many entries of the folder are none of them. ``withheld`` are
+    hashes of images that are passed over: copies of those that are held out.
     """
 
     paths: Sequence[Path]
@@ -40,6 +41,7 @@ class Pictures:
     withheld: frozenset[str] = frozenset()
     seen: dict[Path, str] = field(default_factory=dict)
     broken: dict[Path, str] = field(default_factory=dict)
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
     def decode(self, batch: int) -> Iterator[tuple[NDArray[np.uint8], tuple[str, ...]]]:
         """Decode up to ``limit`` readable images in batches: pixels [b, h, w, c], names."""
@@ -112,10 +114,10 @@ def split(
         ImageError: there are not two readable images, or none that was not calibrated on before.
     """
     found = image_folder.find(folder)
-    order = [found[i] for i in np.random.default_rng(seed).permutation(len(found))]
+    order = [found.paths[i] for i in np.random.default_rng(seed).permutation(len(found.paths))]
     chosen = _hold_out(order, folder, preprocessing, taken)
     withheld = frozenset(map(hash_of, chosen.pixels))
-    pictures = Pictures(chosen.others, preprocessing, stem, limit, withheld)
+    pictures = Pictures(chosen.others, preprocessing, stem, limit, withheld, skipped=found.skipped)
     pictures.broken |= chosen.broken
     if len(chosen.broken) == len(order):
         first = next(iter(chosen.broken.values()))

@@ -107,11 +107,10 @@ class Ranges:
                 f"--ranges {path} were taken of another graph (sha256 {self.graph[:12]}…, this one "
                 f"has {graph[:12]}…); leave --ranges out to take them anew"
             )
-        if self.preprocessing != preprocessing:
+        if not self.preprocessing.makes_the_same_as(preprocessing):
             raise GraphError(
-                f"--ranges {path} were taken with preprocessing {self.preprocessing.name} "
-                f"{self.preprocessing.size}, this graph has {preprocessing.name} "
-                f"{preprocessing.size}; leave --ranges out to take them anew"
+                f"--ranges {path} were taken with preprocessing {self.preprocessing}, this graph "
+                f"has {preprocessing}; leave --ranges out to take them anew"
             )
 
     def histograms(self, names: Mapping[str, str], path: Path) -> dict[str, Histogram]:

@@ -2,25 +2,28 @@
 
 from dataclasses import replace
 
-from msn_export import preprocessing
+from msn_export.errors import SpecError
 from msn_export.models.checkpoints import Checkpoint
+from msn_export.preprocessing import Exif, Preprocessing
+from msn_export.processor_config import choose, from_processor_config, notes_on, size_in
 from msn_export.spec import ImageSize
 
 
-def preprocessing_of(checkpoint: Checkpoint, choice: str) -> preprocessing.Preprocessing:
-    """Choose the preprocessing: ``auto`` follows the checkpoint's own file where it has one."""
-    size = ImageSize(*checkpoint.config.image_size)
-    channels = checkpoint.config.channels
-    if choice == "auto" and checkpoint.processor is not None:
-        return preprocessing.from_processor_config(checkpoint.processor, size, channels)
-    return preprocessing.preset("hf" if choice == "auto" else choice, size, channels)
+def preprocessing_of(
+    checkpoint: Checkpoint, choice: str | None = None, exif: Exif | None = None
+) -> Preprocessing:
+    """Choose the preprocessing: None and ``auto`` follow the checkpoint's own file.
 
+    Where it has none, ``hf`` is assumed.
 
-def assumed(checkpoint: Checkpoint, choice: str) -> tuple[str, ...]:
-    """Say that the preprocessing is assumed where neither user nor checkpoint names one."""
-    if choice != "auto" or checkpoint.processor is not None:
-        return ()
-    return (f"{checkpoint.source} has no preprocessor_config.json: preprocessing hf assumed",)
+    Raises:
+        MsnExportError: as ``processor_config.choose``.
+    """
+    size, channels = ImageSize(*checkpoint.config.image_size), checkpoint.config.channels
+    known, own = None, checkpoint.processor
+    if choice in {None, "auto"} and own is not None:
+        known = from_processor_config(own.fields, size, channels, file=own.file)
+    return choose(known, size, channels, preprocess=choice, exif=exif)
 
 
 def sized(checkpoint: Checkpoint, size: ImageSize | None) -> Checkpoint:
@@ -37,3 +40,35 @@ def sized(checkpoint: Checkpoint, size: ImageSize | None) -> Checkpoint:
         f"position embedding interpolated from {ImageSize(*checkpoint.config.image_size)} to {size}"
     )
     return replace(checkpoint, model=model, config=model.config, notes=(*checkpoint.notes, note))
+
+
+def require_one_size(checkpoint: Checkpoint) -> None:
+    """Require that the checkpoint's own files agree on the size of its images.
+
+    They do not where a model was fine-tuned at another size and one file is of before. transformers
+    refuses such a pair when it runs, for it does not know which is meant either.
+
+    Raises:
+        SpecError: they do not.
+        ImageError: the processor's configuration is refused.
+    """
+    if (difference := size_difference(checkpoint)) is not None:
+        raise SpecError(f"{difference}; choose one with --image-size")
+
+
+def size_difference(checkpoint: Checkpoint) -> str | None:
+    """Say how the sizes of the model and of its processor differ; None where they do not."""
+    own, size = checkpoint.processor, ImageSize(*checkpoint.config.image_size)
+    made = size_in(own.fields) if own is not None else None
+    if own is None or made in {None, size}:
+        return None
+    return (
+        f"{checkpoint.source}: {own.file} makes images of {made} and the model's configuration "
+        f"says {size}"
+    )
+
+
+def processor_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Say what of the processor's configuration was not taken as it is written."""
+    own = checkpoint.processor
+    return notes_on(own.fields, own.file) if own is not None else ()

@@ -9,7 +9,7 @@ import numpy as np
 
 from msn_export import images
 from msn_export.errors import GraphError, SpecError
-from msn_export.preprocessing import Preprocessing, preset
+from msn_export.processor_config import choose
 from msn_export.spec import ImageSize, InputKind
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from msn_export.manifest import Manifest
+    from msn_export.preprocessing import Exif, Preprocessing
     from msn_export.spec import TensorSpec
 
 _DTYPES = {"float": np.float32, "float16": np.float16, "uint8": np.uint8}  # as ONNX spells them
@@ -25,12 +26,16 @@ _DTYPES = {"float": np.float32, "float16": np.float16, "uint8": np.uint8}  # as 
 
 @dataclass(frozen=True, slots=True)
 class Feed:
-    """How an artifact is fed; ``note`` says what had to be assumed."""
+    """How an artifact is fed."""
 
     kind: InputKind
     dtype: str
     preprocessing: Preprocessing
-    note: str | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What users must know of it."""
+        return tuple(filter(None, [self.preprocessing.assumption]))
 
     def __call__(self, pixels: NDArray[np.uint8]) -> NDArray[Any]:
         """Turn decoded pictures [b, h, w, c] into the artifact's input."""
@@ -45,6 +50,7 @@ def feed_of(
     manifest: Manifest | None,
     *,
     preprocess: str | None = None,
+    exif: Exif | None = None,
     size: ImageSize | None = None,
 ) -> Feed:
     """Find out how an artifact is fed.
@@ -53,12 +59,14 @@ def feed_of(
         name: of the artifact, for messages.
         inputs: what its runner says it takes.
         manifest: where its preprocessing stands; without one, ``hf`` is assumed and noted.
-        preprocess: a preset that is to be used instead.
+        preprocess: a preset or JSON file that is to be used instead.
+        exif: instead of what the manifest says.
         size: of a graph that leaves height and width open.
 
     Raises:
         GraphError: it does not take one image input.
-        SpecError: height and width are open and no ``size`` says them, or another than they are.
+        SpecError: height and width are open and no ``size`` says them, or another than they are;
+            or ``preprocess`` is unknown.
     """
     if len(inputs) != 1:
         names = ", ".join(repr(spec.name) for spec in inputs) or "nothing"
@@ -73,13 +81,9 @@ def feed_of(
     known = manifest.preprocessing if manifest is not None else None
     found = _size(described, sides, size or (known.size if known else None))
     count = channels if isinstance(channels, int) else 3
-    if preprocess is None and known is not None:
-        return Feed(kind, spec.dtype, known)
-    chosen = preset(preprocess or "hf", found, count)
-    note = None
-    if preprocess is None:
-        note = f"{name} has no manifest: preprocessing hf assumed"
-    return Feed(kind, spec.dtype, chosen, note)
+    inside = kind is InputKind.UINT8
+    made = choose(known, found, count, preprocess=preprocess, exif=exif, inside=inside)
+    return Feed(kind, spec.dtype, made)
 
 
 def _size(described: str, sides: Sequence[int | str], given: ImageSize | None) -> ImageSize:

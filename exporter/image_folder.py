@@ -2,51 +2,136 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from msn_export.errors import ImageError
-from msn_export.images import PICTURES, read
+from msn_export.images import HEADER, kind_of, read_file, unreadable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
+    from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from msn_export.preprocessing import Preprocessing
 
+# Files of these endings are taken for pictures unopened: a million of them are listed without a
+# million reads. What is none of them is told by its first bytes.
+ENDINGS = frozenset(
+    {".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".jp2", ".pgm", ".png", ".ppm", ".tif", ".tiff",
+     ".webp"}
+)  # fmt: skip
 
-def find(folder: Path) -> list[Path]:
-    """List the picture files below a folder, sorted; a single file is itself.
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The pictures below a folder, sorted by path, and by reason how many entries were skipped."""
+
+    paths: tuple[Path, ...]
+    skipped: Mapping[str, int] = field(default_factory=dict)
+
+
+def find(folder: Path) -> Found:
+    """List the pictures below a folder; a single file is itself.
+
+    Hidden files and folders are skipped, and so is what is no picture or cannot be read here; links
+    to folders are not followed.
 
     Raises:
-        ImageError: the folder is missing, or holds no file with a picture's ending.
+        ImageError: the folder is missing, or holds no picture.
     """
     if folder.is_file():
-        return [folder]
+        return Found((folder,))
     if not folder.is_dir():
         raise ImageError(f"image folder {folder} does not exist; give a folder of pictures")
-    paths = sorted(
-        path for path in folder.rglob("*") if path.suffix.lower() in PICTURES and path.is_file()
-    )
+    skipped: Counter[str] = Counter()
+    paths = tuple(_walk(folder, skipped))
     if not paths:
-        raise ImageError(
-            f"image folder {folder} holds no picture; expected files ending in "
-            f"{', '.join(sorted(PICTURES))}"
-        )
-    return paths
+        why = f" ({skips(skipped)})" if skipped else ""
+        raise ImageError(f"image folder {folder} holds no picture that can be read{why}")
+    return Found(paths, dict(sorted(skipped.items())))
+
+
+def skips(skipped: Mapping[str, int]) -> str:
+    """Say in one line what was skipped, the most first."""
+    most = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
+    return "skipped " + ", ".join(f"{count} {reason}" for reason, count in most)
+
+
+def _walk(folder: Path, skipped: Counter[str]) -> Iterator[Path]:
+    """Give pictures in the order of their paths' parts: each folder's entries by name."""
+    open_folders = [_entries(str(folder), skipped)]  # no recursion: folders may be nested deeply
+    while open_folders:
+        entry = next(open_folders[-1], None)
+        if entry is None:
+            open_folders.pop()
+        elif entry.name.startswith("."):
+            skipped["hidden"] += 1
+        elif entry.is_dir(follow_symlinks=False):
+            open_folders.append(_entries(entry.path, skipped))
+        elif (reason := _reason(entry)) is not None:
+            skipped[reason] += 1
+        else:
+            yield Path(entry.path)
+
+
+def _entries(folder: str, skipped: Counter[str]) -> Iterator[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return iter(sorted(entries, key=lambda entry: entry.name))
+    except OSError as error:
+        skipped[f"folder that cannot be listed ({error.strerror})"] += 1
+        return iter(())
+
+
+def _reason(entry: os.DirEntry[str]) -> str | None:
+    """Say why an entry is no picture that can be read here; None where it is one."""
+    try:
+        if not entry.is_file():
+            if entry.is_symlink():
+                return "link to a folder" if entry.is_dir() else "dangling link"
+            return "no file"  # a pipe, a socket, a device: opening one may wait for ever
+        if os.path.splitext(entry.name)[1].lower() in ENDINGS:  # noqa: PTH122  a Path each is slow
+            return None
+        with open(entry.path, "rb", buffering=0) as file:  # noqa: PTH123
+            kind = kind_of(file.read(HEADER))
+    except OSError as error:
+        return f"file that cannot be opened ({error.strerror})"
+    return "no picture" if kind is None else unreadable(kind)
 
 
 @dataclass(frozen=True, slots=True)
 class ImageSet:
-    """Decoded pictures: ``pixels`` uint8 [b, h, w, c], and what could not be decoded."""
+    """Decoded pictures: ``pixels`` uint8 [b, h, w, c], and what was not decoded.
+
+    ``broken`` says why of each picture that could not be; ``skipped`` is the folder's. ``turned``
+    counts the pictures that their EXIF orientation turned.
+    """
 
     pixels: NDArray[np.uint8]
     names: tuple[str, ...]
     broken: tuple[str, ...] = field(default=())
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    turned: int = 0
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What users must know of the pictures."""
+        return notes_on(self.broken, self.skipped, self.turned)
+
+
+def notes_on(broken: Sequence[str], skipped: Mapping[str, int], turned: int) -> tuple[str, ...]:
+    """Say which pictures could not be decoded, what was skipped, and what EXIF turned."""
+    return (
+        *(f"skipped: {reason}" for reason in broken),
+        *([skips(skipped)] if skipped else []),
+        *([f"pictures turned by their EXIF orientation: {turned}"] if turned else []),
+    )
 
 
 def load(folder: Path, preprocessing: Preprocessing, limit: int) -> ImageSet:
@@ -58,18 +143,23 @@ def load(folder: Path, preprocessing: Preprocessing, limit: int) -> ImageSet:
     pixels: list[NDArray[np.uint8]] = []
     names: list[str] = []
     broken: list[str] = []
-    paths = spread(find(folder), limit)
+    turned = 0
+    found = find(folder)
+    paths = spread(found.paths, limit)
     for path in paths:
         try:
-            pixels.append(read(path, preprocessing))
-            names.append(str(path.relative_to(folder)) if path != folder else path.name)
+            fitted = read_file(path, str(path), preprocessing)
         except ImageError as error:
             broken.append(str(error))
+            continue
+        pixels.append(fitted.pixels)
+        turned += fitted.turned
+        names.append(str(path.relative_to(folder)) if path != folder else path.name)
     if not pixels:
         raise ImageError(
             f"all {len(paths)} pictures of {folder} are broken; the first: {broken[0]}"
         )
-    return ImageSet(np.stack(pixels), tuple(names), tuple(broken))
+    return ImageSet(np.stack(pixels), tuple(names), tuple(broken), found.skipped, turned)
 
 
 def spread(paths: Sequence[Path], limit: int) -> list[Path]:

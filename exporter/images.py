@@ -9,9 +9,12 @@ Shapes: ``b`` images, ``h`` and ``w`` pixels, ``c`` channels.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -22,17 +25,80 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-PICTURES = frozenset(
-    {".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-)
 # Pillow's names of them. It knows many more, and some start programs: EPS runs Ghostscript.
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+HEADER = 64  # bytes that tell what a file is
+# First bytes, as each format's specification has them; BMP, PPM and those in ISO boxes take more
+_MAGIC = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"GIF87a", "GIF"),
+    (b"GIF89a", "GIF"),
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+    (b"II+\0", "TIFF"),
+    (b"MM\0+", "TIFF"),
+    (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG2000"),
+    (b"\xff\x4f\xff\x51", "JPEG2000"),
+)
+_DIB_HEADERS = frozenset({12, 16, 40, 52, 56, 64, 108, 124})  # bytes, by version
+_HEIC = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"})
+_AVIF = frozenset({b"avif", b"avis"})
+_HEIF = frozenset({b"mif1", b"msf1"})  # of either codec: a compatible brand says which
+
+
+def kind_of(header: bytes) -> str | None:
+    """Tell a picture's format by its first ``HEADER`` bytes; None where it is no picture.
+
+    Returns:
+        One of ``FORMATS``, ``AVIF`` or ``HEIC``.
+    """
+    for magic, kind in _MAGIC:
+        if header.startswith(magic):
+            return kind
+    if header[:4] == b"RIFF" and header[8:12] == b"WEBP":
+        return "WEBP"
+    if header[:2] == b"BM" and int.from_bytes(header[14:18], "little") in _DIB_HEADERS:
+        return "BMP"
+    if re.match(rb"P[1-6]\s+[\d#]", header):
+        return "PPM"
+    if header[4:8] == b"ftyp":
+        size = int.from_bytes(header[:4], "big")
+        brands = {header[at : at + 4] for at in (8, *range(16, min(size, len(header)), 4))}
+        if brands & _AVIF:
+            return "AVIF"
+        if brands & (_HEIC | _HEIF):
+            return "HEIC"
+    return None
+
+
+def unreadable(kind: str) -> str | None:
+    """Say why pictures of a format cannot be read here; None where they can."""
+    if kind == "HEIC" and "HEIF" not in _formats():
+        return "HEIC picture, which needs pillow-heif (pip install 'msn-export[heic]')"
+    if kind == "AVIF" and "AVIF" not in _formats():
+        return "AVIF picture, which needs Pillow 11.3 or later with its AVIF decoder"
+    return None
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """List what can be opened here, with the decoders that are installed."""
+    from PIL import features
+
+    more = []
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+        more.append("HEIF")
+    if "avif" in features.modules and features.check("avif"):
+        more.append("AVIF")
+    return (*FORMATS, *more)
 
 
 def fit(picture: Image.Image, preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    """Resize and crop one picture to uint8 [h, w, c].
-
-    EXIF orientation is not applied: neither the training code nor Hugging Face's processor does.
+    """Resize and crop one picture, upright already, to uint8 [h, w, c].
 
     Raises:
         ImageError: the picture is too large or too narrow to resize, has more than 8 bits a
@@ -56,10 +122,10 @@ def fit(picture: Image.Image, preprocessing: Preprocessing) -> NDArray[np.uint8]
             )
     else:
         method = Image.Resampling(RESAMPLING.index(preprocessing.resample))
-        wanted = _resize_to(picture, preprocessing)
+        wanted = _resized_to(picture, preprocessing)
         _require_size(wanted, "before its crop it would have")
         picture = picture.resize(wanted, method)
-    if preprocessing.short_side is not None:
+    if preprocessing.crops:
         picture = picture.crop(_centre(picture, preprocessing))
     pixels = np.asarray(picture)
     return pixels.reshape(size.height, size.width, preprocessing.channels)
@@ -75,11 +141,46 @@ def _require_size(size: tuple[int, int], what: str) -> None:
         raise ImageError(f"{what} {height}x{width} pixels; at most {most} in all are decoded")
 
 
-def _resize_to(picture: Image.Image, preprocessing: Preprocessing) -> tuple[int, int]:
+def turn(picture: Image.Image, preprocessing: Preprocessing) -> tuple[Image.Image, bool]:
+    """Turn a picture as its EXIF orientation has it, where the preprocessing applies that.
+
+    transformers' ``load_image``, and so its pipelines, turns files and opened images alike; its
+    processors turn nothing, and neither does torchvision's ``ImageFolder``, with which
+    facebookresearch/msn evaluates.
+
+    Returns:
+        The picture, and whether it was turned. The one that was given is not changed.
+
+    Raises:
+        ImageError: it is too large to decode.
+    """
+    from PIL import ImageOps
+
+    if preprocessing.exif == "ignore" or _orientation(picture) not in _TURNED:
+        return picture, False
+    _require_size(picture.size, "it has")
+    return ImageOps.exif_transpose(picture), True
+
+
+_TURNED = frozenset(range(2, 9))  # orientations of the EXIF standard; 1 is upright
+_ORIENTATION = 0x0112
+
+
+def _orientation(picture: Image.Image) -> object:
+    """Read the tag; a picture whose EXIF is damaged is shown as it lies, as browsers do."""
+    try:
+        orientation: object = picture.getexif().get(_ORIENTATION, 1)
+    except Exception:  # noqa: BLE001  Pillow's parser raises what it likes for damaged data
+        return 1
+    return orientation if isinstance(orientation, int) else 1
+
+
+def _resized_to(picture: Image.Image, preprocessing: Preprocessing) -> tuple[int, int]:
     width, height = picture.size
     short_side = preprocessing.short_side
     if short_side is None:
-        return preprocessing.size.width, preprocessing.size.height
+        fixed = preprocessing.squash or preprocessing.size
+        return fixed.width, fixed.height
     # torchvision.transforms.Resize and transformers.get_resize_output_image_size both truncate
     if width <= height:
         return short_side, int(short_side * height / width)
@@ -124,7 +225,7 @@ def decode(pictures: Iterable[Picture], preprocessing: Preprocessing) -> NDArray
     pixels = [
         read(Path(picture), preprocessing)
         if isinstance(picture, str | Path)
-        else fit(_opened(picture), preprocessing)
+        else fit(turn(_opened(picture), preprocessing)[0], preprocessing)
         for picture in pictures
     ]
     if not pixels:
@@ -163,10 +264,17 @@ def read(path: Path, preprocessing: Preprocessing) -> NDArray[np.uint8]:
     Raises:
         ImageError: the file is not a picture Pillow can decode, or ``fit`` refuses it.
     """
-    return read_file(path, str(path), preprocessing)
+    return read_file(path, str(path), preprocessing).pixels
 
 
-def read_file(file: Path | BinaryIO, name: str, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+class Fitted(NamedTuple):
+    """A decoded file: uint8 [h, w, c], and whether its EXIF orientation turned it."""
+
+    pixels: NDArray[np.uint8]
+    turned: bool
+
+
+def read_file(file: Path | BinaryIO, name: str, preprocessing: Preprocessing) -> Fitted:
     """Decode one file that is open, or whose path is not what it is called.
 
     Raises:
@@ -175,20 +283,37 @@ def read_file(file: Path | BinaryIO, name: str, preprocessing: Preprocessing) ->
     from PIL import Image
 
     try:
-        with Image.open(file, formats=FORMATS) as picture:
-            return fit(picture, preprocessing)
+        with Image.open(file, formats=_formats()) as picture:
+            upright, turned = turn(picture, preprocessing)
+            return Fitted(fit(upright, preprocessing), turned)
     except Exception as error:  # Pillow's decoders raise what they like for damaged data
-        raise ImageError(f"{name} is not a readable picture ({_reason(error)})") from error
+        reason = _reason(error, file)
+        raise ImageError(f"{name} is not a readable picture ({reason})") from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, file: Path | BinaryIO) -> str:
     from PIL import UnidentifiedImageError
 
     if isinstance(error, UnidentifiedImageError):
-        return "cannot identify image file"  # Pillow names the file, or an object's address
+        # Pillow names the file, or an object's address
+        return _unreadable_content(file) or "cannot identify image file"
     if isinstance(error, OSError) and error.strerror is not None:
         return error.strerror
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _unreadable_content(file: Path | BinaryIO) -> str | None:
+    try:
+        if isinstance(file, Path):
+            with file.open("rb") as opened:
+                header = opened.read(HEADER)
+        else:
+            file.seek(0)
+            header = file.read(HEADER)
+    except (OSError, ValueError):  # gone since, or closed by Pillow
+        return None
+    kind = kind_of(header)
+    return unreadable(kind) if kind is not None else None
 
 
 def noise(preprocessing: Preprocessing, count: int, seed: int = 0) -> NDArray[np.uint8]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from msn_export.errors import SpecError
 from msn_export.files import require_writable
 from msn_export.job import Job
 from msn_export.models.named import WEIGHTS, files_of, kind_of
+from msn_export.preprocessing import Exif
+from msn_export.processor_config import require_choice
 from msn_export.sidecar import manifest_path
 from msn_export.spec import BatchRange, Dtype, Head, ImageSize, InputKind, Target
 
@@ -27,7 +28,8 @@ class OnnxJob(Job):
     batch: BatchRange = BatchRange()
     image_size: ImageSize | None = None
     target: Target = Target.TENSORRT
-    preprocess: Literal["auto", "hf", "msn-eval"] = "auto"
+    preprocess: str = "auto"
+    exif: Exif | None = None
     images: Path | None = None
     islands: str = "measured"
     simplify: bool = True
@@ -51,9 +53,11 @@ class OnnxJob(Job):
         Raises:
             OutputError: the output exists, or its folder cannot be written.
             CheckpointError: there is no such checkpoint.
+            SpecError: there is no such preprocessing.
         """
         output = self.output or self._default_output()
         kind_of(self.checkpoint, self.variant)
+        require_choice(self.preprocess)
         outputs = [output, manifest_path(output)]
         sources = [Path(self.checkpoint), *files_of(self.checkpoint)]
         require_writable(outputs, force=self.force, sources=sources)

@@ -1,11 +1,10 @@
-"""What a model's preprocessing is: presets, and Hugging Face's file. ``images`` carries it out."""
+"""What a model's preprocessing is, and its presets. ``images`` carries it out."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
-from msn_export.errors import ImageError, SpecError
+from msn_export.errors import SpecError
 from msn_export.spec import LARGEST_SIDE, ImageSize
 
 # ImageNet statistics: facebookresearch/msn linear_eval.py, transforms.Normalize;
@@ -15,14 +14,20 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # PIL's codes 0 to 5
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels to Pillow's modes
+PRESETS = ("hf", "msn-eval", "raw")
+Exif: TypeAlias = Literal["apply", "ignore"]
 
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
     """How a picture becomes a model's input.
 
-    ``short_side`` None squashes the picture to ``size``; a number scales its short side to that
-    and cuts ``size`` out of the centre. ``resample`` None takes only pictures that already fit.
+    ``short_side`` scales the picture's short side to that many pixels, ``squash`` the picture to
+    that size whatever its proportions; either way ``size`` is then cut out of the centre, black
+    where the picture is smaller. With neither, the picture is squashed to ``size``. ``resample``
+    None takes only pictures that already fit. ``exif`` says whether a picture is first turned as
+    its EXIF orientation has it; a record without the field was made when none was. ``assumed``:
+    nothing said how the model's pictures are made, so this was taken.
     """
 
     name: str
@@ -33,6 +38,9 @@ class Preprocessing:
     scale: float = 1 / 255
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    squash: ImageSize | None = None
+    exif: Exif = "ignore"
+    assumed: bool = False
 
     def __post_init__(self) -> None:
         if self.resample is not None and self.resample not in RESAMPLING:
@@ -52,23 +60,65 @@ class Preprocessing:
             raise SpecError(
                 f"short side {self.short_side} is out of range; expected 1 to {LARGEST_SIDE}"
             )
+        if self.short_side is not None and self.squash is not None:
+            raise SpecError("short_side and squash contradict each other; give one")
+
+    def __str__(self) -> str:
+        """Say all of it in one line."""
+        return f"{self.name}{' (assumed)' if self.assumed else ''}: {self.geometry}; {self.values}"
 
     @property
     def channels(self) -> int:
         """Number of channels a picture is converted to."""
         return len(self.mean)
 
+    @property
+    def crops(self) -> bool:
+        """Whether ``size`` is cut out of what a picture is resized to."""
+        return self.short_side is not None or self.squash is not None
+
+    @property
+    def geometry(self) -> str:
+        """Say how a picture gets its size."""
+        if self.resample is None:
+            resized = f"only pictures of {self.size}"
+        elif self.short_side is not None:
+            resized = f"short side to {self.short_side} ({self.resample}), centre {self.size}"
+        elif self.squash is not None:
+            resized = f"resized to {self.squash} ({self.resample}), centre {self.size}"
+        else:
+            resized = f"resized to {self.size} ({self.resample})"
+        return f"{resized}, EXIF orientation {'applied' if self.exif == 'apply' else 'ignored'}"
+
+    @property
+    def values(self) -> str:
+        """Say how its bytes become numbers."""
+        mean, std = (", ".join(f"{x:g}" for x in of) for of in (self.mean, self.std))
+        scale = "1/255" if self.scale == 1 / 255 else f"{self.scale:g}"
+        return f"scale {scale}, mean {mean}, std {std}"
+
+    @property
+    def assumption(self) -> str:
+        """What users must know where it was assumed; empty where it was read or chosen."""
+        if not self.assumed:
+            return ""
+        return (
+            f"preprocessing {self.name} was assumed, nothing says how the model's pictures are "
+            f"made: {self.geometry}; {self.values}; --preprocess chooses another"
+        )
+
+    def normalises_as(self, other: "Preprocessing") -> bool:
+        """Whether both make the same numbers of a picture's bytes."""
+        return (self.scale, self.mean, self.std) == (other.scale, other.mean, other.std)
+
     def makes_the_same_as(self, other: "Preprocessing") -> bool:
         """Whether both make the same of every picture, whatever they are called."""
-        crops = self.short_side is not None
-        renamed = replace(other, name=self.name)
-        return self == (
-            renamed if crops else replace(renamed, crop_rounds_down=self.crop_rounds_down)
-        )
+        crop = self.crop_rounds_down if not self.crops else other.crop_rounds_down
+        return self == replace(other, name=self.name, assumed=self.assumed, crop_rounds_down=crop)
 
 
 def preset(name: str, size: ImageSize, channels: int = 3) -> Preprocessing:
-    """Make the preprocessing called ``hf`` or ``msn-eval`` for an image size.
+    """Make the preprocessing called ``hf``, ``msn-eval`` or ``raw`` for an image size.
 
     Raises:
         SpecError: no preset of that name, or pictures do not come with so many channels.
@@ -78,14 +128,29 @@ def preset(name: str, size: ImageSize, channels: int = 3) -> Preprocessing:
     statistics = _statistics(channels)
     if name == "hf":
         # transformers ViTImageProcessor: resize to exactly size, bilinear, rescale, normalise.
-        return Preprocessing("hf", size, None, "bilinear", **statistics)
+        return Preprocessing("hf", size, exif="apply", **statistics)
     if name == "msn-eval":
         # facebookresearch/msn linear_eval.py and logistic_eval.py: Resize(256), CenterCrop(224);
-        # kept in proportion for other sizes.
+        # kept in proportion for other sizes. torchvision's ImageFolder, which those read with,
+        # turns no picture: here it is turned unless exif says otherwise, for what users see upright
+        # is what they want embedded.
         short_side = round(min(size.height, size.width) * 256 / 224)
         short_side = max(short_side, size.height, size.width)
-        return Preprocessing("msn-eval", size, short_side, "bilinear", **statistics)
-    raise SpecError(f"preprocessing {name!r} is unknown; expected hf or msn-eval")
+        return Preprocessing("msn-eval", size, short_side, exif="apply", **statistics)
+    if name == "raw":
+        # for graphs that normalise themselves: the resized picture's bytes, as floats 0 to 255
+        mean, std = (0.0,) * channels, (1.0,) * channels
+        return Preprocessing("raw", size, scale=1.0, mean=mean, std=std, exif="apply")
+    raise SpecError(f"preprocessing {name!r} is unknown; expected {', '.join(PRESETS)}")
+
+
+def assumed(size: ImageSize, channels: int = 3) -> Preprocessing:
+    """Take ``hf`` for a model of which nothing says how its pictures are made.
+
+    Raises:
+        SpecError: pictures do not come with so many channels.
+    """
+    return replace(preset("hf", size, channels), assumed=True)
 
 
 def _statistics(channels: int) -> dict[str, Any]:
@@ -94,118 +159,17 @@ def _statistics(channels: int) -> dict[str, Any]:
     return {"mean": (0.5,) * channels, "std": (0.5,) * channels}
 
 
-# What a processor may do without changing the pixels that are computed here
-_DONE = frozenset({"do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_convert_rgb"})
-
-
-def from_processor_config(
-    config: Mapping[str, Any], size: ImageSize | None, channels: int = 3
-) -> Preprocessing:
-    """Read a Hugging Face ``preprocessor_config.json``; defaults are ViTImageProcessor's.
-
-    Args:
-        config: the parsed file.
-        size: the size the model receives, where it differs from the file's; the short side to
-            scale to is then kept in proportion.
-        channels: what the file's mean and std must have.
-
-    Raises:
-        ImageError: the file asks for something this module does not do, or contradicts itself.
-    """
-    try:
-        made = _from_processor_config(config, channels)
-    except SpecError as error:
-        raise ImageError(
-            f"preprocessor_config.json: {error}; mend it or choose --preprocess hf or msn-eval"
-        ) from error
-    return made if size is None or size == made.size else resized(made, size)
-
-
-def _from_processor_config(config: Mapping[str, Any], channels: int) -> Preprocessing:
-    known = {name: value for name, value in config.items() if value is not None}
-    for name in sorted(name for name, value in known.items() if name.startswith("do_") and value):
-        if name not in _DONE:
-            raise SpecError(f"{name} is not done here")
-    size, short_side = _processor_size(known)
-    resample = known.get("resample", 2)
-    if resample not in range(len(RESAMPLING)) or isinstance(resample, bool):
-        raise SpecError(f"resample is {resample!r}; expected one of Pillow's codes 0 to 5")
-    resizes, rescales = known.get("do_resize", True), known.get("do_rescale", True)
-    if known.get("do_normalize", True):
-        # transformers image_utils.IMAGENET_STANDARD_MEAN, _STD: 0.5
-        mean = _per_channel(known.get("image_mean", 0.5), "image_mean", channels)
-        std = _per_channel(known.get("image_std", 0.5), "image_std", channels)
-    else:
-        mean, std = (0.0,) * channels, (1.0,) * channels
-    return Preprocessing(
-        name="preprocessor_config.json",
-        size=size,
-        short_side=short_side if resizes else None,
-        resample=RESAMPLING[int(resample)] if resizes else None,
-        crop_rounds_down=True,
-        scale=_number(known.get("rescale_factor", 1 / 255), "rescale_factor") if rescales else 1.0,
-        mean=mean,
-        std=std,
-    )
-
-
-def _processor_size(known: Mapping[str, Any]) -> tuple[ImageSize, int | None]:
-    """Give what the model receives, and the short side that a picture is scaled to before a cut."""
-    size = known.get("size", {"height": 224, "width": 224})
-    crops = known.get("do_center_crop", False) and "crop_size" in known
-    cut = _square(known["crop_size"], "crop_size") if crops else None
-    if isinstance(size, Mapping) and "shortest_edge" in size:
-        if cut is None:
-            raise SpecError("size.shortest_edge without do_center_crop gives no fixed size")
-        if "longest_edge" in size:
-            raise SpecError("size.shortest_edge with longest_edge is not done here")
-        return cut, _pixels(size["shortest_edge"], "size.shortest_edge")
-    if cut is not None and not isinstance(size, Mapping):
-        raise SpecError(
-            f"size {size!r} with do_center_crop has two meanings; write it as shortest_edge, or as "
-            "height and width"
-        )
-    squashed = _square(size, "size")
-    if cut is not None and cut != squashed:
-        raise SpecError("do_center_crop after a resize to another fixed size is not done here")
-    return squashed, None
-
-
-def _square(value: Any, name: str) -> ImageSize:
-    """Read a size; ViTFeatureExtractor of transformers < 4.26 wrote one number for a square."""
-    if not isinstance(value, Mapping):
-        value = {"height": value, "width": value}
-    for side in ("height", "width"):
-        if side not in value:
-            raise SpecError(f"{name} is {dict(value)!r}; expected height and width")
-    height, width = (_pixels(value[side], f"{name}.{side}") for side in ("height", "width"))
-    return ImageSize(height, width)
-
-
-def _pixels(value: Any, name: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise SpecError(f"{name} is {value!r}; expected a number of pixels")
-    return value
-
-
-def _number(value: Any, name: str) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or abs(value) > 1e9:
-        raise SpecError(f"{name} is {value!r}; expected a number")
-    return float(value)
-
-
-def _per_channel(value: Any, name: str, channels: int) -> tuple[float, ...]:
-    values = value if isinstance(value, list | tuple) else [value] * channels
-    if len(values) != channels:
-        raise SpecError(f"{name} has {len(values)} channels, the model takes {channels}")
-    return tuple(_number(x, name) for x in values)
-
-
 def resized(preprocessing: Preprocessing, size: ImageSize) -> Preprocessing:
     """Carry a preprocessing over to another image size, the crop kept in proportion."""
-    short_side = preprocessing.short_side
+    before, short_side = preprocessing.size, preprocessing.short_side
     if short_side is not None:
-        before = min(preprocessing.size.height, preprocessing.size.width)
-        short_side = round(min(size.height, size.width) * short_side / before)
+        least = min(before.height, before.width)
+        short_side = round(min(size.height, size.width) * short_side / least)
         short_side = max(short_side, size.height, size.width)
-    return replace(preprocessing, size=size, short_side=short_side)
+    squash = preprocessing.squash
+    if squash is not None:
+        squash = ImageSize(
+            round(size.height * squash.height / before.height),
+            round(size.width * squash.width / before.width),
+        )
+    return replace(preprocessing, size=size, short_side=short_side, squash=squash)

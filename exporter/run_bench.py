@@ -70,9 +70,10 @@ def run_bench(job: BenchJob, progress: Progress = SILENT) -> Bench:
         for entry in artifacts(job.artifacts, where):
             with progress.step(f"open {entry.name}"):
                 arena.opened.append(arena.start(entry))
-        feed = arena.agree(job.image_size)
+        feed = arena.agree(job.image_size, job.preprocess, job.exif)
         with progress.step("read images"):
             sample = draw(job.images, feed.preprocessing)
+            arena.notes += sample.notes
             arena.show(feed, sample.pixels)
         with progress.step("run the fp32 reference"):
             reference = find_reference(arena, job.checkpoint)

@@ -22,7 +22,8 @@ from msn_export.check.sample import Sample, batches, draw
 from msn_export.check.verify import Reference, Verified
 from msn_export.job import Count, Job, Within
 from msn_export.manifest_records import CheckRecord
-from msn_export.preprocessing import preset
+from msn_export.preprocessing import Exif
+from msn_export.processor_config import choose
 from msn_export.progress import SILENT, Progress
 from msn_export.proof.artifact import Artifact
 from msn_export.proof.drift import Drift, common_stages, smoothing, suspect_of
@@ -47,6 +48,7 @@ class DriftJob(Job):
     limit: Count = LIMIT
     batch: Count = AT_ONCE
     preprocess: str | None = None
+    exif: Exif | None = None
     variant: str | None = None
     tolerance: Annotated[float, Within(0)] | None = None
 
@@ -80,9 +82,10 @@ def _marked(side: Artifact, folder: Path, progress: Progress) -> Artifact:
 def _compare(job: DriftJob, pair: Pair, progress: Progress) -> Drift:
     stages = common_stages(pair)
     with progress.step("read images"):
-        made = pair.preprocessing
-        if job.preprocess is not None:
-            made = preset(job.preprocess, pair.reference.size, pair.reference.channels)
+        side = pair.reference
+        made = choose(
+            pair.preprocessing, side.size, side.channels, preprocess=job.preprocess, exif=job.exif
+        )
         sample = draw(job.images, made, room=pair.room, limit=job.limit)
     with progress.step("compare block by block"):
         gathered, peaks, ran_on = _look(job, pair, sample, stages)
@@ -105,7 +108,7 @@ def _compare(job: DriftJob, pair: Pair, progress: Progress) -> Drift:
         suspect,
         inside,
         _check(pair, sample, gathered, dtype, ran_on, _at_once(job, pair, sample)),
-        (*pair.notes, *smoothing(pair), *(f"skipped: {broken}" for broken in sample.broken)),
+        tuple(dict.fromkeys((*pair.notes, *smoothing(pair), *sample.notes))),
     )
 
 

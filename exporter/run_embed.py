@@ -65,15 +65,18 @@ def run_embed(job: EmbedJob, progress: Progress = SILENT) -> Embedded:
         output_name=run.reading.vector,
         images=images,
         broken=len(parts.errors),
+        exif=run.feed.preprocessing.exif,
+        turned=parts.turned,
+        skipped=dict(place.pictures.skipped),
         errors=tuple(text for _, text in sorted(parts.errors.items())[:10]),
         resumed_at=resumed_at,
         runner=place.model.name,
         cluster=place.cluster,
         batch=run.batch,
         workers=place.workers,
-        preprocessing=to_plain(run.feed.preprocessing),
+        preprocessing=run.feed.preprocessing,
         selftest=place.selftest,
-        notes=(run.feed.note,) if run.feed.note else (),
+        notes=run.feed.notes,
         seconds=round(seconds, 3),
         images_per_second=round((images - resumed_at) / seconds, 2),
         peak_rss_bytes=peak_rss(),
@@ -114,6 +117,7 @@ class _Run:
             self.model.inputs,
             self.model.manifest,
             preprocess=job.preprocess,
+            exif=job.exif,
             size=job.image_size,
         )
         self.reading: Reading = reading_of(job.model.name, self.model.outputs, job.output_name)
@@ -176,6 +180,9 @@ class _Run:
             **self.origin(),
             "shape": shape,
             "broken": len(parts.errors),
+            "turned": parts.turned,
+            "skipped": dict(self.place.pictures.skipped),
+            "notes": self.feed.notes,
         }
         npy = self.job.output.suffix == ".npy"
         write = outputs.write_npy if npy else outputs.write_parquet

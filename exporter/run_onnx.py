@@ -9,7 +9,12 @@ from msn_export import __version__, golden
 from msn_export.check.gate import GATES
 from msn_export.check.sample import Sample, affordable_batch, batch_sizes, draw
 from msn_export.check.verify import Reference, run_reference, verify
-from msn_export.checkpoint import assumed, preprocessing_of, sized
+from msn_export.checkpoint import (
+    preprocessing_of,
+    processor_notes,
+    require_one_size,
+    sized,
+)
 from msn_export.files import publish, staging
 from msn_export.graph import io
 from msn_export.graph.facts import GraphFacts
@@ -61,7 +66,10 @@ def run_onnx(job: OnnxJob, progress: Progress = SILENT) -> tuple[Path, Manifest]
     started = time.monotonic()
     output = job.judge()
     with progress.step("load checkpoint"):
-        checkpoint = sized(load_checkpoint(job.checkpoint, variant=job.variant), job.image_size)
+        checkpoint = load_checkpoint(job.checkpoint, variant=job.variant)
+        if job.preprocess == "auto" and job.image_size is None:
+            require_one_size(checkpoint)
+        checkpoint = sized(checkpoint, job.image_size)
     default = Head.LOGITS if checkpoint.config.labels else Head.CLS
     heads = tuple(dict.fromkeys(job.heads)) or (default,)
     config = checkpoint.config
@@ -69,7 +77,8 @@ def run_onnx(job: OnnxJob, progress: Progress = SILENT) -> tuple[Path, Manifest]
     if job.check:
         batch_sizes(job.batch, room)  # refuses before the work what could not be checked after it
     with progress.step("read images"):
-        sample = draw(job.images, preprocessing_of(checkpoint, job.preprocess), room=room)
+        made = preprocessing_of(checkpoint, job.preprocess, job.exif)
+        sample = draw(job.images, made, room=room)
     with staging(output.parent) as stage:
         reference = known = None
         if job.check:
@@ -186,8 +195,8 @@ def _describe(
         islands=dict(built.islands.maxima),
         simplified=built.simplified,
         notes=(
-            *assumed(checkpoint, job.preprocess),
-            *(f"skipped: {broken}" for broken in sample.broken),
+            *(processor_notes(checkpoint) if job.preprocess == "auto" else ()),
+            *sample.notes,
         ),
         command=job.command,
         versions=versions_of(*PACKAGES),

@@ -20,6 +20,7 @@ from msn_export.errors import (
 from msn_export.files import placing, require_writable, staging
 from msn_export.job import Job, Within
 from msn_export.manifest import Manifest
+from msn_export.preprocessing import Exif
 from msn_export.progress import SILENT, Progress
 from msn_export.proof.artifact import ENGINES, is_checkpoint, open_engine
 from msn_export.proof.artifact_facts import artifact_facts, checkpoint_facts
@@ -39,6 +40,8 @@ class ReportJob(Job):
     output: Path = Path("report.html")
     markdown: Path | None = None
     images: Path | None = None
+    preprocess: str | None = None
+    exif: Exif | None = None
     limit: Annotated[int, Within(3)] = 64
     bench: Path | None = None
     variant: str | None = None
@@ -125,13 +128,27 @@ def _measure(job: ReportJob, progress: Progress) -> Measured:
     reference = runnable[0] if runnable else None
     for candidate in runnable[1:]:
         assert reference is not None  # it is the first
-        asked = ValidateJob(reference, candidate, job.images, job.limit, variant=job.variant)
+        asked = ValidateJob(
+            reference,
+            candidate,
+            job.images,
+            job.limit,
+            preprocess=job.preprocess,
+            exif=job.exif,
+            variant=job.variant,
+        )
         validation, verified = validate_in_full(asked, progress)
         agreements[candidate] = live_agreement(validation, verified)
         try:
-            found = run_drift(
-                DriftJob(reference, candidate, job.images, variant=job.variant), progress
+            looked = DriftJob(
+                reference,
+                candidate,
+                job.images,
+                preprocess=job.preprocess,
+                exif=job.exif,
+                variant=job.variant,
             )
+            found = run_drift(looked, progress)
         except GraphError as error:
             notes.append(f"no drift of {Path(candidate).name}: {error}")
         else:

@@ -10,7 +10,8 @@ from msn_export.check.sample import draw
 from msn_export.errors import OutputError, SpecError
 from msn_export.files import staging
 from msn_export.job import Count, Index, Job
-from msn_export.preprocessing import Preprocessing, preset
+from msn_export.preprocessing import Exif, Preprocessing
+from msn_export.processor_config import choose
 from msn_export.progress import SILENT, Progress
 from msn_export.servable import read_artifact
 from msn_export.spec import InputKind
@@ -40,6 +41,8 @@ class TritonJob(Job):
     ensemble: bool = False
     warmup: bool = False
     images: Path | None = None
+    preprocess: str | None = None
+    exif: Exif | None = None
     response_cache: bool = False
     cuda_graphs: bool = False
     force: bool = False
@@ -169,7 +172,8 @@ def _served(job: TritonJob, name: str, artifacts: Sequence[Artifact], notes: lis
     )
     preprocessing = None
     if job.ensemble or job.warmup:
-        preprocessing = first.preprocessing or _assume_preprocessing(first, notes)
+        preprocessing = _preprocessing(job, first)
+        notes += filter(None, [preprocessing.assumption])
     return Served(
         repository=job.output.absolute(),
         name=name,
@@ -203,20 +207,22 @@ def _release(asked: str | None, artifact: Artifact) -> Release:
     return for_onnx(artifact.opset or 0)
 
 
-def _assume_preprocessing(artifact: Artifact, notes: list[str]) -> Preprocessing:
-    """Take hf for a graph that another tool wrote.
+def _preprocessing(job: TritonJob, artifact: Artifact) -> Preprocessing:
+    """Settle how pictures are made for the ensemble and the warm-up.
 
     Raises:
-        SpecError: its input is no image of a fixed size.
+        SpecError: the model's input is no image of a fixed size.
     """
-    if artifact.image is None:
+    known = artifact.preprocessing
+    size, channels = (known.size, known.channels) if known else artifact.image or (None, 0)
+    if size is None:
         told = ", ".join(f"{spec.name} {list(spec.shape)}" for spec in artifact.inputs)
         raise SpecError(
             f"{artifact.path.name} takes {told}, not images of a fixed size; leave --ensemble and "
             "--warmup out"
         )
-    notes.append(f"{artifact.path.name} has no manifest: preprocessing hf assumed")
-    return preset("hf", *artifact.image)
+    inside = artifact.inputs[0].dtype == InputKind.UINT8
+    return choose(known, size, channels, preprocess=job.preprocess, exif=job.exif, inside=inside)
 
 
 def _warmup_data(
@@ -224,6 +230,7 @@ def _warmup_data(
 ) -> bytes:
     """Make the model's input from a picture: one image, or the batch that alone it takes."""
     sample = draw(job.images, preprocessing)
+    notes += [note for note in sample.notes if note not in notes]
     notes.append(f"warm-up data: {sample.source}")
     spec = artifact.inputs[0]
     stem = InputKind.UINT8 if spec.dtype == InputKind.UINT8 else InputKind.FLOAT

@@ -57,7 +57,7 @@ def run_trt(job: TrtJob, progress: Progress = SILENT) -> tuple[Path, Manifest]:
     _require_outputs(job, output)
     backend = find_backend(job.backend)
     with progress.step("read the graph"):
-        source = read_source(job.model)
+        source = read_source(job.model, job.preprocess, job.exif)
         profiles = _profiles(job, source)
         spec = _spec(job, profiles, backend)
         judge(spec, backend, find_driver())  # the build does too, but after all the checks

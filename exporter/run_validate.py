@@ -19,14 +19,10 @@ from msn_export.check.verify import (
     run_reference,
     verify,
 )
-from msn_export.errors import ImageError, SpecError
+from msn_export.errors import ImageError
 from msn_export.job import Count, Job
-from msn_export.models.hf_config import read_json
-from msn_export.preprocessing import (
-    Preprocessing,
-    from_processor_config,
-    preset,
-)
+from msn_export.preprocessing import Exif, Preprocessing
+from msn_export.processor_config import choose
 from msn_export.progress import SILENT, Progress
 from msn_export.proof.pair import Pair, open_pair
 from msn_export.proof.validation import Measured, Validation, judge
@@ -40,7 +36,8 @@ class ValidateJob(Job):
     """What ``msn-export validate`` was asked for.
 
     ``preprocess`` says how the candidate is fed in production, where that is not what its manifest
-    says. ``gate`` None is that of the coarser dtype; ``numbers`` replace some of the gate's.
+    says; ``exif`` is for both sides. ``gate`` None is that of the coarser dtype; ``numbers``
+    replace some of the gate's.
     """
 
     reference: str | Path
@@ -49,6 +46,7 @@ class ValidateJob(Job):
     limit: Count = LIMIT
     batch: BatchRange | None = None
     preprocess: str | None = None
+    exif: Exif | None = None
     variant: str | None = None
     gate: Dtype | None = None
     numbers: Mapping[str, float] = field(default_factory=dict)
@@ -73,11 +71,11 @@ def validate_in_full(job: ValidateJob, progress: Progress) -> tuple[Validation, 
     """
     with progress.step("read both sides"):
         pair = open_pair(str(job.reference), str(job.candidate), variant=job.variant)
-        own = _own_preprocessing(job, pair)
+        made, own = _preprocessings(job, pair)
     name = job.gate or coarsest(pair.reference.dtype, pair.candidate.dtype)
     gate = gate_of(name, job.numbers)
     with progress.step("read images"):
-        sample = draw(job.images, pair.preprocessing, room=pair.room, limit=job.limit)
+        sample = draw(job.images, made, room=pair.room, limit=job.limit)
     with tempfile.TemporaryDirectory(prefix="msn-export-") as folder, ExitStack() as opened:
         # first, for what cannot run here is refused before the reference took its time
         runner = opened.enter_context(closing(pair.candidate.start(pair.outputs, Path(folder))))
@@ -102,18 +100,16 @@ def run_pair_reference(pair: Pair, sample: Sample, stage: Path, *, rounding: boo
     return reference
 
 
-def _own_preprocessing(job: ValidateJob, pair: Pair) -> Preprocessing | None:
-    """Say what the candidate is fed in production, if that differs from what the reference is."""
-    own, size = pair.candidate.preprocessing, pair.candidate.size
-    if job.preprocess is not None and job.preprocess.endswith(".json"):
-        file = Path(job.preprocess)
-        if not file.is_file():
-            raise SpecError(f"--preprocess {file} does not exist; expected a JSON file")
-        config = read_json(file)
-        own = from_processor_config(config, size, pair.candidate.channels)
-    elif job.preprocess is not None:
-        own = preset(job.preprocess, size, pair.candidate.channels)
-    return own if own is not None and not own.makes_the_same_as(pair.preprocessing) else None
+def _preprocessings(job: ValidateJob, pair: Pair) -> tuple[Preprocessing, Preprocessing | None]:
+    """Say what both sides are given, and what the candidate is in production if that differs."""
+    side = pair.candidate
+    made = choose(pair.preprocessing, side.size, side.channels, exif=job.exif)
+    if job.preprocess is None and side.preprocessing is None:
+        return made, None
+    own = choose(
+        side.preprocessing, side.size, side.channels, preprocess=job.preprocess, exif=job.exif
+    )
+    return made, None if own.makes_the_same_as(made) else own
 
 
 def _measure(
@@ -129,7 +125,7 @@ def _measure(
     # an engine's batch is in the GPU's memory: this machine's sets no limit to its smallest
     room = max(batch.min, pair.room) if side.kind == "engine" else pair.room
     sizes = with_ragged(batch_sizes(batch, room), len(reference.sample))
-    notes = [f"skipped: {broken}" for broken in reference.sample.broken]
+    notes = list(reference.sample.notes)
     if room < batch.max:
         notes.append(f"batches up to {sizes[-1]} of {batch.max}: memory affords no more")
     same = verify(runner, reference, side.stem, sizes)

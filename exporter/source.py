@@ -15,7 +15,8 @@ from msn_export.graph.precision import graph_dtype
 from msn_export.graph.simplify import simplify
 from msn_export.graph.size import fix_image_size
 from msn_export.manifest import Manifest
-from msn_export.preprocessing import Preprocessing, preset
+from msn_export.preprocessing import Exif, Preprocessing, preset
+from msn_export.processor_config import choose
 from msn_export.spec import BatchRange, Dtype, ImageSize, InputKind
 
 DYNAMIC = BatchRange()  # what a foreign graph with a dynamic batch is taken for
@@ -42,12 +43,18 @@ class Source:
         return shape[0] if shape is not None and isinstance(shape[0], int) else None
 
 
-def read_source(path: Path) -> Source:
+def read_source(path: Path, preprocess: str | None = None, exif: Exif | None = None) -> Source:
     """Read an ONNX file; one that another tool wrote is accepted if it is a ViT we understand.
+
+    Args:
+        path: of the file.
+        preprocess: a preset or JSON file, instead of what the manifest says.
+        exif: instead of what the manifest says.
 
     Raises:
         GraphError: it is not; the message says what it would have to be.
         ManifestError: it is not the file its manifest describes.
+        SpecError: ``preprocess`` is unknown, or not what is inside the graph.
     """
     model = io.load(path)
     manifest = manifests.read(path)
@@ -62,6 +69,9 @@ def read_source(path: Path) -> Source:
     else:
         batch = batch or next(iter(manifest.profiles), None)
     known = manifest.preprocessing if manifest is not None else None
+    made = choose(
+        known, size, channels, preprocess=preprocess, exif=exif, inside=stem is InputKind.UINT8
+    )
     return Source(
         path=path,
         model=model,
@@ -69,14 +79,14 @@ def read_source(path: Path) -> Source:
         stem=stem,
         dtype=manifest.dtype if manifest is not None else graph_dtype(model),
         size=size,
-        preprocessing=known or preset("hf", size, channels),
+        preprocessing=made,
         batch=batch or DYNAMIC,
-        notes=notes,
+        notes=(*notes, *filter(None, [made.assumption])),
     )
 
 
 def _told(path: Path, fixed: ImageSize | None, done: str) -> tuple[str, ...]:
-    notes = (f"{path.name} has no manifest: preprocessing hf assumed; {done}",)
+    notes = (f"{path.name} has no manifest; {done}",)
     if fixed is None:
         return notes
     return (*notes, f"its image size was dynamic, and is {fixed} as its position embedding has it")

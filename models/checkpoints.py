@@ -1,17 +1,22 @@
 """Find a checkpoint wherever a user keeps it, and load it as the reference model."""
 
 import textwrap
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from msn_export.errors import CheckpointError
 from msn_export.models.assemble import assemble, classes_of, config_of
-from msn_export.models.hf_config import parse_config, read_json
+from msn_export.models.hf_config import (
+    PREPROCESSOR,
+    PROCESSOR,
+    Processor,
+    parse_config,
+    read_json,
+    read_processor,
+)
 from msn_export.models.named import kind_of, seeded
 from msn_export.models.variants import VitConfig, named_variant
 from msn_export.models.vit_msn import VitMsn
@@ -24,14 +29,14 @@ class Checkpoint:
 
     ``sha256`` is that of the weights as float32 under our names, in order: the same weights have
     the same hash in whatever file they lie. ``model`` is in eval mode, float32, on the CPU.
-    ``processor`` is the parsed preprocessor_config.json, if there is one.
+    ``processor`` is the image processor's configuration beside it, if there is one.
     """
 
     source: str
     sha256: str
     config: VitConfig
     model: VitMsn
-    processor: Mapping[str, Any] | None
+    processor: Processor | None
     notes: tuple[str, ...]
 
 
@@ -67,7 +72,7 @@ def _from_folder(folder: Path, source: str) -> Checkpoint:
     parse_config(written, str(beside))  # before gigabytes are read
     tensors = read_folder(folder)
     config = parse_config(written, str(beside), classes_of(tensors, where))
-    return _load(tensors, config, source, where, _processor(folder))
+    return _load(tensors, config, source, where, read_processor(folder))
 
 
 def _from_file(path: Path, variant: str | None) -> Checkpoint:
@@ -77,12 +82,7 @@ def _from_file(path: Path, variant: str | None) -> Checkpoint:
         config = parse_config(read_json(beside), str(beside), classes_of(tensors, where))
     else:
         config = config_of(tensors, variant, where)
-    return _load(tensors, config, str(path), where, _processor(path.parent))
-
-
-def _processor(folder: Path) -> Mapping[str, Any] | None:
-    path = folder / "preprocessor_config.json"
-    return read_json(path) if path.is_file() else None
+    return _load(tensors, config, str(path), where, read_processor(path.parent))
 
 
 def _load(
@@ -90,7 +90,7 @@ def _load(
     config: VitConfig,
     source: str,
     where: str,
-    processor: Mapping[str, Any] | None,
+    processor: Processor | None,
 ) -> Checkpoint:
     made = assemble(tensors, config, where)
     return Checkpoint(source, made.sha256, config, made.model, processor, made.notes)
@@ -130,7 +130,7 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     shown = f"{name}@{revision}" if revision else name
-    about = ["config.json", "preprocessor_config.json"]
+    about = ["config.json", PREPROCESSOR, PROCESSOR]
     safe = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
     pickled = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"]
     try:

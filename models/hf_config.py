@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,16 @@ from msn_export.errors import CheckpointError
 from msn_export.models.variants import VitConfig
 
 MODEL_TYPE = "vit_msn"
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 _LIMIT = 16 * 2**20  # bytes; ImageNet-21k's labels are a megabyte
+
+
+@dataclass(frozen=True, slots=True)
+class Processor:
+    """The image processor's configuration beside a checkpoint: its file's name and fields."""
+
+    file: str
+    fields: Mapping[str, Any]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -31,6 +41,30 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise CheckpointError(f"{path} is not a JSON object")
     return parsed
+
+
+def read_processor(folder: Path) -> Processor | None:
+    """Find the image processor's configuration of a model folder, in transformers' order.
+
+    ``processor_config.json`` holds it under ``image_processor`` since transformers 5, and goes
+    first; many such files hold none.
+
+    Raises:
+        CheckpointError: a file is no JSON object.
+    """
+    nested, plain = folder / PROCESSOR, folder / PREPROCESSOR
+    if nested.is_file():
+        parsed = read_json(nested)
+        fields = image_processor_of(parsed)
+        if fields is not parsed:
+            return Processor(PROCESSOR, fields)
+    return Processor(PREPROCESSOR, read_json(plain)) if plain.is_file() else None
+
+
+def image_processor_of(parsed: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Give the image processor's fields of a ``processor_config.json``; others are as they are."""
+    nested = parsed.get("image_processor")
+    return nested if isinstance(nested, Mapping) else parsed
 
 
 def parse_config(config: Mapping[str, Any], where: str, classes: int = 0) -> VitConfig:

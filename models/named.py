@@ -12,7 +12,7 @@ from msn_export.models.variants import named_variant
 Kind = Literal["random", "file", "folder", "hub"]
 
 WEIGHTS = (".safetensors", ".bin", ".pth", ".tar", ".pt")
-BESIDE = ("config.json", "preprocessor_config.json")
+BESIDE = ("config.json", "preprocessor_config.json", "processor_config.json")
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}(?:@[\w./-]{1,128})?", re.ASCII)
 
 

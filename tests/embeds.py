@@ -17,7 +17,7 @@ def embed(model: object, folder: object, output: Path, *options: str) -> Result:
 
 
 def names(folder: Path) -> list[str]:
-    return [str(path.relative_to(folder)) for path in image_folder.find(folder)]
+    return [str(path.relative_to(folder)) for path in image_folder.find(folder).paths]
 
 
 def lines_of(output: Path) -> list[dict[str, object]]:

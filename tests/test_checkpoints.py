@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from msn_export.errors import CheckpointError
 from msn_export.models.checkpoints import Checkpoint, load_checkpoint
+from msn_export.models.hf_config import Processor
 from msn_export.models.variants import VARIANTS, VitConfig
 
 State = dict[str, torch.Tensor]
@@ -176,14 +177,14 @@ def test_every_format_of_a_folder_is_the_same_checkpoint(classifier, tmp_path, f
 def test_a_folder_brings_its_preprocessing_and_its_labels(classifier) -> None:
     got = load_checkpoint(str(classifier))
     assert got.source == str(classifier)
-    assert got.processor == {"size": 32}
+    assert got.processor == Processor("preprocessor_config.json", {"size": 32})
     assert got.config.labels == LABELS
 
 
 def test_so_does_a_file_with_both_beside_it(classifier) -> None:
     got = load_checkpoint(str(classifier / "model.safetensors"))
     assert got.source == str(classifier / "model.safetensors")
-    assert got.processor == {"size": 32}
+    assert got.processor == Processor("preprocessor_config.json", {"size": 32})
     assert got.config.labels == LABELS
 
 
@@ -279,7 +280,7 @@ def test_a_hub_id_is_downloaded_once_and_only_what_is_read(hub, classifier) -> N
     got = load_checkpoint("facebook/safe")
     assert got.source == f"facebook/safe@{COMMIT}"
     assert got.sha256 == load_checkpoint(str(classifier)).sha256
-    assert got.processor == {"size": 32}
+    assert got.processor == Processor("preprocessor_config.json", {"size": 32})
     wanted = {"config.json", "model.safetensors", "preprocessor_config.json"}
     assert set(hub) == wanted
     hub.clear()

@@ -20,7 +20,7 @@ HF = preset("hf", ImageSize(32, 32))
 
 def test_order_is_that_of_the_paths_whoever_is_ready_first() -> None:
     paths = [Path(str(number)) for number in range(20)]
-    got = [int(pixels[0, 0, 0]) for pixels in decode(paths, slow_when_early, workers=3, ahead=8)]
+    got = [int(one.pixels[0, 0, 0]) for one in decode(paths, slow_when_early, workers=3, ahead=8)]
     assert got == list(range(20))
 
 
@@ -35,14 +35,14 @@ def test_no_more_are_decoded_than_may_wait(tmp_path) -> None:
 
 
 def test_pixels_are_those_of_the_one_preprocessing(tmp_path) -> None:
-    paths = image_folder.find(pictures(tmp_path, 3))
+    paths = image_folder.find(pictures(tmp_path, 3)).paths
     got = list(decode(paths, partial(read, preprocessing=HF), workers=1, ahead=2))
-    for path, pixels in zip(paths, got, strict=True):
-        np.testing.assert_array_equal(pixels, images.read(path, HF))
+    for path, fitted in zip(paths, got, strict=True):
+        np.testing.assert_array_equal(fitted.pixels, images.read(path, HF))
 
 
 def test_a_broken_picture_is_its_reason(tmp_path) -> None:
-    paths = image_folder.find(pictures(tmp_path, 3, broken=(1,)))
+    paths = image_folder.find(pictures(tmp_path, 3, broken=(1,))).paths
     got = list(decode(paths, partial(read, preprocessing=HF), workers=1, ahead=2))
     texts = [found for found in got if isinstance(found, str)]
     assert len(texts) == 1
@@ -73,5 +73,5 @@ def test_a_decoder_imports_nothing_from_the_current_folder(tmp_path, monkeypatch
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
     got = list(decode([Path("1"), Path("2")], slow_when_early, workers=2, ahead=2))
     assert not (tmp_path / "ran").exists()
-    assert all(isinstance(pixels, np.ndarray) for pixels in got)
+    assert not any(isinstance(one, str) for one in got)
     assert "PYTHONSAFEPATH" not in os.environ

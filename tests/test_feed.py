@@ -40,10 +40,21 @@ def test_open_sides_are_taken_from_what_is_given() -> None:
 def test_a_preset_that_was_chosen_is_no_assumption() -> None:
     assumed = feed_of("m", spec("float", "b", 3, 224, 224), None)
     chosen = feed_of("m", spec("float", "b", 3, 224, 224), None, preprocess="msn-eval")
-    assert assumed.note is not None
-    assert "preprocessing hf assumed" in assumed.note
-    assert chosen.note is None
+    (note,) = assumed.notes
+    assert note.startswith("preprocessing hf was assumed, nothing says how")
+    assert chosen.notes == ()
     assert chosen.preprocessing.short_side == 256
+
+
+def test_exif_is_applied_unless_it_is_chosen_or_known_otherwise() -> None:
+    inputs = spec("float", "b", 3, 224, 224)
+    assert feed_of("m", inputs, None).preprocessing.exif == "apply"
+    assert feed_of("m", inputs, None, exif="ignore").preprocessing.exif == "ignore"
+
+
+def test_another_normalisation_than_the_one_inside_is_refused() -> None:
+    inputs = spec("uint8", "b", 224, 224, 3)
+    assert feed_of("m", inputs, None, preprocess="raw").preprocessing.name == "raw"
 
 
 @pytest.mark.parametrize(

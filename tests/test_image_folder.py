@@ -27,9 +27,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_pictures_are_found_at_every_depth_in_order(folder) -> None:
-    found = [str(path.relative_to(folder)) for path in image_folder.find(folder)]
+    found = [str(path.relative_to(folder)) for path in image_folder.find(folder).paths]
     assert found == ["a.JPG", "b.png", "deep/er/c.bmp"]
-    assert image_folder.find(folder / "b.png") == [folder / "b.png"]
+    assert image_folder.find(folder / "b.png").paths == (folder / "b.png",)
 
 
 def test_broken_ones_are_named_and_the_others_read(folder) -> None:
@@ -45,7 +45,7 @@ def test_broken_ones_are_named_and_the_others_read(folder) -> None:
 def test_a_folder_without_a_picture_that_can_be_read_is_an_error(tmp_path) -> None:
     with pytest.raises(ImageError, match=r"image folder .*none does not exist; give a folder of"):
         image_folder.find(tmp_path / "none")
-    with pytest.raises(ImageError, match=r"holds no picture; expected files ending in \.bmp, \.gi"):
+    with pytest.raises(ImageError, match=r"image folder .* holds no picture that can be read$"):
         image_folder.load(tmp_path, SMALL, 10)
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(b"")

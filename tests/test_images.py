@@ -1,6 +1,9 @@
 """The only preprocessing: bit for bit transformers' (Pillow), and the original evaluation's."""
 
+import dataclasses
 import io
+import sys
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,13 +12,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile, ImageOps
+from transformers.image_utils import load_image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from msn_export import image_folder, images
 from msn_export.errors import ImageError
-from msn_export.preprocessing import RESAMPLING, from_processor_config, preset, resized
+from msn_export.preprocessing import RESAMPLING, preset, resized
+from msn_export.processor_config import from_processor_config
 from msn_export.spec import ImageSize
 
 SMALL = preset("hf", ImageSize(32, 32))
@@ -77,7 +82,7 @@ def test_the_hf_preset_is_the_published_file(photographs) -> None:
     published = {"do_normalize": True, "do_resize": True, "resample": 2, "size": 224, **IMAGENET}
     processor = ViTImageProcessorPil(**published)
     preprocessing = preset("hf", ImageSize(224, 224))
-    for path in image_folder.find(photographs):
+    for path in image_folder.find(photographs).paths:
         with Image.open(path) as opened:
             theirs = processor(opened.convert("RGB"), return_tensors="np").pixel_values
         np.testing.assert_array_equal(images.preprocess([path], preprocessing), theirs)
@@ -154,23 +159,184 @@ def test_a_batch_is_planes_and_noise_is_bytes() -> None:
     assert (noise != images.noise(SMALL, 5, seed=1)).any()
 
 
-def test_exif_orientation_is_left_alone(tmp_path) -> None:
+# --- EXIF -----------------------------------------------------------------------------------------
+
+IGNORING = dataclasses.replace(SMALL, exif="ignore")
+ORIENTATIONS = range(1, 9)
+
+
+def tagged(path: Path, orientation: int, **options: Any) -> Path:
+    """Save a picture that says how it is to be turned."""
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
-    picture().save(tmp_path / "a.png")
-    picture().save(tmp_path / "turned.png", exif=exif)
-    plain, turned = (images.read(tmp_path / name, SMALL) for name in ("a.png", "turned.png"))
-    np.testing.assert_array_equal(plain, turned)
+    exif[0x0112] = orientation
+    picture().save(path, exif=exif, **options)
+    return path
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+def test_a_file_is_turned_as_load_image_turns_it(tmp_path, orientation, suffix) -> None:
+    path = tagged(tmp_path / f"a{suffix}", orientation)
+    theirs = images.fit(load_image(str(path)), SMALL)
+    fitted = images.read_file(path, "a", SMALL)
+    np.testing.assert_array_equal(fitted.pixels, theirs)
+    assert fitted.turned is (orientation != 1)
+    np.testing.assert_array_equal(images.read(path, SMALL), theirs)
+    with path.open("rb") as file:
+        np.testing.assert_array_equal(images.read_file(file, "a", SMALL).pixels, theirs)
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_every_orientation_is_another_picture(tmp_path, orientation) -> None:
+    upright = images.read(tagged(tmp_path / "a.png", 1), SMALL)
+    turned = images.read(tagged(tmp_path / "b.png", orientation), SMALL)
+    assert (turned == upright).all() == (orientation == 1)
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_an_opened_image_is_turned_as_load_image_turns_it_and_not_changed(
+    tmp_path, orientation
+) -> None:
+    path = tagged(tmp_path / "a.png", orientation)
+    with Image.open(path) as opened, Image.open(path) as theirs:
+        got = images.decode([opened, path], SMALL)
+        np.testing.assert_array_equal(got[0], images.fit(load_image(theirs), SMALL))
+        assert opened.size == (80, 60)
+    np.testing.assert_array_equal(got[0], got[1])
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_a_file_is_left_as_it_lies_where_exif_is_ignored(tmp_path, orientation) -> None:
+    fitted = images.read_file(tagged(tmp_path / "a.png", orientation), "a", IGNORING)
+    np.testing.assert_array_equal(fitted.pixels, images.fit(picture(), SMALL))
+    assert not fitted.turned
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 255, 65535])
+def test_an_orientation_that_does_not_exist_turns_nothing(tmp_path, orientation) -> None:
+    fitted = images.read_file(tagged(tmp_path / "a.png", orientation), "a", SMALL)
+    np.testing.assert_array_equal(fitted.pixels, images.fit(picture(), SMALL))
+    assert not fitted.turned
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0", b"Exif\0\0nothing", b"Exif\0\0II*\0\xff\xff\xff\xff"]
+)
+def test_a_picture_whose_exif_is_damaged_is_read_as_it_lies(tmp_path, exif) -> None:
+    picture().save(tmp_path / "a.jpg", exif=exif)
+    picture().save(tmp_path / "b.jpg")
+    with warnings.catch_warnings():  # Pillow's own, of corrupt EXIF, which is an error in tests
+        warnings.simplefilter("ignore", UserWarning)
+        damaged = images.read_file(tmp_path / "a.jpg", "a", SMALL)
+    np.testing.assert_array_equal(damaged.pixels, images.read(tmp_path / "b.jpg", SMALL))
+    assert not damaged.turned
+
+
+def test_a_bomb_is_not_turned_first(tmp_path, monkeypatch) -> None:
+    path = tagged(tmp_path / "a.png", 6)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
+    monkeypatch.setattr(ImageOps, "exif_transpose", lambda _: pytest.fail("it was decoded"))
+    with warnings.catch_warnings():  # Pillow's own, which is an error in these tests
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        assert message_of(path) == "(it has 60x80 pixels; at most 4000 in all are decoded)"
 
 
 # --- files ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", sorted(images.PICTURES - {".pgm"}))
+@pytest.mark.parametrize("suffix", sorted(image_folder.ENDINGS - {".pgm"}))
 def test_every_ending_that_is_looked_for_is_read(tmp_path, suffix) -> None:
     path = tmp_path / f"a{suffix}"
     picture().save(path)
     assert images.read(path, SMALL).shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("form", "kind"),
+    [*((form, form) for form in images.FORMATS), ("MPO", "JPEG"), ("AVIF", "AVIF")],
+)
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_picture_is_told_by_its_first_bytes(form, kind, mode) -> None:
+    buffer = io.BytesIO()
+    picture(mode=mode).save(buffer, form)
+    assert images.kind_of(buffer.getvalue()[: images.HEADER]) == kind
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"heix", b"mif1", b"msf1", b"hevc"])
+def test_heic_and_avif_are_told_by_their_brands(brand) -> None:
+    assert images.kind_of(b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1heic") == "HEIC"
+    both = b"\0\0\0\x1cftyp" + b"mif1" + b"\0\0\0\0mif1avifmiaf"
+    assert images.kind_of(both) == "AVIF"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"B", b"BM", b"BMW is a maker of cars and not a bitmap", b"P5", b"P5 is a vitamin",
+     b"P3\nx", b"RIFF0000WAVEfmt ", b"\0\0\0\x18ftypisom\0\0\0\0mp42", b"%PDF-1.7", b"GIF88a",
+     b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"\xff\xd8", b"%!PS-Adobe-3.0 EPSF-3.0"],
+)  # fmt: skip
+def test_what_is_no_picture_is_told_by_its_first_bytes(content) -> None:
+    assert images.kind_of(content) is None
+
+
+@given(st.binary(max_size=images.HEADER))
+def test_any_first_bytes_are_some_kind_or_none(header) -> None:
+    assert images.kind_of(header) in {*images.FORMATS, "AVIF", "HEIC", None}
+
+
+def test_an_avif_picture_is_read(tmp_path) -> None:
+    picture().save(tmp_path / "a.avif")
+    assert images.read(tmp_path / "a.avif", SMALL).shape == (32, 32, 3)
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+
+
+def test_a_picture_that_needs_a_decoder_says_which(tmp_path, monkeypatch) -> None:
+    without(monkeypatch, "pillow_heif")
+    (tmp_path / "a.jpg").write_bytes(HEIC)
+    wanted = "(HEIC picture, which needs pillow-heif (pip install 'msn-export[heic]'))"
+    assert message_of(tmp_path / "a.jpg") == wanted
+    with pytest.raises(ImageError, match="needs pillow-heif"):
+        images.read_file(io.BytesIO(HEIC), "it", SMALL)
+
+
+def test_heic_is_read_where_its_decoder_is(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", stand_in_for_heif(monkeypatch))
+    images._formats.cache_clear()
+    (tmp_path / "a.heic").write_bytes(HEIC)
+    assert images.unreadable("HEIC") is None
+    assert (images.read(tmp_path / "a.heic", SMALL) == (1, 2, 3)).all()
+    images._formats.cache_clear()
+
+
+def without(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Have a package not be there, whether it is installed or not."""
+    monkeypatch.setitem(sys.modules, name, None)
+    images._formats.cache_clear()
+
+
+def stand_in_for_heif(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """Make a pillow_heif that reads every HEIC as one colour, by the same plug of Pillow's."""
+
+    class Plain(ImageFile.ImageFile):
+        format = "HEIF"
+
+        def _open(self) -> None:
+            self._size, self._mode = (40, 30), "RGB"
+            self.tile = []
+
+        def load(self) -> Any:
+            self.im = Image.new("RGB", self.size, (1, 2, 3)).im
+            return super().load()
+
+    def register() -> None:
+        accepts = (Plain, lambda prefix: prefix[4:12] == b"ftypheic")
+        monkeypatch.setitem(Image.OPEN, "HEIF", accepts)
+
+    module = types.ModuleType("pillow_heif")
+    module.register_heif_opener = register  # type: ignore[attr-defined]
+    return module
 
 
 def test_a_picture_of_two_cameras_is_read(tmp_path) -> None:

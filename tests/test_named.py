@@ -113,7 +113,8 @@ def test_the_files_that_loading_may_read_are_listed(tmp_path) -> None:
     assert {path.name for path in files_of(str(tmp_path))} == read
     weights = tmp_path / "model-00001-of-00002.safetensors"
     assert files_of(str(weights)) == [
-        weights, tmp_path / "config.json", tmp_path / "preprocessor_config.json"
+        weights, tmp_path / "config.json", tmp_path / "preprocessor_config.json",
+        tmp_path / "processor_config.json",
     ]  # fmt: skip
     assert files_of("random:vit-msn-small") == files_of("facebook/vit-msn-small") == []
 

@@ -11,7 +11,7 @@ from checkpoints import hugging_face, processor
 
 from msn_export import manifest
 from msn_export.onnx_job import OnnxJob
-from msn_export.preprocessing import preset
+from msn_export.preprocessing import assumed, preset
 from msn_export.proof.artifact import open_artifact
 from msn_export.proof.pair import open_pair
 from msn_export.run_onnx import run_onnx
@@ -28,10 +28,10 @@ def test_of_two_checkpoints_the_reference_says_the_image_size(tmp_path) -> None:
 
 def test_a_checkpoint_without_a_preprocessor_config_is_hf_as_onnx_reads_it(tmp_path) -> None:
     hugging_face(tmp_path / "hf", labels=3)
-    said = f"{tmp_path / 'hf'} has no preprocessor_config.json: preprocessing hf assumed"
     _, known = run_onnx(OnnxJob(str(tmp_path / "hf"), tmp_path / "m.onnx", check=False))
+    assert known.preprocessing == assumed(ImageSize(32, 32))
+    said = known.preprocessing.assumption
     assert known.notes == (said,)
-    assert known.preprocessing == preset("hf", ImageSize(32, 32))
     rewrite(tmp_path / "m.onnx", preprocessing=preset("msn-eval", ImageSize(32, 32)))
     pair = open_pair(str(tmp_path / "hf"), str(tmp_path / "m.onnx"))
     assert pair.preprocessing == known.preprocessing  # and not the candidate's own

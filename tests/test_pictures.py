@@ -105,7 +105,7 @@ def test_nothing_to_judge_by_is_refused(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("count", "broken", "message"),
     [
-        (0, (), "image folder .* holds no picture; expected files ending in"),
+        (0, (), "image folder .* holds no picture that can be read"),
         (
             1,
             (),

@@ -64,7 +64,7 @@ def test_the_wheel_with_ort_alone_runs_an_exported_model(production, photographs
     ).stdout.lower()  # fmt: skip
     assert "onnxruntime" in listed
     assert not [name for name in ("torch", "onnx==", "onnx-ir", "cuda") if f"\n{name}" in listed]
-    paths = image_folder.find(photographs)[:3]
+    paths = image_folder.find(photographs).paths[:3]
     output = tmp_path / "logits.npy"
     run = subprocess.run(
         [production, "-I", "-c", SCRIPT, classifier(), output, *paths],

@@ -82,7 +82,7 @@ def test_ranges_of_other_preprocessing_are_refused() -> None:
     other = preset("msn-eval", ImageSize(32, 32))
     with pytest.raises(
         GraphError,
-        match=r"were taken with preprocessing hf 32x32, this graph has msn-eval 32x32; leave",
+        match=r"were taken with preprocessing hf: resized .*, this graph has msn-eval: .*; leave",
     ):
         ranges().require("a" * 64, other, PATH)
 

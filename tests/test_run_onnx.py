@@ -59,7 +59,7 @@ def test_the_file_agrees_with_transformers(tmp_path, photographs) -> None:
     output = tmp_path / "m.onnx"
     assert export(tmp_path / "hf", output, "--head", "logits", "--head", "tokens").exit_code == 0
     config = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
-    paths = image_folder.find(photographs)
+    paths = image_folder.find(photographs).paths
     pictures = images.preprocess(paths, from_processor_config(config, None))
     session = onnxruntime.InferenceSession(output, providers=["CPUExecutionProvider"])
     logits, tokens = session.run(["logits", "last_hidden_state"], {"pixel_values": pictures})

@@ -15,7 +15,7 @@ from msn_export.runtime.runner import Guess
 def test_pictures_are_preprocessed_as_the_manifest_says(photographs) -> None:
     from PIL import Image
 
-    paths = image_folder.find(photographs)[:3]
+    paths = image_folder.find(photographs).paths[:3]
     with open_runner(classifier()) as runner:
         known = runner.manifest.preprocessing
         batch = runner.preprocess(paths)
@@ -31,7 +31,7 @@ def test_pictures_are_preprocessed_as_the_manifest_says(photographs) -> None:
 
 
 def test_a_graph_of_bytes_is_given_bytes(photographs) -> None:
-    paths = image_folder.find(photographs)[:2]
+    paths = image_folder.find(photographs).paths[:2]
     with (
         open_runner(classifier("--input", "uint8")) as of_bytes,
         open_runner(classifier()) as of_floats,

@@ -82,7 +82,7 @@ def test_what_is_no_argument_is_refused(arguments, message) -> None:
 
 
 def test_pictures_that_run_together_get_the_answers_they_get_alone(replica, model, tmp_path):
-    paths = image_folder.find(pictures(tmp_path, 3))
+    paths = image_folder.find(pictures(tmp_path, 3)).paths
 
     async def decode():
         return await asyncio.gather(*(replica.decode(path.read_bytes()) for path in paths))
@@ -142,7 +142,7 @@ def test_pictures_that_were_with_one_that_ended_their_decoder_are_tried_again(
     replica, monkeypatch
 ) -> None:
     pixels = np.zeros((32, 32, 3), np.uint8)
-    monkeypatch.setattr(replica, "_decoder", Crashing(pixels))
+    monkeypatch.setattr(replica, "_decoder", Crashing(images.Fitted(pixels, turned=False)))
 
     async def decode():
         return await asyncio.gather(*(replica.decode(b"x") for _ in range(4)))
@@ -169,4 +169,4 @@ def test_posted_bytes_are_preprocessed_as_a_file_is(tmp_path) -> None:
     (tmp_path / "a.png").write_bytes(file.getvalue())
     known = preset("hf", ImageSize(32, 32))
     got = module.read_posted(module.Posted(file.getvalue()), preprocessing=known)
-    np.testing.assert_array_equal(got, images.read(tmp_path / "a.png", known))
+    np.testing.assert_array_equal(got.pixels, images.read(tmp_path / "a.png", known))

@@ -14,7 +14,7 @@ from msn_export import manifest
 from msn_export.cli import main
 from msn_export.errors import GraphError, ManifestError
 from msn_export.graph import io
-from msn_export.preprocessing import preset
+from msn_export.preprocessing import assumed, preset
 from msn_export.source import DYNAMIC, read_source
 from msn_export.spec import BatchRange, Dtype, ImageSize, InputKind
 
@@ -60,11 +60,14 @@ def test_without_its_manifest_it_is_read_as_anyones(ours, tmp_path) -> None:
     source = read_source(path)
     assert source.manifest is None
     assert (source.stem, source.dtype, source.batch) == (InputKind.UINT8, Dtype.FP16, DYNAMIC)
-    assert source.preprocessing == preset("hf", ImageSize(32, 32))
+    assert source.preprocessing == assumed(ImageSize(32, 32))
     assert source.notes == (
-        "theirs.onnx has no manifest: preprocessing hf assumed; simplification nothing left "
-        "to simplify",
+        "theirs.onnx has no manifest; simplification nothing left to simplify",
+        source.preprocessing.assumption,
     )
+    chosen = read_source(path, "raw", "ignore")
+    assert chosen.preprocessing == replace(preset("raw", ImageSize(32, 32)), exif="ignore")
+    assert len(chosen.notes) == 1
 
 
 def test_a_file_that_is_not_its_manifests_is_refused(ours, tmp_path) -> None:
@@ -185,4 +188,4 @@ def test_preprocessing_that_the_manifest_lacks_is_the_default(ours, tmp_path) ->
     bare = manifest.seal(replace(written, preprocessing=None))
     manifest.manifest_path(path).write_text(bare)
     assert json.loads(bare)["preprocessing"] is None
-    assert read_source(path).preprocessing == preset("hf", ImageSize(32, 32))
+    assert read_source(path).preprocessing == assumed(ImageSize(32, 32))

@@ -14,12 +14,12 @@ def plain(record: dict) -> bool:
 
 def test_pixels_come_back() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (3, 4, 5, 3), dtype=np.uint8)
-    record = pixels_to(12, pixels, {1: "broken"})
+    record = pixels_to(12, pixels, {1: "broken"}, 2)
     assert plain(record)
-    start, got, errors = pixels_from(record)
+    start, got, errors, turned = pixels_from(record)
     np.testing.assert_array_equal(got, pixels)
     assert got.flags.writeable  # a runner may refuse what is not
-    assert (start, errors) == (12, {1: "broken"})
+    assert (start, errors, turned) == (12, {1: "broken"}, 2)
 
 
 @pytest.mark.parametrize("classified", [True, False])
@@ -28,12 +28,12 @@ def test_rows_come_back(shape, classified) -> None:
     vectors = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     vectors[0] = np.nan
     best = np.zeros(shape[0], BEST) if classified else None
-    record = rows_to(7, Rows(vectors, best, {0: "no picture"}))
+    record = rows_to(7, Rows(vectors, best, {0: "no picture"}, 3))
     assert plain(record)
     start, got = rows_from(record)
     assert start == 7
     np.testing.assert_array_equal(got.vectors, vectors)
-    assert got.errors == {0: "no picture"}
+    assert (got.errors, got.turned) == ({0: "no picture"}, 3)
     if classified:
         np.testing.assert_array_equal(got.best, best)
     else:

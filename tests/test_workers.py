@@ -101,7 +101,8 @@ def test_a_broken_picture_is_black_on_its_way(model, folder) -> None:
     reader = Reader(store, feed.preprocessing, 1, BATCH)
     with closing(reader._decoder):
         record = reader({"start": 0, "sources": [bytes(path) for path in found.paths]})
-    _, pixels, errors = pixels_from(record)
+    _, pixels, errors, turned = pixels_from(record)
+    assert turned == 0
     (row,) = errors
     assert "002.png is not a readable picture" in errors[row]
     assert not pixels[row].any()

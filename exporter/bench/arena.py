@@ -12,6 +12,7 @@ from msn_export.bench.process import Process
 from msn_export.bench.records import Contender
 from msn_export.errors import BenchError, SpecError
 from msn_export.feed import Feed, feed_of
+from msn_export.preprocessing import Exif
 from msn_export.records import from_plain, to_plain
 from msn_export.spec import BatchRange, ImageSize, TensorSpec
 
@@ -96,11 +97,15 @@ class Arena:
         """Give another arena with the same pictures and no contender yet."""
         return Arena(where, self.folder, stack, self.offline, feed=self.feed, _started=100)
 
-    def agree(self, size: ImageSize | None) -> Feed:
+    def agree(
+        self, size: ImageSize | None, preprocess: str | None = None, exif: Exif | None = None
+    ) -> Feed:
         """Find the one preprocessing that all artifacts share.
 
         Args:
             size: of the images, for graphs that leave it open; else that of the others.
+            preprocess: a preset or JSON file, instead of what the manifests say.
+            exif: instead of what the manifests say.
 
         Raises:
             SpecError: they take images of different sizes.
@@ -110,15 +115,16 @@ class Arena:
             own = size
             if own is None and feeds and one.entry.manifest is None:
                 own = next(iter(feeds.values())).preprocessing.size
-            feeds[one.name] = feed_of(one.name, one.inputs, one.entry.manifest, size=own)
+            feeds[one.name] = feed_of(
+                one.name, one.inputs, one.entry.manifest, preprocess=preprocess, exif=exif, size=own
+            )
         sizes = {str(feed.preprocessing.size) for feed in feeds.values()}
         if len(sizes) > 1:
             raise SpecError(
                 f"artifacts take images of {' and '.join(sorted(sizes))}; bench those of one size"
             )
         chosen = next(iter(feeds.values()))  # of the first that has a manifest, if any has
-        if chosen.note is not None:
-            self.notes.append(chosen.note)
+        self.notes += chosen.notes
         return chosen
 
     def show(self, feed: Feed, pixels: NDArray[np.uint8]) -> None:

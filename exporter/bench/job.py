@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from msn_export.errors import SpecError
 from msn_export.job import Count, Index, Job
+from msn_export.preprocessing import Exif
 from msn_export.spec import Dtype, ImageSize
 
 Against = Literal["eager", "sdpa", "compile", "onnxruntime"]
@@ -27,6 +28,8 @@ class BenchJob(Job):
     threads: Count | None = None
     images: Path | None = None
     image_size: ImageSize | None = None
+    preprocess: str | None = None
+    exif: Exif | None = None
     dtype: Dtype | None = None
     device: Index | None = None
     providers: tuple[str, ...] = ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from msn_export.preprocessing import Preprocessing
 from msn_export.spec import BatchRange, InputKind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -26,7 +26,8 @@ LIMIT = 16  # pictures a check decodes at most: its cost must stay near that of 
 class Sample:
     """Decoded pictures [count, h, w, c] uint8, with how a model wants them.
 
-    ``room`` is how many of them the memory of this machine affords a model at once.
+    ``room`` is how many of them the memory of this machine affords a model at once. ``broken``,
+    ``skipped`` and ``turned`` are those of ``image_folder.ImageSet``.
     """
 
     pixels: NDArray[np.uint8]
@@ -35,9 +36,18 @@ class Sample:
     preprocessing: Preprocessing
     broken: tuple[str, ...] = ()
     room: int = 8
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    turned: int = 0
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What users must know of the pictures and of how they were made."""
+        made = self.preprocessing.assumption
+        counted = image_folder.notes_on(self.broken, self.skipped, self.turned)
+        return (*([made] if made else []), *counted)
 
     def feed(self, indices: Sequence[int], stem: InputKind) -> NDArray[Any]:
         """Make a batch for a graph that takes ``stem``; indices past the end start over."""
@@ -61,7 +71,10 @@ def draw(
         source = "seeded noise (no --images given)"
         return Sample(pixels, names, source, preprocessing, room=room)
     loaded = image_folder.load(folder, preprocessing, limit)
-    return Sample(loaded.pixels, loaded.names, str(folder), preprocessing, loaded.broken, room)
+    return Sample(
+        loaded.pixels, loaded.names, str(folder), preprocessing, loaded.broken, room,
+        loaded.skipped, loaded.turned,
+    )  # fmt: skip
 
 
 def batch_sizes(batch: BatchRange, room: int) -> tuple[int, ...]:

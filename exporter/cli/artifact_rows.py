@@ -39,7 +39,7 @@ def rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
             yield title, f"{spec.name}: {spec.dtype} [{shape}]"
     yield "batch", ", ".join(str(profile) for profile in manifest.profiles)
     if manifest.preprocessing is not None:
-        yield "preprocessing", f"{manifest.preprocessing.name}, {manifest.preprocessing.size}"
+        yield "preprocessing", str(manifest.preprocessing)
     attention = manifest.attention
     yield "graph", f"{manifest.nodes} nodes, opset {manifest.opset}, {manifest.dtype}"
     yield "attention", f"{attention.fused} of {attention.expected} fused ({attention.form})"

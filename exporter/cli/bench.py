@@ -15,6 +15,7 @@ from msn_export.cli.options import (
     flag_off,
     force_option,
     json_option,
+    picture_options,
     runner_options,
 )
 from msn_export.cli.options import IMAGES as PICTURES
@@ -72,6 +73,7 @@ def _against(text: str) -> tuple[str, ...]:
 )
 @click.option("--preset", type=click.Choice(["paper"]), help="eager, sdpa; batches 1, 2, 4, 8.")
 @click.option("--images", type=PICTURES, help="Pictures to run; without, seeded noise.")
+@picture_options
 @click.option("--image-size", type=SIZE, help="For a graph that leaves height and width open.")
 @click.option("--resident", is_flag=True, help="GPU: data stays there, copies are not counted.")
 @flag_off("--no-cuda-graphs", "cuda_graphs", help="Engines: launch kernel by kernel.")

@@ -17,6 +17,7 @@ from msn_export.cli.options import (
     flags_of,
     force_option,
     json_option,
+    picture_options,
     the_one,
 )
 
@@ -41,6 +42,7 @@ def _strength(text: str) -> str | float:
 )
 @click.option("--images", type=IMAGES, required=True, help="Pictures like those to come.")
 @click.option("-o", "--output", type=FILE, help="The .onnx file to write.")
+@picture_options
 @click.option(
     "--limit",
     type=click.IntRange(min=1),

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from msn_export.cli.options import images_option, json_option
+from msn_export.cli.options import exif_option, images_option, json_option, preprocess_option
 
 
 @click.command()
@@ -17,11 +17,8 @@ from msn_export.cli.options import images_option, json_option
 @click.option(
     "--batch", type=click.IntRange(1), default=4, show_default=True, help="Pictures at a time."
 )
-@click.option(
-    "--preprocess",
-    type=click.Choice(["hf", "msn-eval"]),
-    help="What makes the pixels both are given. Default: the reference's own.",
-)
+@preprocess_option(help="What makes the pixels both are given. Default: the reference's own.")
+@exif_option
 @click.option("--variant", help="Published shape, where a weights file does not say.")
 @click.option(
     "--tolerance",

@@ -14,6 +14,7 @@ from msn_export.cli.options import (
     flag_off,
     force_option,
     json_option,
+    picture_options,
     runner_options,
 )
 
@@ -59,7 +60,7 @@ def _ending(ctx: click.Context, param: click.Parameter, value: Path) -> Path:  #
     "--threads", type=click.IntRange(min=1), help="Of the model, on a CPU. Default: physical cores."
 )
 @click.option("--output-name", help="Output to keep. Default: embedding, or what comes nearest.")
-@click.option("--preprocess", type=click.Choice(["hf", "msn-eval"]), help="Default: the model's.")
+@picture_options
 @click.option("--image-size", type=SIZE, help="For a graph that leaves height and width open.")
 @runner_options
 @flag_off("--no-check", "check", help="Do not run the model's golden input first.")
@@ -104,10 +105,12 @@ def _show(console: Console, embedded: Embedded) -> None:
         ("rows", f"{embedded.output_name} [{shape}] float32"),
         ("broken", f"{embedded.broken} of {embedded.images} pictures"),
         *(("", text) for text in embedded.errors),
+        *(("skipped", f"{count} {reason}") for reason, count in embedded.skipped.items()),
+        ("turned", _turned(embedded)),
         ("files", ", ".join(embedded.files)),
         ("runner", f"{embedded.runner}, batch {embedded.batch}"),
         *((("cluster", embedded.cluster),) if embedded.cluster else ()),
-        ("preprocessing", embedded.preprocessing["name"]),
+        ("preprocessing", str(embedded.preprocessing)),
         ("selftest", embedded.selftest),
         *(("note", note) for note in embedded.notes),
         ("took", _took(embedded)),
@@ -115,6 +118,12 @@ def _show(console: Console, embedded: Embedded) -> None:
     for name, text in rows:
         table.add_row(name, escape(text))
     console.print(table)
+
+
+def _turned(embedded: Embedded) -> str:
+    if embedded.exif == "ignore":
+        return "none: EXIF orientation is ignored"
+    return f"{embedded.turned} of {embedded.images} pictures by their EXIF orientation"
 
 
 def _took(embedded: Embedded) -> str:

@@ -40,6 +40,7 @@ def rows(found: Inspection) -> Iterator[tuple[str, str]]:
     yield "checkpoint", found.checkpoint or "unknown"
     yield "inputs", _tensors(found.inputs)
     yield "outputs", _tensors(found.outputs)
+    yield "preprocessing", str(found.preprocessing or "unknown")
     yield "profiles", ", ".join(map(str, found.profiles)) or "unknown"
     yield "runs on", found.runs_on
     yield "precision", found.precision or "unknown"

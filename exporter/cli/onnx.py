@@ -13,7 +13,9 @@ from msn_export.cli.options import (
     artifact_options,
     choice,
     command_line,
+    exif_option,
     flag_off,
+    preprocess_option,
 )
 from msn_export.spec import Dtype, Head, InputKind, Target
 
@@ -49,9 +51,12 @@ from msn_export.spec import Dtype, Head, InputKind, Target
     show_default=True,
     help="Form of attention and opset.",
 )
-@click.option(
-    "--preprocess", type=click.Choice(["auto", "hf", "msn-eval"]), default="auto", show_default=True
+@preprocess_option(
+    default="auto",
+    show_default=True,
+    help="How its pictures are made; auto: as the checkpoint's own file says, else hf.",
 )
+@exif_option
 @flag_off("--no-simplify", "simplify", help="Keep the graph as it was traced and fused.")
 @artifact_options
 def onnx(checkpoint: str, **options: Any) -> None:

@@ -86,6 +86,26 @@ islands_option = click.option(
     metavar="measured|none|FILE",
     help="fp16: which tensors stay fp32.",
 )
+exif_option = click.option(
+    "--exif",
+    type=click.Choice(["apply", "ignore"]),
+    help="Turn pictures by their EXIF orientation? Default: as the manifest says, else apply.",
+)
+
+
+def preprocess_option(**options: Any) -> Callable[..., Any]:
+    """Make ``--preprocess``, which takes a preset or a JSON file."""
+    return click.option("--preprocess", metavar="hf|msn-eval|raw|FILE.json", **options)
+
+
+def picture_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that say how pictures become a model's input."""
+    help_text = "How pictures are made into its input. Default: as its manifest says, else hf."
+    for option in (exif_option, preprocess_option(help=help_text)):
+        command = option(command)
+    return command
+
+
 check_option = flag_off(
     "--no-check", "check", help="Write without comparing; the manifest says so."
 )

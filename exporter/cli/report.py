@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from msn_export.cli.options import FILE, IMAGES, command_line, force_option
+from msn_export.cli.options import FILE, IMAGES, command_line, force_option, picture_options
 
 
 @click.command()
@@ -15,6 +15,7 @@ from msn_export.cli.options import FILE, IMAGES, command_line, force_option
 @click.option("-o", "--output", type=FILE, default=Path("report.html"), show_default=True)
 @click.option("--markdown", type=FILE, help="Write a model card here too.")
 @click.option("--images", type=IMAGES, help="Pictures to run on; without, nothing runs.")
+@picture_options
 @click.option("--limit", type=click.IntRange(3), default=64, show_default=True, help="Pictures.")
 @click.option("--bench", type=FILE, help="What 'msn-export bench --json' wrote.")
 @click.option("--variant", help="Published shape, where a weights file does not say.")

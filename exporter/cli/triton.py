@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from msn_export.cli.options import IMAGES, force_option, json_option
+from msn_export.cli.options import IMAGES, force_option, json_option, picture_options
 
 
 @click.command()
@@ -40,6 +40,7 @@ from msn_export.cli.options import IMAGES, force_option, json_option
 @click.option("--response-cache", is_flag=True, help="Answer repeated requests from a cache.")
 @click.option("--cuda-graphs", is_flag=True, help="Engines: a GPU variant that captures graphs.")
 @click.option("--images", type=IMAGES, help="Pictures to warm up with; without, noise.")
+@picture_options
 @force_option
 @json_option
 def triton(

@@ -15,6 +15,7 @@ from msn_export.cli.options import (
     artifact_options,
     command_line,
     flags_of,
+    picture_options,
     the_one,
 )
 from msn_export.spec import Dtype
@@ -61,6 +62,7 @@ PRECISIONS = ("fp32", "fp16", "bf16")
     help="Accept fp32 products in a typed graph that its manifest does not declare.",
 )
 @click.option("--log", type=FILE, help="Write everything TensorRT says here.")
+@picture_options
 @artifact_options
 def trt(model: Path, **options: Any) -> None:
     """Compile the ONNX graph MODEL into a TensorRT engine."""

@@ -6,8 +6,14 @@ from typing import Any
 
 import click
 
-from msn_export.cli.options import BATCH, Parsed, choice, images_option, json_option
-from msn_export.errors import SpecError
+from msn_export.cli.options import (
+    BATCH,
+    choice,
+    exif_option,
+    images_option,
+    json_option,
+    preprocess_option,
+)
 from msn_export.spec import Dtype
 
 GATE_OPTIONS = {
@@ -17,12 +23,6 @@ GATE_OPTIONS = {
     "neighbours": "Least share of images whose nearest neighbour is the reference's.",
     "classes": "Least share of images whose class is the reference's.",
 }
-
-
-def _preprocess(text: str) -> str:
-    if text in {"hf", "msn-eval"} or text.endswith(".json"):
-        return text
-    raise SpecError(f"{text!r} is unknown; expected hf, msn-eval or a preprocessor_config.json")
 
 
 def gate_options(command: Any) -> Any:
@@ -39,11 +39,8 @@ def gate_options(command: Any) -> Any:
 @images_option
 @click.option("--limit", type=click.IntRange(1), default=64, show_default=True, help="Pictures.")
 @click.option("--batch", type=BATCH, help="Batch sizes to run. Default: the candidate's own.")
-@click.option(
-    "--preprocess",
-    type=Parsed("hf|msn-eval|FILE.json", _preprocess),
-    help="How the candidate is fed in production. Default: as its manifest says.",
-)
+@preprocess_option(help="How the candidate is fed in production. Default: as its manifest says.")
+@exif_option
 @click.option("--variant", help="Published shape, where a weights file does not say.")
 @click.option(
     "--gate", type=choice(Dtype), help="Whose gate to judge by. Default: the coarser side's dtype."

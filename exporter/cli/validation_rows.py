@@ -45,10 +45,7 @@ def _rows(validation: Validation) -> Iterator[tuple[str, str]]:
 
 
 def _side(side: Side) -> str:
-    made = side.preprocessing
-    crop = f", short side {made.short_side} cropped" if made.short_side else ""
-    resized = f"{made.resample or 'not resized'} to {made.size}{crop}"
-    return f"{side.kind}, {side.dtype}; {made.name}: {resized}"
+    return f"{side.kind}, {side.dtype}; {side.preprocessing}"
 
 
 def check_rows(check: CheckRecord) -> Iterator[tuple[str, str]]:

@@ -161,7 +161,7 @@ class Replica:
                 decoded = await asyncio.to_thread(self._decoder.once_more, posted)
         if isinstance(decoded, str):
             raise ImageError(decoded)
-        return decoded
+        return decoded.pixels
 
     def run(self, pictures: Sequence[NDArray[np.uint8]]) -> list[dict[str, Any]]:
         """Run decoded pictures together; give each one's answer.

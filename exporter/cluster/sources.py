@@ -6,22 +6,25 @@ import hashlib
 import io
 import os
 import re
-from dataclasses import dataclass
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from msn_export import images
+from msn_export import image_folder, images
 from msn_export.embed.listing import list_pictures
 from msn_export.errors import ClusterError, ImageError, MissingPackageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from msn_export.embed.decode import Decoded
     from msn_export.embed.listing import Pictures
     from msn_export.preprocessing import Preprocessing
 
 SCHEMES = ("s3", "gs", "gcs")
+_LOOKING = 32  # objects whose first bytes are read at once, where no ending tells what they are
 _LARGEST = 2**30  # bytes of one picture: it is in memory while it is decoded
 # What pyarrow passes on where one object is at fault; anything else is a failure of the store
 _OF_ONE_OBJECT = ("ACCESS_DENIED", "NO_SUCH_KEY", "Permission denied")
@@ -61,6 +64,7 @@ class Bucket:
     paths: tuple[str, ...]
     sha256: str
     below: int  # characters of the folder, and its slash, in each path
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -102,30 +106,65 @@ def list_sources(images_at: Path | str) -> tuple[Pictures, Store]:
     except (OSError, ValueError) as error:
         text = _first_line(error).replace(_key(images_at), "")
         raise ClusterError(f"cannot list {_safe(images_at)}: {text}") from error
-    return _bucket(_safe(images_at), folder, found), Store(filesystem, scheme=scheme)
+    pictures = _bucket(_safe(images_at), folder, found, filesystem)
+    return pictures, Store(filesystem, scheme=scheme)
 
 
-def _bucket(uri: str, folder: str, found: list[Any]) -> Bucket:
+def _bucket(uri: str, folder: str, found: list[Any], store: Any) -> Bucket:
     from pyarrow import fs
 
-    pictures = [
-        one
-        for one in found
-        if one.type == fs.FileType.File
-        and PurePosixPath(one.path).suffix.lower() in images.PICTURES
-    ]
+    files = [one for one in found if one.type == fs.FileType.File]
+    single = len(files) == 1 and files[0].path == folder
+    reasons = {} if single else _reasons([one.path for one in files], folder, store)
+    pictures = [one for one in files if one.path not in reasons]
+    skipped = Counter(reasons.values())
     if not pictures:
-        raise ImageError(
-            f"{uri} holds no picture; expected objects ending in "
-            f"{', '.join(sorted(images.PICTURES))}"
-        )
+        why = f" ({image_folder.skips(skipped)})" if skipped else ""
+        raise ImageError(f"{uri} holds no picture that can be read{why}")
     pictures.sort(key=lambda one: one.path.split("/"))
-    single = len(pictures) == 1 and pictures[0].path == folder
     below = folder.rfind("/") + 1 if single else len(folder) + 1
     digest = hashlib.sha256()
     for one in pictures:
         digest.update(os.fsencode(one.path[below:]) + b"\0%d\n" % one.size)
-    return Bucket(uri, tuple(one.path for one in pictures), digest.hexdigest(), below)
+    paths = tuple(one.path for one in pictures)
+    return Bucket(uri, paths, digest.hexdigest(), below, dict(sorted(skipped.items())))
+
+
+def _reasons(paths: list[str], folder: str, store: Any) -> dict[str, str]:
+    """Say why objects are no pictures that can be read here; those that are, are left out.
+
+    Raises:
+        ClusterError: the store failed.
+    """
+    reasons: dict[str, str] = {}
+    unsure = []
+    for path in paths:
+        below = PurePosixPath(path).relative_to(folder)
+        if any(part.startswith(".") for part in below.parts):
+            reasons[path] = "hidden"
+        elif below.suffix.lower() not in image_folder.ENDINGS:
+            unsure.append(path)
+    with ThreadPoolExecutor(_LOOKING) as pool:
+        for path, reason in zip(unsure, pool.map(lambda at: _look(at, store), unsure), strict=True):
+            if reason is not None:
+                reasons[path] = reason
+    return reasons
+
+
+def _look(path: str, store: Any) -> str | None:
+    try:
+        with store.open_input_file(path) as file:
+            kind = images.kind_of(file.read(images.HEADER))
+    except OSError as error:
+        if _is_of_one(error):
+            return "object that cannot be opened"
+        raise ClusterError(f"cannot read {path}: {_first_line(error)}") from error
+    return "no picture" if kind is None else images.unreadable(kind)
+
+
+def _is_of_one(error: OSError) -> bool:
+    text = _first_line(error)
+    return isinstance(error, FileNotFoundError) or any(word in text for word in _OF_ONE_OBJECT)
 
 
 def read_source(source: Source, *, store: Store, preprocessing: Preprocessing) -> Decoded:
@@ -156,7 +195,7 @@ def _fetch(source: Source, filesystem: Any) -> bytes:
             return bytes(file.read())
     except OSError as error:
         text = _first_line(error)
-        if isinstance(error, FileNotFoundError) or any(word in text for word in _OF_ONE_OBJECT):
+        if _is_of_one(error):
             raise ImageError(f"{source} is not a readable picture ({text})") from error
         raise ClusterError(f"cannot read {source}: {text}") from error
 

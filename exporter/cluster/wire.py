@@ -19,20 +19,24 @@ if TYPE_CHECKING:
 Record: TypeAlias = "dict[str, Any]"
 
 
-def pixels_to(start: int, pixels: NDArray[np.uint8], errors: Mapping[int, str]) -> Record:
+def pixels_to(
+    start: int, pixels: NDArray[np.uint8], errors: Mapping[int, str], turned: int
+) -> Record:
     """Write a batch of pictures [b, h, w, c] and why some are black."""
     return {
         "start": start,
         "shape": json.dumps(pixels.shape),
         "pixels": pixels.tobytes(),
         "errors": json.dumps(errors),
+        "turned": turned,
     }
 
 
-def pixels_from(record: Record) -> tuple[int, NDArray[np.uint8], dict[int, str]]:
+def pixels_from(record: Record) -> tuple[int, NDArray[np.uint8], dict[int, str], int]:
     """Read what ``pixels_to`` wrote."""
     pixels = np.frombuffer(record["pixels"], np.uint8).reshape(json.loads(record["shape"]))
-    return int(record["start"]), pixels.copy(), _errors(record)  # a runner may refuse read-only
+    # copied: a runner may refuse read-only memory
+    return int(record["start"]), pixels.copy(), _errors(record), int(record["turned"])
 
 
 def rows_to(start: int, rows: Rows) -> Record:
@@ -43,6 +47,7 @@ def rows_to(start: int, rows: Rows) -> Record:
         "vectors": rows.vectors.tobytes(),
         "best": b"" if rows.best is None else rows.best.tobytes(),
         "errors": json.dumps(rows.errors),
+        "turned": rows.turned,
         "failure": "",
     }
 
@@ -71,7 +76,8 @@ def rows_from(record: Record) -> tuple[int, Rows]:
         raise ClusterError(text)
     vectors = np.frombuffer(record["vectors"], np.float32).reshape(json.loads(record["shape"]))
     best = np.frombuffer(record["best"], BEST) if record["best"] else None
-    return int(record["start"]), Rows(vectors, best, _errors(record))
+    rows = Rows(vectors, best, _errors(record), int(record["turned"]))
+    return int(record["start"]), rows
 
 
 def _errors(record: Record) -> dict[int, str]:

@@ -122,8 +122,8 @@ class Reader:
         """
         sources = [self._store.source(path) for path in record["sources"]]
         known = self._preprocessing
-        pixels, errors = stack(list(self._decoder(sources)), known.size, known.channels)
-        return pixels_to(record["start"], pixels, errors)
+        pixels, errors, turned = stack(list(self._decoder(sources)), known.size, known.channels)
+        return pixels_to(record["start"], pixels, errors, turned)
 
 
 class Embedder:
@@ -152,6 +152,6 @@ class Embedder:
         Raises:
             MsnExportError: the model failed.
         """
-        start, pixels, errors = pixels_from(record)
+        start, pixels, errors, turned = pixels_from(record)
         outputs = self._runner(self._feed(pixels))
-        return rows_to(start, read_rows(outputs, self._reading, len(pixels), errors))
+        return rows_to(start, read_rows(outputs, self._reading, len(pixels), errors, turned))

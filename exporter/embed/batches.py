@@ -68,26 +68,36 @@ def batches(
     """
     pictures = iter(decoded)
     while chunk := list(islice(pictures, count)):
-        pixels, errors = stack(chunk, size, channels)
-        yield read_rows(run(pixels), reading, len(chunk), errors)
+        pixels, errors, turned = stack(chunk, size, channels)
+        yield read_rows(run(pixels), reading, len(chunk), errors, turned)
 
 
 def stack(
     chunk: Sequence[Decoded], size: ImageSize, channels: int
-) -> tuple[NDArray[np.uint8], dict[int, str]]:
-    """Stack decoded pictures to [b, h, w, c], black where one is broken; say why by position."""
+) -> tuple[NDArray[np.uint8], dict[int, str], int]:
+    """Stack decoded pictures to [b, h, w, c], black where one is broken.
+
+    Returns:
+        The stack, by position why a picture is broken, and how many EXIF turned.
+    """
     pixels = np.zeros((len(chunk), size.height, size.width, channels), np.uint8)
     errors: dict[int, str] = {}
+    turned = 0
     for index, picture in enumerate(chunk):
         if isinstance(picture, str):
             errors[index] = picture
         else:
-            pixels[index] = picture
-    return pixels, errors
+            pixels[index] = picture.pixels
+            turned += picture.turned
+    return pixels, errors, turned
 
 
 def read_rows(
-    outputs: Mapping[str, Any], reading: Reading, count: int, errors: dict[int, str]
+    outputs: Mapping[str, Any],
+    reading: Reading,
+    count: int,
+    errors: dict[int, str],
+    turned: int = 0,
 ) -> Rows:
     """Read a batch's rows off the model's outputs.
 
@@ -115,7 +125,7 @@ def read_rows(
         _note_infinite(reading.logits, logits, errors)
         best = _best_of(logits)
     vectors[list(errors)] = np.nan
-    return Rows(vectors, best, errors)
+    return Rows(vectors, best, errors, turned)
 
 
 def _note_infinite(name: str, values: NDArray[Any], errors: dict[int, str]) -> None:

@@ -14,9 +14,6 @@ from contextlib import closing, contextmanager, suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Generic, TypeAlias, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from msn_export import images
 from msn_export.errors import ImageError
 
@@ -27,7 +24,7 @@ if TYPE_CHECKING:
 
     from msn_export.preprocessing import Preprocessing
 
-Decoded: TypeAlias = NDArray[np.uint8] | str  # [h, w, c], or why there is no picture
+Decoded: TypeAlias = images.Fitted | str  # or why there is no picture
 _SAFE_PATH = "PYTHONSAFEPATH"  # docs.python.org/3/using/cmdline: as -P does
 _STARTING = threading.Lock()
 Source = TypeVar("Source")  # what names a picture to its reader; str() of it names it to people
@@ -36,7 +33,7 @@ Source = TypeVar("Source")  # what names a picture to its reader; str() of it na
 def read(path: Path, preprocessing: Preprocessing) -> Decoded:
     """Decode one file with the one preprocessing; say why where it is no picture."""
     try:
-        return images.read(path, preprocessing)
+        return images.read_file(path, str(path), preprocessing)
     except ImageError as error:
         return str(error)
 

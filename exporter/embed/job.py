@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from msn_export.job import Count, Index, Job, Within
+from msn_export.preprocessing import Exif, Preprocessing
 from msn_export.spec import ImageSize
 
 
@@ -31,6 +32,7 @@ class EmbedJob(Job):
     device: Index | None = None
     trust: bool = False
     preprocess: str | None = None
+    exif: Exif | None = None
     image_size: ImageSize | None = None
     check: bool = True
     resume: bool = False
@@ -41,7 +43,12 @@ class EmbedJob(Job):
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """What was written. ``images_per_second`` is of the rows that this run made."""
+    """What was written.
+
+    ``turned`` counts the pictures that their EXIF orientation turned, ``skipped`` by reason what
+    the folder holds besides pictures that can be read. ``images_per_second`` is of the rows that
+    this run made.
+    """
 
     output: str
     files: tuple[str, ...]
@@ -49,13 +56,16 @@ class Embedded:
     output_name: str
     images: int
     broken: int
+    exif: Exif
+    turned: int
+    skipped: dict[str, int]
     errors: tuple[str, ...]
     resumed_at: int
     runner: str
     cluster: str | None
     batch: int
     workers: int
-    preprocessing: dict[str, Any]
+    preprocessing: Preprocessing
     selftest: str
     notes: tuple[str, ...]
     seconds: float

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from msn_export import image_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
 
@@ -29,6 +29,10 @@ class Pictures(Protocol):
     def sha256(self) -> str:
         """The fingerprint of names and sizes."""
 
+    @property
+    def skipped(self) -> Mapping[str, int]:
+        """By reason, how much that lies there is none of them."""
+
     def __len__(self) -> int: ...
 
     def names(self) -> Iterator[str]:
@@ -46,6 +50,7 @@ class Listing:
     folder: Path
     paths: tuple[Path, ...]
     sha256: str
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -62,15 +67,15 @@ def list_pictures(folder: Path) -> Listing:
     Raises:
         ImageError: there is none.
     """
-    paths = tuple(image_folder.find(folder))
+    found = image_folder.find(folder)
     digest = hashlib.sha256()
-    for path in paths:
+    for path in found.paths:
         try:
             size = path.stat().st_size
         except OSError:
             size = -1  # gone since it was listed: decoding it will say so
         digest.update(_name(folder, path) + b"\0%d\n" % size)
-    return Listing(folder, paths, digest.hexdigest())
+    return Listing(folder, found.paths, digest.hexdigest(), found.skipped)
 
 
 def _name(folder: Path, path: Path) -> bytes:

@@ -35,7 +35,10 @@ BYTES = 8 * 2**20
 
 
 class Parts:
-    """The finished parts of an output of ``total`` rows; ``errors`` is by row."""
+    """The finished parts of an output of ``total`` rows.
+
+    ``errors`` is by row; ``turned`` counts the pictures that their EXIF orientation turned.
+    """
 
     def __init__(self, folder: Path, total: int) -> None:
         self.folder, self.total = folder, total
@@ -43,6 +46,7 @@ class Parts:
         self.best = GrowingArray(folder / "best.npy", total)
         self.journal = folder / "parts.jsonl"
         self.errors: dict[int, str] = {}
+        self.turned = 0
         self._is_done = np.zeros(total, np.bool_)
         self._open: list[tuple[int, Rows]] = []
         self._begun = time.monotonic()
@@ -118,6 +122,7 @@ class Parts:
             return
         errors: dict[int, str] = {}
         spans: list[tuple[int, int]] = []
+        turned = sum(rows.turned for _, rows in self._open)
         for start, rows in joined(self._open):
             self.vectors.write(start, rows.vectors)
             if rows.best is not None:
@@ -125,8 +130,8 @@ class Parts:
             errors |= {start + index: text for index, text in rows.errors.items()}
             spans.append((start, start + len(rows.vectors)))
         count = self.done + sum(self._new_in(*span) for span in spans)
-        self._note({"done": count, "rows": spans, "errors": errors})
-        self._take(spans, errors)
+        self._note({"done": count, "rows": spans, "errors": errors, "turned": turned})
+        self._take(spans, errors, turned)
         self._open = []
 
     def remove(self) -> None:
@@ -174,7 +179,7 @@ class Parts:
                     continue
                 spans = [(int(start), int(stop)) for start, stop in line["rows"]]
                 errors = {int(row): str(text) for row, text in line["errors"].items()}
-                self._take(spans, errors)
+                self._take(spans, errors, int(line["turned"]))
         except _MALFORMED as error:
             raise OutputError(
                 f"{self.journal} is damaged ({error!r}); --force without --resume starts over"
@@ -211,12 +216,15 @@ class Parts:
     def _new_in(self, start: int, stop: int) -> int:
         return stop - start - int(np.count_nonzero(self._is_done[start:stop]))
 
-    def _take(self, spans: Iterable[tuple[int, int]], errors: Mapping[int, str]) -> None:
+    def _take(
+        self, spans: Iterable[tuple[int, int]], errors: Mapping[int, str], turned: int
+    ) -> None:
         for start, stop in spans:
             if not 0 <= start < stop <= self.total:
                 raise ValueError(f"rows {start} to {stop} of {self.total}")
             self._is_done[start:stop] = True
         self.errors |= errors
+        self.turned += turned
 
     def _note(self, line: Mapping[str, Any]) -> None:
         with self.journal.open("a", encoding="utf-8") as file:

@@ -20,12 +20,14 @@ class Rows:
     """What one batch gave.
 
     ``vectors`` is float32 [k, ...], NaN where ``errors`` (by position) says why; ``best`` is the
-    likeliest class of each, [k] of ``BEST``, where the model has a classifier.
+    likeliest class of each, [k] of ``BEST``, where the model has a classifier. ``turned`` counts
+    the pictures that their EXIF orientation turned.
     """
 
     vectors: NDArray[np.float32]
     best: NDArray[Any] | None = None
     errors: Mapping[int, str] = field(default_factory=dict)
+    turned: int = 0
 
 
 def joined(batches: Iterable[tuple[int, Rows]]) -> Iterator[tuple[int, Rows]]:
@@ -52,4 +54,5 @@ def _concatenated(batches: list[Rows]) -> Rows:
         row += len(rows.vectors)
     bests = [rows.best for rows in batches if rows.best is not None]
     best = np.concatenate(bests) if bests else None
-    return Rows(np.concatenate([rows.vectors for rows in batches]), best, errors)
+    vectors = np.concatenate([rows.vectors for rows in batches])
+    return Rows(vectors, best, errors, sum(rows.turned for rows in batches))

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from msn_export.check.sample import affordable_batch
-from msn_export.checkpoint import assumed, preprocessing_of, sized
+from msn_export.checkpoint import preprocessing_of, processor_notes, size_difference, sized
 from msn_export.graph.reference import TorchRunner, readable_heads
 from msn_export.graph.structure import structure_of_module
 from msn_export.models.checkpoints import load_checkpoint
@@ -17,7 +17,10 @@ def checkpoint_artifact(name: str, variant: str | None, size: ImageSize | None) 
     Raises:
         CheckpointError: there is no such checkpoint, or it cannot be used.
     """
-    checkpoint = sized(load_checkpoint(name, variant=variant), size)
+    read = load_checkpoint(name, variant=variant)
+    differs = size_difference(read) if size is None else None
+    checkpoint = sized(read, size)
+    made = preprocessing_of(checkpoint)
     config, model = checkpoint.config, checkpoint.model
     heads = {head.output: head for head in readable_heads(model)}
 
@@ -34,7 +37,7 @@ def checkpoint_artifact(name: str, variant: str | None, size: ImageSize | None) 
         stem=InputKind.FLOAT,
         size=ImageSize(*config.image_size),
         channels=config.channels,
-        preprocessing=preprocessing_of(checkpoint, "auto"),
+        preprocessing=made,
         batch=BatchRange(),
         room=affordable_batch(config.tokens, config.dim, config.mlp_dim, config.heads),
         outputs=tuple(heads),
@@ -43,5 +46,10 @@ def checkpoint_artifact(name: str, variant: str | None, size: ImageSize | None) 
         labels=config.labels,
         structure=structure_of_module(model),
         module=model,
-        notes=(*checkpoint.notes, *assumed(checkpoint, "auto")),
+        notes=(
+            *checkpoint.notes,
+            *processor_notes(checkpoint),
+            *filter(None, [made.assumption]),
+            *([f"{differs}; the model's is taken"] if differs is not None else []),
+        ),
     )

@@ -20,6 +20,7 @@ from msn_export.graph.facts import operators, tensor_specs
 from msn_export.graph.precision import graph_dtype
 from msn_export.graph.work import multiply_adds
 from msn_export.manifest import Manifest
+from msn_export.preprocessing import Preprocessing
 from msn_export.sidecar import manifest_path, sha256_of
 from msn_export.spec import BatchRange, TensorSpec
 
@@ -45,6 +46,7 @@ class Inspection:
     precision: str | None = None
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
+    preprocessing: Preprocessing | None = None
     profiles: tuple[BatchRange, ...] = ()
     nodes: int | None = None
     ops: dict[str, int] = field(default_factory=dict)
@@ -185,6 +187,7 @@ def _from_manifest(manifest: Manifest) -> dict[str, Any]:
         "precision": str(manifest.dtype),
         "inputs": manifest.inputs,
         "outputs": manifest.outputs,
+        "preprocessing": manifest.preprocessing,
         "profiles": manifest.profiles,
         "nodes": manifest.nodes,
         "ops": manifest.ops,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from msn_export.errors import SpecError, ToleranceError
-from msn_export.preprocessing import Preprocessing, preset
+from msn_export.preprocessing import Preprocessing, assumed
 from msn_export.proof.artifact import Artifact, is_checkpoint, open_artifact
 
 
@@ -25,7 +25,7 @@ class Pair:
         Else the candidate's, else hf; ``notes`` say which was assumed.
         """
         known = self.reference.preprocessing or self.candidate.preprocessing
-        return known or preset("hf", self.reference.size, self.reference.channels)
+        return known or assumed(self.reference.size, self.reference.channels)
 
     @property
     def room(self) -> int:

@@ -100,8 +100,8 @@ def judge(
     else:
         reasons += told
     return Validation(
-        reference=_side(pair.reference, pair.preprocessing),
-        candidate=_side(pair.candidate, own or pair.preprocessing),
+        reference=_side(pair.reference, same.reference.sample.preprocessing),
+        candidate=_side(pair.candidate, own or same.reference.sample.preprocessing),
         passed=not reasons,
         check=same.record(gate, passed=not model),
         own=mine.record(gate, passed=not fed) if mine is not None else None,
@@ -109,7 +109,7 @@ def judge(
         gate_name=name,
         reasons=tuple(reasons),
         cause=measured.cause,
-        notes=tuple(notes),
+        notes=tuple(dict.fromkeys(notes)),
     )
 
 

@@ -8,6 +8,7 @@ from msn_export.calibration import ranges as ranges_file
 from msn_export.calibration.pictures import FEW
 from msn_export.graph.facts import GraphFacts
 from msn_export.graph.quantised import quantised_products
+from msn_export.image_folder import notes_on
 from msn_export.manifest import Manifest, versions_of
 from msn_export.manifest_records import AttentionRecord, QuantizationRecord, SourceRecord
 from msn_export.progress import Progress
@@ -141,7 +142,9 @@ def _notes(done: Calibrated) -> Iterator[str]:
             "little about others; give more with --images"
         )
     yield from done.source.notes
-    broken = done.dealt.calibration.broken
+    dealt = done.dealt.calibration
+    yield from notes_on((), dealt.skipped, 0)
+    broken = dealt.broken
     if broken:
         yield f"{len(broken)} broken images skipped"
     for reason in broken.values():

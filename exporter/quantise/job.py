@@ -12,6 +12,7 @@ from msn_export.calibration.qdq import Scheme
 from msn_export.check.gate import GATES, Gate
 from msn_export.errors import SpecError
 from msn_export.job import Count, Index, Job, Within
+from msn_export.preprocessing import Exif
 from msn_export.spec import ComputeCapability, Dtype, Target
 
 AUTO = "auto"
@@ -44,6 +45,8 @@ class CalibrateJob(Job):
     dtype: Dtype
     images: Path
     output: Path | None = None
+    preprocess: str | None = None
+    exif: Exif | None = None
     base: Dtype | None = None
     limit: Count = 512
     seed: Index = 0

@@ -100,11 +100,9 @@ def origin_of(manifest: Manifest | None) -> list[tuple[str, str]]:
         rows += [("note", note) for note in manifest.checkpoint.notes]
     made = manifest.preprocessing
     if made is not None:
-        crop = f", short side {made.short_side}, centre cut out" if made.short_side else ""
-        rows.append(
-            ("preprocessing", f"{made.name}: {made.resample or 'no resizing'} to {made.size}{crop}")
-        )
-        rows.append(("normalisation", f"mean {made.mean}, std {made.std}, scale {made.scale:.6g}"))
+        assumed = " (assumed)" if made.assumed else ""
+        rows.append(("preprocessing", f"{made.name}{assumed}: {made.geometry}"))
+        rows.append(("normalisation", made.values))
     if manifest.labels:
         rows.append(("classes", f"{len(manifest.labels)}: {', '.join(manifest.labels[:5])}, …"))
     rows.append(("versions", ", ".join(f"{n} {v}" for n, v in manifest.versions.items())))

@@ -88,11 +88,8 @@ def describe(
         islands=dict(graph.islands.maxima),
         source=SourceRecord(source.path.name, sha256_of(source.path)),
         engine=engine,
-        notes=(
-            *source.notes,
-            *result.notes,
-            *_accepted(graph),
-            *(f"skipped: {broken}" for broken in sample.broken),
+        notes=tuple(
+            dict.fromkeys((*source.notes, *result.notes, *_accepted(graph), *sample.notes))
         ),
         command=job.command,
         versions=versions_of(*PACKAGES, engine.backend),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from msn_export.job import Count, Job, Within
+from msn_export.preprocessing import Exif
 from msn_export.spec import BatchRange, ComputeCapability, Dtype
 
 
@@ -28,6 +29,8 @@ class TrtJob(Job):
     timeout: Annotated[float, Within(1)] | None = None
     memory_limit: Count | None = None
     images: Path | None = None
+    preprocess: str | None = None
+    exif: Exif | None = None
     allow_unfused: bool = False
     allow_fp32: bool = False
     check: bool = True
