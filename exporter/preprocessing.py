@@ -103,8 +103,8 @@ class Preprocessing:
         if not self.assumed:
             return ""
         return (
-            f"preprocessing {self.name} was assumed, nothing says how the model's pictures are "
-            f"made: {self.geometry}; {self.values}; --preprocess chooses another"
+            f"preprocessing {self.name} was assumed: nothing says how the model's pictures are "
+            "made, --preprocess does"
         )
 
     def normalises_as(self, other: "Preprocessing") -> bool:

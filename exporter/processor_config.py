@@ -300,9 +300,9 @@ def require_choice(preprocess: str | None) -> None:
     path = Path(str(preprocess))
     if path.suffix != ".json":
         wanted = f"{', '.join(PRESETS)}, or a JSON file such as {PREPROCESSOR}"
-        raise SpecError(f"--preprocess {path} is unknown; expected {wanted}")
+        raise SpecError(f"preprocessing '{path}' is unknown; expected {wanted}")
     if not path.is_file():
-        raise SpecError(f"--preprocess {path} does not exist; expected a JSON file")
+        raise SpecError(f"preprocessing {path} does not exist; expected a JSON file")
 
 
 def choose(

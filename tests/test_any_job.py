@@ -57,8 +57,8 @@ WRONG = [
     (TrtJob, (FILE,), {"optimization_level": 6}, "TrtJob.optimization_level is 6; expected int "
      "from 0 to 5 or None"),
     (TrtJob, (FILE,), {"timeout": NAN}, "TrtJob.timeout is nan; expected float from 1 or None"),
-    (OnnxJob, ("x",), {"preprocess": "imagenet"}, "OnnxJob.preprocess is 'imagenet'; expected "
-     "'auto' or 'hf' or 'msn-eval'"),
+    (OnnxJob, ("x",), {"exif": "turn"}, "OnnxJob.exif is 'turn'; expected 'apply' or 'ignore' or "
+     "None"),
     (OnnxJob, ("x",), {"dtype": Dtype.FP8}, "OnnxJob.dtype is fp8; a CalibrateJob quantises an "
      "fp32 graph"),
     (CalibrateJob, (FILE, Dtype.FP16, Path("p")), {}, "CalibrateJob.dtype is fp16; expected int8 "

@@ -41,7 +41,7 @@ def test_a_preset_that_was_chosen_is_no_assumption() -> None:
     assumed = feed_of("m", spec("float", "b", 3, 224, 224), None)
     chosen = feed_of("m", spec("float", "b", 3, 224, 224), None, preprocess="msn-eval")
     (note,) = assumed.notes
-    assert note.startswith("preprocessing hf was assumed, nothing says how")
+    assert note.startswith("preprocessing hf was assumed: nothing says how")
     assert chosen.notes == ()
     assert chosen.preprocessing.short_side == 256
 

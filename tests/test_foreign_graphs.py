@@ -82,7 +82,7 @@ def test_the_graph_is_understood_and_still_the_model(theirs, tmp_path) -> None:
     path, model = theirs
     source = read_source(path)
     assert source.size == ImageSize(32, 32)
-    assert source.notes[0].startswith("theirs.onnx has no manifest: preprocessing hf assumed; ")
+    assert source.notes[0].startswith("theirs.onnx has no manifest; ")
     assert fuse_attention(source.model, AttentionForm.HEADS) == 2
     io.save(source.model, tmp_path / "m.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
@@ -107,8 +107,8 @@ def test_it_compiles_fused_and_in_half(theirs, tmp_path) -> None:
 
 def test_a_size_that_was_dynamic_is_told(tmp_path) -> None:
     path, _ = export(tmp_path, **EXPORTS["optimum"])
-    assert read_source(path).notes[1:] == (
-        "its image size was dynamic, and is 32x32 as its position embedding has it",
+    assert read_source(path).notes[1] == (
+        "its image size was dynamic, and is 32x32 as its position embedding has it"
     )
 
 

@@ -353,9 +353,9 @@ def test_a_processor_config_is_a_choice_too(tmp_path) -> None:
     [
         (
             "clip",
-            "--preprocess clip is unknown; expected hf, msn-eval, raw, or a JSON file such",
+            "preprocessing 'clip' is unknown; expected hf, msn-eval, raw, or a JSON file such",
         ),
-        ("none.json", "--preprocess none.json does not exist; expected a JSON file"),
+        ("none.json", "preprocessing none.json does not exist; expected a JSON file"),
     ],
 )
 def test_a_choice_that_is_none_is_refused(choice, message) -> None:

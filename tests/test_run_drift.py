@@ -291,7 +291,7 @@ def test_an_engine_is_compared_with_its_graph_block_by_block(images, monkeypatch
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--preprocess", "squash", "'squash' is not one of"),
+        ("--preprocess", "squash", "'squash' is unknown; expected hf, msn-eval, "),
         ("--tolerance", "-1", "x>=0"),
         ("--limit", "0", "x>=1"),
         ("--batch", "0", "x>=1"),

@@ -17,7 +17,9 @@ from tiny_artifacts import classifier, foreign, pictures
 from msn_export import embed_place, golden, images, manifest
 from msn_export.embed.batches import Reading, read_rows
 from msn_export.errors import GraphError
+from msn_export.preprocessing import assumed
 from msn_export.runtime import Runner, open_runner
+from msn_export.spec import ImageSize
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +166,8 @@ def test_a_graph_of_another_tool_runs_with_a_note(folder, tmp_path) -> None:
     result = embed(model, folder, tmp_path / "out.npy", "--json")
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
-    assert told["notes"] == ["m.onnx has no manifest: preprocessing hf assumed"]
+    assert told["notes"] == [assumed(ImageSize(32, 32)).assumption]
+    assert told["preprocessing"]["assumed"] is True
     assert told["output_name"] == "features"
 
 

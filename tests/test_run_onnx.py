@@ -13,7 +13,7 @@ from exports import export
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from msn_export import image_folder, images, manifest, run_onnx
-from msn_export.preprocessing import from_processor_config
+from msn_export.processor_config import from_processor_config
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 

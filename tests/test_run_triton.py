@@ -139,7 +139,8 @@ def test_weights_beside_a_foreign_graph_come_along(tmp_path) -> None:
     assert (tmp_path / "repo/m/1/m.onnx.data").is_file()
     assert json.loads(result.stdout)["notes"] == [
         "m.onnx has no manifest: nothing says what it is or whether it was checked",
-        "m.onnx has no manifest: preprocessing hf assumed",
+        "preprocessing hf was assumed: nothing says how the model's pictures are made, "
+        "--preprocess does",
     ]
     assert config_of(tmp_path / "repo", "m/config.pbtxt").max_batch_size == 32
 

@@ -20,7 +20,9 @@ from tiny_artifacts import foreign, pictures
 from msn_export import manifest
 from msn_export.cli import main
 from msn_export.graph import io
+from msn_export.preprocessing import assumed
 from msn_export.runtime import open_runner
+from msn_export.spec import ImageSize
 
 
 @pytest.fixture(scope="module")
@@ -237,9 +239,9 @@ def test_a_file_says_how_the_candidate_is_fed(images, tmp_path) -> None:
     found = told(checkpoint(), classifier(), "--images", images, "--preprocess", same)
     assert found["passed"]
     assert found["own"] is None
-    assert refused(checkpoint(), classifier(), "--preprocess", tmp_path / "none.json") == (
-        f"error: --preprocess {tmp_path / 'none.json'} does not exist; expected a JSON file"
-    )
+    missing = validate(checkpoint(), classifier(), "--preprocess", tmp_path / "none.json")
+    assert missing.exit_code == 2
+    assert f"preprocessing {tmp_path / 'none.json'} does not exist; expected a" in missing.output
     (tmp_path / "p.json").write_text("[]")
     message = refused(checkpoint(), classifier(), "--preprocess", tmp_path / "p.json")
     assert "p.json is not a JSON object" in message
@@ -271,7 +273,7 @@ def test_what_does_not_exist_is_named(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--preprocess", "squash", "'squash' is unknown; expected hf, msn-eval or a "),
+        ("--preprocess", "squash", "'squash' is unknown; expected hf, msn-eval, "),
         ("--gate", "fp64", "'fp64' is not one of"),
         ("--cosine", "-1", "x>=0"),
         ("--limit", "0", "x>=1"),
@@ -305,7 +307,7 @@ def test_outputs_without_a_counterpart_are_refused_and_others_noted(images, tmp_
     )
     both = foreign(tmp_path / "both.onnx", ["b", 3, 32, 32], {"logits": 3, "more": 6})
     notes = told(both, both, "--images", images)["notes"]
-    assert "neither side says its preprocessing: hf assumed" in notes
+    assert assumed(ImageSize(32, 32)).assumption in notes
     assert f"not compared, only {both} has it: more" in told(classifier(), both)["notes"]
 
 

@@ -95,7 +95,15 @@ exif_option = click.option(
 
 def preprocess_option(**options: Any) -> Callable[..., Any]:
     """Make ``--preprocess``, which takes a preset or a JSON file."""
-    return click.option("--preprocess", metavar="hf|msn-eval|raw|FILE.json", **options)
+    kind = Parsed("hf|msn-eval|raw|FILE.json", _preprocess)
+    return click.option("--preprocess", type=kind, **options)
+
+
+def _preprocess(text: str) -> str:
+    from msn_export.processor_config import require_choice
+
+    require_choice(text)
+    return text
 
 
 def picture_options(command: Callable[..., None]) -> Callable[..., None]:

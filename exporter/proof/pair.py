@@ -72,7 +72,7 @@ def open_pair(reference: str, candidate: str, *, variant: str | None = None) -> 
 
 def _assumed(left: Artifact, right: Artifact) -> tuple[str, ...]:
     if left.preprocessing is None and right.preprocessing is None:
-        return ("neither side says its preprocessing: hf assumed",)
+        return ()  # whoever takes pictures says what is assumed, unless it was told
     for silent, other in ((left, right), (right, left)):
         if silent.preprocessing is None:
             return (f"{silent.name} does not say its preprocessing: that of {other.name} assumed",)
