@@ -65,7 +65,7 @@ class Preprocessing:
 
     def __str__(self) -> str:
         """Say all of it in one line."""
-        return f"{self.name}{' (assumed)' if self.assumed else ''}: {self.geometry}; {self.values}"
+        return f"{self.title}: {self.geometry}; {self.values}"
 
     @property
     def channels(self) -> int:
@@ -76,6 +76,11 @@ class Preprocessing:
     def crops(self) -> bool:
         """Whether ``size`` is cut out of what a picture is resized to."""
         return self.short_side is not None or self.squash is not None
+
+    @property
+    def title(self) -> str:
+        """Its name, and whether it was assumed."""
+        return f"{self.name} (assumed)" if self.assumed else self.name
 
     @property
     def geometry(self) -> str:

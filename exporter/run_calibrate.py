@@ -60,7 +60,7 @@ def run_calibrate(job: CalibrateJob, progress: Progress = SILENT) -> tuple[Path,
     require_meaning(job.observer, job.scheme.form)
     _require_target(job)
     with progress.step("read the graph"):
-        source = _read(job.model)
+        source = _read(job)
         known = known_ranges(job, source)
     with progress.step("deal out the images"):
         dealt = split(
@@ -113,13 +113,14 @@ def _require_target(job: CalibrateJob) -> None:
     require_target(job.capability, (job.dtype, job.rest))
 
 
-def _read(path: Path) -> Source:
+def _read(job: CalibrateJob) -> Source:
     """Read the graph to quantise.
 
     Raises:
         GraphError: it is quantised, or typed, already.
     """
-    source = read_source(path)
+    path = job.model
+    source = read_source(path, job.preprocess, job.exif)
     if source.dtype.is_quantised:
         raise GraphError(
             f"{path} is quantised to {source.dtype} already; give the fp32 graph it was made from"

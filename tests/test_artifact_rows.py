@@ -20,9 +20,9 @@ def test_every_row_says_what_the_manifest_says() -> None:
         ("batch", "1:1:1, 2:4:8"),
         (
             "preprocessing",
-            "msn-eval: short side to 37 (bilinear), centre 32x32, EXIF orientation "
-            "applied; scale 1/255, mean 0.485, 0.456, 0.406, std 0.229, 0.224, 0.225",
+            "msn-eval: short side to 37 (bilinear), centre 32x32, EXIF orientation applied",
         ),
+        ("", "scale 1/255, mean 0.485, 0.456, 0.406, std 0.229, 0.224, 0.225"),
         ("graph", "61 nodes, opset 23, fp16"),
         ("attention", "2 of 2 fused (kernel)"),
         ("fp32 islands", "2, up to 99999.5: blocks.0.Add, norm.bias"),

@@ -38,8 +38,10 @@ def rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
             shape = ", ".join(str(size) for size in spec.shape)
             yield title, f"{spec.name}: {spec.dtype} [{shape}]"
     yield "batch", ", ".join(str(profile) for profile in manifest.profiles)
-    if manifest.preprocessing is not None:
-        yield "preprocessing", str(manifest.preprocessing)
+    made = manifest.preprocessing
+    if made is not None:
+        yield "preprocessing", f"{made.title}: {made.geometry}"
+        yield "", made.values
     attention = manifest.attention
     yield "graph", f"{manifest.nodes} nodes, opset {manifest.opset}, {manifest.dtype}"
     yield "attention", f"{attention.fused} of {attention.expected} fused ({attention.form})"

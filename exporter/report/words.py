@@ -100,8 +100,7 @@ def origin_of(manifest: Manifest | None) -> list[tuple[str, str]]:
         rows += [("note", note) for note in manifest.checkpoint.notes]
     made = manifest.preprocessing
     if made is not None:
-        assumed = " (assumed)" if made.assumed else ""
-        rows.append(("preprocessing", f"{made.name}{assumed}: {made.geometry}"))
+        rows.append(("preprocessing", f"{made.title}: {made.geometry}"))
         rows.append(("normalisation", made.values))
     if manifest.labels:
         rows.append(("classes", f"{len(manifest.labels)}: {', '.join(manifest.labels[:5])}, …"))
