@@ -61,6 +61,23 @@ class CheckRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class SumsRecord:
+    """What fused attention computes with in the engine, and what that was judged by.
+
+    ``fp16`` are the ONNX nodes whose kernel sums in fp16, ``bf16`` those typed bf16 in the engine
+    alone. ``scores`` and ``sums`` are the largest absolute score and unnormalised sum of values of
+    those in ``fp16`` in the CPU's emulation of the kernel (None: not finite), ``check`` what came
+    of it; None where it was not emulated.
+    """
+
+    fp16: tuple[str, ...] = ()
+    bf16: tuple[str, ...] = ()
+    scores: dict[str, float | None] = field(default_factory=dict)
+    sums: dict[str, float | None] = field(default_factory=dict)
+    check: CheckRecord | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class EngineRecord:
     """What a compiled engine is made of, and whether it has run.
 
@@ -85,6 +102,7 @@ class EngineRecord:
     census: Any = None
     options: dict[str, Any] = field(default_factory=dict)
     check: CheckRecord | None = None
+    attention: SumsRecord | None = None
 
     def __post_init__(self) -> None:
         _ = self.targets  # a manifest that names no generation is refused where it is read

@@ -24,7 +24,8 @@ from msn_export.process import peak_rss
 from msn_export.progress import SILENT, Progress
 from msn_export.sidecar import manifest_path
 from msn_export.source import Source, read_source, room_of
-from msn_export.spec import BatchRange, Dtype
+from msn_export.spec import BatchRange, ComputeCapability, Dtype
+from msn_export.trt.attention import Against, first_bf16, settle, with_sums
 from msn_export.trt.compilable import Compilable, prepare
 from msn_export.trt.described import describe
 from msn_export.trt.execute import execute
@@ -61,16 +62,24 @@ def run_trt(job: TrtJob, progress: Progress = SILENT) -> tuple[Path, Manifest]:
         profiles = _profiles(job, source)
         spec = _spec(job, profiles, backend)
         judge(spec, backend, find_driver())  # the build does too, but after all the checks
+        targets = _targets(spec, backend)
         _require_for_tensorrt(source, job)
     with progress.step("read images"):
         sample = draw(job.images, source.preprocessing, room=room_of(source.model))
     with staging(output.parent) as stage:
         graph = prepare(job, source, backend, sample, stage, progress)
         checked = _check(job, source, graph, sample, profiles, progress)
-        spec = replace(spec, model=graph.path, precision=graph.dtype)
-        result = _compile(job, graph, spec, backend, stage / output.name, progress)
+        spec = replace(spec, precision=graph.dtype)
+
+        def build(written: Compilable) -> BuildResult:
+            to_build, to = replace(spec, model=written.path), stage / output.name
+            return _compile(job, written, to_build, backend, to, progress)
+
+        against = Against(checked.reference, GATES[graph.dtype], source.stem, source.fixed)
+        first = () if job.allow_unfused else first_bf16(graph, targets, job.bf16_attention)
+        result, sums = settle(graph, first, build, against, targets, progress)
         manifest = replace(
-            describe(job, source, graph, sample, checked.record, result),
+            with_sums(describe(job, source, graph, sample, checked.record, result), sums),
             profiles=profiles,
             golden=checked.golden,
         )
@@ -153,6 +162,14 @@ def _run_given(
         return reference, known or golden.record(
             runner, runner.name, source.preprocessing, source.stem, sample.room
         )
+
+
+def _targets(spec: BuildSpec, backend: Backend) -> tuple[ComputeCapability, ...]:
+    """Name the GPU generations that are compiled for; none where it is all from Ampere on."""
+    if backend.flavour.targets_capabilities:
+        return spec.capabilities
+    driver = find_driver()
+    return () if isinstance(driver, NoDriver) else (driver.devices[0].capability,)
 
 
 def _compile(

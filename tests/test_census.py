@@ -208,6 +208,22 @@ def test_a_product_is_no_island_because_the_addition_after_it_is() -> None:
         require(census, depth=2, precision="fp16", allow_unfused=True, asked=asked)
 
 
+def test_attention_in_bf16_is_what_the_graph_asks_for_and_sums_in_fp32() -> None:
+    census = built(Vit()).census
+    other = built(Vit(dtype="bf16")).census.fused_attention[1]
+    kernels = tuple(other if k is census.fused_attention[1] else k for k in census.kernels)
+    mixed = replace(census, kernels=kernels)
+    with pytest.raises(BuildError, match=r"are not Half: BFloat16 in blocks\.1\.attn\.Attention"):
+        require(mixed, depth=2, precision="fp16")
+    asked = {"blocks.1.attn.Attention": AskedNode(fp32=False, bf16=True, product=True)}
+    require(mixed, depth=2, precision="fp16", asked=asked)
+    with pytest.raises(
+        BuildError,
+        match=r"blocks\.1\.attn\.Attention is typed bf16, and its kernel sums in fp16",
+    ):
+        require(census, depth=2, precision="fp16", asked=asked)
+
+
 def test_an_unquantised_engine_is_not_int8() -> None:
     with pytest.raises(BuildError, match="no matrix product multiplies in Int8; is the graph qua"):
         require(built(Vit()).census, depth=2, precision="int8")

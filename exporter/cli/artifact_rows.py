@@ -8,7 +8,7 @@ from rich.table import Table
 
 from msn_export.cli.console import Console
 from msn_export.manifest import Manifest
-from msn_export.manifest_records import CheckRecord, EngineRecord
+from msn_export.manifest_records import CheckRecord, EngineRecord, SumsRecord
 from msn_export.proof.quantization_rows import quantization_rows
 from msn_export.records import to_plain
 
@@ -78,7 +78,28 @@ def _engine_rows(engine: EngineRecord) -> Iterator[tuple[str, str]]:
     yield "matrix products", gemms + (eight if engine.quantised_products else "")
     sums = ", ".join(f"{count} in {dtype}" for dtype, count in engine.accumulators.items())
     yield "fused attention", f"{engine.fused_attention} kernels{f'; sums: {sums}' if sums else ''}"
+    if engine.attention is not None:
+        yield from _attention_rows(engine.attention)
     yield "executed", f"{'yes' if engine.executed else 'no'}: {engine.reason}"
+
+
+def _attention_rows(sums: SumsRecord) -> Iterator[tuple[str, str]]:
+    if sums.bf16:
+        yield (
+            "bf16 attention",
+            f"{len(sums.bf16)}, which fp16 does not hold: {', '.join(sums.bf16)}",
+        )
+    check = sums.check
+    if check is None:
+        return
+    worst = f"least cosine {_figure(check.cosine_min, '.8f')}, {check.images} images"
+    peaks = [
+        f"{what} up to {max(found):.6g}"
+        for what, values in (("scores", sums.scores), ("sums", sums.sums))
+        if (found := [peak for peak in values.values() if peak is not None])
+    ]
+    yield "emulated", ", ".join([worst, *peaks])
+    yield "", f"on {check.executed_on}"
 
 
 def _check_rows(check: CheckRecord | None) -> Iterator[tuple[str, str]]:

@@ -150,6 +150,7 @@ def require(
         faults += _precision_faults(census, depth, precision, asked or {})
         faults += _quantisation_faults(census, ALLOWED[precision][0], quantised)
         faults += _shortened(island_faults(census.kernels, asked or {}))
+        faults += _sums_faults(census, asked or {})
     if faults:
         where = f" (profile {census.profile})" if census.profile else ""
         raise BuildError(f"engine is not what was asked for{where}: {'; '.join(faults)}")
@@ -190,7 +191,7 @@ def _precision_faults(
     wrong = [
         kernel
         for kernel in (*census.gemms, *census.fused_attention)
-        if gemm_dtype(kernel) not in allowed and not _multiplies_in_fp32(kernel, asked)
+        if gemm_dtype(kernel) not in (*allowed, *_also_allowed(kernel, asked))
     ]
     if wrong:
         named = [f"{gemm_dtype(kernel)} in {_layers(kernel)}" for kernel in wrong[:3]]
@@ -227,9 +228,22 @@ def _quantisation_faults(census: Census, dtype: str, quantised: Collection[str])
     ]
 
 
-def _multiplies_in_fp32(kernel: Kernel, asked: Mapping[str, AskedNode]) -> bool:
-    nodes = [asked[layer] for layer in kernel.layers if layer in asked]
-    return any(node.fp32 and node.product for node in nodes)
+def _also_allowed(kernel: Kernel, asked: Mapping[str, AskedNode]) -> list[str]:
+    """Name the dtypes that the graph itself asks of a kernel's products."""
+    products = [asked[layer] for layer in kernel.layers if layer in asked and asked[layer].product]
+    return ["Float"] * any(node.fp32 for node in products) + ["BFloat16"] * any(
+        node.bf16 for node in products
+    )
+
+
+def _sums_faults(census: Census, asked: Mapping[str, AskedNode]) -> list[str]:
+    """Name the attention cores that are typed bf16, for its sums in fp32, and do not have them."""
+    return [
+        f"{layer} is typed bf16, and its kernel sums in {kernel.accumulator or UNKNOWN}"
+        for kernel in census.fused_attention
+        for layer in kernel.layers
+        if layer in asked and asked[layer].bf16 and kernel.accumulator == "fp16"
+    ]
 
 
 def _layers(kernel: Kernel) -> str:

@@ -20,12 +20,13 @@ _CHANNELS = 4
 class AskedNode:
     """What a graph asks of one of its nodes.
 
-    ``fp32`` says that it computes in fp32, ``moves`` that it only moves or converts elements,
-    ``product`` that it is a matrix product, a convolution or an attention core. ``constants`` are
-    the shapes of the weights it reads.
+    ``fp32`` says that it computes in fp32, ``bf16`` that it computes in bf16 in a graph of fp16,
+    ``moves`` that it only moves or converts elements, ``product`` that it is a matrix product, a
+    convolution or an attention core. ``constants`` are the shapes of the weights it reads.
     """
 
     fp32: bool
+    bf16: bool = False
     moves: bool = False
     product: bool = False
     constants: tuple[tuple[int, ...], ...] = ()

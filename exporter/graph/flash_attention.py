@@ -1,11 +1,11 @@
 """Compute attention on the CPU as TensorRT-RTX's fused kernels do, in plain ONNX operators.
 
 onnxruntime's CPU provider computes scores, softmax and the sum of values of an fp16 ``Attention``
-in fp32 each and rounds the three results. The fused kernel of TensorRT-RTX takes keys in steps of 32, multiplies them by tensor cores 16 numbers at a
-time and keeps scores and sums in fp16: types, step and the scaling of queries and keys are those in
-the kernel's source, which the engine holds (``fmha::Ampere_hmma_fp16_traits``, ``32, //
-kv_loop_step``). What is not told, the order of the additions inside 16, is fp32 here. In bf16 the
-kernel rounds what it multiplies and sums in fp32.
+in fp32 each and rounds the three results. The fused kernel of TensorRT-RTX takes keys in steps of
+32, multiplies them by tensor cores 16 numbers at a time and keeps scores and sums in fp16: types,
+step and the scaling of queries and keys are those in the kernel's source, which the engine holds
+(``fmha::Ampere_hmma_fp16_traits``, ``32, // kv_loop_step``). What is not told, the order of the
+additions inside 16, is fp32 here. In bf16 the kernel rounds what it multiplies and sums in fp32.
 
 b images, h heads, m queries, n keys, d head size.
 """

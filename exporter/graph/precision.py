@@ -81,6 +81,39 @@ def type_graph(model: ir.Model, dtype: Dtype, islands: Collection[str] = ()) -> 
     return Typed(tuple(sorted(wanted)), weights, tuple(typing.fp32_nodes), casts)
 
 
+def attention_in_bf16(model: ir.Model, nodes: Collection[str]) -> None:
+    """Cast what the named ``Attention`` nodes read to bf16, and their results back, in place.
+
+    Raises:
+        GraphError: the graph has no Attention node of a name.
+    """
+    names = Names(model.graph)
+    found = {node.name: node for node in model.graph if node.op_type == "Attention"}
+    for name in nodes:
+        if name not in found:
+            raise GraphError(f"the graph has no Attention node {name!r}")
+        node = found[name]
+        for index, value in enumerate(node.inputs[:3]):
+            assert value is not None  # an attention core has q, k and v
+            cast = _cast_node(names, value, ir.DataType.BFLOAT16)
+            model.graph.insert_before(node, cast)
+            node.replace_input_with(index, cast.outputs[0])
+        result = node.outputs[0]
+        back = _cast_node(names, result, result.dtype or _FLOAT)
+        result.replace_all_uses_with(back.outputs[0], replace_graph_outputs=True)
+        back.replace_input_with(0, result)
+        model.graph.insert_after(node, back)
+        result.type = ir.TensorType(ir.DataType.BFLOAT16)
+
+
+def _cast_node(names: Names, value: ir.Value, target: ir.DataType) -> ir.Node:
+    node = ir.node("Cast", [value], {"to": int(target)})
+    node.name = names.free(f"{value.name}.to_{target.name.lower()}")
+    casted = node.outputs[0]
+    casted.name, casted.shape, casted.type = node.name, value.shape, ir.TensorType(target)
+    return node
+
+
 def overflowing_weights(model: ir.Model, dtype: Dtype) -> dict[str, float]:
     """Find the weights that ``dtype`` cannot hold, each with its largest absolute value."""
     found = {}
@@ -212,13 +245,9 @@ class _Typing:
         return typed
 
     def _cast(self, value: ir.Value, target: ir.DataType, reader: ir.Node) -> ir.Value:
-        node = ir.node("Cast", [value], {"to": int(target)})
-        node.name = self.names.free(f"{value.name}.to_{target.name.lower()}")
-        casted = node.outputs[0]
-        casted.name, casted.shape = node.name, value.shape
-        casted.type = ir.TensorType(target)
+        node = _cast_node(self.names, value, target)
         self.graph.insert_before(reader, node)
-        return casted
+        return node.outputs[0]
 
     def restore_outputs(self) -> None:
         """Cast the graph's outputs back to the types they had."""

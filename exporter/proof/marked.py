@@ -55,6 +55,7 @@ def build_marked(engine: Path, manifest: Manifest, folder: Path, progress: Progr
         tf32=record.options.get("tf32") is True,
         hardware_compatible=record.options.get("hardware_compatible") is True,
         islands=str(islands) if known else "none",
+        bf16_attention=record.attention.bf16 if record.attention is not None else (),
         check=False,
         stages=True,
         force=True,

@@ -1,7 +1,7 @@
 """The graph that is compiled: an ONNX file typed and written as a compiler reads and fuses it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
@@ -31,7 +31,8 @@ class Compilable:
     """The graph that is compiled: typed, its attention in the form the compiler fuses.
 
     ``asked`` says of each node what the compiler must keep to, ``accepted`` names the products in
-    fp32 that nothing declares and that the user accepted.
+    fp32 that nothing declares and that the user accepted. ``attention`` are the nodes of Attention
+    operators with the dtype each computes in.
     """
 
     path: Path
@@ -46,6 +47,7 @@ class Compilable:
     quantised: tuple[str, ...]
     asked: dict[str, AskedNode]
     accepted: tuple[str, ...] = ()
+    attention: dict[str, Dtype] = field(default_factory=dict)
 
 
 def prepare(
@@ -99,7 +101,7 @@ def prepare(
     quantised = quantised_products(model)
     return Compilable(
         path, dtype, cores, form, opset, nodes, ops, outputs, islands, quantised,
-        asked_of(model), accepted,
+        asked_of(model), accepted, _attention(model),
     )  # fmt: skip
 
 
@@ -109,6 +111,15 @@ def _undeclared(source: Source) -> tuple[str, ...]:
         return ()
     declared = source.manifest.islands if source.manifest is not None else {}
     return fp32_products(source.model, declared)
+
+
+def _attention(model: ir.Model) -> dict[str, Dtype]:
+    dtypes = {ir.DataType.FLOAT16: Dtype.FP16, ir.DataType.BFLOAT16: Dtype.BF16}
+    return {
+        node.name or "": dtypes.get(node.outputs[0].dtype or ir.DataType.FLOAT, Dtype.FP32)
+        for node in model.graph
+        if node.op_type == "Attention"
+    }
 
 
 def asked_of(model: ir.Model) -> dict[str, AskedNode]:

@@ -34,6 +34,7 @@ class TrtJob(Job):
     allow_unfused: bool = False
     allow_fp32: bool = False
     check: bool = True
+    bf16_attention: tuple[str, ...] = ()  # nodes to begin with; those that need it are found
     stages: bool = False  # show the residual stream as outputs; for drift, not for production
     log: Path | None = None
     force: bool = False
