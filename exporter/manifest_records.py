@@ -8,11 +8,13 @@ from msn_export.spec import ComputeCapability, Targets
 
 @dataclass(frozen=True, slots=True)
 class CheckpointRecord:
-    """Where the weights came from."""
+    """Where the weights came from, and what the user said to read them so."""
 
     source: str
     sha256: str
     notes: tuple[str, ...] = ()
+    variant: str | None = None
+    weights: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

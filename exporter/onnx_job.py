@@ -8,7 +8,7 @@ from pathlib import Path
 from msn_export.errors import SpecError
 from msn_export.files import require_writable
 from msn_export.job import Job
-from msn_export.models.named import WEIGHTS, files_of, kind_of
+from msn_export.models.named import WEIGHTS, Choices, files_of, kind_of
 from msn_export.preprocessing import Exif
 from msn_export.processor_config import require_choice
 from msn_export.sidecar import manifest_path
@@ -22,6 +22,8 @@ class OnnxJob(Job):
     checkpoint: str
     output: Path | None = None
     variant: str | None = None
+    weights: str | None = None
+    labels: Path | None = None
     heads: tuple[Head, ...] = ()
     stem: InputKind = InputKind.FLOAT
     dtype: Dtype = Dtype.FP32
@@ -36,6 +38,11 @@ class OnnxJob(Job):
     check: bool = True
     force: bool = False
     command: str = ""
+
+    @property
+    def choices(self) -> Choices:
+        """What is said of a checkpoint that does not say it itself, or holds several."""
+        return Choices(self.variant, self.weights, self.labels)
 
     def require_consistent(self) -> None:
         """Refuse 8 bits, which take ranges."""

@@ -33,6 +33,7 @@ from msn_export.errors import BenchError, MissingPackageError, SpecError
 from msn_export.files import placing, require_writable, staging
 from msn_export.machine import physical_cores, this_machine
 from msn_export.manifest import versions_of
+from msn_export.models.named import Choices
 from msn_export.progress import SILENT
 from msn_export.sidecar import manifest_path
 
@@ -66,7 +67,9 @@ def run_bench(job: BenchJob, progress: Progress = SILENT) -> Bench:
     load = os.getloadavg()[0]
     where = _where(job)
     with tempfile.TemporaryDirectory(prefix="msn-export-bench-") as folder, ExitStack() as stack:
-        arena = Arena(where, Path(folder), stack, offline=job.checkpoint is None)
+        choices = Choices(job.variant, job.weights)
+        offline = job.checkpoint is None
+        arena = Arena(where, Path(folder), stack, offline=offline, choices=choices)
         for entry in artifacts(job.artifacts, where):
             with progress.step(f"open {entry.name}"):
                 arena.opened.append(arena.start(entry))

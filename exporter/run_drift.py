@@ -22,6 +22,7 @@ from msn_export.check.sample import Sample, batches, draw
 from msn_export.check.verify import Reference, Verified
 from msn_export.job import Count, Job, Within
 from msn_export.manifest_records import CheckRecord
+from msn_export.models.named import Choices
 from msn_export.preprocessing import Exif
 from msn_export.processor_config import choose
 from msn_export.progress import SILENT, Progress
@@ -50,6 +51,8 @@ class DriftJob(Job):
     preprocess: str | None = None
     exif: Exif | None = None
     variant: str | None = None
+    weights: str | None = None
+    labels: Path | None = None
     tolerance: Annotated[float, Within(0)] | None = None
 
 
@@ -59,9 +62,10 @@ def run_drift(job: DriftJob, progress: Progress = SILENT) -> Drift:
     Raises:
         MsnExportError: they cannot be compared block by block.
     """
+    choices = Choices(job.variant, job.weights, job.labels)
     with tempfile.TemporaryDirectory(prefix="msn-export-") as folder:
         with progress.step("read both sides"):
-            pair = open_pair(str(job.reference), str(job.candidate), variant=job.variant)
+            pair = open_pair(str(job.reference), str(job.candidate), choices)
         reference = _marked(pair.reference, Path(folder) / "reference", progress)
         candidate = _marked(pair.candidate, Path(folder) / "candidate", progress)
         return _compare(job, replace(pair, reference=reference, candidate=candidate), progress)

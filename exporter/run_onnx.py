@@ -66,7 +66,7 @@ def run_onnx(job: OnnxJob, progress: Progress = SILENT) -> tuple[Path, Manifest]
     started = time.monotonic()
     output = job.judge()
     with progress.step("load checkpoint"):
-        checkpoint = load_checkpoint(job.checkpoint, variant=job.variant)
+        checkpoint = load_checkpoint(job.checkpoint, job.choices)
         if job.preprocess == "auto" and job.image_size is None:
             require_one_size(checkpoint)
         checkpoint = sized(checkpoint, job.image_size)
@@ -190,7 +190,9 @@ def _describe(
         opset=facts.opset,
         target=job.target,
         labels=checkpoint.config.labels,
-        checkpoint=CheckpointRecord(checkpoint.source, checkpoint.sha256, checkpoint.notes),
+        checkpoint=CheckpointRecord(
+            checkpoint.source, checkpoint.sha256, checkpoint.notes, job.variant, job.weights
+        ),
         config=checkpoint.config.to_json(),
         islands=dict(built.islands.maxima),
         simplified=built.simplified,

@@ -45,6 +45,8 @@ class ReportJob(Job):
     limit: Annotated[int, Within(3)] = 64
     bench: Path | None = None
     variant: str | None = None
+    weights: str | None = None
+    labels: Path | None = None
     title: str | None = None
     force: bool = False
     command: str = ""
@@ -128,32 +130,32 @@ def _measure(job: ReportJob, progress: Progress) -> Measured:
     reference = runnable[0] if runnable else None
     for candidate in runnable[1:]:
         assert reference is not None  # it is the first
-        asked = ValidateJob(
-            reference,
-            candidate,
-            job.images,
-            job.limit,
-            preprocess=job.preprocess,
-            exif=job.exif,
-            variant=job.variant,
-        )
+        asked, walked = _jobs(job, reference, candidate)
         validation, verified = validate_in_full(asked, progress)
         agreements[candidate] = live_agreement(validation, verified)
         try:
-            looked = DriftJob(
-                reference,
-                candidate,
-                job.images,
-                preprocess=job.preprocess,
-                exif=job.exif,
-                variant=job.variant,
-            )
-            found = run_drift(looked, progress)
+            found = run_drift(walked, progress)
         except GraphError as error:
             notes.append(f"no drift of {Path(candidate).name}: {error}")
         else:
             drifts.append(drift_facts(found))
     return Measured(agreements, tuple(drifts), tuple(notes))
+
+
+def _jobs(job: ReportJob, reference: str, candidate: str) -> tuple[ValidateJob, DriftJob]:
+    """Ask for both comparisons of a pair; what is said of a checkpoint goes where there is one."""
+    preprocess, exif = job.preprocess, job.exif
+    asked = ValidateJob(
+        reference, candidate, job.images, job.limit, preprocess=preprocess, exif=exif
+    )
+    walked = DriftJob(reference, candidate, job.images, preprocess=preprocess, exif=exif)
+    if not any(map(is_checkpoint, (reference, candidate))):
+        return asked, walked
+    variant, weights, labels = job.variant, job.weights, job.labels
+    return (
+        replace(asked, variant=variant, weights=weights, labels=labels),
+        replace(walked, variant=variant, weights=weights, labels=labels),
+    )
 
 
 def _runnable(artifacts: Sequence[str]) -> tuple[list[str], list[str]]:

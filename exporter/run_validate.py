@@ -21,6 +21,7 @@ from msn_export.check.verify import (
 )
 from msn_export.errors import ImageError
 from msn_export.job import Count, Job
+from msn_export.models.named import Choices
 from msn_export.preprocessing import Exif, Preprocessing
 from msn_export.processor_config import choose
 from msn_export.progress import SILENT, Progress
@@ -48,6 +49,8 @@ class ValidateJob(Job):
     preprocess: str | None = None
     exif: Exif | None = None
     variant: str | None = None
+    weights: str | None = None
+    labels: Path | None = None
     gate: Dtype | None = None
     numbers: Mapping[str, float] = field(default_factory=dict)
     numbers_only: bool = False
@@ -69,8 +72,9 @@ def validate_in_full(job: ValidateJob, progress: Progress) -> tuple[Validation, 
     Raises:
         MsnExportError: as ``run_validate``.
     """
+    choices = Choices(job.variant, job.weights, job.labels)
     with progress.step("read both sides"):
-        pair = open_pair(str(job.reference), str(job.candidate), variant=job.variant)
+        pair = open_pair(str(job.reference), str(job.candidate), choices)
         made, own = _preprocessings(job, pair)
     name = job.gate or coarsest(pair.reference.dtype, pair.candidate.dtype)
     gate = gate_of(name, job.numbers)

@@ -3,13 +3,14 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isqrt
 
 import torch
 from torch import Tensor, nn
 
 from msn_export.errors import CheckpointError
 from msn_export.models.keys import Keys, rename
-from msn_export.models.variants import VARIANTS, VitConfig, named_variant
+from msn_export.models.variants import READS, VARIANTS, VitConfig, named_variant
 from msn_export.models.vit_msn import VitMsn
 
 _NUMBERS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
@@ -25,8 +26,14 @@ class Assembled:
     notes: tuple[str, ...]
 
 
-def assemble(tensors: dict[str, Tensor], config: VitConfig, where: str) -> Assembled:
+def assemble(tensors: dict[str, Tensor], config: VitConfig, where: str, origin: str) -> Assembled:
     """Build the model; ``tensors`` is emptied on the way, so that weights are held once.
+
+    Args:
+        tensors: by the file's names.
+        config: the shape, with the classifier that ``with_classifier`` found among the weights.
+        where: what to call the file in errors.
+        origin: where the configuration is from, for the error where shapes contradict it.
 
     Raises:
         CheckpointError: keys are missing, unknown or mis-shaped (each named), or a weight is not
@@ -36,9 +43,9 @@ def assemble(tensors: dict[str, Tensor], config: VitConfig, where: str) -> Assem
     with torch.device("meta"):
         model = VitMsn(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    _require_keys(shapes, keys, tensors, where)
+    _require_keys(shapes, keys, tensors, (where, origin))
     _require_plain(keys, tensors, where)
-    notes = _notes(keys, tensors)
+    notes = _notes(keys, tensors, config)
     digest = hashlib.sha256()
     state: dict[str, Tensor] = {}
     for name in sorted(shapes):
@@ -67,8 +74,12 @@ def _take(name: str, known: Mapping[str, str], tensors: dict[str, Tensor]) -> Te
 
 
 def _require_keys(
-    shapes: Mapping[str, tuple[int, ...]], keys: Keys, tensors: Mapping[str, Tensor], where: str
+    shapes: Mapping[str, tuple[int, ...]],
+    keys: Keys,
+    tensors: Mapping[str, Tensor],
+    names: tuple[str, str],
 ) -> None:
+    where, origin = names
     wanted: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         if ".attn.qkv." in name and name not in keys.known:
@@ -77,17 +88,27 @@ def _require_keys(
         else:
             wanted[name] = shape
     missing = [name for name in wanted if name not in keys.known]
-    unexpected = [*keys.unknown, *(key for name, key in keys.known.items() if name not in wanted)]
+    surplus = [key for name, key in keys.known.items() if name not in wanted]
+    unexpected = [*keys.unknown, *surplus]
     odd = [
         f"{_shown(key)} is {list(tensors[key].shape)}, expected {list(wanted[name])}"
         for name, key in keys.known.items()
         if name in wanted and tuple(tensors[key].shape) != wanted[name]
     ]
-    if missing or unexpected or odd:
-        raise CheckpointError(
-            f"{where}: {_some(missing, 'missing')}, {_some(unexpected, 'unexpected')}, "
-            f"{_some(odd, 'of another shape')}; is the configuration (--variant) right?"
-        )
+    if not (missing or unexpected or odd):
+        return
+    counts = (
+        f"{_some(missing, 'missing')}, {_some(unexpected, 'unexpected')}, "
+        f"{_some(odd, 'of another shape')}"
+    )
+    if odd or surplus:  # weights of a ViT-MSN, of another shape than was said
+        raise CheckpointError(f"{where}: {counts}; the shape is from {origin}: is it right?")
+    if missing:
+        raise CheckpointError(f"{where}: {counts}; the file is not whole, or of another model")
+    raise CheckpointError(
+        f"{where}: {counts}; all of a ViT-MSN is there and more that it would not compute, so the "
+        "file is of another model; remove the keys if you know that they are not used"
+    )
 
 
 def _require_plain(keys: Keys, tensors: Mapping[str, Tensor], where: str) -> None:
@@ -118,11 +139,17 @@ def _shown(key: str) -> str:
     return key if key.isprintable() else ascii(key)
 
 
-def _notes(keys: Keys, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
-    notes = []
-    if keys.unread:
-        unread = _some(keys.unread, "of pre-training")
-        notes.append(f"not read, as inference does not need it: {unread}")
+def _notes(keys: Keys, tensors: Mapping[str, Tensor], config: VitConfig) -> tuple[str, ...]:
+    notes = [f"not read: {_some(found, why)}" for why, found in keys.unread.items()]
+    if config.labels and config.pooling == "blocks":
+        notes.append(
+            f"the classifier is msn's linear evaluation and reads {READS['blocks']} "
+            f"({config.pooled_blocks}); norm 1 before the linear layer is assumed, as in its "
+            "configuration (normalize: true), for the file does not say"
+        )
+    if config.labels and keys.known.get("classifier.weight", "").endswith("head.weight"):
+        read = READS[config.pooling]
+        notes.append(f"the classifier is {keys.known['classifier.weight']!r} and reads {read}")
     converted = sorted({_short(tensors[key].dtype) for key in keys.known.values()} - {"float32"})
     if converted:
         notes.append(f"weights were {', '.join(converted)}, read as float32")
@@ -130,39 +157,95 @@ def _notes(keys: Keys, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
 
 
 def classes_of(tensors: Mapping[str, Tensor], where: str) -> int:
-    """Count the classifier's rows; 0 without one.
+    """Count the classifier's rows; 0 without a classifier.
 
     Raises:
-        CheckpointError: the classifier is no matrix, or two keys are the same weight.
+        CheckpointError: its weight is no matrix, or the file is no ViT-MSN's.
     """
-    key = rename(tensors, where).known.get("classifier.weight")
+    known = rename(tensors, where).known
+    key = known.get("classifier.weight") or known.get("classifier.linear.weight")
     if key is None:
         return 0
-    shape = list(tensors[key].shape)
+    shape = tuple(tensors[key].shape)
     if len(shape) != 2 or shape[0] == 0:
-        raise CheckpointError(f"{where}: {_shown(key)} is {shape}; expected [classes, hidden size]")
+        raise CheckpointError(
+            f"{where}: {_shown(key)} is {list(shape)}; expected [classes, hidden size]"
+        )
     return shape[0]
 
 
-def config_of(tensors: Mapping[str, Tensor], variant: str | None, where: str) -> VitConfig:
-    """Find the shape of weights that come without a config.json.
+def with_classifier(tensors: Mapping[str, Tensor], config: VitConfig, where: str) -> VitConfig:
+    """Give the configuration with what the classifier among the weights reads.
+
+    Raises:
+        CheckpointError: its width is not that of whole blocks.
+    """
+    known = rename(tensors, where).known
+    probe = known.get("classifier.linear.weight")
+    if probe is not None:
+        width = tuple(tensors[probe].shape)[-1]
+        blocks, rest = divmod(width, config.dim)
+        if rest or not 1 <= blocks <= config.depth:
+            raise CheckpointError(
+                f"{where}: {_shown(probe)} reads {width} numbers; expected a multiple of the "
+                f"hidden size {config.dim}, for up to {config.depth} blocks"
+            )
+        return replace(config, pooling="blocks", pooled_blocks=blocks)
+    if "fc_norm.weight" in known and "classifier.weight" in known:
+        return replace(config, pooling="patches")
+    return config
+
+
+@dataclass(frozen=True, slots=True)
+class Shaped:
+    """The shape of weights, where it is from, and what a user should know of it."""
+
+    config: VitConfig
+    origin: str
+    notes: tuple[str, ...] = ()
+
+
+def config_of(tensors: Mapping[str, Tensor], variant: str | None, where: str) -> Shaped:
+    """Tell the shape of weights that come without a config.json.
+
+    A published shape is found by patch, width and depth; the image size is that of the position
+    embedding.
 
     Raises:
         CheckpointError: ``variant`` is unknown, or no published shape fits.
     """
     known = rename(tensors, where).known
+    if not known:
+        keys = ", ".join(map(_shown, list(tensors)[:3]))
+        raise CheckpointError(f"{where} holds no weights of a ViT-MSN; its keys are such as {keys}")
     labels = tuple(f"LABEL_{i}" for i in range(classes_of(tensors, where)))
+    patch, position = (
+        tuple(tensors[known[name]].shape) if name in known else ()
+        for name in ("patch.weight", "pos_embed")
+    )
+    depth = len({name.split(".")[1] for name in known if name.startswith("blocks.")})
+    for name, config in VARIANTS.items():
+        shape = (config.dim, config.channels, *config.patch_size)
+        size = _image_size(position, config)
+        if variant in {None, name} and (patch, depth) == (shape, config.depth) and size:
+            notes: tuple[str, ...] = ()
+            if size != config.image_size:
+                notes = (f"image size {size[0]}x{size[1]}, as the position embedding is for",)
+            origin = "the patch, width and depth of " if variant is None else "--variant "
+            return Shaped(replace(config, labels=labels, image_size=size), origin + name, notes)
     if variant is not None:
-        return replace(named_variant(variant), labels=labels)
-    patch, position = (known.get(name) for name in ("patch.weight", "pos_embed"))
-    if patch is not None and position is not None:
-        blocks = {name.split(".")[1] for name in known if name.startswith("blocks.")}
-        measured = (tuple(tensors[patch].shape), tuple(tensors[position].shape), len(blocks))
-        for config in VARIANTS.values():
-            shape = (config.dim, config.channels, *config.patch_size)
-            if measured == (shape, (1, config.tokens, config.dim), config.depth):
-                return replace(config, labels=labels)
+        return Shaped(replace(named_variant(variant), labels=labels), f"--variant {variant}")
     raise CheckpointError(
         f"{where} fits no published shape; put its config.json beside it, or name one with "
         f"--variant ({', '.join(VARIANTS)})"
     )
+
+
+def _image_size(position: tuple[int, ...], config: VitConfig) -> tuple[int, int] | None:
+    """Read the image size off position embeddings [1, 1 + patches, dim], taken as a square."""
+    if len(position) != 3 or position[0] != 1 or position[2] != config.dim or position[1] < 2:
+        return None
+    side = isqrt(position[1] - 1)
+    if side * side != position[1] - 1:
+        return None
+    return side * config.patch_size[0], side * config.patch_size[1]

@@ -1,6 +1,8 @@
 """Read a Hugging Face ``config.json``, which is hostile input."""
 
 import json
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,19 +30,33 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing, too large, or no JSON object.
     """
+    parsed = parse_json(path)
+    if not isinstance(parsed, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return parsed
+
+
+def parse_json(path: Path) -> Any:
+    """Parse JSON from a file.
+
+    Raises:
+        CheckpointError: it is missing, too large, or no JSON.
+    """
+    try:
+        return json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+
+
+def _read_text(path: Path) -> str:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; is this a Hugging Face model folder?")
     if path.stat().st_size > _LIMIT:
         raise CheckpointError(f"{path} is larger than a configuration can be")
     try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(parsed, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return parsed
 
 
 def read_processor(folder: Path) -> Processor | None:
@@ -67,13 +83,19 @@ def image_processor_of(parsed: Mapping[str, Any]) -> Mapping[str, Any]:
     return nested if isinstance(nested, Mapping) else parsed
 
 
-def parse_config(config: Mapping[str, Any], where: str, classes: int = 0) -> VitConfig:
+def parse_config(
+    config: Mapping[str, Any],
+    where: str,
+    classes: int = 0,
+    labels: tuple[str, ...] | None = None,
+) -> VitConfig:
     """Make a shape from a parsed config.json; defaults are transformers' ViTMSNConfig's.
 
     Args:
         config: the parsed file.
         where: what to call it in errors.
         classes: rows of the classifier among the weights, 0 without one.
+        labels: the classes' names instead of the file's own.
 
     Raises:
         CheckpointError: another model's file, a wrong type, or numbers that cannot be.
@@ -85,6 +107,14 @@ def parse_config(config: Mapping[str, Any], where: str, classes: int = 0) -> Vit
         raise CheckpointError(
             f"{where} is of model type {model_type!r}; expected {MODEL_TYPE!r} "
             "(this tool exports ViT-MSN only)"
+        )
+
+    quantised = config.get("quantization_config")
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise CheckpointError(
+            f"{where} is of a quantised model ({method or 'quantization_config'}); give the "
+            "checkpoint it was made from, and quantise the exported graph with msn-export calibrate"
         )
 
     def number(name: str, default: int) -> int:
@@ -111,7 +141,7 @@ def parse_config(config: Mapping[str, Any], where: str, classes: int = 0) -> Vit
             activation=activation,
             eps=eps,
             qkv_bias=bias,
-            labels=parse_labels(config.get("id2label"), classes, where),
+            labels=parse_labels(config, classes, where) if labels is None else labels,
         )
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from error
@@ -129,22 +159,101 @@ def _pair(value: Any, name: str) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
-def parse_labels(id2label: Any, classes: int, where: str) -> tuple[str, ...]:
-    """Give the classifier's labels in the order of its rows.
+def parse_labels(config: Mapping[str, Any], classes: int, where: str) -> tuple[str, ...]:
+    """Give the classifier's labels in the order of its rows, from ``id2label``.
 
     Raises:
-        CheckpointError: the ids are not 0 to n - 1, or there are not as many as classes.
+        CheckpointError: the ids are not 0 to n - 1 for n classes, or ``label2id`` has other ids;
+            the message names them.
     """
     if classes == 0:
         return ()
+    id2label = config.get("id2label")
     if id2label is None:
         return tuple(f"LABEL_{i}" for i in range(classes))  # as transformers names them
     if not isinstance(id2label, dict):
-        raise CheckpointError(f"{where}: id2label is no object of id to label")
+        raise CheckpointError(f"{where}: id2label is no object of id to label{_REPLACE}")
     labels = {str(key): str(label) for key, label in id2label.items()}
-    if len(labels) != classes or any(str(i) not in labels for i in range(classes)):
+    wanted = [str(i) for i in range(classes)]
+    missing = [key for key in wanted if key not in labels]
+    surplus = [key for key in labels if key not in set(wanted)]
+    if missing or surplus:
+        swapped = surplus and all(re.fullmatch(r"\d+", label) for label in labels.values())
         raise CheckpointError(
-            f"{where}: id2label has {len(labels)} labels, the classifier {classes} rows; "
-            f"expected ids 0 to {classes - 1}"
+            f"{where}: the classifier has {classes} rows and id2label {len(labels)} labels: "
+            f"{_ids(missing, 'missing')}, {_ids(surplus, 'surplus')}"
+            f"{' (it maps labels to ids, as label2id should)' if swapped else ''}{_REPLACE}"
         )
-    return tuple(labels[str(i)] for i in range(classes))
+    label2id = config.get("label2id")
+    named = tuple(labels[key] for key in wanted)
+    if isinstance(label2id, dict):
+        # two classes of one name share an entry of label2id; other names are transformers' defaults
+        uses = Counter(named)
+        differ = [
+            f"{i} ({label!r} is {label2id[label]!r} in label2id)"
+            for i, label in enumerate(named)
+            if label in label2id and uses[label] == 1 and str(label2id[label]) != str(i)
+        ]
+        if differ:
+            raise CheckpointError(
+                f"{where}: id2label and label2id contradict each other at id "
+                f"{_first(differ)}{_REPLACE}"
+            )
+    return named
+
+
+_REPLACE = "; --labels FILE replaces them"
+
+
+def _ids(ids: list[str], what: str) -> str:
+    count = "1 id" if len(ids) == 1 else f"{len(ids)} ids"
+    return f"{count} {what}" + (f" ({_first(ids)})" if ids else "")
+
+
+def _first(items: list[str]) -> str:
+    shown = [item if item.isprintable() else ascii(item) for item in items[:5]]
+    return ", ".join(shown) + (", …" if len(items) > 5 else "")
+
+
+def read_labels(path: Path, classes: int) -> tuple[str, ...]:
+    """Read the names of a classifier's classes from a file, in the order of its rows.
+
+    A ``.json`` file holds a list of labels, an object of id to label, or a config.json with one
+    under ``id2label``. Any other file is text with one label a line.
+
+    Raises:
+        CheckpointError: it cannot be read, or names other than ``classes`` classes.
+    """
+    if classes == 0:
+        raise CheckpointError(f"--labels {path}: the checkpoint has no classifier")
+    if not path.is_file():
+        raise CheckpointError(f"--labels {path} does not exist")
+    if path.suffix == ".json":
+        parsed = parse_json(path)
+        if isinstance(parsed, dict):
+            held = parsed.get("id2label", parsed)
+            return parse_labels({"id2label": _texts(held, path)}, classes, f"--labels {path}")
+        lines = _texts(parsed, path)
+    else:
+        try:
+            text = _read_text(path).removeprefix("\ufeff")
+        except ValueError as error:
+            raise CheckpointError(f"--labels {path} is not text: {error}") from error
+        lines = text.removesuffix("\n").split("\n")
+        empty = [number for number, line in enumerate(lines, 1) if not line.strip()]
+        if empty:
+            raise CheckpointError(f"--labels {path}: line {empty[0]} is empty; expected one label")
+    if len(lines) != classes:
+        raise CheckpointError(
+            f"--labels {path} has {len(lines)} labels and the classifier {classes} rows"
+        )
+    return tuple(line.strip() for line in lines)
+
+
+def _texts(held: Any, path: Path) -> Any:
+    texts = list(held.values()) if isinstance(held, dict) else held
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise CheckpointError(
+            f"--labels {path}: expected a list of labels, or an object of id to label"
+        )
+    return held

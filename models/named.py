@@ -2,17 +2,79 @@
 
 from __future__ import annotations
 
+import difflib
+import itertools
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from msn_export.errors import CheckpointError
+from msn_export.models.hf_config import read_json
 from msn_export.models.variants import named_variant
 
 Kind = Literal["random", "file", "folder", "hub"]
 
-WEIGHTS = (".safetensors", ".bin", ".pth", ".tar", ".pt")
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What a user says of a checkpoint that does not say it itself, or holds several.
+
+    ``variant`` is the published shape of a weights file, ``weights`` what holds the weights to take
+    of several in one file, ``labels`` a file with the names of the classes.
+    """
+
+    variant: str | None = None
+    weights: str | None = None
+    labels: Path | None = None
+
+    def __bool__(self) -> bool:
+        return any(given is not None for given in (self.variant, self.weights, self.labels))
+
+
+AS_IT_SAYS = Choices()  # nothing chosen
+
+
+WEIGHTS = (".safetensors", ".bin", ".pth", ".tar", ".pt", ".ckpt")
 BESIDE = ("config.json", "preprocessor_config.json", "processor_config.json")
+# What a folder's weights are called, whole and sharded, the safe format first
+SINGLE = ("model.safetensors", "pytorch_model.bin")
+INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+ADAPTER = "adapter_config.json"
+_LISTED = 1000  # names of a folder that are looked at
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignFolder:
+    """A folder that is no model: ``sign`` is a file in it, ``what`` it is and what to do."""
+
+    sign: str
+    what: str
+
+
+# Told in this order where a folder has no config.json or no weights
+FOREIGN_FOLDERS = (
+    ForeignFolder(
+        "zero_to_fp32.py",
+        "is a DeepSpeed ZeRO checkpoint in parts; run its zero_to_fp32.py, give what that writes",
+    ),
+    ForeignFolder(
+        "*.distcp",  # of FullyShardedDataParallel too
+        "is a checkpoint of torch.distributed in parts; convert it with python -m "
+        "torch.distributed.checkpoint.format_utils dcp_to_torch and give the file",
+    ),
+    ForeignFolder("*.onnx", "holds exported graphs, not a checkpoint; give the .onnx file to trt"),
+    ForeignFolder(
+        "tf_model.h5",
+        "holds TensorFlow weights; load them with from_pretrained(from_tf=True) of transformers "
+        "before 5, save_pretrained, and give that folder",
+    ),
+    ForeignFolder(
+        "flax_model.msgpack",
+        "holds Flax weights; load them with from_pretrained(from_flax=True) of transformers before "
+        "5, save_pretrained, and give that folder",
+    ),
+)
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}(?:@[\w./-]{1,128})?", re.ASCII)
 
 
@@ -31,11 +93,103 @@ def kind_of(source: str, variant: str | None = None) -> Kind:
         raise CheckpointError(
             f"checkpoint {source!r} says its own shape; --variant is for a weights file"
         )
+    if kind == "folder":
+        require_model(Path(source), source)
     if kind == "random":
         variant, _ = seeded(source)
     if variant is not None:
         named_variant(variant)
     return kind
+
+
+def require_model(folder: Path, source: str) -> None:
+    """Require that a folder holds a whole model, by the names of its files.
+
+    Args:
+        folder: where it lies.
+        source: what the user called it.
+
+    Raises:
+        CheckpointError: it is an adapter, a training run's, in another format, or incomplete; the
+            message says which, and what to give.
+    """
+    where = f"checkpoint {source}"
+    weights = [name for name in (*SINGLE, *INDEX) if (folder / name).is_file()]
+    if (folder / ADAPTER).is_file():
+        raise CheckpointError(f"{where} {_adapter(folder, whole=bool(weights))}")
+    configured = (folder / "config.json").is_file()
+    if configured and weights:
+        return
+    names = _names(folder)
+    for foreign in FOREIGN_FOLDERS:
+        if any(Path(name).match(foreign.sign) for name in names):
+            raise CheckpointError(f"{where} {foreign.what}")
+    if weights:
+        raise CheckpointError(
+            f"{where} has weights and no config.json; put that beside them, or give the file "
+            f"{folder / weights[0]}"
+        )
+    inner = [name for name in names if (folder / name / "config.json").is_file()]
+    inner = sorted(inner, key=lambda name: [int(part) for part in re.findall(r"\d+", name)])
+    if inner:
+        raise CheckpointError(
+            f"{where} is no model but holds {', '.join(inner[-3:])}; did you mean "
+            f"{folder / (_best(folder, inner) or inner[-1])}?"
+        )
+    files = [name for name in names if name.endswith(WEIGHTS)]
+    if files and not configured:
+        raise CheckpointError(
+            f"{where} is no Hugging Face model folder; give one of its files, as in "
+            f"{folder / files[-1]}"
+        )
+    if configured:
+        raise CheckpointError(
+            f"{where} holds no weights; expected one of {', '.join((*SINGLE, *INDEX))}"
+        )
+    raise CheckpointError(
+        f"{where} has no config.json and no weights; expected a Hugging Face model folder"
+    )
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(path.name for path in itertools.islice(folder.iterdir(), _LISTED))
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {folder} cannot be read: {error.strerror}") from error
+
+
+def _adapter(folder: Path, *, whole: bool) -> str:
+    about = read_json(folder / ADAPTER)
+    kind, base = about.get("peft_type"), about.get("base_model_name_or_path")
+    named = f"PEFT adapter ({kind})" if isinstance(kind, str) else "PEFT adapter"
+    of = f" of {base!r}" if isinstance(base, str) and base else ""
+    also = f"; if its weights are merged already, remove {ADAPTER}" if whole else ""
+    return (
+        f"is a {named}{of}, not a whole model; load it with peft, call merge_and_unload(), then "
+        f"save_pretrained(), and give that folder{also}"
+    )
+
+
+def _best(folder: Path, inner: list[str]) -> str | None:
+    """Read which of a Trainer's checkpoints it found best."""
+    state = folder / inner[-1] / "trainer_state.json"
+    best = read_json(state).get("best_model_checkpoint") if state.is_file() else None
+    name = Path(best).name if isinstance(best, str) else None
+    return name if name in inner else None
+
+
+def near(source: str) -> str:
+    """Suggest what lies here under a similar name, as the end of an error; '' for nothing."""
+    path, known = Path(source), Path()
+    for part in path.parts:
+        if (known / part).exists():
+            known /= part
+            continue
+        close = difflib.get_close_matches(part, _names(known) if known.is_dir() else [], 1)
+        if not close:
+            return ""
+        known /= close[0]
+    return f"; did you mean {known}?" if path.parts else ""
 
 
 def files_of(source: str) -> list[Path]:
@@ -77,4 +231,5 @@ def _kind_of(source: str) -> Kind:
     raise CheckpointError(
         f"checkpoint {source!r} does not exist; expected a folder, a weights file "
         f"({', '.join(WEIGHTS)}), a hub id such as facebook/vit-msn-small, or random:VARIANT"
+        f"{near(source)}"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from msn_export.errors import CheckpointError
 
@@ -12,9 +12,23 @@ _LARGEST = 1 << 20
 _DEEPEST = 1024
 
 
+# What a classifier reads. cls: transformers, torchvision, timm, MAE with --cls_token; patches: MAE,
+# timm with global_pool="avg", both with a LayerNorm behind it; blocks: facebookresearch/msn
+# linear_eval.py
+Pooling = Literal["cls", "patches", "blocks"]
+READS = {
+    "cls": "[CLS] after the final LayerNorm",
+    "patches": "the mean of the last block's patches",
+    "blocks": "[CLS] of the last blocks before the final LayerNorm",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class VitConfig:
     """The shape of a model. Sizes are (height, width) in pixels; ``labels`` () means no head.
+
+    ``pooling`` is what the classifier reads, ``pooled_blocks`` of how many last blocks where that
+    is ``blocks``. A model whose pooling is not ``cls`` has no final LayerNorm.
 
     Raises:
         CheckpointError: the numbers contradict each other; the message names them.
@@ -31,6 +45,8 @@ class VitConfig:
     eps: float = 1e-6
     qkv_bias: bool = True
     labels: tuple[str, ...] = ()
+    pooling: Pooling = "cls"
+    pooled_blocks: int = 1
 
     def __post_init__(self) -> None:
         sizes = {
@@ -51,6 +67,10 @@ class VitConfig:
         if self.dim % self.heads:
             raise CheckpointError(
                 f"hidden size {self.dim} is not divisible by {self.heads} attention heads"
+            )
+        if not 1 <= self.pooled_blocks <= self.depth:
+            raise CheckpointError(
+                f"a classifier reads {self.pooled_blocks} blocks; expected 1 to {self.depth}"
             )
         if not 0 < self.eps < 1:
             raise CheckpointError(f"LayerNorm eps {self.eps} is out of range; expected 1e-6 or so")

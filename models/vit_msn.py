@@ -7,7 +7,7 @@ TensorRT builds the fewest kernels (docs/performance.md).
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -75,8 +75,33 @@ class Block(nn.Module):
         return x  # noqa: RET504  two lines of the same form
 
 
+class LinearProbe(nn.Module):
+    """The classifier of facebookresearch/msn linear_eval.py: LayerNorm, norm 1, linear layer."""
+
+    def __init__(self, width: int, labels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-5)  # torch's default, which linear_eval.py takes
+        self.linear = nn.Linear(width, labels)
+
+    def forward(self, x: Tensor) -> Tensor:  # [b, blocks * dim] -> [b, labels]
+        """Classify."""
+        logits: Tensor = self.linear(F.normalize(self.norm(x), dim=-1))
+        return logits
+
+
+class Hidden(NamedTuple):
+    """What the heads read: ``tokens`` [b, n, dim], and ``cls`` of the last blocks, each [b, dim].
+
+    Tokens went through the final LayerNorm where the model has one, ``cls`` never did. ``cls`` is
+    empty where no classifier reads it.
+    """
+
+    tokens: Tensor
+    cls: tuple[Tensor, ...]
+
+
 class VitMsn(nn.Module):
-    """The encoder; ``classifier`` is for callers to apply to ``tokens[:, 0]``."""
+    """The encoder, and the classifier where the configuration has labels."""
 
     def __init__(self, config: VitConfig, *, attention: AttentionKind = "sdpa") -> None:
         super().__init__()
@@ -85,26 +110,46 @@ class VitMsn(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, config.tokens, config.dim))
         self.blocks = nn.ModuleList(Block(config, attention) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(config.dim, eps=config.eps)
-        labels = len(config.labels)
-        self.classifier = nn.Linear(config.dim, labels) if labels else None
+        norm = nn.LayerNorm(config.dim, eps=config.eps)
+        self.norm = norm if config.pooling == "cls" else None
+        self.fc_norm = norm if config.pooling == "patches" else None
+        self.classifier = _classifier(config)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Turn normalised images [b, c, height, width] into tokens [b, n, dim], [CLS] first."""
+        return self.hidden(pixel_values).tokens
+
+    def hidden(self, pixel_values: Tensor) -> Hidden:
+        """Turn normalised images [b, c, height, width] into what the heads read."""
         return self.encode(self.patch(pixel_values))
 
-    def encode(self, patches: Tensor) -> Tensor:
-        """Turn embedded patches [b, dim, rows, columns] into tokens [b, n, dim]."""
+    def encode(self, patches: Tensor) -> Hidden:
+        """Run everything behind the patch embedding, [b, dim, rows, columns]."""
         x = patches.flatten(2).transpose(1, 2)
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1) + self.pos_embed
         return self.transform(x)
 
-    def transform(self, x: Tensor) -> Tensor:
+    def transform(self, x: Tensor) -> Hidden:
         """Run the blocks and the final LayerNorm over tokens [b, n, dim]."""
-        for block in self.blocks:
+        kept = self.config.pooled_blocks if self.config.pooling == "blocks" else 0
+        cls = []
+        for number, block in enumerate(self.blocks):
             x = block(x)
-        tokens: Tensor = self.norm(x)
-        return tokens
+            if number >= len(self.blocks) - kept:
+                cls.append(x[:, 0])
+        return Hidden(x if self.norm is None else self.norm(x), tuple(cls))
+
+    def classify(self, hidden: Hidden) -> Tensor:
+        """Give logits [b, labels]; the model must have a classifier."""
+        assert self.classifier is not None
+        if self.fc_norm is not None:
+            read = self.fc_norm(hidden.tokens[:, 1:].mean(dim=1))
+        elif self.config.pooling == "blocks":
+            read = hidden.cls[0] if len(hidden.cls) == 1 else torch.cat(hidden.cls, dim=-1)
+        else:
+            read = hidden.tokens[:, 0]
+        logits: Tensor = self.classifier(read)
+        return logits
 
     def for_image_size(self, size: tuple[int, int]) -> VitMsn:
         """Give the model for images of ``size`` (height, width); weights are shared.
@@ -120,6 +165,15 @@ class VitMsn(nn.Module):
         weights["pos_embed"] = nn.Parameter(resized, requires_grad=False)
         model.load_state_dict(weights, assign=True)
         return model.train(self.training)
+
+
+def _classifier(config: VitConfig) -> nn.Module | None:
+    labels = len(config.labels)
+    if not labels:
+        return None
+    if config.pooling == "blocks":
+        return LinearProbe(config.pooled_blocks * config.dim, labels)
+    return nn.Linear(config.dim, labels)
 
 
 def interpolate(pos_embed: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:

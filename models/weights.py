@@ -5,6 +5,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +15,39 @@ from torch import Tensor
 
 from msn_export.errors import CheckpointError
 from msn_export.models.hf_config import read_json
-
-# Where a training script keeps the weights among its optimiser's state, best first:
-# facebookresearch/msn src/msn_train.py, save_checkpoint (its evaluation reads target_encoder).
-_WRAPPERS = ("target_encoder", "state_dict", "model")
+from msn_export.models.named import INDEX, SINGLE
+from msn_export.models.wrappers import Weights, unwrap
 
 # How torch's unpickler names what it will not import or call
 _GLOBAL = re.compile(r"GLOBAL (\S+)")
 
-_SINGLE = ("model.safetensors", "pytorch_model.bin")
-_INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+class _Arguments:
+    """Stands for ``argparse.Namespace`` in a pickle: nothing of it is called, its content dropped.
+
+    Training scripts save their options beside the weights (MAE, DeiT, timm).
+    """
+
+    def __setstate__(self, _state: object) -> None: ...
 
 
-def read_folder(folder: Path) -> dict[str, Tensor]:
+def read_folder(folder: Path, choice: str | None = None) -> Weights:
     """Read a Hugging Face folder's weights: safetensors before .bin, whole or sharded.
+
+    Args:
+        folder: where they lie.
+        choice: the container or prefix of the weights to take, as ``unwrap`` takes it.
 
     Raises:
         CheckpointError: there are none, or a file cannot be read or lies elsewhere.
     """
-    for single, index in zip(_SINGLE, _INDEX, strict=True):
+    for single, index in zip(SINGLE, INDEX, strict=True):
         if (folder / single).is_file():
-            return read_file(folder / single)
+            return read_file(folder / single, choice)
         if (folder / index).is_file():
-            return _read_shards(folder, index)
+            return unwrap(_read_shards(folder, index), str(folder), choice)
     raise CheckpointError(
-        f"{folder} holds no weights; expected one of {', '.join((*_SINGLE, *_INDEX))}"
+        f"{folder} holds no weights; expected one of {', '.join((*SINGLE, *INDEX))}"
     )
 
 
@@ -52,21 +61,39 @@ def _read_shards(folder: Path, index: str) -> dict[str, Tensor]:
             raise CheckpointError(f"{folder / index} points outside its folder: {name!r}; refused")
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}, a shard of the weights, is missing")
-        for key, tensor in read_file(folder / name).items():
+        for key, tensor in _read_shard(folder / name).items():
             if key in tensors:
                 raise CheckpointError(f"{folder}: weight {key!r} is in two shards")
             tensors[key] = tensor
     return tensors
 
 
-def read_file(path: Path) -> dict[str, Tensor]:
+def _read_shard(path: Path) -> dict[str, Tensor]:
+    read = _read(path)
+    if not isinstance(read, Mapping) or not all(isinstance(t, Tensor) for t in read.values()):
+        raise CheckpointError(f"{path}, a shard of the weights, is no state dict")
+    tensors = {str(key): tensor for key, tensor in read.items()}
+    _require_held(tensors, path)
+    return tensors
+
+
+def read_file(path: Path, choice: str | None = None) -> Weights:
     """Read a .safetensors, .bin, .pth or .pth.tar file.
+
+    Args:
+        path: the file.
+        choice: the container or prefix of the weights to take, as ``unwrap`` takes it.
 
     Raises:
         CheckpointError: it is damaged, would execute code, or holds no weights.
     """
-    read = _read_safetensors if path.suffix == ".safetensors" else _read_pickle
-    return read(path)
+    weights = unwrap(_read(path), str(path), choice)
+    _require_held(weights.tensors, path)
+    return weights
+
+
+def _read(path: Path) -> Any:
+    return (_read_safetensors if path.suffix == ".safetensors" else _read_pickle)(path)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -79,13 +106,13 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+def _read_pickle(path: Path) -> Any:
     _require_stored(path)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _allowed():
             warnings.simplefilter("ignore")  # of torch, about how other files were once written
             # mapped, so that an optimiser's state in the file is never read; old formats cannot be
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except Exception as error:  # torch's unpickler raises what it likes for a damaged file
         refused = _GLOBAL.search(str(error))
         if refused is not None:
@@ -97,9 +124,11 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             f"{path} is not a whole weights file ({_line(error)}); expected what torch.save or "
             "safetensors wrote"
         ) from error
-    tensors = _state_dict(loaded, path)
-    _require_held(tensors, path)
-    return tensors
+
+
+def _allowed() -> AbstractContextManager[Any]:
+    """Let torch's unpickler make our stand-in where a pickle names ``argparse.Namespace``."""
+    return torch.serialization.safe_globals([(_Arguments, "argparse.Namespace")])
 
 
 def _require_stored(path: Path) -> None:
@@ -140,22 +169,6 @@ def _is_zip(path: Path) -> bool:
     """Whether torch.save wrote the format it has had since 1.6, which begins with a zip entry."""
     with path.open("rb") as file:
         return file.read(4) == b"PK\x03\x04"
-
-
-def _state_dict(loaded: Any, path: Path) -> dict[str, Tensor]:
-    for wrapper in _WRAPPERS:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
-            loaded = loaded[wrapper]
-            break
-    if not isinstance(loaded, Mapping) or not loaded:
-        raise CheckpointError(f"{path} holds no weights by name; expected a state dict")
-    odd = [key for key, value in loaded.items() if not isinstance(value, Tensor) or value.is_nested]
-    if odd:
-        raise CheckpointError(
-            f"{path} holds {odd[0]!r}, which is no weight; expected a state dict, or one under "
-            f"{', '.join(_WRAPPERS)}"
-        )
-    return {str(key): tensor for key, tensor in loaded.items()}
 
 
 def _line(error: Exception) -> str:

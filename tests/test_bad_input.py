@@ -77,7 +77,7 @@ def change_json(path: Path, **changes: Any) -> None:
 def without_a_key(folder: Path) -> None:
     def change(state: dict[str, torch.Tensor]) -> None:
         del state["vit.layernorm.bias"]
-        state["pooler.\x1b[2Jdense"] = torch.zeros(2)
+        state["layer.\x1b[2Jscale"] = torch.zeros(2)
 
     change_weights(folder, change)
 
@@ -118,8 +118,8 @@ def quantised(folder: Path) -> None:
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "keys": (
         without_a_key,
-        "1 key missing (norm.bias), 1 key unexpected ('pooler.\\x1b[2Jdense'), 0 keys of another "
-        "shape; is the configuration (--variant) right?",
+        "1 key missing (norm.bias), 1 key unexpected ('layer.\\x1b[2Jscale'), 0 keys of another "
+        "shape; the file is not whole, or of another model",
     ),
     "NaN": (with_nan, "weight 'classifier.bias' has NaN or infinity"),
     "truncated": (truncated, "is not a whole safetensors file ("),
@@ -133,7 +133,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         "model-00001-of-00002.safetensors, a shard of the weights, is missing",
     ),
     "quantised": (quantised, "weight 'classifier.weight' is int8; expected dense floating-point"),
-    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json is missing; is"),
+    "no config": (
+        lambda folder: (folder / "config.json").unlink(),
+        "has weights and no config.json; put",
+    ),
     "config": (
         lambda folder: (folder / "config.json").write_text("{"),
         "config.json is not JSON: Expecting property name",
@@ -144,7 +147,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "labels": (
         lambda folder: change_json(folder / "config.json", id2label={"0": "a"}),
-        "config.json: id2label has 1 labels, the classifier 3 rows; expected ids 0 to 2",
+        "config.json: the classifier has 3 rows and id2label 1 labels: 2 ids missing (1, 2), 0",
     ),
     "activation": (
         lambda folder: change_json(folder / "config.json", hidden_act="prelu"),

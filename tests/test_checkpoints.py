@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from msn_export.errors import CheckpointError
 from msn_export.models.checkpoints import Checkpoint, load_checkpoint
 from msn_export.models.hf_config import Processor
+from msn_export.models.named import AS_IT_SAYS, Choices
 from msn_export.models.variants import VARIANTS, VitConfig
 
 State = dict[str, torch.Tensor]
@@ -42,9 +43,9 @@ def weights_of(folder: Path) -> State:
     return state
 
 
-def message_of(source: object, **options: str) -> str:
+def message_of(source: object, choices: Choices = AS_IT_SAYS) -> str:
     with pytest.raises(CheckpointError) as raised:
-        load_checkpoint(str(source), **options)
+        load_checkpoint(str(source), choices)
     return str(raised.value)
 
 
@@ -214,10 +215,75 @@ def test_a_file_alone_is_recognised_by_its_shape(alone, tiny) -> None:
 
 
 def test_a_variant_that_is_not_the_files_is_told_by_its_shapes(alone) -> None:
-    message = message_of(alone, variant="vit-msn-base")
+    message = message_of(alone, Choices("vit-msn-base"))
     assert "160 keys missing (" in message
     assert "expected [2304, 768]" in message
-    assert message.endswith("is the configuration (--variant) right?")
+    assert message.endswith("; the shape is from --variant vit-msn-base: is it right?")
+
+
+# --- what the user chooses ------------------------------------------------------------------------
+
+
+def test_labels_of_a_file_replace_those_that_do_not_fit(classifier, tmp_path) -> None:
+    shutil.copytree(classifier, tmp_path / "m")
+    config = json.loads((classifier / "config.json").read_text())
+    config["id2label"] = {"0": "cat", "2": "dog"}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    assert message_of(tmp_path / "m").endswith(
+        "the classifier has 3 rows and id2label 2 labels: 1 id missing (1), 0 ids surplus; "
+        "--labels FILE replaces them"
+    )
+    (tmp_path / "names.txt").write_text("cat\ndog\nfox\n")
+    named = Choices(labels=tmp_path / "names.txt")
+    for source in (tmp_path / "m", tmp_path / "m" / "model.safetensors"):
+        assert load_checkpoint(str(source), named).config.labels == ("cat", "dog", "fox")
+
+
+def test_labels_name_the_classes_of_a_file_without_a_configuration(seeded, tmp_path) -> None:
+    head = {"head.weight": torch.ones(2, 64), "head.bias": torch.zeros(2)}
+    save_file({**seeded.model.state_dict(), **head}, tmp_path / "w.safetensors")
+    (tmp_path / "names.json").write_text('["cat", "dog"]')
+    got = load_checkpoint(str(tmp_path / "w.safetensors"), Choices(labels=tmp_path / "names.json"))
+    assert got.config.labels == ("cat", "dog")
+
+
+def test_weights_are_chosen_of_a_file_and_of_a_folder(encoder, tmp_path) -> None:
+    state = weights_of(encoder)
+    other = {key: tensor + 1 for key, tensor in state.items()}
+    torch.save({"model": state, "model_ema": other}, tmp_path / "pytorch_model.bin")
+    shutil.copy(encoder / "config.json", tmp_path)
+    for source in (tmp_path, tmp_path / "pytorch_model.bin"):
+        first = load_checkpoint(str(source))
+        assert first.sha256 == load_checkpoint(str(encoder)).sha256
+        assert first.notes == (
+            "weights read from 'model'; the file also has 'model_ema' (--weights model_ema)",
+        )
+        second = load_checkpoint(str(source), Choices(weights="model_ema"))
+        assert torch.equal(second.model.norm.bias, first.model.norm.bias + 1)
+
+
+def test_seeded_weights_leave_nothing_to_choose(tiny) -> None:
+    assert message_of("random:tiny", Choices(weights="model")) == (
+        "checkpoint 'random:tiny' is drawn: it has no --weights and no --labels to choose"
+    )
+
+
+def test_what_transformers_ignores_is_a_note_and_what_is_missing_an_error(
+    encoder, tmp_path
+) -> None:
+    state = weights_of(encoder)
+    spare = {"pooler.dense.weight": torch.ones(4, 4), "embeddings.position_ids": torch.ones(1, 17)}
+    save_file(state | spare, tmp_path / "model.safetensors")
+    shutil.copy(encoder / "config.json", tmp_path)
+    got = load_checkpoint(str(tmp_path))
+    assert got.sha256 == load_checkpoint(str(encoder)).sha256
+    assert got.notes == (
+        "not read: 2 keys that transformers ignores with a warning (embeddings.position_ids, "
+        "pooler.dense.weight)",
+    )
+    del state["layernorm.weight"]
+    save_file(state | spare, tmp_path / "model.safetensors")
+    assert "1 key missing (norm.weight)" in message_of(tmp_path)
 
 
 # --- random ---------------------------------------------------------------------------------------

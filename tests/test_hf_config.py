@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import ViTMSNConfig
 
 from msn_export.errors import CheckpointError
-from msn_export.models.hf_config import parse_config, parse_labels, read_json
+from msn_export.models.hf_config import parse_config, parse_labels, read_json, read_labels
 from msn_export.models.variants import VARIANTS
 
 OURS = {"model_type": "vit_msn"}
@@ -53,6 +53,8 @@ def test_everything_that_is_said_is_taken() -> None:
         "eps": 1e-5,
         "qkv_bias": False,
         "labels": ["cat", "dog"],
+        "pooling": "cls",
+        "pooled_blocks": 1,
     }
 
 
@@ -102,22 +104,115 @@ def test_what_cannot_be_is_named(change, message) -> None:
     ],
 )
 def test_labels_are_in_the_order_of_the_classifiers_rows(labels, classes, wanted) -> None:
-    assert parse_labels(labels, classes, "c") == wanted
+    assert parse_labels({"id2label": labels}, classes, "c") == wanted
 
 
 @pytest.mark.parametrize(
-    ("labels", "message"),
+    ("config", "message"),
     [
-        (["a", "b"], "c: id2label is no object of id to label"),
-        ({"0": "a"}, "c: id2label has 1 labels, the classifier 2 rows; expected ids 0 to 1"),
-        ({"1": "a", "2": "b"}, "c: id2label has 2 labels, the classifier 2 rows"),
-        ({"a": "a", "b": "b"}, "c: id2label has 2 labels, the classifier 2 rows"),
+        ({"id2label": ["a", "b"]}, "c: id2label is no object of id to label"),
+        (
+            {"id2label": {"0": "a"}},
+            "c: the classifier has 2 rows and id2label 1 labels: 1 id missing (1), 0 ids surplus",
+        ),
+        (
+            {"id2label": {"1": "a", "2": "b"}},
+            "c: the classifier has 2 rows and id2label 2 labels: 1 id missing (0), 1 id surplus "
+            "(2)",
+        ),
+        (
+            {"id2label": {str(i): "a" for i in range(9)}},
+            "c: the classifier has 2 rows and id2label 9 labels: 0 ids missing, 7 ids surplus "
+            "(2, 3, 4, 5, 6, …)",
+        ),
+        (
+            {"id2label": {"cat": 0, "dog\x1b": 1}},
+            "c: the classifier has 2 rows and id2label 2 labels: 2 ids missing (0, 1), 2 ids "
+            "surplus (cat, 'dog\\x1b') (it maps labels to ids, as label2id should)",
+        ),
+        (
+            {"id2label": {"0": "cat", "1": "dog"}, "label2id": {"cat": 1, "dog": 0}},
+            "c: id2label and label2id contradict each other at id 0 ('cat' is 1 in label2id), "
+            "1 ('dog' is 0 in label2id)",
+        ),
     ],
 )
-def test_labels_that_do_not_fit_are_refused(labels, message) -> None:
+def test_labels_that_do_not_fit_are_named_and_can_be_replaced(config, message) -> None:
     with pytest.raises(CheckpointError) as raised:
-        parse_labels(labels, 2, "c")
-    assert str(raised.value).startswith(message)
+        parse_labels(config, 2, "c")
+    assert str(raised.value) == f"{message}; --labels FILE replaces them"
+    given = parse_config({**OURS, **config}, "c", 2, ("x", "y"))
+    assert given.labels == ("x", "y")
+
+
+@pytest.mark.parametrize(
+    "label2id",
+    [
+        {"cat": 0, "dog": "1"},
+        {"LABEL_0": 0, "LABEL_1": 1},  # what transformers writes where only id2label was given
+        [],
+    ],
+)
+def test_label2id_that_contradicts_nothing_is_no_matter(label2id) -> None:
+    config = {"id2label": {"0": "cat", "1": "dog"}, "label2id": label2id}
+    assert parse_labels(config, 2, "c") == ("cat", "dog")
+
+
+def test_two_classes_may_share_a_name() -> None:
+    config = {"id2label": {"0": "crane", "1": "crane"}, "label2id": {"crane": 1}}
+    assert parse_labels(config, 2, "c") == ("crane", "crane")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("labels.txt", "cat\nhot dog\n"),
+        ("labels", "\ufeffcat\r\nhot dog"),
+        ("labels.json", '["cat", "hot dog"]'),
+        ("labels.json", '{"1": "hot dog", "0": "cat"}'),
+        ("config.json", '{"hidden_size": 8, "id2label": {"0": "cat", "1": "hot dog"}}'),
+    ],
+)
+def test_labels_are_read_from_a_file(tmp_path, name, content) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8", newline="")
+    assert read_labels(tmp_path / name, 2) == ("cat", "hot dog")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("l.txt", b"a\nb\nc\n", "--labels l.txt has 3 labels and the classifier 2 rows"),
+        ("l.txt", b"a\n\nb", "--labels l.txt: line 2 is empty; expected one label"),
+        ("l.txt", b"\xff\xfe", "--labels l.txt is not text: 'utf-8' codec can't decode"),
+        ("l.json", b"{", "l.json is not JSON: "),
+        ("l.json", b'"a"', "--labels l.json: expected a list of labels, or an object of id to"),
+        ("l.json", b'{"0": ["n01", "a"], "1": "b"}', "--labels l.json: expected a list of labels"),
+        ("l.json", b'["a"]', "--labels l.json has 1 labels and the classifier 2 rows"),
+        ("l.json", b'{"1": "a"}', "--labels l.json: the classifier has 2 rows and id2label 1 "),
+    ],
+)
+def test_a_file_of_labels_that_does_not_fit_is_named(tmp_path, name, content, message) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError) as raised:
+        read_labels(tmp_path / name, 2)
+    assert str(raised.value).replace(f"{tmp_path}{os.sep}", "").startswith(message)
+
+
+def test_labels_are_for_a_classifier_and_the_file_has_to_be_there(tmp_path) -> None:
+    with pytest.raises(CheckpointError, match="l: the checkpoint has no classifier"):
+        read_labels(tmp_path / "l", 0)
+    with pytest.raises(CheckpointError, match="l does not exist"):
+        read_labels(tmp_path / "l", 2)
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq"])
+def test_a_quantised_model_says_what_to_give_instead(method) -> None:
+    with pytest.raises(CheckpointError) as raised:
+        parse_config({**OURS, "quantization_config": {"quant_method": method}}, "c")
+    assert str(raised.value) == (
+        f"c is of a quantised model ({method}); give the checkpoint it was made from, and quantise "
+        "the exported graph with msn-export calibrate"
+    )
 
 
 @pytest.mark.parametrize(
@@ -157,7 +252,7 @@ anything = st.recursive(
 FIELDS = [
     *("architectures", "image_size", "patch_size", "num_channels", "hidden_size", "qkv_bias"),
     *("num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
-    *("layer_norm_eps", "id2label"),
+    *("layer_norm_eps", "id2label", "label2id", "quantization_config"),
 ]
 
 

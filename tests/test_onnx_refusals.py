@@ -50,7 +50,10 @@ BAD = {
         lambda tmp: (changed_config(tmp / "c", intermediate_size=96), []),
         "keys of another shape (encoder.layer.0.intermediate.dense.bias is [128], expected [96]",
     ),
-    "no weights": (lambda tmp: (fill(tmp / "c") and tmp / "c", []), "config.json is missing"),
+    "no weights": (
+        lambda tmp: (fill(tmp / "c") and tmp / "c", []),
+        "has no config.json and no weights",
+    ),
     "empty image folder": (
         lambda tmp: (TINY_FOLDER(tmp), ["--images", fill(tmp / "i")]),
         "holds no picture",

@@ -1,13 +1,15 @@
 """The reference reads each head off the tokens as the sources do."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from msn_export.errors import GraphError
-from msn_export.graph.reference import TorchRunner, read_head, require_readable
+from msn_export.graph.reference import TorchRunner, read_head, readable_heads, require_readable
 from msn_export.models.variants import VitConfig
-from msn_export.models.vit_msn import VitMsn
+from msn_export.models.vit_msn import Hidden, VitMsn
 from msn_export.spec import Head
 
 ENCODER = VitConfig((16, 16), (8, 8), 3, dim=8, depth=1, heads=2, mlp_dim=12)
@@ -23,7 +25,7 @@ def model() -> VitMsn:
 def test_each_head_reads_what_it_is_called(model) -> None:
     tokens = torch.randn(2, 5, 8)
     with torch.no_grad():
-        read = {head: read_head(model, head, tokens) for head in Head}
+        read = {head: read_head(model, head, Hidden(tokens, ())) for head in Head}
     assert torch.equal(read[Head.TOKENS], tokens)
     assert torch.equal(read[Head.CLS], tokens[:, 0])
     # the mean is of the patches alone: src/deit.py, x[:, 1:, :]
@@ -53,3 +55,22 @@ def test_logits_need_a_classifier() -> None:
         with pytest.raises(GraphError, match=message):
             ask(encoder, [Head.CLS, Head.LOGITS])
     require_readable(encoder, [Head.CLS, Head.MEAN, Head.TOKENS])
+
+
+@pytest.mark.parametrize(
+    ("pooling", "reads"),
+    [
+        ("patches", "the mean of the last block's patches"),
+        ("blocks", "[CLS] of the last blocks before the final LayerNorm"),
+    ],
+)
+def test_without_a_final_layer_norm_there_are_logits_alone(pooling, reads) -> None:
+    model = VitMsn(replace(CLASSIFIER, pooling=pooling))
+    assert readable_heads(model) == (Head.LOGITS,)
+    require_readable(model, [Head.LOGITS])
+    with pytest.raises(GraphError) as raised:
+        require_readable(model, [Head.LOGITS, Head.MEAN])
+    assert str(raised.value) == (
+        f"head mean needs the final LayerNorm, which this checkpoint lacks (its classifier reads "
+        f"{reads}); use logits, or the pre-trained checkpoint"
+    )

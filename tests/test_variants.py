@@ -40,6 +40,7 @@ IMPOSSIBLE = [
     ({"depth": 1025}, "layers 1025 is out of range; expected 1 to 1024"),
     ({"mlp_dim": 1 << 21}, "intermediate size 2097152 is out of range"),
     ({"heads": 7}, "hidden size 384 is not divisible by 7 attention heads"),
+    ({"pooled_blocks": 13}, "a classifier reads 13 blocks; expected 1 to 12"),
     ({"eps": 0.0}, "LayerNorm eps 0.0 is out of range; expected 1e-6 or so"),
     ({"eps": float("nan")}, "LayerNorm eps nan is out of range"),
     (
@@ -95,6 +96,8 @@ def test_a_config_is_plain_json() -> None:
         "eps": 1e-6,
         "qkv_bias": True,
         "labels": ["cat", "dog"],
+        "pooling": "cls",
+        "pooled_blocks": 1,
     }
 
 

@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import zipfile
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from safetensors.torch import save_file
 
 from msn_export.errors import CheckpointError
 from msn_export.models.weights import read_file, read_folder
+from msn_export.models.wrappers import Weights
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
 
 
-def same(read: dict[str, torch.Tensor]) -> bool:
+def same(weights: Weights) -> bool:
+    read = weights.tensors
     return read.keys() == TENSORS.keys() and all(
         read[key].dtype == TENSORS[key].dtype and torch.equal(read[key], TENSORS[key])
         for key in TENSORS
@@ -51,16 +54,12 @@ def test_safetensors_are_read(tmp_path) -> None:
     assert same(read_file(tmp_path / "w.safetensors"))
 
 
-@pytest.mark.parametrize("wrapper", ["target_encoder", "state_dict", "model"])
-def test_weights_are_found_among_a_trainers_state(tmp_path, wrapper) -> None:
-    torch.save({wrapper: TENSORS, "epoch": 3, "opt": {"lr": 0.1}}, tmp_path / "w.pth")
+def test_weights_are_found_among_a_trainers_state(tmp_path) -> None:
+    torch.save({"model": TENSORS, "epoch": 3, "opt": {"lr": 0.1}}, tmp_path / "w.pth")
     assert same(read_file(tmp_path / "w.pth"))
-
-
-def test_the_target_encoder_wins_as_in_the_original_evaluation(tmp_path) -> None:
-    other = {"a": torch.zeros(1)}
-    torch.save({"model": other, "target_encoder": TENSORS}, tmp_path / "w.pth")
-    assert same(read_file(tmp_path / "w.pth"))
+    torch.save({"model": TENSORS, "model_ema": {"a": torch.ones(1)}}, tmp_path / "w.pth")
+    assert same(read_file(tmp_path / "w.pth", "model"))
+    assert read_file(tmp_path / "w.pth", "model_ema").tensors.keys() == {"a"}
 
 
 def shard(folder: Path, suffix: str, index: str) -> None:
@@ -117,9 +116,60 @@ def test_the_bomb_of_these_tests_is_a_live_one(tmp_path) -> None:
     assert (tmp_path / "ran").exists()
 
 
-def test_an_object_beside_the_weights_is_named(tmp_path) -> None:
-    torch.save({"model": TENSORS, "args": argparse.Namespace(lr=1)}, tmp_path / "w.pth")
-    assert "it names argparse.Namespace, and a pickle can execute" in message_of(tmp_path / "w.pth")
+def test_the_options_of_a_training_script_are_passed_over_unread(tmp_path) -> None:
+    options = argparse.Namespace(lr=1, output_dir="runs", nested=argparse.Namespace(a=[1]))
+    torch.save({"model": TENSORS, "args": options}, tmp_path / "w.pth")
+    assert same(read_file(tmp_path / "w.pth"))
+    assert "argparse.Namespace" not in str(torch.serialization.get_safe_globals())
+
+
+def test_nothing_of_a_namespace_is_called_or_kept(tmp_path, monkeypatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    options = argparse.Namespace(lr=1)
+    torch.save({"model": TENSORS, "args": options}, tmp_path / "w.pth")
+    monkeypatch.setattr(argparse.Namespace, "__init__", refuse)
+    monkeypatch.setattr(argparse.Namespace, "__setattr__", refuse)
+    assert same(read_file(tmp_path / "w.pth"))
+
+
+class Hostile:
+    """Pickles as a call of ``argparse.Namespace`` with an argument of its own."""
+
+    def __init__(self, argument: Any) -> None:
+        self.argument = argument
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return argparse.Namespace, (self.argument,)
+
+
+def test_a_namespace_brings_no_other_class_and_no_code(tmp_path) -> None:
+    ran, path = tmp_path / "ran", tmp_path / "w.pth"
+    for inner, named in ((Bomb(ran), "exec"), (Shell(ran), "posix.system"), (Path(), "pathlib")):
+        torch.save({"model": TENSORS, "args": argparse.Namespace(inner=inner)}, path)
+        assert message_of(path).startswith(f"w.pth is refused: it names {named}")
+    torch.save({"model": TENSORS, "args": Hostile(Bomb(ran))}, path)
+    assert "it names exec, and a pickle can execute" in message_of(path)
+    torch.save({"model": TENSORS, "args": Hostile("a")}, path)
+    assert message_of(path).startswith("w.pth is not a whole weights file (")
+    assert not ran.exists()
+
+
+def test_a_namespace_is_no_weight_and_no_state_dict(tmp_path) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({**TENSORS, "args": argparse.Namespace(lr=1)}, path)
+    assert message_of(path).startswith("w.pth holds 'args', which is no weight; expected")
+    torch.save(argparse.Namespace(**TENSORS), path)
+    assert message_of(path) == "w.pth holds no weights by name; expected a state dict"
+    torch.save({"model": argparse.Namespace(**TENSORS)}, path)
+    assert message_of(path).startswith("w.pth holds 'model', which is no weight; expected")
+
+
+def test_any_other_class_beside_the_weights_is_refused_by_name(tmp_path) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({"model": TENSORS, "args": argparse.Namespace(), "other": Decimal(3)}, path)
+    assert "w.pth is refused: it names decimal.Decimal, and a pickle can" in message_of(path)
 
 
 # --- what cannot be read --------------------------------------------------------------------------
@@ -168,12 +218,12 @@ def test_damage_anywhere_raises_nothing_else(tmp_path, zipped) -> None:
     [
         ([torch.ones(1)], "holds no weights by name; expected a state dict"),
         ({}, "holds no weights by name; expected a state dict"),
-        ({"state_dict": {}}, "holds no weights by name; expected a state dict"),
         (torch.ones(1), "holds no weights by name; expected a state dict"),
         (
             {"a": torch.ones(1), "epoch": 3},
             "holds 'epoch', which is no weight; expected a state dict, or one under "
-            "target_encoder, state_dict, model",
+            "target_encoder, teacher, state_dict, model_state_dict, model, module, encoder, "
+            "student, model_ema, state_dict_ema",
         ),
     ],
 )
@@ -217,6 +267,15 @@ def test_an_index_that_lists_nothing_is_named(tmp_path, index) -> None:
     (tmp_path / "f").mkdir()
     (tmp_path / "f" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     assert message_of(tmp_path / "f") == "f/pytorch_model.bin.index.json has no weight_map"
+
+
+def test_a_shard_that_is_no_state_dict_is_named(tmp_path) -> None:
+    folder = tmp_path / "f"
+    folder.mkdir()
+    torch.save({"epoch": 3}, folder / "x.bin")
+    index = {"weight_map": {"a": "x.bin"}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert message_of(folder) == "f/x.bin, a shard of the weights, is no state dict"
 
 
 def test_one_weight_in_two_shards_is_refused(tmp_path) -> None:
@@ -268,7 +327,7 @@ def test_many_weights_on_one_storage_are_as_little_believed(tmp_path) -> None:
 def test_two_weights_may_share_their_numbers(tmp_path) -> None:
     one = torch.ones(2**18)
     torch.save({"a": one, "b": one}, tmp_path / "w.bin")
-    assert set(read_file(tmp_path / "w.bin")) == {"a", "b"}
+    assert set(read_file(tmp_path / "w.bin").tensors) == {"a", "b"}
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")

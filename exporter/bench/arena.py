@@ -12,6 +12,7 @@ from msn_export.bench.process import Process
 from msn_export.bench.records import Contender
 from msn_export.errors import BenchError, SpecError
 from msn_export.feed import Feed, feed_of
+from msn_export.models.named import AS_IT_SAYS, Choices
 from msn_export.preprocessing import Exif
 from msn_export.records import from_plain, to_plain
 from msn_export.spec import BatchRange, ImageSize, TensorSpec
@@ -61,6 +62,7 @@ class Arena:
     folder: Path
     stack: ExitStack
     offline: bool
+    choices: Choices = AS_IT_SAYS
     opened: list[Opened] = field(default_factory=list)
     absent: list[Contender] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -157,7 +159,8 @@ class Arena:
             if "inputs" in one.told:
                 names |= dict.fromkeys(spec["name"] for spec in one.told["outputs"])
         entries = [one.entry for one in self.opened]
-        return origin_of(entries, checkpoint, tuple(names), self.feed.preprocessing.size)
+        size = self.feed.preprocessing.size
+        return origin_of(entries, checkpoint, tuple(names), size, self.choices)
 
     @property
     def _pixels(self) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
+from msn_export.models.named import Choices
 from msn_export.records import from_plain, to_plain
 from msn_export.spec import ImageSize, InputKind
 
@@ -109,6 +110,7 @@ class Torch:
             outputs=told["outputs"],
             size=from_plain(ImageSize, told["size"], "size"),
             sha256=told["sha256"],
+            choices=Choices(told["variant"], told["weights"]),
         )
         self._names = [head.output for head in reference.heads]
         model = reference.to(self._device, self._dtype)

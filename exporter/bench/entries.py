@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from msn_export import manifest as manifests
 from msn_export.errors import BenchError, GraphError
+from msn_export.models.named import AS_IT_SAYS, Choices
 from msn_export.sidecar import sha256_of
 from msn_export.spec import Dtype
 
@@ -129,23 +130,34 @@ class Origin:
     sha256: str | None
     outputs: tuple[str, ...]
     size: ImageSize
+    choices: Choices = AS_IT_SAYS
 
 
 def origin_of(
-    entries: Sequence[Entry], checkpoint: str | None, outputs: tuple[str, ...], size: ImageSize
+    entries: Sequence[Entry],
+    checkpoint: str | None,
+    outputs: tuple[str, ...],
+    size: ImageSize,
+    choices: Choices = AS_IT_SAYS,
 ) -> Origin:
     """Find the checkpoint: the one that was named, or the first artifact's own.
+
+    It is read as the manifest says it was, unless ``choices`` say otherwise.
 
     Raises:
         BenchError: no manifest names one.
     """
     known = [entry.manifest.checkpoint for entry in entries if entry.manifest is not None]
     record = next((one for one in known if one is not None), None)
-    if checkpoint is not None:
-        return Origin(checkpoint, record.sha256 if record else None, outputs, size)
-    if record is None:
+    if record is None and checkpoint is None:
         raise BenchError("no manifest names a checkpoint; name it with --checkpoint")
-    return Origin(record.source, record.sha256, outputs, size)
+    sha256 = record.sha256 if record else None
+    if record is not None and not choices:
+        choices = Choices(record.variant, record.weights)
+    if checkpoint is not None:
+        return Origin(checkpoint, sha256, outputs, size, choices)
+    assert record is not None
+    return Origin(record.source, sha256, outputs, size, choices)
 
 
 def torch_dtype(entry: Entry, where: Where) -> Dtype:
@@ -168,6 +180,8 @@ def torch_entry(kind: str, origin: Origin, where: Where, dtype: Dtype) -> Entry:
         "compile": compiled,
         "checkpoint": origin.checkpoint,
         "sha256": origin.sha256,
+        "variant": origin.choices.variant,
+        "weights": origin.choices.weights,
         "outputs": list(origin.outputs),
         "size": {"height": origin.size.height, "width": origin.size.width},
         "dtype": str(dtype),

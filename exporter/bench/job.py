@@ -23,6 +23,8 @@ class BenchJob(Job):
     against: tuple[Against, ...] = ("sdpa",)
     batches: tuple[Count, ...] = (1, 8)
     checkpoint: str | None = None
+    variant: str | None = None
+    weights: str | None = None
     rounds: Count = 10
     seconds: float = 10.0
     threads: Count | None = None

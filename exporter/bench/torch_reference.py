@@ -9,6 +9,7 @@ import torch
 from msn_export.errors import CheckpointError, SpecError
 from msn_export.graph.reference import Heads
 from msn_export.models.checkpoints import load_checkpoint
+from msn_export.models.named import AS_IT_SAYS, Choices
 from msn_export.models.vit_msn import VitMsn
 from msn_export.spec import Head, ImageSize
 
@@ -25,6 +26,7 @@ def open_reference(
     outputs: Sequence[str],
     size: ImageSize,
     sha256: str | None,
+    choices: Choices = AS_IT_SAYS,
 ) -> Heads:
     """Load a checkpoint as the model whose outputs an artifact has.
 
@@ -34,17 +36,19 @@ def open_reference(
         outputs: of the artifact; those that no head of ours is called are left out.
         size: of the images; the position embedding is interpolated to it.
         sha256: that of the weights, where a manifest says it.
+        choices: what the checkpoint does not say itself, or holds several of.
 
     Raises:
         CheckpointError: it cannot be had, or holds other weights.
         SpecError: the artifact has none of our outputs.
         GraphError: logits are asked of a model without a classifier.
     """
-    loaded = load_checkpoint(checkpoint)
+    loaded = load_checkpoint(checkpoint, choices)
     if sha256 is not None and loaded.sha256 != sha256:
         raise CheckpointError(
             f"checkpoint {checkpoint} has other weights ({loaded.sha256[:12]}…) than the artifact "
-            f"was made from ({sha256[:12]}…); name the right one with --checkpoint"
+            f"was made from ({sha256[:12]}…); name the right one with --checkpoint, or what holds "
+            "its weights with --weights"
         )
     heads = [head for head in Head if head.output in outputs]
     if not heads:

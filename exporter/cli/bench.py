@@ -17,6 +17,8 @@ from msn_export.cli.options import (
     json_option,
     picture_options,
     runner_options,
+    variant_option,
+    weights_option,
 )
 from msn_export.cli.options import IMAGES as PICTURES
 from msn_export.errors import SpecError
@@ -55,6 +57,8 @@ def _against(text: str) -> tuple[str, ...]:
     help="Repeatable. Default: 1, 8.",
 )
 @click.option("--checkpoint", help="Of the PyTorch model. Default: what the manifest names.")
+@variant_option
+@weights_option
 @click.option("--rounds", type=click.IntRange(min=1), default=10, show_default=True)
 @click.option(
     "--seconds",

@@ -6,7 +6,13 @@ from typing import Any
 
 import click
 
-from msn_export.cli.options import exif_option, images_option, json_option, preprocess_option
+from msn_export.cli.options import (
+    checkpoint_options,
+    exif_option,
+    images_option,
+    json_option,
+    preprocess_option,
+)
 
 
 @click.command()
@@ -19,7 +25,7 @@ from msn_export.cli.options import exif_option, images_option, json_option, prep
 )
 @preprocess_option(help="What makes the pixels both are given. Default: the reference's own.")
 @exif_option
-@click.option("--variant", help="Published shape, where a weights file does not say.")
+@checkpoint_options
 @click.option(
     "--tolerance",
     type=click.FloatRange(min=0),

@@ -11,6 +11,7 @@ from msn_export.cli.options import (
     FILE,
     SIZE,
     artifact_options,
+    checkpoint_options,
     choice,
     command_line,
     exif_option,
@@ -23,7 +24,7 @@ from msn_export.spec import Dtype, Head, InputKind, Target
 @click.command()
 @click.argument("checkpoint")
 @click.option("-o", "--output", type=FILE, help="The .onnx file to write.")
-@click.option("--variant", help="Published shape, where a weights file does not say.")
+@checkpoint_options
 @click.option(
     "--head",
     "heads",

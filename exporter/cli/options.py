@@ -126,6 +126,20 @@ def artifact_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+variant_option = click.option(
+    "--variant", help="Published shape, where a weights file does not say."
+)
+weights_option = click.option(
+    "--weights", metavar="KEY", help="Which of several weights in one file, as model_ema."
+)
+
+
+def checkpoint_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add what every command that takes a checkpoint asks where it does not say."""
+    labels = click.option("--labels", type=FILE, help="Names of the classes: a line each, or JSON.")
+    return variant_option(weights_option(labels(command)))
+
+
 def runner_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that say where an artifact runs."""
     for option in (

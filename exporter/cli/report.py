@@ -7,7 +7,14 @@ from typing import Any
 
 import click
 
-from msn_export.cli.options import FILE, IMAGES, command_line, force_option, picture_options
+from msn_export.cli.options import (
+    FILE,
+    IMAGES,
+    checkpoint_options,
+    command_line,
+    force_option,
+    picture_options,
+)
 
 
 @click.command()
@@ -18,7 +25,7 @@ from msn_export.cli.options import FILE, IMAGES, command_line, force_option, pic
 @picture_options
 @click.option("--limit", type=click.IntRange(3), default=64, show_default=True, help="Pictures.")
 @click.option("--bench", type=FILE, help="What 'msn-export bench --json' wrote.")
-@click.option("--variant", help="Published shape, where a weights file does not say.")
+@checkpoint_options
 @click.option("--title", help="Default: the checkpoint's name.")
 @force_option
 @click.pass_context

@@ -8,6 +8,7 @@ import click
 
 from msn_export.cli.options import (
     BATCH,
+    checkpoint_options,
     choice,
     exif_option,
     images_option,
@@ -41,7 +42,7 @@ def gate_options(command: Any) -> Any:
 @click.option("--batch", type=BATCH, help="Batch sizes to run. Default: the candidate's own.")
 @preprocess_option(help="How the candidate is fed in production. Default: as its manifest says.")
 @exif_option
-@click.option("--variant", help="Published shape, where a weights file does not say.")
+@checkpoint_options
 @click.option(
     "--gate", type=choice(Dtype), help="Whose gate to judge by. Default: the coarser side's dtype."
 )

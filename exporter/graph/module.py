@@ -19,7 +19,7 @@ class ExportedModule(nn.Module):
     """Images as the graph takes them, to one tensor a head.
 
     Raises:
-        GraphError: a head asks for a classifier that the model lacks.
+        GraphError: a head asks for a classifier or a final LayerNorm that the model lacks.
     """
 
     def __init__(
@@ -47,5 +47,5 @@ class ExportedModule(nn.Module):
         # an empty row in front, whose position holds [CLS]: joining a token that is repeated over
         # the batch would take a kernel that computes the batch's size
         x = F.pad(x, (0, 0, 1, 0)) + self.pos_embed
-        tokens = self.model.transform(x)
-        return tuple(read_head(self.model, head, tokens) for head in self.heads)
+        hidden = self.model.transform(x)
+        return tuple(read_head(self.model, head, hidden) for head in self.heads)

@@ -59,6 +59,13 @@ def chunk(draft: Draft, x: ir.Value, chunks: int, dim: int = 0) -> Sequence[ir.V
     return draft.ops("Split", [x], [tuple(shape)] * chunks, attributes)
 
 
+def cat(draft: Draft, tensors: Sequence[ir.Value], dim: int = 0) -> ir.Value:
+    """Join values along an axis."""
+    shape = list(shape_of(tensors[0]))
+    shape[dim] = sum(require_size(shape_of(value)[dim]) for value in tensors)
+    return draft.op("Concat", list(tensors), tuple(shape), {"axis": dim % len(shape)})
+
+
 def pad(
     draft: Draft,
     x: ir.Value,

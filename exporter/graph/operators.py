@@ -135,6 +135,22 @@ def _mean(draft: Draft, x: ir.Value, dim: int) -> ir.Value:
     return draft.op("ReduceMean", [x, axes], tuple(shape), {"keepdims": 0})
 
 
+def _normalize(
+    draft: Draft, x: ir.Value, p: float = 2.0, dim: int = 1, eps: float = 1e-12, **_: None
+) -> ir.Value:
+    """``x / max(norm, eps)``; by the mean of squares, whose sum may pass fp16's largest number."""
+    shape = shape_of(x)
+    if p != 2.0 or dim % len(shape) != len(shape) - 1:
+        raise ValueError(f"norm {p} along axis {dim} instead of 2 along the last")
+    axes = draft.constant(np.array([-1]), "index.-1")
+    squares = _square(draft, x)
+    mean = draft.op("ReduceMean", [squares, axes], (*shape[:-1], 1), {"keepdims": 1})
+    root = draft.op("Sqrt", [mean], shape_of(mean))
+    norm = _binary("Mul")(draft, root, require_size(shape[-1]) ** 0.5)
+    bounded = draft.op("Max", [norm, _operand(draft, eps)], shape_of(norm))
+    return _binary("Div")(draft, x, bounded)
+
+
 def _to(draft: Draft, x: ir.Value, dtype: torch.dtype | ir.DataType) -> ir.Value:
     wanted = _DTYPES[dtype] if isinstance(dtype, torch.dtype) else dtype
     return x if wanted == x.dtype else draft.op("Cast", [x], shape_of(x), {"to": wanted}, wanted)
@@ -153,6 +169,7 @@ MODULES: Mapping[type[nn.Module], Callable[..., ir.Value]] = {
 # By the name of the function or method: Tensor.sqrt and torch.sqrt are one thing.
 CALLS: Mapping[str, Callable[..., Any]] = {
     "add": _binary("Add"),
+    "cat": move.cat,
     "chunk": move.chunk,
     "clamp": _clamp,
     "erf": _unary("Erf"),
@@ -166,6 +183,7 @@ CALLS: Mapping[str, Callable[..., Any]] = {
     "mean": _mean,
     "mish": _unary("Mish"),
     "mul": _binary("Mul"),
+    "normalize": _normalize,
     "pad": move.pad,
     "permute": move.permute,
     "relu": _unary("Relu"),

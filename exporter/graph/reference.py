@@ -13,44 +13,52 @@ from torch.utils.hooks import RemovableHandle
 from msn_export.errors import GraphError
 from msn_export.graph.inside import PLACES
 from msn_export.graph.stream import ENTRY
-from msn_export.models.vit_msn import VitMsn
+from msn_export.models.variants import READS
+from msn_export.models.vit_msn import Hidden, VitMsn
 from msn_export.spec import Head
 
 # b batch, n tokens, dim hidden size
 
 
-def read_head(model: VitMsn, head: Head, tokens: Tensor) -> Tensor:
-    """Read a head off the final LayerNorm's tokens [b, n, dim].
+def read_head(model: VitMsn, head: Head, hidden: Hidden) -> Tensor:
+    """Read a head off what the model computed.
 
     ``mean`` averages the patch tokens without [CLS]: facebookresearch/msn src/deit.py,
     ``forward_return_n_last_blocks(return_patch_avgpool=True)``.
     """
     match head:
         case Head.TOKENS:
-            return tokens
+            return hidden.tokens
         case Head.MEAN:
-            return tokens[:, 1:].mean(dim=1)
+            return hidden.tokens[:, 1:].mean(dim=1)
         case Head.CLS:
-            return tokens[:, 0]
+            return hidden.tokens[:, 0]
         case Head.LOGITS:
-            assert model.classifier is not None
-            logits: Tensor = model.classifier(tokens[:, 0])
-            return logits
+            return model.classify(hidden)
 
 
 def require_readable(model: VitMsn, heads: Sequence[Head]) -> None:
     """Require that a model has what ``heads`` read.
 
     Raises:
-        GraphError: logits are asked of a model without a classifier.
+        GraphError: logits are asked of a model without a classifier, or tokens of one without a
+            final LayerNorm.
     """
     if Head.LOGITS in heads and model.classifier is None:
         raise GraphError("head logits needs a classifier, this checkpoint has none; use cls")
+    rest = [head for head in heads if head is not Head.LOGITS]
+    if rest and model.norm is None:
+        raise GraphError(
+            f"head {rest[0]} needs the final LayerNorm, which this checkpoint lacks (its "
+            f"classifier reads {READS[model.config.pooling]}); use logits, or the pre-trained "
+            "checkpoint"
+        )
 
 
 def readable_heads(model: VitMsn) -> tuple[Head, ...]:
     """List the heads that can be read off a model."""
-    return tuple(head for head in Head if head is not Head.LOGITS or model.classifier is not None)
+    held = {True: model.classifier is not None, False: model.norm is not None}
+    return tuple(head for head in Head if held[head is Head.LOGITS])
 
 
 class TorchRunner:
@@ -69,8 +77,8 @@ class TorchRunner:
     def __call__(self, pixel_values: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
         """Run normalised planes [b, c, h, w]."""
         with torch.inference_mode():
-            tokens = self.model(torch.from_numpy(pixel_values).to(self.dtype))
-            return {head.output: read_head(self.model, head, tokens).numpy() for head in self.heads}
+            hidden = self.model.hidden(torch.from_numpy(pixel_values).to(self.dtype))
+            return {head.output: read_head(self.model, head, hidden).numpy() for head in self.heads}
 
     def close(self) -> None:
         """Do nothing: the model is the checkpoint's."""
@@ -86,8 +94,8 @@ class Heads(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """Run, and read every head."""
-        tokens = self.model(pixel_values)
-        return tuple(read_head(self.model, head, tokens) for head in self.heads)
+        hidden = self.model.hidden(pixel_values)
+        return tuple(read_head(self.model, head, hidden) for head in self.heads)
 
 
 class TorchStream:

@@ -53,7 +53,9 @@ def structure_of(model: ir.Model) -> Structure:
 
 def structure_of_module(model: Any) -> Structure:
     """Read the same of the PyTorch reference (``VitMsn``)."""
-    found: dict[str, float | str] = {"final norm: epsilon": model.norm.eps}
+    # the last LayerNorm is the classifier's own where there is no final one
+    last: Any = model.norm or model.fc_norm or model.classifier.norm
+    found: dict[str, float | str] = {"final norm: epsilon": last.eps}
     activation = next(
         (kind for kind, names in _GELU.items() if model.config.activation in names), ""
     )

@@ -17,6 +17,7 @@ from msn_export.errors import EngineFileError, GraphError, RunnerError
 from msn_export.graph import io
 from msn_export.graph.precision import graph_dtype
 from msn_export.graph.structure import Structure, structure_of
+from msn_export.models.named import AS_IT_SAYS, Choices
 from msn_export.preprocessing import Preprocessing
 from msn_export.runtime import engine_opening
 from msn_export.runtime.admission import admit_engine
@@ -75,13 +76,13 @@ class Artifact:
 
 
 def open_artifact(
-    name: str, *, variant: str | None = None, size: ImageSize | None = None
+    name: str, *, choices: Choices = AS_IT_SAYS, size: ImageSize | None = None
 ) -> Artifact:
     """Describe what ``name`` names: a file by its ending, else a checkpoint.
 
     Args:
         name: as the user gave it.
-        variant: the published shape of a weights file that does not say.
+        choices: what a checkpoint does not say itself, or holds several of.
         size: the image size a checkpoint is to be read for; a file has its own.
 
     Raises:
@@ -94,7 +95,7 @@ def open_artifact(
         return _of_engine(path)
     from msn_export.proof.checkpoint import checkpoint_artifact  # torch
 
-    return checkpoint_artifact(name, variant, size)
+    return checkpoint_artifact(name, choices, size)
 
 
 def is_checkpoint(name: str) -> bool:

@@ -7,17 +7,18 @@ from msn_export.checkpoint import preprocessing_of, processor_notes, size_differ
 from msn_export.graph.reference import TorchRunner, readable_heads
 from msn_export.graph.structure import structure_of_module
 from msn_export.models.checkpoints import load_checkpoint
+from msn_export.models.named import Choices
 from msn_export.proof.artifact import Artifact
 from msn_export.spec import BatchRange, Dtype, ImageSize, InputKind
 
 
-def checkpoint_artifact(name: str, variant: str | None, size: ImageSize | None) -> Artifact:
+def checkpoint_artifact(name: str, choices: Choices, size: ImageSize | None) -> Artifact:
     """Describe a checkpoint: it takes any batch and gives any head it has.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it cannot be used.
     """
-    read = load_checkpoint(name, variant=variant)
+    read = load_checkpoint(name, choices)
     differs = size_difference(read) if size is None else None
     checkpoint = sized(read, size)
     made = preprocessing_of(checkpoint)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from msn_export.errors import SpecError, ToleranceError
+from msn_export.models.named import AS_IT_SAYS, Choices
 from msn_export.preprocessing import Preprocessing, assumed
 from msn_export.proof.artifact import Artifact, is_checkpoint, open_artifact
 
@@ -33,17 +34,21 @@ class Pair:
         return min(self.reference.room, self.candidate.room)
 
 
-def open_pair(reference: str, candidate: str, *, variant: str | None = None) -> Pair:
+def open_pair(reference: str, candidate: str, choices: Choices = AS_IT_SAYS) -> Pair:
     """Open both sides; a checkpoint is read for the other side's image size.
 
     Raises:
-        SpecError: they take images of different sizes.
+        SpecError: they take images of different sizes, or ``choices`` are for neither.
         ToleranceError: they have no output in common.
     """
+    if choices and not any(map(is_checkpoint, (reference, candidate))):
+        raise SpecError(
+            "--variant, --weights and --labels are for a checkpoint, and neither side is one"
+        )
     opened: dict[str, Artifact] = {}
     size = None
     for name in sorted(dict.fromkeys((reference, candidate)), key=is_checkpoint):
-        opened[name] = open_artifact(name, variant=variant, size=size)
+        opened[name] = open_artifact(name, choices=choices, size=size)
         size = size or opened[name].size
     left, right = opened[reference], opened[candidate]
     if left.size != right.size:

@@ -1,0 +1,204 @@
+"""Find a model's weights among what training wrote around them: one table, each choice noted."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from msn_export.errors import CheckpointError
+from msn_export.models.keys import canonical, is_weight
+
+# Where a file keeps weights beside an optimiser's state, best first, and who writes it so.
+CONTAINERS = {
+    "target_encoder": "facebookresearch/msn: the averaged encoder, which its evaluation reads",
+    "teacher": "self-distillation: the averaged network",
+    "state_dict": "PyTorch Lightning, timm's training script",
+    "model_state_dict": "PyTorch's tutorials",
+    "model": "the MAE and DeiT code bases",
+    "module": "DeepSpeed (mp_rank_00_model_states.pt)",
+    "encoder": "facebookresearch/msn: the encoder that gradients train",
+    "student": "self-distillation: the network that gradients train",
+    "model_ema": "DeiT: an exponential moving average",
+    "state_dict_ema": "timm's training script: an exponential moving average",
+}
+# What a wrapping module puts before every key, best first, and which it is.
+PREFIXES = {
+    "module": "DataParallel, DistributedDataParallel, AveragedModel, facebookresearch/msn",
+    "_orig_mod": "torch.compile",
+    "_forward_module": "Lightning Fabric",
+    "base_model": "PEFT after merging",
+    "model": "a LightningModule with a field model",
+    "network": "a training script with a field network",
+    "net": "a training script with a field net",
+    "target_encoder": "a training script of MSN",
+    "teacher": "self-distillation: the averaged network",
+    "backbone": "lightly: the averaged encoder",
+    "student": "self-distillation: the network that gradients train",
+    "anchor_backbone": "lightly: the encoder that gradients train",
+}
+# What stands within keys where a part of the model was wrapped.
+INSIDE = {
+    "_orig_mod": "torch.compile",
+    "_fsdp_wrapped_module": "FullyShardedDataParallel",
+    "_checkpoint_wrapped_module": "activation checkpointing",
+}
+_DEEPEST = 8  # containers within one another; the deepest known are DeepSpeed's within Lightning's
+_RANK = {name: rank for rank, name in enumerate((*PREFIXES, *INSIDE))}
+_LINEAR_EVAL = ("target_encoder", "encoder")  # beside which facebookresearch/msn has a classifier
+
+Prefix = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A model's weights without wrappers, and what a user should know of the choice."""
+
+    tensors: dict[str, Tensor]
+    notes: tuple[str, ...] = ()
+
+
+def unwrap(loaded: Any, where: str, choice: str | None = None) -> Weights:
+    """Take containers and prefixes off what a file holds.
+
+    Args:
+        loaded: what torch or safetensors read.
+        where: what to call the file in errors.
+        choice: the container or prefix to take where there are several.
+
+    Raises:
+        CheckpointError: it holds no weights by name, or none under ``choice``.
+    """
+    taken: list[str] = []
+    beside: list[str] = []
+    parent: Any = None
+    held = loaded
+    chosen = choice is None
+    for _ in range(_DEEPEST):
+        if not isinstance(held, Mapping):
+            break
+        names = [name for name in CONTAINERS if _holds(held.get(name))]
+        if not chosen and _holds(held.get(choice)):
+            name, chosen = str(choice), True
+        elif names:
+            name = names[0]
+        else:
+            break
+        beside += [other for other in names if other != name]
+        taken.append(name)
+        parent, held = held, held[name]
+    state = _state_dict(held, where)
+    wanted = None if chosen else (str(choice), [*taken, *beside])
+    tensors, prefix, others, outside = _without_prefix(state, where, wanted)
+    if taken and taken[-1] in _LINEAR_EVAL and _holds(parent.get("classifier")):
+        head = _state_dict(parent["classifier"], where)
+        tensors |= {f"classifier.{_split(key)[1]}": tensor for key, tensor in head.items()}
+    steps = [*(f"{name!r}" for name in taken), *(f"'{name}.'" for name in prefix)]
+    beside += [".".join(other) for other in others]
+    notes = []
+    if steps or beside:
+        also = ""
+        if beside:
+            listed = ", ".join(map(repr, beside))
+            also = f"; the file also has {listed} (--weights {beside[0].rpartition('.')[2]})"
+        source = " > ".join(steps) if steps else "the keys without a prefix"
+        notes.append(f"weights read from {source}{also}")
+    if outside:
+        notes.append(_left(outside, prefix))
+    return Weights(tensors, tuple(notes))
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value)
+
+
+def _state_dict(held: Any, where: str) -> dict[str, Tensor]:
+    if not _holds(held):
+        raise CheckpointError(f"{where} holds no weights by name; expected a state dict")
+    odd = [key for key, value in held.items() if not isinstance(value, Tensor) or value.is_nested]
+    if odd:
+        inner = [key for key in odd if _holds(held[key])]
+        hint = f" (--weights KEY takes one of {', '.join(map(repr, inner[:5]))})" if inner else ""
+        raise CheckpointError(
+            f"{where} holds {odd[0]!r}, which is no weight; expected a state dict, or one under "
+            f"{', '.join(CONTAINERS)}{hint}"
+        )
+    return {str(key): tensor for key, tensor in held.items()}
+
+
+def _without_prefix(
+    state: dict[str, Tensor], where: str, choice: tuple[str, list[str]] | None
+) -> tuple[dict[str, Tensor], Prefix, list[Prefix], list[str]]:
+    """Take the prefix off the keys of one model.
+
+    Args:
+        state: a flat state dict.
+        where: what to call the file in errors.
+        choice: the prefix to take, and the file's containers, for the error.
+
+    Returns:
+        Its weights, the prefix, the prefixes of other whole models, and the keys left outside.
+    """
+    groups: dict[Prefix, dict[str, str]] = {}
+    for key in state:
+        prefix, rest = _split(key)
+        group = groups.setdefault(prefix, {})
+        if rest in group:
+            raise CheckpointError(f"{where}: keys {group[rest]!r} and {key!r} are the same weight")
+        group[rest] = key
+    sizes = {prefix: sum(_of_encoder(rest) for rest in group) for prefix, group in groups.items()}
+    whole = [prefix for prefix, size in sizes.items() if 2 * size > max(sizes.values())]
+    whole.sort(key=lambda prefix: [_RANK[name] for name in prefix])
+    if choice is not None:
+        asked = [prefix for prefix in whole if choice[0] in prefix]
+        if not asked:
+            names = [*choice[1], *(name for prefix in whole for name in prefix)]
+            has = f"it has {', '.join(dict.fromkeys(names))}" if names else "it has one model alone"
+            raise CheckpointError(f"{where} has no weights under {choice[0]!r} (--weights); {has}")
+    else:
+        asked = whole
+    if not asked:  # nothing here is of a ViT-MSN: whoever assembles it says so
+        return state, (), [], []
+    chosen = asked[0]
+    others = [prefix for prefix in whole if prefix != chosen]
+    tensors = {rest: state[key] for rest, key in groups[chosen].items()}
+    left = [
+        key
+        for prefix, group in groups.items()
+        if prefix != chosen and prefix not in others
+        for key in group.values()
+    ]
+    if not chosen:  # nothing wraps the model, so every key has to be one of its own
+        return tensors | {key: state[key] for key in left}, chosen, others, []
+    return tensors, chosen, others, left
+
+
+def _of_encoder(key: str) -> bool:
+    name = canonical(key)
+    return name is not None and not name.startswith("classifier.")
+
+
+def _split(key: str) -> tuple[Prefix, str]:
+    """Part a key into the wrappers before it and the rest, without those within it."""
+    parts = key.split(".")
+    first = 0
+    while first < len(parts) - 1 and parts[first] in PREFIXES:
+        if parts[first] not in INSIDE and is_weight(_joined(parts[first:])):
+            break
+        first += 1
+    return tuple(parts[:first]), _joined(parts[first:])
+
+
+def _joined(parts: Iterable[str]) -> str:
+    return ".".join(part for part in parts if part not in INSIDE)
+
+
+def _left(keys: list[str], prefix: Prefix) -> str:
+    listed = ", ".join(key if key.isprintable() else ascii(key) for key in keys[:5])
+    more = ", …" if len(keys) > 5 else ""
+    count = "1 key" if len(keys) == 1 else f"{len(keys)} keys"
+    note = f"not read: {count} outside '{'.'.join(prefix)}.' ({listed}{more})"
+    heads = [key for key in keys if (canonical(_split(key)[1]) or "").startswith("classifier.")]
+    if heads:
+        note += f"; what {heads[0]} reads is not known, so it is no classifier of this model"
+    return note
