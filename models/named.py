@@ -113,7 +113,7 @@ def require_model(folder: Path, source: str) -> None:
         CheckpointError: it is an adapter, a training run's, in another format, or incomplete; the
             message says which, and what to give.
     """
-    where = f"checkpoint {source}"
+    where = f"checkpoint {source if source.isprintable() else ascii(source)}"
     weights = [name for name in (*SINGLE, *INDEX) if (folder / name).is_file()]
     if (folder / ADAPTER).is_file():
         raise CheckpointError(f"{where} {_adapter(folder, whole=bool(weights))}")

@@ -44,8 +44,8 @@ def test_a_weight_that_is_stored_negated_is_read_with_its_sign() -> None:
     plain, negated = weights(), weights()
     for name, tensor in negated.items():
         negated[name] = torch._neg_view(-tensor)
-    expected = assemble(plain, TINY, "x")
-    made = assemble(negated, TINY, "x")
+    expected = assemble(plain, TINY, "x", "c")
+    made = assemble(negated, TINY, "x", "c")
     assert made.sha256 == expected.sha256
     for tensor in made.model.state_dict().values():
         assert not tensor.is_neg()
