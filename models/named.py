@@ -114,6 +114,8 @@ def require_model(folder: Path, source: str) -> None:
             message says which, and what to give.
     """
     where = f"checkpoint {source if source.isprintable() else ascii(source)}"
+    if not _is_text(source):
+        raise CheckpointError(f"{where}: its path is not UTF-8; rename it")
     weights = [name for name in (*SINGLE, *INDEX) if (folder / name).is_file()]
     if (folder / ADAPTER).is_file():
         raise CheckpointError(f"{where} {_adapter(folder, whole=bool(weights))}")
@@ -149,6 +151,14 @@ def require_model(folder: Path, source: str) -> None:
     raise CheckpointError(
         f"{where} has no config.json and no weights; expected a Hugging Face model folder"
     )
+
+
+def _is_text(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:  # bytes of a disk that are no UTF-8, as Python reads them
+        return False
+    return True
 
 
 def _names(folder: Path) -> list[str]:
