@@ -23,7 +23,7 @@ from msn_export.manifest_records import (
 from msn_export.preprocessing import Preprocessing
 from msn_export.records import from_plain, to_plain
 from msn_export.sidecar import manifest_path, sha256_of
-from msn_export.spec import BatchRange, Dtype, TensorSpec
+from msn_export.spec import BatchRange, Dtype, Scores, TensorSpec
 
 SCHEMA = 1
 LIMIT = 16 * 2**20  # bytes; a larger file is no manifest of ours
@@ -49,6 +49,7 @@ class Manifest:
     opset: int
     target: str
     labels: tuple[str, ...] = ()
+    scores: Scores | None = None
     checkpoint: CheckpointRecord | None = None
     config: dict[str, Any] | None = None
     islands: dict[str, float | None] = field(default_factory=dict)

@@ -63,6 +63,7 @@ def run_embed(job: EmbedJob, progress: Progress = SILENT) -> Embedded:
         files=tuple(str(path) for path in outputs.files_of(job.output)),
         shape=shape,
         output_name=run.reading.vector,
+        scores=run.reading.scores,
         images=images,
         broken=len(parts.errors),
         exif=run.feed.preprocessing.exif,
@@ -120,8 +121,14 @@ class _Run:
             exif=job.exif,
             size=job.image_size,
         )
-        self.reading: Reading = reading_of(job.model.name, self.model.outputs, job.output_name)
-        self.labels = self.model.manifest.labels if self.model.manifest is not None else ()
+        known = self.model.manifest
+        self.labels = known.labels if known is not None else ()
+        self.reading: Reading = reading_of(
+            job.model.name,
+            self.model.outputs,
+            job.output_name,
+            known.scores if known is not None else None,
+        )
         self.batch = job.batch or self.model.batch.opt
 
     def begin(self) -> Parts:
@@ -179,6 +186,7 @@ class _Run:
             "file": self.job.model.name,
             **self.origin(),
             "shape": shape,
+            "scores": self.reading.scores,
             "broken": len(parts.errors),
             "turned": parts.turned,
             "skipped": dict(self.place.pictures.skipped),

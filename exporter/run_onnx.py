@@ -32,7 +32,7 @@ from msn_export.process import peak_rss
 from msn_export.progress import SILENT, Progress
 from msn_export.records import to_json
 from msn_export.sidecar import sha256_of
-from msn_export.spec import Dtype, Head, InputKind
+from msn_export.spec import Dtype, Head, InputKind, Scores
 from msn_export.typed import Islands, cpu_runner, type_as
 
 __all__ = ["OnnxJob", "run_onnx"]  # the two that docs/python.md speaks of
@@ -164,6 +164,11 @@ def _check(
     return verified.require(GATES[job.dtype], f"the {job.dtype} graph")
 
 
+def _scores(checkpoint: Checkpoint) -> Scores | None:
+    config = checkpoint.config
+    return Scores.of(config.problem_type, len(config.labels)) if config.labels else None
+
+
 def _describe(
     job: OnnxJob,
     checkpoint: Checkpoint,
@@ -190,6 +195,7 @@ def _describe(
         opset=facts.opset,
         target=job.target,
         labels=checkpoint.config.labels,
+        scores=_scores(checkpoint),
         checkpoint=CheckpointRecord(
             checkpoint.source, checkpoint.sha256, checkpoint.notes, job.variant, job.weights
         ),

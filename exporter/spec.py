@@ -133,6 +133,32 @@ class BatchRange:
 LARGEST_SIDE = 16384  # pixels
 
 
+class Scores(StrEnum):
+    """What a classifier's logits become for people, by transformers' image-classification rule."""
+
+    SOFTMAX = "softmax"
+    SIGMOID = "sigmoid"
+    RAW = "raw"
+
+    @classmethod
+    def of(cls, problem_type: str | None, classes: int) -> Self:
+        """Decide by the configuration's ``problem_type`` and the number of classes.
+
+        transformers ``pipelines/image_classification.py``, ``postprocess``: a regression's values
+        are left alone; several labels at once, and a single output, go through a sigmoid.
+        """
+        if problem_type == "regression":
+            return cls("raw")
+        if problem_type == "multi_label_classification" or classes == 1:
+            return cls("sigmoid")
+        return cls("softmax")
+
+    @property
+    def are_probabilities(self) -> bool:
+        """Whether a score is from 0 to 1."""
+        return self is not Scores.RAW
+
+
 @dataclass(frozen=True, slots=True)
 class ImageSize:
     """Height and width of what the model receives, in pixels."""

@@ -13,6 +13,8 @@ from msn_export.models.variants import VitConfig
 
 MODEL_TYPE = "vit_msn"
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
+# transformers configuration_utils.PreTrainedConfig
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 _LIMIT = 16 * 2**20  # bytes; ImageNet-21k's labels are a megabyte
 
 
@@ -142,9 +144,18 @@ def parse_config(
             eps=eps,
             qkv_bias=bias,
             labels=parse_labels(config, classes, where) if labels is None else labels,
+            problem_type=_problem_type(config.get("problem_type"), where),
         )
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from error
+
+
+def _problem_type(value: Any, where: str) -> str | None:
+    if value is not None and value not in PROBLEM_TYPES:
+        raise CheckpointError(
+            f"{where}: problem_type is {value!r}; expected {', '.join(PROBLEM_TYPES)} or null"
+        )
+    return value if isinstance(value, str) else None
 
 
 def _pair(value: Any, name: str) -> tuple[int, int]:

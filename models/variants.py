@@ -28,7 +28,8 @@ class VitConfig:
     """The shape of a model. Sizes are (height, width) in pixels; ``labels`` () means no head.
 
     ``pooling`` is what the classifier reads, ``pooled_blocks`` of how many last blocks where that
-    is ``blocks``. A model whose pooling is not ``cls`` has no final LayerNorm.
+    is ``blocks``. A model whose pooling is not ``cls`` has no final LayerNorm. ``problem_type`` is
+    transformers' word for what a head's outputs mean; None says nothing.
 
     Raises:
         CheckpointError: the numbers contradict each other; the message names them.
@@ -47,6 +48,7 @@ class VitConfig:
     labels: tuple[str, ...] = ()
     pooling: Pooling = "cls"
     pooled_blocks: int = 1
+    problem_type: str | None = None
 
     def __post_init__(self) -> None:
         sizes = {

@@ -11,7 +11,7 @@ from msn_export.manifest_records import (
     SourceRecord,
 )
 from msn_export.preprocessing import preset
-from msn_export.spec import BatchRange, Dtype, ImageSize, TensorSpec
+from msn_export.spec import BatchRange, Dtype, ImageSize, Scores, TensorSpec
 
 
 def example(**changes: Any) -> Manifest:
@@ -33,6 +33,7 @@ def example(**changes: Any) -> Manifest:
         "opset": 23,
         "target": "tensorrt_rtx",
         "labels": ("cat", "dög", "[bird]"),
+        "scores": Scores.SOFTMAX,
         "checkpoint": CheckpointRecord("facebook/tiny@0123", "cd" * 32, ("weights were float16",)),
         "config": {"dim": 64},
         "islands": {"blocks.0.Add": 99999.5, "norm.bias": None},

@@ -17,6 +17,7 @@ def test_every_row_says_what_the_manifest_says() -> None:
         ("", "weights were float16"),
         ("input", "pixel_values: float [batch, 3, 32, 32]"),
         ("output", "logits: float [batch, 3]"),
+        ("classes", "3, scores: softmax"),
         ("batch", "1:1:1, 2:4:8"),
         (
             "preprocessing",

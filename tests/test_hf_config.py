@@ -36,6 +36,7 @@ def test_everything_that_is_said_is_taken() -> None:
             "hidden_act": "relu",
             "layer_norm_eps": 1e-5,
             "qkv_bias": False,
+            "problem_type": "multi_label_classification",
             "id2label": {"1": "dog", "0": "cat"},
         },
         "c",
@@ -55,6 +56,7 @@ def test_everything_that_is_said_is_taken() -> None:
         "labels": ["cat", "dog"],
         "pooling": "cls",
         "pooled_blocks": 1,
+        "problem_type": "multi_label_classification",
     }
 
 
@@ -78,6 +80,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"layer_norm_eps": 10**400}, "c: layer_norm_eps is 1000"),
     ({"layer_norm_eps": float("nan")}, "c: LayerNorm eps nan is out of range"),
     ({"hidden_act": 3}, "c: hidden_act must be text and qkv_bias true or false"),
+    ({"problem_type": "ranking"}, "c: problem_type is 'ranking'; expected regression, single_la"),
+    ({"problem_type": ["x"]}, "c: problem_type is ['x']; expected regression, single_label_class"),
     ({"qkv_bias": 1}, "c: hidden_act must be text and qkv_bias true or false"),
     ({"image_size": [224]}, "c: image_size is [224]; expected a number or [height, width]"),
     ({"image_size": [224, "x"]}, "c: image_size is [224, 'x']; expected a number or"),

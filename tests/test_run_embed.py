@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+from checkpoints import hugging_face
 from embeds import BROKEN, COUNT, embed, is_broken, lines_of, names
 from pyarrow import parquet
 from tiny_artifacts import classifier, foreign, pictures
@@ -17,7 +18,9 @@ from tiny_artifacts import classifier, foreign, pictures
 from msn_export import embed_place, golden, images, manifest
 from msn_export.embed.batches import Reading, read_rows
 from msn_export.errors import GraphError
+from msn_export.onnx_job import OnnxJob
 from msn_export.preprocessing import assumed
+from msn_export.run_onnx import run_onnx
 from msn_export.runtime import Runner, open_runner
 from msn_export.spec import ImageSize
 
@@ -69,6 +72,7 @@ def test_npy_holds_a_row_for_each_path_in_order(model, folder, wanted, tmp_path)
         assert line["label"] == f"class {logits.argmax()}"
         softmax = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
         assert line["probability"] == pytest.approx(softmax.max(), abs=1e-5)
+        assert line["score"] == line["probability"]
     told = json.loads(result.stdout)
     assert (told["images"], told["broken"], told["shape"]) == (COUNT, 2, [COUNT, 64])
     assert told["output_name"] == "embedding"
@@ -106,6 +110,7 @@ def test_parquet_holds_the_same(model, folder, tmp_path) -> None:
         "embedding": "fixed_size_list<element: float>[64]",
         "error": "string",
         "label": "string",
+        "score": "float",
         "probability": "float",
     }
     vectors = np.load(tmp_path / "out.npy")
@@ -116,12 +121,46 @@ def test_parquet_holds_the_same(model, folder, tmp_path) -> None:
         assert row["label"] == line.get("label")
         if row["error"] is None:
             np.testing.assert_array_equal(np.asarray(row["embedding"], np.float32), vector)
-            assert np.float32(row["probability"]) == np.float32(line["probability"])
+            for name in ("score", "probability"):
+                assert np.float32(row[name]) == np.float32(line[name])
         else:
             assert row["embedding"] is None
     about = json.loads(table.schema.metadata[b"msn-export"])
     assert about["broken"] == 2
     assert about["preprocessing"]["name"] == "hf"
+    assert about["scores"] == "softmax"
+
+
+@pytest.mark.parametrize(
+    ("problem", "labels", "kind"),
+    [
+        ("multi_label_classification", 3, "sigmoid"),
+        ("regression", 1, "raw"),
+        (None, 1, "sigmoid"),
+        ("single_label_classification", 3, "softmax"),
+    ],
+)
+def test_scores_follow_the_problem_type_from_the_checkpoint_to_the_rows(
+    folder, tmp_path, problem, labels, kind
+) -> None:
+    hugging_face(tmp_path / "hf", labels=labels, problem_type=problem)
+    _, known = run_onnx(OnnxJob(str(tmp_path / "hf"), tmp_path / "m.onnx", check=False))
+    assert known.scores == kind
+    for ending in ("npy", "parquet"):
+        output = tmp_path / f"out.{ending}"
+        result = embed(tmp_path / "m.onnx", folder, output, "--json")
+        assert json.loads(result.stdout)["scores"] == kind
+    logits = np.load(tmp_path / "out.npy").astype(np.float64)
+    table = parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    for line, row, values in zip(lines_of(tmp_path / "out.npy"), table, logits, strict=True):
+        if line["error"] is not None:
+            continue
+        powers = np.exp(values)
+        wanted = {"sigmoid": 1 / (1 + 1 / powers), "raw": values, "softmax": powers / powers.sum()}
+        assert line["score"] == pytest.approx(wanted[kind].max(), rel=1e-5)
+        assert line["probability"] == (None if kind == "raw" else line["score"])
+        for name in ("label", "score", "probability"):
+            assert row[name] == line[name] or np.float32(row[name]) == np.float32(line[name])
 
 
 def test_batches_do_not_depend_on_who_is_broken(model, folder, tmp_path) -> None:

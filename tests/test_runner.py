@@ -1,15 +1,23 @@
 """What all runners share: pictures, labels, the likeliest classes."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 from artifacts import classifier
 from networks import Network
+from transformers import ViTMSNConfig
+from transformers.pipelines.image_classification import ImageClassificationPipeline
 
 from msn_export import image_folder, images
 from msn_export.errors import InputError, ManifestError
+from msn_export.models.hf_config import PROBLEM_TYPES
 from msn_export.runtime import open_runner
 from msn_export.runtime.ort import OrtRunner
-from msn_export.runtime.runner import Guess
+from msn_export.runtime.runner import Guess, scores_of, top_k
+from msn_export.spec import Scores
 
 
 def test_pictures_are_preprocessed_as_the_manifest_says(photographs) -> None:
@@ -50,7 +58,7 @@ def test_the_likeliest_labels_come_first() -> None:
         first, second = runner.top_k(logits, k=2)
         assert [guess.label for guess in first] == ["class 1", "class 2"]
         assert first[0].probability == pytest.approx(np.exp(3) / np.exp([1, 3, 2]).sum())
-        assert second[0] == Guess("class 0", 1.0, 0)
+        assert second[0] == Guess("class 0", 1.0, 0, 1.0)
         assert [len(row) for row in runner.top_k(logits, k=9)] == [3, 3]
         for bad, k, message in (
             (logits[0], 1, r"logits have shape \[3\] and k is 1; expected \[b, 3\]"),
@@ -60,6 +68,44 @@ def test_the_likeliest_labels_come_first() -> None:
         ):
             with pytest.raises(InputError, match=message):
                 runner.top_k(bad, k)
+
+
+# transformers refuses a single label of one class
+PROBLEMS = [
+    (problem, classes)
+    for problem in (None, *PROBLEM_TYPES)
+    for classes in (1, 2, 5)
+    if (problem, classes) != ("single_label_classification", 1)
+]
+
+
+@pytest.mark.parametrize(("problem", "classes"), PROBLEMS)
+def test_scores_are_those_of_the_pipeline_of_transformers(problem, classes) -> None:
+    config = ViTMSNConfig(problem_type=problem, num_labels=classes)
+    pipeline: Any = SimpleNamespace(model=SimpleNamespace(config=config))
+    logits = np.random.default_rng(0).normal(0, 3, (20, classes)).astype(np.float32)
+    scores = Scores.of(problem, classes)
+    ours = top_k(logits, list(config.id2label.values()), scores, k=3)
+    for row, guesses in zip(logits, ours, strict=True):
+        outputs = {"logits": torch.from_numpy(row)[None]}
+        theirs = ImageClassificationPipeline.postprocess(pipeline, outputs, top_k=3)
+        assert [guess.label for guess in guesses] == [one["label"] for one in theirs]
+        for guess, one in zip(guesses, theirs, strict=True):
+            assert guess.score == pytest.approx(one["score"], rel=1e-5)
+            assert guess.probability == (None if problem == "regression" else guess.score)
+    if problem is None:  # where nothing says it, the number of classes decides
+        assert top_k(logits, list(config.id2label.values()), None, k=3) == ours
+
+
+def test_a_single_output_is_no_certainty() -> None:
+    ((yes,), (no,)) = top_k([[2.0], [-2.0]], ["cat"])
+    assert yes.probability == pytest.approx(0.8808, abs=1e-4)
+    assert no.probability == pytest.approx(0.1192, abs=1e-4)
+
+
+def test_a_sigmoid_of_any_logit_is_from_0_to_1() -> None:
+    scored = scores_of(np.array([[-1e5, 0.0, 1e5]]), Scores.SIGMOID)
+    np.testing.assert_array_equal(scored, [[0.0, 0.5, 1.0]])
 
 
 def test_without_a_manifest_labels_are_numbers_and_pictures_are_refused(tmp_path) -> None:

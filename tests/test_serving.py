@@ -95,6 +95,7 @@ def test_pictures_that_run_together_get_the_answers_they_get_alone(replica, mode
         np.testing.assert_allclose(answer["embedding"], vector, rtol=1e-5, atol=1e-6)
         assert (answer["label"], answer["batch"]) == (guess.label, 3)
         assert answer["probability"] == pytest.approx(guess.probability, abs=1e-6)
+        assert answer["score"] == answer["probability"]
 
 
 def test_it_says_what_is_served(replica) -> None:
@@ -102,6 +103,7 @@ def test_it_says_what_is_served(replica) -> None:
     assert about["output"] == "embedding"
     assert about["batch"] == 4  # what the model is tuned for
     assert about["labels"] == ["class 0", "class 1", "class 2"]
+    assert about["scores"] == "softmax"
     assert about["selftest"].startswith("selftest passed")
 
 

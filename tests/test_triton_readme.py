@@ -3,8 +3,10 @@
 import ast
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from PIL import Image
@@ -13,6 +15,7 @@ from triton_runs import invoke
 
 from msn_export import manifest
 from msn_export.manifest_records import CheckpointRecord
+from msn_export.runtime.runner import top_k
 
 pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed")
 
@@ -24,7 +27,33 @@ def test_the_readmes_client_is_python_that_names_the_models_tensors(tmp_path) ->
     code = readme.split("```python\n")[1].split("```")[0]
     compile(code, "client.py", "exec")
     assert 'InferInput("pixel_values"' in code
-    assert "class_count=3" in code
+    assert 'best = top_k(answer.as_numpy("logits"), known.labels, known.scores, 3)' in code
+
+
+def test_the_readmes_client_prints_labels_and_scores(tmp_path, monkeypatch, capsys) -> None:
+    graph(tmp_path / "m.onnx")
+    assert invoke(tmp_path / "m.onnx", "-o", tmp_path / "repo").exit_code == 0
+    readme = (tmp_path / "repo/m/README.md").read_text()
+    code = readme.split("```python\n")[1].split("```")[0]
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    monkeypatch.setattr(sys, "argv", ["client.py", str(tmp_path / "red.png")])
+    monkeypatch.chdir(tmp_path)
+    known = manifest.read(tmp_path / "m.onnx")
+    assert known is not None
+    logits = np.arange(len(known.labels), dtype=np.float32)[None]
+
+    class Client:
+        def __init__(self, address: str) -> None:
+            assert address == "localhost:8001"
+
+        def infer(self, name: str, inputs: Any, outputs: Any) -> Any:
+            return SimpleNamespace(as_numpy=lambda output: {"logits": logits}[output])
+
+    monkeypatch.setattr("tritonclient.grpc.InferenceServerClient", Client)
+    exec(compile(code, "client.py", "exec"), {})  # noqa: S102  our own text
+    printed = capsys.readouterr().out
+    assert f"label={known.labels[-1]!r}" in printed
+    assert f"score={top_k(logits)[0][0].score}" in printed
 
 
 def test_the_client_of_a_model_without_a_manifest_says_what_it_assumes(

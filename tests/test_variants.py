@@ -98,6 +98,7 @@ def test_a_config_is_plain_json() -> None:
         "labels": ["cat", "dog"],
         "pooling": "cls",
         "pooled_blocks": 1,
+        "problem_type": None,
     }
 
 

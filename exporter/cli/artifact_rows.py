@@ -37,6 +37,8 @@ def rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
         for spec in specs:
             shape = ", ".join(str(size) for size in spec.shape)
             yield title, f"{spec.name}: {spec.dtype} [{shape}]"
+    if manifest.labels:
+        yield "classes", f"{len(manifest.labels)}, scores: {manifest.scores or 'by their number'}"
     yield "batch", ", ".join(str(profile) for profile in manifest.profiles)
     made = manifest.preprocessing
     if made is not None:

@@ -103,6 +103,7 @@ def _show(console: Console, embedded: Embedded) -> None:
     shape = ", ".join(str(size) for size in embedded.shape)
     rows = [
         ("rows", f"{embedded.output_name} [{shape}] float32"),
+        *((("scores", str(embedded.scores)),) if embedded.scores else ()),
         ("broken", f"{embedded.broken} of {embedded.images} pictures"),
         *(("", text) for text in embedded.errors),
         *(("skipped", f"{count} {reason}") for reason, count in embedded.skipped.items()),

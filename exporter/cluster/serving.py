@@ -19,6 +19,7 @@ from msn_export.embed.opened import tested
 from msn_export.errors import ImageError, SpecError
 from msn_export.feed import feed_of
 from msn_export.runtime import open_runner
+from msn_export.spec import Scores
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -129,7 +130,7 @@ class Replica:
             raise
         name = serving.model.name
         self._feed = feed_of(name, self._runner.inputs, self._runner.manifest)
-        self._reading = reading_of(name, self._runner.outputs, serving.output)
+        self._reading = reading_of(name, self._runner.outputs, serving.output, self._runner.scores)
         self.batch = serving.batch or self._runner.batch.opt
         read = partial(read_posted, preprocessing=self._feed.preprocessing)
         self._decoder = Decoder(read, workers=serving.decoders, ahead=self.batch)
@@ -141,6 +142,7 @@ class Replica:
             "output": self._reading.vector,
             "batch": self.batch,
             "labels": list(self._runner.labels),
+            "scores": self._reading.scores,
             "runner": self._runner.name,
             "selftest": self.selftest,
         }
@@ -178,10 +180,12 @@ class Replica:
                 continue
             answer: dict[str, Any] = {"embedding": vector.tolist(), "batch": len(pictures)}
             if rows.best is not None:
-                number, probability = rows.best[index]
+                number, score = rows.best[index]
                 labels = self._runner.labels
                 answer["label"] = labels[number] if number < len(labels) else str(number)
-                answer["probability"] = float(probability)
+                answer["score"] = float(score)
+                is_raw = self._reading.scores is Scores.RAW
+                answer["probability"] = None if is_raw else float(score)
             answers.append(answer)
         return answers
 

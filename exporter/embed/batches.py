@@ -10,6 +10,8 @@ import numpy as np
 
 from msn_export.embed.rows import BEST, Rows
 from msn_export.errors import GraphError, SpecError
+from msn_export.runtime.runner import scores_of
+from msn_export.spec import Scores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,14 +28,23 @@ _LOGITS = "logits"
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Which outputs are read: the vector's, and the classifier's where there is one."""
+    """Which outputs are read: the vector's, and the classifier's where there is one.
+
+    ``scores`` says what the logits become; None decides by the number of classes.
+    """
 
     vector: str
     logits: str | None
+    scores: Scores | None = None
 
 
-def reading_of(model: str, outputs: Sequence[TensorSpec], wanted: str | None) -> Reading:
-    """Choose what to read off a model.
+def reading_of(
+    model: str,
+    outputs: Sequence[TensorSpec],
+    wanted: str | None,
+    scores: Scores | None = None,
+) -> Reading:
+    """Choose what to read off a model; ``scores`` is what its manifest says of its logits.
 
     Raises:
         SpecError: it has no output of the name asked for, or several and none that is known.
@@ -49,7 +60,12 @@ def reading_of(model: str, outputs: Sequence[TensorSpec], wanted: str | None) ->
         raise SpecError(
             f"{model} has the outputs {', '.join(names)}; choose one with --output-name"
         )
-    return Reading(vector, _LOGITS if _LOGITS in names else None)
+    if _LOGITS not in names:
+        return Reading(vector, None)
+    shape = outputs[names.index(_LOGITS)].shape
+    if scores is None and len(shape) == 2 and isinstance(shape[1], int):
+        scores = Scores.of(None, shape[1])
+    return Reading(vector, _LOGITS, scores)
 
 
 def batches(
@@ -123,7 +139,7 @@ def read_rows(
                 "[images, classes]"
             )
         _note_infinite(reading.logits, logits, errors)
-        best = _best_of(logits)
+        best = _best_of(logits, reading.scores)
     vectors[list(errors)] = np.nan
     return Rows(vectors, best, errors, turned)
 
@@ -134,11 +150,11 @@ def _note_infinite(name: str, values: NDArray[Any], errors: dict[int, str]) -> N
         errors.setdefault(int(index), f"the model's {name} has NaN or infinity")
 
 
-def _best_of(logits: NDArray[np.float64]) -> NDArray[Any]:
-    """Find the likeliest class of each row [k, classes] and its softmax probability."""
+def _best_of(logits: NDArray[np.float64], scores: Scores | None) -> NDArray[Any]:
+    """Find the best class of each row [k, classes] and its score."""
     best = np.zeros(len(logits), BEST)
     best["class"] = logits.argmax(axis=1)
     with np.errstate(invalid="ignore", over="ignore"):
-        shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-        best["probability"] = 1 / shifted.sum(axis=1)
+        scored = scores_of(logits, scores)
+        best["score"] = np.take_along_axis(scored, best["class"][:, None], 1)[:, 0]
     return best

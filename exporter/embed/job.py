@@ -8,7 +8,7 @@ from typing import Annotated
 
 from msn_export.job import Count, Index, Job, Within
 from msn_export.preprocessing import Exif, Preprocessing
-from msn_export.spec import ImageSize
+from msn_export.spec import ImageSize, Scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +46,15 @@ class Embedded:
     """What was written.
 
     ``turned`` counts the pictures that their EXIF orientation turned, ``skipped`` by reason what
-    the folder holds besides pictures that can be read. ``images_per_second`` is of the rows that
-    this run made.
+    the folder holds besides pictures that can be read. ``scores`` says what a classifier's logits
+    became. ``images_per_second`` is of the rows that this run made.
     """
 
     output: str
     files: tuple[str, ...]
     shape: tuple[int, ...]
     output_name: str
+    scores: Scores | None
     images: int
     broken: int
     exif: Exif

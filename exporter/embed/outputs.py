@@ -12,6 +12,7 @@ import numpy as np
 from msn_export.errors import MissingPackageError, OutputError
 from msn_export.records import to_json, to_plain
 from msn_export.sidecar import manifest_path
+from msn_export.spec import Scores
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ class Row:
 
     path: str
     error: str | None
-    best: tuple[str, float] | None  # label, probability
+    best: tuple[str, float] | None  # label, score
 
 
 def files_of(output: Path) -> tuple[Path, ...]:
@@ -82,7 +83,8 @@ def write_npy(
         for number, row in enumerate(rows_of(parts, listing, labels)):
             line: dict[str, Any] = {"row": number, "path": row.path, "error": row.error}
             if row.best is not None:
-                line["label"], line["probability"] = row.best
+                line["label"], line["score"] = row.best
+                line["probability"] = _probability(row.best[1], about)
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     return described, lines, parts.vectors.path
 
@@ -93,8 +95,8 @@ def write_parquet(
     """Write one table, row group by row group.
 
     Columns: ``path``, ``embedding`` (list of a fixed size, float32; null where there is an error),
-    ``error``, and for a classifier ``label`` and ``probability``. What it was made from stands in
-    the schema's metadata under ``msn-export``.
+    ``error``, and for a classifier ``label``, ``score`` and ``probability`` (null where the score
+    is none). What it was made from stands in the schema's metadata under ``msn-export``.
     """
     import pyarrow as pa
     from pyarrow import parquet
@@ -103,7 +105,9 @@ def write_parquet(
     fields = [("path", pa.string()), ("embedding", pa.list_(pa.float32(), size))]
     fields.append(("error", pa.string()))
     if parts.has_best:
-        fields += [("label", pa.string()), ("probability", pa.float32())]
+        fields += [
+            ("label", pa.string()), ("score", pa.float32()), ("probability", pa.float32()),
+        ]  # fmt: skip
     schema = pa.schema(fields, metadata={"msn-export": json.dumps(about)})
     table = stage / "table.parquet"
     step = max(1, _CHUNK // (4 * size))
@@ -125,9 +129,16 @@ def write_parquet(
             if parts.has_best:
                 best = [row.best or (None, None) for row in chunk]
                 columns.append(pa.array([label for label, _ in best], pa.string()))
-                columns.append(pa.array([number for _, number in best], pa.float32()))
+                scores = [number for _, number in best]
+                columns.append(pa.array(scores, pa.float32()))
+                columns.append(pa.array([_probability(x, about) for x in scores], pa.float32()))
             writer.write_batch(pa.record_batch(columns, schema=schema), row_group_size=step)
     return (table,)
+
+
+def _probability(score: float | None, about: Mapping[str, Any]) -> float | None:
+    """Give a score that is a probability; a regression's is none."""
+    return None if about.get("scores") == Scores.RAW else score
 
 
 def rows_of(parts: Parts, listing: Pictures, labels: Sequence[str]) -> Iterator[Row]:
@@ -144,7 +155,7 @@ def rows_of(parts: Parts, listing: Pictures, labels: Sequence[str]) -> Iterator[
                 number = int(best["class"][row - start])
                 label = labels[number] if number < len(labels) else str(number)
                 # nine digits give a float32 back exactly
-                found = label, float(np.format_float_positional(best["probability"][row - start]))
+                found = label, float(np.format_float_positional(best["score"][row - start]))
             yield Row(next(names), error, found)
 
 

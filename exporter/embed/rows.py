@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-BEST = np.dtype([("class", "<i4"), ("probability", "<f4")])
+BEST = np.dtype([("class", "<i4"), ("score", "<f4")])
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +20,8 @@ class Rows:
     """What one batch gave.
 
     ``vectors`` is float32 [k, ...], NaN where ``errors`` (by position) says why; ``best`` is the
-    likeliest class of each, [k] of ``BEST``, where the model has a classifier. ``turned`` counts
-    the pictures that their EXIF orientation turned.
+    best class of each and its score, [k] of ``BEST``, where the model has a classifier. ``turned``
+    counts the pictures that their EXIF orientation turned.
     """
 
     vectors: NDArray[np.float32]

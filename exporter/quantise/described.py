@@ -51,6 +51,7 @@ def describe(
         opset=facts.opset,
         target=job.scheme.target,
         labels=known.labels if known else (),
+        scores=known.scores if known else None,
         checkpoint=known.checkpoint if known else None,
         config=known.config if known else None,
         islands=dict(done.ranged.islands),

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 
 from msn_export.manifest import Manifest
 from msn_export.report import facts
+from msn_export.spec import Scores
 
 
 def verdict(
@@ -104,6 +105,8 @@ def origin_of(manifest: Manifest | None) -> list[tuple[str, str]]:
         rows.append(("normalisation", made.values))
     if manifest.labels:
         rows.append(("classes", f"{len(manifest.labels)}: {', '.join(manifest.labels[:5])}, …"))
+        scores = manifest.scores or Scores.of(None, len(manifest.labels))
+        rows.append(("scores", f"{scores} of the logits"))
     rows.append(("versions", ", ".join(f"{n} {v}" for n, v in manifest.versions.items())))
     return rows
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 
 from msn_export.errors import InputError, ManifestError, RunnerError
+from msn_export.spec import Scores
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -24,11 +25,71 @@ if TYPE_CHECKING:
 
 
 class Guess(NamedTuple):
-    """One of a classifier's answers; ``number`` is the label's place among the classes."""
+    """One of a classifier's answers; ``number`` is the label's place among the classes.
+
+    ``score`` is what transformers' pipeline calls so, ``probability`` the same where it is one: a
+    regression has none.
+    """
 
     label: str
-    probability: float
+    probability: float | None
     number: int
+    score: float
+
+
+def scores_of(logits: NDArray[Any], scores: Scores | None = None) -> NDArray[np.float64]:
+    """Turn logits [b, classes] into scores [b, classes], as transformers' pipeline does.
+
+    Args:
+        logits: of a classifier.
+        scores: as its manifest says; None decides by the number of classes.
+    """
+    values = np.asarray(logits, np.float64)
+    kind = scores or Scores.of(None, values.shape[1])
+    if kind is Scores.RAW:
+        return values
+    if kind is Scores.SIGMOID:
+        return 0.5 + 0.5 * np.tanh(values / 2)  # 1 / (1 + exp(-x)), whatever x is
+    powers = np.exp(values - values.max(axis=1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
+
+
+def top_k(
+    logits: Any, labels: Sequence[str] = (), scores: Scores | None = None, k: int = 5
+) -> list[list[Guess]]:
+    """Give the ``k`` best labels of each image, the best first.
+
+    Args:
+        logits: [b, classes] on the host.
+        labels: of the classes; without, their numbers.
+        scores: as the model's manifest says; None decides by the number of classes.
+        k: how many; all of them where there are fewer.
+
+    Raises:
+        InputError: the logits have another shape, do not fit the labels, or are no numbers.
+    """
+    values = np.asarray(logits, np.float64)
+    named = len(labels)
+    if values.ndim != 2 or 0 in values.shape or named not in {0, values.shape[1]} or k < 1:
+        wanted = f"[b, {named or 'classes'}]"
+        raise InputError(
+            f"logits have shape {list(values.shape)} and k is {k}; expected {wanted} and k "
+            "of at least 1"
+        )
+    if not np.isfinite(values).all():
+        raise InputError("logits are not all finite; run selftest() to see what is wrong")
+    kind = scores or Scores.of(None, values.shape[1])
+    scored = scores_of(values, kind)
+    best = np.argsort(-values, axis=1, kind="stable")[:, :k]
+
+    def guess(row: NDArray[np.float64], index: int) -> Guess:
+        score = float(row[index])
+        label = labels[index] if named else str(index)
+        return Guess(label, score if kind.are_probabilities else None, index, score)
+
+    return [
+        [guess(row, int(index)) for index in order] for row, order in zip(scored, best, strict=True)
+    ]
 
 
 class Runner(ABC):
@@ -130,33 +191,26 @@ class Runner(ABC):
             return pictures.decode(several, preprocessing)  # type: ignore[arg-type]
         return pictures.preprocess(several, preprocessing)  # type: ignore[arg-type]
 
+    @property
+    def scores(self) -> Scores | None:
+        """What the logits become; None decides by the number of classes."""
+        return self.manifest.scores if self.manifest is not None else None
+
     def top_k(self, logits: Any, k: int = 5) -> list[list[Guess]]:
-        """Give the ``k`` likeliest labels of each image, the likeliest first.
+        """Give the ``k`` best labels of each image, the best first.
 
         Args:
             logits: [b, classes] on the host.
             k: how many; all of them where there are fewer.
 
+        Returns:
+            For each image its labels with their scores: softmax where one class is right, sigmoid
+            where several may be or there is a single output, the raw value of a regression.
+
         Raises:
             InputError: the logits have another shape, do not fit the labels, or are no numbers.
         """
-        values = np.asarray(logits, np.float64)
-        named = len(self.labels)
-        if values.ndim != 2 or 0 in values.shape or named not in {0, values.shape[1]} or k < 1:
-            wanted = f"[b, {named or 'classes'}]"
-            raise InputError(
-                f"logits have shape {list(values.shape)} and k is {k}; expected {wanted} and k "
-                "of at least 1"
-            )
-        if not np.isfinite(values).all():
-            raise InputError("logits are not all finite; run selftest() to see what is wrong")
-        powers = np.exp(values - values.max(axis=1, keepdims=True))
-        probabilities = powers / powers.sum(axis=1, keepdims=True)
-        best = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
-        return [
-            [Guess(self._label(i), float(row[i]), int(i)) for i in order]
-            for row, order in zip(probabilities, best, strict=True)
-        ]
+        return top_k(logits, self.labels, self.scores, k)
 
     def selftest(self) -> SelfTest:
         """Run the golden input of the manifest: does this machine reproduce the golden output?
@@ -173,9 +227,6 @@ class Runner(ABC):
     @property
     def _takes_bytes(self) -> bool:
         return self.inputs[0].dtype == "uint8"
-
-    def _label(self, index: int) -> str:
-        return self.labels[index] if self.labels else str(index)
 
     def _require_open(self) -> None:
         if not self._is_open:

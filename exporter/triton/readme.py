@@ -151,7 +151,6 @@ def client(about: About) -> str:
     if not bytes_in and datatype == "FP16":
         batch += ".astype(np.float16)"
     labelled = output.name == LOGITS and output.label_filename
-    wanted = "class_count=3" if labelled else ""
     return (
         "\n".join(
             [
@@ -161,36 +160,42 @@ def client(about: About) -> str:
                 *(["import numpy as np"] if "np." in batch else []),
                 "import tritonclient.grpc as triton",
                 "",
-                *_made(about),
+                *_made(about, ["from msn_export.runtime.runner import top_k"] if labelled else []),
                 f"batch = {batch}",
                 f'tensor = triton.InferInput({gives}, list(batch.shape), "{datatype}")',
                 "tensor.set_data_from_numpy(batch)",
-                f"wanted = triton.InferRequestedOutput({takes}{', ' if wanted else ''}{wanted})",
+                f"wanted = triton.InferRequestedOutput({takes})",
                 'client = triton.InferenceServerClient("localhost:8001")',
                 f'answer = client.infer("{called.name}", [tensor], outputs=[wanted])',
-                f"print(answer.as_numpy({takes}){'' if labelled else '.shape'})",
+                *(
+                    [f"best = top_k(answer.as_numpy({takes}), known.labels, known.scores, 3)"]
+                    if labelled
+                    else []
+                ),
+                "print(*best, sep='\\n')" if labelled else f"print(answer.as_numpy({takes}).shape)",
             ]
         )
         + "\n"
     )
 
 
-def _made(about: About) -> list[str]:
-    """Say in the client how pictures are made into its input."""
-    if about.artifact.preprocessing is not None:
-        file = f"{about.repository.name}/{about.config.name}/{about.file}"
-        return [
-            "from msn_export import images, manifest",
-            "",
-            f'made = manifest.read(Path("{file}")).preprocessing',
-        ]
-    size, channels = about.artifact.image or (None, None)
+def _made(about: About, imports: list[str]) -> list[str]:
+    """Say in the client what the model is and how pictures are made into its input."""
+    artifact = about.artifact
+    file = f"{about.repository.name}/{about.config.name}/{about.file}"
+    known = [f'known = manifest.read(Path("{file}"))'] if artifact.manifest is not None else []
+    if artifact.preprocessing is not None:
+        first = ["from msn_export import images, manifest", *imports]
+        return [*first, "", *known, "made = known.preprocessing"]
+    size, channels = artifact.image or (None, None)
     asked = f"{size!r}, {channels}" if size else "ImageSize(HEIGHT, WIDTH), CHANNELS"
     return [
-        "from msn_export import images",
+        f"from msn_export import images{', manifest' if known else ''}",
         "from msn_export.preprocessing import preset",
+        *imports,
         "from msn_export.spec import ImageSize",
         "",
+        *known,
         f'made = preset("hf", {asked})  # assumed: the model has no manifest that says it',
     ]
 

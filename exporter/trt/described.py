@@ -83,6 +83,7 @@ def describe(
         opset=graph.opset,
         target=engine.backend,
         labels=known.labels if known else (),
+        scores=known.scores if known else None,
         checkpoint=known.checkpoint if known else None,
         config=known.config if known else None,
         islands=dict(graph.islands.maxima),
