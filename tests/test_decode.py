@@ -1,6 +1,8 @@
 """Pictures are decoded in order, never too far ahead, and a crash costs one picture."""
 
 import os
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -75,3 +77,33 @@ def test_a_decoder_imports_nothing_from_the_current_folder(tmp_path, monkeypatch
     assert not (tmp_path / "ran").exists()
     assert not any(isinstance(one, str) for one in got)
     assert "PYTHONSAFEPATH" not in os.environ
+
+
+SCRIPT = """
+import sys
+from functools import partial
+from pathlib import Path
+from msn_export.embed.decode import decode, read
+from msn_export.preprocessing import preset
+from msn_export.spec import ImageSize
+print("the script runs")
+paths = sorted(Path(sys.argv[1]).rglob("*.png"))
+one = partial(read, preprocessing=preset("hf", ImageSize(32, 32)))
+print([str(found) for found in decode(paths, one, workers=2, ahead=4) if isinstance(found, str)])
+print(__spec__ and __spec__.name)
+"""
+
+
+@pytest.mark.parametrize(("start", "name"), [(["script.py"], "None"), (["-m", "script"], "script")])
+def test_a_script_without_a_main_guard_runs_once(tmp_path, start, name) -> None:
+    pictures(tmp_path / "pictures", 5)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    run = subprocess.run(
+        [sys.executable, *start, "pictures"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == ["the script runs", "[]", name]

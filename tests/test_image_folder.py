@@ -1,14 +1,18 @@
 """A folder of pictures: all that it holds, in order, and what is broken by name."""
 
+import os
+import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from msn_export import image_folder
+from msn_export import image_folder, images
 from msn_export.errors import ImageError
 from msn_export.preprocessing import preset
 from msn_export.spec import ImageSize
@@ -30,6 +34,88 @@ def test_pictures_are_found_at_every_depth_in_order(folder) -> None:
     found = [str(path.relative_to(folder)) for path in image_folder.find(folder).paths]
     assert found == ["a.JPG", "b.png", "deep/er/c.bmp"]
     assert image_folder.find(folder / "b.png").paths == (folder / "b.png",)
+
+
+def test_what_is_none_or_hidden_is_skipped_and_counted_by_reason(folder, monkeypatch) -> None:
+    picture = Image.new("RGB", (40, 30), "teal")
+    (folder / ".ipynb_checkpoints").mkdir()
+    picture.save(folder / ".ipynb_checkpoints" / "a-checkpoint.png")
+    picture.save(folder / ".hidden.png")
+    picture.save(folder / "c.jfif", format="JPEG")
+    picture.save(folder / "no ending", format="PNG")
+    picture.save(folder / "wrong.txt", format="GIF")
+    (folder / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    (folder / "new.avif").write_bytes(b"\0\0\0\x18ftypavif")
+    (folder / "gone.png").symlink_to(folder / "nowhere.png")
+    (folder / "linked").symlink_to(folder / "deep")
+    (folder / "linked.png").symlink_to(folder / "b.png")
+    os.mkfifo(folder / "pipe.png")  # reading one would wait for ever
+    monkeypatch.setattr(images, "_formats", lambda: images.FORMATS)
+    found = image_folder.find(folder)
+    names = [str(path.relative_to(folder)) for path in found.paths]
+    assert names == sorted(names, key=lambda name: Path(name).parts)
+    assert names == [
+        "a.JPG", "b.png", "c.jfif", "deep/er/c.bmp", "linked.png", "no ending", "wrong.txt",
+    ]  # fmt: skip
+    heic = "HEIC picture, which needs pillow-heif (pip install 'msn-export[heic]')"
+    avif = "AVIF picture, which needs Pillow 11.3 or later with its AVIF decoder"
+    assert found.skipped == {
+        heic: 1, avif: 1, "dangling link": 1, "hidden": 2, "link to a folder": 1, "no file": 1,
+        "no picture": 1,
+    }  # fmt: skip
+    loaded = image_folder.load(folder, SMALL, 20)
+    assert len(loaded.names) == 7
+    assert loaded.skipped == found.skipped
+    assert loaded.notes == (
+        f"skipped 2 hidden, 1 {avif}, 1 {heic}, 1 dangling link, 1 link to a folder, 1 no file, "
+        "1 no picture",
+    )
+
+
+def test_no_file_whose_ending_says_what_it_is_is_opened_to_list_it(folder, monkeypatch) -> None:
+    opened = []
+
+    def refuse(path: str, *options: Any, **more: Any) -> Any:
+        opened.append(Path(path).name)
+        return open(path, *options, **more)  # noqa: PTH123
+
+    monkeypatch.setattr(image_folder, "open", refuse, raising=False)
+    image_folder.find(folder)
+    assert opened == ["notes.txt"]
+
+
+def test_folders_may_be_nested_deeper_than_python_recurses(tmp_path) -> None:
+    made = [tmp_path]
+    while len(made) < sys.getrecursionlimit() + 100:
+        made.append(made[-1] / "d")
+        made[-1].mkdir()
+    picture = made[-1] / "a.png"
+    Image.new("RGB", (4, 4)).save(picture)
+    assert image_folder.find(tmp_path).paths == (picture,)
+    picture.unlink()
+    for folder in reversed(made[1:]):  # pytest's own cleaning recurses
+        folder.rmdir()
+
+
+def test_a_folder_of_pictures_that_cannot_be_read_says_why(tmp_path, monkeypatch) -> None:
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    monkeypatch.setattr(images, "_formats", lambda: images.FORMATS)
+    with pytest.raises(ImageError) as raised:
+        image_folder.find(tmp_path)
+    assert str(raised.value) == (
+        f"image folder {tmp_path} holds no picture that can be read (skipped 1 HEIC picture, which "
+        "needs pillow-heif (pip install 'msn-export[heic]'))"
+    )
+
+
+def test_turned_pictures_are_counted(folder) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(folder / "phone.jpg", exif=exif)
+    loaded = image_folder.load(folder, SMALL, 10)
+    assert (loaded.turned, len(loaded.names)) == (1, 4)
+    assert "pictures turned by their EXIF orientation: 1" in loaded.notes
+    assert image_folder.load(folder, replace(SMALL, exif="ignore"), 10).turned == 0
 
 
 def test_broken_ones_are_named_and_the_others_read(folder) -> None:

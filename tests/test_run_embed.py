@@ -3,6 +3,8 @@
 import base64
 import json
 import os
+import shutil
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,18 @@ import onnxruntime
 import pytest
 from checkpoints import hugging_face
 from embeds import BROKEN, COUNT, embed, is_broken, lines_of, names
+from PIL import Image, ImageOps
 from pyarrow import parquet
 from tiny_artifacts import classifier, foreign, pictures
 
 from msn_export import embed_place, golden, images, manifest
 from msn_export.embed.batches import Reading, read_rows
+from msn_export.embed.parts import Parts
+from msn_export.embed.rows import Rows
 from msn_export.errors import GraphError
 from msn_export.onnx_job import OnnxJob
 from msn_export.preprocessing import assumed
+from msn_export.records import from_plain
 from msn_export.run_onnx import run_onnx
 from msn_export.runtime import Runner, open_runner
 from msn_export.spec import ImageSize
@@ -277,3 +283,68 @@ def test_a_machine_that_computes_something_else_is_noticed_first(model, folder, 
     result = embed(model, folder, tmp_path / "out.npy", "--force", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["selftest"].startswith("selftest passed")
+
+
+def test_phone_pictures_hidden_ones_and_what_cannot_be_read_are_counted(model, tmp_path) -> None:
+    folder = pictures(tmp_path / "pictures", 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(next(folder.rglob("*.png"))) as plain:
+        plain.convert("RGB").save(folder / "phone.png", exif=exif)
+        ImageOps.exif_transpose(Image.open(folder / "phone.png")).save(folder / "upright.png")
+    (folder / ".ipynb_checkpoints").mkdir()
+    shutil.copy(folder / "phone.png", folder / ".ipynb_checkpoints" / "phone-checkpoint.png")
+    (folder / "notes.txt").write_text("no picture")
+    skipped = {"hidden": 1, "no picture": 1}
+
+    result = embed(model, folder, tmp_path / "out.npy", "--json")
+    told = json.loads(result.stdout)
+    assert (told["images"], told["exif"], told["turned"]) == (5, "apply", 1)
+    assert told["skipped"] == skipped
+    about = json.loads((tmp_path / "out.npy.json").read_text())
+    assert (about["turned"], about["skipped"]) == (1, skipped)
+    assert about["preprocessing"]["exif"] == "apply"
+    rows = [line["path"] for line in lines_of(tmp_path / "out.npy")]
+    vectors = np.load(tmp_path / "out.npy")
+    phone, upright = (vectors[rows.index(name)] for name in ("phone.png", "upright.png"))
+    np.testing.assert_allclose(phone, upright, atol=1e-6)
+
+    result = embed(model, folder, tmp_path / "ignored.npy", "--json", "--exif", "ignore")
+    told = json.loads(result.stdout)
+    assert (told["exif"], told["turned"]) == ("ignore", 0)
+    ignored = np.load(tmp_path / "ignored.npy")[rows.index("phone.png")]
+    assert np.abs(ignored - upright).max() > 1e-3
+
+    shown = embed(model, folder, tmp_path / "again.parquet").stdout
+    assert "1 of 5 pictures by their EXIF orientation" in shown
+    assert "1 hidden" in shown
+    metadata = parquet.read_schema(tmp_path / "again.parquet").metadata[b"msn-export"]
+    assert json.loads(metadata)["skipped"] == skipped
+
+
+def test_a_manifest_without_exif_is_of_a_model_whose_pictures_were_not_turned(
+    model, tmp_path
+) -> None:
+    copy = Path(shutil.copy(model, tmp_path / "old.onnx"))
+    plain = json.loads(manifest.manifest_path(model).read_text())
+    assert plain["preprocessing"].pop("exif") == "apply"
+    del plain["seal"], plain["preprocessing"]["assumed"], plain["preprocessing"]["squash"]
+    known = from_plain(manifest.Manifest, plain, "old")
+    assert known.preprocessing.exif == "ignore"
+    manifest.manifest_path(copy).write_text(manifest.seal(known))
+    result = embed(copy, pictures(tmp_path / "pictures", 2), tmp_path / "out.npy", "--json")
+    assert json.loads(result.stdout)["exif"] == "ignore"
+
+
+def test_turned_pictures_are_counted_over_an_interruption(tmp_path) -> None:
+    rows = Rows(np.zeros((2, 3), np.float32), None, {}, 1)
+    origin = {"model": "m"}
+    parts = Parts.begin(tmp_path / "p", 4, origin, resume=False, force=False)
+    with closing(parts):
+        parts.add(0, rows)
+        parts.end_part()
+    with closing(Parts.begin(tmp_path / "p", 4, origin, resume=True, force=False)) as parts:
+        assert parts.turned == 1
+        parts.add(2, rows)
+        parts.end_part()
+        assert parts.turned == 2

@@ -10,10 +10,12 @@ import pytest
 import torch
 from checkpoints import TINY, hugging_face, processor
 from exports import export
+from PIL import Image
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from msn_export import image_folder, images, manifest, run_onnx
 from msn_export.processor_config import from_processor_config
+from msn_export.spec import ImageSize
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
@@ -176,3 +178,67 @@ def test_a_broken_picture_among_good_ones_is_named_and_skipped(
 
 def test_tiny_is_what_the_fixtures_make() -> None:
     assert TINY["hidden_size"] // TINY["num_attention_heads"] == 32
+
+
+# --- preprocessing --------------------------------------------------------------------------------
+
+
+def test_sizes_that_differ_are_both_named_and_one_is_to_be_chosen(tmp_path) -> None:
+    hugging_face(tmp_path / "hf", image_size=48)
+    processor(tmp_path / "hf", size={"height": 32, "width": 32}, **IMAGENET)
+    result = export(tmp_path / "hf", tmp_path / "m.onnx")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == (
+        f"error: {tmp_path / 'hf'}: preprocessor_config.json makes images of 32x32 and the model's "
+        "configuration says 48x48; choose one with --image-size"
+    )
+    assert not (tmp_path / "m.onnx").exists()
+    for size in ("32", "48"):
+        result = export(tmp_path / "hf", tmp_path / f"{size}.onnx", "--image-size", size)
+        assert result.exit_code == 0, result.output
+        known = manifest.read(tmp_path / f"{size}.onnx")
+        assert known.preprocessing.size == ImageSize(int(size), int(size))
+    # one that is chosen does not come from the file that differs
+    assert export(tmp_path / "hf", tmp_path / "hf.onnx", "--preprocess", "hf").exit_code == 0
+
+
+def test_a_processor_config_goes_before_a_preprocessor_config(tmp_path) -> None:
+    hugging_face(tmp_path / "hf")
+    processor(tmp_path / "hf", size=32, resample=3)
+    nested = {"image_processor": {"size": 32, "resample": 0}, "processor_class": "X"}
+    (tmp_path / "hf" / "processor_config.json").write_text(json.dumps(nested))
+    assert export(tmp_path / "hf", tmp_path / "m.onnx").exit_code == 0
+    made = manifest.read(tmp_path / "m.onnx").preprocessing
+    assert (made.name, made.resample) == ("processor_config.json", "nearest")
+    (tmp_path / "hf" / "processor_config.json").write_text(json.dumps({"processor_class": "X"}))
+    assert export(tmp_path / "hf", tmp_path / "m.onnx", "--force").exit_code == 0
+    assert manifest.read(tmp_path / "m.onnx").preprocessing.name == "preprocessor_config.json"
+
+
+def test_what_is_assumed_unused_turned_or_skipped_is_noted(tmp_path) -> None:
+    hugging_face(tmp_path / "hf")
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.radial_gradient("L").convert("RGB").save(folder / "a.jpg", exif=exif)
+    (folder / "b.txt").write_text("no picture")
+    result = export(tmp_path / "hf", tmp_path / "m.onnx", "--images", folder, "--json")
+    told = json.loads(result.stdout)
+    assert told["preprocessing"]["assumed"] is True
+    assert told["preprocessing"]["exif"] == "apply"
+    assert told["notes"] == [
+        "preprocessing hf was assumed: nothing says how the model's pictures are made, "
+        "--preprocess does",
+        "skipped 1 no picture",
+        "pictures turned by their EXIF orientation: 1",
+    ]
+    processor(tmp_path / "hf", size=32, zoom=2)
+    options = ("--images", folder, "--json", "--exif", "ignore", "--force")
+    told = json.loads(export(tmp_path / "hf", tmp_path / "m.onnx", *options).stdout)
+    assert told["preprocessing"]["assumed"] is False
+    assert told["preprocessing"]["exif"] == "ignore"
+    assert told["notes"] == [
+        "preprocessor_config.json: not used, as unknown here: 'zoom'",
+        "skipped 1 no picture",
+    ]

@@ -5,14 +5,17 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
+from importlib.machinery import ModuleSpec
 from itertools import islice
-from typing import TYPE_CHECKING, Generic, TypeAlias, TypeVar
+from multiprocessing.context import SpawnContext, SpawnProcess
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 from msn_export import images
 from msn_export.errors import ImageError
@@ -93,6 +96,29 @@ class Decoder(Generic[Source]):
         self._alone.close()
 
 
+class _Process(SpawnProcess):
+    """A process that does not run the script which started it.
+
+    ``multiprocessing`` runs it once more in every process, for functions that lie in it; ours lie
+    in this package. A script without ``if __name__ == "__main__"`` would start itself over.
+    """
+
+    @staticmethod
+    def _Popen(process_obj: Any) -> Any:  # noqa: N802  multiprocessing calls it so
+        main = sys.modules["__main__"]
+        before = main.__spec__
+        # multiprocessing.spawn, _fixup_main_from_name: a main module of a package is not run again
+        main.__spec__ = ModuleSpec(f"{__package__}.__main__", None)
+        try:
+            return SpawnProcess._Popen(process_obj)
+        finally:
+            main.__spec__ = before
+
+
+class _Context(SpawnContext):
+    Process = _Process
+
+
 class _Pool(Generic[Source]):
     """Processes that decode; a pool that one of them broke is replaced by a new one."""
 
@@ -108,8 +134,7 @@ class _Pool(Generic[Source]):
                     return self._executor.submit(self._read, source)
                 self.close()
             # spawn, not fork: the model's threads and the driver do not survive a fork
-            context = multiprocessing.get_context("spawn")
-            self._executor = ProcessPoolExecutor(self._workers, context, _begin)
+            self._executor = ProcessPoolExecutor(self._workers, _Context(), _begin)
             return self._executor.submit(self._read, source)
 
     def close(self) -> None:
