@@ -13,6 +13,7 @@ person to judge: its difference is printed.
 import argparse
 import ast
 import difflib
+import functools
 import os
 import random
 import shutil
@@ -97,6 +98,7 @@ def draw(modules: list[str], kind: str | None, count: int, seed: int) -> list[Mu
     return sorted(chosen, key=lambda one: (one.module, one.mutation.start))
 
 
+@functools.cache
 def imported_by(path: Path) -> set[str]:
     """List the modules of the package that a file imports, as paths below it."""
     found = set()
@@ -114,20 +116,27 @@ def imported_by(path: Path) -> set[str]:
     return found
 
 
-def stages_of(module: str) -> list[list[str]]:
-    """Name the test files of a module: its own and its importers', then its importers' own."""
-    tests = sorted((ROOT / "tests").glob("test_*.py"))
-    direct = [path.name for path in tests if module in imported_by(path)]
-    own = f"test_{Path(module).stem}.py"
-    first = [own] * (ROOT / "tests" / own).is_file() + [name for name in direct if name != own]
-    users = [
+def tests_of(module: str) -> list[str]:
+    """Name the test files of a module: its own, its importers', then its importers' own.
+
+    Of each, those of whole commands come last: they take longest.
+    """
+    tests = {path.name: imported_by(path) for path in sorted((ROOT / "tests").glob("test_*.py"))}
+    users = {
         f"test_{path.stem}.py"
         for folder in ("exporter", "models", "calibration")
-        for path in sorted((ROOT / folder).rglob("*.py"))
+        for path in (ROOT / folder).rglob("*.py")
         if module in imported_by(path)
-    ]
-    names = {path.name for path in tests}
-    return [first, [name for name in dict.fromkeys(users) if name in names and name not in first]]
+    }
+    own = f"test_{Path(module).stem}.py"
+    direct = [name for name, modules in tests.items() if module in modules and name != own]
+    more = [name for name in sorted(users & tests.keys()) if name != own and name not in direct]
+    ordered = sorted(direct, key=_is_long) + sorted(more, key=_is_long)
+    return [own, *ordered] if own in tests else ordered
+
+
+def _is_long(name: str) -> bool:
+    return name.startswith("test_run_")
 
 
 class Copy:
@@ -148,23 +157,27 @@ class Copy:
         for part, source in _SOURCES.items():
             shutil.copytree(self.folder / source, self.package / part)
 
-    def run(self, tests: list[str], timeout: float) -> int | None:
-        """Run test files in a process of their own, to the first failure; None out of time."""
+    def run(self, test: str, timeout: float) -> int | None:
+        """Run a test file in a process of its own, to the first failure; None out of time."""
         pid = os.fork()
         if not pid:
-            self._test(tests)
-        until = time.monotonic() + timeout
-        while time.monotonic() < until:
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                return os.waitstatus_to_exitcode(status)
-            time.sleep(0.05)
-        os.killpg(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+            self._test(test)
+        os.setpgid(pid, pid)  # the child does the same: whichever comes first
+        until, done = time.monotonic() + timeout, 0
+        try:
+            while time.monotonic() < until:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    return os.waitstatus_to_exitcode(status)
+                time.sleep(0.05)
+        finally:  # Ctrl-C too
+            if not done:
+                os.killpg(pid, signal.SIGKILL)  # with what it started
+                os.waitpid(pid, 0)
         return None
 
-    def _test(self, tests: list[str]) -> None:
-        os.setsid()  # its children end with it
+    def _test(self, test: str) -> None:
+        os.setpgid(0, 0)
         os.chdir(self.folder)
         sink = os.open(self.folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(sink, 1)
@@ -176,12 +189,10 @@ class Copy:
         sys.path[:1] = [str(self.package.parent)]
         import pytest
 
-        paths = [f"tests/{name}" for name in tests]
+        options = ["-q", "-x", "--assert=plain", "-p", "no:cacheprovider"]
         code = FAILED
         try:
-            code = int(
-                pytest.main(["-q", "-x", "--assert=plain", "-p", "no:cacheprovider", *paths])
-            )
+            code = int(pytest.main([*options, f"tests/{test}"]))
         except BaseException:  # noqa: BLE001  nothing may leave it: it is a copy of the pool's process
             traceback.print_exc()
         finally:
@@ -199,27 +210,28 @@ class Runner:
 
     def survives(self, mutant: Mutant) -> str:
         """Try a fault: ``killed``, ``survived``, or ``untested`` where no test file takes part."""
-        stages = [self._usable(names) for names in stages_of(mutant.module)]
         path = self._copy.package / mutant.module
-        try:
-            path.write_bytes(mutant.mutation.apply(mutant.source))
-            for names in filter(None, stages):
-                usual = sum(self.seconds[name] or 0 for name in names)
-                if self._copy.run(names, 30 + 4 * usual) != PASSED:
+        tried = False
+        for name in tests_of(mutant.module):
+            usual = self._usual(name)
+            if usual is None:
+                continue
+            tried = True
+            try:
+                path.write_bytes(mutant.mutation.apply(mutant.source))
+                if self._copy.run(name, 30 + 4 * usual) != PASSED:
                     return "killed"
-        finally:
-            path.write_bytes(mutant.source)
-        return "survived" if any(stages) else "untested"
+            finally:
+                path.write_bytes(mutant.source)
+        return "survived" if tried else "untested"
 
-    def _usable(self, names: list[str]) -> list[str]:
-        for name in names:
-            if name not in self.seconds:
-                started = time.monotonic()
-                passed = self._copy.run([name], self._longest) == PASSED
-                self.seconds[name] = time.monotonic() - started if passed else None
-        usable = [name for name in names if self.seconds[name] is not None]
-        own, rest = usable[:1], usable[1:]
-        return own + sorted(rest, key=lambda name: self.seconds[name] or 0)
+    def _usual(self, name: str) -> float | None:
+        """Measure how long a test file takes without a fault, once."""
+        if name not in self.seconds:
+            started = time.monotonic()
+            passed = self._copy.run(name, self._longest) == PASSED
+            self.seconds[name] = time.monotonic() - started if passed else None
+        return self.seconds[name]
 
 
 _RUNNERS: list[Runner] = []  # of this process of the pool
