@@ -4,8 +4,8 @@
 
 WHERE is a folder or a file below the package (``graph``, ``graph/fuse.py``); default the core.
 Faults are drawn by the seed. Each is tried in a throw-away copy, never in the checkout, against the
-tests of its module: the file of its name first, then the files that import it; where those pass,
-the files named after the modules that import it. A test file that fails without a fault, or takes
+tests of its module: the file of its name first, then the files that import it, then those named
+after the modules that import it. A test file that fails without a fault, or takes
 longer than ``--longest``, takes no part, and is listed. Whether a survivor is equivalent is for a
 person to judge: its difference is printed.
 """
@@ -117,22 +117,32 @@ def imported_by(path: Path) -> set[str]:
 
 
 def tests_of(module: str) -> list[str]:
-    """Name the test files of a module: its own, its importers', then its importers' own.
+    """Name the test files of a module, nearest first.
 
-    Of each, those of whole commands come last: they take longest.
+    Its own; those that import it; those of the modules that import it, and of their importers. Of
+    each, the tests of whole commands come last: they take longest.
     """
     tests = {path.name: imported_by(path) for path in sorted((ROOT / "tests").glob("test_*.py"))}
-    users = {
-        f"test_{path.stem}.py"
+    own = _test_of(module)
+    near = [own] + sorted((name for name in tests if module in tests[name]), key=_is_long)
+    users = importers(module)
+    for modules in (users, {user for one in users for user in importers(one)}):
+        near += sorted(map(_test_of, sorted(modules)), key=_is_long)
+    return [name for name in dict.fromkeys(near) if name in tests]
+
+
+def importers(module: str) -> set[str]:
+    """List the modules that import one."""
+    return {
+        str(path.relative_to(ROOT)).removeprefix("exporter/")
         for folder in ("exporter", "models", "calibration")
         for path in (ROOT / folder).rglob("*.py")
         if module in imported_by(path)
     }
-    own = f"test_{Path(module).stem}.py"
-    direct = [name for name, modules in tests.items() if module in modules and name != own]
-    more = [name for name in sorted(users & tests.keys()) if name != own and name not in direct]
-    ordered = sorted(direct, key=_is_long) + sorted(more, key=_is_long)
-    return [own, *ordered] if own in tests else ordered
+
+
+def _test_of(module: str) -> str:
+    return f"test_{Path(module).stem}.py"
 
 
 def _is_long(name: str) -> bool:
