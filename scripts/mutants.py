@@ -4,10 +4,10 @@
 
 WHERE is a folder or a file below the package (``graph``, ``graph/fuse.py``); default the core.
 Faults are drawn by the seed. Each is tried in a throw-away copy, never in the checkout, against the
-tests of its module: the file of its name first, then the files that import it, then those named
-after the modules that import it. A test file that fails without a fault, or takes
-longer than ``--longest``, takes no part, and is listed. Whether a survivor is equivalent is for a
-person to judge: its difference is printed.
+tests of its module: the ``--files`` nearest, the file of its name first, then those that import it,
+then those of its importers. A test file that fails without a fault, or takes longer than
+``--longest``, takes no part, and is listed. Whether a survivor is equivalent is for a person to
+judge: its difference is printed.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from pathlib import Path
 from mutations import Mutation, mutations_of
 
 ROOT = Path(__file__).resolve().parent.parent
+TESTS = ROOT / "tests"
 CORE = ("check", "graph", "engine", "calibration", "runtime", "models")
 _SOURCES = {"calibration": "calibration", "models": "models"}  # the rest lies in exporter/
 # imported once, before each run is forked: half of a small test's time
@@ -100,7 +101,10 @@ def draw(modules: list[str], kind: str | None, count: int, seed: int) -> list[Mu
 
 @functools.cache
 def imported_by(path: Path) -> set[str]:
-    """List the modules of the package that a file imports, as paths below it."""
+    """List the modules of the package that a file imports, as paths below it.
+
+    A test imports what the modules beside it import, too.
+    """
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = []
@@ -108,27 +112,32 @@ def imported_by(path: Path) -> set[str]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        found |= {
-            name.removeprefix("msn_export.").replace(".", "/") + ".py"
-            for name in names
-            if name.startswith("msn_export.")
-        }
+        for name in names:
+            beside = path.with_name(f"{name}.py")
+            if name.startswith("msn_export."):
+                found.add(name.removeprefix("msn_export.").replace(".", "/") + ".py")
+            elif path.parent == TESTS and beside.is_file() and beside != path:
+                found |= imported_by(beside)
     return found
 
 
 def tests_of(module: str) -> list[str]:
     """Name the test files of a module, nearest first.
 
-    Its own; those that import it; those of the modules that import it, and of their importers. Of
-    each, the tests of whole commands come last: they take longest.
+    Its own and those that import it; then the same of its importers, and of theirs. Of each, the
+    tests of whole commands come last: they take longest.
     """
-    tests = {path.name: imported_by(path) for path in sorted((ROOT / "tests").glob("test_*.py"))}
-    own = _test_of(module)
-    near = [own] + sorted((name for name in tests if module in tests[name]), key=_is_long)
-    users = importers(module)
-    for modules in (users, {user for one in users for user in importers(one)}):
-        near += sorted(map(_test_of, sorted(modules)), key=_is_long)
-    return [name for name in dict.fromkeys(near) if name in tests]
+    files = sorted(TESTS.glob("test_*.py"))
+    near: dict[str, None] = {}
+    modules = {module}
+    for _ in range(3):
+        stems = {f"test_{Path(one).stem}_" for one in modules}
+        own = [path for path in files if any(f"{path.stem}_".startswith(stem) for stem in stems)]
+        found = [*own, *(path for path in files if modules & imported_by(path))]
+        found.sort(key=lambda path: path.name.startswith("test_run_"))
+        near |= dict.fromkeys(path.name for path in found)
+        modules = {user for one in modules for user in importers(one)}
+    return list(near)
 
 
 def importers(module: str) -> set[str]:
@@ -139,14 +148,6 @@ def importers(module: str) -> set[str]:
         for path in (ROOT / folder).rglob("*.py")
         if module in imported_by(path)
     }
-
-
-def _test_of(module: str) -> str:
-    return f"test_{Path(module).stem}.py"
-
-
-def _is_long(name: str) -> bool:
-    return name.startswith("test_run_")
 
 
 class Copy:
@@ -213,16 +214,16 @@ class Copy:
 class Runner:
     """What a process of the pool holds: its copy, and how long each test file takes."""
 
-    def __init__(self, folder: Path, longest: float) -> None:
+    def __init__(self, folder: Path, longest: float, files: int) -> None:
         self._copy = Copy(Path(tempfile.mkdtemp(dir=folder)))
-        self._longest = longest
+        self._longest, self._files = longest, files
         self.seconds: dict[str, float | None] = {}  # None: it takes no part
 
     def survives(self, mutant: Mutant) -> str:
         """Try a fault: ``killed``, ``survived``, or ``untested`` where no test file takes part."""
         path = self._copy.package / mutant.module
         tried = False
-        for name in tests_of(mutant.module):
+        for name in tests_of(mutant.module)[: self._files]:
             usual = self._usual(name)
             if usual is None:
                 continue
@@ -247,12 +248,12 @@ class Runner:
 _RUNNERS: list[Runner] = []  # of this process of the pool
 
 
-def _start(folder: Path, longest: float) -> None:
+def _start(folder: Path, longest: float, files: int) -> None:
     import importlib
 
     for name in _HEAVY:
         importlib.import_module(name)
-    _RUNNERS.append(Runner(folder, longest))
+    _RUNNERS.append(Runner(folder, longest, files))
 
 
 def _try(mutant: Mutant) -> tuple[Mutant, str, set[str]]:
@@ -268,6 +269,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", help="faults of this kind alone")
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--files", type=int, default=8, help="test files that a fault is tried on")
     parser.add_argument("--longest", type=float, default=120, help="seconds of a test file")
     parser.add_argument("--list", action="store_true", help="show the faults and try none")
     asked = parser.parse_args()
@@ -281,7 +283,10 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory(prefix="msn-export-mutants-") as folder,
         ProcessPoolExecutor(
-            asked.processes, get_context("spawn"), _start, (Path(folder), asked.longest)
+            asked.processes,
+            get_context("spawn"),
+            _start,
+            (Path(folder), asked.longest, asked.files),
         ) as pool,
     ):
         for number, (mutant, found, without) in enumerate(pool.map(_try, mutants), 1):

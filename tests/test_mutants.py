@@ -1,5 +1,9 @@
 """The faults that are planted to test the tests: each kind, what is left alone, which tests run."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import mutants
 import pytest
 from mutations import mutations_of
@@ -99,3 +103,30 @@ def test_the_tests_of_a_module_are_its_own_then_its_importers_then_their_own() -
 def test_what_is_no_module_is_refused() -> None:
     with pytest.raises(SystemExit, match="no_such is neither a folder nor a file of the package"):
         mutants.modules_in("no_such")
+
+
+TRY = """
+import sys
+sys.path.insert(0, "scripts")
+from pathlib import Path
+from mutants import Mutant, Runner, source_of
+from mutations import Mutation
+
+module = "engine/failures.py"
+source = source_of(module).read_bytes()
+runner = Runner(Path(sys.argv[1]), 600, 2)
+for old, new in ((b"import", b"import"), (b"return", b"raise")):
+    at = source.index(old)
+    print(runner.survives(Mutant(module, source, Mutation("", 1, at, at + len(old), new.decode()))))
+"""
+
+
+@pytest.mark.slow
+def test_a_fault_is_killed_in_a_copy_and_none_is_not(tmp_path) -> None:
+    before = mutants.source_of("engine/failures.py").read_bytes()
+    run = subprocess.run(
+        [sys.executable, "-c", TRY, str(tmp_path)],
+        cwd=Path(mutants.__file__).parent.parent, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert run.stdout.split() == ["survived", "killed"], run.stderr
+    assert mutants.source_of("engine/failures.py").read_bytes() == before
