@@ -192,7 +192,7 @@ def _set(model: ir.Model, node: ir.Node, index: int, array: NDArray[Any]) -> Non
     value = node.inputs[index]
     assert value is not None
     if len(value.uses()) == 1:
-        value.const_value = ir.tensor(np.ascontiguousarray(array), name=value.name)
+        value.const_value = ir.tensor(np.ascontiguousarray(array))
         return
     own = Patch(model.graph, node).constant(array, f"{node.name}.{index}.smooth")
     node.replace_input_with(index, own)

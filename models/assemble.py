@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from math import isqrt
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from msn_export.errors import CheckpointError
 from msn_export.models.keys import Keys, rename
@@ -57,10 +57,8 @@ def assemble(tensors: dict[str, Tensor], config: VitConfig, where: str, origin: 
         digest.update(f"{name} {list(tensor.shape)}\n".encode())
         digest.update(tensor.numpy().data.cast("B"))
         state[name] = tensor
-    model.load_state_dict(
-        {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in state.items()},
-        assign=True,
-    )
+    model.requires_grad_(requires_grad=False)
+    model.load_state_dict(state, assign=True)
     return Assembled(model.eval(), digest.hexdigest(), notes)
 
 

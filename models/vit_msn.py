@@ -160,9 +160,10 @@ class VitMsn(nn.Module):
         config = self.config.for_image_size(size)
         with torch.device("meta"):
             model = VitMsn(config, attention=self.attention)
+        for name, parameter in self.named_parameters():  # assigned, each takes over what is here
+            model.get_parameter(name).requires_grad_(parameter.requires_grad)
         weights = self.state_dict(keep_vars=True)
-        resized = interpolate(self.pos_embed.detach(), self.config.grid, config.grid)
-        weights["pos_embed"] = nn.Parameter(resized, requires_grad=False)
+        weights["pos_embed"] = interpolate(self.pos_embed.detach(), self.config.grid, config.grid)
         model.load_state_dict(weights, assign=True)
         return model.train(self.training)
 

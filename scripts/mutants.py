@@ -16,6 +16,7 @@ import difflib
 import functools
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -39,6 +40,7 @@ _SOURCES = {"calibration": "calibration", "models": "models"}  # the rest lies i
 _HEAVY = ("numpy", "torch", "onnx", "onnxruntime", "onnx_ir", "onnxscript", "transformers",
           "transformers.models.vit_msn.modeling_vit_msn", "skimage.data", "pytest",
           "safetensors.torch", "PIL.Image", "click.testing", "rich.table")  # fmt: skip
+MEMORY = 16 * 2**30  # bytes of address space: a fault may ask for any number
 PASSED, FAILED = 0, 1  # pytest's exit codes; others say that it could not run the tests
 
 
@@ -189,6 +191,7 @@ class Copy:
 
     def _test(self, test: str) -> None:
         os.setpgid(0, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         os.chdir(self.folder)
         sink = os.open(self.folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(sink, 1)
@@ -289,12 +292,16 @@ def main() -> None:
             (Path(folder), asked.longest, asked.files),
         ) as pool,
     ):
-        for number, (mutant, found, without) in enumerate(pool.map(_try, mutants), 1):
-            results[mutant.module.partition("/")[0], found] += 1
-            left_out |= without
-            print(f"{number}/{len(mutants)} {found} {mutant}", file=sys.stderr, flush=True)
-            if found != "killed":
-                print(f"{found}: {mutant}\n{mutant.difference}\n", flush=True)
+        try:
+            for number, (mutant, found, without) in enumerate(pool.map(_try, mutants), 1):
+                results[mutant.module.partition("/")[0], found] += 1
+                left_out |= without
+                print(f"{number}/{len(mutants)} {found} {mutant}", file=sys.stderr, flush=True)
+                if found != "killed":
+                    print(f"{found}: {mutant}\n{mutant.difference}\n", flush=True)
+        except BaseException:  # Ctrl-C: what waits is not begun
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     for part in sorted({part for part, _ in results}):
         killed, of = results[part, "killed"], sum(n for (p, _), n in results.items() if p == part)
         print(f"{part}: {killed} of {of} killed")

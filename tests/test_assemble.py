@@ -35,9 +35,10 @@ def test_the_model_has_the_weights_and_the_caller_no_longer_holds_them() -> None
     assert tensors == {}
     assert made.notes == ()
     assert not made.model.training
-    for name, tensor in made.model.state_dict().items():
-        assert torch.equal(tensor, kept[name])
+    for name, tensor in made.model.named_parameters():
+        assert torch.equal(tensor, kept.pop(name))
         assert not tensor.requires_grad
+    assert kept == {}
 
 
 def test_a_weight_that_is_stored_negated_is_read_with_its_sign() -> None:

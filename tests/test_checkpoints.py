@@ -300,7 +300,7 @@ def test_random_weights_are_seeded_and_say_so(seeded) -> None:
 def test_no_random_weight_is_neutral(seeded) -> None:
     # a zero bias or a gain of 1 would hide that it was dropped
     for name, tensor in seeded.model.state_dict().items():
-        assert tensor.std() > 0.01, name
+        assert 0.01 < tensor.std() < 0.03, name  # drawn with 0.02
         centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
         assert abs(tensor.mean() - centre) < 0.01, name
 

@@ -175,6 +175,13 @@ def test_so_is_the_imaginary_part_of_a_conjugate() -> None:
     np.testing.assert_array_equal(dlpack.borrow(given).array(), [-0.0, -1, -2, -3])
 
 
+def test_an_array_that_is_read_only_is_read() -> None:
+    """DLPack before 1.0 cannot say so, and NumPy lends none to who does not know 1.0."""
+    array = np.arange(6, dtype=np.float32)
+    array.flags.writeable = False
+    np.testing.assert_array_equal(dlpack.borrow(array).array(), array)
+
+
 def test_a_tensor_without_elements_needs_no_memory() -> None:
     assert dlpack.borrow(torch.ones(0, 3)).shape == (0, 3)
 

@@ -26,6 +26,23 @@ def test_normalisation_folds_into_the_patch_convolution(bias) -> None:
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
 
 
+def test_what_is_folded_is_rounded_once() -> None:
+    preprocessing = preset("hf", ImageSize(16, 16))
+    torch.manual_seed(0)
+    patch = nn.Conv2d(3, 8, 4, 4)
+    folded = with_normalisation(patch, preprocessing)
+    weight = patch.weight.detach().double().numpy()
+    mean, std = (
+        np.array(values).reshape(1, 3, 1, 1) for values in (preprocessing.mean, preprocessing.std)
+    )
+    exact = weight * preprocessing.scale / std
+    np.testing.assert_array_equal(folded.weight.numpy(), exact.astype(np.float32))
+    exact = patch.bias.detach().double().numpy() - (weight * mean / std).sum((1, 2, 3))
+    np.testing.assert_array_equal(folded.bias.numpy(), exact.astype(np.float32))
+    assert not folded.weight.requires_grad
+    assert not with_cls_token(torch.randn(1, 5, 8), torch.randn(1, 1, 8)).requires_grad
+
+
 def test_the_cls_token_folds_into_its_position() -> None:
     torch.manual_seed(0)
     cls, pos, x = torch.randn(1, 1, 8), torch.randn(1, 5, 8), torch.randn(2, 4, 8)

@@ -203,6 +203,30 @@ def test_a_graph_that_contradicts_itself_fails_its_check(tmp_path) -> None:
         io.infer_shapes(io.load(path))
 
 
+def test_shapes_follow_from_values_that_are_shapes() -> None:
+    """As exporters write a reshape that keeps the batch: Shape, Gather, Concat."""
+    model = parse("""
+        g (float[2,3,4] x) => (float[m,n] y)
+        <int64 first = {0}, int64[1] axes = {0}, int64[1] rest = {-1}> {
+            s = Shape (x)
+            b = Gather (s, first)
+            c = Unsqueeze (b, axes)
+            t = Concat <axis = 0> (c, rest)
+            z = Reshape (x, t)
+            y = Relu (z)
+        }""")
+    io.infer_shapes(model)
+    (z,) = (value for node in model.graph for value in node.outputs if value.name == "z")
+    assert list(z.shape) == [2, 12]
+
+
+def test_an_operand_of_a_type_that_its_operator_does_not_take_is_refused() -> None:
+    model = parse("g (float[b,4] x) => (float[b,4] y) { y = Sqrt (x) }")
+    model.graph.inputs[0].dtype = ir.DataType.INT64
+    with pytest.raises(GraphError, match="the graph's types or shapes do not fit: "):
+        io.infer_shapes(model)
+
+
 def save_beside(model: ir.Model, path: Path) -> None:
     """Save with every weight in w.bin."""
     ir.save(model, path, external_data="w.bin", size_threshold_bytes=0)

@@ -19,7 +19,7 @@ from msn_export.errors import (
     MissingPackageError,
     RunnerError,
 )
-from msn_export.runtime import engine_opening, open_runner
+from msn_export.runtime import engine_opening, open_runner, ort
 from msn_export.sidecar import manifest_path, sha256_of
 from msn_export.spec import BatchRange, ComputeCapability
 
@@ -59,6 +59,44 @@ def test_a_described_engine_opens_and_runs(tmp_path, monkeypatch) -> None:
         np.testing.assert_array_equal(runner(images).odd, compute(network, images)["odd"])
         assert runner.labels == ("class 0", "class 1", "class 2")
     assert recorder.live() == {}
+
+
+def test_every_option_arrives_where_an_engine_is_opened(monkeypatch) -> None:
+    given: list[object] = []
+
+    def require_device(_engine, _driver, device):
+        given.append(("device", device))
+        return ADA
+
+    monkeypatch.setattr(engine_opening, "require_device", require_device)
+    monkeypatch.setattr(engine_opening, "load_cuda", given.append)
+    monkeypatch.setattr(engine_opening, "load", lambda backend, **told: given.append(told))
+    monkeypatch.setattr(engine_opening, "require_version", lambda *_: None)
+    monkeypatch.setattr(
+        engine_opening, "TrtRunner", lambda plan, machine, **told: (plan, machine, told)
+    )
+    known = manifests.read(engine())
+    plan, machine, told = open_runner(
+        engine(), device=3, contexts=5, cuda_graphs=False, eager_kernels=True
+    )
+    assert given == [("device", 3), "tensorrt-rtx", {"compatible": False}]
+    assert (plan.content, plan.manifest) == (engine().read_bytes(), known)
+    assert (plan.compatible, plan.eager_kernels) == (False, True)
+    assert machine.device is ADA
+    assert told == {"contexts": 5, "cuda_graphs": False}
+    plan, _, told = open_runner(engine())
+    assert not plan.eager_kernels
+    assert told == {"contexts": 2, "cuda_graphs": True}
+
+
+def test_every_option_arrives_where_a_graph_is_opened(monkeypatch) -> None:
+    monkeypatch.setattr(ort, "OrtRunner", lambda *given, **told: (given, told))
+    known = manifests.read(classifier())
+    opened = open_runner(str(classifier()), providers=["cuda"], device=3, threads=7)
+    assert opened == (
+        (classifier(), ["cuda"]),
+        {"device": 3, "threads": 7, "manifest": known},
+    )
 
 
 def test_a_graph_that_is_not_the_one_described_is_refused(tmp_path) -> None:

@@ -17,6 +17,7 @@ from msn_export.graph import io
 from msn_export.runtime import dlpack, open_runner
 from msn_export.runtime import ort as subject
 from msn_export.runtime.ort import OrtRunner
+from msn_export.runtime.ort_session import open_session
 from msn_export.runtime.providers import CPU, CUDA
 
 NETWORK = Network()
@@ -198,6 +199,35 @@ def test_eight_threads_of_500_calls_get_the_single_threads_answers(plain) -> Non
 def test_threads_of_a_call_can_be_set() -> None:
     with open_runner(classifier(), threads=1) as runner:
         assert runner._session.get_session_options().intra_op_num_threads == 1
+
+
+@pytest.mark.parametrize(
+    ("refusal", "again"),
+    [
+        ("node gemm_input_reshape: no", {"disabled_optimizers": ["MatMulAddFusion"]}),
+        ("Type 'tensor(float8e4m3fn)' of input is invalid", {}),
+    ],
+)
+def test_a_graph_that_onnxruntime_spoils_itself_is_opened_again_on_the_same_providers(
+    tmp_path, monkeypatch, refusal, again
+) -> None:
+    given: list[tuple[object, dict[str, object]]] = []
+
+    def session(path: str, options: object, **told: object) -> str:
+        given.append((options, told))
+        if len(given) == 1:
+            raise RuntimeError(refusal)
+        return path
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    asked = [(CPU, {"arena_extend_strategy": "kSameAsRequested"})]
+    assert open_session(tmp_path / "m.onnx", asked, 3) == str(tmp_path / "m.onnx")
+    (_, first), (options, second) = given
+    assert first == {"providers": asked}
+    assert second == {"providers": asked, **again}
+    assert options.intra_op_num_threads == 3
+    if "float8" in refusal:
+        assert options.get_session_config_entry("session.disable_quant_qdq") == "1"
 
 
 # providers

@@ -108,6 +108,16 @@ def test_a_sigmoid_of_any_logit_is_from_0_to_1() -> None:
     np.testing.assert_array_equal(scored, [[0.0, 0.5, 1.0]])
 
 
+def test_labels_alike_keep_their_order_and_no_image_weighs_on_another() -> None:
+    logits = np.array([[2.0, 2.0, 2.0], [5000.0, 5000.0, 0.0]], np.float32)
+    with open_runner(classifier()) as runner:
+        first, second = runner.top_k(logits, k=3)
+    assert [guess.label for guess in first] == ["class 0", "class 1", "class 2"]
+    assert [guess.probability for guess in first] == pytest.approx([1 / 3] * 3)
+    assert [guess.label for guess in second] == ["class 0", "class 1", "class 2"]
+    assert [guess.probability for guess in second] == pytest.approx([0.5, 0.5, 0.0])
+
+
 def test_without_a_manifest_labels_are_numbers_and_pictures_are_refused(tmp_path) -> None:
     runner = OrtRunner(Network().graph(tmp_path / "m.onnx"))
     assert runner.labels == ()

@@ -97,6 +97,15 @@ def test_another_size_shares_every_weight_but_the_positions() -> None:
     assert torch.equal(theirs["pos_embed"][:, 0], mine["pos_embed"][:, 0])
 
 
+def test_another_size_keeps_the_form_of_attention_and_the_parameters_themselves() -> None:
+    written = VitMsn(TINY, attention="eager").eval().requires_grad_(requires_grad=False)
+    other = written.for_image_size((32, 24))
+    assert other.attention == "eager"
+    assert {block.attn.kind for block in other.blocks} == {"eager"}
+    assert other.norm.weight is written.norm.weight
+    assert not any(parameter.requires_grad for parameter in other.parameters())
+
+
 def test_its_own_size_changes_nothing() -> None:
     tiny = model()
     assert tiny.for_image_size((16, 24)).pos_embed is not None

@@ -49,6 +49,17 @@ def test_what_torch_saved_is_read(tmp_path, name, zipped) -> None:
     assert same(read_file(tmp_path / name))
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_is_mapped_where_it_can_be_and_runs_no_code(tmp_path, monkeypatch, zipped) -> None:
+    """Mapped, what a trainer saved beside the weights is not read: an optimiser's is twice them."""
+    given: list[dict[str, object]] = []
+    real = torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **told: given.append(told) or real(*a, **told))
+    torch.save(TENSORS, tmp_path / "w.bin", _use_new_zipfile_serialization=zipped)
+    assert same(read_file(tmp_path / "w.bin"))
+    assert given == [{"map_location": "cpu", "weights_only": True, "mmap": zipped}]
+
+
 def test_safetensors_are_read(tmp_path) -> None:
     save_file(TENSORS, tmp_path / "w.safetensors")
     assert same(read_file(tmp_path / "w.safetensors"))

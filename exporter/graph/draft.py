@@ -68,13 +68,13 @@ class Draft:
     def constant(self, array: NDArray[Any], name: str) -> ir.Value:
         """Add a small constant; ``name`` says what it holds, so one name is one constant."""
         if name not in self.initializers:
-            self._hold(ir.tensor(array, name=name), name)
+            self._hold(ir.tensor(array), name)
         return self.initializers[name]
 
     def weight(self, name: str, tensor: Tensor) -> ir.Value:
         """Add a parameter; it shares the model's memory."""
         if name not in self.initializers:
-            self._hold(ir.tensor(tensor.detach().numpy(), name=name), name)
+            self._hold(ir.tensor(tensor.detach().numpy()), name)
         return self.initializers[name]
 
     def transposed(self, name: str, tensor: Tensor) -> ir.Value:
@@ -83,7 +83,7 @@ class Draft:
             rows, columns = tensor.shape
             make = partial(_transposed, tensor.detach())
             dtype = ir.tensor(tensor.detach().numpy()).dtype
-            self._hold(ir.LazyTensor(make, dtype, ir.Shape((columns, rows)), name=name), name)
+            self._hold(ir.LazyTensor(make, dtype, ir.Shape((columns, rows))), name)
         return self.initializers[name]
 
     def _hold(self, tensor: ir.TensorProtocol, name: str) -> None:

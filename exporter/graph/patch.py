@@ -63,7 +63,7 @@ class Patch:
 
     def constant(self, array: np.ndarray[Any, Any], name: str) -> ir.Value:
         """Add an initializer, or give the one of that name if it holds the same."""
-        tensor = ir.tensor(np.asarray(array, order="C"), name=name)
+        tensor = ir.tensor(np.asarray(array, order="C"))
         known = self.graph.initializers.get(name)
         if known is not None and known.const_value is not None:
             held = known.const_value.numpy()
