@@ -72,10 +72,7 @@ class Pictures:
     def feed(self, batch: int) -> Iterator[tuple[NDArray[Any], tuple[str, ...]]]:
         """Give batches as the graph takes them, with the images' names."""
         for pixels, names in self.decode(batch):
-            if self.stem is InputKind.UINT8:
-                yield pixels, names
-            else:
-                yield images.normalize(pixels, self.preprocessing), names
+            yield images.model_input(pixels, self.preprocessing, self.stem), names
 
     def first(self, count: int) -> "Pictures":
         """The first ``count`` of them."""

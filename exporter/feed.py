@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,16 +27,20 @@ _DTYPES = {"float": np.float32, "float16": np.float16, "uint8": np.uint8}  # as 
 
 @dataclass(frozen=True, slots=True)
 class Feed:
-    """How an artifact is fed."""
+    """How an artifact is fed; ``fixed`` is a size that the artifact itself leaves open."""
 
     kind: InputKind
     dtype: str
     preprocessing: Preprocessing
+    fixed: ImageSize | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What users must know of it."""
-        return tuple(filter(None, [self.preprocessing.assumption]))
+        size = f"its image size was dynamic, and is {self.fixed} as its position embedding has it"
+        return tuple(
+            filter(None, [self.preprocessing.assumption, None if self.fixed is None else size])
+        )
 
     def __call__(self, pixels: NDArray[np.uint8]) -> NDArray[Any]:
         """Turn decoded pictures [b, h, w, c] into the artifact's input."""
@@ -51,7 +56,7 @@ def feed_of(
     *,
     preprocess: str | None = None,
     exif: Exif | None = None,
-    size: ImageSize | None = None,
+    size: ImageSize | Path | None = None,
 ) -> Feed:
     """Find out how an artifact is fed.
 
@@ -61,7 +66,8 @@ def feed_of(
         manifest: where its preprocessing stands; without one, ``hf`` is assumed and noted.
         preprocess: a preset or JSON file that is to be used instead.
         exif: instead of what the manifest says.
-        size: of a graph that leaves height and width open.
+        size: of a graph that leaves height and width open, or its file: its position embedding
+            may tell.
 
     Raises:
         GraphError: it does not take one image input.
@@ -79,11 +85,31 @@ def feed_of(
     _, *rest = spec.shape
     channels, *sides = (rest[2], *rest[:2]) if kind is InputKind.UINT8 else rest
     known = manifest.preprocessing if manifest is not None else None
-    found = _size(described, sides, size or (known.size if known else None))
+    given = size if isinstance(size, ImageSize) else known.size if known else None
+    fixed = None
+    if given is None and isinstance(size, Path) and not _are_fixed(sides):
+        given = fixed = _size_in(size)
+    found = _size(described, sides, given)
     count = channels if isinstance(channels, int) else 3
     inside = kind is InputKind.UINT8
     made = choose(known, found, count, preprocess=preprocess, exif=exif, inside=inside)
-    return Feed(kind, spec.dtype, made)
+    return Feed(kind, spec.dtype, made, fixed)
+
+
+def _size_in(file: Path) -> ImageSize | None:
+    """Read the image size off a graph's position embedding, where onnx is installed."""
+    if file.suffix != ".onnx":
+        return None
+    try:
+        from msn_export.graph import io
+        from msn_export.graph.size import fix_image_size
+    except ImportError:
+        return None
+    return fix_image_size(io.load(file))
+
+
+def _are_fixed(sides: Sequence[int | str]) -> bool:
+    return all(isinstance(side, int) for side in sides)
 
 
 def _size(described: str, sides: Sequence[int | str], given: ImageSize | None) -> ImageSize:

@@ -43,7 +43,7 @@ def record(
     """
     size = preprocessing.size
     shape = (min(count, COUNT), size.height, size.width, preprocessing.channels)
-    outputs = run(_feed(draw(SEED, shape), preprocessing, stem))
+    outputs = run(images.model_input(draw(SEED, shape), preprocessing, stem))
     name = next(iter(outputs))
     values = vectors(outputs[name])
     return GoldenRecord(
@@ -84,7 +84,7 @@ def input_of(golden: GoldenRecord, preprocessing: Preprocessing, stem: InputKind
             f"the manifest's golden input ({golden.generator}, {list(golden.shape)}) is none this "
             "version can draw; upgrade msn-export or export the artifact again"
         )
-    return _feed(draw(golden.seed, golden.shape), preprocessing, stem)
+    return images.model_input(draw(golden.seed, golden.shape), preprocessing, stem)
 
 
 def values_of(golden: GoldenRecord) -> NDArray[np.float32]:
@@ -100,7 +100,3 @@ def values_of(golden: GoldenRecord) -> NDArray[np.float32]:
         raise ManifestError(
             f"the manifest's golden values cannot be read ({error}); export the artifact again"
         ) from error
-
-
-def _feed(pixels: NDArray[np.uint8], preprocessing: Preprocessing, stem: InputKind) -> NDArray[Any]:
-    return pixels if stem is InputKind.UINT8 else images.normalize(pixels, preprocessing)

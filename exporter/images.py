@@ -20,6 +20,7 @@ import numpy as np
 
 from msn_export.errors import ImageError
 from msn_export.preprocessing import MODES, RESAMPLING, Preprocessing
+from msn_export.spec import InputKind
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -210,6 +211,16 @@ def normalize(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArra
         table = (scaled - np.float32(mean)) / np.float32(std)
         planes[:, channel] = table[pixels[..., channel]]
     return planes
+
+
+def model_input(
+    pixels: NDArray[np.uint8], preprocessing: Preprocessing, kind: InputKind
+) -> NDArray[Any]:
+    """Turn bytes [b, h, w, c] into what a model takes: bytes, or planes [b, c, h, w]."""
+    if kind is InputKind.UINT8:
+        return pixels
+    planes = normalize(pixels, preprocessing)
+    return planes.astype(np.float16) if kind is InputKind.HALF else planes
 
 
 # a file, a Pillow image, or decoded pixels: uint8 [h, w, 3] in RGB

@@ -45,7 +45,9 @@ class OnnxJob(Job):
         return Choices(self.variant, self.weights, self.labels)
 
     def require_consistent(self) -> None:
-        """Refuse 8 bits, which take ranges."""
+        """Refuse 8 bits, which take ranges, and an input that is only read."""
+        if self.stem is InputKind.HALF:
+            raise SpecError("OnnxJob.stem is float16; expected float or uint8")
         if self.dtype.is_quantised:
             raise SpecError(
                 f"OnnxJob.dtype is {self.dtype}; a CalibrateJob quantises an fp32 graph"

@@ -119,7 +119,7 @@ class _Run:
             self.model.manifest,
             preprocess=job.preprocess,
             exif=job.exif,
-            size=job.image_size,
+            size=job.image_size or job.model,
         )
         known = self.model.manifest
         self.labels = known.labels if known is not None else ()

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-import numpy as np
-
 from msn_export.check.sample import draw
 from msn_export.errors import OutputError, SpecError
 from msn_export.files import staging
@@ -160,6 +158,7 @@ def _served(job: TritonJob, name: str, artifacts: Sequence[Artifact], notes: lis
             "--cuda-graphs: only Triton's tensorrt backend has them; build an engine, or leave it "
             "out"
         )
+    notes += [note for artifact in artifacts for note in artifact.notes]
     notes += [_unproved(artifact) for artifact in artifacts if _unproved(artifact)]
     settings = Settings(
         release=_release(job.release, first),
@@ -233,9 +232,7 @@ def _warmup_data(
     notes += [note for note in sample.notes if note not in notes]
     notes.append(f"warm-up data: {sample.source}")
     spec = artifact.inputs[0]
-    stem = InputKind.UINT8 if spec.dtype == InputKind.UINT8 else InputKind.FLOAT
-    batch = sample.feed(range(artifact.fixed_batch or 1), stem)
-    return (batch.astype(np.float16) if spec.dtype == "float16" else batch).tobytes()
+    return sample.feed(range(artifact.fixed_batch or 1), InputKind.of(spec.dtype)).tobytes()
 
 
 def _require_sound(staged: Path) -> list[str]:

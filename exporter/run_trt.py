@@ -63,7 +63,6 @@ def run_trt(job: TrtJob, progress: Progress = SILENT) -> tuple[Path, Manifest]:
         spec = _spec(job, profiles, backend)
         judge(spec, backend, find_driver())  # the build does too, but after all the checks
         targets = _targets(spec, backend)
-        _require_for_tensorrt(source, job)
     with progress.step("read images"):
         sample = draw(job.images, source.preprocessing, room=room_of(source.model))
     with staging(output.parent) as stage:
@@ -214,15 +213,6 @@ def _spec(job: TrtJob, profiles: tuple[BatchRange, ...], backend: Backend) -> Bu
         timeout=job.timeout,
         memory_limit=job.memory_limit,
     )
-
-
-def _require_for_tensorrt(source: Source, job: TrtJob) -> None:
-    quantization = source.manifest.quantization if source.manifest is not None else None
-    if quantization is not None and quantization.base == Dtype.FP32 and not job.allow_unfused:
-        raise SpecError(
-            f"{source.path.name} is {source.dtype} beside fp32, for onnxruntime on a CPU, and "
-            "TensorRT fuses no attention in fp32; calibrate the fp32 graph again with --base fp16"
-        )
 
 
 def _default_timing_cache(backend: Backend) -> Path | None:

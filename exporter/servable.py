@@ -9,6 +9,7 @@ from msn_export.engine_header import read_header
 from msn_export.errors import GraphError, ManifestError
 from msn_export.graph import io
 from msn_export.graph.facts import tensor_specs
+from msn_export.graph.size import fix_image_size
 from msn_export.triton.artifact import Artifact, Platform
 
 
@@ -54,6 +55,7 @@ def read_artifact(path: Path, platform: Platform | None = None) -> Artifact:
 
 def _read_onnx(path: Path, manifest: manifests.Manifest | None) -> Artifact:
     model = io.load(path)
+    size = None if manifest is not None else fix_image_size(model)
     weights = model.graph.initializers
     inputs = [value for value in model.graph.inputs if value.name not in weights]
     return Artifact(
@@ -65,6 +67,12 @@ def _read_onnx(path: Path, manifest: manifests.Manifest | None) -> Artifact:
         manifest,
         () if manifest else _weight_files(path),  # our own graphs have no weights beside them
         model.graph.opset_imports.get("", 0),
+        notes=()
+        if size is None
+        else (
+            f"{path.name}: its image size was dynamic, and is {size} as its position embedding has "
+            "it",
+        ),
     )
 
 

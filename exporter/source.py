@@ -1,19 +1,19 @@
 """An ONNX file as a command takes it: the graph, its manifest, and what both say of the model."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from msn_export import manifest as manifests
 from msn_export.check.sample import affordable_batch
 from msn_export.errors import GraphError, SpecError
 from msn_export.graph import io
-from msn_export.graph.lower import raise_opset
+from msn_export.graph.foreign import require_plain_operators, tidy, understand
 from msn_export.graph.precision import graph_dtype
-from msn_export.graph.simplify import simplify
-from msn_export.graph.size import fix_image_size
 from msn_export.manifest import Manifest
 from msn_export.preprocessing import Exif, Preprocessing, preset
 from msn_export.processor_config import choose
@@ -24,7 +24,10 @@ DYNAMIC = BatchRange()  # what a foreign graph with a dynamic batch is taken for
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A graph that was read and understood; ``manifest`` is None where another tool wrote it."""
+    """A graph that was read and understood; ``manifest`` is None where another tool wrote it.
+
+    ``opset`` is the file's; the graph of another tool was raised to 23.
+    """
 
     path: Path
     model: ir.Model
@@ -35,6 +38,7 @@ class Source:
     preprocessing: Preprocessing
     batch: BatchRange
     notes: tuple[str, ...]
+    opset: int
 
     @property
     def fixed(self) -> int | None:
@@ -56,18 +60,19 @@ def read_source(path: Path, preprocess: str | None = None, exif: Exif | None = N
         ManifestError: it is not the file its manifest describes.
         SpecError: ``preprocess`` is unknown, or not what is inside the graph.
     """
-    model = io.load(path)
-    manifest = manifests.read(path)
-    _require_plain_operators(model, path)
-    fixed = fix_image_size(model) if manifest is None else None
-    stem, size, channels, batch = image_input(model, path)
-    notes: tuple[str, ...] = ()
-    if manifest is None:
-        ClearMetadataAndDocStringPass()(model)
-        model, done = _tidied(model, path)
-        notes = _told(path, fixed, done)
-    else:
-        batch = batch or next(iter(manifest.profiles), None)
+    model, manifest, told = read_graph(path)
+    with named(path):
+        require_plain_operators(model)
+        stem, size, channels, batch = image_input(model, path)
+        require_comparable(model)
+        notes: tuple[str, ...] = ()
+        opset = model.graph.opset_imports[""]
+        if manifest is None:
+            model, done = tidy(model)
+            notes = (f"{path.name} has no manifest; {done}", *told)
+        else:
+            batch = batch or next(iter(manifest.profiles), None)
+        dtype = manifest.dtype if manifest is not None else graph_dtype(model)
     known = manifest.preprocessing if manifest is not None else None
     made = choose(
         known, size, channels, preprocess=preprocess, exif=exif, inside=stem is InputKind.UINT8
@@ -77,44 +82,61 @@ def read_source(path: Path, preprocess: str | None = None, exif: Exif | None = N
         model=model,
         manifest=manifest,
         stem=stem,
-        dtype=manifest.dtype if manifest is not None else graph_dtype(model),
+        dtype=dtype,
         size=size,
         preprocessing=made,
         batch=batch or DYNAMIC,
         notes=(*notes, *filter(None, [made.assumption])),
+        opset=opset,
     )
 
 
-def _told(path: Path, fixed: ImageSize | None, done: str) -> tuple[str, ...]:
-    notes = (f"{path.name} has no manifest; {done}",)
-    if fixed is None:
-        return notes
-    return (*notes, f"its image size was dynamic, and is {fixed} as its position embedding has it")
+def read_graph(path: Path) -> tuple[ir.Model, Manifest | None, tuple[str, ...]]:
+    """Read an ONNX file as every command does.
+
+    Returns:
+        The graph, of another tool with its image size and shapes written out; its manifest; notes
+        on what was decided for a graph of another tool.
+
+    Raises:
+        GraphError: it is not an ONNX file, or one whose weights lie elsewhere.
+        ManifestError: it is not the file its manifest describes.
+    """
+    model = io.load(path)
+    manifest = manifests.read(path)
+    return model, manifest, understand(model) if manifest is None else ()
 
 
-def _tidied(model: ir.Model, path: Path) -> tuple[ir.Model, str]:
-    """Simplify a graph of another tool; a quantised one would lose its Q/DQ on constants."""
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Put the file's name before what is wrong with its graph."""
     try:
-        if graph_dtype(model).is_quantised:
-            return raise_opset(model), "left as it was quantised"
+        yield
     except GraphError as error:
+        if str(error).startswith(str(path)):
+            raise
         raise GraphError(f"{path}: {error}") from error
-    outcome = simplify(raise_opset(model))
-    return outcome.model, f"simplification {outcome.reason}"
 
 
-def _require_plain_operators(model: ir.Model, path: Path) -> None:
-    for node in model.graph:
-        if node.domain not in {"", "ai.onnx"}:
-            hint = (
-                "it was optimised by onnxruntime; export it again without"
-                if node.domain == "com.microsoft"
-                else "no TensorRT parser reads it; export it again from the checkpoint"
-            )
-            raise GraphError(
-                f"{path}: node {node.name or node.outputs[0].name!r} is "
-                f"{node.domain}.{node.op_type}: {hint}"
-            )
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+
+
+def require_comparable(model: ir.Model) -> None:
+    """Refuse outputs that no check can judge: those of integers, and of one axis.
+
+    Raises:
+        GraphError: there is one; the message names it.
+    """
+    for value in model.graph.outputs:
+        axes = None if value.shape is None else len(value.shape)
+        if (value.dtype in _FLOATS or value.dtype is None) and (axes is None or axes > 1):
+            continue
+        dtype = "untyped" if value.dtype is None else value.dtype.name.lower()
+        raise GraphError(
+            f"output {value.name!r} is {dtype}{value.shape or ''}; a check compares floats of two "
+            "axes or more, such as [b, classes] or [b, n, dim]; export the scores before argmax "
+            "or squeeze"
+        )
 
 
 def image_input(model: ir.Model, path: Path) -> tuple[InputKind, ImageSize, int, BatchRange | None]:
@@ -127,11 +149,13 @@ def image_input(model: ir.Model, path: Path) -> tuple[InputKind, ImageSize, int,
     value = inputs[0]
     shape = list(value.shape) if value.shape is not None else []
     described = f"{path}: input {value.name!r} is {value.dtype}{value.shape or ''}"
-    stems = {ir.DataType.FLOAT: InputKind.FLOAT, ir.DataType.UINT8: InputKind.UINT8}
-    stem = stems.get(value.dtype) if value.dtype is not None else None
+    stem = _STEMS.get(value.dtype) if value.dtype is not None else None
     if stem is None or len(shape) != 4:
-        raise GraphError(f"{described}; expected float32 [b, c, h, w] or uint8 [b, h, w, c] images")
-    channels, height, width = shape[1:] if stem is InputKind.FLOAT else (shape[3], *shape[1:3])
+        raise GraphError(
+            f"{described}; expected float32 or float16 [b, c, h, w] or uint8 [b, h, w, c] images"
+        )
+    _require_layout(shape, stem, described)
+    channels, height, width = (shape[3], *shape[1:3]) if stem is InputKind.UINT8 else shape[1:]
     if not (isinstance(channels, int) and isinstance(height, int) and isinstance(width, int)):
         raise GraphError(
             f"{described}; height, width and channels must be fixed, batch alone may be dynamic; "
@@ -144,6 +168,35 @@ def image_input(model: ir.Model, path: Path) -> tuple[InputKind, ImageSize, int,
     except SpecError as error:
         raise GraphError(f"{described}; {error}") from error
     return stem, ImageSize(height, width), channels, fixed
+
+
+_STEMS = {
+    ir.DataType.FLOAT: InputKind.FLOAT,
+    ir.DataType.FLOAT16: InputKind.HALF,
+    ir.DataType.UINT8: InputKind.UINT8,
+}
+
+
+def _require_layout(shape: list[Any], stem: InputKind, described: str) -> None:
+    """Tell planes from interleaved channels where the sizes leave no doubt.
+
+    Raises:
+        GraphError: the channels lie where the other type of input has them.
+    """
+    counts = {1, 3, 4}
+    first, last = shape[1] in counts, shape[3] in counts
+    if first is last:
+        return
+    if stem is InputKind.UINT8 and first:
+        raise GraphError(
+            f"{described}, which is uint8 [b, c, h, w]; uint8 images are taken as [b, h, w, c]: "
+            "export it again with the Transpose inside, or with a float32 [b, c, h, w] input"
+        )
+    if stem is not InputKind.UINT8 and last:
+        raise GraphError(
+            f"{described}, which is float [b, h, w, c]; float images are taken as [b, c, h, w]: "
+            "export it again for that layout, or with a uint8 [b, h, w, c] input"
+        )
 
 
 def room_of(model: ir.Model) -> int:

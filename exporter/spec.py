@@ -46,15 +46,24 @@ _OUTPUT_NAMES = {
 
 
 class InputKind(StrEnum):
-    """What a graph takes: normalised floats as planes, or the bytes a decoder gives."""
+    """What a graph takes: normalised floats as planes, or the bytes a decoder gives.
+
+    The values are ONNX's names of the types. HALF is read in graphs of other tools, never written.
+    """
 
     FLOAT = "float"
     UINT8 = "uint8"
+    HALF = "float16"
 
     @property
     def tensor(self) -> str:
         """The name of the input tensor."""
-        return "pixel_values" if self is InputKind.FLOAT else "images"
+        return "images" if self is InputKind.UINT8 else "pixel_values"
+
+    @classmethod
+    def of(cls, dtype: str) -> Self:
+        """Tell by the input's type as ONNX spells it; any other float is FLOAT."""
+        return cls(dtype) if dtype in {kind.value for kind in cls} else cls.FLOAT
 
 
 class AttentionForm(StrEnum):

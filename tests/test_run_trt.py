@@ -265,7 +265,7 @@ BAD_GRAPHS = {
     ),
     "no image": (
         lambda tmp: save("g (int64[b,3] x) => (int64[b,3] y) { y = Neg (x) }", tmp / "x"),
-        "expected float32 [b, c, h, w] or uint8 [b, h, w, c] images",
+        "expected float32 or float16 [b, c, h, w] or uint8 [b, h, w, c] images",
     ),
 }
 

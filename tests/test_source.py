@@ -121,11 +121,34 @@ FOREIGN = {
     ),
     "tokens": (
         "g (int64[b,3] x) => (int64[b,3] y) { y = Neg (x) }",
-        "input 'x' is INT64[b,3]; expected float32 [b, c, h, w] or uint8 [b, h, w, c] images",
+        "input 'x' is INT64[b,3]; expected float32 or float16 [b, c, h, w] or uint8 [b, h, w, "
+        "c] images",
     ),
-    "half": (
-        "g (float16[b,3,8,8] x) => (float16[b,3,8,8] y) { y = Neg (x) }",
-        "input 'x' is FLOAT16[b,3,8,8]; expected float32 [b, c, h, w] or uint8 [b, h, w, c]",
+    "double": (
+        "g (double[b,3,8,8] x) => (double[b,3,8,8] y) { y = Neg (x) }",
+        "input 'x' is DOUBLE[b,3,8,8]; expected float32 or float16 [b, c, h, w] or uint8 "
+        "[b, h, w, c] images",
+    ),
+    "uint8 planes": (
+        "g (uint8[b,3,8,8] x) => (float[b,3,8,8] y) { y = Cast <to = 1> (x) }",
+        "input 'x' is UINT8[b,3,8,8], which is uint8 [b, c, h, w]; uint8 images are taken as "
+        "[b, h, w, c]: export it again with the Transpose inside, or with a float32 [b, c, h, w] "
+        "input",
+    ),
+    "floats with the channels last": (
+        "g (float[b,8,8,3] x) => (float[b,8,8,3] y) { y = Neg (x) }",
+        "input 'x' is FLOAT[b,8,8,3], which is float [b, h, w, c]; float images are taken as "
+        "[b, c, h, w]: export it again for that layout, or with a uint8 [b, h, w, c] input",
+    ),
+    "classes": (
+        "g (float[b,3,8,8] x) => (int64[b,8,8] y) { y = ArgMax <axis = 1, keepdims = 0> (x) }",
+        "output 'y' is int64[b,8,8]; a check compares floats of two axes or more, such as "
+        "[b, classes] or [b, n, dim]; export the scores before argmax or squeeze",
+    ),
+    "one number an image": (
+        "g (float[b,3,8,8] x) => (float[b] y) <int64[3] axes = {1, 2, 3}> "
+        "{ y = ReduceMean <keepdims = 0> (x, axes) }",
+        "output 'y' is float[b]; a check compares floats of two axes or more",
     ),
     "dynamic": (
         "g (float[b,3,h,8] x) => (float[b,3,h,8] y) { y = Relu (x) }",

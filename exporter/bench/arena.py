@@ -118,7 +118,12 @@ class Arena:
             if own is None and feeds and one.entry.manifest is None:
                 own = next(iter(feeds.values())).preprocessing.size
             feeds[one.name] = feed_of(
-                one.name, one.inputs, one.entry.manifest, preprocess=preprocess, exif=exif, size=own
+                one.name,
+                one.inputs,
+                one.entry.manifest,
+                preprocess=preprocess,
+                exif=exif,
+                size=own or one.entry.file,
             )
         sizes = {str(feed.preprocessing.size) for feed in feeds.values()}
         if len(sizes) > 1:

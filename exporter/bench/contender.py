@@ -72,8 +72,7 @@ class Artifact:
         from msn_export.feed import Feed
 
         spec = self._runner.inputs[0]
-        kind = InputKind.UINT8 if spec.dtype == "uint8" else InputKind.FLOAT
-        feed = Feed(kind, spec.dtype, preprocessing)(pixels)
+        feed = Feed(InputKind.of(spec.dtype), spec.dtype, preprocessing)(pixels)
         if not self._resident:
             return feed
         import torch

@@ -52,9 +52,7 @@ class Sample:
     def feed(self, indices: Sequence[int], stem: InputKind) -> NDArray[Any]:
         """Make a batch for a graph that takes ``stem``; indices past the end start over."""
         chosen: NDArray[np.uint8] = self.pixels[np.asarray(indices) % len(self)]
-        if stem is InputKind.UINT8:
-            return chosen
-        return images.normalize(chosen, self.preprocessing)
+        return images.model_input(chosen, self.preprocessing, stem)
 
 
 def draw(

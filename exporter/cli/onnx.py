@@ -35,7 +35,7 @@ from msn_export.spec import Dtype, Head, InputKind, Target
 @click.option(
     "--input",
     "stem",
-    type=choice(InputKind),
+    type=click.Choice(["float", "uint8"]),
     default="float",
     show_default=True,
     help="Normalised planes, or bytes [b, h, w, 3].",

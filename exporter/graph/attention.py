@@ -3,7 +3,8 @@
 A core is ``softmax(q @ k.T * scale) @ v`` with q, k, v of shape [b, h, n, d] (b batch, h heads,
 n tokens, d head size). Three forms occur: the Attention operator of opset 23; MatMul, Softmax,
 MatMul with the scale applied to the scores or to q and k; and either with a mask that lets
-everything through.
+everything through. In a half precision graph of another tool, softmax may compute in fp32 between
+two Casts. Other forms of softmax and keys are rewritten before (msn_export.graph.forms).
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ KEYS_FROM_TOKENS = (0, 2, 3, 1)  # [b, n, h, d] -> [b, h, d, n]
 class AttentionCore:
     """One matched core: its operands, scale, result, and the node that computes the result.
 
-    ``tokens_first`` says that ``k`` is [b, n, h, d] and still has to be transposed.
+    ``tokens_first`` says that ``k`` is [b, n, h, d] and still has to be transposed, ``transposed``
+    that it is [b, h, d, n] (its transposition lies before Q/DQ), and ``widened`` that softmax was
+    written in fp32 between half precision products.
     """
 
     q: ir.Value
@@ -31,6 +34,8 @@ class AttentionCore:
     scale: float
     output: ir.Value
     tokens_first: bool = False
+    transposed: bool = False
+    widened: bool = False
 
     @property
     def node(self) -> ir.Node:
@@ -60,6 +65,8 @@ def _of_operator(node: ir.Node) -> AttentionCore | str:
         return f"its mask {inputs[3].name!r} is not known to let every token through"
     if _rank(q) != 4:
         return f"its query has rank {_rank(q)}; expected 4, [b, h, n, d]"
+    if _is_learned(q):
+        return _POOLING.format(q=q.name)
     scale = node.attributes.get("scale")
     factor = scale.as_float() if scale is not None else _default_scale(q)
     if factor is None:
@@ -71,23 +78,74 @@ def _of_softmax(softmax: ir.Node) -> AttentionCore | str:
     axis = softmax.attributes.get("axis")
     if axis is not None and axis.as_int() not in {-1, 3}:
         return f"softmax runs over axis {axis.as_int()}; expected the last"
-    scores, scale = _unscaled(_without_mask(softmax.inputs[0]))
+    scores, scale = _unscaled(_without_mask(_uncast(softmax.inputs[0])))
+    scores, outer = _unscaled(_uncast(scores))  # the scale before the Cast, where there is one
     product = scores.producer()
+    if product is not None and product.op_type == "DequantizeLinear":
+        return f"its scores {scores.name!r} are quantised, which no fused kernel takes"
     if product is None or product.op_type != "MatMul":
         return f"scores {scores.name!r} are not a MatMul's, scaled or masked by constants"
     q, q_scale = _unscaled(product.inputs[0])
+    if _is_learned(q):
+        return _POOLING.format(q=q.name)
     keys, k_scale = _unscaled(product.inputs[1])
     found = _untransposed(keys)
-    if found is None:
+    transposed = found is None and _is_dequantised(keys)
+    if found is None and not transposed:
         return f"keys {keys.name!r} are not a transposed tensor"
-    k, tokens_first = found
+    k, tokens_first = found or (keys, False)
     result = _weighted_sum(softmax.outputs[0])
     if result is None:
         return f"probabilities {softmax.outputs[0].name!r} are not multiplied with values once"
     v = result.inputs[1]
     assert v is not None  # MatMul has two inputs
+    if len({value.dtype for value in (q, k, v)}) != 1:
+        return f"its operands are {q.dtype}, {k.dtype} and {v.dtype}; expected one type"
     return AttentionCore(
-        q, k, v, scale * q_scale * k_scale, result.outputs[0], tokens_first=tokens_first
+        q, k, v, scale * outer * q_scale * k_scale, result.outputs[0], tokens_first=tokens_first,
+        transposed=transposed, widened=softmax.outputs[0].dtype != q.dtype,
+    )  # fmt: skip
+
+
+_POOLING = (
+    "its query {q!r} is learned, not computed from the image (an attention-pooling head), and no "
+    "fused kernel is known for it; export the model without that head"
+)
+_HALF = frozenset((ir.DataType.FLOAT16, ir.DataType.BFLOAT16))
+
+
+def _is_learned(query: ir.Value) -> bool:
+    """Whether a query is computed from weights, and the batch size at most."""
+    pending, seen = [query], set()
+    while pending:
+        value = pending.pop()
+        node = value.producer()
+        if node is None:
+            if not value.is_initializer() and value.const_value is None:
+                return False  # an input
+            continue
+        if node in seen or node.op_type in {"Shape", "Size"}:
+            continue
+        seen.add(node)
+        pending += [operand for operand in node.inputs if operand is not None]
+    return True
+
+
+def _uncast(value: ir.Value | None) -> ir.Value:
+    """Step over Casts between fp32 and half precision."""
+    assert value is not None  # operands of arithmetic are never left out
+    while (node := value.producer()) is not None and _is_cast(node):
+        source = node.inputs[0]
+        assert source is not None  # a Cast has one input
+        value = source
+    return value
+
+
+def _is_cast(node: ir.Node) -> bool:
+    """Whether a node is a Cast between two floating point types."""
+    values = (*node.inputs, *node.outputs)
+    return node.op_type == "Cast" and all(
+        value is not None and value.dtype in {*_HALF, ir.DataType.FLOAT} for value in values
     )
 
 
@@ -162,29 +220,25 @@ def _untransposed(keys: ir.Value) -> tuple[ir.Value, bool] | None:
         if permutation == KEYS_TRANSPOSED:
             return node.inputs[0], False
         return (node.inputs[0], True) if permutation == KEYS_FROM_TOKENS else None
-    if node.op_type != "Reshape":
-        return None
-    # torch below opset 23 transposes the last two axes as [b*h, n, d] -> [b*h, d, n]
-    transpose = node.inputs[0].producer()
-    if transpose is None or transpose.op_type != "Transpose":
-        return None
-    merged = transpose.inputs[0].producer() if transpose.inputs[0] is not None else None
-    if merged is None or merged.op_type != "Reshape" or merged.inputs[0] is None:
-        return None
-    k = merged.inputs[0]
-    swapped = tuple(transpose.attributes["perm"].as_ints()) == (0, 2, 1)
-    if not swapped or k.shape is None or len(k.shape) != 4:
-        return None
-    return k, False
+    return None
+
+
+def _is_dequantised(keys: ir.Value) -> bool:
+    node = keys.producer()
+    return node is not None and node.op_type == "DequantizeLinear"
 
 
 def _weighted_sum(probabilities: ir.Value) -> ir.Node | None:
     """Find the MatMul with v, past the guard torch writes for rows that are masked whole."""
-    users = [use.node for use in probabilities.uses()]
-    guards = [node for node in users if node.op_type == "Where"]
-    if guards and all(node.op_type in {"Where", "IsNaN"} for node in users):
-        probabilities = guards[0].outputs[0]
+    while True:
         users = [use.node for use in probabilities.uses()]
+        guards = [node for node in users if node.op_type == "Where"]
+        if guards and all(node.op_type in {"Where", "IsNaN"} for node in users):
+            probabilities = guards[0].outputs[0]
+        elif len(users) == 1 and _is_cast(users[0]):
+            probabilities = users[0].outputs[0]
+        else:
+            break
     if len(users) != 1 or users[0].op_type != "MatMul" or users[0].inputs[0] is not probabilities:
         return None
     return users[0]

@@ -14,6 +14,7 @@ from msn_export.graph.attention import (
     AttentionCore,
     match,
 )
+from msn_export.graph.forms import write_plainly
 from msn_export.graph.heads import set_heads_apart
 from msn_export.graph.io import infer_shapes
 from msn_export.graph.patch import Patch, replace
@@ -23,21 +24,31 @@ from msn_export.spec import AttentionForm
 # b batch, h heads, n tokens, d head size
 
 
-def fuse_attention(model: ir.Model, form: AttentionForm, *, expected: int | None = None) -> int:
+def fuse_attention(
+    model: ir.Model,
+    form: AttentionForm,
+    *,
+    expected: int | None = None,
+    partial: bool = False,
+    told: list[str] | None = None,
+) -> int:
     """Write every attention core of ``model`` in ``form``, in place.
 
     Args:
         model: changed in place.
         form: how each core is written.
         expected: how many cores there must be; None takes as many as there are softmaxes.
+        partial: leave a core that is not recognised as it is; else each must be.
+        told: receives notes on cores that were left, or that compute otherwise than written.
 
     Returns:
-        How many cores there are, each in ``form``.
+        How many cores there are; with ``partial``, also those that were left.
 
     Raises:
         FusionError: a core was missed, or there are other than ``expected``; each miss is named.
     """
     set_heads_apart(model)
+    write_plainly(model)
     candidates = [node for node in model.graph if _may_be_core(node)]
     if not candidates:
         raise FusionError(
@@ -56,14 +67,23 @@ def fuse_attention(model: ir.Model, form: AttentionForm, *, expected: int | None
             cores.append(core)
     wanted = len(candidates) if expected is None else expected
     count = len(cores) + quantised
-    if misses or count != wanted or not count:
+    notes = [f"attention left as it is: {miss}" for miss in misses if partial]
+    widened = sum(core.widened for core in cores)
+    if widened and form is not AttentionForm.PLAIN:
+        notes.append(
+            f"softmax of {widened} attention cores was written in fp32 beside half precision; the "
+            "fused operator computes it in its own precision"
+        )
+    if told is not None:
+        told += notes
+    if not partial and (misses or count != wanted or not count):
         listed = "; ".join(misses) or "there is no other Softmax or Attention"
         raise FusionError(f"fused {count} of {wanted} attention cores: {listed}")
     for core in cores:
         _WRITERS[form](model.graph, core)
     RemoveUnusedNodesPass()(model)
     infer_shapes(model)
-    return count
+    return len(candidates) if partial else count
 
 
 def _may_be_core(node: ir.Node) -> bool:
@@ -78,8 +98,11 @@ def _write_heads(graph: ir.Graph, core: AttentionCore) -> None:
     if core.node.op_type == "Attention" and len(core.node.inputs) == 3:
         return
     patch = Patch(graph, core.node)
-    keys = patch.op("Transpose", [core.k], {"perm": HEADS_FIRST}) if core.tokens_first else core.k
-    replace(core.output, patch.op("Attention", [core.q, keys, core.v], {"scale": core.scale}))
+    keys = core.k
+    if core.tokens_first or core.transposed:
+        swap = HEADS_FIRST if core.tokens_first else KEYS_TRANSPOSED
+        keys = patch.op("Transpose", [core.k], {"perm": swap})
+    _replace(core, patch, patch.op("Attention", [core.q, keys, core.v], {"scale": core.scale}))
 
 
 def _write_plain(graph: ir.Graph, core: AttentionCore) -> None:
@@ -87,11 +110,23 @@ def _write_plain(graph: ir.Graph, core: AttentionCore) -> None:
     patch = Patch(graph, core.node)
     dtype = core.q.dtype.numpy() if core.q.dtype is not None else np.float32
     half = patch.constant(np.asarray(np.sqrt(core.scale), dtype), "attention.scale")
-    swap = KEYS_FROM_TOKENS if core.tokens_first else KEYS_TRANSPOSED
-    keys = patch.op("Mul", [patch.op("Transpose", [core.k], {"perm": swap}), half])
+    keys = core.k
+    if not core.transposed:
+        swap = KEYS_FROM_TOKENS if core.tokens_first else KEYS_TRANSPOSED
+        keys = patch.op("Transpose", [core.k], {"perm": swap})
+    keys = patch.op("Mul", [keys, half])
     scores = patch.op("MatMul", [patch.op("Mul", [core.q, half]), keys])
     probabilities = patch.op("Softmax", [scores], {"axis": -1})
-    replace(core.output, patch.op("MatMul", [probabilities, core.v]))
+    _replace(core, patch, patch.op("MatMul", [probabilities, core.v]))
+
+
+def _replace(core: AttentionCore, patch: Patch, result: ir.Value) -> None:
+    """Put ``result``, which is of the operands' type, in place of what the core gave."""
+    wanted = core.output.dtype
+    if core.q.dtype is not None and wanted is not None and wanted != core.q.dtype:
+        result.type, result.shape = ir.TensorType(core.q.dtype), core.output.shape
+        result = patch.op("Cast", [result], {"to": int(wanted)})
+    replace(core.output, result)
 
 
 def _write_packed(graph: ir.Graph, core: AttentionCore) -> None:
@@ -108,7 +143,13 @@ def _write_packed(graph: ir.Graph, core: AttentionCore) -> None:
     patch = Patch(graph, core.node)
     splits: dict[ir.Value, Sequence[ir.Value]] = {}
     operands = [_heads_together(patch, value, splits) for value in (core.q, core.k, core.v)]
-    if core.tokens_first or merged is None or None in operands or not isinstance(heads, int):
+    if (
+        core.tokens_first
+        or core.transposed
+        or merged is None
+        or None in operands
+        or not isinstance(heads, int)
+    ):
         raise FusionError(
             f"attention {core.output.name!r} does not read one packed query-key-value projection; "
             "choose --target tensorrt"

@@ -39,6 +39,7 @@ def load(path: Path) -> ir.Model:
     try:
         # absolute: where a path names no folder, onnx-ir follows links out of it
         model = ir.load(path.absolute())
+        model.graph.sort()  # as onnxruntime does; every step here goes through nodes in order
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         _require_no_more_files(model, path)
         skeleton(model)  # what cannot be written again has names that are no text, or no types

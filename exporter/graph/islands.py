@@ -12,6 +12,7 @@ from msn_export.graph.precision import LARGEST
 from msn_export.spec import Dtype
 
 MAXIMA = "maxima"
+_WATCHED = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +32,7 @@ def observe(model: ir.Model) -> Observed:
     copy = model.clone()
     infer_shapes(copy)
     graph = copy.graph
-    watched = [
-        value for node in graph for value in node.outputs if value.dtype == ir.DataType.FLOAT
-    ]
+    watched = [value for node in graph for value in node.outputs if value.dtype in _WATCHED]
     names = Names(graph)
     scalars = [_peak(graph, names, value) for value in watched]
     node = ir.node("Concat", scalars, {"axis": 0}, name=names.free(MAXIMA))
@@ -59,11 +58,12 @@ def _peak(graph: ir.Graph, names: Names, value: ir.Value) -> ir.Value:
     axes = ir.Value(name=names.free(f"{value.name}.axes"), const_value=ir.tensor(np.array([0])))
     graph.register_initializer(axes)
     vector = ir.node("Unsqueeze", [*scalar.outputs, axes])
-    nodes = (largest, scalar, vector)
-    for node, ending in zip(nodes, ("abs", "max", "peak"), strict=True):
+    wide = ir.node("Cast", vector.outputs, {"to": int(ir.DataType.FLOAT)})
+    nodes = (largest, scalar, vector, wide)
+    for node, ending in zip(nodes, ("abs", "max", "vector", "peak"), strict=True):
         node.name = node.outputs[0].name = names.free(f"{value.name}.{ending}")
     graph.insert_after(producer, nodes)
-    return vector.outputs[0]
+    return wide.outputs[0]
 
 
 def choose(

@@ -1,4 +1,4 @@
-"""Write a graph of opset 23 for a parser that ends earlier, and raise an older one to 23."""
+"""Write a graph for a parser that ends at an earlier opset, and raise an older one to 23."""
 
 import numpy as np
 import onnx
@@ -8,6 +8,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from msn_export.errors import GraphError
 from msn_export.graph.io import infer_shapes, refill, skeleton
 from msn_export.graph.patch import Patch, replace
+
+NEWEST = 23  # the opset every step here reads and writes
 
 # onnx/docs/Versioning.md: the IR version that came with each opset
 _IR_VERSIONS = {17: 8, 20: 9, 23: 11}
@@ -27,13 +29,13 @@ _SINCE_19 = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 
 def lower(model: ir.Model, opset: int) -> None:
-    """Rewrite ``model`` in place from opset 23 to 17 or 20; attention must be in its plain form.
+    """Rewrite ``model`` in place to opset 17, 20 or 23; below 23, attention must be plain.
 
     Raises:
         GraphError: the graph has an operator that the older opset lacks or means differently.
     """
     known = _UNCHANGED | (_SINCE_19 if opset >= 19 else frozenset())
-    strange = {node.op_type for node in model.graph} - known
+    strange = {node.op_type for node in model.graph if not _is_attention(node, opset)} - known
     if strange:
         raise GraphError(f"opset {opset} has no form of {', '.join(sorted(strange))} written here")
     for node in list(model.graph):
@@ -49,7 +51,12 @@ def lower(model: ir.Model, opset: int) -> None:
     infer_shapes(model)
 
 
-def raise_opset(model: ir.Model, opset: int = 23) -> ir.Model:
+def _is_attention(node: ir.Node, opset: int) -> bool:
+    """Whether a node is an Attention of opset 23; 24 added an input, the number of valid keys."""
+    return node.op_type == "Attention" and opset >= 23 and not any(node.inputs[6:])
+
+
+def raise_opset(model: ir.Model, opset: int = NEWEST) -> ir.Model:
     """Convert a graph to ``opset`` with onnx's version converter; same graph if it is there.
 
     Raises:

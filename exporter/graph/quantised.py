@@ -6,12 +6,17 @@ from msn_export.errors import GraphError
 from msn_export.spec import Dtype
 
 _QUANTISED = {ir.DataType.INT8: Dtype.INT8, ir.DataType.FLOAT8E4M3FN: Dtype.FP8}
+_FLOATS = {
+    ir.DataType.FLOAT: Dtype.FP32,
+    ir.DataType.FLOAT16: Dtype.FP16,
+    ir.DataType.BFLOAT16: Dtype.BF16,
+}
 _DEFAULT = ir.DataType.UINT8  # what QuantizeLinear gives where nothing is said
 # Operators that compute on integers themselves: no TensorRT parser reads them.
 _INTEGER = frozenset(
     {"QLinearMatMul", "QLinearConv", "MatMulInteger", "ConvInteger", "DynamicQuantizeLinear"}
 )
-_PRODUCTS = frozenset({"MatMul", "Gemm", "Conv"})
+PRODUCTS = frozenset({"MatMul", "Gemm", "Conv"})
 
 
 def quantised_dtype(model: ir.Model) -> Dtype | None:
@@ -39,6 +44,12 @@ def quantised_dtype(model: ir.Model) -> Dtype | None:
                 f"node {name!r} quantises to {held.name.lower()}, which TensorRT does not take for "
                 "a ViT; quantise symmetrically to int8 or to fp8 E4M3, as msn-export calibrate does"
             )
+        zero = node.inputs[2] if len(node.inputs) > 2 else None
+        if zero is not None and zero.const_value is not None and zero.const_value.numpy().any():
+            raise GraphError(
+                f"node {name!r} has a zero point other than 0, which TensorRT does not take; "
+                "quantise symmetrically, as msn-export calibrate does"
+            )
         found[_QUANTISED[held]] = name or ""
     if len(found) > 1:
         raise GraphError(f"the graph mixes int8 and fp8 ({found}); quantise it to one of them")
@@ -55,12 +66,23 @@ def _stored_type(node: ir.Node) -> ir.DataType | None:
     return ir.DataType(named.as_int()) if named is not None and named.as_int() else _DEFAULT
 
 
+def type_beside(model: ir.Model) -> Dtype:
+    """Say which float type the most of a quantised graph's values are dequantised to."""
+    counts: dict[Dtype, int] = {Dtype.FP32: 0}
+    for node in model.graph:
+        scale = node.inputs[1] if node.op_type == "DequantizeLinear" else None
+        dtype = None if scale is None or scale.dtype is None else _FLOATS.get(scale.dtype)
+        if dtype is not None:
+            counts[dtype] = counts.get(dtype, 0) + 1
+    return max(counts, key=lambda dtype: counts[dtype])
+
+
 def quantised_products(model: ir.Model) -> tuple[str, ...]:
     """Name the matrix products and convolutions with a dequantised weight."""
     return tuple(
         node.name or ""
         for node in model.graph
-        if node.op_type in _PRODUCTS
+        if node.op_type in PRODUCTS
         and _is_dequantised(node.inputs[0])
         and _is_dequantised(node.inputs[1])
         and _holds_weight(node.inputs[1])

@@ -34,7 +34,7 @@ def _of_attention(node: ir.Node) -> int:
     core = match(node)
     if isinstance(core, AttentionCore):
         batch, heads, queries, size = _sizes(core.q)
-        keys = _sizes(core.k)[1 if core.tokens_first else 2]
+        keys = _sizes(core.k)[1 if core.tokens_first else 3 if core.transposed else 2]
         return 2 * batch * heads * queries * keys * size
     q, k = _sizes(node.inputs[0]), _sizes(node.inputs[1])
     return 2 * q[0] * q[1] * k[1] * q[2] if len(q) == 3 else 0

@@ -15,6 +15,7 @@ from msn_export.check.verify import Runner
 from msn_export.driver import NoDriver, find_driver
 from msn_export.errors import EngineFileError, GraphError, RunnerError
 from msn_export.graph import io
+from msn_export.graph.foreign import raised_where_possible
 from msn_export.graph.precision import graph_dtype
 from msn_export.graph.structure import Structure, structure_of
 from msn_export.models.named import AS_IT_SAYS, Choices
@@ -22,7 +23,14 @@ from msn_export.preprocessing import Preprocessing
 from msn_export.runtime import engine_opening
 from msn_export.runtime.admission import admit_engine
 from msn_export.runtime.batching import together
-from msn_export.source import DYNAMIC, image_input, room_of
+from msn_export.source import (
+    DYNAMIC,
+    image_input,
+    named,
+    read_graph,
+    require_comparable,
+    room_of,
+)
 from msn_export.spec import BatchRange, Dtype, ImageSize, InputKind
 from msn_export.typed import cpu_runner
 
@@ -104,11 +112,14 @@ def is_checkpoint(name: str) -> bool:
 
 
 def _of_graph(path: Path) -> Artifact:
-    model = io.load(path)
-    manifest = manifests.read(path)
-    stem, size, channels, batch = image_input(model, path)
-    io.infer_shapes(model)
-    dtype = manifest.dtype if manifest is not None else graph_dtype(model)
+    model, manifest, told = read_graph(path)
+    with named(path):
+        stem, size, channels, batch = image_input(model, path)
+        require_comparable(model)
+        if manifest is None:
+            model = raised_where_possible(model)
+        io.infer_shapes(model)
+        dtype = manifest.dtype if manifest is not None else graph_dtype(model)
 
     def start(_outputs: tuple[str, ...], stage: Path) -> Opened:
         return cpu_runner(path, dtype, stage)
@@ -129,6 +140,7 @@ def _of_graph(path: Path) -> Artifact:
         structure=structure_of(model),
         manifest=manifest,
         graph=model,
+        notes=tuple(f"{path.name}: {note}" for note in told),
     )
 
 
@@ -155,7 +167,7 @@ def _of_engine(path: Path) -> Artifact:
         name=str(path),
         kind="engine",
         dtype=manifest.rounds_as,
-        stem=InputKind.UINT8 if manifest.inputs[0].dtype == "uint8" else InputKind.FLOAT,
+        stem=InputKind.of(manifest.inputs[0].dtype),
         size=manifest.preprocessing.size,
         channels=manifest.preprocessing.channels,
         preprocessing=manifest.preprocessing,

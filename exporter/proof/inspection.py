@@ -17,6 +17,7 @@ from msn_export.errors import GraphError, ManifestError
 from msn_export.graph import io
 from msn_export.graph.attention import AttentionCore, match
 from msn_export.graph.facts import operators, tensor_specs
+from msn_export.graph.foreign import raised_where_possible, understand
 from msn_export.graph.precision import graph_dtype
 from msn_export.graph.work import multiply_adds
 from msn_export.manifest import Manifest
@@ -119,25 +120,31 @@ def _of_manifest(path: Path) -> Inspection:
 
 def _of_graph(path: Path, manifest: Manifest | None, described: str) -> Inspection:
     model = io.load(path)
-    io.infer_shapes(model)
     facts = _from_manifest(manifest) if manifest is not None else {}
-    candidates = [node for node in model.graph if node.op_type in {"Attention", "Softmax"}]
-    fused = [node for node in candidates if node.op_type == "Attention"]
-    cores = [core for core in map(match, candidates) if isinstance(core, AttentionCore)]
     weights = model.graph.initializers.values()
+    fused = [node for node in model.graph if node.op_type == "Attention"]
+    opset = model.graph.opset_imports.get("", 0)
     facts |= {
-        "precision": str(graph_dtype(model)),
         "inputs": tensor_specs(list(model.graph.inputs)),
         "outputs": tensor_specs(list(model.graph.outputs)),
         "nodes": len(model.graph),
         "ops": operators(model),
-        "multiply_adds": multiply_adds(model),
         "attention_fused": len(fused),
-        "gemm_dtypes": _product_dtypes(model),
         "weight_bytes": sum(w.const_value.nbytes for w in weights if w.const_value is not None),
     }
+    if manifest is None:  # from here on with what its shapes, and older forms, mean
+        understand(model)
+        model = raised_where_possible(model)
+    else:
+        io.infer_shapes(model)
+    candidates = [node for node in model.graph if node.op_type in {"Attention", "Softmax"}]
+    cores = [core for core in map(match, candidates) if isinstance(core, AttentionCore)]
+    facts |= {
+        "precision": str(graph_dtype(model)),
+        "multiply_adds": multiply_adds(model),
+        "gemm_dtypes": _product_dtypes(model),
+    }
     facts.setdefault("attention_expected", max(len(cores), len(fused)))
-    opset = model.graph.opset_imports.get("", 0)
     return Inspection(
         path.name, "onnx", path.stat().st_size, sha256_of(path), described,
         _runs_on_graph(opset), **facts,

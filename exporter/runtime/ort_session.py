@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from msn_export.manifest import Manifest
+
+# What onnxruntime's errors on its own Q/DQ passes name
+_QUANTISED = re.compile("float8|QLinear|QuantizeLinear|MatMulInteger")
 
 # A graph with a dynamic batch takes any; one larger than this is no single batch of images.
 _ANY = BatchRange(1, 8, 65536)
@@ -48,21 +52,23 @@ def open_session(
 def _open(
     model: Path, options: onnxruntime.SessionOptions, providers: list[tuple[str, dict[str, Any]]]
 ) -> Any:
+    """Open a session; where onnxruntime 1.31 refuses what its own optimiser made, without it.
+
+    Where the batch is fixed, MatMulAddFusion makes Gemm of MatMul and Add and then changes a zero
+    point's type. Its Q/DQ passes make integer operators of products in fp8, and of others with
+    fp16 scales, which have no kernel for either.
+    """
     try:
         return onnxruntime.InferenceSession(str(model), options, providers=providers)
     except Exception as error:
-        if "gemm_input_reshape" in str(error):
-            # where the batch is fixed, onnxruntime 1.31 makes Gemm of MatMul and Add, and then
-            # changes a zero point's type behind the QuantizeLinear it moved there
-            return onnxruntime.InferenceSession(
-                str(model), options, providers=providers, disabled_optimizers=["MatMulAddFusion"]
-            )
-        if "float8" not in str(error):
+        without = ["MatMulAddFusion"] if "gemm_input_reshape" in str(error) else []
+        if not without and not _QUANTISED.search(str(error)):
             raise
-        # onnxruntime 1.31 fuses a product of two dequantised fp8 values (attention's)
-        # into MatMulIntegerToFloat, which takes int8 alone, and then refuses its own work
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-        return onnxruntime.InferenceSession(str(model), options, providers=providers)
+        if not without:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+        return onnxruntime.InferenceSession(
+            str(model), options, providers=providers, disabled_optimizers=without
+        )
 
 
 def _preload() -> None:

@@ -221,7 +221,7 @@ class Runner(ABC):
         from msn_export.runtime.selftest import selftest
         from msn_export.spec import InputKind
 
-        stem = InputKind.UINT8 if self._takes_bytes else InputKind.FLOAT
+        stem = InputKind.of(self.inputs[0].dtype)
         return selftest(self, self.name, self.manifest, stem)
 
     @property

@@ -34,7 +34,7 @@ class Artifact:
     """What a file is served as; ``inputs`` and ``outputs`` are empty where it does not tell.
 
     ``built_with`` names the TensorRT of an engine as (flavour, version), ``weights`` the files
-    beside an ONNX file that hold its weights.
+    beside an ONNX file that hold its weights. ``notes`` say what had to be decided.
     """
 
     path: Path
@@ -46,6 +46,7 @@ class Artifact:
     weights: tuple[Path, ...] = ()
     opset: int | None = None
     built_with: tuple[str, str] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def fixed_batch(self) -> int | None:

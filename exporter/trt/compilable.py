@@ -9,7 +9,7 @@ import onnx_ir as ir
 from msn_export.check.sample import Sample
 from msn_export.engine.backend import Backend
 from msn_export.engine.promises import AskedNode
-from msn_export.errors import GraphError
+from msn_export.errors import FusionError, GraphError
 from msn_export.files import apart
 from msn_export.graph import io
 from msn_export.graph.expose import expose
@@ -17,7 +17,7 @@ from msn_export.graph.facts import operators, tensor_specs
 from msn_export.graph.fuse import fuse_attention
 from msn_export.graph.lower import lower, raise_opset
 from msn_export.graph.precision import MOVES, PRODUCTS, fp32_nodes, fp32_products
-from msn_export.graph.quantised import quantised_products
+from msn_export.graph.quantised import quantised_products, type_beside
 from msn_export.graph.stream import stages_of
 from msn_export.progress import Progress
 from msn_export.source import Source
@@ -48,6 +48,7 @@ class Compilable:
     asked: dict[str, AskedNode]
     accepted: tuple[str, ...] = ()
     attention: dict[str, Dtype] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def prepare(
@@ -63,19 +64,13 @@ def prepare(
     Raises:
         GraphError: the graph cannot be had in the precision asked for, or not by this backend.
     """
-    dtype = job.precision or source.dtype
-    if dtype.is_quantised and dtype is not source.dtype:
-        raise GraphError(
-            f"{source.path} is typed {source.dtype}; msn-export calibrate --{dtype} quantises it"
-        )
-    if dtype is not source.dtype and source.dtype is not Dtype.FP32:
-        raise GraphError(f"{source.path} is typed {source.dtype}; --{dtype} needs the fp32 graph")
+    dtype, rest = _types(job, source)
     if dtype.is_quantised and backend.flavour.opset < 19:
         raise GraphError(
             f"{source.path} is quantised with {source.dtype} weights and half-precision scales, "
             f"which {backend} cannot read; it takes TensorRT 10 or later"
         )
-    accepted = _undeclared(source)
+    accepted = _undeclared(source) if rest is None else ()
     if accepted and not job.allow_fp32:
         named = ", ".join(accepted[:3]) + (", …" if len(accepted) > 3 else "")
         raise GraphError(
@@ -83,12 +78,17 @@ def prepare(
             f"in fp32 though no island in its manifest says so: {named}; export the fp32 graph and "
             "let --fp16 type it, or accept them with --allow-fp32"
         )
-    with progress.step(f"type as {dtype}"):
-        model, form, cores = written_for(backend, source, dtype)
-        if dtype is source.dtype:
+    told: list[str] = []
+    with progress.step(f"type as {rest or dtype}"):
+        model, form, cores = written_for(
+            backend, source, rest or dtype, partial=job.allow_unfused, told=told
+        )
+        if rest is None:
             islands = _islands_of(source, model)
         else:
-            islands = type_as(model, dtype, job.islands, sample, source.stem, stage)
+            islands = type_as(model, rest, job.islands, sample, source.stem, stage)
+            if dtype.is_quantised:
+                told.append(f"what {source.path.name} computes in fp32 beside {dtype} is {rest}")
     if job.stages:
         model = expose(model, stages_of(model))
     path = apart(stage) / source.path.name
@@ -101,8 +101,33 @@ def prepare(
     quantised = quantised_products(model)
     return Compilable(
         path, dtype, cores, form, opset, nodes, ops, outputs, islands, quantised,
-        asked_of(model), accepted, _attention(model),
+        asked_of(model), accepted, _attention(model), tuple(told),
     )  # fmt: skip
+
+
+def _types(job: TrtJob, source: Source) -> tuple[Dtype, Dtype | None]:
+    """Say what the engine is typed, and what its floats have to be typed as; None: they are.
+
+    No TensorRT fuses attention in fp32, so what is fp32 beside 8 bits becomes fp16 unless another
+    type is asked for.
+
+    Raises:
+        GraphError: the graph is typed already, and otherwise.
+    """
+    held, asked = source.dtype, job.precision or source.dtype
+    if asked is held and not held.is_quantised:
+        return held, None
+    if asked.is_quantised and asked is not held:
+        raise GraphError(
+            f"{source.path} is typed {held}; msn-export calibrate --{asked} quantises it"
+        )
+    beside = type_beside(source.model) if held.is_quantised else held
+    if asked.is_quantised:
+        asked = Dtype.FP16 if beside is Dtype.FP32 else beside
+    if beside is not Dtype.FP32 and asked is not beside:
+        both = f"{held} beside {beside}" if held.is_quantised else f"{held}"
+        raise GraphError(f"{source.path} is typed {both}; --{asked} needs the fp32 graph")
+    return held if held.is_quantised else asked, None if asked is beside else asked
 
 
 def _undeclared(source: Source) -> tuple[str, ...]:
@@ -148,15 +173,31 @@ def _islands_of(source: Source, model: ir.Model) -> Islands:
 
 
 def written_for(
-    backend: Backend, source: Source, dtype: Dtype
+    backend: Backend,
+    source: Source,
+    dtype: Dtype,
+    *,
+    partial: bool = False,
+    told: list[str] | None = None,
 ) -> tuple[ir.Model, AttentionForm, int]:
-    """Write the graph as this backend reads and fuses it; how many attention cores it has."""
+    """Write the graph as this backend reads and fuses it; how many attention cores it has.
+
+    With ``partial``, attention that is not recognised stays as it is, which ``told`` receives.
+
+    Raises:
+        FusionError: without it, attention is not recognised.
+    """
     flavour = backend.flavour
     # an fp32 Attention operator has no kernel: "not supported by a dedicated kernel"
     plain = dtype is Dtype.FP32 or not flavour.has_attention
     form = AttentionForm.PLAIN if plain else AttentionForm.HEADS
     model = source.model if plain else raise_opset(source.model)
-    cores = fuse_attention(model, form, expected=_expected(source))
+    try:
+        cores = fuse_attention(model, form, expected=_expected(source), partial=partial, told=told)
+    except FusionError as error:
+        raise FusionError(
+            f"{source.path}: {error}; --allow-unfused compiles them unfused"
+        ) from error
     if model.graph.opset_imports[""] > flavour.opset:
         lower(model, flavour.opset)
     return model, form, cores

@@ -90,7 +90,15 @@ def describe(
         source=SourceRecord(source.path.name, sha256_of(source.path)),
         engine=engine,
         notes=tuple(
-            dict.fromkeys((*source.notes, *result.notes, *_accepted(graph), *sample.notes))
+            dict.fromkeys(
+                (
+                    *source.notes,
+                    *graph.notes,
+                    *result.notes,
+                    *_accepted(graph),
+                    *sample.notes,
+                )
+            )
         ),
         command=job.command,
         versions=versions_of(*PACKAGES, engine.backend),
