@@ -42,6 +42,13 @@ def test_the_profile_tuned_nearest_is_taken(count, profile, size) -> None:
     assert deal(count, profiles) == (Piece(0, count, size, profile),)
 
 
+@pytest.mark.parametrize(("count", "profile", "size"), [(1, 1, 2), (4, 1, 4), (10, 0, 10)])
+def test_of_profiles_that_overlap_the_one_that_pads_least_is_taken(count, profile, size) -> None:
+    """The first is tuned nearer to one image, and accepts none below eight."""
+    profiles = [BatchRange(8, 8, 16), BatchRange(2, 16, 32)]
+    assert deal(count, profiles) == (Piece(0, count, size, profile),)
+
+
 def test_a_batch_above_the_largest_is_split() -> None:
     assert deal(70, [BatchRange(1, 8, 32)]) == (
         Piece(0, 32, 32, 0), Piece(32, 32, 32, 0), Piece(64, 6, 6, 0)

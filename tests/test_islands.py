@@ -41,6 +41,16 @@ def test_observing_gives_the_maxima_alone_and_leaves_the_graph_as_it_was() -> No
     np.testing.assert_array_equal(run(observed.model, {"x": x}), np.float32([60000, 1]))
 
 
+def test_every_value_of_an_untyped_graph_is_observed() -> None:
+    """A foreign graph may tell the types of its inputs and outputs alone."""
+    bare = parse(MODEL)
+    for node in bare.graph:
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.type = value.shape = None
+    assert observe(bare).names == ("big", "y")
+
+
 def test_maxima_are_the_largest_over_all_batches(sample, tmp_path) -> None:
     x = sample.feed(range(3), InputKind.FLOAT)
     for room in (1, 2, 8):

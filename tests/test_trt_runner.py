@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorrt_stand_in
 from networks import Network, compute
 from trt_bench import BENCHES, Bench, make_bench
 
@@ -140,8 +141,10 @@ def test_graphs_are_bounded_and_give_way_only_to_what_came_up_twice_since(bench)
                 check(runner(network.images(count)), network, network.images(count))
         captures = bench.recorder.count("cuStreamBeginCapture")
         assert captures == (LIMIT if bench.captures else 0)  # the others do not push them out
-        for _ in range(3):
+        for _ in range(2):  # no turn later: the graph that made room is gone by then
             runner(network.images(2 * LIMIT + 2))
+        assert bench.recorder.count("cuStreamBeginCapture") == captures + bench.captures
+        runner(network.images(2 * LIMIT + 2))
         assert bench.recorder.count("cuStreamBeginCapture") == captures + bench.captures
         assert bench.recorder.count("cuGraphExecDestroy") == (1 if bench.captures else 0)
 
@@ -545,6 +548,7 @@ def test_a_graph_that_cannot_be_captured_is_told_and_done_without(bench) -> None
         bench.recorder.fail_at = number
         check(runner(images), NETWORK, images)
         bench.recorder.fail_at = None
+        assert bench.recorder.count("execute_async_v3") == 1  # it was done, and is not done again
         for _ in range(3):
             check(runner(images), NETWORK, images)
         assert runner.cuda_graphs.startswith("0 captured; cuStreamBeginCapture failed: ")
@@ -560,6 +564,20 @@ def test_a_gpu_without_room_says_what_to_do(bench) -> None:
     bench.stand_in._room = 1 << 30
     check(runner(NETWORK.images(1)), NETWORK, NETWORK.images(1))
     runner.close()
+    assert bench.recorder.live() == {}
+
+
+def test_an_engine_of_two_inputs_is_refused(bench, monkeypatch) -> None:
+    if bench.is_real:
+        pytest.skip("the compiler here makes none")
+    mode = tensorrt_stand_in._Engine.get_tensor_mode
+
+    def is_input(engine: Any, name: str) -> Any:
+        return mode(engine, "pixel_values" if name == "odd" else name)
+
+    monkeypatch.setattr(tensorrt_stand_in._Engine, "get_tensor_mode", is_input)
+    with pytest.raises(GraphError, match=r"takes 'pixel_values', 'odd'; expected one image input$"):
+        bench.open()
     assert bench.recorder.live() == {}
 
 
