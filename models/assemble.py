@@ -143,7 +143,8 @@ def _notes(keys: Keys, tensors: Mapping[str, Tensor], config: VitConfig) -> tupl
         notes.append(
             f"the classifier is msn's linear evaluation and reads {READS['blocks']} "
             f"({config.pooled_blocks}); norm 1 before the linear layer is assumed, as in its "
-            "configuration (normalize: true), for the file does not say"
+            "configuration (normalize: true), for the file does not say; its evaluation prepares "
+            "images as --preprocess msn-eval does"
         )
     if config.labels and keys.known.get("classifier.weight", "").endswith("head.weight"):
         read = READS[config.pooling]

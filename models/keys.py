@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from msn_export.errors import CheckpointError
+from msn_export.models.variants import Pooling
 
 _PREFIX = re.compile(r"(?:vit\.)?")
 _BLOCK = re.compile(
@@ -113,6 +114,30 @@ LAYOUTS = (
             "mlp.linear_1": "mlp.fc1",
             "mlp.linear_2": "mlp.fc2",
         },
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Classifier:
+    """The modules a classifier is told by, what it reads (``READS``), and who writes it."""
+
+    modules: tuple[str, ...]
+    pooling: Pooling
+    writers: str
+
+
+CLASSIFIERS = (
+    Classifier(("classifier",), "cls", "transformers, msn-export"),
+    Classifier(("head",), "cls", "the MAE code base with --cls_token, DeiT, timm"),
+    Classifier(("heads.head",), "cls", "torchvision"),
+    Classifier(
+        ("fc_norm", "head"), "patches", "the MAE code base with --global_pool, timm's average pool"
+    ),
+    Classifier(
+        ("classifier.norm", "classifier.linear"),
+        "blocks",
+        "facebookresearch/msn linear_eval.py (a state dict classifier beside target_encoder)",
     ),
 )
 _PARAMETERS = {"cls_token", "pos_embed"}

@@ -52,6 +52,12 @@ class ForeignFolder:
     what: str
 
 
+# Told whatever else there is: transformers would load the base model and the adapter
+ADAPTER_FOLDER = ForeignFolder(
+    ADAPTER,
+    "is a PEFT adapter, not a whole model; load it with peft, call merge_and_unload(), then "
+    "save_pretrained(), and give that folder",
+)
 # Told in this order where a folder has no config.json or no weights
 FOREIGN_FOLDERS = (
     ForeignFolder(
@@ -174,10 +180,7 @@ def _adapter(folder: Path, *, whole: bool) -> str:
     named = f"PEFT adapter ({kind})" if isinstance(kind, str) else "PEFT adapter"
     of = f" of {base!r}" if isinstance(base, str) and base else ""
     also = f"; if its weights are merged already, remove {ADAPTER}" if whole else ""
-    return (
-        f"is a {named}{of}, not a whole model; load it with peft, call merge_and_unload(), then "
-        f"save_pretrained(), and give that folder{also}"
-    )
+    return f"{ADAPTER_FOLDER.what.replace('PEFT adapter', f'{named}{of}', 1)}{also}"
 
 
 def _best(folder: Path, inner: list[str]) -> str | None:

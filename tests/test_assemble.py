@@ -310,7 +310,8 @@ def test_a_final_layer_norm_that_the_classifier_would_not_read_is_unexpected(poo
             norm("classifier.norm") | linear("classifier.linear"),
             "the classifier is msn's linear evaluation and reads [CLS] of the last blocks before "
             "the final LayerNorm (1); norm 1 before the linear layer is assumed, as in its "
-            "configuration (normalize: true), for the file does not say",
+            "configuration (normalize: true), for the file does not say; its evaluation prepares "
+            "images as --preprocess msn-eval does",
         ),
     ],
 )

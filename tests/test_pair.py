@@ -10,6 +10,8 @@ from artifacts import classifier, copy_of, engine, rewrite
 from checkpoints import hugging_face, processor
 
 from msn_export import manifest
+from msn_export.errors import SpecError
+from msn_export.models.named import Choices
 from msn_export.onnx_job import OnnxJob
 from msn_export.preprocessing import assumed, preset
 from msn_export.proof.artifact import open_artifact
@@ -85,3 +87,12 @@ def test_an_engine_of_a_foreign_graph_keeps_its_inputs_name(tmp_path, dtype, ste
     text = manifest.seal(replace(known, inputs=(taken,)))
     manifest.manifest_path(copy).write_text(text)
     assert open_artifact(str(copy)).stem is stem
+
+
+def test_what_is_said_of_a_checkpoint_needs_one(tmp_path) -> None:
+    graph = str(copy_of(classifier(), tmp_path))
+    with pytest.raises(SpecError) as raised:
+        open_pair(graph, graph, Choices(weights="model_ema"))
+    assert str(raised.value) == (
+        "--variant, --weights and --labels are for a checkpoint, and neither side is one"
+    )

@@ -14,6 +14,7 @@ from pathlib import Path
 import onnx
 import pytest
 from click.testing import CliRunner
+from manifests import example
 from onnx import numpy_helper
 from tiny_artifacts import classifier, foreign
 
@@ -25,13 +26,17 @@ from msn_export.bench.entries import (
     Where,
     artifact,
     artifacts,
+    origin_of,
     source_graphs,
     torch_dtype,
+    torch_entry,
 )
 from msn_export.bench.process import Process
 from msn_export.cli import main
 from msn_export.errors import BenchError, GraphError
 from msn_export.manifest_records import CheckpointRecord
+from msn_export.models.named import Choices
+from msn_export.spec import Dtype, ImageSize
 
 
 @pytest.fixture(scope="module")
@@ -348,3 +353,18 @@ def test_compile_runs_or_says_what_it_lacks(model, monkeypatch) -> None:
     (absent,) = [one for one in told["contenders"] if one["skipped"]]
     assert absent["name"] == "compile"
     assert "/nowhere/c++" in absent["skipped"]
+
+
+def test_the_checkpoint_is_read_as_the_manifest_says_unless_another_choice_is_made() -> None:
+    record = CheckpointRecord("w.pth", "ab" * 32, variant="vit-msn-small", weights="model_ema")
+    entry = Entry("m.onnx", "onnx", {}, manifest=example(checkpoint=record))
+    size = ImageSize(32, 32)
+    found = origin_of([entry], None, ("logits",), size)
+    assert (found.checkpoint, found.sha256) == ("w.pth", "ab" * 32)
+    assert found.choices == Choices("vit-msn-small", "model_ema")
+    other = Choices(weights="model")
+    assert origin_of([entry], "other.pth", ("logits",), size, other).choices == other
+    opening = torch_entry("sdpa", found, Where(1), Dtype.FP32).opening
+    assert (opening["variant"], opening["weights"]) == ("vit-msn-small", "model_ema")
+    with pytest.raises(BenchError, match="no manifest names a checkpoint; name it with --check"):
+        origin_of([Entry("m.onnx", "onnx", {})], None, ("logits",), size)

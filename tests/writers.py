@@ -281,7 +281,7 @@ def pre_training() -> dict[str, Any]:
 
 def timm_training(state: State) -> dict[str, Any]:
     """timm 1.0.31, utils/checkpoint_saver.py."""
-    other = {key: tensor + 1 for key, tensor in state.items()}
+    other = {key: tensor * 1.05 for key, tensor in state.items()}
     return {
         "epoch": 1, "arch": "vit_small_patch16_224", "state_dict": state, "optimizer": {},
         "version": 2, "args": argparse.Namespace(model="vit"), "state_dict_ema": other,

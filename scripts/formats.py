@@ -1,0 +1,113 @@
+"""Write docs/formats.md: what is read, noted and refused, from the tables in the code.
+
+python scripts/formats.py
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from msn_export.models.keys import CLASSIFIERS, LAYOUTS, REFUSED, SPARE
+from msn_export.models.named import ADAPTER_FOLDER, FOREIGN_FOLDERS, WEIGHTS
+from msn_export.models.variants import READS
+from msn_export.models.wrappers import CONTAINERS, INSIDE, PREFIXES
+from msn_export.processor_config import FIELDS, TYPES
+
+PAGE = Path("docs/formats.md")
+
+
+def table(*titles: str, rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """Write rows in Markdown."""
+    lines = [titles, ("---",) * len(titles), *rows]
+    return [*(f"| {' | '.join(cells)} |" for cells in lines), ""]
+
+
+def code(*names: str) -> str:
+    """Write names as code."""
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def checkpoints() -> list[str]:
+    """Describe checkpoints: names of weights, classifiers, wrappers, what is left or refused."""
+    return [
+        "## Checkpoints",
+        "",
+        f"A Hugging Face folder or hub id, or a file ({', '.join(WEIGHTS)}). Every weight must be there with "
+        "its shape, and no other: the message names each that is not.",
+        "",
+        "### Names of weights",
+        "",
+        *table(
+            "written by", "a block's keys", "within a block", "outside",
+            rows=((layout.writers, code(layout.block), code(*layout.inside), code(*layout.outside))
+                  for layout in LAYOUTS),
+        ),
+        "### Classifiers",
+        "",
+        "Each computes what its writer's code computes; the output is `logits`. A note says what was read.",
+        "",
+        *table(
+            "weights", "reads", "written by",
+            rows=((code(*one.modules), READS[one.pooling], one.writers) for one in CLASSIFIERS),
+        ),
+        "### Wrappers",
+        "",
+        "Taken off, alone and nested, with a note. Where a file holds several weights the first of this list is "
+        "taken, and `--weights KEY` takes another (any dictionary of the file, also one that is not listed).",
+        "",
+        *table("dictionary", "written by", rows=((code(name), who) for name, who in CONTAINERS.items())),
+        *table("before every key", "written by",
+               rows=((code(f"{name}."), who) for name, who in PREFIXES.items())),
+        *table("within keys", "written by",
+               rows=((code(f"{name}."), who) for name, who in INSIDE.items())),
+        "`argparse.Namespace`, in which training scripts keep their options, is passed over unread. A pickle that "
+        "names any other class is refused by that name.",
+        "",
+        "### Keys that are not weights",
+        "",
+        *table(
+            "keys", "", "what becomes of them",
+            rows=[
+                *((code(*one.example.split(", ")), "noted", f"left unread: keys {one.what}") for one in SPARE),
+                *((code(*one.example.split(", ")), "refused", f"the file {one.what}") for one in REFUSED),
+            ],
+        ),
+        "### Folders that are not a model",
+        "",
+        *table(
+            "a file in it", "refused: the folder",
+            rows=((code(one.sign), one.what) for one in (ADAPTER_FOLDER, *FOREIGN_FOLDERS)),
+        ),
+        "A folder that holds `checkpoint-500/` and the like is refused too; the message names the best or the last.",
+        "",
+    ]  # fmt: skip
+
+
+def preprocessing() -> list[str]:
+    """Describe the fields of a processor's configuration."""
+    return [
+        "## Preprocessing",
+        "",
+        "`processor_config.json`, else `preprocessor_config.json`. Pixels are those of transformers' processor. "
+        f"Absent fields are those of the processor's type: {code(*TYPES)}.",
+        "",
+        *table(
+            "field", "", "",
+            rows=((code(field.name), field.treatment, field.what) for field in FIELDS),
+        ),
+    ]  # fmt: skip
+
+
+def page() -> str:
+    """Compose the page."""
+    head = [
+        "# What is read",
+        "",
+        "Written by `python scripts/formats.py` from the tables in the code.",
+        "",
+    ]
+    return "\n".join([*head, *checkpoints(), *preprocessing()]).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(PAGE)
