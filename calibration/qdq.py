@@ -34,10 +34,14 @@ INT8_ATTENTION_TOKENS = 512
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """How ranges become scales: the 8-bit format, and the type that the rest will have."""
+    """How ranges become scales: the 8-bit format, and the type that the rest will have.
+
+    ``reduced`` says whether integer weights end at 64; None leaves it to the type of the rest.
+    """
 
     form: Format
     base: Dtype
+    reduced: bool | None = None
 
     @property
     def weights(self) -> Format:
@@ -47,8 +51,9 @@ class Scheme:
         that saturate (onnxruntime docs, Quantize ONNX models, "reduce_range"): 2 * 255 * 64 fits.
         So the figures measured on one processor hold on others.
         """
-        reduced = self.target is Target.ONNXRUNTIME and self.form.dtype is Dtype.INT8
-        return replace(self.form, largest=64.0) if reduced else self.form
+        reduced = self.target is Target.ONNXRUNTIME if self.reduced is None else self.reduced
+        integers = self.form.dtype is Dtype.INT8
+        return replace(self.form, largest=64.0) if reduced and integers else self.form
 
     @property
     def target(self) -> Target:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from msn_export.spec import InputKind
 
 GENERATOR = "numpy.random.PCG64.random_raw, little endian"
 SEED = 2022  # the year of the paper
+MARGIN = 1.5  # msn_export.check.gate.MARGIN, which is above this module
 COUNT = 2  # images: enough to tell a batch from one image
 
 
@@ -55,6 +57,28 @@ def record(
         values=base64.b64encode(values.astype("<f4").tobytes()).decode("ascii"),
         reference=reference,
     )
+
+
+def with_limit(
+    golden: GoldenRecord,
+    run: Callable[[NDArray[Any]], Mapping[str, NDArray[Any]]],
+    preprocessing: Preprocessing,
+    stem: InputKind,
+    least: float,
+) -> GoldenRecord:
+    """Add what a machine's relative error may be: 1.5 times what the artifact's own is here.
+
+    Args:
+        golden: what the reference made.
+        run: the artifact.
+        preprocessing: see ``record``.
+        stem: what the artifact takes.
+        least: the limit is not below this, which was allowed on pictures.
+    """
+    have = vectors(np.asarray(run(input_of(golden, preprocessing, stem))[golden.output]))
+    want = values_of(golden).astype(np.float64)
+    error = float(np.linalg.norm(want - have) / np.linalg.norm(want))
+    return replace(golden, limit=float(np.maximum(MARGIN * error, least)))
 
 
 def draw(seed: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -110,7 +110,7 @@ class ImageSet:
     """Decoded pictures: ``pixels`` uint8 [b, h, w, c], and what was not decoded.
 
     ``broken`` says why of each picture that could not be; ``skipped`` is the folder's. ``turned``
-    counts the pictures that their EXIF orientation turned.
+    counts the pictures that their EXIF orientation turned; ``given`` those that the folder has.
     """
 
     pixels: NDArray[np.uint8]
@@ -118,6 +118,7 @@ class ImageSet:
     broken: tuple[str, ...] = field(default=())
     skipped: Mapping[str, int] = field(default_factory=dict)
     turned: int = 0
+    given: int = 0
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -140,12 +141,47 @@ def load(folder: Path, preprocessing: Preprocessing, limit: int) -> ImageSet:
     Raises:
         ImageError: there is no picture, or none can be decoded.
     """
+    (loaded,) = load_parts(folder, preprocessing, limit, limit)
+    return loaded
+
+
+def load_parts(
+    folder: Path, preprocessing: Preprocessing, limit: int | None, part: int
+) -> Iterator[ImageSet]:
+    """Decode up to ``limit`` pictures below a folder, ``part`` of them at a time.
+
+    Args:
+        folder: a folder of pictures, or one picture.
+        preprocessing: how they are resized.
+        limit: how many, evenly spread over the sorted list; None: all.
+        part: how many are in memory at once.
+
+    Raises:
+        ImageError: there is no picture, or none of a part can be decoded.
+    """
+    found = find(folder)
+    paths = found.paths if limit is None else spread(found.paths, limit)
+    for start in range(0, len(paths), part):
+        loaded = _decode(folder, paths[start : start + part], preprocessing)
+        skipped = found.skipped if start == 0 else {}  # the folder's, to be counted once
+        yield replace(loaded, skipped=skipped, given=len(found.paths))
+
+
+def load_named(folder: Path, names: Sequence[str], preprocessing: Preprocessing) -> ImageSet:
+    """Decode the pictures of a folder that ``load`` gave these names.
+
+    Raises:
+        ImageError: none can be decoded.
+    """
+    paths = [folder if folder.is_file() else folder / name for name in names]
+    return _decode(folder, paths, preprocessing)
+
+
+def _decode(folder: Path, paths: Sequence[Path], preprocessing: Preprocessing) -> ImageSet:
     pixels: list[NDArray[np.uint8]] = []
     names: list[str] = []
     broken: list[str] = []
     turned = 0
-    found = find(folder)
-    paths = spread(found.paths, limit)
     for path in paths:
         try:
             fitted = read_file(path, str(path), preprocessing)
@@ -159,7 +195,7 @@ def load(folder: Path, preprocessing: Preprocessing, limit: int) -> ImageSet:
         raise ImageError(
             f"all {len(paths)} pictures of {folder} are broken; the first: {broken[0]}"
         )
-    return ImageSet(np.stack(pixels), tuple(names), tuple(broken), found.skipped, turned)
+    return ImageSet(np.stack(pixels), tuple(names), tuple(broken), turned=turned)
 
 
 def spread(paths: Sequence[Path], limit: int) -> list[Path]:

@@ -39,8 +39,13 @@ class ImageRecord:
 class CheckRecord:
     """What a check measured; figures are those of the worst output. None: not a number.
 
+    ``images`` of the ``given`` ones were run. ``relative``, ``cls`` and ``worst_token`` are errors
+    relative to the reference (``msn_export.check.compare.Errors``); ``limits`` says by output what
+    they may be, as it was measured on ``limits_from``, and is empty where nothing could be.
+    ``twin_error`` is what the candidate's precision costs the reference on these images.
     ``neighbours`` and ``classes`` are the shares of images whose nearest neighbour and whose class
-    are the reference's, None where not measured; ``gate`` holds the numbers that had to be reached.
+    are the reference's, None where not measured. ``gate`` holds the numbers that had to be reached
+    beside the limits.
     """
 
     images: int
@@ -60,6 +65,15 @@ class CheckRecord:
     classes: float | None = None
     per_image: tuple[ImageRecord, ...] = ()
     gate: dict[str, float] = field(default_factory=dict)
+    given: int = 0
+    relative: float | None = None
+    norm_ratio_min: float | None = None
+    norm_ratio_max: float | None = None
+    cls: float | None = None
+    worst_token: float | None = None
+    twin_error: float | None = None
+    limits: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    limits_from: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +134,8 @@ class GoldenRecord:
     """A seeded input as a recipe, and what the reference made of it (``msn_export.golden``).
 
     ``shape`` is that of the pixels [b, h, w, c]; ``values`` are float32 [b, dim], little endian,
-    in base64: the output called ``output``, of tokens [b, n, dim] the first.
+    in base64: the output called ``output``, of tokens [b, n, dim] the first. ``limit`` is what the
+    relative error of a machine may be; None where nothing was checked.
     """
 
     generator: str
@@ -130,6 +145,7 @@ class GoldenRecord:
     dim: int
     values: str
     reference: str
+    limit: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,7 +76,7 @@ def run_calibrate(job: CalibrateJob, progress: Progress = SILENT) -> tuple[Path,
         manifest = describe(done, job, stage, ranges.name, progress)
         manifest = replace(
             manifest,
-            golden=_golden(job, source, chosen.path, stage),
+            golden=_golden(job, source, chosen, stage),
             seconds=round(time.monotonic() - started, 3),
             peak_rss_bytes=peak_rss(),
         )
@@ -85,14 +85,17 @@ def run_calibrate(job: CalibrateJob, progress: Progress = SILENT) -> tuple[Path,
     return output, manifest
 
 
-def _golden(job: CalibrateJob, source: Source, path: Path, stage: Path) -> GoldenRecord:
+def _golden(job: CalibrateJob, source: Source, chosen: Candidate, stage: Path) -> GoldenRecord:
     """Record what the quantised graph itself makes of seeded noise.
 
-    Noise is no picture: what 8 bits cost on it says nothing. Another machine has to reproduce it.
+    Noise is no picture: what 8 bits cost on it says nothing. Another machine has to reproduce it,
+    to within what 8 bits cost a picture: where a sum is rounded elsewhere, whole steps change.
     """
-    with cpu_runner(path, job.dtype, stage) as runner:
+    with cpu_runner(chosen.path, job.dtype, stage) as runner:
         room = room_of(source.model)
-        return golden.record(runner, runner.name, source.preprocessing, source.stem, room)
+        known = golden.record(runner, runner.name, source.preprocessing, source.stem, room)
+    costs = [figures["image"] or 0.0 for figures in chosen.judged.record.outputs.values()]
+    return replace(known, limit=golden.MARGIN * max(costs))
 
 
 def _require_target(job: CalibrateJob) -> None:

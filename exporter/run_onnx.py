@@ -5,17 +5,26 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import onnx_ir as ir
+
 from msn_export import __version__, golden
-from msn_export.check.gate import GATES
-from msn_export.check.sample import Sample, affordable_batch, batch_sizes, draw
-from msn_export.check.verify import Reference, run_reference, verify
+from msn_export.baseline import add_baseline, open_rounded
+from msn_export.check.gate import BYTES_ROUNDING, GATES, ROUNDED_MARGIN
+from msn_export.check.sample import (
+    Sample,
+    affordable_batch,
+    batch_sizes,
+    draw,
+    require_different,
+)
+from msn_export.check.verify import Reference, measure_rounding, run_reference, verify
 from msn_export.checkpoint import (
     preprocessing_of,
     processor_notes,
     require_one_size,
     sized,
 )
-from msn_export.files import publish, staging
+from msn_export.files import apart, publish, staging
 from msn_export.graph import io
 from msn_export.graph.facts import GraphFacts
 from msn_export.graph.fuse import fuse_attention
@@ -25,12 +34,18 @@ from msn_export.graph.reference import TorchRunner
 from msn_export.graph.simplify import simplify
 from msn_export.graph.trace import trace
 from msn_export.manifest import Manifest, seal, versions_of
-from msn_export.manifest_records import AttentionRecord, CheckpointRecord, CheckRecord
+from msn_export.manifest_records import (
+    AttentionRecord,
+    CheckpointRecord,
+    CheckRecord,
+    GoldenRecord,
+)
 from msn_export.models.checkpoints import Checkpoint, load_checkpoint
 from msn_export.onnx_job import OnnxJob
 from msn_export.process import peak_rss
 from msn_export.progress import SILENT, Progress
 from msn_export.records import to_json
+from msn_export.runtime.ort import OrtRunner
 from msn_export.sidecar import sha256_of
 from msn_export.spec import Dtype, Head, InputKind, Scores
 from msn_export.typed import Islands, cpu_runner, type_as
@@ -40,7 +55,17 @@ __all__ = ["OnnxJob", "run_onnx"]  # the two that docs/python.md speaks of
 # TensorRT-RTX 1.7.1 has its kernel for one query only where heads times smallest batch is 4 or
 # more: with as many heads any batch will do
 SINGLE_QUERY_HEADS = 4
+EXACT = 4  # pictures that the reference computes in fp64 too
 PACKAGES = ("torch", "onnx", "onnx-ir", "onnxsim", "onnxruntime-gpu", "onnxruntime")
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """The fp32 graph, its attention fused, and what came of simplifying it."""
+
+    model: ir.Model
+    fused: int
+    simplified: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,20 +104,32 @@ def run_onnx(job: OnnxJob, progress: Progress = SILENT) -> tuple[Path, Manifest]
     with progress.step("read images"):
         made = preprocessing_of(checkpoint, job.preprocess, job.exif)
         sample = draw(job.images, made, room=room)
+        if job.check:
+            require_different(sample)
     with staging(output.parent) as stage:
         reference = known = None
         if job.check:
             with progress.step("run the PyTorch reference"):
                 runner = TorchRunner(checkpoint.model, heads)
-                reference = run_reference(runner, sample)
+                reference = run_reference(runner, sample).require_finite()
+                exact = TorchRunner(checkpoint.model, heads, exact=True)
+                reference = measure_rounding(reference, exact, EXACT)
+                if job.stem is InputKind.UINT8:
+                    reference = replace(reference, rounding_margin=BYTES_ROUNDING)
+                del exact  # a copy of all weights in fp64
                 stem = InputKind.FLOAT  # the reference takes floats whatever the graph takes
                 known = golden.record(runner, runner.name, sample.preprocessing, stem, room)
-        built = _build(job, checkpoint, heads, sample, stage / output.name, progress)
+        traced = _trace(job, checkpoint, heads, sample, progress)
+        if reference is not None and job.dtype is not Dtype.FP32:
+            with progress.step("check the fp32 graph"):
+                reference = _check_fp32(job, traced.model, reference, stage)
+        built = _write(job, checkpoint, traced, sample, stage / output.name, progress)
+        del traced
         # The weights are in the file: while it is checked onnxruntime alone holds them. The graph
         # is full of cycles, so it does not go by itself.
         checkpoint.model.to("meta")
         gc.collect()
-        check = _check(job, built, reference, progress)
+        check, known = _check(job, built, reference, known, progress)
         manifest = replace(
             _describe(job, checkpoint, sample, built, check),
             golden=known,
@@ -103,14 +140,13 @@ def run_onnx(job: OnnxJob, progress: Progress = SILENT) -> tuple[Path, Manifest]
     return output, manifest
 
 
-def _build(
+def _trace(
     job: OnnxJob,
     checkpoint: Checkpoint,
     heads: tuple[Head, ...],
     sample: Sample,
-    path: Path,
     progress: Progress,
-) -> Built:
+) -> Traced:
     with progress.step("trace"):
         model = trace(
             checkpoint.model,
@@ -131,7 +167,18 @@ def _build(
         fused = fuse_attention(model, job.target.attention, expected=checkpoint.config.depth)
         if job.target.opset < 23:
             lower(model, job.target.opset)
-    islands = Islands({})
+    return Traced(model, fused, simplified)
+
+
+def _write(
+    job: OnnxJob,
+    checkpoint: Checkpoint,
+    traced: Traced,
+    sample: Sample,
+    path: Path,
+    progress: Progress,
+) -> Built:
+    model, islands = traced.model, Islands({})
     if job.dtype is not Dtype.FP32:
         with progress.step(f"type as {job.dtype}"):
             islands = type_as(model, job.dtype, job.islands, sample, job.stem, path.parent)
@@ -140,7 +187,26 @@ def _build(
     with progress.step("write and check the file"):
         io.save(model, path)
         io.check(path)
-    return Built(path, GraphFacts.of(model), fused, simplified, islands)
+    return Built(path, GraphFacts.of(model), traced.fused, traced.simplified, islands)
+
+
+def _check_fp32(job: OnnxJob, model: ir.Model, reference: Reference, stage: Path) -> Reference:
+    """Hold the fp32 graph to its own limit before it is typed, and measure what typing may cost.
+
+    Raises:
+        ToleranceError: the fp32 graph does not agree.
+    """
+    path = apart(stage) / "fp32.onnx"
+    io.save(model, path)
+    fixed = job.batch.max if job.batch.is_static else None
+    with OrtRunner(path) as runner:
+        size = fixed or min(8, reference.sample.room, len(reference.sample))
+        verified = verify(runner, reference, job.stem, (size,))
+        verified.require(GATES[Dtype.FP32], f"the fp32 graph, before it was typed {job.dtype}")
+    path.unlink()
+    rough = replace(reference, exact={}, rounding={})  # the errors to come are far above fp32's
+    with open_rounded(model, job.dtype, reference.sample, job.stem, stage) as runner:
+        return add_baseline(rough, runner, job.stem, margin=ROUNDED_MARGIN, fixed=fixed)
 
 
 def _metadata(checkpoint: Checkpoint, sample: Sample) -> dict[str, str]:
@@ -153,15 +219,25 @@ def _metadata(checkpoint: Checkpoint, sample: Sample) -> dict[str, str]:
 
 
 def _check(
-    job: OnnxJob, built: Built, reference: Reference | None, progress: Progress
-) -> CheckRecord | None:
-    if reference is None:
-        return None
-    with progress.step("compare with the reference"):
-        runner = cpu_runner(built.path, job.dtype, built.path.parent)
+    job: OnnxJob,
+    built: Built,
+    reference: Reference | None,
+    known: GoldenRecord | None,
+    progress: Progress,
+) -> tuple[CheckRecord | None, GoldenRecord | None]:
+    if reference is None or known is None:
+        return None, None
+    with (
+        progress.step("compare with the reference"),
+        cpu_runner(built.path, job.dtype, built.path.parent) as runner,
+    ):
         sizes = batch_sizes(job.batch, reference.sample.room)
         verified = verify(runner, reference, job.stem, sizes)
-    return verified.require(GATES[job.dtype], f"the {job.dtype} graph")
+        record = verified.require(GATES[job.dtype], f"the {job.dtype} graph")
+        least = record.limits[known.output]["image"] or 0.0
+        made = reference.sample.preprocessing
+        known = golden.with_limit(known, runner, made, job.stem, least)
+    return record, known
 
 
 def _scores(checkpoint: Checkpoint) -> Scores | None:

@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from msn_export import golden
-from msn_export.check.gate import GATES
-from msn_export.check.sample import Sample, draw
-from msn_export.check.verify import Reference, run_reference, verify
+from msn_export.baseline import add_baseline, open_exact, open_rounded, open_widened
+from msn_export.check.gate import GATES, ROUNDED_MARGIN
+from msn_export.check.sample import Sample, draw, require_different
+from msn_export.check.verify import Reference, measure_rounding, run_reference, verify
 from msn_export.driver import NoDriver, find_driver
 from msn_export.engine import timing_cache
 from msn_export.engine.backend import Backend, find_backend
@@ -16,8 +17,9 @@ from msn_export.engine.census import require
 from msn_export.engine.job import BuildSpec
 from msn_export.engine.job import Progress as BuildProgress
 from msn_export.engine.options import judge
-from msn_export.errors import SpecError
+from msn_export.errors import GraphError, SpecError
 from msn_export.files import publish, require_writable, same_file, staging
+from msn_export.graph import io
 from msn_export.manifest import Manifest, seal
 from msn_export.manifest_records import CheckRecord, GoldenRecord
 from msn_export.process import peak_rss
@@ -33,6 +35,9 @@ from msn_export.trt.job import TrtJob
 from msn_export.typed import cpu_runner
 
 __all__ = ["TrtJob", "run_trt"]  # the two that docs/python.md speaks of
+
+
+EXACT = 4  # pictures that an fp32 graph computes in fp64 too
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,8 @@ def run_trt(job: TrtJob, progress: Progress = SILENT) -> tuple[Path, Manifest]:
         targets = _targets(spec, backend)
     with progress.step("read images"):
         sample = draw(job.images, source.preprocessing, room=room_of(source.model))
+        if job.check:
+            require_different(sample)
     with staging(output.parent) as stage:
         graph = prepare(job, source, backend, sample, stage, progress)
         checked = _check(job, source, graph, sample, profiles, progress)
@@ -137,12 +144,19 @@ def _check(
         return Checked(None, None, known)
     with progress.step("run the given graph"):
         reference, known = _run_given(source, sample, known, graph.path.parent)
+    with progress.step("measure what the precision costs"):
+        reference = _with_limit(source, graph, reference, graph.path.parent)
     room = sample.room
     sizes = {min(size, max(p.min, room)) for p in profiles for size in (p.min, p.opt, p.max)}
-    with progress.step("compare the typed graph"):
-        runner = cpu_runner(graph.path, graph.dtype, graph.path.parent)
+    with (
+        progress.step("compare the typed graph"),
+        cpu_runner(graph.path, graph.dtype, graph.path.parent) as runner,
+    ):
         verified = verify(runner, reference, source.stem, sorted(sizes))
-    record = verified.require(GATES[graph.dtype], f"the {graph.dtype} graph")
+        record = verified.require(GATES[graph.dtype], f"the {graph.dtype} graph")
+        if known.output in record.limits:
+            least = record.limits[known.output]["image"] or 0.0
+            known = golden.with_limit(known, runner, source.preprocessing, source.stem, least)
     return Checked(record, reference, known)
 
 
@@ -158,7 +172,7 @@ def _run_given(
     with cpu_runner(source.path, source.dtype, stage) as runner:
         runner.name = f"{source.path.name} in {runner.name}"
         reference = run_reference(runner, sample, source.stem, fixed=source.fixed)
-        return reference, known or golden.record(
+        return reference.require_finite(), known or golden.record(
             runner, runner.name, source.preprocessing, source.stem, sample.room
         )
 
@@ -169,6 +183,28 @@ def _targets(spec: BuildSpec, backend: Backend) -> tuple[ComputeCapability, ...]
         return spec.capabilities
     driver = find_driver()
     return () if isinstance(driver, NoDriver) else (driver.devices[0].capability,)
+
+
+def _with_limit(source: Source, graph: Compilable, reference: Reference, stage: Path) -> Reference:
+    """Measure what the typed graph's errors may be, and the engine's after it.
+
+    The file is read again: what was rewritten since is what the limit is for.
+    """
+    try:
+        given = io.load(source.path)
+        if source.dtype is not Dtype.FP32:
+            runner = open_widened(given, stage)
+        elif graph.dtype is Dtype.FP32:
+            with open_exact(given, stage) as exact:
+                return measure_rounding(reference, exact, EXACT, source.stem, fixed=source.fixed)
+        else:
+            runner = open_rounded(given, graph.dtype, reference.sample, source.stem, stage)
+    except GraphError as error:  # a graph of another tool that only simplifying makes plain
+        return replace(reference, unmeasured=str(error))
+    with runner:
+        return add_baseline(
+            reference, runner, source.stem, margin=ROUNDED_MARGIN, fixed=source.fixed
+        )
 
 
 def _compile(

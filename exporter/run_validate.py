@@ -3,32 +3,47 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from msn_export.check.gate import Gate, coarsest, gate_of
-from msn_export.check.sample import Sample, batch_sizes, draw, with_ragged
+import onnx_ir as ir
+
+from msn_export import baseline, image_folder
+from msn_export.check.gate import MARGIN, ROUNDED_MARGIN, coarsest, gate_of
+from msn_export.check.sample import (
+    Sample,
+    batch_sizes,
+    draw,
+    draw_parts,
+    require_different,
+    with_drawn,
+    with_ragged,
+)
 from msn_export.check.suspects import find_cause
 from msn_export.check.verify import (
     Reference,
     Runner,
+    Trial,
     Verified,
     measure_rounding,
     run_reference,
-    verify,
 )
-from msn_export.errors import ImageError
+from msn_export.errors import GraphError, ImageError
 from msn_export.job import Count, Job
 from msn_export.models.named import Choices
 from msn_export.preprocessing import Exif, Preprocessing
 from msn_export.processor_config import choose
 from msn_export.progress import SILENT, Progress
+from msn_export.proof.artifact import Artifact
 from msn_export.proof.pair import Pair, open_pair
 from msn_export.proof.validation import Measured, Validation, judge
-from msn_export.spec import BatchRange, Dtype
+from msn_export.runtime.ort import OrtRunner
+from msn_export.spec import AttentionForm, BatchRange, Dtype, Head, InputKind
 
+EXACT = 16  # pictures that an fp32 reference computes in fp64 too
+SEED = 0  # of the batch sizes that are drawn
 LIMIT = 64  # pictures: enough for a first percentile, seconds of a ViT-S on two cores
 
 
@@ -36,15 +51,15 @@ LIMIT = 64  # pictures: enough for a first percentile, seconds of a ViT-S on two
 class ValidateJob(Job):
     """What ``msn-export validate`` was asked for.
 
-    ``preprocess`` says how the candidate is fed in production, where that is not what its manifest
-    says; ``exif`` is for both sides. ``gate`` None is that of the coarser dtype; ``numbers``
-    replace some of the gate's.
+    ``limit`` is how many pictures are run, None all. ``preprocess`` says how the candidate is fed
+    in production, where that is not what its manifest says; ``exif`` is for both sides. ``gate``
+    None is that of the coarser dtype; ``numbers`` replace some of the gate's.
     """
 
     reference: str | Path
     candidate: str | Path
     images: Path | None = None
-    limit: Count = LIMIT
+    limit: Count | None = LIMIT
     batch: BatchRange | None = None
     preprocess: str | None = None
     exif: Exif | None = None
@@ -67,7 +82,7 @@ def run_validate(job: ValidateJob, progress: Progress = SILENT) -> Validation:
 
 
 def validate_in_full(job: ValidateJob, progress: Progress) -> tuple[Validation, Verified]:
-    """Compare two artifacts; give also what was compared: outputs, vectors, pictures.
+    """Compare two artifacts; give also what was compared: vectors, pictures' names.
 
     Raises:
         MsnExportError: as ``run_validate``.
@@ -78,30 +93,212 @@ def validate_in_full(job: ValidateJob, progress: Progress) -> tuple[Validation, 
         made, own = _preprocessings(job, pair)
     name = job.gate or coarsest(pair.reference.dtype, pair.candidate.dtype)
     gate = gate_of(name, job.numbers)
-    with progress.step("read images"):
-        sample = draw(job.images, made, room=pair.room, limit=job.limit)
     with tempfile.TemporaryDirectory(prefix="msn-export-") as folder, ExitStack() as opened:
         # first, for what cannot run here is refused before the reference took its time
         runner = opened.enter_context(closing(pair.candidate.start(pair.outputs, Path(folder))))
+        trials = _Trials(job, pair, name, (made, own), Path(folder), opened)
+        parts = draw_parts(job.images, made, room=pair.room, limit=job.limit)
+        for sample in _read(parts, progress):
+            trials.run(sample, runner, progress)
+        with progress.step("compare"):
+            reference, same = trials.reference, trials.verified(trials.same, runner)
+            mine = trials.verified(trials.mine, runner) if trials.mine.names else None
+            cause = None
+            if same.failures(gate):
+                side = pair.candidate
+                cause = find_cause(runner, reference, side.stem, gate, fixed=side.fixed_batch)
+    measured = Measured(same, mine, cause, tuple(trials.notes))
+    return judge(pair, measured, gate, name, own, numbers_only=job.numbers_only), same
+
+
+def _read(parts: Iterator[Sample], progress: Progress) -> Iterator[Sample]:
+    while True:
+        with progress.step("read images"):
+            sample = next(parts, None)
+        if sample is None:
+            return
+        yield sample
+
+
+class _Trials:
+    """What ran so far: the candidate on the reference's pixels, on its own, and the baseline."""
+
+    def __init__(
+        self,
+        job: ValidateJob,
+        pair: Pair,
+        dtype: Dtype,
+        made: tuple[Preprocessing, Preprocessing | None],
+        stage: Path,
+        opened: ExitStack,
+    ) -> None:
+        self.job, self.pair, self.dtype = job, pair, dtype
+        self.made, self.own = made  # what both sides are given, and the candidate in production
+        self.stage, self.opened = stage, opened
+        self.same, self.mine, self.costs = Trial(), Trial(), Trial()
+        self.notes: list[str] = []
+        self.sizes: tuple[int, ...] = ()
+        self._first: Reference | None = None
+        self._baseline: Runner | None = None
+
+    @property
+    def reference(self) -> Reference:
+        """The first pictures' reference, with the limits that all of them gave."""
+        assert self._first is not None
+        return replace(self._first, baseline=self.costs.errors())
+
+    def run(self, sample: Sample, runner: Runner, progress: Progress) -> None:
+        """Run a part of the pictures through all of them."""
+        pair, is_first = self.pair, self._first is None
+        side = pair.candidate
+        if is_first:
+            require_different(sample)
         with progress.step(f"run {pair.reference.name}"):
-            reference = run_pair_reference(pair, sample, Path(folder), rounding=name is Dtype.FP32)
-        with progress.step(f"run {pair.candidate.name}"):
-            measured = _measure(job, pair, reference, runner, gate, own)
-    told = judge(pair, measured, gate, name, own, numbers_only=job.numbers_only)
-    return told, measured.same
+            exact = self.dtype is Dtype.FP32 and is_first
+            reference = run_pair_reference(pair, sample, self.stage, exact=exact)
+        if is_first:
+            with progress.step("measure what the precision costs"):
+                self._first = self._with_baseline(reference)
+            self._choose_sizes(sample)
+        elif self._first is not None:  # later pictures are in fp32 alone
+            known = {name: rows[:0] for name, rows in self._first.exact.items()}
+            reference = replace(reference, exact=known)
+        self.notes += sample.notes
+        if self._baseline is not None:
+            size = pair.reference.fixed_batch or min(8, sample.room, len(sample))
+            self.costs.run(self._baseline, reference, _baseline_stem(pair), (size,))
+        with progress.step(f"run {side.name}"):
+            self.same.run(runner, reference, side.stem, self.sizes)
+            if self.own is not None:
+                self._run_own(reference, self.own, runner)
+
+    def verified(self, trial: Trial, runner: Runner) -> Verified:
+        """Sum a trial up."""
+        return trial.verified(self.reference, self.sizes, runner.name)
+
+    def _with_baseline(self, reference: Reference) -> Reference:
+        try:
+            opened = _open_baseline(self.pair, self.dtype, reference.sample, self.stage)
+        except GraphError as error:
+            return replace(reference, unmeasured=str(error))
+        if opened is None:
+            what = f"{self.pair.reference.kind} against {self.pair.candidate.kind}"
+            return replace(reference, unmeasured=f"no baseline is made of {what}")
+        self._baseline, margin = self.opened.enter_context(opened[0]), opened[1]
+        return replace(reference, baseline_name=opened[0].name, margin=margin)
+
+    def _choose_sizes(self, sample: Sample) -> None:
+        side = self.pair.candidate
+        batch = self.job.batch or side.batch
+        # an engine's batch is in the GPU's memory: this machine's sets no limit to its smallest
+        room = max(batch.min, self.pair.room) if side.kind == "engine" else self.pair.room
+        sizes, drawn = with_drawn(batch_sizes(batch, room), SEED)
+        self.sizes = with_ragged(sizes, len(sample))
+        if drawn:
+            self.notes.append(drawn)
+        if room < batch.max:
+            self.notes.append(
+                f"batches up to {self.sizes[-1]} of {batch.max}: memory affords no more"
+            )
+        if self.own is not None and self.job.images is None:
+            self.notes.append("resizing was not compared, noise needs none: give --images")
+
+    def _run_own(self, reference: Reference, own: Preprocessing, runner: Runner) -> None:
+        """Run the candidate on what its own preprocessing makes of the same pictures."""
+        sample = reference.sample
+        fed = _again(self.job, sample, own)
+        shared = _on_shared(reference, fed)
+        if len(shared.sample) < len(sample):
+            self.notes.append(f"{len(shared.sample)} pictures can be read with both preprocessings")
+        self.mine.run(runner, shared, self.pair.candidate.stem, self.sizes)
 
 
-def run_pair_reference(pair: Pair, sample: Sample, stage: Path, *, rounding: bool) -> Reference:
-    """Run the reference once; with ``rounding`` also in fp64, where it can be."""
+def run_pair_reference(pair: Pair, sample: Sample, stage: Path, *, exact: bool) -> Reference:
+    """Run the reference once; with ``exact`` some pictures also in fp64, where it can be.
+
+    Raises:
+        ToleranceError: the reference itself is not finite.
+    """
     side = pair.reference
     with closing(side.start(pair.outputs, stage)) as runner:
         runner.name = f"{side.name} in {runner.name}"
         reference = run_reference(runner, sample, side.stem, fixed=side.fixed_batch)
     kept = {name: reference.outputs[name] for name in pair.outputs}
-    reference = replace(reference, outputs=kept)
-    if rounding and side.exact is not None:
-        return measure_rounding(reference, side.exact(pair.outputs))
-    return reference
+    reference = replace(reference, outputs=kept).require_finite()
+    if not exact:
+        return reference
+    if side.exact is not None:
+        return measure_rounding(reference, side.exact(pair.outputs), EXACT)
+    if side.graph is None:
+        return reference
+    try:
+        with baseline.open_exact(side.graph, stage) as runner:
+            return measure_rounding(reference, runner, EXACT, side.stem, fixed=side.fixed_batch)
+    except GraphError as error:
+        return replace(reference, unmeasured=str(error))
+
+
+def _baseline_stem(pair: Pair) -> InputKind:
+    """Tell what the baseline takes: what the candidate does, or the graph it was made of."""
+    typed = pair.reference.dtype is not Dtype.FP32
+    return pair.reference.stem if typed else pair.candidate.stem
+
+
+def _open_baseline(
+    pair: Pair, dtype: Dtype, sample: Sample, stage: Path
+) -> tuple[OrtRunner, float] | None:
+    """Open the reference in the candidate's precision, with how many times its errors are allowed.
+
+    None where there is no graph to make it of.
+
+    Raises:
+        GraphError: the reference's graph cannot be written as the candidate is.
+    """
+    side, candidate = pair.reference, pair.candidate
+    if side.graph is not None and side.dtype is not Dtype.FP32:
+        return baseline.open_widened(side.graph, stage), ROUNDED_MARGIN
+    made = sample.preprocessing
+    given = _graph_of(side, pair.outputs, made)
+    if given is None:
+        return None
+    graph = candidate.graph
+    form = AttentionForm.HEADS if graph is None else baseline.attention_form(graph)
+    model = baseline.write_like(given, candidate.stem, made, form)
+    if dtype.is_quantised:
+        if graph is None:
+            return None
+        return baseline.open_quantised(model, graph, sample, candidate.stem, stage), MARGIN
+    if candidate.kind == "engine" and dtype is not Dtype.FP32:
+        return baseline.open_rounded(model, dtype, sample, candidate.stem, stage), ROUNDED_MARGIN
+    return baseline.open_typed(model, dtype, sample, candidate.stem, stage), MARGIN
+
+
+def _graph_of(
+    side: Artifact, outputs: tuple[str, ...], preprocessing: Preprocessing
+) -> ir.Model | None:
+    """Give a side as an fp32 graph; None of an engine."""
+    if side.kind != "checkpoint":
+        return side.graph
+    from msn_export.graph.trace import trace  # torch
+
+    heads = [head for output in outputs for head in Head if head.output == output]
+    return trace(
+        side.module,
+        heads=heads,
+        stem=InputKind.FLOAT,
+        batch=BatchRange(),
+        preprocessing=preprocessing,
+    )
+
+
+def _again(job: ValidateJob, sample: Sample, own: Preprocessing) -> Sample:
+    """Decode a sample's pictures with another preprocessing; noise is made anew."""
+    if job.images is None:
+        return draw(None, own, room=sample.room)
+    loaded = image_folder.load_named(job.images, sample.names, own)
+    return replace(
+        sample, pixels=loaded.pixels, names=loaded.names, preprocessing=own, broken=loaded.broken
+    )
 
 
 def _preprocessings(job: ValidateJob, pair: Pair) -> tuple[Preprocessing, Preprocessing | None]:
@@ -114,37 +311,6 @@ def _preprocessings(job: ValidateJob, pair: Pair) -> tuple[Preprocessing, Prepro
         side.preprocessing, side.size, side.channels, preprocess=job.preprocess, exif=job.exif
     )
     return made, None if own.makes_the_same_as(made) else own
-
-
-def _measure(
-    job: ValidateJob,
-    pair: Pair,
-    reference: Reference,
-    runner: Runner,
-    gate: Gate,
-    own: Preprocessing | None,
-) -> Measured:
-    side = pair.candidate
-    batch = job.batch or side.batch
-    # an engine's batch is in the GPU's memory: this machine's sets no limit to its smallest
-    room = max(batch.min, pair.room) if side.kind == "engine" else pair.room
-    sizes = with_ragged(batch_sizes(batch, room), len(reference.sample))
-    notes = list(reference.sample.notes)
-    if room < batch.max:
-        notes.append(f"batches up to {sizes[-1]} of {batch.max}: memory affords no more")
-    same = verify(runner, reference, side.stem, sizes)
-    cause = None
-    if same.failures(gate):
-        cause = find_cause(runner, reference, side.stem, gate, fixed=side.fixed_batch)
-    if own is None:
-        return Measured(same, None, cause, tuple(notes))
-    if job.images is None:
-        notes.append("resizing was not compared, noise needs none: give --images")
-    fed = draw(job.images, own, room=reference.sample.room, limit=job.limit)
-    shared = _on_shared(reference, fed)
-    if len(shared.sample) < len(reference.sample):
-        notes.append(f"{len(shared.sample)} pictures can be read with both preprocessings")
-    return Measured(same, verify(runner, shared, side.stem, sizes), cause, tuple(notes))
 
 
 def _on_shared(reference: Reference, fed: Sample) -> Reference:
@@ -163,4 +329,8 @@ def _on_shared(reference: Reference, fed: Sample) -> Reference:
         fed, pixels=fed.pixels[chosen], names=tuple(fed.names[index] for index in chosen)
     )
     outputs = {name: values[kept] for name, values in reference.outputs.items()}
-    return replace(reference, sample=sample, outputs=outputs)
+    exact = {
+        name: values[[index for index in kept if index < len(values)]]
+        for name, values in reference.exact.items()
+    }
+    return replace(reference, sample=sample, outputs=outputs, exact=exact)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from msn_export.check.compare import Agreement, Comparison, worst_of
+from msn_export.check.compare import Agreement, Comparison, Errors, worst_of
 from msn_export.errors import ToleranceError
 
 
@@ -57,7 +57,7 @@ def test_it_does_not_matter_how_images_are_dealt_into_batches(array, size) -> No
     for part, whole in zip(
         parts.agreement().to_json().values(), compare(array, have).to_json().values(), strict=True
     ):
-        assert part == pytest.approx(whole, nan_ok=True)
+        assert part is whole is None or part == pytest.approx(whole, nan_ok=True, rel=1e-5)
 
 
 @given(vectors, st.floats(0.25, 4))
@@ -118,7 +118,11 @@ def test_of_several_outputs_each_figure_is_the_worst() -> None:
     bad = compare([[1.0, 2.0]], [[1.0, 2.5]])
     worst = worst_of([good, bad])
     assert worst == replace(
-        bad, norm_ratio_min=1.0, reference_rms=min(good.reference_rms, bad.reference_rms)
+        bad,
+        norm_ratio_min=1.0,
+        reference_rms=min(good.reference_rms, bad.reference_rms),
+        spread=good.spread,
+        centred=worst.centred,
     )
     broken = compare([[1.0, 2.0]], [[1.0, math.nan]])
     for order in ([good, broken], [broken, good]):
@@ -136,3 +140,94 @@ def test_relative_error_is_that_of_the_whole_set() -> None:
     better = replace(agreement, relative=1e-9, rounding=1.5)
     assert worst_of([agreement, better]).relative == agreement.relative
     assert worst_of([agreement, better]).rounding == 1.5  # where it was not measured it counts not
+
+
+# --- tokens, embeddings, references in fp64 -------------------------------------------------------
+
+
+def tokens(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape)
+
+
+def added(want, have, exact=None) -> Agreement:
+    comparison = Comparison()
+    comparison.add(want, have, exact)
+    return comparison.agreement()
+
+
+def test_one_token_among_many_is_judged_by_itself() -> None:
+    want = tokens(2, 200, 4)
+    have = want.copy()
+    have[1, 0] = 0  # the [CLS] of one image
+    found = added(want, have)
+    assert found.relative < 0.1
+    assert found.cls_image == pytest.approx(1)
+    assert found.cls == pytest.approx(np.linalg.norm(want[1, 0]) / np.linalg.norm(want[:, 0]))
+    assert math.isnan(found.cls_cosine)
+    assert found.worst_token == pytest.approx(1)
+    assert found.token == 0  # one of 400
+    have[:, 5:15] *= 1.5
+    assert added(want, have).token == pytest.approx(0.5)
+    flat = added(want[:, 0], have[:, 0])
+    assert (flat.cls, flat.token, flat.worst_token, flat.cls_cosine) == (None,) * 4
+
+
+def test_a_wrong_image_shows_however_many_are_right() -> None:
+    want = tokens(500, 8)
+    have = want.copy()
+    have[123] *= -1
+    found = added(want, have)
+    assert found.image == pytest.approx(2)
+    assert found.relative < 0.1
+
+
+@pytest.mark.parametrize("mean", [0.0, 30.0, 1e6])
+def test_what_ignores_its_image_is_as_wrong_as_images_are_apart(mean) -> None:
+    want = tokens(50, 8) + mean
+    constant = np.broadcast_to(want.mean(axis=0), want.shape)
+    found = added(want, constant)
+    assert found.centred == pytest.approx(1, rel=1e-6)
+    assert found.spread == pytest.approx(
+        np.linalg.norm(want - want.mean(axis=0)) / np.linalg.norm(want), rel=1e-6
+    )
+    assert added(want, want).centred == 0
+
+
+def test_one_image_is_nowhere_apart() -> None:
+    found = added(tokens(1, 8), tokens(1, 8))
+    assert (found.spread, found.centred) == (None, None)
+
+
+def test_rows_whose_reference_is_in_fp64_are_judged_and_the_others_apart() -> None:
+    want = tokens(4, 3, 8)
+    have = want.copy()
+    have[0] *= 1.1
+    have[3] *= 1.5
+    found = added(want, have, [True, True, False, False])
+    assert found.image == pytest.approx(0.1)
+    assert found.relative == pytest.approx(0.1 * np.linalg.norm(want[0]) / np.linalg.norm(want[:2]))
+    assert found.cls_image == pytest.approx(0.1)
+    assert found.worst_token == pytest.approx(0.1)
+    assert found.others == pytest.approx(0.5)
+    whole = added(want, have)
+    assert whole.others is None
+    assert whole.image == pytest.approx(0.5)
+
+
+def test_numbers_and_indices_are_not_compared() -> None:
+    with pytest.raises(ToleranceError) as raised:
+        Comparison().add(np.ones((2, 3), np.float32), np.ones((2, 3), np.int64))
+    assert str(raised.value) == (
+        "output is int64 and its reference float32; they must be of one kind"
+    )
+
+
+def test_errors_are_scaled_and_bounded_figure_by_figure() -> None:
+    errors = Errors(1.0, 2.0, cls=3.0)
+    assert errors.times(2) == Errors(2.0, 4.0, cls=6.0)
+    assert errors.at_least(2.0) == Errors(2.0, 2.0, cls=3.0)
+    assert errors.at_least(Errors(5.0, 1.0, 9.0, 9.0)) == Errors(5.0, 2.0, 9.0)
+    assert math.isnan(errors.at_least(Errors(math.nan, 1.0)).relative)
+    assert Errors.uniform(0.5).to_json() == dict.fromkeys(
+        ("relative", "image", "cls", "cls_image", "token", "worst_token"), 0.5
+    )

@@ -13,7 +13,7 @@ from checkpoints import hugging_face
 from exports import export
 
 from msn_export.check import gate
-from msn_export.spec import Dtype
+from msn_export.check.compare import Errors
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +116,11 @@ def test_an_existing_output_is_kept_unless_forced(checkpoint, tmp_path) -> None:
 
 
 def test_a_failed_check_publishes_nothing(checkpoint, tmp_path, monkeypatch) -> None:
-    monkeypatch.setitem(gate.GATES, Dtype.FP32, gate.Gate(max_abs=1e-12))
+    none = gate.Limit(Errors.uniform(0.0))
+    monkeypatch.setattr(gate.Limit, "of_rounding", lambda *_: none)
     result = export(checkpoint, tmp_path / "m.onnx")
     assert result.exit_code == 1
-    assert "output 'logits', does not agree with its reference: max_abs" in result.stderr
+    assert "output 'logits', does not agree with its reference: relative error" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -65,13 +65,19 @@ def with_fault(folder: Path, fault: Any) -> Path:
 def test_a_checkpoint_and_its_graph_agree_at_every_size_and_a_ragged_one(images) -> None:
     found = told(checkpoint(), classifier(), "--images", images)
     assert found["passed"]
-    assert found["check"]["batches"] == [1, 5, 8, 32]  # 5 pictures: the last batch of a folder
-    assert found["check"]["images"] == 5
+    # 5 pictures: the last batch of a folder; two sizes are drawn
+    assert found["check"]["batches"] == [1, 5, 8, 15, 30, 32]
+    assert "batch 15 and 30 drawn by seed 0" in found["notes"]
+    assert (found["check"]["images"], found["check"]["given"]) == (5, 5)
     assert found["check"]["executed_on"].startswith("onnxruntime")
     assert found["gate_name"] == "fp32"
     figures = found["check"]["outputs"]["logits"]
     assert (figures["nan"], figures["inf"], figures["classes"]) == (0, 0, 1.0)
-    assert figures["rounding"] < 3
+    assert figures["rounding"] < 3  # of the reference's own, which fp64 tells
+    limits = found["check"]["limits"]["logits"]
+    assert figures["relative"] <= limits["relative"] < 1e-5
+    assert figures["image"] <= limits["image"]
+    assert "the reference as a graph in fp32" in found["check"]["limits_from"]
     assert [image["name"] for image in found["check"]["per_image"]] == [
         "a/000.png", "a/002.png", "a/004.png", "b/001.png", "b/003.png"
     ]  # fmt: skip
@@ -81,8 +87,8 @@ def test_the_table_has_the_verdict_first_then_reasons_and_worst_images(images) -
     result = validate(checkpoint(), classifier(), "--images", images)
     assert result.exit_code == 0
     text = " ".join(result.stdout.replace("│", " ").split())
-    assert "verdict passed gate fp32 max_abs" in text
-    assert "because two fp32 runs differ by the order of their additions alone" in text
+    assert "verdict passed on 5 images limits fp32 1.5 times the errors of the reference as" in text
+    assert "allowed" in text
     assert "classes agree 100.0%" in text
     assert "worst " in text
     assert ".png: cosine 1.0" in text
@@ -94,16 +100,18 @@ def test_two_graphs_are_judged_by_the_coarser_of_their_dtypes(images, tmp_path) 
     assert exported.exit_code == 0, exported.output
     found = told(classifier(), half, "--images", images)
     assert found["passed"]
-    assert (found["gate_name"], found["gate"]["cosine_p1"]) == ("fp16", 0.999)
+    assert found["gate_name"] == "fp16"
+    assert "the reference as a graph in fp16" in found["check"]["limits_from"]
+    assert found["check"]["twin_error"] == pytest.approx(found["check"]["relative"], rel=0.2)
     strict = told(classifier(), half, "--images", images, "--gate", "fp32")
     assert not strict["passed"]
-    assert strict["reasons"][0].startswith("output 'logits': max_abs ")
+    assert strict["reasons"][0].startswith("output 'logits': relative error ")
 
 
 def test_numbers_asked_for_replace_the_gates_and_are_printed_as_such(images) -> None:
     found = told(checkpoint(), classifier(), "--images", images, "--max-abs", 1e-12)
     assert not found["passed"]
-    assert re.search(r"max_abs .*, allowed 1\.\de-12", found["reasons"][0])
+    assert re.search(r"max_abs .*, 1\.\de-12 allowed", found["reasons"][0])
     assert found["gate"]["reason"] == "max_abs as asked for, not this gate's own"
     result = validate(checkpoint(), classifier(), "--images", images, "--cosine", 0.5)
     assert "because cosine_min as asked for, not this gate's own" in result.stdout
@@ -127,7 +135,7 @@ def test_an_output_that_is_not_finite_never_passes(value, images, tmp_path) -> N
     figures = found["check"]["outputs"]["logits"]
     assert figures["nan"] + figures["inf"] > 0
     # nor where everything else is allowed
-    generous = ("--max-abs", 1e30, "--cosine", 0, "--rounding", 1e30)
+    generous = ("--max-abs", 1e30, "--cosine", 0, "--relative", 1e30)
     assert not told(checkpoint(), tmp_path / "m.onnx", "--images", images, *generous)["passed"]
     table = validate(checkpoint(), tmp_path / "m.onnx", "--images", images)
     assert "FAILED" in table.stdout
@@ -139,7 +147,9 @@ def test_a_reference_that_is_not_finite_never_passes_either(images, tmp_path) ->
         faults.edit(model, "classifier.bias", lambda bias: bias * np.float32(np.nan))
 
     spoiled = with_fault(tmp_path, spoil)
-    assert not told(spoiled, spoiled, "--images", images)["passed"]
+    assert "the reference itself is not finite: output 'logits' of " in refused(
+        spoiled, spoiled, "--images", images
+    )
 
 
 def test_no_picture_is_no_pass(tmp_path) -> None:
@@ -217,7 +227,9 @@ def test_a_picture_that_one_preprocessing_alone_reads_is_left_out(tmp_path, turn
 
 def test_pictures_that_no_two_preprocessings_read_are_told(tmp_path) -> None:
     (tmp_path / "images").mkdir()
-    Image.fromarray(np.zeros((1, 70_000, 3), np.uint8)).save(tmp_path / "images" / "long.png")
+    for shade, name in enumerate(("long", "longer")):
+        strip = np.full((1, 70_000, 3), 90 * shade, np.uint8)
+        Image.fromarray(strip).save(tmp_path / "images" / f"{name}.png")
     message = refused(
         checkpoint(), classifier(), "--images", tmp_path / "images", "--preprocess", "msn-eval"
     )
@@ -276,7 +288,8 @@ def test_what_does_not_exist_is_named(tmp_path) -> None:
         ("--preprocess", "squash", "'squash' is unknown; expected hf, msn-eval, "),
         ("--gate", "fp64", "'fp64' is not one of"),
         ("--cosine", "-1", "x>=0"),
-        ("--limit", "0", "x>=1"),
+        ("--limit", "0", "'0' is no number of pictures; expected 1 or more, or all"),
+        ("--limit", "some", "'some' is no number of pictures"),
         ("--batch", "8:1:2", "expected 1 <= MIN <= OPT <= MAX"),
     ],
 )
@@ -308,7 +321,11 @@ def test_outputs_without_a_counterpart_are_refused_and_others_noted(images, tmp_
     both = foreign(tmp_path / "both.onnx", ["b", 3, 32, 32], {"logits": 3, "more": 6})
     notes = told(both, both, "--images", images)["notes"]
     assert assumed(ImageSize(32, 32)).assumption in notes
-    assert f"not compared, only {both} has it: more" in told(classifier(), both)["notes"]
+    alone = f"not compared, only {both} has it: more"
+    found = told(classifier(), both)
+    assert not found["passed"]
+    assert alone in found["reasons"]
+    assert alone in told(classifier(), both, "--numbers-only")["notes"]
 
 
 def test_a_graph_that_is_not_the_one_its_manifest_describes_is_refused(tmp_path) -> None:
@@ -363,5 +380,5 @@ def test_an_engine_is_run_where_its_gpu_is_and_its_outputs_judged(
     assert found["passed"] is not spoiled
     assert found["candidate"]["kind"] == "engine"
     assert "Stand-in GPU" in found["check"]["executed_on"]
-    assert found["check"]["batches"] == [1, 5, 8, 32]
+    assert found["check"]["batches"] == [1, 5, 8, 15, 30, 32]
     assert recorder.live() == {}  # nothing of the GPU is kept

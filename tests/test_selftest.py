@@ -42,7 +42,7 @@ def test_another_graph_fails_the_selftest_with_its_figures(tmp_path) -> None:
     with open_runner(path) as runner:
         told = runner.selftest()
     assert not told.passed
-    assert "selftest failed (max_abs" in str(told)
+    assert "selftest failed (relative error" in str(told)
 
 
 def test_an_export_without_a_check_has_no_golden_values_and_says_so() -> None:

@@ -93,7 +93,7 @@ def test_a_gate_that_does_not_hold_names_the_output(sample) -> None:
     with pytest.raises(ToleranceError) as raised:
         verified.require(Gate(max_abs=1e-4), "the fp32 graph")
     assert str(raised.value).startswith(
-        "the fp32 graph, output 'a', does not agree with its reference: max_abs 5.00e-01, allowed"
+        "the fp32 graph, output 'a', does not agree with its reference: max_abs 5.00e-01, "
     )
 
 

@@ -5,16 +5,67 @@ Nothing here decides: a verdict is ``msn_export.check.gate``'s.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from msn_export.check.neighbours import embedding_of
 from msn_export.errors import ToleranceError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
+
+TOKEN_PERCENTILE = 99  # of single tokens' errors: one in a hundred is worse
+
+
+@dataclass(frozen=True, slots=True)
+class Errors:
+    """Relative errors of one output: ``|candidate - reference| / |reference|`` in the L2 norm.
+
+    ``relative`` is that of all images together and ``image`` that of the worst image. ``cls`` and
+    ``cls_image`` are the same of the [CLS] rows alone, ``token`` the 99th percentile and
+    ``worst_token`` the largest of single tokens; all four are None where the output has no tokens.
+    """
+
+    relative: float
+    image: float
+    cls: float | None = None
+    cls_image: float | None = None
+    token: float | None = None
+    worst_token: float | None = None
+
+    @classmethod
+    def uniform(cls, error: float) -> Errors:
+        """The same error in every figure."""
+        return cls(error, error, error, error, error, error)
+
+    def times(self, factor: float) -> Errors:
+        """Multiply every figure."""
+        return Errors(
+            *(None if value is None else value * factor for value in self.values())  # type: ignore[arg-type]
+        )
+
+    def at_least(self, other: Errors | float) -> Errors:
+        """Take the larger of each figure; what was not measured here stays unknown."""
+        least = Errors.uniform(other) if isinstance(other, float) else other
+        return Errors(*map(_larger, self.values(), least.values()))  # type: ignore[arg-type]
+
+    def to_json(self) -> dict[str, float | None]:
+        """Give the figures by name."""
+        return {part.name: getattr(self, part.name) for part in fields(self)}
+
+    def values(self) -> tuple[float | None, ...]:
+        """The figures in the order of the fields."""
+        return tuple(self.to_json().values())
+
+
+def _larger(one: float | None, other: float | None) -> float | None:
+    if one is None or other is None:
+        return one
+    return float(np.maximum(one, other))  # keeps NaN
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +73,17 @@ class Agreement:
     """Agreement of one output over ``images`` images; each image is one vector, flattened.
 
     ``max_abs`` and ``mean_abs`` are absolute differences; ``reference_rms`` is the root mean
-    square of the reference, the scale they are to be read against. ``relative`` is the root mean
-    square of the differences over that of the reference. The norm ratio is the candidate's over
-    the reference's. NaN in either side shows in every figure it touches.
+    square of the reference, the scale they are to be read against. ``relative``, ``image`` and
+    the figures of tokens are those of ``Errors``. The norm ratio is the candidate's over the
+    reference's. ``spread`` says how far the embeddings of different images are apart in the
+    reference: the root mean square distance from their mean over that of the embeddings
+    themselves; ``centred`` is the embeddings' error relative to that distance. NaN in either side
+    shows in every figure it touches.
 
     None where it was not measured: ``rounding``, ``relative`` as a multiple of the reference's own
-    rounding error; ``neighbours`` and ``classes``, the shares of images whose nearest neighbour
-    and whose class are the reference's.
+    rounding error; ``others``, the worst image among those whose reference is not in fp64 where
+    others' is; ``neighbours`` and ``classes``, the shares of images whose nearest neighbour and
+    whose class are the reference's.
     """
 
     images: int
@@ -43,9 +98,25 @@ class Agreement:
     relative: float
     nan: int
     inf: int
+    image: float = 0.0
+    others: float | None = None
+    cls: float | None = None
+    cls_image: float | None = None
+    cls_cosine: float | None = None
+    token: float | None = None
+    worst_token: float | None = None
+    spread: float | None = None
+    centred: float | None = None
     rounding: float | None = None
     neighbours: float | None = None
     classes: float | None = None
+
+    @property
+    def errors(self) -> Errors:
+        """The relative errors by themselves."""
+        return Errors(
+            self.relative, self.image, self.cls, self.cls_image, self.token, self.worst_token
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Give the figures by name."""
@@ -53,29 +124,78 @@ class Agreement:
 
 
 @dataclass(slots=True)
+class _Squares:
+    """Sums of squares, one number a row: of the differences and of the reference."""
+
+    error: list[float] = field(default_factory=list)
+    reference: list[float] = field(default_factory=list)
+
+    def add(self, want: NDArray[Any], difference: NDArray[Any]) -> None:
+        """Add rows [b, k]."""
+        self.error += np.square(difference).sum(axis=1).tolist()
+        self.reference += np.square(want).sum(axis=1).tolist()
+
+    def together(self, rows: NDArray[np.bool_]) -> float:
+        """Relate all rows' sums; nothing is small beside a reference of zeros."""
+        error = np.asarray(self.error)[rows].sum()
+        square = np.asarray(self.reference)[rows].sum()
+        with np.errstate(invalid="ignore"):  # infinity over infinity is NaN, which is meant
+            return float(np.sqrt(error / square)) if square > 0 else float("nan")
+
+    def worst(self, rows: NDArray[np.bool_]) -> float:
+        """Give the largest of the rows' own errors."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            each = np.sqrt(np.asarray(self.error)[rows] / np.asarray(self.reference)[rows])
+        return float(np.max(each))
+
+
+@dataclass(slots=True)
 class Comparison:
-    """Gathers the figures of one output, batch after batch; memory grows by six floats an image."""
+    """Gathers the figures of one output, batch after batch.
+
+    Memory grows by a dozen floats an image and one float a token.
+    """
 
     cosines: list[float] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
     worst: list[float] = field(default_factory=list)
+    _exact: list[bool] = field(default_factory=list)
+    _image: _Squares = field(default_factory=_Squares)
+    _cls: _Squares = field(default_factory=_Squares)
+    _embedding: _Squares = field(default_factory=_Squares)
+    _cls_cosines: list[float] = field(default_factory=list)
+    _tokens: list[NDArray[np.float32]] = field(default_factory=list)
+    _first: NDArray[Any] | None = None
+    _moved_sum: Any = 0.0
+    _moved_square: float = 0.0
     _abs_sum: float = 0.0
-    _error_sum: float = 0.0
-    _square_sum: float = 0.0
     _size: int = 0
     _nan: int = 0
     _inf: int = 0
 
-    def add(self, reference: NDArray[Any], candidate: NDArray[Any]) -> None:
+    def add(
+        self, reference: NDArray[Any], candidate: NDArray[Any], exact: Sequence[bool] | None = None
+    ) -> None:
         """Compare a batch [b, ...] with its reference.
 
+        Args:
+            reference: what is right.
+            candidate: what is asked about.
+            exact: which rows of the reference are in fp64; None: all are of one kind.
+
         Raises:
-            ToleranceError: the shapes differ; nothing is broadcast.
+            ToleranceError: the shapes differ; nothing is broadcast. Or one side holds integers.
         """
         if reference.shape != candidate.shape:
             raise ToleranceError(
                 f"output has shape {list(candidate.shape)} and its reference "
                 f"{list(reference.shape)}; they must be the same"
+            )
+        kinds = [_is_float(side) for side in (candidate, reference)]
+        if kinds[0] != kinds[1]:
+            raise ToleranceError(
+                f"output is {candidate.dtype} and its reference {reference.dtype}; "
+                "they must be of one kind"
             )
         want = reference.reshape(len(reference), -1).astype(np.float64)
         have = candidate.reshape(len(candidate), -1).astype(np.float64)
@@ -83,16 +203,37 @@ class Comparison:
         # a gate on max_abs alone would allow it, for infinity scales what is allowed
         self._nan += int((np.isnan(have) | np.isnan(want)).sum())
         self._inf += int((np.isinf(have) | np.isinf(want)).sum())
+        self._exact += [True] * len(want) if exact is None else list(exact)
         with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-            difference = np.abs(want - have)
-            want_norm, have_norm = np.linalg.norm(want, axis=1), np.linalg.norm(have, axis=1)
-            self.cosines += ((want * have).sum(axis=1) / (want_norm * have_norm)).tolist()
-            self.ratios += (have_norm / want_norm).tolist()
-            self.worst += difference.max(axis=1).tolist()
-            self._abs_sum += float(difference.sum())
-            self._error_sum += float((difference * difference).sum())
-            self._square_sum += float((want * want).sum())
+            difference = want - have
+            self._image.add(want, difference)
+            norms = np.linalg.norm(want, axis=1), np.linalg.norm(have, axis=1)
+            self.cosines += ((want * have).sum(axis=1) / (norms[0] * norms[1])).tolist()
+            self.ratios += (norms[1] / norms[0]).tolist()
+            self.worst += np.abs(difference).max(axis=1).tolist()
+            self._abs_sum += float(np.abs(difference).sum())
+            if reference.ndim == 3:
+                self._add_tokens(want.reshape(reference.shape), have.reshape(reference.shape))
+            self._add_spread(*(embedding_of(side) for side in (reference, candidate)))
         self._size += want.size
+
+    def _add_tokens(self, want: NDArray[Any], have: NDArray[Any]) -> None:
+        first, other = want[:, 0], have[:, 0]
+        self._cls.add(first, first - other)
+        norms = np.linalg.norm(first, axis=1) * np.linalg.norm(other, axis=1)
+        self._cls_cosines += ((first * other).sum(axis=1) / norms).tolist()
+        each = np.linalg.norm(want - have, axis=2) / np.linalg.norm(want, axis=2)
+        self._tokens += list(each.astype(np.float32))
+
+    def _add_spread(self, want: NDArray[Any], have: NDArray[Any]) -> None:
+        """Sum distances from the first embedding: a large mean would swallow what is left of it."""
+        want, have = want.astype(np.float64), have.astype(np.float64)
+        self._embedding.add(want, want - have)
+        if self._first is None:
+            self._first = want[0]
+        moved = want - self._first
+        self._moved_sum = self._moved_sum + moved.sum(axis=0)
+        self._moved_square += float(np.square(moved).sum())
 
     def agreement(self) -> Agreement:
         """Sum up what was added.
@@ -103,6 +244,10 @@ class Comparison:
         if not self.cosines:
             raise ToleranceError("no image was compared; an empty set is not a pass")
         cosines, ratios = np.asarray(self.cosines), np.asarray(self.ratios)
+        exact = np.asarray(self._exact)
+        judged = exact if exact.any() else np.ones(len(exact), bool)
+        tokens = np.asarray(self._tokens)[judged] if self._tokens else None  # [rows, tokens]
+        spread, centred = self._spread()
         # numpy's max keeps NaN; Python's max(0.0, nan) is 0.0
         return Agreement(
             images=len(self.cosines),
@@ -113,16 +258,47 @@ class Comparison:
             cosine_median=float(np.median(cosines)),
             norm_ratio_min=float(np.min(ratios)),
             norm_ratio_max=float(np.max(ratios)),
-            reference_rms=float(np.sqrt(self._square_sum / self._size)),
-            relative=_ratio(self._error_sum, self._square_sum),
+            reference_rms=float(np.sqrt(np.sum(self._image.reference) / self._size)),
+            relative=self._image.together(judged),
             nan=self._nan,
             inf=self._inf,
+            image=self._image.worst(judged),
+            others=None if judged.all() else self._image.worst(~judged),
+            cls=self._cls.together(judged) if tokens is not None else None,
+            cls_image=self._cls.worst(judged) if tokens is not None else None,
+            cls_cosine=float(np.min(self._cls_cosines)) if tokens is not None else None,
+            token=None if tokens is None else float(np.percentile(tokens, TOKEN_PERCENTILE)),
+            worst_token=None if tokens is None else float(np.max(tokens)),
+            spread=spread,
+            centred=centred,
         )
 
+    def _spread(self) -> tuple[float | None, float | None]:
+        """Relate the embeddings' distances from their mean, and their errors to those distances.
 
-def _ratio(error: float, square: float) -> float:
-    """Relate two sums of squares; nothing is small beside a reference of zeros."""
-    return math.sqrt(error / square) if square > 0 else math.nan
+        None of a single image, which is nowhere apart.
+        """
+        count = len(self.cosines)
+        if count < 2:
+            return None, None
+        with np.errstate(invalid="ignore", divide="ignore"):
+            apart = np.maximum(self._moved_square - np.square(self._moved_sum).sum() / count, 0.0)
+            size, error = (
+                np.sum(part) for part in (self._embedding.reference, self._embedding.error)
+            )
+            return float(np.sqrt(apart / size)), float(np.sqrt(error / apart))
+
+
+def _is_float(values: NDArray[Any]) -> bool:
+    return not np.issubdtype(values.dtype, np.integer) and values.dtype != np.bool_
+
+
+# How figures of several outputs combine: no output is worse than the result.
+_SMALLEST = frozenset(
+    ("images", "cosine_min", "cosine_p1", "cosine_median", "norm_ratio_min", "reference_rms",
+     "cls_cosine", "spread", "neighbours", "classes")
+)  # fmt: skip
+_SUMMED = frozenset({"nan", "inf"})
 
 
 def worst_of(agreements: list[Agreement]) -> Agreement:
@@ -130,30 +306,16 @@ def worst_of(agreements: list[Agreement]) -> Agreement:
     if not agreements:
         raise ToleranceError("no output was compared; an empty set is not a pass")
 
-    def column(name: str) -> NDArray[np.float64]:
-        return np.asarray([getattr(agreement, name) for agreement in agreements], np.float64)
-
-    def measured(name: str) -> NDArray[np.float64] | None:
+    def combined(name: str) -> float | None:
         found = [getattr(agreement, name) for agreement in agreements]
-        found = [figure for figure in found if figure is not None]
-        return np.asarray(found, np.float64) if found else None
+        known = np.asarray([figure for figure in found if figure is not None], np.float64)
+        if not known.size:
+            return None
+        if name in _SUMMED:
+            return float(known.sum())
+        return float(known.min() if name in _SMALLEST else known.max())
 
-    rounding, neighbours, classes = map(measured, ("rounding", "neighbours", "classes"))
-
-    return Agreement(
-        images=int(column("images").min()),
-        max_abs=float(column("max_abs").max()),
-        mean_abs=float(column("mean_abs").max()),
-        cosine_min=float(column("cosine_min").min()),
-        cosine_p1=float(column("cosine_p1").min()),
-        cosine_median=float(column("cosine_median").min()),
-        norm_ratio_min=float(column("norm_ratio_min").min()),
-        norm_ratio_max=float(column("norm_ratio_max").max()),
-        reference_rms=float(column("reference_rms").min()),
-        relative=float(column("relative").max()),
-        nan=int(column("nan").sum()),
-        inf=int(column("inf").sum()),
-        rounding=None if rounding is None else float(rounding.max()),
-        neighbours=None if neighbours is None else float(neighbours.min()),
-        classes=None if classes is None else float(classes.min()),
-    )
+    figures: dict[str, Any] = {part.name: combined(part.name) for part in fields(Agreement)}
+    for name in ("images", "nan", "inf"):
+        figures[name] = int(figures[name])
+    return Agreement(**figures)

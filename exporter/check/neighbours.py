@@ -29,8 +29,22 @@ def nearest(embeddings: NDArray[Any]) -> NDArray[np.intp]:
     vectors = embeddings.astype(np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
         vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-        cosines = vectors @ vectors.T
-    np.fill_diagonal(cosines, -np.inf)
+        parts = [
+            _nearest_of(vectors, start, vectors[start : start + _ROWS])
+            for start in range(0, len(vectors), _ROWS)
+        ]
+    return np.concatenate(parts)
+
+
+_ROWS = 1024  # of n x n cosines at once: those of 10,000 images would take 800 MB
+
+
+def _nearest_of(
+    vectors: NDArray[np.float64], start: int, rows: NDArray[np.float64]
+) -> NDArray[np.intp]:
+    cosines = rows @ vectors.T
+    at = np.arange(len(rows))
+    cosines[at, start + at] = -np.inf
     neighbours: NDArray[np.intp] = cosines.argmax(axis=1)
     return neighbours
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from msn_export import image_folder, images
-from msn_export.errors import SpecError
+from msn_export.errors import ImageError, SpecError
 from msn_export.preprocessing import Preprocessing
 from msn_export.spec import BatchRange, InputKind
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+PART = 256  # pictures of a large set that are in memory at once, with what models make of them
 LIMIT = 16  # pictures a check decodes at most: its cost must stay near that of the export
 
 
@@ -27,7 +29,8 @@ class Sample:
     """Decoded pictures [count, h, w, c] uint8, with how a model wants them.
 
     ``room`` is how many of them the memory of this machine affords a model at once. ``broken``,
-    ``skipped`` and ``turned`` are those of ``image_folder.ImageSet``.
+    ``skipped`` and ``turned`` are those of ``image_folder.ImageSet``; ``given`` is how many
+    pictures there were to choose from.
     """
 
     pixels: NDArray[np.uint8]
@@ -38,6 +41,7 @@ class Sample:
     room: int = 8
     skipped: Mapping[str, int] = field(default_factory=dict)
     turned: int = 0
+    given: int = 0
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -63,16 +67,53 @@ def draw(
     Raises:
         ImageError: the folder has no readable picture.
     """
+    (sample,) = draw_parts(folder, preprocessing, room=room, limit=limit, part=limit)
+    return sample
+
+
+def draw_parts(
+    folder: Path | None,
+    preprocessing: Preprocessing,
+    *,
+    room: int = 8,
+    limit: int | None = LIMIT,
+    part: int = PART,
+) -> Iterator[Sample]:
+    """Decode up to ``limit`` pictures of a folder (None: all), ``part`` of them at a time.
+
+    Raises:
+        ImageError: the folder has no readable picture.
+    """
     if folder is None:
         pixels = images.noise(preprocessing, 4)
         names = tuple(f"noise {i}" for i in range(len(pixels)))
         source = "seeded noise (no --images given)"
-        return Sample(pixels, names, source, preprocessing, room=room)
-    loaded = image_folder.load(folder, preprocessing, limit)
-    return Sample(
-        loaded.pixels, loaded.names, str(folder), preprocessing, loaded.broken, room,
-        loaded.skipped, loaded.turned,
-    )  # fmt: skip
+        yield Sample(pixels, names, source, preprocessing, room=room)
+        return
+    for loaded in image_folder.load_parts(folder, preprocessing, limit, part):
+        yield Sample(
+            loaded.pixels, loaded.names, str(folder), preprocessing, loaded.broken, room,
+            loaded.skipped, loaded.turned, loaded.given,
+        )  # fmt: skip
+
+
+def require_different(sample: Sample) -> Sample:
+    """Require pictures that differ: on others a model that ignores its image would pass.
+
+    Raises:
+        ImageError: there is one picture, or all are alike.
+    """
+    if len(sample) < 2:
+        raise ImageError(
+            f"{sample.source} gives 1 picture; a check needs at least 2 different ones, or a model "
+            "that ignores its image would pass"
+        )
+    if all(np.array_equal(sample.pixels[0], other) for other in sample.pixels[1:]):
+        raise ImageError(
+            f"all {len(sample)} pictures of {sample.source} are alike once they are resized; a "
+            "check needs at least 2 different ones, or a model that ignores its image would pass"
+        )
+    return sample
 
 
 def batch_sizes(batch: BatchRange, room: int) -> tuple[int, ...]:
@@ -91,6 +132,20 @@ def batch_sizes(batch: BatchRange, room: int) -> tuple[int, ...]:
     if between in {batch.min, largest}:
         between = (batch.min + largest) // 2
     return tuple(sorted({batch.min, between, largest}))
+
+
+def with_drawn(sizes: Sequence[int], seed: int, count: int = 2) -> tuple[tuple[int, ...], str]:
+    """Add batch sizes drawn between the smallest and the largest: a graph may be right at others.
+
+    Returns:
+        The sizes in order, and a note that names the drawn ones; empty where there are none.
+    """
+    between = [size for size in range(min(sizes) + 1, max(sizes)) if size not in sizes]
+    chosen = sorted(random.Random(seed).sample(between, min(count, len(between))))  # noqa: S311
+    if not chosen:
+        return tuple(sizes), ""
+    named = " and ".join(map(str, chosen))
+    return tuple(sorted({*sizes, *chosen})), f"batch {named} drawn by seed {seed}"
 
 
 def with_ragged(sizes: Sequence[int], count: int) -> tuple[int, ...]:

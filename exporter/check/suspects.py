@@ -6,8 +6,9 @@ candidate agree is named as the likely cause; none of them changes the verdict.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from msn_export.check.gate import Gate
     from msn_export.check.sample import Sample
+    from msn_export.preprocessing import Preprocessing
 
 IMAGES = 4  # enough to tell: a wrong suspect misses the gate by orders of magnitude
 
@@ -28,48 +30,67 @@ IMAGES = 4  # enough to tell: a wrong suspect misses the gate by orders of magni
 def find_cause(
     runner: Runner, reference: Reference, stem: InputKind, gate: Gate, *, fixed: int | None = None
 ) -> str | None:
-    """Name the mistake that explains a disagreement, as a sentence; None if none of them does."""
-    kept = {name: output[:IMAGES] for name, output in reference.outputs.items()}
-    few = Reference(kept, _first(reference.sample), reference.name)
+    """Name the mistake that explains a disagreement, as a sentence; None if none of them does.
+
+    One explains it where undoing it makes every output of every picture agree. NaN and infinite
+    values have no such cause.
+    """
+    few = _first(reference)
     have = run_reference(runner, few.sample, stem, fixed=fixed).outputs
-    if all(_agrees(gate, few.outputs[name], have[name]) for name in few.outputs):
+    if not all(np.isfinite(output).all() for output in have.values()):
+        return None
+    if _agrees(gate, few, have):
         return None  # it is the others that disagree: on these any mistake would be an alibi
-    cause = _shifted(few, have, gate)
-    if cause is not None:
-        return cause
-    for cause, sample in _other_pixels(few.sample, stem):
-        got = run_reference(runner, sample, stem, fixed=fixed).outputs
-        if all(_agrees(gate, few.outputs[name], got[name]) for name in few.outputs):
+    for shift in (1, -1) if Head.LOGITS.output in few.outputs else ():
+        if _agrees(gate, few, _shifted(have, shift)):
+            got = run_reference(runner, reference.sample, stem, fixed=fixed).outputs
+            if _agrees(gate, reference, _shifted(got, shift)):
+                return f"the candidate's classes are the reference's shifted by {shift:+d}"
+    for cause, change in _other_pixels(reference.sample, stem):
+        if all(
+            _agrees(
+                gate, some, run_reference(runner, change(some.sample), stem, fixed=fixed).outputs
+            )
+            for some in (few, reference)
+        ):
             return cause
     return None
 
 
-def _first(sample: Sample) -> Sample:
-    return replace(sample, pixels=sample.pixels[:IMAGES], names=sample.names[:IMAGES])
+def _first(reference: Reference) -> Reference:
+    sample = reference.sample
+    few = replace(sample, pixels=sample.pixels[:IMAGES], names=sample.names[:IMAGES])
+    kept = {name: output[:IMAGES] for name, output in reference.outputs.items()}
+    exact = {name: output[:IMAGES] for name, output in reference.exact.items()}
+    return replace(reference, sample=few, outputs=kept, exact=exact)
 
 
-def _agrees(gate: Gate, reference: np.ndarray, candidate: np.ndarray) -> bool:
-    comparison = Comparison()
-    comparison.add(reference, candidate)
-    return not gate.failures(comparison.agreement())
+def _agrees(gate: Gate, reference: Reference, have: Mapping[str, NDArray[Any]]) -> bool:
+    images = range(len(reference.sample))
+    for name in reference.outputs:
+        comparison = Comparison()
+        wanted, exact = reference.rows(name, images)
+        comparison.add(wanted, have[name], exact)
+        if gate.failures(comparison.agreement(), reference.limit(name)):
+            return False
+    return True
 
 
-def _shifted(few: Reference, have: Mapping[str, NDArray[Any]], gate: Gate) -> str | None:
+def _shifted(have: Mapping[str, NDArray[Any]], shift: int) -> dict[str, NDArray[Any]]:
     name = Head.LOGITS.output
-    for shift in (1, -1) if name in few.outputs else ():
-        if _agrees(gate, few.outputs[name], np.roll(have[name], -shift, axis=-1)):
-            return f"the candidate's classes are the reference's shifted by {shift:+d}"
-    return None
+    return {**have, name: np.roll(have[name], -shift, axis=-1)}
 
 
-def _other_pixels(sample: Sample, stem: InputKind) -> Iterator[tuple[str, Sample]]:
+def _other_pixels(
+    sample: Sample, stem: InputKind
+) -> Iterator[tuple[str, Callable[[Sample], Sample]]]:
+    """Give other ways to make the pixels, each with the sentence that names it."""
     made = sample.preprocessing
-    reversed_pixels = np.ascontiguousarray(sample.pixels[..., ::-1])
     # with the statistics of each channel (planes reversed after normalising), and without
     for statistics in (made, replace(made, mean=made.mean[::-1], std=made.std[::-1])):
         yield (
             "the candidate agrees when it is given BGR: it was made for channels in that order",
-            replace(sample, pixels=reversed_pixels, preprocessing=statistics),
+            partial(_reversed, statistics=statistics),
         )
     if stem is InputKind.UINT8:
         return  # its normalisation is inside the graph
@@ -84,5 +105,10 @@ def _other_pixels(sample: Sample, stem: InputKind) -> Iterator[tuple[str, Sample
         if other != made:
             yield (
                 f"the candidate agrees when it is given {what}: it was made for those",
-                replace(sample, preprocessing=other),
+                partial(replace, preprocessing=other),
             )
+
+
+def _reversed(sample: Sample, statistics: Preprocessing) -> Sample:
+    pixels = np.ascontiguousarray(sample.pixels[..., ::-1])
+    return replace(sample, pixels=pixels, preprocessing=statistics)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from msn_export.check.compare import Agreement, Comparison, worst_of
+from msn_export.check.compare import Agreement, Comparison, Errors, worst_of
+from msn_export.check.gate import MARGIN, ROUNDING, Limit
 from msn_export.check.neighbours import class_agreement, embedding_of, neighbour_agreement
 from msn_export.check.sample import Sample, batches
 from msn_export.errors import ToleranceError
@@ -36,13 +37,72 @@ class Runner(Protocol):
 class Reference:
     """A reference's outputs, [count, ...] each, for the pictures of a sample.
 
-    ``rounding`` is the relative error of its own arithmetic by output, where that is known.
+    ``exact`` holds the outputs of the first pictures in fp64, where they were computed; they are
+    what a candidate is compared with then. ``rounding`` is the error of the reference's own fp32
+    arithmetic by output, as they show it. ``baseline`` are the errors of the reference in the
+    candidate's precision, ``baseline_name`` says what ran for them, and ``margin`` how many times
+    them a candidate may err; ``rounding_margin`` how many times the rounding, where there is no
+    baseline. ``unmeasured`` says why there are none, where that needs saying.
     """
 
     outputs: Mapping[str, NDArray[Any]]
     sample: Sample
     name: str
-    rounding: Mapping[str, float] = field(default_factory=dict)
+    exact: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    rounding: Mapping[str, Errors] = field(default_factory=dict)
+    baseline: Mapping[str, Errors] = field(default_factory=dict)
+    baseline_name: str = ""
+    margin: float = MARGIN
+    rounding_margin: float = ROUNDING
+    unmeasured: str = ""
+
+    def limit(self, name: str) -> Limit | None:
+        """Give what a candidate's errors may be in an output; None where nothing was measured."""
+        baseline, rounding = self.baseline.get(name), self.rounding.get(name)
+        if baseline is not None:
+            return Limit.of(baseline, rounding, self.margin)
+        return None if rounding is None else Limit.of_rounding(rounding, self.rounding_margin)
+
+    @property
+    def limits_from(self) -> str:
+        """Say what the limits were measured on; nothing where they were not."""
+        if self.baseline:
+            return f"{self.margin:g} times the errors of {self.baseline_name}"
+        if self.rounding:
+            return f"{self.rounding_margin:g} times the errors of {self.name} against fp64"
+        return f"fixed numbers: {self.unmeasured}" if self.unmeasured else ""
+
+    def rows(self, name: str, images: Sequence[int]) -> tuple[NDArray[Any], list[bool]]:
+        """Give an output's rows for some pictures, in fp64 where they are, and which those are."""
+        known = self.exact.get(name)
+        if known is None:
+            return self.outputs[name][images], [True] * len(images)
+        exact = [image < len(known) for image in images]
+        rows = [
+            known[image] if is_exact else self.outputs[name][image]
+            for image, is_exact in zip(images, exact, strict=True)
+        ]
+        return np.stack(rows), exact
+
+    def require_finite(self) -> Reference:
+        """Require that there is something to compare with.
+
+        Raises:
+            ToleranceError: a value is NaN or infinite; the output and the picture are named.
+        """
+        for name, values in self.outputs.items():
+            if not np.issubdtype(values.dtype, np.number):
+                raise ToleranceError(
+                    f"output {name!r} of {self.name} is {values.dtype}; expected numbers"
+                )
+            good = np.isfinite(values).reshape(len(values), -1).all(axis=1)
+            if not good.all():
+                raise ToleranceError(
+                    f"the reference itself is not finite: output {name!r} of {self.name} has NaN "
+                    f"or infinite values on image {self.sample.names[int(np.argmin(good))]} "
+                    f"({int((~good).sum())} of {len(good)} images); nothing can be compared with it"
+                )
+        return self
 
 
 def run_reference(
@@ -62,24 +122,45 @@ def run_reference(
     return Reference(joined, sample, runner.name)
 
 
-def measure_rounding(reference: Reference, exact: Runner, images: int = 8) -> Reference:
-    """Add how far the reference's own fp32 arithmetic is from ``exact``, the same in fp64."""
+def measure_rounding(
+    reference: Reference,
+    exact: Runner,
+    images: int,
+    stem: InputKind = InputKind.FLOAT,
+    *,
+    fixed: int | None = None,
+) -> Reference:
+    """Run the first ``images`` pictures in fp64 too: what is right, and how far fp32 is from it.
+
+    Args:
+        reference: run in fp32.
+        exact: the same in fp64.
+        images: how many pictures; fp64 takes twice the time.
+        stem: what ``exact`` takes.
+        fixed: the only batch size it takes, if there is only one.
+    """
     sample = reference.sample
-    few = replace(sample, pixels=sample.pixels[:images], room=min(sample.room, 4))
-    truth = run_reference(exact, few).outputs
+    few = replace(
+        sample,
+        pixels=sample.pixels[:images],
+        names=sample.names[:images],
+        room=min(sample.room, 4),
+    )
+    truth = run_reference(exact, few, stem, fixed=fixed).outputs
     rounding = {}
     for name, output in reference.outputs.items():
         comparison = Comparison()
         comparison.add(truth[name], output[: len(few)])
-        rounding[name] = comparison.agreement().relative
-    return replace(reference, rounding=rounding)
+        rounding[name] = comparison.agreement().errors.at_least(float(np.finfo(np.float32).eps / 2))
+    return replace(reference, exact=truth, rounding=rounding)
 
 
 @dataclass(frozen=True, slots=True)
 class Verified:
     """How a candidate agreed with its reference, output by output, at the sizes that ran.
 
-    ``vectors`` are the candidate's embeddings, [count, dim] by output.
+    ``vectors`` are the candidate's embeddings and ``wanted`` the reference's, [count, dim] by
+    output.
     """
 
     outputs: Mapping[str, Agreement]
@@ -88,13 +169,14 @@ class Verified:
     reference: Reference
     per_image: tuple[ImageRecord, ...] = ()
     vectors: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    wanted: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
     def failures(self, gate: Gate) -> list[str]:
-        """Say which outputs do not reach ``gate``, and why."""
+        """Name the outputs that do not reach ``gate``, and why."""
         return [
             f"output {name!r}: {failure}"
             for name, agreement in self.outputs.items()
-            for failure in gate.failures(agreement)
+            for failure in gate.failures(agreement, self.reference.limit(name))
         ]
 
     def require(self, gate: Gate, what: str) -> CheckRecord:
@@ -104,15 +186,21 @@ class Verified:
             ToleranceError: an output does not reach it; the message names output and figures.
         """
         for name, agreement in self.outputs.items():
-            gate.require(agreement, f"{what}, output {name!r},")
+            gate.require(agreement, f"{what}, output {name!r},", self.reference.limit(name))
         return self.record(gate, passed=True)
 
     def record(self, gate: Gate, *, passed: bool) -> CheckRecord:
         """Write down the figures: those of the worst output, and each output's own."""
         worst = worst_of(list(self.outputs.values()))
+        reference = self.reference
+        limits = {}
+        if gate.is_measured:
+            found = {name: reference.limit(name) for name in self.outputs}
+            limits = {name: limit.errors for name, limit in found.items() if limit is not None}
+        baseline = [errors.relative for errors in reference.baseline.values()]
         return CheckRecord(
-            images=len(self.reference.sample),
-            source=self.reference.sample.source,
+            images=worst.images,
+            source=reference.sample.source,
             batches=self.sizes,
             max_abs=worst.max_abs,
             mean_abs=worst.mean_abs,
@@ -121,12 +209,96 @@ class Verified:
             cosine_median=worst.cosine_median,
             passed=passed,
             executed_on=self.executed_on,
-            reference=self.reference.name,
+            reference=reference.name,
             outputs={name: agreement.to_json() for name, agreement in self.outputs.items()},
             neighbours=worst.neighbours,
             classes=worst.classes,
             per_image=self.per_image,
-            gate=gate.numbers,
+            gate={name: getattr(gate, name) for name in gate.asked} if limits else gate.numbers,
+            given=max(reference.sample.given, worst.images),
+            relative=worst.relative,
+            norm_ratio_min=worst.norm_ratio_min,
+            norm_ratio_max=worst.norm_ratio_max,
+            cls=worst.cls,
+            worst_token=worst.worst_token,
+            twin_error=float(np.max(baseline)) if baseline else None,
+            limits={name: errors.to_json() for name, errors in limits.items()},
+            limits_from=reference.limits_from if gate.is_measured else "",
+        )
+
+
+@dataclass(slots=True)
+class Trial:
+    """A candidate's comparisons, over one sample after another.
+
+    ``names`` are the pictures' so far; ``rows`` says which picture each compared row is.
+    """
+
+    comparisons: dict[str, Comparison] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    vectors: dict[str, list[NDArray[Any]]] = field(default_factory=lambda: defaultdict(list))
+    wanted: dict[str, list[NDArray[Any]]] = field(default_factory=lambda: defaultdict(list))
+
+    def run(
+        self, runner: Runner, reference: Reference, stem: InputKind, sizes: Sequence[int]
+    ) -> None:
+        """Run a candidate over the reference's pictures at each batch size and compare.
+
+        Raises:
+            ToleranceError: an output is missing or has another shape than the reference's.
+        """
+        sample, before = reference.sample, len(self.names)
+        vectors: dict[str, dict[int, NDArray[Any]]] = {name: {} for name in reference.outputs}
+        for indices in batches(sizes, len(sample)):
+            got = runner(sample.feed(indices, stem))
+            images = [index % len(sample) for index in indices]
+            self.rows += [before + image for image in images]
+            for name in reference.outputs:
+                if name not in got:
+                    raise ToleranceError(
+                        f"the candidate has no output {name!r}; it has {', '.join(got)}"
+                    )
+                output = np.asarray(got[name])
+                wanted, exact = reference.rows(name, images)
+                self.comparisons.setdefault(name, Comparison()).add(wanted, output, exact)
+                vectors[name].update(zip(images, embedding_of(output), strict=True))
+        self.names += sample.names
+        for name, found in vectors.items():
+            self.vectors[name] += [found[image] for image in range(len(sample))]
+            self.wanted[name] += list(embedding_of(reference.outputs[name]))
+
+    def errors(self) -> dict[str, Errors]:
+        """Give the relative errors so far, by output."""
+        return {name: found.agreement().errors for name, found in self.comparisons.items()}
+
+    def verified(self, reference: Reference, sizes: Sequence[int], executed_on: str) -> Verified:
+        """Sum up, for the limits that ``reference`` has."""
+        vectors = {name: np.stack(rows) for name, rows in self.vectors.items()}
+        wanted = {name: np.stack(rows) for name, rows in self.wanted.items()}
+        agreements = {}
+        for name, comparison in self.comparisons.items():
+            agreement = comparison.agreement()
+            floor = reference.rounding.get(name)
+            if len(self.names) < 2:  # one picture in several rows is nowhere apart from itself
+                agreement = replace(agreement, spread=None, centred=None)
+            agreements[name] = replace(
+                agreement,
+                images=len(self.names),
+                rounding=None if floor is None else agreement.relative / floor.relative,
+                neighbours=neighbour_agreement(wanted[name], vectors[name]),
+                classes=class_agreement(wanted[name], vectors[name])
+                if name == Head.LOGITS.output
+                else None,
+            )
+        return Verified(
+            agreements,
+            tuple(sizes),
+            executed_on,
+            reference,
+            _per_image(self.comparisons, self.rows, self.names),
+            vectors,
+            wanted,
         )
 
 
@@ -136,47 +308,9 @@ def verify(runner: Runner, reference: Reference, stem: InputKind, sizes: Sequenc
     Raises:
         ToleranceError: an output is missing or has another shape than the reference's.
     """
-    sample = reference.sample
-    comparisons = {name: Comparison() for name in reference.outputs}
-    vectors: dict[str, dict[int, NDArray[Any]]] = {name: {} for name in reference.outputs}
-    rows: list[int] = []
-    for indices in batches(sizes, len(sample)):
-        got = runner(sample.feed(indices, stem))
-        images = [index % len(sample) for index in indices]
-        rows += images
-        for name, comparison in comparisons.items():
-            if name not in got:
-                raise ToleranceError(
-                    f"the candidate has no output {name!r}; it has {', '.join(got)}"
-                )
-            output = np.asarray(got[name])
-            comparison.add(reference.outputs[name][images], output)
-            vectors[name].update(zip(images, embedding_of(output), strict=True))
-    stacked = {
-        name: np.stack([found[image] for image in range(len(sample))])
-        for name, found in vectors.items()
-    }
-    agreements = {
-        name: _with_set_figures(comparison.agreement(), reference, name, stacked[name])
-        for name, comparison in comparisons.items()
-    }
-    per_image = _per_image(comparisons, rows, sample.names)
-    return Verified(agreements, tuple(sizes), runner.name, reference, per_image, stacked)
-
-
-def _with_set_figures(
-    agreement: Agreement, reference: Reference, name: str, vectors: NDArray[Any]
-) -> Agreement:
-    """Add the figures of the set as a whole."""
-    wanted = embedding_of(reference.outputs[name])
-    floor = reference.rounding.get(name)
-    return replace(
-        agreement,
-        images=len(wanted),
-        rounding=None if floor is None else agreement.relative / max(floor, np.finfo(float).tiny),
-        neighbours=neighbour_agreement(wanted, vectors),
-        classes=class_agreement(wanted, vectors) if name == Head.LOGITS.output else None,
-    )
+    trial = Trial()
+    trial.run(runner, reference, stem, sizes)
+    return trial.verified(reference, sizes, runner.name)
 
 
 def _per_image(

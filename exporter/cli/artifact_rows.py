@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from msn_export.cli.console import Console
+from msn_export.cli.validation_rows import counted
 from msn_export.manifest import Manifest
 from msn_export.manifest_records import CheckRecord, EngineRecord, SumsRecord
 from msn_export.proof.quantization_rows import quantization_rows
@@ -109,8 +110,7 @@ def _check_rows(check: CheckRecord | None) -> Iterator[tuple[str, str]]:
         yield "check", "none (--no-check)"
         return
     sizes = ", ".join(str(size) for size in check.batches)
-    what = "inputs" if check.source.startswith("seeded noise") else "images"
-    yield "check", f"{check.images} {what}: {check.source}; batches {sizes}"
+    yield "check", f"{counted(check)}: {check.source}; batches {sizes}"
     yield "", f"against {check.reference}"
     yield "", f"on {check.executed_on}"
     yield "max_abs", f"{_figure(check.max_abs, '.2e')} (mean {_figure(check.mean_abs, '.2e')})"
@@ -120,7 +120,15 @@ def _check_rows(check: CheckRecord | None) -> Iterator[tuple[str, str]]:
         "median": check.cosine_median,
     }
     yield "cosine", ", ".join(f"{name} {_figure(x, '.8f')}" for name, x in cosines.items())
-    yield "verdict", "passed" if check.passed else "failed"
+    if check.relative is not None:
+        allowed = [limits.get("relative") for limits in check.limits.values()]
+        known = [limit for limit in allowed if limit is not None]
+        most = f", {max(known):.1e} allowed" if known else ""
+        yield "relative error", f"{check.relative:.2e}{most}"
+    if check.limits_from:
+        yield "", check.limits_from
+    verdict = "passed" if check.passed else "failed"
+    yield "verdict", f"{verdict} on {counted(check)}"
 
 
 def _figure(value: float | None, form: str) -> str:

@@ -35,6 +35,18 @@ BATCH = Parsed("N or MIN:OPT:MAX", BatchRange.parse)
 SIZE = Parsed("N or HxW", ImageSize.parse)
 MEMORY = Parsed("bytes, as in 4GiB", parse_bytes)
 CAPABILITY = Parsed("M.m", ComputeCapability.parse)
+
+
+def _limit(text: str) -> int | None:
+    """Read ``N``, or ``all``, which is None."""
+    if text == "all":
+        return None
+    if not text.isascii() or not text.isdigit() or not int(text):
+        raise SpecError(f"{text!r} is no number of pictures; expected 1 or more, or all")
+    return int(text)
+
+
+LIMIT = Parsed("N|all", _limit)
 IMAGES = click.Path(exists=True, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
 

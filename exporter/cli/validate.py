@@ -8,6 +8,7 @@ import click
 
 from msn_export.cli.options import (
     BATCH,
+    LIMIT,
     checkpoint_options,
     choice,
     exif_option,
@@ -18,9 +19,12 @@ from msn_export.cli.options import (
 from msn_export.spec import Dtype
 
 GATE_OPTIONS = {
+    "relative": "Largest relative error, of all images and of the worst one; replaces the measured "
+    "limit, as --max-abs and --cosine do.",
     "max_abs": "Largest absolute difference, times the reference's RMS where that is above 1.",
     "cosine": "Least cosine: of every image in fp32, else of the first percentile.",
-    "rounding": "Relative error in multiples of the reference's own fp32 rounding.",
+    "cls_cosine": "Least cosine of [CLS], where an output has tokens.",
+    "norm_ratio": "Largest distance from 1 of the candidate's norm over the reference's.",
     "neighbours": "Least share of images whose nearest neighbour is the reference's.",
     "classes": "Least share of images whose class is the reference's.",
 }
@@ -38,7 +42,7 @@ def gate_options(command: Any) -> Any:
 @click.argument("reference")
 @click.argument("candidate")
 @images_option
-@click.option("--limit", type=click.IntRange(1), default=64, show_default=True, help="Pictures.")
+@click.option("--limit", type=LIMIT, default="64", show_default=True, help="Pictures that are run.")
 @click.option("--batch", type=BATCH, help="Batch sizes to run. Default: the candidate's own.")
 @preprocess_option(help="How the candidate is fed in production. Default: as its manifest says.")
 @exif_option

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from rich.markup import escape
 from rich.table import Table
 
+from msn_export.check.gate import in_words
 from msn_export.cli.console import Console
 from msn_export.manifest_records import CheckRecord, ImageRecord
 from msn_export.proof.validation import Side, Validation
@@ -27,13 +28,12 @@ def show_validation(console: Console, validation: Validation) -> None:
 
 
 def _rows(validation: Validation) -> Iterator[tuple[str, str]]:
-    yield "verdict", "passed" if validation.passed else "FAILED"
+    yield "verdict", f"{'passed' if validation.passed else 'FAILED'} on {counted(validation.check)}"
     for reason in validation.reasons:
         yield "", reason
     if validation.cause is not None:
         yield "likely cause", validation.cause
-    yield f"gate {validation.gate_name}", str(validation.gate)
-    yield "", f"because {validation.gate.reason}"
+    yield from _gate(validation)
     yield "reference", _side(validation.reference)
     yield "candidate", _side(validation.candidate)
     yield from check_rows(validation.check)
@@ -44,6 +44,26 @@ def _rows(validation: Validation) -> Iterator[tuple[str, str]]:
         yield "note", note
 
 
+def _gate(validation: Validation) -> Iterator[tuple[str, str]]:
+    check, gate = validation.check, validation.gate
+    if check.limits:
+        yield f"limits {validation.gate_name}", check.limits_from
+        if check.gate:
+            yield "", in_words(check.gate)
+        return
+    yield f"gate {validation.gate_name}", str(gate)
+    yield "", f"because {gate.reason}"
+    if check.limits_from:
+        yield "", check.limits_from
+
+
+def counted(check: CheckRecord) -> str:
+    """Count what a check ran, of how many there were."""
+    what = "inputs" if check.source.startswith("seeded noise") else "images"
+    of = f" of {check.given:,}" if check.given > check.images else ""
+    return f"{check.images}{of} {what}"
+
+
 def _side(side: Side) -> str:
     return f"{side.kind}, {side.dtype}; {side.preprocessing}"
 
@@ -51,24 +71,36 @@ def _side(side: Side) -> str:
 def check_rows(check: CheckRecord) -> Iterator[tuple[str, str]]:
     """Describe one check; each output has its own line."""
     sizes = ", ".join(map(str, check.batches))
-    what = "inputs" if check.source.startswith("seeded noise") else "images"
-    yield "check", f"{check.images} {what}: {check.source}; batches {sizes}"
+    yield "check", f"{counted(check)}: {check.source}; batches {sizes}"
     yield "", f"{check.reference} | {check.executed_on}"
     for name, figures in check.outputs.items():
-        yield f"  {name}", _figures(figures)
+        yield f"  {name}", _figures(figures, check.limits.get(name, {}))
     yield "worst", _worst(check.per_image)
 
 
-def _figures(figures: dict[str, float | None]) -> str:
+def _figures(figures: dict[str, float | None], limits: dict[str, float | None]) -> str:
     def shown(name: str, form: str) -> str:
         value = figures.get(name)
         return "not a number" if value is None else format(value, form)
 
-    parts = [
+    def error(name: str) -> str:
+        limit = limits.get(name)
+        return shown(name, ".2e") + ("" if limit is None else f" of {limit:.1e} allowed")
+
+    parts = [f"relative error {error('relative')}, worst image {error('image')}"]
+    if figures.get("cls") is not None:
+        parts.append(f"[CLS] {error('cls')}, worst image {error('cls_image')}")
+        parts.append(f"tokens p99 {error('token')}, worst {error('worst_token')}")
+    parts += [
         f"cosine min {shown('cosine_min', '.8f')}, p1 {shown('cosine_p1', '.8f')}",
         f"max_abs {shown('max_abs', '.2e')}, mean {shown('mean_abs', '.1e')}",
         f"norm ratio {shown('norm_ratio_min', '.5f')} to {shown('norm_ratio_max', '.5f')}",
     ]
+    if figures.get("centred") is not None:
+        parts.append(
+            f"{shown('centred', '.1e')} of the distance between different images "
+            f"({shown('spread', '.2g')} of their norm)"
+        )
     if figures.get("rounding") is not None:
         parts.append(f"{shown('rounding', '.1f')} times the reference's own rounding")
     for name, what in (("neighbours", "nearest neighbours"), ("classes", "classes")):

@@ -12,12 +12,13 @@ from msn_export.proof.artifact import Artifact, is_checkpoint, open_artifact
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two artifacts and the outputs both have."""
+    """Two artifacts and the outputs both have; ``alone`` names those that only one has."""
 
     reference: Artifact
     candidate: Artifact
     outputs: tuple[str, ...]
     notes: tuple[str, ...]
+    alone: tuple[str, ...] = ()
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -68,11 +69,12 @@ def open_pair(reference: str, candidate: str, choices: Choices = AS_IT_SAYS) -> 
             f"{', '.join(right.outputs)}; export one of them again with the other's --head"
         )
     notes = [*left.notes, *right.notes, *_assumed(left, right)]
+    alone = []
     for side, other in ((left, right), (right, left)):
-        alone = [name for name in side.outputs if name not in other.outputs]
-        if alone and side.kind != "checkpoint":  # every head can be read off a checkpoint
-            notes.append(f"not compared, only {side.name} has it: {', '.join(alone)}")
-    return Pair(left, right, outputs, tuple(dict.fromkeys(notes)))
+        names = [name for name in side.outputs if name not in other.outputs]
+        if names and side.kind != "checkpoint":  # every head can be read off a checkpoint
+            alone.append(f"not compared, only {side.name} has it: {', '.join(names)}")
+    return Pair(left, right, outputs, tuple(dict.fromkeys(notes)), tuple(alone))
 
 
 def _assumed(left: Artifact, right: Artifact) -> tuple[str, ...]:

@@ -74,7 +74,8 @@ def judge(
         gate: what is asked of each, named ``name``.
         name: see ``gate``.
         own: how the candidate is fed in production, where that differs from the reference's.
-        numbers_only: contradictions between the graphs are notes, not reasons.
+        numbers_only: contradictions between the graphs, and outputs that only one of them has, are
+            notes, not reasons.
     """
     same, mine = measured.same, measured.own
     model, fed = same.failures(gate), mine.failures(gate) if mine is not None else []
@@ -94,7 +95,7 @@ def judge(
                 f"the preprocessing differs and the verdict is that of both together: {shown}"
             )
     reasons += label_faults(pair.reference.labels, pair.candidate.labels)
-    told = differences(pair.reference.structure, pair.candidate.structure)
+    told = [*differences(pair.reference.structure, pair.candidate.structure), *pair.alone]
     if numbers_only:
         notes += told
     else:

@@ -1,6 +1,6 @@
 """What ``msn-export calibrate`` was asked for."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,7 +9,7 @@ from msn_export.calibration.formats import FORMATS
 from msn_export.calibration.observers import Observer
 from msn_export.calibration.projections import Role
 from msn_export.calibration.qdq import Scheme
-from msn_export.check.gate import GATES, Gate
+from msn_export.check.gate import Gate, quality_gate
 from msn_export.errors import SpecError
 from msn_export.job import Count, Index, Job, Within
 from msn_export.preprocessing import Exif
@@ -73,8 +73,7 @@ class CalibrateJob(Job):
     @property
     def gate(self) -> Gate:
         """What the quantised graph must reach: that of its format, or what was asked for."""
-        own = GATES[self.dtype]
-        return own if self.gate_cosine is None else replace(own, cosine_p1=self.gate_cosine)
+        return quality_gate(self.dtype, self.gate_cosine)
 
     @property
     def scheme(self) -> Scheme:

@@ -1,17 +1,13 @@
 """What quantising a graph costs and what it saves, on images it was not calibrated on."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
-from numpy.typing import NDArray
 
-from msn_export.check.compare import Comparison
 from msn_export.check.gate import Gate
-from msn_export.check.neighbours import class_agreement, embedding_of, neighbour_agreement
-from msn_export.check.verify import Reference, Runner, Verified, run_reference
+from msn_export.check.verify import Reference, Runner, verify
 from msn_export.manifest_records import CheckRecord
 from msn_export.quantise.choices import EVERYTHING, Choice
 from msn_export.spec import Head, InputKind
@@ -51,41 +47,23 @@ def judge(
     Raises:
         ToleranceError: it has other outputs.
     """
-    sample = reference.sample
-    candidate = run_reference(runner, sample, stem, fixed=fixed)
-    agreements = {}
-    for name, want in reference.outputs.items():
-        comparison = Comparison()
-        comparison.add(want, candidate.outputs[name])
-        agreements[name] = comparison.agreement()
-    failures = [
-        f"output {name!r}: {failure}"
-        for name, agreement in agreements.items()
-        for failure in gate.failures(agreement)
-    ]
-    batch = fixed or min(8, sample.room)
-    verified = Verified(agreements, (batch,), runner.name, reference)
+    size = fixed or min(8, reference.sample.room, len(reference.sample))
+    verified = verify(runner, reference, stem, (size,))
+    failures = verified.failures(gate)
     return Judged(
         verified.record(gate, passed=not failures),
         tuple(failures),
-        _worst(reference.outputs, candidate.outputs, neighbours=True),
-        _worst(reference.outputs, candidate.outputs, neighbours=False),
+        _least(
+            agreement.neighbours
+            for name, agreement in verified.outputs.items()
+            if name != Head.LOGITS.output
+        ),
+        _least(agreement.classes for agreement in verified.outputs.values()),
     )
 
 
-def _worst(
-    reference: Mapping[str, NDArray[Any]],
-    candidate: Mapping[str, NDArray[Any]],
-    *,
-    neighbours: bool,
-) -> float | None:
-    """Give the agreement of the output that agrees least: of neighbours, or of classes."""
-    agreement = neighbour_agreement if neighbours else class_agreement
-    shares = [
-        agreement(embedding_of(want), embedding_of(candidate[name]))
-        for name, want in reference.items()
-        if neighbours is not (name == Head.LOGITS.output)
-    ]
+def _least(shares: Iterable[float | None]) -> float | None:
+    """Give the share of the output that agrees least."""
     return min((share for share in shares if share is not None), default=None)
 
 
@@ -127,8 +105,13 @@ def sentence(savings: Savings, judged: Judged, twin: Judged, *, kept: int, depth
     share = savings.size_share
     change = f"{1 - share:.0%} smaller" if share <= 1 else f"{share - 1:.0%} larger"
     saved = f"the {savings.form} {what} is {change} than the {savings.base} one"
-    cost = f"p1 cosine {_figure(judged.record.cosine_p1)} ({savings.base}: " + (
-        f"{_figure(twin.record.cosine_p1)})"
+    cost = "; ".join(
+        f"{what} {_figure(getattr(judged.record, name), form)} "
+        f"({savings.base}: {_figure(getattr(twin.record, name), form)})"
+        for what, name, form in (
+            ("relative error", "relative", ".2%"),
+            ("p1 cosine", "cosine_p1", ".5f"),
+        )
     )
     shares = [
         f"{share:.0%} of {named} agree"
@@ -150,5 +133,5 @@ def _time(savings: Savings) -> str:
     return f"{after:.2f} ms a batch ({savings.base}: {before:.2f})"
 
 
-def _figure(value: float | None) -> str:
-    return "none" if value is None else f"{value:.5f}"
+def _figure(value: float | None, form: str) -> str:
+    return "none" if value is None else f"{value:{form}}"

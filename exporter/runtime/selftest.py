@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from msn_export import golden
-from msn_export.check.compare import Agreement, Comparison
-from msn_export.check.gate import GATES, Gate
+from msn_export.check.compare import Agreement, Comparison, Errors
+from msn_export.check.gate import GATES, Gate, Limit
 from msn_export.errors import ManifestError
 from msn_export.manifest import Manifest
 from msn_export.spec import InputKind
@@ -16,7 +16,11 @@ from msn_export.spec import InputKind
 
 @dataclass(frozen=True, slots=True)
 class SelfTest:
-    """How an artifact did on its golden input; ``failures`` is empty where it passed."""
+    """How an artifact did on its golden input; ``failures`` is empty where it passed.
+
+    ``limit`` is what its relative error may be, as it was measured when the artifact was made; None
+    holds the gate's own numbers against it.
+    """
 
     output: str
     agreement: Agreement
@@ -24,6 +28,7 @@ class SelfTest:
     failures: tuple[str, ...]
     executed_on: str
     reference: str
+    limit: float | None = None
 
     @property
     def passed(self) -> bool:
@@ -33,10 +38,11 @@ class SelfTest:
     def __str__(self) -> str:
         word = "passed" if self.passed else f"failed ({'; '.join(self.failures)})"
         found = self.agreement
+        allowed = "" if self.limit is None else f" ({self.limit:.1e} allowed)"
         return (
             f"selftest {word}: output {self.output!r} of {found.images} seeded images on "
-            f"{self.executed_on}, max_abs {found.max_abs:.2e}, cosine {found.cosine_min:.6f}, "
-            f"against {self.reference}"
+            f"{self.executed_on}, relative error {found.relative:.1e}{allowed}, cosine "
+            f"{found.cosine_min:.6f}, against {self.reference}"
         )
 
 
@@ -64,5 +70,6 @@ def selftest(
     comparison = Comparison()
     comparison.add(wanted, golden.vectors(np.asarray(outputs[record.output])))
     agreement, gate = comparison.agreement(), GATES[manifest.rounds_as]
-    failures = tuple(gate.failures(agreement))
-    return SelfTest(record.output, agreement, gate, failures, name, record.reference)
+    limit = None if record.limit is None else Limit(Errors.uniform(record.limit))
+    failures = tuple(gate.failures(agreement, limit))
+    return SelfTest(record.output, agreement, gate, failures, name, record.reference, record.limit)
