@@ -4,6 +4,7 @@ The engine is real, compiled by TensorRT-RTX; what stands in runs the graph it w
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +86,7 @@ def use_installed_version(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda logits: logits[:, ::-1], "does not agree with its reference: cosine_p1"),
+        (lambda logits: logits[:, ::-1], "does not agree with its reference: relative error"),
         (lambda logits: logits * np.nan, "NaN and 0 infinite values"),
     ],
 )
@@ -146,7 +147,10 @@ def test_the_engine_passes_its_selftest_with_the_checkpoints_golden_values(
     written, source = manifest.read(output), manifest.read(classifier())
     assert written is not None
     assert source is not None
-    assert written.golden == source.golden
+    assert source.golden is not None
+    # the same values, held to what fp16 costs
+    assert written.golden == replace(source.golden, limit=written.golden.limit)
+    assert written.golden.limit > 100 * source.golden.limit
     assert written.golden.reference.startswith("torch")
     with open_runner(output) as runner:
         told = runner.selftest()

@@ -102,6 +102,9 @@ LIMITS = [
     (Gate(relative=0.1), {"image": 0.2}, ["relative error of the worst image 2.00e-01, 1.0e-01"]),
     (Gate(relative=0.1), {"cls": 0.2}, ["relative error of [CLS] 2.00e-01, 1.0e-01 allowed"]),
     (Gate(relative=0.1), {"cls_image": 0.2}, ["relative error of [CLS] of the worst image 2.00"]),
+    (Gate(relative=0.1, image=0.3), {"image": 0.3, "cls_image": 0.3}, []),
+    (Gate(relative=0.1, image=0.3), {"image": 0.4}, ["relative error of the worst image 4.00e-01"]),
+    (Gate(image=0.3), {"relative": 9.0, "cls": 9.0}, []),
     (Gate(relative=0.1), {"token": 0.2, "worst_token": 9.0}, []),  # for images, not for tokens
     (Gate(norm_ratio=0.1), {"norm_ratio_max": 1.11}, ["norm 1.11 times the reference's, 0.9 to"]),
     (Gate(norm_ratio=0.1), {"norm_ratio_min": 0.5}, ["norm 0.5 times the reference's, 0.9 to 1.1"]),
@@ -245,10 +248,12 @@ def test_what_a_user_asks_besides_is_asked_beside_the_limit(name) -> None:
 def test_a_cosine_bounds_the_error_and_the_norm_of_a_calibration() -> None:
     gate = quality_gate(Dtype.INT8, 0.98)
     assert (gate.cosine_p1, gate.relative) == (0.98, pytest.approx(0.2))
+    assert gate.image == pytest.approx(0.4)
     assert gate.norm_ratio == pytest.approx(0.2)
     assert quality_gate(Dtype.INT8, None) is GATES[Dtype.INT8]
     # however low: another scale is another output
     anything = quality_gate(Dtype.INT8, 0.0)
+    assert anything.failures(agreement(image=1.0))
     for factor in (0.5, 2.0, 100.0):
         assert anything.failures(agreement(norm_ratio_min=factor, norm_ratio_max=factor))
 
@@ -267,5 +272,5 @@ def test_a_number_that_no_gate_has_is_refused() -> None:
         gate_of(Dtype.FP16, {"cosin": 0.9})
     assert str(raised.value) == (
         "a gate has no 'cosin'; it has cosine, max_abs, cosine_min, cosine_p1, cls_cosine, "
-        "relative, norm_ratio, neighbours, classes"
+        "relative, image, norm_ratio, neighbours, classes"
     )

@@ -28,6 +28,8 @@ class Errors:
     ``relative`` is that of all images together and ``image`` that of the worst image. ``cls`` and
     ``cls_image`` are the same of the [CLS] rows alone, ``token`` the 99th percentile and
     ``worst_token`` the largest of single tokens; all four are None where the output has no tokens.
+    One image's error, and one token's, is relative to the root mean square norm of all of them:
+    what rounding costs follows the values on the way, and an output may be small by chance.
     """
 
     relative: float
@@ -143,10 +145,9 @@ class _Squares:
             return float(np.sqrt(error / square)) if square > 0 else float("nan")
 
     def worst(self, rows: NDArray[np.bool_]) -> float:
-        """Give the largest of the rows' own errors."""
+        """Relate the largest of some rows' errors to the norm that all rows have on average."""
         with np.errstate(invalid="ignore", divide="ignore"):
-            each = np.sqrt(np.asarray(self.error)[rows] / np.asarray(self.reference)[rows])
-        return float(np.max(each))
+            return float(np.sqrt(np.max(np.asarray(self.error)[rows]) / np.mean(self.reference)))
 
 
 @dataclass(slots=True)
@@ -222,8 +223,7 @@ class Comparison:
         self._cls.add(first, first - other)
         norms = np.linalg.norm(first, axis=1) * np.linalg.norm(other, axis=1)
         self._cls_cosines += ((first * other).sum(axis=1) / norms).tolist()
-        each = np.linalg.norm(want - have, axis=2) / np.linalg.norm(want, axis=2)
-        self._tokens += list(each.astype(np.float32))
+        self._tokens += list(np.linalg.norm(want - have, axis=2).astype(np.float32))
 
     def _add_spread(self, want: NDArray[Any], have: NDArray[Any]) -> None:
         """Sum distances from the first embedding: a large mean would swallow what is left of it."""
@@ -246,7 +246,7 @@ class Comparison:
         cosines, ratios = np.asarray(self.cosines), np.asarray(self.ratios)
         exact = np.asarray(self._exact)
         judged = exact if exact.any() else np.ones(len(exact), bool)
-        tokens = np.asarray(self._tokens)[judged] if self._tokens else None  # [rows, tokens]
+        tokens = self._token_errors(judged) if self._tokens else None
         spread, centred = self._spread()
         # numpy's max keeps NaN; Python's max(0.0, nan) is 0.0
         return Agreement(
@@ -272,6 +272,15 @@ class Comparison:
             spread=spread,
             centred=centred,
         )
+
+    def _token_errors(self, judged: NDArray[np.bool_]) -> NDArray[Any]:
+        """Relate tokens' errors [rows, tokens] to the norm that all tokens have on average."""
+        errors = np.asarray(self._tokens)[judged]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            related: NDArray[Any] = errors / np.sqrt(
+                np.mean(self._image.reference) / errors.shape[1]
+            )
+        return related
 
     def _spread(self) -> tuple[float | None, float | None]:
         """Relate the embeddings' distances from their mean, and their errors to those distances.

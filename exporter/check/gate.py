@@ -62,6 +62,7 @@ _WORDS = {
     "cosine_p1": "first-percentile cosine at least",
     "cls_cosine": "cosine of [CLS] at least",
     "relative": "relative error at most",
+    "image": "relative error of every image at most",
     "norm_ratio": "norm ratio within 1 and plus or minus",
     "neighbours": "share of images with the same nearest neighbour at least",
     "classes": "share of images of the same class at least",
@@ -84,7 +85,8 @@ class Gate:
 
     ``max_abs`` is for a reference whose root mean square is 1 or less, as the final LayerNorm's
     output is before its gain; a larger reference scales it. ``relative`` is asked of all images
-    together, of the worst one and of [CLS]; ``norm_ratio`` is the largest distance from 1.
+    together and of their [CLS], ``image`` of the worst image; None: the same as ``relative``.
+    ``norm_ratio`` is the largest distance from 1.
     ``neighbours``, ``classes`` and ``cls_cosine`` are asked where they were measured.
     ``asked`` names the numbers that a user chose.
     """
@@ -94,6 +96,7 @@ class Gate:
     cosine_p1: float | None = None
     cls_cosine: float | None = None
     relative: float | None = None
+    image: float | None = None
     norm_ratio: float | None = None
     neighbours: float | None = None
     classes: float | None = None
@@ -146,9 +149,11 @@ class Gate:
             least, cosine = getattr(self, name), getattr(agreement, name)
             if least is not None and cosine is not None and not cosine >= least:
                 found.append(f"{name} {cosine:.6f}, at least {least} needed")
-        if self.relative is not None:
-            allowed_errors = replace(Errors.uniform(self.relative), token=None, worst_token=None)
-            found += _past(agreement.errors, allowed_errors)
+        image = self.relative if self.image is None else self.image
+        if self.relative is not None or image is not None:
+            together = math.inf if self.relative is None else self.relative
+            worst = math.inf if image is None else image
+            found += _past(agreement.errors, Errors(together, worst, together, worst))
         if self.norm_ratio is not None:
             for ratio in (agreement.norm_ratio_min, agreement.norm_ratio_max):
                 if not abs(ratio - 1) <= self.norm_ratio:
@@ -249,12 +254,17 @@ def _quality(cosine: float, reason: str) -> Gate:
     """
     apart = math.sqrt(max(0.0, 2 - 2 * cosine))
     return Gate(
-        cosine_p1=cosine, relative=apart, norm_ratio=min(apart, LARGEST_NORM_CHANGE), reason=reason
+        cosine_p1=cosine,
+        relative=apart,
+        image=min(2 * apart, LARGEST_ERROR),
+        norm_ratio=min(apart, LARGEST_NORM_CHANGE),
+        reason=reason,
     )
 
 
 # However low a cosine is asked for: a norm that is half or twice the reference's is another scale.
 LARGEST_NORM_CHANGE = 0.4
+LARGEST_ERROR = 0.9  # of one image: a wholly wrong one has 1 or more
 
 GATES: Mapping[Dtype, Gate] = {
     Dtype.FP32: Gate(
