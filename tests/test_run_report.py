@@ -101,7 +101,7 @@ def test_it_says_where_each_came_from_and_how_to_make_it_again(page, folder) -> 
         assert f"sha256 {digest}" in text
     assert "weights&#39; sha256" in text
     assert "msn-export" in text[text.index("How to make it again") :]
-    assert "preprocessor_config.json: bilinear to 32x32" in text
+    assert "preprocessor_config.json: resized to 32x32 (bilinear)" in text
 
 
 def test_it_shows_agreement_with_the_worst_images_beside_their_neighbours(page) -> None:
