@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from msn_export.errors import CheckpointError
@@ -43,6 +44,9 @@ INSIDE = {
     "_fsdp_wrapped_module": "FullyShardedDataParallel",
     "_checkpoint_wrapped_module": "activation checkpointing",
 }
+# The head of facebookresearch/mae main_linprobe.py: BatchNorm without weights, then a linear layer.
+PROBE = {"head.0.running_mean", "head.0.running_var", "head.1.weight", "head.1.bias"}
+_PROBE_EPS = 1e-6  # main_linprobe.py, BatchNorm1d(affine=False, eps=1e-6)
 _DEEPEST = 8  # containers within one another; the deepest known are DeepSpeed's within Lightning's
 _RANK = {name: rank for rank, name in enumerate((*PREFIXES, *INSIDE))}
 _LINEAR_EVAL = ("target_encoder", "encoder")  # beside which facebookresearch/msn has a classifier
@@ -105,6 +109,9 @@ def unwrap(loaded: Any, where: str, choice: str | None = None) -> Weights:
         notes.append(f"weights read from {source}{also}")
     if outside:
         notes.append(_left(outside, prefix))
+    if _is_probe(tensors):
+        _fold(tensors)
+        notes.append("the BatchNorm of MAE's linear probe is folded into its classifier")
     return Weights(tensors, tuple(notes))
 
 
@@ -171,6 +178,31 @@ def _without_prefix(
     if not chosen:  # nothing wraps the model, so every key has to be one of its own
         return tensors | {key: state[key] for key in left}, chosen, others, []
     return tensors, chosen, others, left
+
+
+def _is_probe(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether all of a linear probe is there, in its shapes; else its keys are unknown ones."""
+    if not tensors.keys() >= PROBE:
+        return False
+    parts = [tensors[name] for name in PROBE]
+    plain = all(t.layout is torch.strided and t.device.type == "cpu" for t in parts)
+    rows = tuple(tensors["head.1.weight"].shape)
+    if not plain or len(rows) != 2 or not all(t.is_floating_point() for t in parts):
+        return False
+    sizes = {"head.1.weight": rows, "head.1.bias": rows[:1]}
+    return all(tuple(tensors[name].shape) == sizes.get(name, rows[1:]) for name in PROBE)
+
+
+def _fold(tensors: dict[str, Tensor]) -> None:
+    """Write MAE's linear probe as one linear layer ``head``, in place; exact in real arithmetic.
+
+    ``W ((x - mean) / std) + b`` is ``W' x + b'`` with ``W' = W / std`` and ``b' = b - W' mean``.
+    """
+    parts = {name: tensors.pop(name).double() for name in PROBE}
+    tensors.pop("head.0.num_batches_tracked", None)
+    weight = parts["head.1.weight"] / (parts["head.0.running_var"] + _PROBE_EPS).sqrt()
+    bias = parts["head.1.bias"] - weight @ parts["head.0.running_mean"]
+    tensors["head.weight"], tensors["head.bias"] = weight.float(), bias.float()
 
 
 def _of_encoder(key: str) -> bool:

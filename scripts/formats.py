@@ -6,10 +6,11 @@ python scripts/formats.py
 from collections.abc import Iterable
 from pathlib import Path
 
+from msn_export.graph.foreign import FORMS
 from msn_export.models.keys import CLASSIFIERS, LAYOUTS, REFUSED, SPARE
 from msn_export.models.named import ADAPTER_FOLDER, FOREIGN_FOLDERS, WEIGHTS
 from msn_export.models.variants import READS
-from msn_export.models.wrappers import CONTAINERS, INSIDE, PREFIXES
+from msn_export.models.wrappers import CONTAINERS, INSIDE, PREFIXES, PROBE
 from msn_export.processor_config import FIELDS, TYPES
 
 PAGE = Path("docs/formats.md")
@@ -43,7 +44,8 @@ def checkpoints() -> list[str]:
         ),
         "### Classifiers",
         "",
-        "Each computes what its writer's code computes; the output is `logits`. A note says what was read.",
+        "Each computes what its writer's code computes; the output is `logits`. A note says what was read. The "
+        f"BatchNorm of MAE's linear probe ({code(*sorted(PROBE))}) is folded into `head`.",
         "",
         *table(
             "weights", "reads", "written by",
@@ -97,6 +99,20 @@ def preprocessing() -> list[str]:
     ]  # fmt: skip
 
 
+def graphs() -> list[str]:
+    """Describe the forms of graphs that other tools write."""
+    return [
+        "## Graphs of other tools",
+        "",
+        "Taken alike by every command that takes an `.onnx` file, if they are a ViT that is understood.",
+        "",
+        *table(
+            "form", "", "",
+            rows=((form.name, form.verdict, form.done) for form in FORMS),
+        ),
+    ]  # fmt: skip
+
+
 def page() -> str:
     """Compose the page."""
     head = [
@@ -105,7 +121,7 @@ def page() -> str:
         "Written by `python scripts/formats.py` from the tables in the code.",
         "",
     ]
-    return "\n".join([*head, *checkpoints(), *preprocessing()]).rstrip() + "\n"
+    return "\n".join([*head, *checkpoints(), *preprocessing(), *graphs()]).rstrip() + "\n"
 
 
 if __name__ == "__main__":

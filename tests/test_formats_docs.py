@@ -7,6 +7,7 @@ import formats
 import pytest
 import torch
 
+from msn_export.graph.foreign import FORMS
 from msn_export.models.assemble import with_classifier
 from msn_export.models.keys import CLASSIFIERS, LAYOUTS, canonical
 from msn_export.models.variants import READS, VARIANTS
@@ -25,6 +26,7 @@ def test_the_page_names_every_row() -> None:
     assert all(layout.writers in page for layout in LAYOUTS)
     assert all(f"| `{field.name}` | {field.treatment} |" in page for field in FIELDS)
     assert all(what in page for what in READS.values())
+    assert all(f"| {form.name} | {form.verdict} |" in page for form in FORMS)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.writers)

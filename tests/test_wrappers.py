@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from writers import encoder, head, prefixed, probe
+from writers import encoder, head, linear_probe, prefixed, probe
 
 from msn_export.errors import CheckpointError
 from msn_export.models.keys import rename
@@ -179,6 +179,30 @@ def test_msns_classifier_joins_the_encoder_it_reads() -> None:
             "classifier": prefixed(wrap, probe(1)),
         }
         assert unwrap(file, "f").tensors.keys() == {*MODEL, *prefixed("classifier.", probe(1))}
+
+
+def test_the_batch_norm_of_maes_linear_probe_is_folded_with_a_note() -> None:
+    found = unwrap({"model": MODEL | linear_probe()}, "f")
+    assert found.tensors.keys() == {*MODEL, "head.weight", "head.bias"}
+    assert found.notes[1] == "the BatchNorm of MAE's linear probe is folded into its classifier"
+
+
+@pytest.mark.parametrize("key", ["head.0.running_var", "head.1.weight", "head.1.bias"])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        None,
+        torch.zeros(7),
+        torch.zeros(()),
+        torch.zeros(3, 64, dtype=torch.int8),
+        torch.zeros(3, 64, device="meta"),
+        torch.zeros(3, 64).to_sparse(),
+    ],
+)
+def test_a_linear_probe_that_is_not_whole_is_left_to_be_refused(key, harm) -> None:
+    part = linear_probe() | {key: harm}
+    part = {name: tensor for name, tensor in part.items() if tensor is not None}
+    assert "head.0.running_mean" in rename(unwrap(MODEL | part, "f").tensors, "f").unknown
 
 
 def test_one_weight_twice_is_refused_by_name() -> None:

@@ -67,6 +67,17 @@ def head() -> State:
     return draw(linear("head", DIM), 1)
 
 
+def batch_norm() -> State:
+    state = draw({"head.0.running_mean": (DIM,), "head.0.running_var": (DIM,)}, 4)
+    return state | {"head.0.running_var": state["head.0.running_var"].square() + 0.5}
+
+
+def linear_probe() -> State:
+    """The head of facebookresearch/mae main_linprobe.py."""
+    weights = {key.replace("head.", "head.1."): tensor for key, tensor in head().items()}
+    return batch_norm() | weights | {"head.0.num_batches_tracked": torch.tensor(7)}
+
+
 def fc_norm() -> State:
     return draw(layer_norm("fc_norm", DIM), 2)
 
@@ -114,6 +125,14 @@ def of_cls(images: Tensor) -> Tensor:
     state = encoder() | head()
     cls = norm(state, "norm", layers(state, images)[-1])[:, 0]
     return cls @ state["head.weight"].T + state["head.bias"]
+
+
+def of_probe(images: Tensor) -> Tensor:
+    """MAE main_linprobe.py: [CLS], a BatchNorm without weights, a linear layer."""
+    state = encoder() | batch_norm() | head()
+    cls = norm(state, "norm", layers(state, images)[-1])[:, 0]
+    x = (cls - state["head.0.running_mean"]) / (state["head.0.running_var"] + 1e-6).sqrt()
+    return x @ state["head.weight"].T + state["head.bias"]
 
 
 def of_patches(images: Tensor) -> Tensor:
@@ -377,6 +396,8 @@ CLASSIFIERS: dict[str, tuple[Write, Callable[[Tensor], Tensor]]] = {
         of_cls,
     ),
     "MAE code base, --cls_token": (lambda f: saved(mae(encoder() | head()), f), of_cls),
+    "MAE code base, linear probe": (
+        lambda f: saved(mae(encoder() | linear_probe()), f), of_probe),
     "MAE code base, --global_pool": (
         lambda f: saved(mae(encoder(norm=False) | fc_norm() | head()), f), of_patches),
     "timm, global_pool=avg": (
