@@ -45,7 +45,8 @@ class CheckRecord:
     ``twin_error`` is what the candidate's precision costs the reference on these images.
     ``neighbours`` and ``classes`` are the shares of images whose nearest neighbour and whose class
     are the reference's, None where not measured. ``gate`` holds the numbers that had to be reached
-    beside the limits.
+    beside the limits. ``skipped`` says by reason how many files of the folder are no pictures that
+    can be read.
     """
 
     images: int
@@ -74,6 +75,7 @@ class CheckRecord:
     twin_error: float | None = None
     limits: dict[str, dict[str, float | None]] = field(default_factory=dict)
     limits_from: str = ""
+    skipped: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

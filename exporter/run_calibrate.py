@@ -144,7 +144,7 @@ def _run_fp32(
     held = dealt.held_out
     sample = Sample(
         held.pixels, held.names, f"held out of {job.images}", source.preprocessing,
-        room=room_of(source.model),
+        room=room_of(source.model), skipped=dealt.calibration.skipped,
     )  # fmt: skip
     with progress.step(f"run the fp32 graph on {len(sample)} held-out images"):
         runner = OrtRunner(source.path)

@@ -227,6 +227,7 @@ def test_what_is_assumed_unused_turned_or_skipped_is_noted(tmp_path) -> None:
     told = json.loads(result.stdout)
     assert told["preprocessing"]["assumed"] is True
     assert told["preprocessing"]["exif"] == "apply"
+    assert told["check"]["skipped"] == {"no picture": 1}
     assert told["notes"] == [
         "preprocessing hf was assumed: nothing says how the model's pictures are made, "
         "--preprocess does",

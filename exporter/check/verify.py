@@ -224,6 +224,7 @@ class Verified:
             twin_error=float(np.max(baseline)) if baseline else None,
             limits={name: errors.to_json() for name, errors in limits.items()},
             limits_from=reference.limits_from if gate.is_measured else "",
+            skipped=dict(reference.sample.skipped),
         )
 
 
