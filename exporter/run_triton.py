@@ -8,7 +8,7 @@ from msn_export.check.sample import draw
 from msn_export.errors import OutputError, SpecError
 from msn_export.files import staging
 from msn_export.job import Count, Index, Job
-from msn_export.preprocessing import Exif, Preprocessing
+from msn_export.preprocessing import MODES, Exif, Preprocessing
 from msn_export.processor_config import choose
 from msn_export.progress import SILENT, Progress
 from msn_export.servable import read_artifact
@@ -170,7 +170,9 @@ def _served(job: TritonJob, name: str, artifacts: Sequence[Artifact], notes: lis
         cuda_graphs=job.cuda_graphs,
     )
     preprocessing = None
-    if job.ensemble or job.warmup:
+    asked = job.ensemble or job.warmup or job.preprocess or job.exif
+    is_picture = first.image is not None and first.image[1] in MODES
+    if asked or first.preprocessing is not None or is_picture:
         preprocessing = _preprocessing(job, first)
         notes += filter(None, [preprocessing.assumption])
     return Served(
@@ -179,6 +181,7 @@ def _served(job: TritonJob, name: str, artifacts: Sequence[Artifact], notes: lis
         version=job.version,
         artifacts=artifacts,
         settings=settings,
+        preprocessing=preprocessing,
         ensemble=preprocessing if job.ensemble else None,
         warmup=_warmup_data(job, first, preprocessing, notes)
         if job.warmup and preprocessing is not None

@@ -104,6 +104,7 @@ def test_it_says_what_is_served(replica) -> None:
     assert about["batch"] == 4  # what the model is tuned for
     assert about["labels"] == ["class 0", "class 1", "class 2"]
     assert about["scores"] == "softmax"
+    assert about["preprocessing"].startswith("hf (assumed): resized to 32x32 (bilinear), EXIF")
     assert about["selftest"].startswith("selftest passed")
 
 

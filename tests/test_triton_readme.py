@@ -63,13 +63,29 @@ def test_the_client_of_a_model_without_a_manifest_says_what_it_assumes(
     assert invoke(tmp_path / "m.onnx", "-o", tmp_path / "repo").exit_code == 0
     readme = (tmp_path / "repo/m/README.md").read_text()
     code = readme.split("```python\n")[1].split("```")[0]
-    assert "  # assumed: the model has no manifest that says it\n" in code
+    assert "  # assumed: nothing says how its pictures are made\n" in code
     made = code[: code.index("tensor = ")]  # all that needs no server
     Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
     monkeypatch.setattr(sys, "argv", ["client.py", str(tmp_path / "red.png")])
     names: dict[str, Any] = {}
     exec(compile(made, "client.py", "exec"), names)  # noqa: S102  our own text
     assert names["batch"].shape == (1, 3, 8, 8)
+
+
+def test_the_client_makes_pictures_as_it_was_chosen(tmp_path, monkeypatch) -> None:
+    graph(tmp_path / "m.onnx")
+    (tmp_path / "p.json").write_text('{"size": 8, "resample": 0}')
+    options = ("--preprocess", tmp_path / "p.json", "--exif", "ignore")
+    assert invoke(tmp_path / "m.onnx", "-o", tmp_path / "repo", *options).exit_code == 0
+    readme = (tmp_path / "repo/m/README.md").read_text()
+    code = readme.split("```python\n")[1].split("```")[0]
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    monkeypatch.setattr(sys, "argv", ["client.py", str(tmp_path / "red.png")])
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(code[: code.index("tensor = ")], "client.py", "exec"), names)  # noqa: S102
+    made = names["made"]
+    assert (made.name, made.resample, made.exif) == ("p.json", "nearest", "ignore")
 
 
 HOSTILE = 'x"); __import__("os").system("id") # `|'

@@ -143,6 +143,7 @@ class Replica:
             "batch": self.batch,
             "labels": list(self._runner.labels),
             "scores": self._reading.scores,
+            "preprocessing": str(self._feed.preprocessing),
             "runner": self._runner.name,
             "selftest": self.selftest,
         }

@@ -32,6 +32,7 @@ from msn_export.triton.repository import ModelFolder
 class Served:
     """A model to be served; ``artifacts`` are one graph, or its engines for several GPUs.
 
+    ``preprocessing`` is how its client makes pictures into its input, where that is known.
     ``ensemble`` is what a model in front of it normalises bytes with, ``warmup`` the raw input
     that each instance runs first.
     """
@@ -41,6 +42,7 @@ class Served:
     version: int
     artifacts: Sequence[Artifact]
     settings: Settings
+    preprocessing: Preprocessing | None = None
     ensemble: Preprocessing | None = None
     warmup: bytes | None = None
 
@@ -78,7 +80,7 @@ def model_folders(served: Served, stage: Path) -> list[ModelFolder]:
 def _model_folder(served: Served, config: ModelConfig, ensemble: ModelConfig | None) -> ModelFolder:
     first, settings = served.artifacts[0], served.settings
     file = f"{served.version}/{plan_name(first, served.artifacts)}"
-    about = About(served.repository, config, first, file, settings, ensemble)
+    about = About(served.repository, config, first, file, settings, ensemble, served.preprocessing)
     contents = {**_labels(first), "README.md": readme(about).encode()}
     if served.warmup is not None:
         contents[f"{WARMUP}/{WARMUP_FILE}"] = served.warmup

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from msn_export.preprocessing import Preprocessing
 from msn_export.spec import InputKind
 from msn_export.triton import messages
 from msn_export.triton.artifact import LOGITS, Artifact, Platform
@@ -15,7 +16,10 @@ from msn_export.triton.releases import ATTENTION_CUDA_SINCE, ATTENTION_OPSET, nu
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What a README tells of: the model, and the ensemble in front of it where there is one."""
+    """What a README tells of: the model, and the ensemble in front of it where there is one.
+
+    ``preprocessing`` is what its client does, where that is known.
+    """
 
     repository: Path
     config: ModelConfig
@@ -23,6 +27,7 @@ class About:
     file: str
     settings: Settings
     ensemble: ModelConfig | None = None
+    preprocessing: Preprocessing | None = None
 
 
 def readme(about: About) -> str:
@@ -181,23 +186,25 @@ def client(about: About) -> str:
 
 def _made(about: About, imports: list[str]) -> list[str]:
     """Say in the client what the model is and how pictures are made into its input."""
-    artifact = about.artifact
+    artifact, made = about.artifact, about.preprocessing
     file = f"{about.repository.name}/{about.config.name}/{about.file}"
     known = [f'known = manifest.read(Path("{file}"))'] if artifact.manifest is not None else []
-    if artifact.preprocessing is not None:
+    if made is not None and made == artifact.preprocessing:
         first = ["from msn_export import images, manifest", *imports]
         return [*first, "", *known, "made = known.preprocessing"]
-    size, channels = artifact.image or (None, None)
-    asked = f"{size!r}, {channels}" if size else "ImageSize(HEIGHT, WIDTH), CHANNELS"
-    return [
+    first = [
         f"from msn_export import images{', manifest' if known else ''}",
-        "from msn_export.preprocessing import preset",
+        f"from msn_export.preprocessing import {'Preprocessing' if made else 'preset'}",
         *imports,
         "from msn_export.spec import ImageSize",
         "",
         *known,
-        f'made = preset("hf", {asked})  # assumed: the model has no manifest that says it',
     ]
+    if made is None:
+        asked = 'preset("hf", ImageSize(HEIGHT, WIDTH), CHANNELS)'
+        return [*first, f"made = {asked}  # assumed: nothing says what the model takes"]
+    assumed = "  # assumed: nothing says how its pictures are made" if made.assumed else ""
+    return [*first, f"made = {made!r}{assumed}"]
 
 
 def _more(about: About) -> list[str]:
