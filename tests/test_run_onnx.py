@@ -222,6 +222,7 @@ def test_what_is_assumed_unused_turned_or_skipped_is_noted(tmp_path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 3
     Image.radial_gradient("L").convert("RGB").save(folder / "a.jpg", exif=exif)
+    Image.linear_gradient("L").convert("RGB").save(folder / "c.jpg")
     (folder / "b.txt").write_text("no picture")
     result = export(tmp_path / "hf", tmp_path / "m.onnx", "--images", folder, "--json")
     told = json.loads(result.stdout)
