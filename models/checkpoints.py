@@ -156,8 +156,10 @@ def _download(name: str, revision: str | None) -> Path:
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*about, *safe]))
         if not any(folder.glob("model*.safetensors")):
+            # of the commit that the configuration is of: a branch may have moved
+            commit = folder.name
             folder = Path(
-                snapshot_download(name, revision=revision, allow_patterns=[*about, *pickled])
+                snapshot_download(name, revision=commit, allow_patterns=[*about, *pickled])
             )
     except Exception as error:  # its own errors, and those of whatever carries its requests
         reason = textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" …")

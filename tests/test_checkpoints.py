@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import huggingface_hub.constants as hub_constants
 import pytest
 import torch
@@ -359,6 +360,23 @@ def test_a_pickle_is_downloaded_only_where_there_is_nothing_better(hub, classifi
     assert got.source == f"facebook/pickled@{COMMIT}"
     assert got.sha256 == load_checkpoint(str(classifier)).sha256
     assert set(hub) == {"config.json", "preprocessor_config.json", "pytorch_model.bin"}
+
+
+def test_weights_are_of_the_commit_that_the_configuration_is_of(
+    hub, classifier, tmp_path, monkeypatch
+) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision))
+        return str(tmp_path / "snapshots" / "0a1b")
+
+    shutil.copytree(tmp_path / "pickled", tmp_path / "snapshots" / "0a1b")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    for source, revision in (("facebook/pickled@v1", "v1"), ("facebook/pickled", None)):
+        assert load_checkpoint(source).source == "facebook/pickled@0a1b"
+        assert asked == [("facebook/pickled", revision), ("facebook/pickled", "0a1b")]
+        asked.clear()
 
 
 @pytest.mark.parametrize(
