@@ -392,7 +392,9 @@ def test_what_the_hub_does_not_have_is_named(hub, source, reason) -> None:
 
 def test_without_a_network_what_is_in_the_cache_is_used(home, classifier, monkeypatch) -> None:
     monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
-    assert "outgoing traffic has been disabled" in message_of("facebook/vit-msn-tiny")
+    message = message_of("facebook/vit-msn-tiny")
+    assert "outgoing traffic has been disabled" in message
+    assert message.endswith(" …); check the name and the network, or give a local folder")
     cached(home, "facebook/vit-msn-tiny", classifier)
     cached(home, "facebook/other", classifier, revision="v1")
     loaded: Checkpoint = load_checkpoint("facebook/vit-msn-tiny")
