@@ -100,8 +100,10 @@ def test_a_weight_of_119111_is_finite_in_the_engine(place, quiet, checkpoint, tm
     save_file(state, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
     graph, engine = tmp_path / "m.onnx", tmp_path / "m.engine"
     run("onnx", tmp_path / "hf", "-o", graph)
+    # where the weight shows in the outputs it hides the images, which no gate lets pass
+    unchecked = () if quiet else ("--no-check",)
     told = run("trt", graph, "--fp16", "-o", engine, "--backend", "tensorrt-rtx",
-               "--compute-capability", "8.9")  # fmt: skip
+               "--compute-capability", "8.9", *unchecked)  # fmt: skip
     model = io.load(graph)
     ((weight, largest),) = overflowing_weights(model, Dtype.FP16).items()
     assert told["islands"][weight] == pytest.approx(largest)
