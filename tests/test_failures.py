@@ -62,15 +62,38 @@ def test_every_meaning_is_tested() -> None:
         assert any(re.search(pattern, raw) for raw in said), pattern
 
 
-def test_the_particular_comes_before_the_general() -> None:
+DRIVER = (
+    "[checkMacros.cpp::catchCudaError::250] Error Code 1: Cuda Runtime (In catchCudaError at "
+    "/_src/common/dispatch/checkMacros.cpp:250 (cudaError 35: CUDA driver version is insufficient))"
+)
+
+
+def test_a_missing_driver_is_the_reason_only_where_nothing_else_is_said() -> None:
     # TensorRT-RTX appends the missing driver to other errors where there is no GPU
-    both = ["Attention operation was not supported by a dedicated kernel", "cudaError 35"]
+    both = ["Attention operation was not supported by a dedicated kernel", DRIVER]
     assert "no fused kernel" in explain_or_quote(both)
     assert "no fused kernel" in explain_or_quote(both[::-1])
+    unknown = (
+        "ITensor::getDimensions: Error Code 4: API Usage Error (/Transpose: first input has type "
+        "UInt8 but must have type Float. In checkType at /_src/optimizer/common/nodeBase.cpp:456)"
+    )
+    for raw in ([unknown, DRIVER], [DRIVER, unknown], [f"In node 0:\n{unknown}\n{DRIVER}"]):
+        assert explain_or_quote(raw) == (
+            "TensorRT says: ITensor::getDimensions: Error Code 4: API Usage Error (/Transpose: "
+            "first input has type UInt8 but must have type Float"
+        )
+    assert explain_or_quote([DRIVER]).startswith("it needs an NVIDIA driver, and there is none")
+
+
+@pytest.mark.parametrize(("raw", "meaning"), KNOWN)
+def test_what_tensorrt_said_is_in_the_line_beside_what_it_means(raw, meaning) -> None:
+    said = explain_or_quote([raw])
+    assert meaning in said
+    assert f"(TensorRT says: {raw[:40].rstrip(' .')}" in said
 
 
 def test_an_unknown_error_is_quoted_and_silence_is_told() -> None:
     assert explain("a\nb") is None
-    assert explain_or_quote(["something\n new", "else"]) == "TensorRT says: something new"
+    assert explain_or_quote(["something\t new", "else"]) == "TensorRT says: something new"
     assert len(explain_or_quote(["x" * 5000])) < 500
     assert explain_or_quote([]) == "TensorRT gave no reason; --log FILE keeps all it said"

@@ -315,6 +315,20 @@ def test_a_model_without_attention_is_refused(tmp_path) -> None:
     assert not (tmp_path / "m.engine").exists()
 
 
+def test_a_compilers_own_reason_is_told_and_no_missing_driver(tmp_path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+
+    def read(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+        return cls(model, pixels.permute(0, 3, 1, 2).float() / 255)  # TensorRT moves no bytes
+
+    images = IMAGES.permute(0, 2, 3, 1).to(torch.uint8)
+    path = scripted(tmp_path / "theirs.onnx", Reading(encoder(), read), images=images)
+    code, _, last = trt(path, tmp_path / "m.engine", "--fp16", "--no-check")
+    assert code == 1
+    assert "first input has type UInt8 but must have type Float" in last
+    assert "driver" not in last
+
+
 # --- every command --------------------------------------------------------------------------------
 
 

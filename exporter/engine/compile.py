@@ -23,7 +23,7 @@ from msn_export.engine.bindings import (
     TensorRT,
 )
 from msn_export.engine.configure import add_profiles, set_options, set_types
-from msn_export.engine.failures import explain, explain_or_quote
+from msn_export.engine.failures import explain_or_quote
 from msn_export.engine.flavours import Flavour
 from msn_export.engine.job import BuildSpec, Progress
 from msn_export.engine.kernels import Kernel, read_inspector, read_log
@@ -99,7 +99,7 @@ def _parse(parser: OnnxParser, model: Path) -> None:
 
 def _describe(error: ParserError) -> str:
     raw: str = error.desc()
-    meaning = explain(raw) or " ".join(raw.split())[:300]
+    meaning = explain_or_quote([raw])
     name = getattr(error, "node_name", None)  # not in 8.6, which has only the node's index
     operator = getattr(error, "node_operator", None)
     if name is None or operator is None:

@@ -90,6 +90,12 @@ _MEANINGS: tuple[tuple[str, str], ...] = (
 )
 
 
+# What TensorRT-RTX logs beside any other error where there is no GPU
+_NO_DRIVER = re.compile(r"cudaError 35|CUDA driver version is insufficient")
+_PLACE = re.compile(r"\s*\(?In \w+ at \S+:\d+\)?|^\[\S+\]\s*")  # in TensorRT's own sources
+_LONGEST = 300  # characters
+
+
 def explain(raw: str) -> str | None:
     """Translate an error into a sentence for the user; None where its meaning is not known."""
     for pattern, meaning in _MEANINGS:
@@ -100,9 +106,21 @@ def explain(raw: str) -> str | None:
 
 
 def explain_or_quote(raw: Sequence[str]) -> str:
-    """Translate what the builder logged as errors, or quote the first as it is."""
-    text = "\n".join(raw)
-    if not text:
+    """Give TensorRT's own reason, and before it what it means where that is known.
+
+    The reason is the first line that is not about a missing driver, unless nothing else is said.
+    """
+    lines = [" ".join(line.split()) for text in raw for line in text.splitlines() if line.strip()]
+    if not lines:
         return "TensorRT gave no reason; --log FILE keeps all it said"
-    first = " ".join(raw[0].split())
-    return explain(text) or f"TensorRT says: {first[:400]}"
+    told = [line for line in lines if not _NO_DRIVER.search(line)] or lines
+    meaning = explain("\n".join(told))
+    known = [line for line in told if explain(line)] if meaning else []
+    reason = _PLACE.sub("", (known or _reasons(told))[0])[:_LONGEST].rstrip(" .")
+    quoted = f"TensorRT says: {reason}"
+    return quoted if meaning is None else f"{meaning} ({quoted})"
+
+
+def _reasons(lines: Sequence[str]) -> Sequence[str]:
+    """Prefer the lines with an error code: others say where in the graph, which is told anyway."""
+    return [line for line in lines if "Error Code" in line] or lines
