@@ -20,6 +20,7 @@ from msn_export.calibration.qdq import (
 )
 from msn_export.errors import FusionError, GraphError
 from msn_export.graph.fuse import fuse_attention
+from msn_export.graph.lower import lower
 from msn_export.spec import AttentionForm, Dtype, Target
 
 BLOCK_ROLES = frozenset({Role.QKV, Role.OUT, Role.FC1, Role.FC2})
@@ -115,7 +116,7 @@ class Plan:
         return model
 
     def _fuse(self, model: ir.Model) -> None:
-        """Write attention as the target runs it.
+        """Write attention, and the whole graph, as the target runs it.
 
         Raises:
             GraphError: the graph was exported for another target, and cannot be written so.
@@ -130,6 +131,8 @@ class Plan:
                 "this graph is written for TensorRT; export it with --target onnxruntime, or "
                 "choose another --base"
             ) from error
+        if model.graph.opset_imports[""] > self.scheme.target.opset:
+            lower(model, self.scheme.target.opset)
 
 
 def _tokens(model: ir.Model, core: Operands) -> int:

@@ -36,12 +36,19 @@ INT8_ATTENTION_TOKENS = 512
 class Scheme:
     """How ranges become scales: the 8-bit format, and the type that the rest will have.
 
-    ``reduced`` says whether integer weights end at 64; None leaves it to the type of the rest.
+    ``reduced`` says whether integer weights end at 64, ``runs_on`` what the graph is for; None
+    leaves either to the type of the rest.
     """
 
     form: Format
     base: Dtype
     reduced: bool | None = None
+    runs_on: Target | None = None
+
+    @property
+    def scale(self) -> Dtype:
+        """The type that holds every scale exactly; of opset 17 the one that trt gives the rest."""
+        return Dtype.FP16 if self.target is Target.TENSORRT_8 else self.base
 
     @property
     def weights(self) -> Format:
@@ -51,14 +58,15 @@ class Scheme:
         that saturate (onnxruntime docs, Quantize ONNX models, "reduce_range"): 2 * 255 * 64 fits.
         So the figures measured on one processor hold on others.
         """
-        reduced = self.target is Target.ONNXRUNTIME if self.reduced is None else self.reduced
+        on_cpu = self.target is not Target.TENSORRT
+        reduced = on_cpu if self.reduced is None else self.reduced
         integers = self.form.dtype is Dtype.INT8
         return replace(self.form, largest=64.0) if reduced and integers else self.form
 
     @property
     def target(self) -> Target:
         """What runs it fast: 8-bit beside half precision TensorRT, beside fp32 onnxruntime."""
-        return Target.ONNXRUNTIME if self.base is Dtype.FP32 else Target.TENSORRT
+        return self.runs_on or (Target.ONNXRUNTIME if self.base is Dtype.FP32 else Target.TENSORRT)
 
     @property
     def attention(self) -> AttentionForm:
@@ -113,7 +121,7 @@ def require_fusable(tokens: int, scheme: Scheme) -> None:
     Raises:
         GraphError: there are too many tokens.
     """
-    fused = scheme.target is Target.TENSORRT and scheme.form.dtype is Dtype.INT8
+    fused = scheme.target is not Target.ONNXRUNTIME and scheme.form.dtype is Dtype.INT8
     if fused and tokens > INT8_ATTENTION_TOKENS:
         raise GraphError(
             f"--quantize-attention: TensorRT has fused int8 attention up to "
@@ -166,7 +174,7 @@ def _pair(model: ir.Model, node: ir.Node, index: int, limit: float, scheme: Sche
     x = node.inputs[index]
     assert x is not None
     patch = Patch(model.graph, node)
-    step = _constant(patch, scales(limit, scheme.form, scheme.base), f"{x.name}.scale")
+    step = _constant(patch, scales(limit, scheme.form, scheme.scale), f"{x.name}.scale")
     zero = _zero(patch, scheme.form)
     quantised = patch.op("QuantizeLinear", [x, step, zero])
     return patch.op("DequantizeLinear", [quantised, step, zero])
@@ -182,7 +190,7 @@ def _weight(model: ir.Model, node: ir.Node, projection: Projection, scheme: Sche
     limits = np.abs(weight).max(axis=others)
     if not np.isfinite(limits).all():
         raise GraphError(f"weight {projection.weight!r} is not finite; export the graph again")
-    steps = scales(limits, scheme.weights, scheme.base)
+    steps = scales(limits, scheme.weights, scheme.scale)
     shape = [1] * weight.ndim
     shape[projection.axis] = -1
     patch = Patch(model.graph, node)

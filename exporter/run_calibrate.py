@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from msn_export import __version__, golden
 from msn_export.calibration.collect import require_finite
+from msn_export.calibration.formats import FORMATS
 from msn_export.calibration.observers import require_meaning
 from msn_export.calibration.pictures import Split, split
 from msn_export.check.gate import GATES
@@ -27,14 +28,14 @@ from msn_export.progress import SILENT, Progress
 from msn_export.quantise.choices import choices
 from msn_export.quantise.compiled import require_target
 from msn_export.quantise.described import describe
-from msn_export.quantise.job import CalibrateJob, base_for
+from msn_export.quantise.job import CalibrateJob, settled
 from msn_export.quantise.measured import Calibrated
 from msn_export.quantise.ranged import Ranged, known_ranges, take_ranges
 from msn_export.quantise.verdict import Candidate, judge
 from msn_export.runtime.ort import OrtRunner
 from msn_export.sidecar import manifest_path
 from msn_export.source import Source, read_source, room_of
-from msn_export.spec import Dtype, InputKind, Target
+from msn_export.spec import Dtype, InputKind
 from msn_export.typed import cpu_runner
 
 __all__ = ["CalibrateJob", "run_calibrate"]  # the two that docs/python.md speaks of
@@ -50,17 +51,16 @@ def run_calibrate(job: CalibrateJob, progress: Progress = SILENT) -> tuple[Path,
         MsnExportError: whatever kept the graph from its gate; the output paths are as they were.
     """
     started = time.monotonic()
-    if job.base is None:
-        job = replace(job, base=base_for(job.model, job.dtype))
     output = job.output or Path(f"{job.model.stem}.{job.dtype}.onnx")
     ranges = job.ranges or output.with_name(f"{output.stem}.ranges.json")
     outputs = [output, manifest_path(output), *([] if job.ranges else [ranges])]
     read = [job.model, manifest_path(job.model), *([job.ranges] if job.ranges else [])]
     require_writable(outputs, force=job.force, sources=read)
-    require_meaning(job.observer, job.scheme.form)
-    _require_target(job)
+    require_meaning(job.observer, FORMATS[job.dtype])
     with progress.step("read the graph"):
         source = _read(job)
+        job = settled(job, source)
+        _require_target(job)
         known = known_ranges(job, source)
     with progress.step("deal out the images"):
         dealt = split(
@@ -108,7 +108,7 @@ def _require_target(job: CalibrateJob) -> None:
     """
     if job.capability is None:
         return
-    if job.scheme.target is Target.ONNXRUNTIME:
+    if job.rest is Dtype.FP32:
         raise SpecError(
             f"--compute-capability {job.capability}: {job.dtype} beside fp32 is for onnxruntime "
             "and is not compiled; --base fp16 is"

@@ -24,8 +24,7 @@ _UNCHANGED = frozenset(
     Sqrt Squeeze Sub Tanh Transpose Unsqueeze Where
     """.split()  # noqa: SIM905  fifty quoted words would be five times as long
 )
-# With fp16 scales and with fp8 since 19: onnx.ai operators, version history
-_SINCE_19 = frozenset({"QuantizeLinear", "DequantizeLinear"})
+_QUANTISATION = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 
 def lower(model: ir.Model, opset: int) -> None:
@@ -34,8 +33,13 @@ def lower(model: ir.Model, opset: int) -> None:
     Raises:
         GraphError: the graph has an operator that the older opset lacks or means differently.
     """
-    known = _UNCHANGED | (_SINCE_19 if opset >= 19 else frozenset())
-    strange = {node.op_type for node in model.graph if not _is_attention(node, opset)} - known
+    strange = {
+        node.op_type
+        for node in model.graph
+        if node.op_type not in _UNCHANGED
+        and not _is_attention(node, opset)
+        and not _is_quantisation(node, opset)
+    }
     if strange:
         raise GraphError(f"opset {opset} has no form of {', '.join(sorted(strange))} written here")
     for node in list(model.graph):
@@ -43,6 +47,9 @@ def lower(model: ir.Model, opset: int) -> None:
             _write_gelu(model.graph, node)
         elif node.op_type == "Split" and opset < 18:
             node.attributes.pop("num_outputs", None)  # new in 18; equal parts before
+        elif node.op_type in _QUANTISATION and opset < 19:
+            for name in ("saturate", "output_dtype", "block_size", "precision"):
+                node.attributes.pop(name, None)  # new in 19 to 23, and of no meaning here
         elif node.op_type == "ReduceMean" and opset < 18:
             _write_reduce_mean(node)
     model.graph.opset_imports[""] = opset
@@ -54,6 +61,20 @@ def lower(model: ir.Model, opset: int) -> None:
 def _is_attention(node: ir.Node, opset: int) -> bool:
     """Whether a node is an Attention of opset 23; 24 added an input, the number of valid keys."""
     return node.op_type == "Attention" and opset >= 23 and not any(node.inputs[6:])
+
+
+def _is_quantisation(node: ir.Node, opset: int) -> bool:
+    """Whether Q or DQ means the same: with fp16 scales and with fp8 since 19, else int8 or int32.
+
+    onnx.ai operators, version history of QuantizeLinear.
+    """
+    if node.op_type not in _QUANTISATION or opset >= 19:
+        return node.op_type in _QUANTISATION
+    x, scale = node.inputs[:2]
+    held = node.outputs[0] if node.op_type == "QuantizeLinear" else x
+    integers = {ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT32}
+    floats = scale is not None and scale.dtype is ir.DataType.FLOAT
+    return floats and held is not None and held.dtype in integers
 
 
 def raise_opset(model: ir.Model, opset: int = NEWEST) -> ir.Model:

@@ -17,7 +17,7 @@ from msn_export.quantise.latency import time_engines, time_graphs
 from msn_export.quantise.ranged import Ranged
 from msn_export.quantise.verdict import Candidate
 from msn_export.source import Source
-from msn_export.spec import Target
+from msn_export.spec import Dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ def measure(
     if not job.compile:
         reason = {"reason": "not asked for (--no-compile)"}
         return reason, reason
-    if job.scheme.target is Target.ONNXRUNTIME:
+    if job.rest is Dtype.FP32:
         with progress.step("time both in onnxruntime"):
             paths = {str(job.rest): done.twin.path, str(job.dtype): done.chosen.path}
             latency = time_graphs(paths, _batch(done), str(job.rest))
