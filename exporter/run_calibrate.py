@@ -57,10 +57,11 @@ def run_calibrate(job: CalibrateJob, progress: Progress = SILENT) -> tuple[Path,
     read = [job.model, manifest_path(job.model), *([job.ranges] if job.ranges else [])]
     require_writable(outputs, force=job.force, sources=read)
     require_meaning(job.observer, FORMATS[job.dtype])
+    _require_target(replace(job, base=job.base or Dtype.FP16))
     with progress.step("read the graph"):
         source = _read(job)
         job = settled(job, source)
-        _require_target(job)
+        _require_target(job)  # by the type of the rest that the graph asks for
         known = known_ranges(job, source)
     with progress.step("deal out the images"):
         dealt = split(

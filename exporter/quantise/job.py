@@ -1,6 +1,6 @@
 """What ``msn-export calibrate`` was asked for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
