@@ -103,7 +103,7 @@ def _take(model: ir.Model, stem: InputKind, preprocessing: Preprocessing) -> Non
     """
     images = model.graph.inputs[0]
     held = InputKind.UINT8 if images.dtype == ir.DataType.UINT8 else InputKind.FLOAT
-    if held is stem:
+    if held is stem or InputKind.UINT8 not in {held, stem}:
         return
     conv = next((node for node in model.graph if node.op_type == "Conv"), None)
     weight = conv.inputs[1].const_value if conv is not None and conv.inputs[1] else None

@@ -19,14 +19,14 @@ from msn_export.engine.job import Progress as BuildProgress
 from msn_export.engine.options import judge
 from msn_export.errors import GraphError, SpecError
 from msn_export.files import publish, require_writable, same_file, staging
-from msn_export.graph import io
+from msn_export.graph.foreign import raised_where_possible
 from msn_export.manifest import Manifest, seal
 from msn_export.manifest_records import CheckRecord, GoldenRecord
 from msn_export.process import peak_rss
 from msn_export.progress import SILENT, Progress
 from msn_export.sidecar import manifest_path
-from msn_export.source import Source, read_source, room_of
-from msn_export.spec import BatchRange, ComputeCapability, Dtype
+from msn_export.source import Source, read_graph, read_source, room_of
+from msn_export.spec import BatchRange, ComputeCapability, Dtype, InputKind
 from msn_export.trt.attention import Against, first_bf16, settle, with_sums
 from msn_export.trt.compilable import Compilable, prepare
 from msn_export.trt.described import describe
@@ -191,7 +191,9 @@ def _with_limit(source: Source, graph: Compilable, reference: Reference, stage: 
     The file is read again: what was rewritten since is what the limit is for.
     """
     try:
-        given = io.load(source.path)
+        given, manifest, _ = read_graph(source.path)
+        if manifest is None:
+            given = raised_where_possible(given)
         if source.dtype is not Dtype.FP32:
             runner = open_widened(given, stage)
         elif graph.dtype is Dtype.FP32:
@@ -202,9 +204,8 @@ def _with_limit(source: Source, graph: Compilable, reference: Reference, stage: 
     except GraphError as error:  # a graph of another tool that only simplifying makes plain
         return replace(reference, unmeasured=str(error))
     with runner:
-        return add_baseline(
-            reference, runner, source.stem, margin=ROUNDED_MARGIN, fixed=source.fixed
-        )
+        taken = InputKind.of(runner.inputs[0].dtype)  # widened, a float16 input is float32
+        return add_baseline(reference, runner, taken, margin=ROUNDED_MARGIN, fixed=source.fixed)
 
 
 def _compile(

@@ -139,7 +139,7 @@ class _Trials:
         self.notes: list[str] = []
         self.sizes: tuple[int, ...] = ()
         self._first: Reference | None = None
-        self._baseline: Runner | None = None
+        self._baseline: OrtRunner | None = None
 
     @property
     def reference(self) -> Reference:
@@ -166,7 +166,8 @@ class _Trials:
         self.notes += sample.notes
         if self._baseline is not None:
             size = pair.reference.fixed_batch or min(8, sample.room, len(sample))
-            self.costs.run(self._baseline, reference, _baseline_stem(pair), (size,))
+            taken = InputKind.of(self._baseline.inputs[0].dtype)
+            self.costs.run(self._baseline, reference, taken, (size,))
         with progress.step(f"run {side.name}"):
             self.same.run(runner, reference, side.stem, self.sizes)
             if self.own is not None:
@@ -238,12 +239,6 @@ def run_pair_reference(pair: Pair, sample: Sample, stage: Path, *, exact: bool) 
         return replace(reference, unmeasured=str(error))
 
 
-def _baseline_stem(pair: Pair) -> InputKind:
-    """Tell what the baseline takes: what the candidate does, or the graph it was made of."""
-    typed = pair.reference.dtype is not Dtype.FP32
-    return pair.reference.stem if typed else pair.candidate.stem
-
-
 def _open_baseline(
     pair: Pair, dtype: Dtype, sample: Sample, stage: Path
 ) -> tuple[OrtRunner, float] | None:
@@ -255,6 +250,8 @@ def _open_baseline(
         GraphError: the reference's graph cannot be written as the candidate is.
     """
     side, candidate = pair.reference, pair.candidate
+    # what is made here takes float32 where the candidate takes float16
+    taken = InputKind.FLOAT if candidate.stem is InputKind.HALF else candidate.stem
     if side.graph is not None and side.dtype is not Dtype.FP32:
         return baseline.open_widened(side.graph, stage), ROUNDED_MARGIN
     made = sample.preprocessing
@@ -263,14 +260,14 @@ def _open_baseline(
         return None
     graph = candidate.graph
     form = AttentionForm.HEADS if graph is None else baseline.attention_form(graph)
-    model = baseline.write_like(given, candidate.stem, made, form)
+    model = baseline.write_like(given, taken, made, form)
     if dtype.is_quantised:
         if graph is None:
             return None
-        return baseline.open_quantised(model, graph, sample, candidate.stem, stage), MARGIN
+        return baseline.open_quantised(model, graph, sample, taken, stage), MARGIN
     if candidate.kind == "engine" and dtype is not Dtype.FP32:
-        return baseline.open_rounded(model, dtype, sample, candidate.stem, stage), ROUNDED_MARGIN
-    return baseline.open_typed(model, dtype, sample, candidate.stem, stage), MARGIN
+        return baseline.open_rounded(model, dtype, sample, taken, stage), ROUNDED_MARGIN
+    return baseline.open_typed(model, dtype, sample, taken, stage), MARGIN
 
 
 def _graph_of(
