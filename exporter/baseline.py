@@ -210,7 +210,7 @@ def open_quantised(
         GraphError: the two have other projections, or the candidate's weights have one scale a
             tensor.
     """
-    rest = _rest_of(candidate)
+    rest = rest_of(candidate)
     islands = decide(model, MEASURED, rest, sample, stem, stage)
     quantised = quantise_like(model, candidate, rest)
     if rest is not Dtype.FP32:
@@ -372,7 +372,7 @@ def _quantise_attention_like(
     quantise_attention(model, chosen, thresholds, scheme)
 
 
-def _rest_of(model: ir.Model) -> Dtype:
+def rest_of(model: ir.Model) -> Dtype:
     """Tell the type of what is not quantised: that of most of the other weights."""
     kinds = {
         ir.DataType.FLOAT: Dtype.FP32,

@@ -12,6 +12,7 @@ from msn_export import manifest as manifests
 from msn_export.errors import (
     DeviceError,
     GraphError,
+    ImageError,
     ManifestError,
     MissingPackageError,
     RunnerError,
@@ -135,7 +136,7 @@ def _measure(job: ReportJob, progress: Progress) -> Measured:
         agreements[candidate] = live_agreement(validation, verified)
         try:
             found = run_drift(walked, progress)
-        except GraphError as error:
+        except (GraphError, ImageError) as error:
             notes.append(f"no drift of {Path(candidate).name}: {error}")
         else:
             drifts.append(drift_facts(found))

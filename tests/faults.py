@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from msn_export import manifest
 from msn_export.graph import io
+from msn_export.graph.patch import Patch, replace
 from msn_export.manifest import Manifest
 from msn_export.sidecar import sha256_of
 
@@ -59,6 +61,110 @@ def four_bits(model: ir.Model, block: int = BLOCK) -> None:
 
     for leaf in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
         edit(model, f"blocks.{block}.{leaf}.weight", rounded)
+
+
+def dropped_query_bias(model: ir.Model, block: int = BLOCK) -> None:
+    """What an exporter loses that knows of no bias on queries."""
+
+    def dropped(bias: Weights) -> Weights:
+        bias[: len(bias) // 3] = 0
+        return bias
+
+    edit(model, f"blocks.{block}.attn.qkv.bias", dropped)
+
+
+def larger_gain(model: ir.Model, block: int = BLOCK, factor: float = 1.01) -> None:
+    edit(model, f"blocks.{block}.norm1.weight", lambda w: w * factor)
+
+
+def quick_gelu(model: ir.Model, block: int = BLOCK) -> None:
+    """x * sigmoid(1.702 x) for GELU."""
+    gelu = node(model, f"blocks.{block}.mlp.Gelu")
+    patch = Patch(model.graph, gelu)
+    scaled = patch.op("Mul", [gelu.inputs[0], patch.constant(np.float32(1.702), "quick")])
+    result = patch.op("Mul", [gelu.inputs[0], patch.op("Sigmoid", [scaled])])
+    replace(gelu.outputs[0], result)
+    tidy(model)
+
+
+def no_residual(model: ir.Model, block: int = BLOCK, *, mlp: bool = False) -> None:
+    """A branch takes the stream's place where it should be added to it."""
+    added = addition(model, block, mlp=mlp)
+    branch = added.inputs[1]
+    assert branch is not None
+    added.outputs[0].replace_all_uses_with(branch, replace_graph_outputs=True)
+    tidy(model)
+
+
+def no_branch(model: ir.Model, block: int = BLOCK) -> None:
+    """Attention is lost: the stream goes past it."""
+    added = addition(model, block)
+    stream = added.inputs[0]
+    assert stream is not None
+    added.outputs[0].replace_all_uses_with(stream)
+    tidy(model)
+
+
+def post_norm(model: ir.Model, block: int = BLOCK) -> None:
+    """Normalise each sum, not each branch's input, in one block."""
+    for leaf, mlp in (("norm1", False), ("norm2", True)):
+        norm = node(model, f"blocks.{block}.{leaf}.LayerNormalization")
+        total = addition(model, block, mlp=mlp).outputs[0]
+        stream = norm.inputs[0]
+        assert stream is not None
+        norm.outputs[0].replace_all_uses_with(stream)
+        readers = list(total.uses())
+        model.graph.remove(norm)
+        producer = total.producer()
+        assert producer is not None
+        model.graph.insert_after(producer, norm)
+        norm.replace_input_with(0, total)
+        for use in readers:
+            use.node.replace_input_with(use.idx, norm.outputs[0])
+    tidy(model)
+
+
+def tail(model: ir.Model, size: float = 0.1) -> None:
+    """Another residual step after the model: y + f(y) for the first output."""
+    output = model.graph.outputs[0]
+    width = output.shape[-1] if output.shape is not None else None
+    assert isinstance(width, int)
+    producer = output.producer()
+    assert producer is not None
+    patch = Patch(model.graph, producer)
+    drawn = np.random.default_rng(0).standard_normal((width, width)) * size / width**0.5
+    held = patch.constant(drawn.astype(np.float32), "tail.weight")
+    product = ir.node("MatMul", [output, held], name="tail.MatMul")
+    total = ir.node("Add", [output, product.outputs[0]], name="tail.Add")
+    model.graph.insert_after(producer, [product, total])
+    name, output.name = output.name, "before.tail"
+    total.outputs[0].name, product.outputs[0].name = name, "tail.MatMul"
+    total.outputs[0].type, total.outputs[0].shape = output.type, output.shape
+    model.graph.outputs[0] = total.outputs[0]
+    tidy(model)
+
+
+def mixed_batch(model: ir.Model, block: int = BLOCK, size: float = 0.1) -> None:
+    """A block's MLP is given a little of the batch's mean: right where there is one image."""
+    norm = node(model, f"blocks.{block}.norm2.LayerNormalization")
+    patch = Patch(model.graph, norm)
+    x = norm.inputs[0]
+    axes = patch.constant(np.array([0]), "batch.axis")
+    mean = patch.op("ReduceMean", [x, axes], {"keepdims": 1})
+    apart = patch.op("Sub", [mean, x])
+    part = patch.op("Mul", [apart, patch.constant(np.float32(size), "batch.size")])
+    norm.replace_input_with(0, patch.op("Add", [x, part]))
+    tidy(model)
+
+
+def addition(model: ir.Model, block: int, *, mlp: bool = False) -> ir.Node:
+    """Find a block's addition to the stream; its inputs are the stream, then the branch."""
+    return node(model, f"blocks.{block}.Add_2" if mlp else f"blocks.{block}.Add")
+
+
+def tidy(model: ir.Model) -> None:
+    RemoveUnusedNodesPass()(model)
+    io.infer_shapes(model)
 
 
 def bgr(model: ir.Model) -> None:

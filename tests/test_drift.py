@@ -1,4 +1,4 @@
-"""Two streams compared stage by stage: what each adds, where the first is past what is allowed."""
+"""Two streams compared stage by stage: what errs by itself, and more than its precision costs."""
 
 import math
 from collections.abc import Mapping
@@ -7,125 +7,211 @@ import numpy as np
 import pytest
 
 from msn_export.check.drift import (
+    Gathered,
+    OwnError,
     StageDrift,
     TensorComparison,
     TensorDrift,
-    compare_streams,
     first_past,
     first_tokens,
+    marks,
+    most_of,
+    own_errors,
     stages_of,
 )
-from msn_export.check.gate import DRIFT, JUMP
 from msn_export.errors import ToleranceError
 from msn_export.proof.drift import Drift, suspect_of
 from msn_export.spec import Dtype
 
-
-class Shown:
-    """A model that shows what it is given, changed a little."""
-
-    def __init__(self, change: Mapping[str, float]) -> None:
-        self.name, self.peaks, self.change = "shown", {}, change
-
-    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        return {name: images * (1 + error) for name, error in self.change.items()}
-
-    def close(self) -> None:
-        pass
-
-
-def compared(errors: Mapping[str, float], count: int = 2) -> dict[str, TensorComparison]:
-    batch = np.random.default_rng(0).standard_normal((3, 4, 5))
-    exact = Shown(dict.fromkeys(errors, 0.0))
-    return compare_streams(exact, Shown(errors), [(batch, batch)] * count, errors)
-
-
 NAMES = ("patch embedding", "block 0", "block 1", "block 2")
 
 
-def stages(*errors: float, allowed: float = 1e-3) -> tuple[StageDrift, ...]:
+def tensors(errors: Mapping[str, float]) -> dict[str, np.ndarray]:
+    batch = np.random.default_rng(0).standard_normal((3, 4, 5))
+    return {name: batch * (1 + error) for name, error in errors.items()}
+
+
+def compared(errors: Mapping[str, float], count: int = 2) -> Gathered:
+    gathered = Gathered()
+    for _ in range(count):
+        gathered.add(tensors(dict.fromkeys(errors, 0.0)), tensors(errors), errors)
+    return gathered
+
+
+def stages(
+    *errors: float, cost: float = 1e-3, reasons: Mapping[str, tuple[str, ...]] | None = None
+) -> tuple[StageDrift, ...]:
     gathered = compared(dict(zip(NAMES, errors, strict=True)))
-    return stages_of(gathered, {}, dict.fromkeys(NAMES, allowed))
-
-
-def test_there_is_a_tolerance_for_every_precision_and_coarser_ones_are_wider() -> None:
-    assert DRIFT.keys() == set(Dtype)
-    order = [Dtype.FP32, Dtype.FP16, Dtype.BF16, Dtype.INT8, Dtype.FP8]
-    assert sorted(DRIFT[dtype] for dtype in order) == [DRIFT[dtype] for dtype in order]
+    own = own_errors(gathered.relative(), dict.fromkeys(NAMES, cost), NAMES, times=2.0)
+    return stages_of(gathered, {}, own, reasons or {}, NAMES)
 
 
 def test_every_batch_counts_and_errors_are_relative_to_the_reference() -> None:
     gathered = compared({"block 0": 1e-2}, count=3)
     assert len(gathered["block 0"].comparison.cosines) == 9
-    assert gathered["block 0"].drift().relative == pytest.approx(1e-2)
+    assert gathered.relative() == {"block 0": pytest.approx(1e-2)}
 
 
-def test_a_stage_adds_what_the_one_before_does_not_explain() -> None:
-    found = stages(3e-4, 5e-4, 5e-4, 4e-4)
-    # errors of independent origin add as squares do
-    assert [stage.added for stage in found] == pytest.approx([3e-4, 4e-4, 0, 0], abs=1e-9)
+# --- marks ----------------------------------------------------------------------------------------
+
+
+def test_a_block_is_measured_by_what_it_adds_to_the_stream_it_was_given() -> None:
+    given = {"patch embedding": np.full((1, 2, 3), 100.0), "block 0": np.full((1, 2, 3), 200.0)}
+    made = {
+        "patch embedding": np.full((1, 2, 3), 101.0),
+        "block 0": np.full((1, 2, 3), 103.0),
+        "block 0 MLP": np.full((1, 2, 3), 2.0),
+        "block 1": np.full((1, 1, 3), 204.0),  # [CLS] alone
+        "logits": np.full((1, 7), 5.0),
+    }
+    found = marks(made, ("patch embedding", "block 0", "block 1", "logits"), given)
+    assert {name: (value.shape, value.flat[0]) for name, value in found.items()} == {
+        "patch embedding": ((1, 2, 3), 101.0),
+        "block 0": ((1, 2, 3), 3.0),
+        "block 0 MLP": ((1, 2, 3), 2.0),
+        "block 1": ((1, 1, 3), 4.0),
+        "logits": ((1, 7), 5.0),
+    }
+
+
+# --- own errors -----------------------------------------------------------------------------------
+
+
+def test_a_stage_is_judged_by_the_tensor_that_errs_most_beside_its_cost() -> None:
+    errors = {"block 0": 3e-3, "block 0 attention": 1e-2, "block 0 MLP": 4e-2}
+    costs = {"block 0": 2e-3, "block 0 attention": 1e-3, "block 0 MLP": 1e-2}
+    (own,) = own_errors(errors, costs, ["block 0"], times=2.0).values()
+    assert own == OwnError("block 0 attention", 1e-2, 1e-3, 2e-3)
+    assert own.times == pytest.approx(10)
+    assert not own.inside
+
+
+def test_the_limit_is_a_multiple_of_what_was_measured_or_the_tolerance_asked_for() -> None:
+    (own,) = own_errors({"block 0": 2e-3}, {"block 0": 1e-3}, ["block 0"], times=2.0).values()
+    assert own.inside
+    (own,) = own_errors({"block 0": 2.1e-3}, {"block 0": 1e-3}, ["block 0"], times=2.0).values()
+    assert not own.inside
+    errors, costs = {"block 0": 2.1e-3, "block 0 MLP": 9.0}, {"block 0": 1e-3, "block 0 MLP": 1.0}
+    asked = own_errors(errors, costs, ["block 0"], times=2.0, tolerance=3e-3)
+    assert asked == {"block 0": OwnError("block 0", 2.1e-3, 1e-3, 3e-3)}
+    assert asked["block 0"].inside
+
+
+def test_a_stage_that_costs_nothing_may_not_err() -> None:
+    (own,) = own_errors({"block 0": 0.0}, {"block 0": 0.0}, ["block 0"], times=2.0).values()
+    assert (own.times, own.inside) == (0.0, True)
+    (own,) = own_errors({"block 0": 1e-9}, {"block 0": 0.0}, ["block 0"], times=2.0).values()
+    assert (own.times, own.inside) == (math.inf, False)
+
+
+def test_without_a_cost_the_median_of_the_other_blocks_takes_its_place() -> None:
+    errors = {f"block {i}": error for i, error in enumerate([1e-3, 3e-3, 2e-3, 9e-3])}
+    errors |= {"block 3 MLP": 1.0, "patch embedding": 5.0}
+    own = own_errors(errors, None, (*NAMES, "block 3"), times=2.0)
+    assert own["block 3"] == OwnError("block 3", 9e-3, 2e-3, 4e-3)
+    assert own["block 0"].cost == 3e-3
+    assert [stage.inside for stage in own.values()] == [True, True, True, True, False]
+    # one other block is no median, and the patch embedding is no block
+    few = own_errors({"block 0": 1.0, "block 1": 2.0}, None, ["block 0"], times=2.0)
+    assert few == {"block 0": OwnError("block 0", 1.0, None, math.inf)}
+    assert own["patch embedding"].cost is None
+
+
+def test_what_is_no_number_is_the_worst_and_never_inside() -> None:
+    errors = {"block 0": math.nan, "block 0 MLP": 5.0}
+    costs = {"block 0": 1.0, "block 0 MLP": 1.0}
+    (own,) = own_errors(errors, costs, ["block 0"], times=2.0).values()
+    assert own.tensor == "block 0"
+    assert not own.inside
+    for cost in ({"block 0": math.nan}, None):
+        (own,) = own_errors({"block 0": math.nan}, cost, ["block 0"], times=2.0).values()
+        assert not own.inside
+    (own,) = own_errors({"block 0": 1.0}, {"block 0": math.nan}, ["block 0"], times=2.0).values()
+    assert not own.inside
+
+
+# --- the verdict ----------------------------------------------------------------------------------
 
 
 def test_the_first_past_what_is_allowed_is_named_and_nan_is_past_everything() -> None:
-    assert first_past(stages(1e-4, 2e-4, 3e-4, 4e-4)) is None
-    past = first_past(stages(1e-4, 2e-4, 5e-3, 6e-3))
+    assert first_past(stages(1e-3, 2e-3, 1e-3, 0.0)) is None
+    past = first_past(stages(1e-3, 2e-3, 5e-3, 6e-3))
     assert past is not None
     assert past.name == "block 1"
-    spoiled = first_past(stages(1e-4, math.nan, 1e-4, 1e-4, allowed=math.inf))
+    spoiled = first_past(stages(1e-3, math.nan, 1e-3, 1e-3, cost=1e9))
     assert spoiled is not None
-    assert (spoiled.name, math.isnan(spoiled.added)) == ("block 0", True)
+    assert spoiled.name == "block 0"
 
 
-def test_the_suspect_is_the_block_that_parts_else_the_first_jump_else_the_most() -> None:
+def test_a_stage_that_is_another_one_parts_whatever_its_numbers() -> None:
+    found = stages(0.0, 0.0, 0.0, 0.0, reasons={"block 1": ("epsilon is 1",)})
+    past = first_past(found)
+    assert past is not None
+    assert past.name == "block 1"
+
+
+def test_a_stage_that_could_not_be_compared_has_its_reasons_alone() -> None:
+    found = stages_of(Gathered(), {}, {}, {"block 3": ("there is none",)}, ("block 2", "block 3"))
+    (stage,) = found
+    assert (stage.name, stage.own, stage.reasons) == ("block 3", None, ("there is none",))
+    assert math.isnan(stage.tensor.relative)
+    assert not stage.inside
+
+
+def test_the_suspect_is_the_block_that_parts_else_the_one_that_errs_most_for_its_cost() -> None:
     parted = stages(1e-4, 2e-4, 5e-3, 6e-3)
     assert suspect_of(parted, parted[2]) == "block 1"
     assert suspect_of(parted, parted[0]) is None  # an embedding has no inside
-    # later blocks magnify what comes in: the first that jumps, not the largest
-    jumping = stages(1e-5, 1.1e-5, 2 * JUMP * 1e-5, 9e-4)
-    assert suspect_of(jumping, None) == "block 1"
-    steady = stages(1e-4, 1.5e-4, 2.5e-4, 2.7e-4)
-    assert suspect_of(steady, None) == "block 1"
+    assert suspect_of(stages(9e-4, 1e-4, 2e-4, 1e-4), None) == "block 1"
+    assert suspect_of((), None) is None
+    # not the largest error: the largest beside its cost
+    gathered = compared(dict(zip(NAMES, (0.0, 8e-3, 4e-3, 1e-3), strict=True)))
+    costs = {"patch embedding": 1.0, "block 0": 8e-3, "block 1": 2e-3, "block 2": 1e-3}
+    own = own_errors(gathered.relative(), costs, NAMES, times=3.0)
+    most = most_of(stages_of(gathered, {}, own, {}, NAMES))
+    assert most is not None
+    assert most.name == "block 1"
 
 
-def drift_of(found: tuple[StageDrift, ...], parted: str | None, suspect: str | None) -> Drift:
-    return Drift("a", "b", Dtype.FP32, found, parted, suspect, (), None, ())
+def drift_of(found: tuple[StageDrift, ...], parted: str | None) -> Drift:
+    return Drift("a", "b", Dtype.FP32, found, parted, None, (), None, "", ())
 
 
 def test_it_is_said_in_a_sentence() -> None:
-    steady = stages(0.0, 1e-4, math.sqrt(5) * 1e-4, math.sqrt(6) * 1e-4)  # adding 1e-4, 2e-4, 1e-4
-    assert drift_of(steady, None, "block 1").sentence == (
-        "No stage is past what is allowed; block 1 adds the most error, 2.0 times the median block."
+    assert drift_of(stages(0.0, 1e-4, 1.5e-3, 1e-4), None).sentence == (
+        "No stage parts; block 1 errs the most: its own error is 1.5e-03, 1.5 times its cost of "
+        "1.0e-03, 2.0e-03 allowed."
     )
-    assert drift_of(steady, "block 1", "block 1").sentence == (
-        "They part at block 1, the first stage whose error is not allowed."
+    assert drift_of(stages(0.0, 1e-4, 5e-3, 1e-4), "block 1").sentence == (
+        "They part at block 1: its own error is 5.0e-03, 5 times its cost of 1.0e-03, 2.0e-03 "
+        "allowed."
     )
-    jumping = stages(1e-5, 1.1e-5, 8e-5, 9e-4)
-    assert drift_of(jumping, None, "block 1").sentence.startswith(
-        "No stage is past what is allowed; block 1 is the first to add 4 times what any stage "
-        "before it does, block 2 adds the most error, "
+    other = stages(0.0, 1e-4, 5e-4, 1e-4, reasons={"block 1": ("epsilon is 1", "and more")})
+    assert drift_of(other, "block 1").sentence == "They part at block 1: epsilon is 1; and more."
+    assert drift_of((), None).sentence == "No stage parts."
+    spoiled = stages(0.0, math.nan, 0.0, 0.0)
+    assert drift_of(spoiled, "block 0").sentence.startswith(
+        "They part at block 0: its own error is nan, 120 NaN and 0 infinite values in it, nan"
     )
-    exact = drift_of(stages(0.0, 0.0, 0.0, 0.0), None, "block 0")
-    assert exact.sentence.endswith("block 0 adds the most error.")
-    assert exact.passed
 
 
 def test_headroom_is_how_often_the_peak_fits_below_65504() -> None:
     tensor = TensorDrift("block 0", 1.0, 1.0, 0.0, 0.0, 2.0, 0, 0)
-    assert StageDrift(tensor, 0.0, 1.0, 32752.0, "x").headroom == 2.0
-    assert StageDrift(tensor, 0.0, 1.0, 0.0, "x").headroom == math.inf
+    assert StageDrift(tensor, None, 32752.0, "x").headroom == 2.0
+    assert StageDrift(tensor, None, 0.0, "x").headroom == math.inf
 
 
 def test_a_peak_inside_the_block_counts_and_is_named() -> None:
     gathered = compared({"block 0": 0.0})
-    (found,) = stages_of(gathered, {"block 0": (99.0, "mlp.fc1")}, {"block 0": 1.0})
+    (found,) = stages_of(gathered, {"block 0": (99.0, "mlp.fc1")}, {}, {}, ["block 0"])
     assert (found.peak, found.peak_tensor) == (99.0, "mlp.fc1")
 
 
 def test_a_peak_that_is_no_number_is_none_that_fits() -> None:
-    batch = np.array([[1.0, np.nan]])
-    exact = {"block 0": 0.0}
-    gathered = compare_streams(Shown(exact), Shown(exact), [(batch, batch)], exact)
-    (found,) = stages_of(gathered, {"block 0": (1.0, "mlp.fc1")}, {"block 0": 1.0})
+    batch = {"block 0": np.array([[1.0, np.nan]])}
+    gathered = Gathered()
+    gathered.add(batch, batch, batch)
+    (found,) = stages_of(gathered, {"block 0": (1.0, "mlp.fc1")}, {}, {}, ["block 0"])
     assert math.isnan(found.peak)
 
 
@@ -141,18 +227,14 @@ def test_a_side_with_one_token_is_compared_at_that_token() -> None:
 
 
 @pytest.mark.parametrize("other", [(2, 2, 4), (2, 3, 5), (3, 1, 4), (2, 12)])
-def test_any_other_shape_is_refused_or_left_out(other) -> None:
+def test_any_other_shape_is_left_out(other) -> None:
     tokens = np.ones((2, 3, 4))
     assert not first_tokens(tokens, np.ones(other))
-
-    class Other(Shown):
-        def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
-            return {"block 0": np.ones(other)}
-
-    sides = Shown({"block 0": 0.0}), Other({})
-    with pytest.raises(ToleranceError, match=r"block 0: output has shape .* they must be the same"):
-        compare_streams(*sides, [(tokens, tokens)], ["block 0"])
-    assert compare_streams(*sides, [(tokens, tokens)], ["block 0"], strict=False) == {}
+    gathered = Gathered()
+    gathered.add({"block 0": tokens}, {"block 0": np.ones(other)}, ["block 0", "block 1"])
+    assert gathered == {}
+    with pytest.raises(ToleranceError, match=r"output has shape .* they must be the same"):
+        TensorComparison("block 0").add(tokens, np.ones(other))
 
 
 def test_nothing_compared_is_no_agreement() -> None:

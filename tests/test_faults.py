@@ -5,10 +5,12 @@ The model is vit-msn-small with msn's own initialisation, not one made to show a
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import faults
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from checkpoints import massive
@@ -16,11 +18,14 @@ from faults import BLOCK, describe, plant
 
 from msn_export import images, manifest
 from msn_export.errors import ToleranceError
+from msn_export.graph.precision import type_graph
 from msn_export.manifest import Manifest
 from msn_export.preprocessing import preset
 from msn_export.progress import Silent
 from msn_export.proof.drift import Drift
 from msn_export.proof.validation import Validation
+from msn_export.quantise.job import CalibrateJob
+from msn_export.run_calibrate import run_calibrate
 from msn_export.run_drift import DriftJob, run_drift
 from msn_export.run_onnx import OnnxJob, run_onnx
 from msn_export.run_validate import ValidateJob, run_validate
@@ -93,9 +98,48 @@ def test_a_fault_in_a_block_is_caught_and_placed(
     found = drifted(small_checkpoint, faulty, photographs)
     assert found.parted == found.suspect == f"block {BLOCK}"
     # inside the block, the first tensor that is wrong is the one the fault is in
-    usual = max(stage.tensor.relative for stage in found.stages[:BLOCK])
-    wrong = next(tensor for tensor in found.inside if tensor.relative > 2 * usual)
+    wrong = next(tensor for tensor in found.inside if tensor.relative > 5e-6)
     assert wrong.name == tensor
+
+
+IN_HALF = {
+    "a dropped query bias": (faults.dropped_query_bias, "attention"),
+    "QuickGELU": (faults.quick_gelu, "MLP"),
+    "a gain of 1.01": (faults.larger_gain, "attention"),
+}
+
+
+@pytest.mark.parametrize(("fault", "part"), IN_HALF.values(), ids=IN_HALF.keys())
+def test_a_fault_near_the_rounding_of_fp16_is_placed(
+    fault, part, small_checkpoint, small_graph, photographs, tmp_path
+) -> None:
+    def typed(model: ir.Model) -> None:
+        fault(model)
+        type_graph(model, Dtype.FP16)
+
+    faulty = plant(small_graph, tmp_path / "m.onnx", typed)
+    describe(small_graph, faulty, dtype=Dtype.FP16)
+    found = drifted(small_checkpoint, faulty, photographs)
+    assert found.parted == found.suspect == f"block {BLOCK}"
+    # and no other block errs more than fp16 costs
+    past = [stage.own for stage in found.stages if not stage.own.inside]
+    assert [own.tensor for own in past] == [f"block {BLOCK} {part}"]
+    assert all(s.own.times < 1.1 for s in found.stages if s.own.inside)
+
+
+@pytest.mark.parametrize(("block", "gain", "parts"), [(4, 1.02, False), (1, 1.2, True)])
+def test_a_fault_in_8_bits_is_placed_even_where_it_is_lost_in_them(
+    block, gain, parts, small_checkpoint, small_graph, photographs, tmp_path
+) -> None:
+    """An error below what 8 bits cost is no proof, but its block is the one to look into."""
+    larger = partial(faults.larger_gain, block=block, factor=gain)
+    faulty = plant(small_graph, tmp_path / "m.onnx", larger)
+    output = tmp_path / "q.onnx"
+    job = CalibrateJob(faulty, Dtype.INT8, photographs, output, smooth=0.5, compile=False)
+    run_calibrate(job, Silent())
+    found = drifted(small_checkpoint, output, photographs)
+    assert found.suspect == f"block {block}"
+    assert (found.parted == f"block {block}") is parts
 
 
 def test_an_epsilon_is_caught_by_its_numbers_alone(

@@ -15,7 +15,7 @@ from msn_export.report import facts, plots
 def stage(name: str, **changes: Any) -> facts.Stage:
     figures = {
         "cosine": 1.0, "relative": 1e-3, "max_abs": 1e-3, "largest": 4.0, "allowed": 5e-3,
-        "added": 1e-3, "headroom": 1e4,
+        "own": 1e-3, "headroom": 1e4,
     }  # fmt: skip
     return facts.Stage(name, **{**figures, **changes})
 
@@ -45,9 +45,10 @@ ENGINE = facts.Engine(
 )  # fmt: skip
 PLAIN = drift(stage("patch embedding"), stage("block 0"), stage("logits"))
 ODD = drift(
-    stage("patch embedding", relative=0.0, headroom=math.inf),
-    stage("block 0", relative=math.nan, headroom=math.nan),
-    stage("block 1", relative=math.inf, headroom=0.0),
+    stage("patch embedding", own=0.0, headroom=math.inf),
+    stage("block 0", own=math.nan, headroom=math.nan, allowed=math.inf),
+    stage("block 1", own=math.inf, headroom=0.0),
+    stage("block 2", own=None, allowed=None),
     parted="block 0",
 )
 DRAWN = {
@@ -56,7 +57,7 @@ DRAWN = {
     "histogram with what is no number": lambda: plots.histogram([agreement(None, math.nan, 0.9)]),
     "drift": lambda: plots.drift([PLAIN]),
     "drift of what is no number": lambda: plots.drift([ODD, PLAIN]),
-    "drift of nothing but zeros": lambda: plots.drift([drift(stage("block 0", relative=0.0))]),
+    "drift of nothing but zeros": lambda: plots.drift([drift(stage("block 0", own=0.0))]),
     "headroom": lambda: plots.headroom(PLAIN),
     "headroom of what is no number": lambda: plots.headroom(ODD),
     "many blocks": lambda: plots.drift([drift(*(stage(f"block {i}") for i in range(40)))]),
@@ -94,7 +95,7 @@ def test_a_name_that_is_markup_stays_text() -> None:
 
 
 def test_the_stage_that_parted_is_marked() -> None:
-    parted = drift(stage("patch embedding"), stage("block 0", relative=0.5), parted="block 0")
+    parted = drift(stage("patch embedding"), stage("block 0", own=0.5), parted="block 0")
     assert "var(--bad)" in plots.drift([parted])
     assert "var(--bad)" not in plots.drift([PLAIN])
 

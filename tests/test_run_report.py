@@ -124,7 +124,7 @@ def test_an_engine_that_did_not_run_is_never_said_to_agree(page) -> None:
 
 def test_it_shows_drift_census_precision_and_times(page) -> None:
     text = text_of(page)
-    assert "No stage is past what is allowed; block " in text
+    assert "No stage parts; block " in text
     assert "Below the dashed line (4) a value is kept in fp32" in text
     assert re.search(r"\d\d kernels 2 of 2 attention kernels fused 9 fp16 matrix", text)
     assert text.count(" attention fp16 ") == 2  # a kernel each block

@@ -4,10 +4,14 @@ import contextlib
 import io as stdio
 import warnings
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
+import faults
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from checkpoints import hugging_face
@@ -16,13 +20,18 @@ from graphs import parse, run
 from msn_export.errors import GraphError
 from msn_export.graph import io
 from msn_export.graph.emulate import emulate_bf16
-from msn_export.graph.expose import SEEN, expose
+from msn_export.graph.expose import GIVEN, SEEN, expose, feed
 from msn_export.graph.inside import inside, modules_of, parts_of
 from msn_export.graph.narrow import narrow_to_first_token
 from msn_export.graph.precision import type_graph
 from msn_export.graph.precision_map import precision_map
 from msn_export.graph.stream import ENTRY, find_stream, stages_of
-from msn_export.graph.structure import differences, structure_of, structure_of_module
+from msn_export.graph.structure import (
+    differences,
+    differences_by_block,
+    structure_of,
+    structure_of_module,
+)
 from msn_export.models.checkpoints import load_checkpoint
 from msn_export.progress import Silent
 from msn_export.run_onnx import OnnxJob, run_onnx
@@ -120,6 +129,173 @@ def test_what_is_no_transformer_is_refused(body, reason) -> None:
         find_stream(model)
     assert structure_of(model) == {}
     assert precision_map(model) == ()
+
+
+# --- structure that differs -----------------------------------------------------------------------
+
+QUICK_GELU = {
+    "a product and Sigmoid": "f = Mul (x, c)  s = Sigmoid (f)  y = Mul (x, s)",
+    "the factor first": "f = Mul (c, x)  s = Sigmoid (f)  y = Mul (s, x)",
+    "divided": "f = Div (x, d)  s = Sigmoid (f)  y = Mul (x, s)",
+    "an exponential": (
+        "f = Mul (x, minus)  e = Exp (f)  t = Add (e, one)  r = Reciprocal (t)  y = Mul (x, r)"
+    ),
+    "negated, divided by": (
+        "f = Mul (x, c)  n = Neg (f)  e = Exp (n)  t = Add (one, e)  y = Div (x, t)"
+    ),
+    "half precision": (
+        "h = Cast <to = 10> (x)  k = Cast <to = 10> (c)  f = Mul (h, k)  s = Sigmoid (f)"
+        "  m = Mul (h, s)  y = Cast <to = 1> (m)"
+    ),
+    "one operator": "y = Swish <alpha = 1.702> (x)",
+}  # fmt: skip
+OTHERS = {
+    "silu": "s = Sigmoid (x)  y = Mul (x, s)",
+    "x * sigmoid(1.6 x)": "f = Mul (x, other)  s = Sigmoid (f)  y = Mul (x, s)",
+    "relu": "y = Relu (x)",
+}
+NUMBERS = """<float c = {1.702}, float d = {0.58754405}, float minus = {-1.702}, float one = {1.0},
+ float other = {1.6}>"""
+
+
+def activated(body: str) -> ir.Model:
+    """The block of this page with another activation."""
+    model = text()
+    form = parse(f"g (float[b,3,4] x) => (float[b,3,4] y) {NUMBERS} {{ {body} }}", opset=24)
+    bent = next(node for node in model.graph if node.op_type == "Tanh")
+    inputs = {"x": next(n for n in model.graph if n.outputs[0].name == "hidden").outputs[0]}
+    inputs |= {name: value for name, value in form.graph.initializers.items() if value.uses()}
+    for name in inputs.keys() - {"x"}:
+        value = ir.Value(name=name, const_value=inputs[name].const_value)
+        value.type, value.shape = inputs[name].type, inputs[name].shape
+        model.graph.register_initializer(value)
+        inputs[name] = value
+    for node in form.graph:
+        read = [inputs[value.name] for value in node.inputs if value is not None]
+        made = ir.node(node.op_type, read, dict(node.attributes), name=f"act.{node.name}")
+        made.outputs[0].name, made.outputs[0].type = (
+            f"act.{node.outputs[0].name}",
+            node.outputs[0].type,
+        )
+        inputs[node.outputs[0].name] = made.outputs[0]
+        model.graph.insert_before(bent, made)
+    bent.outputs[0].replace_all_uses_with(inputs["y"])
+    return model
+
+
+@pytest.mark.parametrize("body", QUICK_GELU.values(), ids=QUICK_GELU.keys())
+def test_quick_gelu_is_known_in_each_form_exporters_write(body) -> None:
+    told = structure_of(activated(body))
+    assert told["block 0: activation"] == "gelu, sigmoid form"
+    assert differences(structure_of(text()), told) == [
+        "activation is gelu, sigmoid form, the reference's gelu, tanh form in block 0"
+    ]
+
+
+@pytest.mark.parametrize(("name", "body"), OTHERS.items())
+def test_what_is_no_quick_gelu_is_named_as_what_it_is(name, body) -> None:
+    assert structure_of(activated(body))["block 0: activation"] == name
+
+
+@pytest.fixture(scope="module")
+def four_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("four")
+    hugging_face(path / "hf", num_hidden_layers=4)
+    run_onnx(OnnxJob(str(path / "hf"), path / "m.onnx", check=False), Silent())
+    return path / "m.onnx"
+
+
+IRREGULAR = {
+    "attention not added": (
+        faults.no_residual, "blocks.2.Add_2",
+        "addition of attention to the stream is missing, the reference's present in block 2",
+    ),
+    "MLP not added": (
+        partial(faults.no_residual, mlp=True), "blocks.2.mlp.fc2.Add",
+        "addition of the MLP to the stream is missing, the reference's present in block 2",
+    ),
+    "norms behind the additions": (
+        faults.post_norm, "blocks.2.norm2.LayerNormalization",
+        "order is attention, norm, MLP, norm, the reference's norm, attention, norm, MLP in "
+        "block 2",
+    ),
+    "QuickGELU": (
+        faults.quick_gelu, "blocks.2.Add_2",
+        "activation is gelu, sigmoid form, the reference's gelu in block 2",
+    ),
+    "a residual tail": (
+        lambda model, _block: faults.tail(model), "blocks.2.Add_2",
+        "number of residual additions is 1, the reference's 0 in the tail",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize(("fault", "output", "told"), IRREGULAR.values(), ids=IRREGULAR.keys())
+def test_blocks_are_found_where_one_is_irregular(fault, output, told, named, four_blocks) -> None:
+    model = io.load(four_blocks)
+    io.infer_shapes(model)
+    regular = structure_of(model)
+    fault(model, 2)
+    expected = next(v for node in model.graph for v in node.outputs if v.name == output)
+    if not named:
+        for index, node in enumerate(model.graph):
+            node.name = f"n{index}"
+            for place, value in enumerate(node.outputs):
+                value.name = value.name if value.is_graph_output() else f"v{index}.{place}"
+    stream = find_stream(model)
+    assert [block.number for block in stream.blocks] == [0, 1, 2, 3]
+    assert stream.blocks[2].output is expected
+    assert all(a.output is b.entry for a, b in pairwise(stream.blocks))
+    assert differences(regular, structure_of(model)) == [told]
+
+
+def test_a_block_without_attention_leaves_its_number_free(four_blocks) -> None:
+    model = io.load(four_blocks)
+    faults.no_branch(model, 1)
+    assert [block.number for block in find_stream(model).blocks] == [0, 2, 3]
+
+
+def test_contradictions_are_told_by_block_too() -> None:
+    want = {"block 1 norm before MLP: epsilon": 1e-6, "block 1: activation": "gelu"}
+    have = {"block 1 norm before MLP: epsilon": 1e-5, "block 1: activation": "relu"}
+    assert differences_by_block(want, have) == {
+        "block 1": (
+            "epsilon is 1e-05, the reference's 1e-06 in norm before MLP",
+            "activation is relu, the reference's gelu",
+        )
+    }
+    assert differences_by_block({"the tail: x": "0"}, {"the tail: x": "1"}) == {
+        "the tail": ("x is 1, the reference's 0",)
+    }
+
+
+# --- values shown, and given ----------------------------------------------------------------------
+
+
+def test_a_given_value_takes_the_place_of_what_is_computed() -> None:
+    model = text()
+    middle = find_stream(model).blocks[0].streams[0]
+    fed = expose(feed(model, {"middle": middle}), {"middle": middle})
+    assert [value.name for value in fed.graph.inputs] == ["x", f"{GIVEN}middle"]
+    draw = np.random.default_rng(0)
+    x, other = (draw.standard_normal((2, 3, 4)).astype(np.float32) for _ in range(2))
+    plain = expose(model, {"middle": middle})
+    computed = run_all(plain, {"x": x})[f"{SEEN}middle"]
+    again = run_all(fed, {"x": x, f"{GIVEN}middle": computed})
+    np.testing.assert_array_equal(again["y"], run(model, {"x": x}))
+    changed = run_all(fed, {"x": x, f"{GIVEN}middle": other})
+    # what is computed is still shown; what follows comes from what was given
+    np.testing.assert_array_equal(changed[f"{SEEN}middle"], computed)
+    assert not np.allclose(changed["y"], again["y"])
+
+
+def run_all(model: ir.Model, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    session = onnxruntime.InferenceSession(
+        ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, feeds), strict=True))
 
 
 def test_shown_values_are_the_graphs_own_and_change_nothing() -> None:

@@ -29,7 +29,7 @@ from msn_export.cli.options import (
 @click.option(
     "--tolerance",
     type=click.FloatRange(min=0),
-    help="Relative error from which a block has parted. Default: the coarser side's dtype's.",
+    help="Relative error from which a block has parted. Default: measured.",
 )
 @json_option
 @click.pass_context
@@ -37,7 +37,9 @@ def drift(ctx: click.Context, /, reference: str, candidate: str, **options: Any)
     """Compare CANDIDATE with REFERENCE block by block: where do they part?
 
     Each is a checkpoint, an .onnx file, or an engine where its GPU is: its graph, beside it, is
-    compiled once more with the blocks as outputs. Exit code 0: no block is past the tolerance.
+    compiled once more with the blocks as outputs. Each block of a candidate that is no engine is
+    given the reference's own stream; its error is judged beside what its precision costs there.
+    Exit code 0: no block parts.
     """
     from msn_export.cli.console import Console
     from msn_export.cli.drift_rows import show_drift

@@ -15,13 +15,14 @@ from msn_export.records import to_plain
 
 
 def show_drift(console: Console, found: Drift) -> None:
-    """Print every stage, and inside the block that parted or adds the most error."""
+    """Print every stage, and inside the block that parted or errs the most."""
     if console.as_json:
         console.print_json({**to_plain(found), "passed": found.passed})
         return
     title = f"{found.candidate} against {found.reference}"
     console.print(_stages(f"{title}, {found.check.images} images", found.stages, found.parted))
     console.print(escape(found.sentence))
+    console.print(escape(f"{found.how[:1].upper()}{found.how[1:]}."))
     if found.inside:  # an engine shows nothing inside a block
         console.print(_tensors(f"inside {found.suspect}", found.inside))
     for note in found.notes:
@@ -31,18 +32,18 @@ def show_drift(console: Console, found: Drift) -> None:
 def _stages(title: str, stages: Sequence[StageDrift], parted: str | None) -> Table:
     table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("stage", no_wrap=True)
-    for name in ("1 - cos", "error", "allowed", "added", "max_abs", "peak", "headroom"):
+    for name in ("1 - cos", "error", "own", "allowed", "max_abs", "peak", "headroom"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("peak in", overflow="fold")
     for stage in stages:
-        tensor = stage.tensor
+        tensor, own = stage.tensor, stage.own
         first = " (\\[CLS])" if tensor.first_token else ""
         table.add_row(
             f"{escape(stage.name)}{first}",
             f"{1 - tensor.cosine_min:.1e}",
             f"{tensor.relative:.1e}",
-            f"{stage.allowed:.1e}",
-            f"{stage.added:.1e}",
+            f"{own.relative:.1e}" if own else "",
+            f"{own.allowed:.1e}" if own else "",
             f"{tensor.max_abs:.1e}",
             f"{stage.peak:.4g}",
             f"{stage.headroom:,.0f}" if stage.headroom >= 100 else f"{stage.headroom:.1f}",

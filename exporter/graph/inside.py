@@ -11,9 +11,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from msn_export.graph.stream import Block, handed_on
-
-PRODUCTS = frozenset({"Gemm", "MatMul"})
+from msn_export.graph.stream import PRODUCTS, Block, handed_on
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from msn_export.errors import GraphError
-from msn_export.graph.inside import PRODUCTS, halves
-from msn_export.graph.stream import Block, find_stream
+from msn_export.graph.inside import halves
+from msn_export.graph.stream import PRODUCTS, Block, find_stream
 
 PARTS = ("norm", "qkv", "attention", "projection", "add", "norm", "fc1", "activation", "fc2", "add")
 

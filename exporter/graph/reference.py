@@ -1,7 +1,7 @@
 """Run the PyTorch reference: what every artifact is compared with."""
 
 import copy
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -103,6 +103,7 @@ class TorchStream:
 
     Stages are ``patch embedding``, ``block N`` and the outputs; ``names`` chooses what comes out.
     With every batch ``peaks`` grows: the largest absolute value by stage, and which tensor has it.
+    A stage that is given takes the place of what the model computes: what follows reads that.
     """
 
     def __init__(
@@ -114,10 +115,14 @@ class TorchStream:
         self.peaks: dict[str, tuple[float, str]] = {}
         self._seen: dict[str, NDArray[Any]] = {}
 
-    def __call__(self, pixel_values: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+    def __call__(
+        self,
+        pixel_values: NDArray[np.float32],
+        given: Mapping[str, NDArray[Any]] | None = None,
+    ) -> dict[str, NDArray[Any]]:
         """Run normalised planes [b, c, h, w]; the hooks are gone afterwards."""
         self._seen = {}
-        handles = list(self._watch())
+        handles = [*self._watch(), *self._replace(given or {})]
         try:
             outputs = self.runner(pixel_values)
         finally:
@@ -137,6 +142,21 @@ class TorchStream:
                 module = block.get_submodule(place.path)
                 yield self._on(module, stage, place.names(number), given=place.given)
             yield self._on(block, stage, (stage,), given=False)
+
+    def _replace(self, given: Mapping[str, NDArray[Any]]) -> Iterator[RemovableHandle]:
+        """Hand on what is given for a stage in place of what was computed, and noted, there."""
+        blocks = cast("Sequence[nn.Module]", self.runner.model.blocks)
+        tensors = {
+            stage: torch.from_numpy(np.ascontiguousarray(array)).to(self.runner.dtype)
+            for stage, array in given.items()
+        }
+        if ENTRY in tensors:
+            yield blocks[0].register_forward_pre_hook(lambda *_: (tensors[ENTRY],))
+        for number, block in enumerate(blocks):
+            if f"block {number}" in tensors:
+                yield block.register_forward_hook(
+                    lambda *_, stage=f"block {number}": tensors[stage]
+                )
 
     def _on(
         self, module: nn.Module, stage: str, names: tuple[str, ...], *, given: bool

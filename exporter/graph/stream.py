@@ -1,8 +1,10 @@
-"""Find the residual stream of a pre-norm transformer in a graph, whatever exporter wrote it.
+"""Find the residual stream of a transformer in a graph, whatever exporter wrote it.
 
-The stream is the chain of additions ``x + branch(x)``: of an addition's two operands, the stream is
-the one that the other was computed from. Nothing is told by position: a block begins with the
-addition whose branch holds an attention core.
+A value is a *cut* where every path from the images to the outputs passes through it: the stream
+after each addition ``x + branch(x)`` is one. A block is what lies between two cuts around one
+attention core: it ends behind the third matrix product after the core (output projection and the
+MLP's two layers), with the addition that follows. So a block that lacks an addition, or has its
+norms elsewhere, is found all the same.
 
 Shapes: ``b`` batch, ``n`` tokens, ``dim`` hidden size.
 """
@@ -10,7 +12,6 @@ Shapes: ``b`` batch, ``n`` tokens, ``dim`` hidden size.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,6 +20,7 @@ import onnx_ir as ir
 from msn_export.errors import GraphError
 
 ENTRY = "patch embedding"  # what the stream is before the first block
+PRODUCTS = frozenset({"Gemm", "MatMul"})
 
 # Operators that hand the stream on: other types, fewer rows, quantised
 _HANDS_ON = frozenset(
@@ -26,37 +28,43 @@ _HANDS_ON = frozenset(
 )
 # Operators whose result depends on shapes, not on numbers
 _SHAPES = frozenset(("ConstantOfShape", "Shape", "Size"))
-_ATTENTION = frozenset(("Attention", "Softmax"))
+_CORES = frozenset(("Attention", "Softmax"))
+# what may follow a block's last product before the stream it adds to: its bias, a layer scale
+_AFFINE = frozenset(("Add", "Mul"))
+# output projection and the two layers of the MLP
+_AFTER_CORE = 3
 # blocks.3.attn (ours), /vit/encoder/layer.3/ and vit.layers.3. (Hugging Face), encoder_layer_3
 _NUMBER = re.compile(r"(?:^|[./_])(?:blocks?|layers?)[._/]?(\d+)(?=[./_]|$)")
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A transformer block: ``nodes``, in order, compute ``output`` from the stream before it.
+    """A transformer block: ``nodes``, in order, compute ``output`` from ``entry``.
 
     ``branches`` are what is added to the stream, attention's result first; ``streams`` the stream
-    after each addition, the last of them ``output``. All are [b, n, dim]; where only [CLS] is
-    read of the last block, n is 1.
+    after each addition. A regular block has two of each. All are [b, n, dim]; where only [CLS] is
+    read of the last block, n is 1. ``core`` is the Attention or Softmax.
     """
 
     number: int
+    entry: ir.Value
+    output: ir.Value
+    core: ir.Node
     streams: tuple[ir.Value, ...]
     branches: tuple[ir.Value, ...]
     nodes: tuple[ir.Node, ...]
 
-    @property
-    def output(self) -> ir.Value:
-        """The stream after the block."""
-        return self.streams[-1]
-
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """The residual stream: ``entry`` is what the first block reads."""
+    """The residual stream: ``entry`` is what the first block reads.
+
+    ``tail`` are residual additions behind the last block; a ViT has none.
+    """
 
     entry: ir.Value
     blocks: tuple[Block, ...]
+    tail: tuple[ir.Value, ...] = ()
 
 
 def stages_of(model: ir.Model) -> dict[str, ir.Value]:
@@ -69,91 +77,240 @@ def stages_of(model: ir.Model) -> dict[str, ir.Value]:
     return {ENTRY: stream.entry} | {f"block {b.number}": b.output for b in stream.blocks}
 
 
-@dataclass(frozen=True, slots=True)
-class _Addition:
-    node: ir.Node
-    before: ir.Value
-    branch: ir.Value
-    nodes: frozenset[ir.Node]
-
-    @property
-    def attends(self) -> bool:
-        return any(node.op_type in _ATTENTION for node in self.nodes)
-
-
 def find_stream(model: ir.Model) -> Stream:
-    """Find the residual stream.
+    """Find the stream and its blocks.
 
     Raises:
-        GraphError: there is none, or no attention in its branches.
+        GraphError: there is no attention between two cuts of the graph.
     """
-    additions = list(_additions(model.graph))[::-1]
-    if not any(addition.attends for addition in additions):
+    flow = _Flow(model.graph)
+    entry = flow.entry(flow.cores[0]) if flow.cores else None
+    if entry is None:
         raise GraphError(
-            "the graph has no residual stream with attention in its branches: it is no pre-norm "
+            "the graph has no residual stream with attention in its branches: it is no "
             "transformer, or was fused into operators of one runtime; export it again without"
         )
-    groups: list[list[_Addition]] = []
-    for addition in additions:
-        if addition.attends or not groups:
-            groups.append([])
-        groups[-1].append(addition)
-    order = {node: index for index, node in enumerate(model.graph)}
-    numbers = _numbers(groups)
-    blocks = tuple(
-        _block(number, group, order) for number, group in zip(numbers, groups, strict=True)
-    )
-    return Stream(additions[0].before, blocks)
+    numbers = _numbers(flow.cores)
+    blocks: list[Block] = []
+    before = entry
+    for index, (number, core) in enumerate(zip(numbers, flow.cores, strict=True)):
+        following = flow.cores[index + 1] if index + 1 < len(flow.cores) else None
+        output = flow.end(before, core, following)
+        if output is None:
+            break  # no single value holds all that the next block reads
+        blocks.append(flow.block(number, before, output, core))
+        before = output
+    if not blocks:
+        raise GraphError(
+            "the graph has no residual stream: no single value holds all that comes out of its "
+            "first attention block"
+        )
+    return Stream(entry, tuple(blocks), flow.additions_after(before))
 
 
-def _block(number: int, group: list[_Addition], order: dict[ir.Node, int]) -> Block:
-    inside = {node for addition in group for node in (*addition.nodes, addition.node)}
-    return Block(
-        number,
-        streams=tuple(addition.node.outputs[0] for addition in group),
-        branches=tuple(addition.branch for addition in group),
-        nodes=tuple(sorted(inside, key=order.__getitem__)),
-    )
+class _Flow:
+    """The nodes between images and outputs in order, and where one value alone is between them."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.images = _image_values(graph)
+        self.nodes = _towards_last(graph, self.images)
+        self.place = {node: index for index, node in enumerate(self.nodes)}
+        self.cuts = self._cuts()
+        self.cores = [node for node in self.nodes if self._is_core(node)]
+
+    def _cuts(self) -> dict[ir.Value, int]:
+        """Give each cut the place of the node that computes it."""
+        last: dict[ir.Value, int] = {}
+        for index, node in enumerate(self.nodes):
+            for value in _operands(node):
+                if value in self.images and (
+                    value.producer() is None or value.producer() in self.place
+                ):
+                    last[value] = index
+        live = {value for value in last if value.producer() is None}
+        found = {}
+        for index, node in enumerate(self.nodes):
+            live -= {value for value in _operands(node) if last.get(value) == index}
+            live |= {value for value in node.outputs if value in last}
+            if len(live) == 1 and (value := next(iter(live))).producer() is node:
+                found[value] = index
+        if self.nodes and self.nodes[-1].outputs:
+            found[self.nodes[-1].outputs[0]] = len(self.nodes) - 1
+        return found
+
+    def _is_core(self, node: ir.Node) -> bool:
+        """A classifier's Softmax holds all there is; attention's has the values beside it."""
+        if node.op_type not in _CORES:
+            return False
+        return node.op_type == "Attention" or node.outputs[0] not in self.cuts
+
+    def entry(self, core: ir.Node) -> ir.Value | None:
+        """Find the stream that a block with this core reads."""
+        before = [value for value, place in self.cuts.items() if place < self.place[core]]
+        if not before:
+            return None
+        nearest = before[-1]
+        stream = handed_on(nearest)
+        if self._goes_around(stream, core):
+            return stream if stream in self.cuts else nearest
+        for value in reversed(before):  # no addition: over the projection and the norm
+            node = value.producer()
+            assert node is not None  # a cut is computed
+            if node.op_type == "LayerNormalization" and node.inputs[0] in self.cuts:
+                return node.inputs[0]
+            if self._joins(node):
+                return value
+        return nearest
+
+    def _goes_around(self, value: ir.Value, core: ir.Node) -> bool:
+        after = self.nodes[self.place[core] + 1 :]
+        return any(
+            node.op_type == "Add" and any(handed_on(v) is value for v in _operands(node))
+            for node in after
+        )
+
+    def end(self, entry: ir.Value, core: ir.Node, following: ir.Node | None) -> ir.Value | None:
+        """Find the stream after a block; ``following`` is the next block's core."""
+        until = len(self.nodes) if following is None else self.place[following]
+        start = self.place[core]
+        products = [i for i in range(start + 1, until) if self._is_weighted(self.nodes[i])]
+        if not products:
+            return None
+        behind = products[min(_AFTER_CORE, len(products)) - 1]
+        found = None
+        for value, place in self.cuts.items():
+            if not behind <= place < until:
+                continue
+            node = self.nodes[place]
+            if self._joins(node):
+                found = value
+                break
+            if found is not None and node.op_type not in _AFFINE | _HANDS_ON:
+                break
+            if found is not None and node.op_type in _HANDS_ON:
+                continue
+            found = value
+        return found and self._with_norm(entry, core, found)
+
+    def _with_norm(self, entry: ir.Value, core: ir.Node, found: ir.Value) -> ir.Value:
+        """Count a norm behind the addition to a block that begins with none, or is named alike."""
+        first = self.place[_node(entry)] + 1 if entry.producer() is not None else 0
+        ahead = self.nodes[first : self.place[core]]
+        begins = any(node.op_type == "LayerNormalization" for node in ahead)
+        for use in found.uses():
+            value = use.node.outputs[0]
+            if use.node.op_type != "LayerNormalization" or value not in self.cuts:
+                continue
+            if not begins or _named(use.node) == _named(core) != -1:
+                return value
+        return found
+
+    def _is_weighted(self, node: ir.Node) -> bool:
+        """A product of one computed value and a weight."""
+        computed = [value for value in _operands(node)[:2] if value in self.images]
+        return node.op_type in PRODUCTS and len(computed) == 1
+
+    def _joins(self, node: ir.Node) -> bool:
+        return node.op_type == "Add" and all(value in self.images for value in _operands(node))
+
+    def block(self, number: int, entry: ir.Value, output: ir.Value, core: ir.Node) -> Block:
+        """Describe what lies between two cuts."""
+        nodes = between(entry, output)
+        assert nodes is not None  # both are cuts
+        order = {node: index for index, node in enumerate(_node(output).graph or ())}
+        inside = tuple(sorted(nodes, key=order.__getitem__))
+        streams, branches = [], []
+        for node in inside:
+            if node.outputs and node.outputs[0] in self.cuts and self._joins(node):
+                branch = _branch(node)
+                if branch is not None:
+                    streams.append(node.outputs[0])
+                    branches.append(branch)
+        return Block(number, entry, output, core, tuple(streams), tuple(branches), inside)
+
+    def additions_after(self, output: ir.Value) -> tuple[ir.Value, ...]:
+        """List the residual additions behind a cut."""
+        return tuple(
+            value
+            for value, place in self.cuts.items()
+            if place > self.cuts[output]
+            and self._joins(self.nodes[place])
+            and _branch(self.nodes[place]) is not None
+        )
 
 
-def _numbers(groups: list[list[_Addition]]) -> list[int]:
-    """Number the blocks as the names do, if those rise one by one; else count."""
-    named = []
-    for group in groups:
-        match = _NUMBER.search(group[-1].node.outputs[0].name or "")
-        named.append(int(match[1]) if match else -1)
-    rising = all(later == earlier + 1 for earlier, later in pairwise(named))
-    return named if named[0] >= 0 and rising else list(range(len(groups)))
+def _image_values(graph: ir.Graph) -> set[ir.Value]:
+    """Collect the values whose numbers depend on the images."""
+    weights = graph.initializers
+    found = {value for value in graph.inputs if value.name not in weights}
+    for node in graph:
+        if node.op_type not in _SHAPES and any(value in found for value in _operands(node)):
+            found.update(node.outputs)
+    return found
 
 
-def _additions(graph: ir.Graph) -> Iterator[_Addition]:
-    """Walk the chain of additions, the last one first."""
-    for node in reversed(graph):
-        addition = _addition(node)
-        if addition is not None:
-            break
-    else:
-        return
-    while addition is not None:
-        yield addition
-        producer = addition.before.producer()
-        addition = _addition(producer) if producer is not None else None
+def _towards_last(graph: ir.Graph, images: set[ir.Value]) -> list[ir.Node]:
+    """List the nodes that the output with the most nodes behind it is computed by, in order."""
+    best: set[ir.Node] = set()
+    for output in graph.outputs:
+        found = _behind(output, images)
+        if len(found) > len(best):
+            best = found
+    return [node for node in graph if node in best]
 
 
-def _addition(node: ir.Node) -> _Addition | None:
-    """Read ``node`` as stream + branch; None if it is no such addition."""
-    if node.op_type != "Add":
-        return None
-    left, right = node.inputs
-    assert left is not None  # an Add has two operands
-    assert right is not None
-    for stream, branch in ((left, right), (right, left)):
-        before = handed_on(stream)
-        if branch.producer() is None or before.const_value is not None:
+def _behind(output: ir.Value, images: set[ir.Value]) -> set[ir.Node]:
+    """Collect the nodes a value is computed by.
+
+    A classifier may read [CLS] of several blocks side by side: of those, the last one alone.
+    """
+    found: set[ir.Node] = set()
+    pending = [output]
+    while pending:
+        value = pending.pop()
+        node = value.producer()
+        if value not in images or node is None or node in found:
             continue
-        nodes = _between(before, branch)
-        if nodes is not None:
-            return _Addition(node, before, branch, nodes)
+        found.add(node)
+        beside = [operand for operand in _operands(node) if operand in images]
+        if node.op_type == "Concat" and len(beside) > 1 and len(value.shape or ()) == 2:
+            behind = [_behind(operand, images) for operand in beside]
+            found |= max(behind, key=len)
+        else:
+            pending += beside
+    return found
+
+
+def _operands(node: ir.Node) -> list[ir.Value]:
+    return [value for value in node.inputs if value is not None]
+
+
+def _node(value: ir.Value) -> ir.Node:
+    node = value.producer()
+    assert node is not None  # asked of computed values alone
+    return node
+
+
+def _numbers(cores: list[ir.Node]) -> list[int]:
+    """Number the blocks as their names do, if those rise from 0; else count."""
+    named = [_named(core) for core in cores]
+    rising = named[0] == 0 and all(later > earlier for earlier, later in pairwise(named))
+    return named if rising else list(range(len(cores)))
+
+
+def _named(node: ir.Node) -> int:
+    """Read the block's number off a node's name; -1 if there is none."""
+    match = _NUMBER.search(node.name or "") or _NUMBER.search(node.outputs[0].name or "")
+    return int(match[1]) if match else -1
+
+
+def _branch(node: ir.Node) -> ir.Value | None:
+    """Of an addition to the stream give what is added; None if nothing is multiplied in it."""
+    left, right = _operands(node)
+    for stream, branch in ((left, right), (right, left)):
+        nodes = between(handed_on(stream), branch)
+        if nodes and any(inner.op_type in PRODUCTS | _CORES for inner in nodes):
+            return branch
     return None
 
 
@@ -166,13 +323,13 @@ def handed_on(value: ir.Value) -> ir.Value:
     return value
 
 
-def _between(before: ir.Value, branch: ir.Value) -> frozenset[ir.Node] | None:
-    """Collect the nodes that compute ``branch`` from ``before``; None if it does not come from it.
+def between(before: ir.Value, after: ir.Value) -> frozenset[ir.Node] | None:
+    """Collect the nodes that compute ``after`` from ``before``; None if it does not come from it.
 
     A walk that reaches a graph input went past ``before``: its values are no function of it alone.
     """
     found: set[ir.Node] = set()
-    pending, reached = [branch], False
+    pending, reached = [after], False
     while pending:
         value = pending.pop()
         if value is before:
@@ -186,5 +343,5 @@ def _between(before: ir.Value, branch: ir.Value) -> frozenset[ir.Node] | None:
         if node in found or node.op_type in _SHAPES:
             continue
         found.add(node)
-        pending.extend(operand for operand in node.inputs if operand is not None)
+        pending.extend(_operands(node))
     return frozenset(found) if reached else None

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from msn_export.check.drift import StageDrift, TensorDrift
-from msn_export.check.gate import JUMP
+from msn_export.check.drift import StageDrift, TensorDrift, is_block, most_of
 from msn_export.errors import GraphError
+from msn_export.graph.stream import ENTRY
+from msn_export.graph.structure import differences_by_block
 from msn_export.manifest_records import CheckRecord
 from msn_export.proof.pair import Pair
-from msn_export.proof.streams import what_is_shown
+from msn_export.proof.streams import Shown, what_is_shown
 from msn_export.spec import Dtype
 
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """Every stage compared; ``parted`` is the first whose relative error is not allowed.
+    """Every stage compared; ``parted`` is the first that does not do what the reference's does.
 
-    ``suspect`` is the block looked into: the one that parted, else the one that adds the most
-    error; ``inside`` are its tensors. ``check`` judges the outputs as ``validate`` does.
+    ``suspect`` is the block looked into: the one that parted, else the one whose own error is the
+    most beside what its precision costs; ``inside`` are its tensors. ``how`` says what errors were
+    measured, and beside what. ``check`` judges the outputs as ``validate`` does.
     """
 
     reference: str
@@ -32,65 +32,145 @@ class Drift:
     suspect: str | None
     inside: tuple[TensorDrift, ...]
     check: CheckRecord
+    how: str
     notes: tuple[str, ...]
 
     @property
     def passed(self) -> bool:
-        """Whether no stage is past what is allowed."""
+        """Whether every stage does what the reference's does."""
         return self.parted is None
 
     @property
     def sentence(self) -> str:
-        """Where they part; if nowhere, which block adds the most error, beside the median one."""
-        if self.parted is not None:
-            return f"They part at {self.parted}, the first stage whose error is not allowed."
-        blocks = [stage for stage in self.stages if stage.name.startswith("block ")]
-        most = max(blocks, key=lambda stage: stage.added)
-        median = statistics.median(stage.added for stage in blocks)
-        times = f", {most.added / median:.1f} times the median block" if median > 0 else ""
-        first = (
-            f"{self.suspect} is the first to add {JUMP:g} times what any stage before it does, "
-            if self.suspect != most.name
-            else ""
-        )
-        return f"No stage is past what is allowed; {first}{most.name} adds the most error{times}."
+        """Where they part and why; if nowhere, which block errs the most."""
+        for stage in self.stages:
+            if stage.name == self.parted:
+                why = "; ".join((*stage.reasons, *([] if _is_inside(stage) else [_error(stage)])))
+                return f"They part at {stage.name}: {why}."
+        most = most_of(self.stages)
+        if most is None:
+            return "No stage parts."
+        return f"No stage parts; {most.name} errs the most: {_error(most)}."
 
 
-def common_stages(pair: Pair) -> tuple[str, ...]:
-    """List the stages both sides show.
+def _is_inside(stage: StageDrift) -> bool:
+    return stage.own is None or stage.own.inside
 
-    Raises:
-        GraphError: they have other blocks, which nothing can be matched with.
+
+def _error(stage: StageDrift) -> str:
+    """Say how large a stage's own error is, beside its cost and what is allowed."""
+    own = stage.own
+    assert own is not None  # asked of judged stages alone
+    part = own.tensor.removeprefix(stage.name).strip()
+    what = f"its own error is {own.relative:.1e}" + (f" in {part}" if part else "")
+    if stage.tensor.nan or stage.tensor.inf:
+        what += f", {stage.tensor.nan} NaN and {stage.tensor.inf} infinite values in it"
+    if own.times is None:
+        return f"{what}, {own.allowed:.1e} allowed"
+    return f"{what}, {own.times:.2g} times its cost of {own.cost:.1e}, {own.allowed:.1e} allowed"
+
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """The stages that both sides have, as far as they match.
+
+    ``stages`` end where the blocks are no longer the same; ``whole`` says that all are. ``reasons``
+    say of each stage how it is another one.
     """
-    left, right = (what_is_shown(side, pair.outputs) for side in (pair.reference, pair.candidate))
-    if left.stages != right.stages:
-        raise GraphError(
-            f"{pair.reference.name} has {_span(left.inside)} and {pair.candidate.name} "
-            f"{_span(right.inside)}; they cannot be matched"
+
+    stages: tuple[str, ...]
+    reasons: Mapping[str, tuple[str, ...]]
+    whole: bool
+
+    def named(self, outputs: tuple[str, ...]) -> tuple[str, ...]:
+        """List every stage there is something to say of, in order; outputs are the last."""
+        return tuple(dict.fromkeys((*self.stages, *self.reasons, *outputs)))
+
+
+def match(pair: Pair) -> Matched:
+    """Match the blocks of both sides by number, and compare what the graphs say of each."""
+    sides = pair.reference, pair.candidate
+    shown: list[Shown] = []
+    for side in sides:
+        try:
+            shown.append(what_is_shown(side))
+        except GraphError as error:
+            why = f"{side.name} has no blocks that can be found: {error}"
+            return Matched((), {ENTRY: (why,)}, whole=False)
+    reasons = _structure(pair)
+    left, right = shown
+    stages: list[str] = []
+    for one, other in zip(left.stages, right.stages, strict=False):
+        if one != other:
+            break
+        sizes = _other_sizes(left, right, one)
+        if sizes:
+            reasons[one] = (*reasons.get(one, ()), sizes)
+            return _matched(stages, reasons)
+        stages.append(one)
+    numbers = set(left.stages) ^ set(right.stages)
+    if numbers:
+        first = min(numbers, key=_number)
+        has, lacks = sides if first in left.stages else sides[::-1]
+        count = {id(side): len(each.inside) for side, each in zip(sides, shown, strict=True)}
+        why = (
+            f"{lacks.name} has {count[id(lacks)]} blocks and no {first}, {has.name} has "
+            f"{count[id(has)]} blocks"
         )
-    return left.stages
+        reasons[first] = (*reasons.get(first, ()), why)
+        return _matched(stages, reasons)
+    return Matched(tuple(stages), reasons, whole=True)
 
 
-def _span(blocks: Mapping[str, Any]) -> str:
-    names = list(blocks)
-    return f"{len(names)} blocks ({names[0]} to {names[-1]})"
+def _matched(stages: list[str], reasons: dict[str, tuple[str, ...]]) -> Matched:
+    """Keep of the reasons those of stages up to the first that does not match."""
+    last = [name for name in reasons if name not in stages and (name == ENTRY or is_block(name))]
+    ends = min(last, key=_number)
+    kept = {
+        name: why
+        for name, why in reasons.items()
+        if name in stages or _number(name) <= _number(ends)
+    }
+    return Matched(tuple(stages), dict(sorted(kept.items(), key=lambda i: _number(i[0]))), False)
+
+
+def _structure(pair: Pair) -> dict[str, tuple[str, ...]]:
+    """Say how blocks contradict each other; what is behind them is a reason of the first output."""
+    found: dict[str, tuple[str, ...]] = {}
+    differing = differences_by_block(pair.reference.structure, pair.candidate.structure)
+    for where, why in differing.items():
+        stage = where if is_block(where) else pair.outputs[0]
+        told = why if is_block(where) else tuple(f"{line} in {where}" for line in why)
+        found[stage] = (*found.get(stage, ()), *told)
+    return dict(sorted(found.items(), key=lambda item: _number(item[0])))
+
+
+def _number(stage: str) -> int:
+    """Order stages: the entry, blocks, outputs."""
+    return -1 if stage == ENTRY else int(stage.split()[1]) if is_block(stage) else 1 << 30
+
+
+def _other_sizes(left: Shown, right: Shown, stage: str) -> str:
+    """Say that a stage has other sizes on either side; one token may stand for all."""
+    want, have = left.stages[stage], right.stages[stage]
+    if want is None or have is None:
+        return ""
+    pairs = list(zip(want, have, strict=False))
+    known = [one == other or None in {one, other} for one, other in pairs]
+    if len(want) == len(have) == 2 and 1 in pairs[0]:
+        known[0] = True
+    if len(want) == len(have) and all(known):
+        return ""
+    shown = ("x".join("?" if size is None else str(size) for size in s) for s in (have, want))
+    return "the stream is {}, the reference's {}".format(*shown)
 
 
 def suspect_of(stages: tuple[StageDrift, ...], parted: StageDrift | None) -> str | None:
-    """Choose the block to look into; an embedding or an output has no inside.
-
-    Where nothing is past what is allowed: the first block that adds several times what any stage
-    before it added, for later ones magnify what comes in; else the one that adds the most.
-    """
+    """Choose the block to look into; an embedding or an output has no inside."""
     if parted is not None:
-        return parted.name if parted.name.startswith("block ") else None
-    before = stages[0].added
-    blocks = [stage for stage in stages if stage.name.startswith("block ")]
-    for stage in blocks:
-        if stage.added > JUMP * before:
-            return stage.name
-        before = max(before, stage.added)
-    return max(blocks, key=lambda stage: stage.added).name
+        return parted.name if is_block(parted.name) else None
+    most = most_of(stages)
+    return most.name if most is not None else None
 
 
 def smoothing(pair: Pair) -> tuple[str, ...]:

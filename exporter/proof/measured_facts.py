@@ -101,10 +101,11 @@ def drift_facts(found: Drift) -> facts.Drift:
 
 
 def _stage(stage: StageDrift) -> facts.Stage:
-    tensor = stage.tensor
+    tensor, own = stage.tensor, stage.own
     return facts.Stage(
         stage.name, tensor.cosine_min, tensor.relative, tensor.max_abs, stage.peak,
-        stage.allowed, stage.added, stage.headroom, stage.peak_tensor,
+        own.allowed if own else None, own.relative if own else None, stage.headroom,
+        stage.peak_tensor,
     )  # fmt: skip
 
 

@@ -115,7 +115,11 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A stage of the residual stream, or a tensor inside a block (``allowed`` None)."""
+    """A stage of the residual stream, or a tensor inside a block.
+
+    ``own`` is the relative error the stage makes by itself, and ``allowed`` what it may be; None of
+    a tensor inside a block.
+    """
 
     name: str
     cosine: float
@@ -123,7 +127,7 @@ class Stage:
     max_abs: float
     largest: float
     allowed: float | None = None
-    added: float | None = None
+    own: float | None = None
     headroom: float | None = None
     peak_tensor: str = ""
 

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from msn_export.report.facts import Agreement, Artifact, Drift, Latency
+from msn_export.report.facts import Agreement, Artifact, Drift, Latency, Stage
 from msn_export.report.pictures import inline
 
 # Colours that stand for the page's: matplotlib writes them, and they become its variables
@@ -91,15 +91,19 @@ def histogram(agreements: Sequence[Agreement]) -> str:
 
 
 def drift(drifts: Sequence[Drift]) -> str:
-    """Draw the relative error of the residual stream, stage by stage."""
+    """Draw the relative error that each stage makes by itself."""
 
     def paint(axes: Axes) -> None:
         for index, found in enumerate(drifts):
-            errors = [max(stage.relative, _LEAST) for stage in found.stages]
+            errors = [_error(stage) for stage in found.stages]
             places = range(len(errors))
             colour, mark = _SERIES[index % 4], _MARKS[index % 4]
             axes.plot(places, errors, f"{mark}-", color=colour, markersize=4, label=found.candidate)
-            allowed = [stage.allowed or 0.0 for stage in found.stages]
+            # infinite where nothing was measured that could limit it
+            limits = [
+                math.nan if stage.allowed is None else stage.allowed for stage in found.stages
+            ]
+            allowed = [limit if math.isfinite(limit) else math.nan for limit in limits]
             axes.plot(places, allowed, "--", color=colour, linewidth=0.9)
             for place, stage in enumerate(found.stages):
                 if stage.name == found.parted:
@@ -113,7 +117,12 @@ def drift(drifts: Sequence[Drift]) -> str:
         _stage_names(axes, drifts[0])
         axes.legend(loc="best", title="dashed: allowed", alignment="left")
 
-    return draw("drift", "Relative error after each block", paint)
+    return draw("drift", "Relative error of each block by itself", paint)
+
+
+def _error(stage: Stage) -> float:
+    """Give a stage's own error; one that could not be compared has no place on the axis."""
+    return math.nan if stage.own is None else max(stage.own, _LEAST)
 
 
 def _whole_decades(axes: Axes) -> None:
