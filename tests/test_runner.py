@@ -118,6 +118,14 @@ def test_labels_alike_keep_their_order_and_no_image_weighs_on_another() -> None:
     assert [guess.probability for guess in second] == pytest.approx([0.5, 0.5, 0.0])
 
 
+def test_many_labels_alike_keep_their_order_too() -> None:
+    """NumPy's other sorts keep the order of 16 or fewer by chance."""
+    logits = np.zeros((2, 64), np.float32)
+    logits[:, ::2] = 1
+    for guesses in top_k(logits, [str(number) for number in range(64)], k=64):
+        assert [guess.number for guess in guesses] == [*range(0, 64, 2), *range(1, 64, 2)]
+
+
 def test_without_a_manifest_labels_are_numbers_and_pictures_are_refused(tmp_path) -> None:
     runner = OrtRunner(Network().graph(tmp_path / "m.onnx"))
     assert runner.labels == ()
