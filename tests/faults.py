@@ -186,6 +186,84 @@ def shifted_classes(model: ir.Model) -> None:
     edit(model, "classifier.bias", lambda b: np.roll(b, 1))
 
 
+# --- in what a graph gives, whatever it is made of ------------------------------------------------
+
+
+def _through(model: ir.Model, output: str, change: Callable[[Patch, ir.Value], ir.Value]) -> None:
+    """Let a graph give what ``change`` makes of one of its outputs."""
+    index = [value.name for value in model.graph.outputs].index(output)
+    value = model.graph.outputs[index]
+    last = model.graph[-1]
+    end = ir.node("Identity", [value])
+    end.name = end.outputs[0].name = f"{output}.end"
+    model.graph.insert_after(last, [end])
+    changed = change(Patch(model.graph, end), value)
+    changed.shape, changed.type = value.shape, value.type
+    value.name, changed.name = f"{output}.before", output
+    model.graph.outputs[index] = changed
+    model.graph.remove(end, safe=True)
+
+
+def scaled(output: str, factor: float) -> Callable[[ir.Model], None]:
+    """Multiply an output."""
+
+    def change(patch: Patch, value: ir.Value) -> ir.Value:
+        return patch.op("Mul", [value, patch.constant(np.float32(factor), "fault.factor")])
+
+    return lambda model: _through(model, output, change)
+
+
+def constant(output: str, vector: Weights) -> Callable[[ir.Model], None]:
+    """Give the same for every image."""
+
+    def change(patch: Patch, value: ir.Value) -> ir.Value:
+        nothing = patch.op("Mul", [value, patch.constant(np.float32(0), "fault.zero")])
+        return patch.op("Add", [nothing, patch.constant(vector.astype(np.float32), "fault.same")])
+
+    return lambda model: _through(model, output, change)
+
+
+def changed_cls(output: str, kind: str) -> Callable[[ir.Model], None]:
+    """Change the [CLS] row of tokens [b, n, dim] alone: halved, negated, zeroed, or rolled by 1."""
+
+    def change(patch: Patch, value: ir.Value) -> ir.Value:
+        def rows(start: int, end: int) -> ir.Value:
+            numbers = [np.asarray([x], np.int64) for x in (start, end, 1)]
+            names = [f"fault.{x}.{i}" for i, x in enumerate((start, end, 1))]
+            bounds = [patch.constant(x, n) for x, n in zip(numbers, names, strict=True)]
+            return patch.op("Slice", [value, *bounds])
+
+        first, rest = rows(0, 1), rows(1, 1 << 30)
+        if kind == "rolled":
+            assert value.shape is not None
+            order = np.roll(np.arange(int(value.shape[2])), 1)  # type: ignore[call-overload]
+            turned = patch.constant(order, "fault.order")
+            first = patch.op("Gather", [first, turned], {"axis": 2})
+        else:
+            factor = {"halved": 0.5, "negated": -1.0, "zeroed": 0.0}[kind]
+            first = patch.op("Mul", [first, patch.constant(np.float32(factor), "fault.factor")])
+        return patch.op("Concat", [first, rest], {"axis": 1})
+
+    return lambda model: _through(model, output, change)
+
+
+def brightest_negated(output: str, above: float) -> Callable[[ir.Model], None]:
+    """Negate an output [b, dim] for images [b, c, h, w] whose mean is above a number."""
+
+    def change(patch: Patch, value: ir.Value) -> ir.Value:
+        pixels = patch.graph.inputs[0]
+        shape = patch.constant(np.asarray([0, -1], np.int64), "fault.shape")
+        axes = patch.constant(np.asarray([1], np.int64), "fault.axes")
+        mean = patch.op("ReduceMean", [patch.op("Reshape", [pixels, shape]), axes])
+        limit = patch.constant(np.float32(above), "fault.limit")
+        two = patch.constant(np.float32(2), "fault.two")
+        one = patch.constant(np.float32(1), "fault.one")
+        bright = patch.op("Cast", [patch.op("Greater", [mean, limit])], {"to": 1})
+        return patch.op("Mul", [value, patch.op("Sub", [one, patch.op("Mul", [bright, two])])])
+
+    return lambda model: _through(model, output, change)
+
+
 def plant(source: Path, target: Path, fault: Callable[[ir.Model], None]) -> Path:
     """Write a graph with a fault, under a manifest that vouches for it."""
     model = io.load(source)
