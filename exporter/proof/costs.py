@@ -77,7 +77,7 @@ def open_costs(pair: Pair, sample: Sample, names: tuple[str, ...], given: tuple[
     how = f"what {dtype} costs there, measured on the reference put into {dtype}"
     if dtype is Dtype.FP32:
         how = "what fp32 rounds away there, measured on the reference as a graph and against fp64"
-    return Costs(exact, stem, twin, pair.candidate.stem, how=how)
+    return Costs(exact, stem, twin, _written(pair.candidate.stem), how=how)
 
 
 def _open_exact(
@@ -89,7 +89,12 @@ def _open_exact(
     model = widen(_fp32_of(pair, sample))
     with contextlib.suppress(GraphError):  # of another exporter: the fp32 function has to do
         model = in_fp64(model)
-    return blocks_of(model, names, given), reference.stem
+    return blocks_of(model, names, given), _written(reference.stem)
+
+
+def _written(stem: InputKind) -> InputKind:
+    """Say what a graph that is written here takes in place of half precision planes."""
+    return InputKind.FLOAT if stem is InputKind.HALF else stem
 
 
 def _in_precision(pair: Pair, sample: Sample) -> ir.Model:
@@ -98,7 +103,7 @@ def _in_precision(pair: Pair, sample: Sample) -> ir.Model:
     Raises:
         GraphError: the candidate is quantised in a way that cannot be repeated.
     """
-    stem, dtype = pair.candidate.stem, pair.candidate.dtype
+    stem, dtype = _written(pair.candidate.stem), pair.candidate.dtype
     candidate = _graph_behind(pair.candidate)
     model = _fp32_of(pair, sample).clone()
     _narrow_like(model, candidate)
