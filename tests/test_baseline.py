@@ -1,0 +1,235 @@
+"""The baseline is the reference in the candidate's precision, written as the candidate is."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import faults
+import numpy as np
+import onnx_ir as ir
+import pytest
+from checkpoints import hugging_face, processor
+from tiny_artifacts import pictures
+
+from msn_export import baseline
+from msn_export.calibration.projections import find_projections
+from msn_export.check.gate import MARGIN
+from msn_export.check.sample import Sample, draw
+from msn_export.check.verify import Reference, run_reference, verify
+from msn_export.errors import GraphError
+from msn_export.graph import io
+from msn_export.graph.fuse import fuse_attention
+from msn_export.manifest import read
+from msn_export.run_calibrate import CalibrateJob, run_calibrate
+from msn_export.run_onnx import OnnxJob, run_onnx
+from msn_export.runtime.ort import OrtRunner
+from msn_export.spec import AttentionForm, Dtype, Head, InputKind, Target
+from msn_export.typed import cpu_runner
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("baseline")
+    hugging_face(made / "hf", labels=4)
+    processor(
+        made / "hf", size={"height": 32, "width": 32}, image_mean=[0.4, 0.5, 0.6],
+        image_std=[0.3, 0.25, 0.2],
+    )  # fmt: skip
+    pictures(made / "images", 8)
+    return made
+
+
+@pytest.fixture(scope="module")
+def export(folder) -> Callable[..., Path]:
+    def made(name: str, **options) -> Path:
+        output = folder / f"{name}.onnx"
+        if not output.exists():
+            job = OnnxJob(str(folder / "hf"), output, heads=(Head.CLS, Head.LOGITS), check=False)
+            run_onnx(replace(job, **options))
+        return output
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def quantised(folder, export) -> Callable[..., Path]:
+    def made(name: str, **options) -> Path:
+        output = folder / f"{name}.onnx"
+        source = export("fp32-ort", target=Target.ONNXRUNTIME)
+        if not output.exists():
+            run_calibrate(CalibrateJob(
+                source, Dtype.INT8, images=folder / "images", output=output, compile=False,
+                gate_cosine=0.5, **options,
+            ))  # fmt: skip
+        return output
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def sample(folder, export) -> Sample:
+    known = read(export("fp32"))
+    return draw(folder / "images", known.preprocessing, limit=6)
+
+
+@pytest.fixture(scope="module")
+def reference(export, sample) -> Reference:
+    with OrtRunner(export("fp32")) as runner:
+        return run_reference(runner, sample)
+
+
+def errors(runner, reference: Reference, stem: InputKind) -> dict[str, float]:
+    with runner:
+        outputs = verify(runner, reference, stem, (3,)).outputs
+    return {name: agreement.relative for name, agreement in outputs.items()}
+
+
+# --- written as the candidate is ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "form"),
+    [("fp32", Target.TENSORRT, AttentionForm.HEADS),
+     ("fp32-ort", Target.ONNXRUNTIME, AttentionForm.PACKED),
+     ("fp32-17", Target.TENSORRT_8, AttentionForm.PLAIN)],
+)  # fmt: skip
+@pytest.mark.parametrize("stem", [InputKind.FLOAT, InputKind.UINT8])
+def test_the_reference_is_the_same_function_in_every_form_and_input(
+    name, target, form, stem, export, reference, sample, tmp_path
+) -> None:
+    graph = io.load(export(name, target=target))
+    assert baseline.attention_form(graph) is form
+    for wanted in AttentionForm:
+        written = baseline.write_like(graph, stem, sample.preprocessing, wanted)
+        assert baseline.attention_form(written) is wanted
+        runner = baseline.open_typed(written, Dtype.FP32, sample, stem, tmp_path)
+        assert max(errors(runner, reference, stem).values()) < 3e-6
+
+
+def test_a_graph_of_bytes_is_written_for_floats(export, reference, sample, tmp_path) -> None:
+    graph = io.load(export("bytes", stem=InputKind.UINT8))
+    written = baseline.write_like(graph, InputKind.FLOAT, sample.preprocessing, AttentionForm.HEADS)
+    runner = baseline.open_typed(written, Dtype.FP32, sample, InputKind.FLOAT, tmp_path)
+    assert max(errors(runner, reference, InputKind.FLOAT).values()) < 3e-6
+
+
+def test_the_graph_that_is_given_stays_as_it_is(export, sample) -> None:
+    graph = io.load(export("fp32"))
+    before = [node.op_type for node in graph.graph]
+    baseline.write_like(graph, InputKind.UINT8, sample.preprocessing, AttentionForm.PLAIN)
+    assert [node.op_type for node in graph.graph] == before
+
+
+# --- it errs as a sound candidate does ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [Dtype.FP16, Dtype.BF16])
+def test_typing_costs_the_reference_what_it_costs_the_candidate(
+    dtype, export, reference, sample, tmp_path
+) -> None:
+    candidate = export(str(dtype), dtype=dtype)
+    have = errors(cpu_runner(candidate, dtype, tmp_path), reference, InputKind.FLOAT)
+    form = baseline.attention_form(io.load(candidate))
+    written = baseline.write_like(
+        io.load(export("fp32")), InputKind.FLOAT, sample.preprocessing, form
+    )
+    runner = baseline.open_typed(written.clone(), dtype, sample, InputKind.FLOAT, tmp_path)
+    assert str(dtype) in runner.name
+    want = errors(runner, reference, InputKind.FLOAT)
+    assert have == pytest.approx(want, rel=0.05)
+    rounded = baseline.open_rounded(written, dtype, sample, InputKind.FLOAT, tmp_path)
+    for name, cost in errors(rounded, reference, InputKind.FLOAT).items():
+        assert have[name] / 2.5 < cost < have[name] * 2.5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"smooth": "0.5"}, {"base": Dtype.FP16}, {"quantize_attention": True},
+     {"quantize_head": True, "quantize_patch": True}],
+    ids=str,
+)  # fmt: skip
+def test_eight_bits_cost_the_reference_what_they_cost_the_candidate(
+    options, quantised, export, reference, sample, tmp_path
+) -> None:
+    candidate = quantised("int8-" + "-".join(map(str, options.values())), **options)
+    graph = io.load(candidate)
+    io.infer_shapes(graph)
+    have = errors(cpu_runner(candidate, Dtype.INT8, tmp_path), reference, InputKind.FLOAT)
+    written = baseline.write_like(
+        io.load(export("fp32")), InputKind.FLOAT, sample.preprocessing,
+        baseline.attention_form(graph),
+    )  # fmt: skip
+    runner = baseline.open_quantised(written, graph, sample, InputKind.FLOAT, tmp_path)
+    assert have == pytest.approx(errors(runner, reference, InputKind.FLOAT), rel=0.05)
+
+
+def test_no_fault_of_the_candidate_is_in_its_baseline(
+    quantised, export, reference, sample, tmp_path
+) -> None:
+    candidate = quantised("int8-")
+    faulty = io.load(candidate)
+    faults.edit(faulty, "blocks.1.norm1.weight", lambda gain: gain * np.float32(1.3))
+    faults.edit(faulty, "pos_embed", lambda table: table[:, ::-1])
+    io.infer_shapes(faulty)
+    written = baseline.write_like(
+        io.load(export("fp32")), InputKind.FLOAT, sample.preprocessing, AttentionForm.PACKED
+    )
+    sound = io.load(candidate)
+    io.infer_shapes(sound)
+    costs = [
+        errors(
+            baseline.open_quantised(written.clone(), graph, sample, InputKind.FLOAT, tmp_path),
+            reference,
+            InputKind.FLOAT,
+        )
+        for graph in (sound, faulty)
+    ]
+    assert costs[0] == costs[1]
+
+
+# --- limits, and what has no baseline -------------------------------------------------------------
+
+
+def test_what_the_precision_costs_becomes_the_limit(export, reference, sample, tmp_path) -> None:
+    written = baseline.write_like(
+        io.load(export("fp32")), InputKind.FLOAT, sample.preprocessing, AttentionForm.HEADS
+    )
+    with baseline.open_typed(written, Dtype.FP16, sample, InputKind.FLOAT, tmp_path) as runner:
+        limited = baseline.add_baseline(reference, runner, InputKind.FLOAT)
+        assert limited.limits_from == f"1.5 times the errors of {runner.name}"
+    for name, cost in limited.baseline.items():
+        assert limited.limit(name).errors.relative == pytest.approx(MARGIN * cost.relative)
+    assert reference.limit("embedding") is None
+
+
+def test_weights_of_one_scale_have_no_baseline(quantised, export, sample) -> None:
+    graph = io.load(quantised("int8-"))
+    product = next(p for p in graph.graph if p.op_type == "MatMul")
+    pair = product.inputs[1].producer()
+    scale = pair.inputs[1]
+    scale.const_value = ir.tensor(scale.const_value.numpy()[:1], name=scale.name)
+    scale.shape = ir.Shape([1])
+    written = baseline.write_like(
+        io.load(export("fp32")), InputKind.FLOAT, sample.preprocessing, AttentionForm.PACKED
+    )
+    with pytest.raises(GraphError):
+        baseline.quantise_like(written, graph, Dtype.FP32)
+
+
+def test_a_graph_without_8_bits_is_none_to_quantise_like(export) -> None:
+    graph = io.load(export("fp32"))
+    with pytest.raises(GraphError, match="the candidate has no Q/DQ; expected a quantised graph"):
+        baseline.quantise_like(graph, graph, Dtype.FP16)
+
+
+def test_a_packed_projection_stands_for_the_three_of_another_graph(export) -> None:
+    packed = io.load(export("fp32"))
+    fuse_attention(packed, AttentionForm.HEADS)
+    found = find_projections(packed)
+    (qkv,) = [p for p in found if (p.role, p.block) == ("qkv", 0)]
+    apart = tuple(replace(qkv, node=f"{name}.MatMul") for name in "qkv")
+    matched = baseline._matched(found, (*apart, *(p for p in found if p != qkv)))
+    assert dict(matched)[qkv].node == "q.MatMul"
+    assert len(matched) == len(found)
+    with pytest.raises(GraphError, match=r"has 2 qkv projections in block 0 and the reference 3"):
+        baseline._matched(apart, apart[:2])
