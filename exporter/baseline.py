@@ -9,7 +9,7 @@ two that smoothing moved; its weights are quantised anew.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,7 +40,11 @@ from msn_export.graph.lower import raise_opset
 from msn_export.graph.patch import Patch
 from msn_export.graph.patch import replace as replace_value
 from msn_export.graph.precision import overflowing_weights, type_graph
-from msn_export.graph.quantised import quantised_dtype, quantised_products
+from msn_export.graph.quantised import (
+    is_quantised_core,
+    quantised_dtype,
+    quantised_products,
+)
 from msn_export.islands import MEASURED, decide
 from msn_export.preprocessing import Preprocessing
 from msn_export.runtime.ort import OrtRunner
@@ -261,7 +265,7 @@ def quantise_like(model: ir.Model, candidate: ir.Model, rest: Dtype) -> ir.Model
     _smooth_like(copy, plain, mine, theirs)
     quantise_projections(copy, [own for own, _ in pairs], thresholds, scheme)
     if form is AttentionForm.PLAIN:
-        _quantise_attention_like(copy, candidate, plain, scheme)
+        _quantise_attention_like(copy, candidate, scheme)
     fuse_attention(copy, form)
     return copy
 
@@ -348,28 +352,43 @@ def _written(model: ir.Model, seam: Seam) -> NDArray[np.float64]:
     return lengths
 
 
-def _quantise_attention_like(
-    model: ir.Model, candidate: ir.Model, plain: ir.Model, scheme: Scheme
-) -> None:
-    """Quantise attention's own products where the candidate does, in place."""
-    written = {value.name: value for node in candidate.graph for value in node.outputs}
+def _quantise_attention_like(model: ir.Model, candidate: ir.Model, scheme: Scheme) -> None:
+    """Quantise attention's own products where the candidate does, in place.
 
-    def scale(name: str) -> float | None:
-        for use in written[name].uses() if name in written else ():
-            if use.node.op_type == "QuantizeLinear":
-                held = use.node.inputs[1]
-                if held is not None and held.const_value is not None:
-                    return float(held.const_value.numpy())
-        return None
-
+    Raises:
+        GraphError: the two have other attention cores.
+    """
+    operands = find_operands(model)
+    cores = [
+        node
+        for node in candidate.graph
+        if node.op_type == "Softmax" and len(node.outputs[0].shape or ()) == 4
+    ]
+    if len(cores) != len(operands):
+        raise GraphError(
+            f"the candidate has {len(cores)} attention cores and the reference {len(operands)}"
+        )
     chosen: list[Operands] = []
     thresholds: dict[str, float] = {}
-    for own, other in zip(find_operands(model), find_operands(plain), strict=True):
-        names = [(getattr(own, part), scale(getattr(other, part))) for part in "qkpv"]
-        if all(found is not None for _, found in names):
-            chosen.append(own)
-            thresholds |= {name: (found or 0.0) * scheme.form.largest for name, found in names}
+    for own, softmax in zip(operands, cores, strict=True):
+        if not is_quantised_core(softmax):
+            continue
+        chosen.append(own)
+        for name, step in zip((own.q, own.k, own.p, own.v), _core_scales(softmax), strict=True):
+            thresholds[name] = step * scheme.form.largest
     quantise_attention(model, chosen, thresholds, scheme)
+
+
+def _core_scales(softmax: ir.Node) -> Iterator[float]:
+    """Read the scales of a quantised core's operands: q, k, probabilities, v."""
+    scores = softmax.inputs[0].producer() if softmax.inputs[0] is not None else None
+    assert scores is not None  # it is a quantised core
+    product = softmax
+    for _ in range(3):  # QuantizeLinear, DequantizeLinear, the product
+        product = next(iter(product.outputs[0].uses())).node
+    for node in (scores, product):
+        for index in range(2):
+            yield float(np.max(_constant_of(node, index, 1)))
 
 
 def rest_of(model: ir.Model) -> Dtype:

@@ -144,7 +144,7 @@ def test_typing_costs_the_reference_what_it_costs_the_candidate(
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"smooth": "0.5"}, {"base": Dtype.FP16}, {"quantize_attention": True},
+    [{}, {"smooth": 0.5}, {"base": Dtype.FP16}, {"quantize_attention": True},
      {"quantize_head": True, "quantize_patch": True}],
     ids=str,
 )  # fmt: skip

@@ -151,3 +151,27 @@ def test_a_limit_is_spread_evenly_over_the_list(count, limit) -> None:
     assert chosen[:1] == paths[:1]
     gaps = [int(b.name) - int(a.name) for a, b in pairwise(chosen)]
     assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+def test_a_folder_is_read_part_by_part_and_its_skipped_entries_counted_once(tmp_path) -> None:
+    for number in range(7):
+        Image.new("RGB", (8, 8), (number * 30, 0, 0)).save(tmp_path / f"{number}.png")
+    (tmp_path / "notes.txt").write_text("no picture")
+    whole = image_folder.load(tmp_path, SMALL, 7)
+    assert whole.given == 7
+    parts = list(image_folder.load_parts(tmp_path, SMALL, None, 3))
+    assert [len(part.pixels) for part in parts] == [3, 3, 1]
+    assert sum((part.names for part in parts), ()) == whole.names
+    assert [part.given for part in parts] == [7, 7, 7]
+    assert [part.skipped for part in parts] == [{"no picture": 1}, {}, {}]
+    some = list(image_folder.load_parts(tmp_path, SMALL, 4, 2))
+    assert sum((part.names for part in some), ()) == image_folder.load(tmp_path, SMALL, 4).names
+
+
+def test_pictures_are_read_again_by_their_names(folder) -> None:
+    whole = image_folder.load(folder, SMALL, 10)
+    again = image_folder.load_named(folder, whole.names[1:], SMALL)
+    assert again.names == whole.names[1:]
+    assert (again.pixels == whole.pixels[1:]).all()
+    alone = image_folder.load_named(folder / "b.png", ("b.png",), SMALL)
+    assert alone.names == ("b.png",)

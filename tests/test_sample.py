@@ -15,6 +15,7 @@ from msn_export.check.sample import (
     batch_sizes,
     batches,
     draw,
+    with_drawn,
     with_ragged,
 )
 from msn_export.errors import ImageError, SpecError
@@ -183,3 +184,20 @@ def test_without_a_limit_the_machines_memory_counts(cgroup) -> None:
     (cgroup / "memory.max").write_text("max\n")
     (cgroup / "memory.current").write_text("1\n")
     assert subject.available_memory() == 64 * 2**30
+
+
+def test_sizes_between_are_drawn_by_seed_and_named() -> None:
+    sizes, note = with_drawn((1, 8, 32), 0)
+    assert sizes == (1, 8, 15, 30, 32)
+    assert note == "batch 15 and 30 drawn by seed 0"
+    assert with_drawn((1, 8, 32), 1)[0] != sizes
+    assert with_drawn((1, 8, 32), 0) == (sizes, note)
+
+
+@pytest.mark.parametrize("sizes", [(4,), (1, 2), (1, 2, 3)])
+def test_where_there_is_no_size_between_none_is_drawn(sizes) -> None:
+    assert with_drawn(sizes, 0) == (sizes, "")
+
+
+def test_one_size_between_is_drawn_alone() -> None:
+    assert with_drawn((1, 3), 5) == ((1, 2, 3), "batch 2 drawn by seed 5")
