@@ -9,6 +9,7 @@ from hypothesis import settings
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
+import digits
 import photographs as photographs_script
 import real_bindings
 from checkpoints import small
@@ -56,3 +57,11 @@ def small_graph(small_checkpoint: Path, photographs: Path) -> Path:
     result = CliRunner().invoke(main, ["onnx", str(small_checkpoint), "-o", str(output), *options])
     assert result.exit_code == 0, result.output
     return output
+
+
+@pytest.fixture(scope="session")
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the trained classifier of digits; not to be changed."""
+    cache = getattr(request.config, "cache", None)
+    folder = cache.mkdir("digits") if cache is not None else tmp_path_factory.mktemp("digits")
+    return digits.kept(folder)

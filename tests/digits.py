@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,17 @@ def recipe() -> str:
     """Name what a trained model depends on: this file and torch's version."""
     content = Path(__file__).read_bytes() + torch.__version__.encode()
     return hashlib.sha256(content).hexdigest()[:16]
+
+
+def kept(folder: Path) -> Path:
+    """Give the trained model in a folder; train it where there is none of this recipe."""
+    model = folder / recipe()
+    if not model.is_dir():
+        stage = model.with_suffix(".stage")
+        shutil.rmtree(stage, ignore_errors=True)
+        train(stage)
+        stage.rename(model)
+    return model
 
 
 def train(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -19,11 +20,48 @@ Weights = NDArray[np.float32]
 BLOCK = 3  # of 6: neither the first, whose variance is small, nor the last
 
 
-def edit(model: ir.Model, name: str, change: Callable[[Weights], Weights]) -> None:
-    value = model.graph.initializers[name]
-    assert value.const_value is not None
-    changed = np.ascontiguousarray(change(value.const_value.numpy().copy()), np.float32)
-    value.const_value = ir.tensor(changed, name=name)
+def edit(
+    model: ir.Model, name: str, change: Callable[[Weights], Weights], size: float = 1.0
+) -> None:
+    """Move a weight ``size`` of the way to what ``change`` makes of it, in the type it is held in.
+
+    An 8-bit weight is dequantised, changed and quantised with the scales that the graph has.
+    """
+    held = next(
+        value
+        for suffix in ("", ".fp16", ".bf16", ".int8", ".fp8")
+        if (value := model.graph.initializers.get(name + suffix)) is not None
+    )
+    assert held.const_value is not None
+    stored = held.const_value.numpy()
+    scale, largest = np.ones((), np.float32), None
+    if stored.dtype.itemsize == 1:
+        scale, largest = _scale(held), np.abs(stored.astype(np.float32)).max()
+    clean = stored.astype(np.float32) * scale
+    changed = toward(clean, change, size) / scale
+    if largest is not None:
+        changed = np.clip(changed, -largest, largest)
+    if stored.dtype == np.int8:
+        changed = np.rint(changed)
+    held.const_value = ir.tensor(np.ascontiguousarray(changed.astype(stored.dtype)), name=held.name)
+
+
+def toward(clean: Weights, change: Callable[[Weights], Weights], size: float) -> Weights:
+    changed = change(clean.copy())
+    return changed if size == 1 else clean + np.float32(size) * (changed - clean)
+
+
+def _scale(held: ir.Value) -> Weights:
+    """Read an 8-bit weight's scales, shaped to be multiplied with it."""
+    (use,) = held.uses()
+    scale = use.node.inputs[1]
+    assert scale is not None
+    assert scale.const_value is not None
+    assert held.shape is not None
+    shape = [1] * len(held.shape)
+    if "axis" in use.node.attributes:
+        shape[use.node.attributes["axis"].as_int()] = -1
+    return scale.const_value.numpy().astype(np.float32).reshape(shape)
 
 
 def node(model: ir.Model, name: str) -> ir.Node:
@@ -150,11 +188,44 @@ def mixed_batch(model: ir.Model, block: int = BLOCK, size: float = 0.1) -> None:
     patch = Patch(model.graph, norm)
     x = norm.inputs[0]
     axes = patch.constant(np.array([0]), "batch.axis")
+    assert x is not None
     mean = patch.op("ReduceMean", [x, axes], {"keepdims": 1})
     apart = patch.op("Sub", [mean, x])
-    part = patch.op("Mul", [apart, patch.constant(np.float32(size), "batch.size")])
+    part = patch.op("Mul", [apart, number(patch, x, size)])
     norm.replace_input_with(0, patch.op("Add", [x, part]))
     tidy(model)
+
+
+def mix(
+    model: ir.Model,
+    value: ir.Value,
+    size: float,
+    faulty: Callable[[Patch, ir.Value], ir.Value],
+) -> None:
+    """Let what reads ``value`` inside the graph read ``value + size (faulty - value)``."""
+    readers = list(value.uses())
+    first = next(node for node in model.graph if any(use.node is node for use in readers))
+    patch = Patch(model.graph, first)
+    mixed = _moved(patch, value, size, faulty(patch, value))
+    for use in readers:
+        use.node.replace_input_with(use.idx, mixed)
+    tidy(model)
+
+
+def _moved(patch: Patch, value: ir.Value, size: float, faulty: ir.Value) -> ir.Value:
+    part = patch.op("Mul", [patch.op("Sub", [faulty, value]), number(patch, value, size)])
+    return patch.op("Add", [value, part])
+
+
+def number(patch: Patch, like: ir.Value, x: float) -> ir.Value:
+    """Add a number of the type that a value has."""
+    return array(patch, like, np.asarray(x), "fault.number")
+
+
+def array(patch: Patch, like: ir.Value, values: NDArray[Any], name: str) -> ir.Value:
+    """Add an array of the type that a value has."""
+    assert like.dtype is not None
+    return patch.constant(values.astype(like.dtype.numpy()), name)
 
 
 def addition(model: ir.Model, block: int, *, mlp: bool = False) -> ir.Node:
@@ -189,15 +260,23 @@ def shifted_classes(model: ir.Model) -> None:
 # --- in what a graph gives, whatever it is made of ------------------------------------------------
 
 
-def _through(model: ir.Model, output: str, change: Callable[[Patch, ir.Value], ir.Value]) -> None:
-    """Let a graph give what ``change`` makes of one of its outputs."""
+def _through(
+    model: ir.Model,
+    output: str,
+    change: Callable[[Patch, ir.Value], ir.Value],
+    size: float = 1.0,
+) -> None:
+    """Let a graph give one of its outputs ``size`` of the way to what ``change`` makes of it."""
     index = [value.name for value in model.graph.outputs].index(output)
     value = model.graph.outputs[index]
     last = model.graph[-1]
     end = ir.node("Identity", [value])
     end.name = end.outputs[0].name = f"{output}.end"
     model.graph.insert_after(last, [end])
-    changed = change(Patch(model.graph, end), value)
+    patch = Patch(model.graph, end)
+    changed = change(patch, value)
+    if size != 1:
+        changed = _moved(patch, value, size, changed)
     changed.shape, changed.type = value.shape, value.type
     value.name, changed.name = f"{output}.before", output
     model.graph.outputs[index] = changed
@@ -223,7 +302,7 @@ def constant(output: str, vector: Weights) -> Callable[[ir.Model], None]:
     return lambda model: _through(model, output, change)
 
 
-def changed_cls(output: str, kind: str) -> Callable[[ir.Model], None]:
+def changed_cls(output: str, kind: str, size: float = 1.0) -> Callable[[ir.Model], None]:
     """Change the [CLS] row of tokens [b, n, dim] alone: halved, negated, zeroed, or rolled by 1."""
 
     def change(patch: Patch, value: ir.Value) -> ir.Value:
@@ -244,11 +323,11 @@ def changed_cls(output: str, kind: str) -> Callable[[ir.Model], None]:
             first = patch.op("Mul", [first, patch.constant(np.float32(factor), "fault.factor")])
         return patch.op("Concat", [first, rest], {"axis": 1})
 
-    return lambda model: _through(model, output, change)
+    return lambda model: _through(model, output, change, size)
 
 
-def brightest_negated(output: str, above: float) -> Callable[[ir.Model], None]:
-    """Negate an output [b, dim] for images [b, c, h, w] whose mean is above a number."""
+def brightest_negated(output: str, above: float, size: float = 1.0) -> Callable[[ir.Model], None]:
+    """Negate an output [b, ...] for images [b, c, h, w] whose mean is above a number."""
 
     def change(patch: Patch, value: ir.Value) -> ir.Value:
         pixels = patch.graph.inputs[0]
@@ -259,9 +338,13 @@ def brightest_negated(output: str, above: float) -> Callable[[ir.Model], None]:
         two = patch.constant(np.float32(2), "fault.two")
         one = patch.constant(np.float32(1), "fault.one")
         bright = patch.op("Cast", [patch.op("Greater", [mean, limit])], {"to": 1})
-        return patch.op("Mul", [value, patch.op("Sub", [one, patch.op("Mul", [bright, two])])])
+        sign = patch.op("Sub", [one, patch.op("Mul", [bright, two])])
+        if value.shape is not None and len(value.shape) > 2:
+            behind = patch.constant(np.asarray([-1, 1, 1], np.int64), "fault.behind")
+            sign = patch.op("Reshape", [sign, behind])
+        return patch.op("Mul", [value, sign])
 
-    return lambda model: _through(model, output, change)
+    return lambda model: _through(model, output, change, size)
 
 
 def plant(source: Path, target: Path, fault: Callable[[ir.Model], None]) -> Path:

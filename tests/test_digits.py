@@ -5,7 +5,6 @@ pytest's cache.
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +24,6 @@ def run(*arguments: str | Path) -> dict[str, Any]:
     assert result.exit_code == 0, result.output
     told: dict[str, Any] = json.loads(result.stdout)
     return told
-
-
-@pytest.fixture(scope="module")
-def trained(request: pytest.FixtureRequest) -> Path:
-    kept = request.config.cache.mkdir("digits") / digits.recipe()
-    if not kept.is_dir():
-        stage = kept.with_suffix(".stage")
-        shutil.rmtree(stage, ignore_errors=True)
-        digits.train(stage)
-        stage.rename(kept)
-    return kept
 
 
 @pytest.fixture(scope="module")
