@@ -37,7 +37,7 @@ def test_every_row_says_what_the_manifest_says() -> None:
         ("", "on onnxruntime 1.31"),
         ("max_abs", "1.25e-03 (mean 2.00e-04)"),
         ("cosine", "min 0.99991000, p1 0.99992000, median 0.99999000"),
-        ("verdict", "passed"),
+        ("verdict", "passed on 16 images"),
         ("note", "skipped: a.png"),
         ("took", "1.5 s, peak memory 2.00 GB"),
     ]
@@ -71,7 +71,7 @@ def test_a_figure_that_is_none_is_called_so() -> None:
     broken = check(max_abs=None, cosine_min=None, passed=False)
     assert row("max_abs", check=broken) == "not a number (mean 2.00e-04)"
     assert row("cosine", check=broken).startswith("min not a number, p1 0.9")
-    assert row("verdict", check=broken) == "failed"
+    assert row("verdict", check=broken) == "failed on 16 images"
 
 
 @pytest.mark.parametrize(

@@ -256,13 +256,14 @@ def test_bombs_and_deep_pictures_are_named_counted_and_skipped(tiny, tmp_path, o
     folder = tmp_path / "pictures"
     folder.mkdir()
     Image.new("RGB", (40, 40), (9, 9, 200)).save(folder / "good.png")
+    Image.new("RGB", (40, 40), (200, 9, 9)).save(folder / "too.png")
     Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")  # 400 million pixels in 49 KB
     Image.fromarray(np.zeros((40, 40), np.uint16)).save(folder / "deep.png")
     (folder / "caf\udce9.png").write_bytes(b"")  # a name that is no text: latin-1 on disk
     result = export(tiny, outputs, "--images", str(folder), "--json")
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
-    assert told["check"]["images"] == 1
+    assert told["check"]["images"] == 2
     assumed, *notes = told["notes"]
     assert assumed.startswith("preprocessing hf was assumed")
     assert [note.split(" is not a readable picture")[0] for note in notes] == [

@@ -25,6 +25,7 @@ def stand_in(dtypes: tuple[str, ...] = ("HALF",)) -> MagicMock:
         for dtype in dtypes
     ]
     builder = trt.Builder.return_value
+    builder.build_serialized_network.return_value = b"plan"
     builder.create_builder_config.return_value.add_optimization_profile.return_value = 0
     inspector = trt.Runtime.return_value.deserialize_cuda_engine.return_value
     inspector.create_engine_inspector.return_value.get_engine_information.return_value = (

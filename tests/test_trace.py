@@ -71,7 +71,7 @@ def test_the_graph_carries_no_path_of_this_machine(model) -> None:
     assert b".py" not in text
 
 
-@pytest.mark.parametrize("stem", list(InputKind))
+@pytest.mark.parametrize("stem", [InputKind.FLOAT, InputKind.UINT8])
 def test_every_head_computes_what_the_reference_does(model, stem) -> None:
     heads = list(Head)
     pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)

@@ -28,9 +28,9 @@ class TorchOn:
 
     def __call__(self, images: Any) -> dict[str, np.ndarray[Any, Any]]:
         with torch.inference_mode():
-            tokens = self.model(torch.from_numpy(images).to(self.device))
+            hidden = self.model.hidden(torch.from_numpy(images).to(self.device))
             return {
-                head.output: read_head(self.model, head, tokens).cpu().numpy() for head in HEADS
+                head.output: read_head(self.model, head, hidden).cpu().numpy() for head in HEADS
             }
 
 
