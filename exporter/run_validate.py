@@ -96,7 +96,7 @@ def validate_in_full(job: ValidateJob, progress: Progress) -> tuple[Validation, 
     with tempfile.TemporaryDirectory(prefix="msn-export-") as folder, ExitStack() as opened:
         # first, for what cannot run here is refused before the reference took its time
         runner = opened.enter_context(closing(pair.candidate.start(pair.outputs, Path(folder))))
-        trials = _Trials(job, pair, name, (made, own), Path(folder), opened)
+        trials = _Trials(job, pair, name, own, Path(folder), opened)
         parts = draw_parts(job.images, made, room=pair.room, limit=job.limit)
         for sample in _read(parts, progress):
             trials.run(sample, runner, progress)
@@ -128,12 +128,11 @@ class _Trials:
         job: ValidateJob,
         pair: Pair,
         dtype: Dtype,
-        made: tuple[Preprocessing, Preprocessing | None],
+        own: Preprocessing | None,
         stage: Path,
         opened: ExitStack,
     ) -> None:
-        self.job, self.pair, self.dtype = job, pair, dtype
-        self.made, self.own = made  # what both sides are given, and the candidate in production
+        self.job, self.pair, self.dtype, self.own = job, pair, dtype, own
         self.stage, self.opened = stage, opened
         self.same, self.mine, self.costs = Trial(), Trial(), Trial()
         self.notes: list[str] = []
