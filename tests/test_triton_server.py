@@ -239,7 +239,7 @@ def test_the_readmes_client_runs_as_it_is_printed(server, folder, photographs) -
         check=False, timeout=120,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count(":class ") == 6  # three classes of each of two pictures
+    assert run.stdout.count("label='class ") == 6  # three classes of each of two pictures
 
 
 def test_a_new_version_takes_over_without_a_failed_request(folder, vit, pixels) -> None:
