@@ -14,6 +14,8 @@ from msn_export.processor_config import require_choice
 from msn_export.sidecar import manifest_path
 from msn_export.spec import BatchRange, Dtype, Head, ImageSize, InputKind, Target
 
+FIRST_BF16 = 22  # the first opset whose Conv takes bfloat16: onnx/onnx docs/Changelog.md, Conv-22
+
 
 @dataclass(frozen=True, slots=True)
 class OnnxJob(Job):
@@ -45,12 +47,17 @@ class OnnxJob(Job):
         return Choices(self.variant, self.weights, self.labels)
 
     def require_consistent(self) -> None:
-        """Refuse 8 bits, which take ranges, and an input that is only read."""
+        """Refuse 8 bits, which take ranges, bf16 before its opset, and an input only read."""
         if self.stem is InputKind.HALF:
             raise SpecError("OnnxJob.stem is float16; expected float or uint8")
         if self.dtype.is_quantised:
             raise SpecError(
                 f"OnnxJob.dtype is {self.dtype}; a CalibrateJob quantises an fp32 graph"
+            )
+        if self.dtype is Dtype.BF16 and self.target.opset < FIRST_BF16:
+            raise SpecError(
+                f"bf16 needs opset {FIRST_BF16} and {self.target} is opset {self.target.opset}, "
+                "whose convolution has no bf16; take fp16, or another target"
             )
 
     def judge(self) -> Path:
