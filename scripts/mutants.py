@@ -2,7 +2,8 @@
 
 ``python scripts/mutants.py [WHERE …] --count 200 --seed 0 --processes 2 --kind "argument dropped"``
 
-WHERE is a folder or a file below the package (``graph``, ``graph/fuse.py``); default the core.
+WHERE is a folder, a file or a line below the package (``graph``, ``graph/fuse.py``,
+``graph/fuse.py:90``); default the core.
 Faults are drawn by the seed. Each is tried in a throw-away copy, never in the checkout, against the
 tests of its module: the ``--files`` nearest, the file of its name first, then those that import it,
 then those of its importers. A test file that fails without a fault, or takes longer than
@@ -25,6 +26,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -88,17 +90,20 @@ def modules_in(where: str) -> list[str]:
     return [where if path == place else f"{where}/{path.relative_to(place)}" for path in paths]
 
 
-def draw(modules: list[str], kind: str | None, count: int, seed: int) -> list[Mutant]:
-    """Draw faults, each place as likely as any other."""
-    sources = {module: source_of(module).read_bytes() for module in modules}
+def draw(where: Sequence[str], kind: str | None, count: int, seed: int) -> list[Mutant]:
+    """Draw faults, each place as likely as any other; fewer where some do not compile."""
+    places = [one.partition(":") for one in where]
+    lines = {(module, int(line or 0)) for place, _, line in places for module in modules_in(place)}
+    sources = {module: source_of(module).read_bytes() for module in sorted({m for m, _ in lines})}
     every = [
         Mutant(module, source, mutation)
         for module, source in sources.items()
         for mutation in mutations_of(source)
-        if kind in {None, mutation.kind}
+        if kind in {None, mutation.kind} and lines & {(module, 0), (module, mutation.line)}
     ]
     chosen = random.Random(seed).sample(every, min(count, len(every)))  # noqa: S311  not a secret
-    return sorted(chosen, key=lambda one: (one.module, one.mutation.start))
+    compiling = (one for one in chosen if one.mutation.compiles(one.source))
+    return sorted(compiling, key=lambda one: (one.module, one.mutation.start))
 
 
 @functools.cache
@@ -123,6 +128,7 @@ def imported_by(path: Path) -> set[str]:
     return found
 
 
+@functools.cache
 def tests_of(module: str) -> list[str]:
     """Name the test files of a module, nearest first.
 
@@ -267,7 +273,7 @@ def _try(mutant: Mutant) -> tuple[Mutant, str, set[str]]:
 def main() -> None:
     """Draw, try, and print the survivors and the figures of each folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("where", nargs="*", default=CORE, help="folders or files of the package")
+    parser.add_argument("where", nargs="*", default=CORE, help="folders, files or lines")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", help="faults of this kind alone")
@@ -276,8 +282,9 @@ def main() -> None:
     parser.add_argument("--longest", type=float, default=120, help="seconds of a test file")
     parser.add_argument("--list", action="store_true", help="show the faults and try none")
     asked = parser.parse_args()
-    modules = sorted({name for where in asked.where for name in modules_in(where)})
-    mutants = draw(modules, asked.kind, asked.count, asked.seed)
+    mutants = draw(asked.where, asked.kind, asked.count, asked.seed)
+    if not mutants:
+        sys.exit("there is no place for such a fault")
     if asked.list:
         print("\n".join(one.difference for one in mutants))
         return

@@ -84,13 +84,25 @@ def test_places_are_counted_in_bytes() -> None:
 
 
 def test_a_draw_is_the_seeds_and_has_no_fault_twice() -> None:
-    modules = mutants.modules_in("check")
-    assert "check/neighbours.py" in modules
-    first, again, other = (mutants.draw(modules, None, 30, seed) for seed in (1, 1, 2))
+    where = ["check/neighbours.py", "check/sample.py"]
+    first, again, other = (mutants.draw(where, None, 30, seed) for seed in (1, 1, 2))
     assert first == again != other
     assert len(set(first)) == 30
-    assert {m.mutation.kind for m in mutants.draw(modules, "comparison", 9, 0)} == {"comparison"}
+    assert {m.module for m in first} == set(where)
+    assert {m.mutation.kind for m in mutants.draw(where, "comparison", 9, 0)} == {"comparison"}
     assert all(m.difference.startswith(f"--- {m.module}\n+++ {m.mutation.kind}\n") for m in first)
+
+
+def test_a_draw_may_be_of_one_line() -> None:
+    drawn = mutants.draw(["check/neighbours.py"], None, 10**6, 0)
+    line = drawn[0].mutation.line
+    here = mutants.draw([f"check/neighbours.py:{line}"], None, 10**6, 0)
+    assert here == [one for one in drawn if one.mutation.line == line] != drawn
+
+
+def test_a_fault_that_does_not_compile_is_known() -> None:
+    source = b"x = not (\n    a\n    or b\n)\n"
+    assert [one.compiles(source) for one in mutations_of(source)] == [False, True]
 
 
 def test_the_tests_of_a_module_are_its_own_then_its_importers_then_their_own() -> None:
