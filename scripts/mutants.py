@@ -6,15 +6,16 @@ WHERE is a folder, a file or a line below the package (``graph``, ``graph/fuse.p
 ``graph/fuse.py:90``); default the core.
 Faults are drawn by the seed. Each is tried in a throw-away copy, never in the checkout, against the
 tests of its module: the ``--files`` nearest, the file of its name first, then those that import it,
-then those of its importers. A test file that fails without a fault, or takes longer than
-``--longest``, takes no part, and is listed. Whether a survivor is equivalent is for a person to
-judge: its difference is printed.
+then those of its importers. Of these, a file that never enters the function of the fault is left
+out. A test file that fails without a fault, or takes longer than ``--longest``, takes no part, and
+is listed. Whether a survivor is equivalent is for a person to judge: its difference is printed.
 """
 
 import argparse
 import ast
 import difflib
 import functools
+import json
 import os
 import random
 import resource
@@ -23,6 +24,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -31,6 +33,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from types import FrameType
 
 from mutations import Mutation, mutations_of
 
@@ -42,6 +45,7 @@ _SOURCES = {"calibration": "calibration", "models": "models"}  # the rest lies i
 _HEAVY = ("numpy", "torch", "onnx", "onnxruntime", "onnx_ir", "onnxscript", "transformers",
           "transformers.models.vit_msn.modeling_vit_msn", "skimage.data", "pytest",
           "safetensors.torch", "PIL.Image", "click.testing", "rich.table")  # fmt: skip
+_STARTS = ("subprocess.Popen", "os.fork", "os.posix_spawn")  # Python's audit events
 MEMORY = 16 * 2**30  # bytes of address space: a fault may ask for any number
 PASSED, FAILED = 0, 1  # pytest's exit codes; others say that it could not run the tests
 
@@ -176,11 +180,14 @@ class Copy:
         for part, source in _SOURCES.items():
             shutil.copytree(self.folder / source, self.package / part)
 
-    def run(self, test: str, timeout: float) -> int | None:
-        """Run a test file in a process of its own, to the first failure; None out of time."""
+    def run(self, test: str, timeout: float, *, watched: bool = False) -> int | None:
+        """Run a test file in a process of its own, to the first failure; None out of time.
+
+        Where it is ``watched``, ``entered`` gives the functions that it entered afterwards.
+        """
         pid = os.fork()
         if not pid:
-            self._test(test)
+            self._test(test, watched=watched)
         os.setpgid(pid, pid)  # the child does the same: whichever comes first
         until, done = time.monotonic() + timeout, 0
         try:
@@ -195,7 +202,12 @@ class Copy:
                 os.waitpid(pid, 0)
         return None
 
-    def _test(self, test: str) -> None:
+    def entered(self) -> set[tuple[str, int]] | None:
+        """Give module and first line of each function; None where other processes may have more."""
+        found = json.loads((self.folder / "entered.json").read_text())
+        return None if found is None else {(module, line) for module, line in found}
+
+    def _test(self, test: str, *, watched: bool) -> None:
         os.setpgid(0, 0)
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         os.chdir(self.folder)
@@ -209,6 +221,7 @@ class Copy:
         sys.path[:1] = [str(self.package.parent)]
         import pytest
 
+        watch = Watch(f"{self.package}/") if watched else None
         options = ["-q", "-x", "--assert=plain", "-p", "no:cacheprovider"]
         code = FAILED
         try:
@@ -216,42 +229,96 @@ class Copy:
         except BaseException:  # noqa: BLE001  nothing may leave it: it is a copy of the pool's process
             traceback.print_exc()
         finally:
+            if watch is not None:
+                (self.folder / "entered.json").write_text(json.dumps(watch.found()))
             sys.stdout.flush()
             os._exit(code)
 
 
+class Watch:
+    """The functions below a folder that this process enters from now on."""
+
+    def __init__(self, package: str) -> None:
+        self._package = package
+        self._found: set[tuple[str, int]] = set()
+        self._starts_others = False
+        sys.addaudithook(self._hear)
+        threading.settrace(self._enter)
+        sys.settrace(self._enter)
+
+    def found(self) -> list[tuple[str, int]] | None:
+        """List their modules and first lines; None where it started a process, which has more."""
+        sys.settrace(None)
+        if self._starts_others:
+            return None
+        inside = sorted(one for one in self._found if one[0].startswith(self._package))
+        return [(name.removeprefix(self._package), line) for name, line in inside]
+
+    def _enter(self, frame: FrameType, _event: str, _argument: object) -> None:
+        self._found.add((frame.f_code.co_filename, frame.f_code.co_firstlineno))
+
+    def _hear(self, event: str, _arguments: tuple[object, ...]) -> None:
+        self._starts_others |= event in _STARTS
+
+
+def function_at(source: bytes, line: int) -> int | None:
+    """Give the first line of the innermost function whose body has the line; None outside."""
+    found = None
+    for node in ast.walk(ast.parse(source)):  # the outer before the inner
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            if node.body[0].lineno <= line <= node.end_lineno:
+                found = min(node.lineno, *(one.lineno for one in node.decorator_list))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Usual:
+    """How a test file runs without a fault: how long, and the functions that it enters."""
+
+    seconds: float
+    entered: set[tuple[str, int]] | None
+
+    def reaches(self, mutant: Mutant) -> bool:
+        """Whether it can see the fault."""
+        function = function_at(mutant.source, mutant.mutation.line)
+        inside = function is None or self.entered is None
+        return inside or (mutant.module, function) in (self.entered or ())
+
+
 class Runner:
-    """What a process of the pool holds: its copy, and how long each test file takes."""
+    """What a process of the pool holds: its copy, and how each test file runs without a fault."""
 
     def __init__(self, folder: Path, longest: float, files: int) -> None:
         self._copy = Copy(Path(tempfile.mkdtemp(dir=folder)))
         self._longest, self._files = longest, files
-        self.seconds: dict[str, float | None] = {}  # None: it takes no part
+        self.usual: dict[str, Usual | None] = {}  # None: it takes no part
 
     def survives(self, mutant: Mutant) -> str:
-        """Try a fault: ``killed``, ``survived``, or ``untested`` where no test file takes part."""
+        """Try a fault: ``killed``, ``survived``, or ``untested`` where no test file reaches it."""
         path = self._copy.package / mutant.module
         tried = False
         for name in tests_of(mutant.module)[: self._files]:
             usual = self._usual(name)
-            if usual is None:
+            if usual is None or not usual.reaches(mutant):
                 continue
             tried = True
             try:
                 path.write_bytes(mutant.mutation.apply(mutant.source))
-                if self._copy.run(name, 30 + 4 * usual) != PASSED:
+                if self._copy.run(name, 20 + 3 * usual.seconds) != PASSED:
                     return "killed"
             finally:
                 path.write_bytes(mutant.source)
         return "survived" if tried else "untested"
 
-    def _usual(self, name: str) -> float | None:
-        """Measure how long a test file takes without a fault, once."""
-        if name not in self.seconds:
+    def _usual(self, name: str) -> Usual | None:
+        """Run a test file without a fault, once."""
+        if name not in self.usual:
             started = time.monotonic()
-            passed = self._copy.run(name, self._longest) == PASSED
-            self.seconds[name] = time.monotonic() - started if passed else None
-        return self.seconds[name]
+            passed = self._copy.run(name, self._longest, watched=True) == PASSED
+            seconds = time.monotonic() - started
+            self.usual[name] = Usual(seconds, self._copy.entered()) if passed else None
+        return self.usual[name]
 
 
 _RUNNERS: list[Runner] = []  # of this process of the pool
@@ -267,7 +334,7 @@ def _start(folder: Path, longest: float, files: int) -> None:
 
 def _try(mutant: Mutant) -> tuple[Mutant, str, set[str]]:
     found = _RUNNERS[0].survives(mutant)
-    return mutant, found, {name for name, s in _RUNNERS[0].seconds.items() if s is None}
+    return mutant, found, {name for name, usual in _RUNNERS[0].usual.items() if usual is None}
 
 
 def main() -> None:

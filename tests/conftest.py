@@ -1,4 +1,7 @@
-"""What several tests share: photographs, and a tiny checkpoint with the graphs made from it."""
+"""What several tests share: photographs, and a tiny checkpoint with the graphs made from it.
+
+A fixture that needs torch imports it: with transformers it takes seconds of every pytest process.
+"""
 
 import sys
 from pathlib import Path
@@ -9,10 +12,8 @@ from hypothesis import settings
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
-import digits
 import photographs as photographs_script
 import real_bindings
-from checkpoints import small
 from click.testing import CliRunner
 from on_a_card import (  # noqa: F401  hooks of pytest
     pytest_addoption,
@@ -46,6 +47,8 @@ def stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with vit-msn-small for images of 64 pixels, and a classifier."""
+    from checkpoints import small
+
     return small(tmp_path_factory.mktemp("small") / "checkpoint")
 
 
@@ -62,6 +65,8 @@ def small_graph(small_checkpoint: Path, photographs: Path) -> Path:
 @pytest.fixture(scope="session")
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the trained classifier of digits; not to be changed."""
+    import digits
+
     cache = getattr(request.config, "cache", None)
     folder = cache.mkdir("digits") if cache is not None else tmp_path_factory.mktemp("digits")
     return digits.kept(folder)
