@@ -268,7 +268,7 @@ def function_at(source: bytes, line: int) -> int | None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
             if node.body[0].lineno <= line <= node.end_lineno:
-                found = min(node.lineno, *(one.lineno for one in node.decorator_list))
+                found = min([node.lineno, *(one.lineno for one in node.decorator_list)])
     return found
 
 

@@ -1,5 +1,6 @@
 """The faults that are planted to test the tests: each kind, what is left alone, which tests run."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,34 @@ def test_the_tests_of_a_module_are_its_own_then_its_importers_then_their_own() -
 def test_what_is_no_module_is_refused() -> None:
     with pytest.raises(SystemExit, match="no_such is neither a folder nor a file of the package"):
         mutants.modules_in("no_such")
+
+
+def test_a_fault_is_of_the_innermost_function_whose_body_has_it() -> None:
+    lines = {1: None, 2: None, 8: None, 9: None, 11: 8, 20: 8, 21: None}
+    assert {line: mutants.function_at(SOURCE, line) for line in lines} == lines
+
+
+def test_a_process_knows_which_functions_it_entered() -> None:
+    program = """
+import json, subprocess, sys
+sys.path.insert(0, "scripts")
+from mutants import ROOT, Watch, draw, function_at
+watch = Watch(f"{ROOT}/scripts/")
+function_at(b"", 1)
+print(json.dumps(watch.found()))
+watch = Watch(f"{ROOT}/scripts/")
+subprocess.run(["true"], check=True)
+print(watch.found())
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=mutants.ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    entered, other = run.stdout.splitlines()
+    first = mutants.function_at.__code__.co_firstlineno
+    assert ["mutants.py", first] in json.loads(entered)
+    assert ["mutants.py", mutants.draw.__code__.co_firstlineno] not in json.loads(entered)
+    assert other == "None"
 
 
 TRY = """
