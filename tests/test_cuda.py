@@ -26,7 +26,7 @@ def test_the_runners_tests_pass_through_the_real_bindings(tmp_path) -> None:
     driver_library.make(tmp_path)
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "with_real_bindings", "-p", "no:cacheprovider",
-         "-m", "not gpu", "-n", "0", "-k", "not whichever and not ten_thousand and not bare",
+         "-m", "not gpu", "-n", "0", "-k", "not whichever and not bare",
          HERE / "test_trt_runner.py"],
         env=driver_library.environment(tmp_path) | {"PYTHONPATH": str(HERE)},
         cwd=HERE.parent, capture_output=True, text=True, check=False,

@@ -443,7 +443,8 @@ def test_closing_waits_for_calls_under_way_and_refuses_the_rest(bench) -> None:
 # leaks and failures
 
 
-def test_ten_thousand_calls_leak_nothing(bench) -> None:
+def test_calls_leak_nothing(bench) -> None:
+    calls = 5_000 if bench.is_real else 100  # a stand-in counts each byte, a card does not
     images = NETWORK.images(2)
     library = bench.library()
     given = library.to_gpu(images)
@@ -453,7 +454,7 @@ def test_ten_thousand_calls_leak_nothing(bench) -> None:
             runner(given)
         bench.settle()
         before, live = bench.free_memory(), bench.recorder.live()
-        for _ in range(5_000):
+        for _ in range(calls):
             runner(images)
             runner(given)
         bench.settle()
@@ -468,7 +469,7 @@ def script(bench: Bench) -> None:
     library = bench.library()
     images = NETWORK.images(9)
     with bench.open() as runner:
-        for _ in range(4):
+        for _ in range(3):  # eager, captured, replayed
             check(runner(images), NETWORK, images)
             given = library.to_gpu(images)
             output = runner(given).embedding
