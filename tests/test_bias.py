@@ -91,6 +91,13 @@ def test_a_product_without_a_bias_keeps_its_error() -> None:
     assert run(model, x).tolist() == [[4.0, 6.0]]
 
 
+def test_a_product_that_is_added_to_no_constant_keeps_its_error() -> None:
+    model = parse(BARE.replace("Relu (m)", "Add (m, x)"))
+    x = {"x": np.ones((1, 2), np.float32)}
+    correct(model, {"MatMul0": np.array([1.0, -1.0], np.float32)})
+    assert run(model, x).tolist() == [[5.0, 7.0]]
+
+
 def test_a_bias_that_two_products_share_is_corrected_for_one() -> None:
     model = parse("""
         g (float[b,2] x) => (float[b,2] y)

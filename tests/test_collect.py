@@ -5,13 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 from calibrated_graphs import feeds, planned, vit
 from graphs import parse, run
 
 from msn_export.calibration import collect
-from msn_export.calibration.collect import Watch, channel_maxima, finite, histograms
+from msn_export.calibration.collect import Watch, channel_maxima, finite, histograms, require_finite
 from msn_export.calibration.observers import Histogram
 from msn_export.errors import GraphError
 
@@ -54,11 +53,10 @@ def test_the_graph_is_as_it_was_and_nothing_is_left(tmp_path) -> None:
 
 
 def test_what_lies_behind_the_last_tensor_is_not_run(tmp_path) -> None:
-    model = vit(tmp_path)
-    weight = model.graph.initializers["blocks.1.fc2.weight"]
-    weight.const_value = ir.tensor(np.full((128, 32), np.nan, np.float32), name=weight.name)
-    seen = Watch(model, ["blocks.0.norm1_out"], tmp_path)(IMAGES)
-    assert np.isfinite(seen["blocks.0.norm1_out"]).all()
+    model = parse("g (float[b,2] x) => (float[b,2] y) { m = Relu (x)  y = Log (m) }")
+    model.graph[1].op_type = "Unknown"
+    seen = Watch(model, ["m"], tmp_path)(np.array([[-1.0, 2.0]], np.float32))
+    assert seen["m"].tolist() == [[0.0, 2.0]]
 
 
 def test_ranges_are_those_of_all_values_at_once(tmp_path) -> None:
@@ -100,8 +98,35 @@ def test_the_batch_depends_on_the_graph_alone(tmp_path, monkeypatch) -> None:
     # one image's gelu is 5 x 128 floats
     monkeypatch.setattr(collect, "_BATCH_BYTES", 3 * 4 * 5 * 128 + 1)
     assert Watch(model, ["blocks.0.gelu_out"], tmp_path).batch == 3
+    monkeypatch.setattr(collect, "_BATCH_BYTES", 3 * 4 * 5 * 128 - 1)
+    assert Watch(model, ["blocks.0.gelu_out"], tmp_path).batch == 2
     monkeypatch.setattr(collect, "_BATCH_BYTES", 1)
     assert Watch(model, ["blocks.0.gelu_out"], tmp_path).batch == 1
+
+
+def test_the_batch_leaves_room_for_scores_and_probabilities(tmp_path, monkeypatch) -> None:
+    model = parse("g (float[b,2,5,4] x) => (float[b,2,5,4] y) { y = Attention (x, x, x) }")
+    each = 2 * 4 * 2 * 5 * 5  # two of float32 [2, 5, 5]
+    monkeypatch.setattr(collect, "_BATCH_BYTES", 3 * each)
+    assert Watch(model, ["y"], tmp_path).batch == 3
+    monkeypatch.setattr(collect, "_BATCH_BYTES", 3 * each - 1)
+    assert Watch(model, ["y"], tmp_path).batch == 2
+
+
+def test_outputs_that_are_not_finite_name_the_first_tensor_and_image(tmp_path) -> None:
+    model = parse("g (float[b,2] x) => (float[b,2] y) { m = Log (x)  y = Abs (m) }")
+    images = np.array([[1, 2], [3, 4], [5, -1]], np.float32)
+    outputs = {"y": np.abs(np.array([[0, 1], [1, 1], [2, np.nan]], np.float32))}
+    labels = ["0.png", "1.png", "2.png"]
+
+    def image(at: int) -> np.ndarray:
+        return images[at : at + 1]
+
+    with pytest.raises(GraphError, match=r"tensor 'm' is NaN on image 2\.png; "):
+        require_finite(model, outputs, labels, image, tmp_path)
+    require_finite(model, {"y": np.ones((3, 2), np.float32)}, labels, image, tmp_path)
+    with pytest.raises(GraphError, match=r"tensor 'y' is NaN on image 2\.png; "):  # not again
+        require_finite(model, outputs, labels, lambda _at: images[:1], tmp_path)
 
 
 @pytest.mark.parametrize(
