@@ -28,8 +28,9 @@ def hash_of(pixels: NDArray[np.uint8]) -> str:
 
 @dataclass(slots=True)
 class Pictures:
-    """Paths in the order they are used; ``seen`` and ``broken`` fill while they are decoded.
+    """Paths in the order they are used.
 
+    ``seen``, ``broken`` and ``turned`` (by their EXIF orientation) fill while they are decoded.
     ``skipped`` says by reason how many entries of the folder are none of them. ``withheld`` are
     hashes of images that are passed over: copies of those that are held out.
     """
@@ -41,6 +42,7 @@ class Pictures:
     withheld: frozenset[str] = frozenset()
     seen: dict[Path, str] = field(default_factory=dict)
     broken: dict[Path, str] = field(default_factory=dict)
+    turned: set[Path] = field(default_factory=set)
     skipped: Mapping[str, int] = field(default_factory=dict)
 
     def decode(self, batch: int) -> Iterator[tuple[NDArray[np.uint8], tuple[str, ...]]]:
@@ -52,13 +54,15 @@ class Pictures:
             if count == self.limit:
                 break
             try:
-                decoded = images.read(path, self.preprocessing)
+                decoded, turned = images.read_file(path, str(path), self.preprocessing)
             except ImageError as error:
                 self.broken[path] = str(error)
                 continue
             digest = hash_of(decoded)
             if digest in self.withheld:
                 continue
+            if turned:
+                self.turned.add(path)
             count += 1
             self.seen[path] = digest
             pixels.append(decoded)
@@ -116,6 +120,7 @@ def split(
     withheld = frozenset(map(hash_of, chosen.pixels))
     pictures = Pictures(chosen.others, preprocessing, stem, limit, withheld, skipped=found.skipped)
     pictures.broken |= chosen.broken
+    pictures.turned |= chosen.turned
     if len(chosen.broken) == len(order):
         first = next(iter(chosen.broken.values()))
         raise ImageError(f"all {len(order)} pictures of {folder} are broken; the first: {first}")
@@ -140,6 +145,7 @@ class _HeldOut:
     names: list[str] = field(default_factory=list)
     others: list[Path] = field(default_factory=list)
     broken: dict[Path, str] = field(default_factory=dict)
+    turned: set[Path] = field(default_factory=set)
 
 
 def _hold_out(
@@ -152,7 +158,7 @@ def _hold_out(
     while rest and len(held.pixels) < wanted:
         path = rest.pop(0)
         try:
-            decoded = images.read(path, preprocessing)
+            decoded, turned = images.read_file(path, str(path), preprocessing)
         except ImageError as error:
             held.broken[path] = str(error)
             continue
@@ -161,6 +167,8 @@ def _hold_out(
             held.others.append(path)
         elif digest not in hashes:
             hashes.add(digest)
+            if turned:
+                held.turned.add(path)
             held.pixels.append(decoded)
             held.names.append(str(path.relative_to(folder)) if path != folder else path.name)
     held.others += rest

@@ -21,6 +21,8 @@ from msn_export.errors import (
 from msn_export.files import placing, require_writable, staging
 from msn_export.job import Job, Within
 from msn_export.manifest import Manifest
+from msn_export.manifest_records import CheckpointRecord
+from msn_export.models.named import Choices
 from msn_export.preprocessing import Exif
 from msn_export.progress import SILENT, Progress
 from msn_export.proof.artifact import ENGINES, is_checkpoint, open_engine
@@ -193,16 +195,38 @@ def _hashes(artifacts: Sequence[str]) -> dict[str, set[str]]:
     return hashes
 
 
-def _stale(name: str, manifest: Manifest | None, hashes: Mapping[str, set[str]]) -> str | None:
+def _stale(
+    job: ReportJob, name: str, manifest: Manifest, hashes: Mapping[str, set[str]]
+) -> str | None:
     """Say that an artifact was made from, and compared with, another file than the one here."""
-    source = manifest.source if manifest is not None else None
-    here = hashes.get(source.file) if source is not None else None
-    if source is None or here is None or source.sha256 in here:
+    source, origin = manifest.source, manifest.checkpoint
+    if source is not None and source.sha256 not in hashes.get(source.file, {source.sha256}):
+        was, has, what = source.sha256, min(hashes[source.file]), source.file
+    elif origin is not None and (here := _weights(job, origin)) and origin.sha256 not in here:
+        was, has, what = origin.sha256, min(here), f"checkpoint, {origin.source}"
+    else:
         return None
     return (
-        f"{name} was made from another {source.file} (sha256 {source.sha256[:12]}…, this one has "
-        f"{min(here)[:12]}…); make it again from this one, or compare the two with --images"
+        f"{name} was made from another {what} (sha256 {was[:12]}…, this one has {has[:12]}…); "
+        "make it again from this one, or compare the two with --images"
     )
+
+
+def _weights(job: ReportJob, origin: CheckpointRecord) -> set[str]:
+    """Hash the checkpoints' weights as ``origin`` does, where nothing runs to compare them.
+
+    Raises:
+        CheckpointError: one cannot be read.
+    """
+    found = set()
+    for name in filter(is_checkpoint, job.artifacts if job.images is None else ()):
+        from msn_export.models.checkpoints import load_checkpoint  # torch
+
+        choices = Choices(job.variant, job.weights, job.labels)
+        if name == origin.source and not choices:
+            choices = Choices(origin.variant, origin.weights)
+        found.add(load_checkpoint(name, choices).sha256)
+    return found
 
 
 def _page(
@@ -220,7 +244,7 @@ def _page(
         found = artifact_facts(Path(name), live[name].passed if name in live else None)
         manifest, _ = believed(Path(name))
         known += [manifest] if manifest is not None else []
-        stale = _stale(found.name, manifest, hashes)
+        stale = _stale(job, found.name, manifest, hashes) if manifest is not None else None
         if name in live:
             agreements.append(live[name])
         elif stale is not None:

@@ -10,6 +10,7 @@ from calibrations import PRODUCTS, QUICK, calibrate, done, ranges_of, refused
 from checkpoints import hugging_face
 from click.testing import CliRunner
 from onnx import numpy_helper
+from PIL import Image
 from tiny_artifacts import classifier, foreign, pictures
 
 from msn_export.cli import main
@@ -59,6 +60,17 @@ def test_broken_images_are_named_and_counted(graph, tmp_path) -> None:
     told = done(graph, folder, tmp_path / "m.onnx", "--int8", *QUICK)
     assert "2 broken images skipped" in told["notes"]
     assert sum(note.startswith("skipped: ") for note in told["notes"]) == 2
+
+
+def test_pictures_that_exif_turned_are_counted_held_out_or_not(graph, tmp_path) -> None:
+    folder = pictures(tmp_path / "pictures", 12)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for path in folder.rglob("*.png"):
+        with Image.open(path) as plain:
+            plain.save(path, exif=exif)
+    told = done(graph, folder, tmp_path / "m.onnx", "--int8", *QUICK)
+    assert "pictures turned by their EXIF orientation: 12" in told["notes"]
 
 
 def test_a_graph_that_is_quantised_already_is_refused(int8, images, tmp_path) -> None:

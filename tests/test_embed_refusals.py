@@ -77,10 +77,24 @@ def _no_such_output(tmp: Path, model: Path) -> tuple[object, ...]:
     return model, pictures(tmp / "p", 1), tmp / "o.npy", "--output-name", "tail"
 
 
+def _argmax(tmp: Path, model: Path) -> tuple[object, ...]:
+    graph = foreign(tmp / "m.onnx", ["b", 3, 32, 32], {"scores": 3})
+    made = onnx.load(graph)
+    made.graph.node.append(helper.make_node("ArgMax", ["scores"], ["best"], axis=1, keepdims=0))
+    del made.graph.output[:]
+    made.graph.output.append(helper.make_tensor_value_info("best", TensorProto.INT64, ["b"]))
+    onnx.save(made, graph)
+    return graph, pictures(tmp / "p", 1), tmp / "o.npy"
+
+
 BAD = {
     "empty folder": (_empty, "holds no picture"),
     "all broken": (_all_broken, "none of the 3 pictures of"),
     "several outputs": (_several, "has the outputs left, right; choose one with --output-name"),
+    "argmax": (
+        _argmax,
+        "m.onnx: output 'best' is int64['b']; expected floats of two axes or more, a row for each",
+    ),
     "open size": (_open_size, "leaves height and width open, --image-size says them"),
     "wrong size": (_wrong_size, "images of 48x48 do not fit"),
     "planes to parquet": (_planes_to_parquet, "a .parquet row holds one vector; write .npy"),

@@ -129,3 +129,12 @@ def test_a_quantised_graph_is_widened_to_the_floats_that_its_integers_stand_for(
     wide = widen(model)
     assert [node.op_type for node in wide.graph] == ["MatMul"]
     np.testing.assert_allclose(run(wide, {"x": x}), x @ weights.astype(np.float32), rtol=1e-6)
+
+
+def test_an_output_that_is_quantised_keeps_its_name() -> None:
+    model = parse("""
+        g (float[b,4] x) => (float[b,4] y) <float t = {0.1}, int8 o = {0}>
+        { a = Relu (x)  q = QuantizeLinear (a, t, o)  y = DequantizeLinear (q, t, o) }""")
+    wide = widen(model)
+    assert [node.op_type for node in wide.graph] == ["Relu"]
+    assert [value.name for value in wide.graph.outputs] == ["y"]

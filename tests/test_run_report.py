@@ -16,6 +16,7 @@ import pytest
 from artifacts import classifier, copy_of, engine, no_driver
 from benches import made_up
 from browser import chromium, look_at
+from checkpoints import hugging_face
 from click.testing import CliRunner, Result
 from pages import read
 from tiny_artifacts import pictures
@@ -280,12 +281,28 @@ def test_what_was_checked_against_another_graph_of_that_name_is_stale(folder, tm
     faults.plant(folder / "m.onnx", graph, lambda m: faults.edit(m, "classifier.bias", np.abs))
     result = report(graph, compiled, "-o", tmp_path / "report.html")
     assert result.exit_code == 1
-    assert "m.engine: made from another graph than the one here" in " ".join(result.stdout.split())
+    told = "m.engine: made from another graph or checkpoint than the one here"
+    assert told in " ".join(result.stdout.split())
     text = text_of(tmp_path / "report.html")
     assert re.search(
         r"m\.engine was made from another m\.onnx \(sha256 \w{12}…, this one has", text
     )
     assert "m.engine agrees" not in text
+
+
+def test_without_images_a_checkpoint_is_known_by_its_weights(folder, tmp_path) -> None:
+    own, other = classifier().parent / "hf", tmp_path / "other"
+    hugging_face(other, labels=3, seed=1)
+    result = report(own, folder / "m.onnx", folder / "half.onnx", "-o", tmp_path / "report.html")
+    assert result.exit_code == 0, result.output
+    result = report(other, folder / "m.onnx", "-o", tmp_path / "other.html")
+    assert result.exit_code == 1
+    told = "m.onnx: made from another graph or checkpoint than the one here"
+    assert told in " ".join(result.stdout.split())
+    assert re.search(
+        r"m\.onnx was made from another checkpoint, .*hf \(sha256 \w{12}…, this one has",
+        text_of(tmp_path / "other.html"),
+    )
 
 
 def test_without_images_it_says_what_the_manifests_say(folder, tmp_path) -> None:

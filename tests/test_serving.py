@@ -2,13 +2,17 @@
 
 import asyncio
 import io
+import json
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from foreign import OPTIMUM, Reading, scripted
+from foreign import classifier as other_tools_classifier
 from PIL import Image
 from tiny_artifacts import classifier, foreign, pictures
 
@@ -66,13 +70,19 @@ def test_an_engine_is_given_a_gpu(arguments, share) -> None:
         (
             {"modle": "x"},
             "argument 'modle' is none; expected model, replicas, cpus, gpus, batch, wait, "
-            "decoders, output, providers",
+            "decoders, output, preprocess, exif, providers",
         ),
         ({**NAMED, "replicas": "two"}, "argument replicas=two: expected a whole number from 1 on"),
         ({**NAMED, "replicas": "0"}, "argument replicas=0: expected a whole number from 1 on"),
         ({**NAMED, "wait": "-1"}, "argument wait=-1: expected a whole number from 0 on"),
         ({**NAMED, "cpus": 1.5}, "argument cpus=1.5: expected a whole number from 1 on"),
         ({**NAMED, "batch": True}, "argument batch=True: expected a whole number from 1 on"),
+        ({**NAMED, "exif": "never"}, "argument exif=never: expected apply or ignore"),
+        (
+            {**NAMED, "preprocess": "hff"},
+            "preprocessing 'hff' is unknown; expected hf, msn-eval, raw, or a JSON file such as "
+            "preprocessor_config.json",
+        ),
     ],
 )
 def test_what_is_no_argument_is_refused(arguments, message) -> None:
@@ -96,6 +106,28 @@ def test_pictures_that_run_together_get_the_answers_they_get_alone(replica, mode
         assert (answer["label"], answer["batch"]) == (guess.label, 3)
         assert answer["probability"] == pytest.approx(guess.probability, abs=1e-6)
         assert answer["score"] == answer["probability"]
+
+
+def test_pictures_are_made_as_the_arguments_say(model, monkeypatch) -> None:
+    folder = model.parent
+    (folder / "own.json").write_text(json.dumps({"image_mean": 0.25, "resample": 3}))
+    monkeypatch.chdir(folder)
+    serving = Serving.of({"model": model, "preprocess": "own.json", "exif": "ignore"})
+    monkeypatch.chdir("/")  # a replica's folder is another
+    with closing(Replica(replace(serving, providers=("cpu",)))) as opened:
+        assert opened.about()["preprocessing"] == (
+            "own.json: resized to 32x32 (bicubic), EXIF orientation ignored; scale 1/255, mean "
+            "0.25, 0.25, 0.25, std 0.5, 0.5, 0.5"
+        )
+
+
+def test_an_image_size_that_a_graph_leaves_open_is_read_off_its_positions(tmp_path) -> None:
+    logits = Reading(other_tools_classifier(), lambda m, x: m(x).logits)
+    path = scripted(tmp_path / "theirs.onnx", logits, axes=OPTIMUM)
+    with closing(Replica(Serving(path, providers=("cpu",)))) as opened:
+        picture = np.zeros((32, 32, 3), np.uint8)
+        (answer,) = opened.run([picture])
+    assert len(answer["embedding"]) == 3
 
 
 def test_it_says_what_is_served(replica) -> None:

@@ -28,7 +28,7 @@ IDLE = artifact(name="m.engine", verdict="compiled, not run")
         ([artifact(), artifact(name="b.onnx", verdict="not believed")], [AGREES],
          ("failed", "b.onnx: the manifest is not believed")),
         ([artifact(name="b.onnx", verdict="stale"), IDLE], [],
-         ("failed", "b.onnx: made from another graph than the one here")),
+         ("failed", "b.onnx: made from another graph or checkpoint than the one here")),
         ([artifact(name="d.onnx", verdict="not believed")], [replace(AGREES, passed=False)],
          ("failed", "b.onnx: not what the reference is; d.onnx: the manifest is not believed")),
     ],

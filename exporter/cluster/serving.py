@@ -8,7 +8,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from msn_export.embed.decode import Decoder
 from msn_export.embed.opened import tested
 from msn_export.errors import ImageError, SpecError
 from msn_export.feed import feed_of
+from msn_export.preprocessing import Exif
+from msn_export.processor_config import require_choice
 from msn_export.runtime import open_runner
 from msn_export.spec import Scores
 
@@ -49,6 +51,8 @@ class Serving:
     wait: int = 5
     decoders: int = 1
     output: str | None = None
+    preprocess: str | None = None
+    exif: Exif | None = None
     providers: tuple[str, ...] = ()
 
     @classmethod
@@ -65,10 +69,16 @@ class Serving:
         if "model" not in arguments:
             raise SpecError("argument 'model' is missing; give model=FILE, an .onnx or an engine")
         values: dict[str, Any] = dict(arguments)
-        model = Path(str(values.pop("model")))
-        if not model.is_absolute():
-            # a replica's folder is Ray's, on whatever machine it is
-            model = model.absolute()
+        # absolute: a replica's folder is Ray's, on whatever machine it is
+        model = Path(str(values.pop("model"))).absolute()
+        preprocess = values.get("preprocess")
+        require_choice(preprocess)
+        if preprocess is not None and preprocess.endswith(".json"):
+            values["preprocess"] = str(Path(preprocess).absolute())
+        if values.get("exif") not in {None, *get_args(Exif)}:
+            raise SpecError(
+                f"argument exif={values['exif']}: expected {' or '.join(get_args(Exif))}"
+            )
         providers = values.pop("providers", ())
         if isinstance(providers, str):
             providers = providers.split(",")
@@ -129,7 +139,14 @@ class Replica:
             self._runner.close()
             raise
         name = serving.model.name
-        self._feed = feed_of(name, self._runner.inputs, self._runner.manifest)
+        self._feed = feed_of(
+            name,
+            self._runner.inputs,
+            self._runner.manifest,
+            preprocess=serving.preprocess,
+            exif=serving.exif,
+            size=serving.model,
+        )
         self._reading = reading_of(name, self._runner.outputs, serving.output, self._runner.scores)
         self.batch = serving.batch or self._runner.batch.opt
         read = partial(read_posted, preprocessing=self._feed.preprocessing)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # What an image's vector is read from, best first; the last is what other exporters give
 _PREFERRED = ("embedding", "mean_embedding", "pooler_output", "logits", "last_hidden_state")
 _LOGITS = "logits"
+_FLOATS = ("float", "float16", "bfloat16", "double")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ def reading_of(
 
     Raises:
         SpecError: it has no output of the name asked for, or several and none that is known.
+        GraphError: the output that is read has no row of floats for each image.
     """
     names = [spec.name for spec in outputs]
     if wanted is not None and wanted not in names:
@@ -60,12 +62,23 @@ def reading_of(
         raise SpecError(
             f"{model} has the outputs {', '.join(names)}; choose one with --output-name"
         )
+    _require_rows(model, outputs[names.index(vector)])
     if _LOGITS not in names:
         return Reading(vector, None)
     shape = outputs[names.index(_LOGITS)].shape
     if scores is None and len(shape) == 2 and isinstance(shape[1], int):
         scores = Scores.of(None, shape[1])
     return Reading(vector, _LOGITS, scores)
+
+
+def _require_rows(model: str, spec: TensorSpec) -> None:
+    """Refuse now what no batch could be read from; a shape that is not known has no axes here."""
+    if len(spec.shape) == 1 or spec.dtype not in _FLOATS:
+        raise GraphError(
+            f"{model}: output {spec.name!r} is {spec.dtype}{list(spec.shape)}; expected floats of "
+            "two axes or more, a row for each image; choose another with --output-name, or export "
+            "the scores before argmax or squeeze"
+        )
 
 
 def batches(

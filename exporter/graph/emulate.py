@@ -130,7 +130,7 @@ def _strip_quantisation(model: ir.Model) -> None:
             replace(node.outputs[0], weight)
             weight.type = ir.TensorType(_FLOAT)
         elif written is not None and written.op_type == "QuantizeLinear" and written.inputs[0]:
-            node.outputs[0].replace_all_uses_with(written.inputs[0], replace_graph_outputs=True)
+            replace(node.outputs[0], written.inputs[0])
     RemoveUnusedNodesPass()(model)
 
 

@@ -144,12 +144,9 @@ def _notes(done: Calibrated) -> Iterator[str]:
         )
     yield from done.source.notes
     dealt = done.dealt.calibration
-    yield from notes_on((), dealt.skipped, 0)
-    broken = dealt.broken
-    if broken:
-        yield f"{len(broken)} broken images skipped"
-    for reason in broken.values():
-        yield f"skipped: {reason}"
+    if dealt.broken:
+        yield f"{len(dealt.broken)} broken images skipped"
+    yield from notes_on(tuple(dealt.broken.values()), dealt.skipped, len(dealt.turned))
     if done.twin.judged.failures:
         yield f"the {done.twin.judged.record.executed_on} twin misses its own gate: " + "; ".join(
             done.twin.judged.failures

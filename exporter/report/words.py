@@ -21,7 +21,7 @@ def verdict(
     wrong = (
         (failed, "not what the reference is"),
         (foreign, "the manifest is not believed"),
-        (stale, "made from another graph than the one here"),
+        (stale, "made from another graph or checkpoint than the one here"),
     )
     if failed or foreign or stale:
         return "failed", "; ".join(f"{', '.join(names)}: {what}" for names, what in wrong if names)
