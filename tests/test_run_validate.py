@@ -382,3 +382,14 @@ def test_an_engine_is_run_where_its_gpu_is_and_its_outputs_judged(
     assert "Stand-in GPU" in found["check"]["executed_on"]
     assert found["check"]["batches"] == [1, 5, 8, 15, 30, 32]
     assert recorder.live() == {}  # nothing of the GPU is kept
+
+
+def test_a_graph_whose_blocks_are_not_found_says_that_its_structure_was_not_compared(
+    images, tmp_path
+) -> None:
+    graph = foreign(tmp_path / "means.onnx", ["b", 3, 32, 32], {"logits": 3})
+    assert (
+        "means.onnx: its epsilons, activations and additions were not compared: the graph has no "
+        "residual stream with attention in its branches: it is no transformer, or was fused into "
+        "operators of one runtime; export it again without"
+    ) in told(graph, graph, "--images", images)["notes"]

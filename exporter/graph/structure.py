@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from msn_export.errors import GraphError
 from msn_export.graph.inside import parts_of
 from msn_export.graph.stream import PRODUCTS, Block, between, find_stream, handed_on
 
@@ -37,11 +36,12 @@ _ACTIVATIONS = {
 
 
 def structure_of(model: ir.Model) -> Structure:
-    """Read a graph's epsilons, activations, additions and norms; the rest is left out."""
-    try:
-        stream = find_stream(model)
-    except GraphError:
-        return {}
+    """Read a graph's epsilons, activations, additions and norms; the rest is left out.
+
+    Raises:
+        GraphError: its blocks are not found.
+    """
+    stream = find_stream(model)
     found: dict[str, float | str] = {}
     inside: set[ir.Node] = set()
     for block in stream.blocks:

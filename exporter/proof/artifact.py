@@ -120,6 +120,11 @@ def _of_graph(path: Path) -> Artifact:
             model = raised_where_possible(model)
         io.infer_shapes(model)
         dtype = manifest.dtype if manifest is not None else graph_dtype(model)
+    structure: Structure = {}
+    try:
+        structure = structure_of(model)
+    except GraphError as error:
+        told = (*told, f"its epsilons, activations and additions were not compared: {error}")
 
     def start(_outputs: tuple[str, ...], stage: Path) -> Opened:
         return cpu_runner(path, dtype, stage)
@@ -137,7 +142,7 @@ def _of_graph(path: Path) -> Artifact:
         outputs=tuple(value.name or "" for value in model.graph.outputs),
         start=start,
         labels=manifest.labels if manifest is not None else (),
-        structure=structure_of(model),
+        structure=structure,
         manifest=manifest,
         graph=model,
         notes=tuple(f"{path.name}: {note}" for note in told),
