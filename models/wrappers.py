@@ -1,6 +1,6 @@
 """Find a model's weights among what training wrote around them: one table, each choice noted."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +30,6 @@ PREFIXES = {
     "_forward_module": "Lightning Fabric",
     "base_model": "PEFT after merging",
     "model": "a LightningModule with a field model",
-    "network": "a training script with a field network",
-    "net": "a training script with a field net",
     "target_encoder": "a training script of MSN",
     "teacher": "self-distillation: the averaged network",
     "backbone": "lightly: the averaged encoder",
@@ -88,7 +86,7 @@ def unwrap(loaded: Any, where: str, choice: str | None = None) -> Weights:
             name = names[0]
         else:
             break
-        beside += [other for other in names if other != name]
+        beside += [other for other in (*names, *_unlisted(held)) if other != name]
         taken.append(name)
         parent, held = held, held[name]
     state = _state_dict(held, where)
@@ -113,6 +111,19 @@ def unwrap(loaded: Any, where: str, choice: str | None = None) -> Weights:
         _fold(tensors)
         notes.append("the BatchNorm of MAE's linear probe is folded into its classifier")
     return Weights(tensors, tuple(notes))
+
+
+def _unlisted(held: Mapping[Any, Any]) -> list[str]:
+    """Name the dictionaries of no row of CONTAINERS that hold a model."""
+    return [
+        name
+        for name, value in held.items()
+        if name not in CONTAINERS and _holds(value) and any(map(_ends_in_cls, value))
+    ]
+
+
+def _ends_in_cls(key: Any) -> bool:
+    return isinstance(key, str) and key.endswith(("cls_token", "class_token"))
 
 
 def _holds(value: Any) -> bool:
@@ -145,17 +156,21 @@ def _without_prefix(
 
     Returns:
         Its weights, the prefix, the prefixes of other whole models, and the keys left outside.
+
+    Raises:
+        CheckpointError: nothing is under ``choice``, or it takes one to tell the models apart.
     """
     groups: dict[Prefix, dict[str, str]] = {}
+    fields = _fields(state)
     for key in state:
-        prefix, rest = _split(key)
+        prefix, rest = _split(key, fields)
         group = groups.setdefault(prefix, {})
         if rest in group:
             raise CheckpointError(f"{where}: keys {group[rest]!r} and {key!r} are the same weight")
         group[rest] = key
     sizes = {prefix: sum(_of_encoder(rest) for rest in group) for prefix, group in groups.items()}
     whole = [prefix for prefix, size in sizes.items() if 2 * size > max(sizes.values())]
-    whole.sort(key=lambda prefix: [_RANK[name] for name in prefix])
+    whole.sort(key=lambda prefix: [_RANK.get(name, len(_RANK)) for name in prefix])
     if choice is not None:
         asked = [prefix for prefix in whole if choice[0] in prefix]
         if not asked:
@@ -167,6 +182,12 @@ def _without_prefix(
     if not asked:  # nothing here is of a ViT-MSN: whoever assembles it says so
         return state, (), [], []
     chosen = asked[0]
+    if len(asked) > 1 and not fields.isdisjoint(chosen):
+        listed = ", ".join(repr(".".join(prefix)) for prefix in asked)
+        raise CheckpointError(
+            f"{where} holds several models, under {listed}; choose one with --weights "
+            f"{next(name for name in chosen if name in fields)}"
+        )
     others = [prefix for prefix in whole if prefix != chosen]
     tensors = {rest: state[key] for rest, key in groups[chosen].items()}
     left = [
@@ -210,11 +231,21 @@ def _of_encoder(key: str) -> bool:
     return name is not None and not name.startswith("classifier.")
 
 
-def _split(key: str) -> tuple[Prefix, str]:
+def _fields(state: Iterable[str]) -> set[str]:
+    """Find the names, of no row of PREFIXES, that stand before the [CLS] token of a model."""
+    found: set[str] = set()
+    for key in filter(_ends_in_cls, state):
+        parts = key.split(".")
+        tails = (canonical(_joined(parts[first:])) for first in range(len(parts)))
+        found.update(parts[: next((i for i, tail in enumerate(tails) if tail is not None), 0)])
+    return found - _RANK.keys()
+
+
+def _split(key: str, fields: Container[str] = ()) -> tuple[Prefix, str]:
     """Part a key into the wrappers before it and the rest, without those within it."""
     parts = key.split(".")
     first = 0
-    while first < len(parts) - 1 and parts[first] in PREFIXES:
+    while first < len(parts) - 1 and (parts[first] in PREFIXES or parts[first] in fields):
         if parts[first] not in INSIDE and is_weight(_joined(parts[first:])):
             break
         first += 1

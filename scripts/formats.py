@@ -61,6 +61,9 @@ def checkpoints() -> list[str]:
                rows=((code(f"{name}."), who) for name, who in PREFIXES.items())),
         *table("within keys", "written by",
                rows=((code(f"{name}."), who) for name, who in INSIDE.items())),
+        "A field of any other name that holds the whole model is taken off too. Where several do, `--weights` has "
+        "to say which.",
+        "",
         "`argparse.Namespace`, in which training scripts keep their options, is passed over unread. A pickle that "
         "names any other class is refused by that name.",
         "",

@@ -6,7 +6,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from writers import encoder, head, linear_probe, prefixed, probe
+from writers import (
+    encoder,
+    head,
+    linear_probe,
+    prefixed,
+    probe,
+    torchvision,
+    transformers_5,
+)
 
 from msn_export.errors import CheckpointError
 from msn_export.models.keys import rename
@@ -46,6 +54,18 @@ def test_every_prefix_is_taken_off_and_noted(prefix) -> None:
     found = unwrap(prefixed(f"{prefix}.", MODEL), "f")
     assert holds(found.tensors, MODEL)
     assert found.notes == (f"weights read from '{prefix}.'",)
+
+
+@pytest.mark.parametrize("state", [encoder(), transformers_5(encoder()), torchvision(encoder())])
+@pytest.mark.parametrize("field", ["encoder", "module.vit_model", "net.0", "layers", "blocks"])
+def test_a_field_of_any_name_that_holds_the_model_is_taken_off_and_noted(field, state) -> None:
+    found = unwrap(prefixed(f"{field}.", state) | {"fc.weight": torch.zeros(1)}, "f")
+    assert holds(found.tensors, state)
+    steps = " > ".join(f"'{name}.'" for name in field.split("."))
+    assert found.notes == (
+        f"weights read from {steps}",
+        f"not read: 1 key outside '{field}.' (fc.weight)",
+    )
 
 
 @pytest.mark.parametrize("inner", INSIDE)
@@ -116,10 +136,28 @@ def test_of_two_prefixes_one_is_taken_with_a_note_and_the_other_can_be(first, se
     assert holds(unwrap(file, "f", "state_dict").tensors, MODEL)
 
 
-def test_a_container_that_no_table_names_can_be_chosen() -> None:
-    found = unwrap({"mine": OTHER, "model": MODEL}, "f", "mine")
+def test_a_container_that_no_table_names_is_noted_and_can_be_chosen() -> None:
+    file = {"mine": OTHER, "model": MODEL, "optimizer": {"state": torch.zeros(1)}}
+    assert unwrap(file, "f").notes == (
+        "weights read from 'model'; the file also has 'mine' (--weights mine)",
+    )
+    found = unwrap(file, "f", "mine")
     assert holds(found.tensors, OTHER)
     assert "weights read from 'mine'; the file also has 'model'" in found.notes[0]
+
+
+def test_of_fields_that_no_table_names_one_has_to_be_chosen() -> None:
+    file = prefixed("base_encoder.", MODEL) | prefixed("momentum_encoder.", OTHER)
+    assert message_of(file) == (
+        "f holds several models, under 'base_encoder', 'momentum_encoder'; choose one with "
+        "--weights base_encoder"
+    )
+    found = unwrap(file, "f", "momentum_encoder")
+    assert holds(found.tensors, OTHER)
+    assert found.notes == (
+        "weights read from 'momentum_encoder.'; the file also has 'base_encoder' "
+        "(--weights base_encoder)",
+    )
 
 
 def test_what_could_be_chosen_is_named_where_nothing_is_known() -> None:
@@ -222,7 +260,8 @@ def test_whatever_keys_a_file_has_none_is_lost_without_a_word(file) -> None:
     try:
         found = unwrap(file, "f")
     except CheckpointError as error:
-        assert "are the same weight" in str(error) or "holds no weights by name" in str(error)
+        known = ("are the same weight", "holds no weights by name", "holds several models")
+        assert any(reason in str(error) for reason in known)
         return
     read = len(found.tensors)
     assert read == len(file) or found.notes
