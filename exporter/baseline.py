@@ -37,6 +37,7 @@ from msn_export.graph import io
 from msn_export.graph.emulate import in_fp64, round_values, widen
 from msn_export.graph.fuse import fuse_attention
 from msn_export.graph.lower import raise_opset
+from msn_export.graph.narrow import narrow_to_first_token
 from msn_export.graph.patch import Patch
 from msn_export.graph.patch import replace as replace_value
 from msn_export.graph.precision import overflowing_weights, type_graph
@@ -45,6 +46,7 @@ from msn_export.graph.quantised import (
     quantised_dtype,
     quantised_products,
 )
+from msn_export.graph.stream import PRODUCTS, find_stream
 from msn_export.islands import MEASURED, decide
 from msn_export.preprocessing import Preprocessing
 from msn_export.runtime.ort import OrtRunner
@@ -78,6 +80,22 @@ def attention_form(model: ir.Model) -> AttentionForm:
             packed = "q_num_heads" in node.attributes
             return AttentionForm.PACKED if packed else AttentionForm.HEADS
     return AttentionForm.PLAIN
+
+
+def narrow_like(model: ir.Model, candidate: ir.Model) -> None:
+    """Compute the last block for [CLS] alone where the candidate does, in place.
+
+    Products of one row add in another order than those of many.
+
+    Raises:
+        GraphError: the candidate is no ViT.
+    """
+    blocks = find_stream(candidate).blocks
+    shape = blocks[-1].output.shape
+    if shape is None or len(shape) != 3 or shape[1] != 1:
+        return
+    products = [sum(node.op_type in PRODUCTS for node in block.nodes) for block in blocks]
+    narrow_to_first_token(model, split_projection=products[-1] > products[0])
 
 
 def write_like(

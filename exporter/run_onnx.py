@@ -21,6 +21,7 @@ from msn_export.check.verify import (
     Reference,
     Runner,
     Verified,
+    add_rounding,
     measure_rounding,
     run_reference,
     verify,
@@ -37,7 +38,7 @@ from msn_export.graph.facts import GraphFacts
 from msn_export.graph.fuse import fuse_attention
 from msn_export.graph.lower import lower
 from msn_export.graph.narrow import narrow_to_first_token
-from msn_export.graph.reference import TorchRunner
+from msn_export.graph.reference import TorchRunner, shaken
 from msn_export.graph.simplify import simplify
 from msn_export.graph.trace import trace
 from msn_export.manifest import Manifest, seal, versions_of
@@ -63,6 +64,10 @@ __all__ = ["OnnxJob", "run_onnx"]  # the two that docs/python.md speaks of
 # more: with as many heads any batch will do
 SINGLE_QUERY_HEADS = 4
 EXACT = 4  # pictures that the reference computes in fp64 too
+# More fp32 runs that say what rounding costs, where the graph does not agree at first. Measured on
+# 30 tiny models of 3 logits with one massive channel: a graph errs up to 5.6 times the rounding of
+# the reference alone, and up to 2.8 times the largest of four runs.
+SHAKEN = 3
 PACKAGES = ("torch", "onnx", "onnx-ir", "onnxsim", "onnxruntime-gpu", "onnxruntime")
 
 
@@ -238,17 +243,23 @@ def _verify_fp32(
     heads: tuple[Head, ...],
     sizes: tuple[int, ...],
 ) -> Verified:
-    """Compare an fp32 graph; where it does not agree, fp64 says on every picture which side errs.
+    """Compare an fp32 graph; where it does not agree, measure the rounding more thoroughly.
 
-    Where attention is sharp a few pictures do not tell how far fp32 is from what is right.
+    Where attention is sharp a few pictures do not tell how far fp32 is from what is right, and few
+    numbers may be rounded well by chance: fp64 says on every picture which side errs, and the
+    reference runs again with other roundings.
     """
     verified = verify(runner, reference, job.stem, sizes)
-    if not verified.failures(GATES[Dtype.FP32]) or len(reference.sample) <= EXACT:
+    if not verified.failures(GATES[Dtype.FP32]):
         return verified
-    checkpoint = sized(load_checkpoint(job.checkpoint, job.choices), job.image_size)
-    exact = TorchRunner(checkpoint.model, heads, exact=True)
-    everywhere = measure_rounding(reference, exact, len(reference.sample))
-    return verify(runner, everywhere, job.stem, sizes)
+    model = sized(load_checkpoint(job.checkpoint, job.choices), job.image_size).model
+    if len(reference.sample) > EXACT:
+        exact = TorchRunner(model, heads, exact=True)
+        reference = measure_rounding(reference, exact, len(reference.sample))
+        del exact
+    for seed in range(SHAKEN):
+        reference = add_rounding(reference, TorchRunner(shaken(model, seed), heads))
+    return verify(runner, reference, job.stem, sizes)
 
 
 def _check(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -259,6 +259,10 @@ def _open_baseline(
         return None
     graph = candidate.graph
     form = AttentionForm.HEADS if graph is None else baseline.attention_form(graph)
+    if graph is not None:
+        given = given.clone()
+        with suppress(GraphError):  # of another tool: it computes every token
+            baseline.narrow_like(given, graph)
     model = baseline.write_like(given, taken, made, form)
     if dtype.is_quantised:
         if graph is None:

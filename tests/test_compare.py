@@ -196,6 +196,14 @@ def test_what_ignores_its_image_is_as_wrong_as_images_are_apart(mean) -> None:
     assert added(want, want).centred == 0
 
 
+@pytest.mark.parametrize("mean", [0.0, 30.0, 1e6])
+def test_an_error_that_all_embeddings_share_leaves_them_apart(mean) -> None:
+    want = tokens(50, 8) + mean
+    shift = 100 * tokens(1, 8)
+    assert added(want, want + shift).centred == pytest.approx(0, abs=1e-6)
+    assert added(want, want.mean(axis=0) + 0 * want + shift).centred == pytest.approx(1, rel=1e-6)
+
+
 def test_one_image_is_nowhere_apart() -> None:
     found = added(tokens(1, 8), tokens(1, 8))
     assert (found.spread, found.centred) == (None, None)

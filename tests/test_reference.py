@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from msn_export.errors import GraphError
-from msn_export.graph.reference import TorchRunner, read_head, readable_heads, require_readable
+from msn_export.graph.reference import (
+    TorchRunner,
+    read_head,
+    readable_heads,
+    require_readable,
+    shaken,
+)
 from msn_export.models.variants import VitConfig
 from msn_export.models.vit_msn import Hidden, VitMsn
 from msn_export.spec import Head
@@ -74,3 +80,13 @@ def test_without_a_final_layer_norm_there_are_logits_alone(pooling, reads) -> No
         f"head mean needs the final LayerNorm, which this checkpoint lacks (its classifier reads "
         f"{reads}); use logits, or the pre-trained checkpoint"
     )
+
+
+def test_a_shaken_model_differs_by_its_weights_last_bits(model) -> None:
+    moved = shaken(model, 0)
+    for own, other in zip(model.parameters(), moved.parameters(), strict=True):
+        assert torch.all((own - other).abs() <= own.abs() * 2.0**-23)
+    weight, other = model.blocks[0].mlp.fc1.weight, moved.blocks[0].mlp.fc1.weight
+    assert 0 < (weight != other).float().mean() < 1
+    assert torch.equal(other, shaken(model, 0).blocks[0].mlp.fc1.weight)
+    assert not torch.equal(other, shaken(model, 1).blocks[0].mlp.fc1.weight)

@@ -7,7 +7,13 @@ import pytest
 
 from msn_export.check.gate import Gate
 from msn_export.check.sample import Sample, draw
-from msn_export.check.verify import Reference, run_reference, verify
+from msn_export.check.verify import (
+    Reference,
+    add_rounding,
+    measure_rounding,
+    run_reference,
+    verify,
+)
 from msn_export.errors import ToleranceError
 from msn_export.preprocessing import preset
 from msn_export.spec import ImageSize, InputKind
@@ -49,6 +55,15 @@ def test_the_reference_runs_each_picture_once_as_wide_as_memory_affords(sample) 
     narrow = Doubling()
     run_reference(narrow, replace(sample, room=2))
     assert narrow.batches == [2] * 9 + [1]
+
+
+def test_the_rounding_is_that_of_the_run_that_rounds_most(sample) -> None:
+    known = measure_rounding(run_reference(Doubling(1e-3), sample), Doubling(), 5)
+    assert len(known.exact["a"]) == 5
+    less, more = add_rounding(known, Doubling(1e-4)), add_rounding(known, Doubling(-1e-2))
+    assert less.rounding == known.rounding
+    for name, rounding in more.rounding.items():
+        assert rounding.relative == pytest.approx(10 * known.rounding[name].relative, rel=1e-3)
 
 
 def test_a_candidate_runs_every_size_and_is_compared_image_by_image(sample) -> None:

@@ -79,8 +79,9 @@ class Agreement:
     the figures of tokens are those of ``Errors``. The norm ratio is the candidate's over the
     reference's. ``spread`` says how far the embeddings of different images are apart in the
     reference: the root mean square distance from their mean over that of the embeddings
-    themselves; ``centred`` is the embeddings' error relative to that distance. NaN in either side
-    shows in every figure it touches.
+    themselves; ``centred`` is the embeddings' error relative to that distance, both without their
+    means: what all embeddings share tells none of them apart. NaN in either side shows in every
+    figure it touches.
 
     None where it was not measured: ``rounding``, ``relative`` as a multiple of the reference's own
     rounding error; ``others``, the worst image among those whose reference is not in fp64 where
@@ -151,6 +152,32 @@ class _Squares:
 
 
 @dataclass(slots=True)
+class _Scatter:
+    """Squared distances of vectors from their mean, summed up.
+
+    Counted from the first vector: a large mean would swallow what is left of the distances.
+    """
+
+    first: NDArray[Any] | None = None
+    total: Any = 0.0
+    square: float = 0.0
+    count: int = 0
+
+    def add(self, rows: NDArray[Any]) -> None:
+        """Add vectors [b, k]."""
+        if self.first is None:
+            self.first = rows[0]
+        moved = rows - self.first
+        self.total = self.total + moved.sum(axis=0)
+        self.square += float(np.square(moved).sum())
+        self.count += len(rows)
+
+    def around_mean(self) -> float:
+        """Give the sum."""
+        return float(np.maximum(self.square - np.square(self.total).sum() / self.count, 0.0))
+
+
+@dataclass(slots=True)
 class Comparison:
     """Gathers the figures of one output, batch after batch.
 
@@ -163,12 +190,11 @@ class Comparison:
     _exact: list[bool] = field(default_factory=list)
     _image: _Squares = field(default_factory=_Squares)
     _cls: _Squares = field(default_factory=_Squares)
-    _embedding: _Squares = field(default_factory=_Squares)
     _cls_cosines: list[float] = field(default_factory=list)
     _tokens: list[NDArray[np.float32]] = field(default_factory=list)
-    _first: NDArray[Any] | None = None
-    _moved_sum: Any = 0.0
-    _moved_square: float = 0.0
+    _apart: _Scatter = field(default_factory=_Scatter)
+    _errors_apart: _Scatter = field(default_factory=_Scatter)
+    _embedding_square: float = 0.0
     _abs_sum: float = 0.0
     _size: int = 0
     _nan: int = 0
@@ -226,14 +252,10 @@ class Comparison:
         self._tokens += list(np.linalg.norm(want - have, axis=2).astype(np.float32))
 
     def _add_spread(self, want: NDArray[Any], have: NDArray[Any]) -> None:
-        """Sum distances from the first embedding: a large mean would swallow what is left of it."""
         want, have = want.astype(np.float64), have.astype(np.float64)
-        self._embedding.add(want, want - have)
-        if self._first is None:
-            self._first = want[0]
-        moved = want - self._first
-        self._moved_sum = self._moved_sum + moved.sum(axis=0)
-        self._moved_square += float(np.square(moved).sum())
+        self._apart.add(want)
+        self._errors_apart.add(want - have)
+        self._embedding_square += float(np.square(want).sum())
 
     def agreement(self) -> Agreement:
         """Sum up what was added.
@@ -287,15 +309,12 @@ class Comparison:
 
         None of a single image, which is nowhere apart.
         """
-        count = len(self.cosines)
-        if count < 2:
+        if len(self.cosines) < 2:
             return None, None
         with np.errstate(invalid="ignore", divide="ignore"):
-            apart = np.maximum(self._moved_square - np.square(self._moved_sum).sum() / count, 0.0)
-            size, error = (
-                np.sum(part) for part in (self._embedding.reference, self._embedding.error)
-            )
-            return float(np.sqrt(apart / size)), float(np.sqrt(error / apart))
+            apart = np.float64(self._apart.around_mean())
+            error = self._errors_apart.around_mean()
+            return float(np.sqrt(apart / self._embedding_square)), float(np.sqrt(error / apart))
 
 
 def _is_float(values: NDArray[Any]) -> bool:

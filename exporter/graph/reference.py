@@ -84,6 +84,16 @@ class TorchRunner:
         """Do nothing: the model is the checkpoint's."""
 
 
+def shaken(model: VitMsn, seed: int) -> VitMsn:
+    """Copy a model with every weight moved within half of its last bit, as fp32 rounds it."""
+    generator = torch.Generator().manual_seed(seed)
+    moved = copy.deepcopy(model).requires_grad_(requires_grad=False)
+    for weight in moved.parameters():
+        drawn = torch.rand(weight.shape, generator=generator, dtype=torch.float64)
+        weight.copy_(weight.double() * (1 + (2 * drawn - 1) * 2.0**-24))
+    return moved
+
+
 class Heads(nn.Module):
     """A model with what is read off it: images [b, c, h, w] to one tensor a head."""
 

@@ -12,14 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msn_export.baseline import attention_form, quantise_like, rest_of, write_like
+from msn_export.baseline import (
+    attention_form,
+    narrow_like,
+    quantise_like,
+    rest_of,
+    write_like,
+)
 from msn_export.errors import GraphError
 from msn_export.graph import io
 from msn_export.graph.emulate import in_fp64, widen
-from msn_export.graph.narrow import narrow_to_first_token
 from msn_export.graph.precision import type_graph
 from msn_export.graph.simplify import simplify
-from msn_export.graph.stream import PRODUCTS, find_stream
 from msn_export.islands import MEASURED, decide
 from msn_export.proof.artifact import Artifact
 from msn_export.proof.pair import Pair
@@ -106,7 +110,7 @@ def _in_precision(pair: Pair, sample: Sample) -> ir.Model:
     stem, dtype = _written(pair.candidate.stem), pair.candidate.dtype
     candidate = _graph_behind(pair.candidate)
     model = _fp32_of(pair, sample).clone()
-    _narrow_like(model, candidate)
+    narrow_like(model, candidate)
     model = write_like(model, stem, sample.preprocessing, attention_form(candidate))
     rest = rest_of(candidate) if dtype.is_quantised else dtype
     with tempfile.TemporaryDirectory(prefix="msn-export-") as folder:
@@ -117,16 +121,6 @@ def _in_precision(pair: Pair, sample: Sample) -> ir.Model:
         named = {value.name for node in model.graph for value in node.outputs}
         type_graph(model, rest, islands.keys() & named)
     return model
-
-
-def _narrow_like(model: ir.Model, candidate: ir.Model) -> None:
-    """Compute the last block for [CLS] alone where the candidate does, in place."""
-    blocks = find_stream(candidate).blocks
-    shape = blocks[-1].output.shape
-    if shape is None or len(shape) != 3 or shape[1] != 1:
-        return
-    products = [sum(node.op_type in PRODUCTS for node in block.nodes) for block in blocks]
-    narrow_to_first_token(model, split_projection=products[-1] > products[0])
 
 
 def _fp32_of(pair: Pair, sample: Sample) -> ir.Model:

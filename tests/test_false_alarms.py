@@ -1,0 +1,224 @@
+"""No false alarm: what is sound passes every gate, in every form and precision.
+
+A model has the patch, the head size and the number of tokens of a published shape, and few heads
+and blocks; or it is the published shape itself. The grid takes an hour (``-m slow``); a part of
+it, drawn by a seed, runs each time.
+"""
+
+import json
+import random
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from engine_builds import NEEDS_RTX
+from PIL import Image
+from safetensors.torch import save_file
+
+from msn_export.models.variants import VARIANTS
+from msn_export.models.vit_msn import VitMsn
+from msn_export.run_calibrate import CalibrateJob, run_calibrate
+from msn_export.run_onnx import OnnxJob, run_onnx
+from msn_export.run_trt import TrtJob, run_trt
+from msn_export.run_validate import ValidateJob, run_validate
+from msn_export.spec import BatchRange, ComputeCapability, Dtype, Head, InputKind, Target
+
+SEED, DRAWN = 0, 3
+BATCH = BatchRange(1, 1, 2)
+SM_89 = ComputeCapability(8, 9)
+LABELS = ("cat", "dog", "fish")
+# Tiny models by the published shape whose patch, head size and tokens they have. From 4 heads on
+# the last block computes [CLS] alone where nothing else is asked for.
+HEADS = {"small": 4, "base": 5, "large": 6, "base-4": 4, "large-7": 4}
+# What training does to weights: gains far apart, one token or every token with one massive channel,
+# outputs that share a large vector, attention on single tokens.
+TRAINED = (
+    "gains",
+    *(f"massive {value}" for value in (50, 300, 3000, 12000)),
+    *(f"channel {value}" for value in (50, 300, 3000, 12000)),
+    *(f"mean {norm}" for norm in (10, 30)),
+    *(f"sharp {factor}" for factor in (5, 20, 30, 100)),
+)
+Form = tuple[Target, InputKind, Head]
+FORMS: tuple[Form, ...] = (
+    (Target.TENSORRT, InputKind.FLOAT, Head.CLS),
+    (Target.ONNXRUNTIME, InputKind.UINT8, Head.TOKENS),
+    (Target.TENSORRT_8, InputKind.FLOAT, Head.LOGITS),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One graph of one model; ``shape`` with vit-msn- before it is the published one in full."""
+
+    shape: str
+    dtype: Dtype
+    target: Target = Target.TENSORRT
+    stem: InputKind = InputKind.FLOAT
+    head: Head = Head.CLS
+    trained: str = ""
+
+    def __str__(self) -> str:
+        parts = (self.shape, self.trained, self.target, self.stem, self.head, self.dtype)
+        return "-".join(part.replace(" ", "-") for part in parts if part)
+
+
+def grid() -> list[Case]:
+    """Give every case but the largest."""
+    inputs = (InputKind.FLOAT, InputKind.UINT8)
+    cases = [
+        *(Case("small", *form) for form in product(Dtype, Target, inputs, Head)),
+        *(Case("large-7", *form)
+          for form in product(Dtype, Target, inputs, (Head.CLS, Head.TOKENS))),
+        # base and large have small's patch, head size and tokens
+        *(Case(shape, dtype) for shape, dtype in product(("base", "large"), Dtype)),
+        *(Case("base-4", dtype, *form) for form, dtype in product(FORMS, Dtype)),
+        *(Case("small", dtype, *form, trained)
+          for trained, form, dtype in product(TRAINED, FORMS, Dtype)),
+        *(Case("vit-msn-small", dtype, target) for target, dtype in product(Target, Dtype)),
+        *(Case("vit-msn-base", dtype) for dtype in Dtype),
+        *(Case("vit-msn-large", dtype) for dtype in Dtype),
+    ]  # fmt: skip
+    # opset 17 has no bf16 convolution and no fp8
+    absent = {Dtype.BF16, Dtype.FP8}
+    return [c for c in cases if c.target is not Target.TENSORRT_8 or c.dtype not in absent]
+
+
+def engines() -> list[tuple[Case, Dtype]]:
+    """Give graphs with the precision that an engine is made in."""
+    typed = (Dtype.FP32, Dtype.FP16, Dtype.BF16)
+    tiny = [Case(shape, Dtype.FP32) for shape in HEADS]
+    trained = [Case("small", Dtype.FP32, trained=kind) for kind in TRAINED]
+    return [
+        *product([*tiny, *trained], typed),
+        *((Case("small", dtype), dtype) for dtype in Dtype if dtype is not Dtype.FP32),
+    ]
+
+
+def drawn() -> list[Case]:
+    """Draw a few cases of 197 tokens, and give those that failed once."""
+    few = [case for case in grid() if case.shape in {"small", "base", "large"}]
+    failed = [
+        # one row is multiplied in another order than many; a few logits are rounded well by chance
+        Case("small", Dtype.FP32, Target.TENSORRT_8, head=Head.LOGITS, trained="massive 12000"),
+        Case("small", Dtype.FP32, Target.TENSORRT_8, head=Head.LOGITS, trained="channel 300"),
+        # an error that all embeddings share leaves them apart
+        Case("small", Dtype.BF16, trained="channel 300"),
+    ]
+    return failed + random.Random(SEED).sample(few, DRAWN)  # noqa: S311
+
+
+def made(case: Case) -> VitMsn:
+    """Draw a tiny model whose products keep the size of what they are given, then change it."""
+    shape = VARIANTS[f"vit-msn-{case.shape}"]
+    heads = HEADS[case.shape]
+    dim = heads * shape.dim // shape.heads
+    model = VitMsn(
+        replace(shape, dim=dim, heads=heads, mlp_dim=4 * dim, depth=2, labels=LABELS)
+    ).requires_grad_(requires_grad=False)
+    generator = torch.Generator().manual_seed(0)
+    kind, _, text = case.trained.partition(" ")
+    number = float(text or 0)
+    for name, parameter in model.named_parameters():
+        fan_in = parameter[0].numel() if parameter.ndim in {2, 4} else dim
+        torch.nn.init.normal_(parameter, std=fan_in**-0.5, generator=generator)
+        if "norm" in name and name.endswith("weight"):
+            parameter.add_(1)
+            if kind == "gains":
+                parameter.log_normal_(0, 1, generator=generator)
+        if name in {"cls_token", "pos_embed"}:
+            parameter.mul_(dim**0.5)
+        if kind == "sharp" and "qkv" in name:
+            parameter[: 2 * dim].mul_(number)
+    if kind == "mean":
+        model.norm.bias.add_(number / dim**0.5)
+    if kind == "massive":  # one token, as in trained ViTs (arXiv 2309.16588)
+        model.pos_embed[0, 3, 5] += number
+    if kind == "channel":
+        model.pos_embed[0, :, 5] += number
+    return model
+
+
+class Models:
+    """Checkpoints and graphs, each made once."""
+
+    def __init__(self, folder: Path, photographs: Path) -> None:
+        self.folder, self.images = folder, folder / "photographs"
+        self.images.mkdir()
+        for path in sorted(photographs.iterdir())[:4]:
+            with Image.open(path) as opened:
+                small = opened.convert("RGB").resize((224, 224))
+            small.save(self.images / f"{path.stem}.png")
+
+    def checkpoint(self, case: Case) -> str:
+        if case.shape.startswith("vit-msn-"):
+            return f"random:{case.shape}:0"
+        folder = self.folder / f"{case.shape}-{case.trained}".replace(" ", "-")
+        if not folder.exists():
+            model = made(case)
+            folder.mkdir()
+            save_file(model.state_dict(), folder / "model.safetensors")
+            config = model.config
+            settings = {
+                "model_type": "vit_msn", "hidden_size": config.dim, "image_size": 224,
+                "num_hidden_layers": config.depth, "num_attention_heads": config.heads,
+                "intermediate_size": config.mlp_dim, "patch_size": config.patch_size[0],
+                "id2label": dict(enumerate(LABELS)),
+            }  # fmt: skip
+            (folder / "config.json").write_text(json.dumps(settings))
+        return str(folder)
+
+    def graph(self, case: Case) -> Path:
+        output = self.folder / f"{case}.onnx"
+        if output.exists():
+            return output
+        if case.dtype.is_quantised:
+            source = self.graph(replace(case, dtype=Dtype.FP32))
+            asked = CalibrateJob(source, case.dtype, self.images, output, compile=False)
+            return run_calibrate(asked)[0]
+        job = OnnxJob(
+            self.checkpoint(case), output, heads=(case.head,), stem=case.stem, dtype=case.dtype,
+            target=case.target, images=self.images, batch=BATCH,
+        )  # fmt: skip
+        return run_onnx(job)[0]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, photographs: Path) -> Models:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield Models(tmp_path_factory.mktemp("alarms"), photographs)
+    torch.set_num_threads(threads)
+
+
+def require_passes(case: Case, models: Models) -> None:
+    graph = models.graph(case)
+    references = [models.checkpoint(case)]
+    if case.dtype is not Dtype.FP32:
+        references.append(str(models.graph(replace(case, dtype=Dtype.FP32))))
+    for reference in references:
+        asked = ValidateJob(reference, str(graph), images=models.images)
+        validation = run_validate(asked)
+        assert validation.passed, (reference, validation.reasons)
+
+
+@pytest.mark.parametrize("case", drawn(), ids=str)
+def test_what_is_sound_passes_a_part_of_the_grid(case, models) -> None:
+    require_passes(case, models)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", grid(), ids=str)
+def test_what_is_sound_passes(case, models) -> None:
+    require_passes(case, models)
+
+
+@pytest.mark.slow
+@NEEDS_RTX
+@pytest.mark.parametrize(("case", "dtype"), engines(), ids=str)
+def test_a_sound_engine_is_compiled(case, dtype, models) -> None:
+    output = models.folder / f"{case}-{dtype}.engine"
+    job = TrtJob(models.graph(case), output, dtype, "tensorrt-rtx", (SM_89,), images=models.images)
+    assert run_trt(job)[1].check.passed
