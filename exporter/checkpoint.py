@@ -5,7 +5,7 @@ from dataclasses import replace
 from msn_export.errors import SpecError
 from msn_export.models.checkpoints import Checkpoint
 from msn_export.preprocessing import Exif, Preprocessing
-from msn_export.processor_config import choose, from_processor_config, notes_on, size_in
+from msn_export.processor_config import choose, from_processor_config, size_in
 from msn_export.spec import ImageSize
 
 
@@ -66,9 +66,3 @@ def size_difference(checkpoint: Checkpoint) -> str | None:
         f"{checkpoint.source}: {own.file} makes images of {made} and the model's configuration "
         f"says {size}"
     )
-
-
-def processor_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Say what of the processor's configuration was not taken as it is written."""
-    own = checkpoint.processor
-    return notes_on(own.fields, own.file) if own is not None else ()

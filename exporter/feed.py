@@ -38,9 +38,7 @@ class Feed:
     def notes(self) -> tuple[str, ...]:
         """What users must know of it."""
         size = f"its image size was dynamic, and is {self.fixed} as its position embedding has it"
-        return tuple(
-            filter(None, [self.preprocessing.assumption, None if self.fixed is None else size])
-        )
+        return (*self.preprocessing.notes, *([] if self.fixed is None else [size]))
 
     def __call__(self, pixels: NDArray[np.uint8]) -> NDArray[Any]:
         """Turn decoded pictures [b, h, w, c] into the artifact's input."""

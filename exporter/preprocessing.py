@@ -27,7 +27,8 @@ class Preprocessing:
     where the picture is smaller. With neither, the picture is squashed to ``size``. ``resample``
     None takes only pictures that already fit. ``exif`` says whether a picture is first turned as
     its EXIF orientation has it; a record without the field was made when none was. ``assumed``:
-    nothing said how the model's pictures are made, so this was taken.
+    nothing said how the model's pictures are made, so this was taken. ``unread`` says what of its
+    file was not taken as it is written.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Preprocessing:
     squash: ImageSize | None = None
     exif: Exif = "ignore"
     assumed: bool = False
+    unread: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.resample is not None and self.resample not in RESAMPLING:
@@ -103,14 +105,13 @@ class Preprocessing:
         return f"scale {scale}, mean {mean}, std {std}"
 
     @property
-    def assumption(self) -> str:
-        """What users must know where it was assumed; empty where it was read or chosen."""
-        if not self.assumed:
-            return ""
-        return (
+    def notes(self) -> tuple[str, ...]:
+        """What users must know of it: that it was assumed, what of its file was not read."""
+        assumption = (
             f"preprocessing {self.name} was assumed: nothing says how the model's pictures are "
             "made, --preprocess does"
         )
+        return (*self.unread, *([assumption] if self.assumed else []))
 
     def normalises_as(self, other: "Preprocessing") -> bool:
         """Whether both make the same numbers of a picture's bytes."""
@@ -119,7 +120,8 @@ class Preprocessing:
     def makes_the_same_as(self, other: "Preprocessing") -> bool:
         """Whether both make the same of every picture, whatever they are called."""
         crop = self.crop_rounds_down if not self.crops else other.crop_rounds_down
-        return self == replace(other, name=self.name, assumed=self.assumed, crop_rounds_down=crop)
+        alike = replace(other, name=self.name, assumed=self.assumed, unread=self.unread)
+        return self == replace(alike, crop_rounds_down=crop)
 
 
 def preset(name: str, size: ImageSize, channels: int = 3) -> Preprocessing:

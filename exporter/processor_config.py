@@ -126,7 +126,7 @@ def from_processor_config(
         ImageError: the file asks for something that is not done here, or contradicts itself.
     """
     try:
-        made = _read(_Known.of(config), size, channels, file)
+        made = replace(_read(_Known.of(config), size, channels, file), unread=_unread(config, file))
         return made if size is None or size == made.size else resized(made, size)
     except SpecError as error:
         raise ImageError(
@@ -134,7 +134,7 @@ def from_processor_config(
         ) from error
 
 
-def notes_on(config: Mapping[str, Any], file: str = PREPROCESSOR) -> tuple[str, ...]:
+def _unread(config: Mapping[str, Any], file: str) -> tuple[str, ...]:
     """Say what of a configuration was not taken as it is written."""
     unknown = [name for name in config if name not in _TREATMENT and config[name] is not None]
     notes = []
@@ -244,7 +244,7 @@ def _read(known: _Known, wanted: ImageSize | None, channels: int, file: str) -> 
 
 def _resample(code: Any) -> str:
     if isinstance(code, str):
-        return "bilinear"  # as PilBackend.resize does; notes_on says so
+        return "bilinear"  # as PilBackend.resize does; _unread says so
     if not isinstance(code, int) or isinstance(code, bool) or code not in range(len(RESAMPLING)):
         raise SpecError(f"resample is {code!r}; expected one of Pillow's codes 0 to 5")
     return RESAMPLING[code]

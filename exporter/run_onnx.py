@@ -28,7 +28,6 @@ from msn_export.check.verify import (
 )
 from msn_export.checkpoint import (
     preprocessing_of,
-    processor_notes,
     require_one_size,
     sized,
 )
@@ -326,10 +325,7 @@ def _describe(
         config=checkpoint.config.to_json(),
         islands=dict(built.islands.maxima),
         simplified=built.simplified,
-        notes=(
-            *(processor_notes(checkpoint) if job.preprocess == "auto" else ()),
-            *sample.notes,
-        ),
+        notes=sample.notes,
         command=job.command,
         versions=versions_of(*PACKAGES),
     )

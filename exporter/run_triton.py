@@ -174,7 +174,7 @@ def _served(job: TritonJob, name: str, artifacts: Sequence[Artifact], notes: lis
     is_picture = first.image is not None and first.image[1] in MODES
     if asked or first.preprocessing is not None or is_picture:
         preprocessing = _preprocessing(job, first)
-        notes += filter(None, [preprocessing.assumption])
+        notes += preprocessing.notes
     return Served(
         repository=job.output.absolute(),
         name=name,

@@ -135,7 +135,7 @@ class _Trials:
         self.job, self.pair, self.dtype, self.own = job, pair, dtype, own
         self.stage, self.opened = stage, opened
         self.same, self.mine, self.costs = Trial(), Trial(), Trial()
-        self.notes: list[str] = []
+        self.notes = list(own.notes) if own is not None else []
         self.sizes: tuple[int, ...] = ()
         self._first: Reference | None = None
         self._baseline: OrtRunner | None = None

@@ -86,7 +86,7 @@ def read_source(path: Path, preprocess: str | None = None, exif: Exif | None = N
         size=size,
         preprocessing=made,
         batch=batch or DYNAMIC,
-        notes=(*notes, *filter(None, [made.assumption])),
+        notes=(*notes, *made.notes),
         opset=opset,
     )
 

@@ -32,7 +32,7 @@ def test_a_checkpoint_without_a_preprocessor_config_is_hf_as_onnx_reads_it(tmp_p
     hugging_face(tmp_path / "hf", labels=3)
     _, known = run_onnx(OnnxJob(str(tmp_path / "hf"), tmp_path / "m.onnx", check=False))
     assert known.preprocessing == assumed(ImageSize(32, 32))
-    said = known.preprocessing.assumption
+    (said,) = known.preprocessing.notes
     assert known.notes == (said,)
     rewrite(tmp_path / "m.onnx", preprocessing=preset("msn-eval", ImageSize(32, 32)))
     pair = open_pair(str(tmp_path / "hf"), str(tmp_path / "m.onnx"))

@@ -36,10 +36,10 @@ def test_raw_gives_a_resized_pictures_bytes_as_floats() -> None:
 def test_what_was_assumed_says_so_and_what_it_is() -> None:
     made = assumed(SQUARE)
     assert made.makes_the_same_as(preset("hf", SQUARE))
-    assert preset("hf", SQUARE).assumption == ""
-    assert made.assumption == (
+    assert preset("hf", SQUARE).notes == ()
+    assert made.notes == (
         "preprocessing hf was assumed: nothing says how the model's pictures are made, "
-        "--preprocess does"
+        "--preprocess does",
     )
 
 

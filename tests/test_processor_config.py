@@ -28,7 +28,6 @@ from msn_export.processor_config import (
     TYPES,
     choose,
     from_processor_config,
-    notes_on,
     require_choice,
     size_in,
 )
@@ -203,12 +202,12 @@ def test_what_is_not_done_here_is_refused_by_name(config, message) -> None:
 
 def test_what_is_unknown_or_text_is_noted() -> None:
     config = {"size": 224, "zoom": 2, "aspect": None, "resample": "bicubic"}
-    assert notes_on(config) == (
+    assert from_processor_config(config, None).notes == (
         "preprocessor_config.json: not used, as unknown here: 'zoom'",
         "preprocessor_config.json: resample 'bicubic' is text, which transformers reads as "
         "bilinear; Pillow's codes are 2 for bilinear, 3 for bicubic",
     )
-    assert notes_on({"size": 224, "resample": 3}) == ()
+    assert from_processor_config({"size": 224, "resample": 3}, None).notes == ()
 
 
 def test_the_table_has_every_field_that_transformers_knows_once() -> None:

@@ -211,9 +211,20 @@ def test_a_graph_of_another_tool_runs_with_a_note(folder, tmp_path) -> None:
     result = embed(model, folder, tmp_path / "out.npy", "--json")
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
-    assert told["notes"] == [assumed(ImageSize(32, 32)).assumption]
+    assert told["notes"] == list(assumed(ImageSize(32, 32)).notes)
     assert told["preprocessing"]["assumed"] is True
     assert told["output_name"] == "features"
+
+
+def test_what_a_chosen_file_says_and_is_not_read_is_noted(model, folder, tmp_path) -> None:
+    (tmp_path / "own.json").write_text(json.dumps({"size": 32, "zoom": 2, "resample": "bicubic"}))
+    options = ("--preprocess", tmp_path / "own.json", "--json")
+    told = json.loads(embed(model, folder, tmp_path / "out.npy", *options).stdout)
+    assert told["notes"] == [
+        "own.json: not used, as unknown here: 'zoom'",
+        "own.json: resample 'bicubic' is text, which transformers reads as bilinear; Pillow's "
+        "codes are 2 for bilinear, 3 for bicubic",
+    ]
 
 
 def test_numbers_that_are_none_are_errors(tmp_path) -> None:

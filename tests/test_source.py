@@ -63,7 +63,7 @@ def test_without_its_manifest_it_is_read_as_anyones(ours, tmp_path) -> None:
     assert source.preprocessing == assumed(ImageSize(32, 32))
     assert source.notes == (
         "theirs.onnx has no manifest; simplification nothing left to simplify",
-        source.preprocessing.assumption,
+        *source.preprocessing.notes,
     )
     chosen = read_source(path, "raw", "ignore")
     assert chosen.preprocessing == replace(preset("raw", ImageSize(32, 32)), exif="ignore")

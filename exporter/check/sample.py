@@ -49,9 +49,8 @@ class Sample:
     @property
     def notes(self) -> tuple[str, ...]:
         """What users must know of the pictures and of how they were made."""
-        made = self.preprocessing.assumption
         counted = image_folder.notes_on(self.broken, self.skipped, self.turned)
-        return (*([made] if made else []), *counted)
+        return (*self.preprocessing.notes, *counted)
 
     def feed(self, indices: Sequence[int], stem: InputKind) -> NDArray[Any]:
         """Make a batch for a graph that takes ``stem``; indices past the end start over."""

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from msn_export.check.sample import affordable_batch
-from msn_export.checkpoint import preprocessing_of, processor_notes, size_difference, sized
+from msn_export.checkpoint import preprocessing_of, size_difference, sized
 from msn_export.graph.reference import TorchRunner, readable_heads
 from msn_export.graph.structure import structure_of_module
 from msn_export.models.checkpoints import load_checkpoint
@@ -49,8 +49,7 @@ def checkpoint_artifact(name: str, choices: Choices, size: ImageSize | None) -> 
         module=model,
         notes=(
             *checkpoint.notes,
-            *processor_notes(checkpoint),
-            *filter(None, [made.assumption]),
+            *made.notes,
             *([f"{differs}; the model's is taken"] if differs is not None else []),
         ),
     )
