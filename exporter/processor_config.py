@@ -163,9 +163,10 @@ def size_in(config: Mapping[str, Any]) -> ImageSize | None:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """A configuration's fields, defaults filled in."""
+    """A configuration's fields, defaults filled in; ``null`` are those that it sets to null."""
 
     fields: Mapping[str, Any]
+    null: frozenset[str]
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> _Known:
@@ -185,9 +186,13 @@ class _Known:
             fields[name] = False if name in config and config[name] is None else fields[name]
             if not isinstance(fields[name], bool):
                 raise SpecError(f"{name} is {fields[name]!r}; expected true or false")
-        return cls(fields)
+        return cls(fields, frozenset(config.keys() - given.keys() - {*_FLAGS}))
 
     def __getitem__(self, name: str) -> Any:
+        if name in self.null:
+            raise SpecError(
+                f"{name} is null, which transformers refuses; leave it out for a default"
+            )
         return self.fields[name]
 
 
@@ -210,10 +215,9 @@ def _read(known: _Known, wanted: ImageSize | None, channels: int, file: str) -> 
     resizes, crops = known["do_resize"], known["do_center_crop"]
     if crops and not resizes:
         raise SpecError("do_center_crop without do_resize is not done here")
-    size, short_side = _size(known["size"], square=known["default_to_square"])
-    squash = None
-    if not resizes:
-        size, short_side = wanted or size, None
+    size, short_side, squash = wanted, None, None
+    if resizes or size is None:
+        size, short_side = _size(known["size"], square=known["default_to_square"])
     if crops:
         if "crop_size" not in known.fields:
             raise SpecError("do_center_crop is set and crop_size is missing")

@@ -93,7 +93,8 @@ def preprocessing() -> list[str]:
         "## Preprocessing",
         "",
         "`processor_config.json`, else `preprocessor_config.json`. Pixels are those of transformers' processor. "
-        f"Absent fields are those of the processor's type: {code(*TYPES)}.",
+        f"Absent fields are those of the processor's type: {code(*TYPES)}. `null` turns a step (`do_…`) off, and is "
+        "refused where a value is needed, as transformers does.",
         "",
         *table(
             "field", "", "",
