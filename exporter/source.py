@@ -104,7 +104,8 @@ def read_graph(path: Path) -> tuple[ir.Model, Manifest | None, tuple[str, ...]]:
     """
     model = io.load(path)
     manifest = manifests.read(path)
-    return model, manifest, understand(model) if manifest is None else ()
+    with named(path):
+        return model, manifest, understand(model) if manifest is None else ()
 
 
 @contextmanager

@@ -48,6 +48,19 @@ def test_what_depends_on_the_batch_stays_computed() -> None:
         assert run(model, {"x": np.zeros((count, 3), np.float32)}).shape == (count, 1, 3)
 
 
+def test_a_constant_of_no_axis_has_none_when_it_is_computed() -> None:
+    # as converters to fp16 leave a scalar of an operator that stays fp32
+    model = lifted("""
+        g (float[b,3] x) => (float[b,3] y) <double root = {1.5}> {
+            wide = Cast <to = 1> (root)
+            y = Div (x, wide)
+        }""")
+    resolve_shapes(model)
+    (division,) = model.graph
+    assert division.inputs[1].const_value.shape == ()
+    assert division.inputs[1].shape == ()
+
+
 RESIZE = """
 g (float[b,4] x) => (float[b,4] y)
 <float[1,1,1,2] table = {1, 3}, float[0] roi = {}, float[4] twice = {1, 1, 1, 2},

@@ -238,7 +238,7 @@ def _compute(
 
 
 def _tensor(array: NDArray[Any], value: ir.Value) -> onnx.TensorProto:
-    return onnx.numpy_helper.from_array(np.ascontiguousarray(array), value.name)
+    return onnx.numpy_helper.from_array(np.asarray(array, order="C"), value.name)
 
 
 def _write_types(graph: ir.Graph, walks: Sequence[_Walk], batch: Any) -> None:
@@ -275,7 +275,7 @@ def _write_constants(graph: ir.Graph, walks: Sequence[_Walk], names: Names) -> i
             if not all(a is first or _same(a, first) for a in arrays[1:]):
                 continue
             name = names.free(f"{value.name}.constant")
-            tensor = ir.tensor(np.ascontiguousarray(first), name=name)
+            tensor = ir.tensor(np.asarray(first, order="C"), name=name)
             constant = ir.Value(
                 name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(first.shape)
             )
