@@ -218,7 +218,7 @@ def test_a_graph_of_another_tool_runs_with_a_note(folder, tmp_path) -> None:
 
 def test_what_a_chosen_file_says_and_is_not_read_is_noted(model, folder, tmp_path) -> None:
     (tmp_path / "own.json").write_text(json.dumps({"size": 32, "zoom": 2, "resample": "bicubic"}))
-    options = ("--preprocess", tmp_path / "own.json", "--json")
+    options = ("--preprocess", str(tmp_path / "own.json"), "--json")
     told = json.loads(embed(model, folder, tmp_path / "out.npy", *options).stdout)
     assert told["notes"] == [
         "own.json: not used, as unknown here: 'zoom'",
