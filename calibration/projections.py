@@ -5,10 +5,14 @@ Each attention core is an anchor: its operands come from the query, key and valu
 that and the next core the first is the MLP's first layer and the second its second.
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from msn_export.errors import GraphError
 from msn_export.graph.attention import AttentionCore, match
@@ -17,6 +21,8 @@ from msn_export.graph.attention import AttentionCore, match
 _MOVES = ("Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
 _BETWEEN = frozenset({"Add", "Div", "Mul", *_MOVES})
 _PRODUCTS = frozenset({"MatMul", "Gemm"})
+# Signs of one weight before and after 8 bits agree in 0.9 and more, those of two in 0.05.
+_SAME = 0.5
 
 
 class Role(StrEnum):
@@ -78,6 +84,67 @@ def find_projections(model: ir.Model) -> tuple[Projection, ...]:
         _name_block(roles, after, block, closing=block + 1 == len(cores))
     roles |= {node: (Role.PATCH, None) for node in model.graph if _is_convolution(node)}
     return tuple(_describe(node, *roles[node]) for node in model.graph if node in roles)
+
+
+def find_by_weight(
+    known: Sequence[Projection], model: ir.Model, other: ir.Model, chosen: Collection[str]
+) -> list[tuple[Projection, Projection]]:
+    """Find the projections of a graph in another one, by the signs of their weights.
+
+    Signs outlast rounding, scales and smoothing, which multiplies whole rows or columns by positive
+    numbers. A packed projection is found in the three of another graph, and they in it.
+
+    Args:
+        known: projections of ``model``.
+        model: a graph of floats.
+        other: the graph to search, of floats too.
+        chosen: names of its products that must all be found.
+
+    Returns:
+        Each of ``known`` that is there, with what it is in ``other``.
+
+    Raises:
+        GraphError: a chosen product has no weight of ``model``.
+    """
+    products = [
+        _describe(node, Role.HEAD, None)
+        for node in other.graph
+        if node.name in chosen and (_is_product(node) or _is_convolution(node))
+    ]
+    theirs = [_signs(other, product) for product in products]
+    mine = [_signs(model, own) for own in known]
+    agreed = np.asarray([[_agreement(one, two) for two in theirs] for one in mine])
+    for product, best in zip(products, agreed.max(axis=0).tolist(), strict=True):
+        if best < _SAME:
+            raise GraphError(
+                f"product {product.node!r} of the candidate has the weight of none of the reference"
+            )
+    return [
+        (own, replace(products[int(row.argmax())], role=own.role, block=own.block))
+        for own, row in zip(known, agreed, strict=True)
+        if row.max() >= _SAME
+    ]
+
+
+def _signs(model: ir.Model, projection: Projection) -> NDArray[np.float32]:
+    """Give the signs of a weight, [output channels, some 64 of the rest]."""
+    held = model.graph.initializers[projection.weight].const_value
+    assert held is not None
+    weight: NDArray[np.float32] = np.moveaxis(held.numpy(), projection.axis, 0)
+    rows = weight.reshape(len(weight), -1)
+    return np.sign(rows[:, :: max(1, rows.shape[1] // 64)])
+
+
+def _agreement(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
+    """Give the mean product of two weights' signs: 1 of the same, about 0 of others.
+
+    Packed projections are compared part by part.
+    """
+    unit = math.gcd(len(one), len(other))
+    if one.shape[1:] != other.shape[1:] or max(len(one), len(other)) > 3 * unit:
+        return 0.0
+    parts = [weight.reshape(-1, unit * weight.shape[1]) for weight in (one, other)]
+    return float((parts[0] @ parts[1].T).max()) / parts[0].shape[1]
 
 
 def _name_block(

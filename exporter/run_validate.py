@@ -11,7 +11,16 @@ from pathlib import Path
 import onnx_ir as ir
 
 from msn_export import baseline, image_folder
-from msn_export.check.gate import MARGIN, ROUNDED_MARGIN, coarsest, gate_of
+from msn_export.calibration.observers import Observer
+from msn_export.check.gate import (
+    ENOUGH,
+    FEW_RANGES_MARGIN,
+    MARGIN,
+    RANGES_MARGIN,
+    ROUNDED_MARGIN,
+    coarsest,
+    gate_of,
+)
 from msn_export.check.sample import (
     Sample,
     batch_sizes,
@@ -23,6 +32,7 @@ from msn_export.check.sample import (
 )
 from msn_export.check.suspects import find_cause
 from msn_export.check.verify import (
+    Recalibrated,
     Reference,
     Runner,
     Trial,
@@ -31,6 +41,7 @@ from msn_export.check.verify import (
     run_reference,
 )
 from msn_export.errors import GraphError, ImageError
+from msn_export.graph.fuse import attention_form
 from msn_export.job import Count, Job
 from msn_export.models.named import Choices
 from msn_export.preprocessing import Exif, Preprocessing
@@ -121,7 +132,7 @@ def _read(parts: Iterator[Sample], progress: Progress) -> Iterator[Sample]:
 
 
 class _Trials:
-    """What ran so far: the candidate on the reference's pixels, on its own, and the baseline."""
+    """What ran so far: the candidate on the reference's pixels, on its own, and the baselines."""
 
     def __init__(
         self,
@@ -134,17 +145,24 @@ class _Trials:
     ) -> None:
         self.job, self.pair, self.dtype, self.own = job, pair, dtype, own
         self.stage, self.opened = stage, opened
-        self.same, self.mine, self.costs = Trial(), Trial(), Trial()
+        self.same, self.mine = Trial(), Trial()
         self.notes = list(own.notes) if own is not None else []
         self.sizes: tuple[int, ...] = ()
         self._first: Reference | None = None
-        self._baseline: OrtRunner | None = None
+        self._baselines: list[tuple[_Baseline, Trial]] = []  # the second has ranges of its own
 
     @property
     def reference(self) -> Reference:
         """The first pictures' reference, with the limits that all of them gave."""
         assert self._first is not None
-        return replace(self._first, baseline=self.costs.errors())
+        found = replace(self._first)
+        for index, (made, trial) in enumerate(self._baselines):
+            errors, name, margin = trial.errors(), made.runner.name, made.margin
+            if index == 0:
+                found = replace(found, baseline=errors, baseline_name=name, margin=margin)
+            else:
+                found = replace(found, recalibrated=Recalibrated(errors, name, margin))
+        return found
 
     def run(self, sample: Sample, runner: Runner, progress: Progress) -> None:
         """Run a part of the pictures through all of them."""
@@ -157,16 +175,18 @@ class _Trials:
             reference = run_pair_reference(pair, sample, self.stage, exact=exact)
         if is_first:
             with progress.step("measure what the precision costs"):
-                self._first = self._with_baseline(reference)
+                unmeasured = self._open_baselines(reference.sample)
+            self._first = replace(reference, unmeasured=unmeasured or reference.unmeasured)
             self._choose_sizes(sample)
         elif self._first is not None:  # later pictures are in fp32 alone
             known = {name: rows[:0] for name, rows in self._first.exact.items()}
             reference = replace(reference, exact=known)
         self.notes += sample.notes
-        if self._baseline is not None:
-            size = pair.reference.fixed_batch or min(8, sample.room, len(sample))
-            taken = InputKind.of(self._baseline.inputs[0].dtype)
-            self.costs.run(self._baseline, reference, taken, (size,))
+        for made, trial in self._baselines:
+            taken = InputKind.of(made.runner.inputs[0].dtype)
+            fixed = pair.reference.fixed_batch
+            cost = run_reference(made.runner, sample, taken, fixed=fixed).outputs
+            trial.repeat(cost, reference, self.sizes)
         with progress.step(f"run {side.name}"):
             self.same.run(runner, reference, side.stem, self.sizes)
             if self.own is not None:
@@ -176,16 +196,20 @@ class _Trials:
         """Sum a trial up."""
         return trial.verified(self.reference, self.sizes, runner.name)
 
-    def _with_baseline(self, reference: Reference) -> Reference:
+    def _open_baselines(self, sample: Sample) -> str:
+        """Open them; give why there are none."""
+        pair = self.pair
+        # ranges of noise say nothing of a candidate that was calibrated on pictures
+        ranged = self.job.images is not None
         try:
-            opened = _open_baseline(self.pair, self.dtype, reference.sample, self.stage)
+            for made in _open_baselines(pair, self.dtype, sample, self.stage, ranged=ranged):
+                self.opened.enter_context(made.runner)
+                self._baselines.append((made, Trial()))
         except GraphError as error:
-            return replace(reference, unmeasured=str(error))
-        if opened is None:
-            what = f"{self.pair.reference.kind} against {self.pair.candidate.kind}"
-            return replace(reference, unmeasured=f"no baseline is made of {what}")
-        self._baseline, margin = self.opened.enter_context(opened[0]), opened[1]
-        return replace(reference, baseline_name=opened[0].name, margin=margin)
+            return str(error)
+        if self._baselines:
+            return ""
+        return f"no baseline is made of {pair.reference.kind} against {pair.candidate.kind}"
 
     def _choose_sizes(self, sample: Sample) -> None:
         side = self.pair.candidate
@@ -238,12 +262,20 @@ def run_pair_reference(pair: Pair, sample: Sample, stage: Path, *, exact: bool) 
         return replace(reference, unmeasured=str(error))
 
 
-def _open_baseline(
-    pair: Pair, dtype: Dtype, sample: Sample, stage: Path
-) -> tuple[OrtRunner, float] | None:
-    """Open the reference in the candidate's precision, with how many times its errors are allowed.
+@dataclass(frozen=True, slots=True)
+class _Baseline:
+    """What shows what a precision costs, and how many times its errors are allowed."""
 
-    None where there is no graph to make it of.
+    runner: OrtRunner
+    margin: float
+
+
+def _open_baselines(
+    pair: Pair, dtype: Dtype, sample: Sample, stage: Path, *, ranged: bool
+) -> Iterator[_Baseline]:
+    """Open the reference in the candidate's precision; nothing where there is no graph of it.
+
+    With ``ranged`` a candidate of 8 bits has a second one, with ranges of the sample.
 
     Raises:
         GraphError: the reference's graph cannot be written as the candidate is.
@@ -252,25 +284,33 @@ def _open_baseline(
     # what is made here takes float32 where the candidate takes float16
     taken = InputKind.FLOAT if candidate.stem is InputKind.HALF else candidate.stem
     if side.graph is not None and side.dtype is not Dtype.FP32:
-        return baseline.open_widened(side.graph, stage), ROUNDED_MARGIN
+        yield _Baseline(baseline.open_widened(side.graph, stage), ROUNDED_MARGIN)
+        return
     made = sample.preprocessing
-    given = _graph_of(side, pair.outputs, made)
-    if given is None:
-        return None
-    graph = candidate.graph
-    form = AttentionForm.HEADS if graph is None else baseline.attention_form(graph)
+    graph, given = candidate.graph, _graph_of(side, pair.outputs, made)
+    if given is None or (dtype.is_quantised and graph is None):
+        return
+    form = AttentionForm.HEADS if graph is None else attention_form(graph)
     if graph is not None:
         given = given.clone()
         with suppress(GraphError):  # of another tool: it computes every token
             baseline.narrow_like(given, graph)
     model = baseline.write_like(given, taken, made, form)
-    if dtype.is_quantised:
-        if graph is None:
-            return None
-        return baseline.open_quantised(model, graph, sample, taken, stage), MARGIN
-    if candidate.kind == "engine" and dtype is not Dtype.FP32:
-        return baseline.open_rounded(model, dtype, sample, taken, stage), ROUNDED_MARGIN
-    return baseline.open_typed(model, dtype, sample, taken, stage), MARGIN
+    if dtype.is_quantised and graph is not None:
+        known = candidate.manifest.quantization if candidate.manifest is not None else None
+        named, images = (known.observer, known.calibration_images) if known else ("", 0)
+        observer = next((one for one in Observer if one == named), Observer.MSE)
+        enough = images >= ENOUGH and len(sample) >= baseline.RANGED
+        margins = MARGIN, RANGES_MARGIN if enough else FEW_RANGES_MARGIN
+        runners = baseline.open_quantised(
+            model, graph, sample, taken, stage, observer if ranged else None
+        )
+        yield from map(_Baseline, runners, margins)
+    elif candidate.kind == "engine" and dtype is not Dtype.FP32:
+        runner = baseline.open_rounded(model, dtype, sample, taken, stage)
+        yield _Baseline(runner, ROUNDED_MARGIN)
+    else:
+        yield _Baseline(baseline.open_typed(model, dtype, sample, taken, stage), MARGIN)
 
 
 def _graph_of(

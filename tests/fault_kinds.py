@@ -530,16 +530,37 @@ def _activation_range(graph: Graph, rng: np.random.Generator) -> Fault | None:
     product, factor = str(rng.choice(products)), float(rng.choice([1 / 64, 64.0]))
 
     def plant(model: ir.Model, size: float) -> None:
-        pair = _read(node(model, product), 0)
-        rounded = pair.inputs[0]
-        assert rounded is not None
-        before = rounded.producer()
-        assert before is not None
-        for half in (before, pair):
-            _rescale(model, half, 1, lambda s: s * factor**size)
+        widen_range(model, product, factor**size)
 
     place = f"{product}, x {factor:g}"
     return Fault("range of an activation", place, _stage_of(product), plant)
+
+
+@kind("ranges of all activations")
+def _all_ranges(graph: Graph, rng: np.random.Generator) -> Fault | None:
+    """Calibrated on other images, or on images that were preprocessed otherwise."""
+    products = graph.quantised()
+    if not products:
+        return None
+    factor = float(rng.choice([1 / 64, 64.0]))
+
+    def plant(model: ir.Model, size: float) -> None:
+        for product in products:
+            widen_range(model, product, factor**size)
+
+    stage = _stage_of(products[0])
+    return Fault("ranges of all activations", f"x {factor:g}", stage, plant)
+
+
+def widen_range(model: ir.Model, product: str, factor: float) -> None:
+    """Multiply the scales that a product's input is rounded and multiplied with."""
+    pair = _read(node(model, product), 0)
+    rounded = pair.inputs[0]
+    assert rounded is not None
+    before = rounded.producer()
+    assert before is not None
+    for half in (before, pair):
+        _rescale(model, half, 1, lambda s: s * factor)
 
 
 def _read(product: ir.Node, index: int) -> ir.Node:

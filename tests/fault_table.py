@@ -31,7 +31,8 @@ from msn_export.typed import cpu_runner
 
 Outputs = Mapping[str, NDArray[Any]]
 BATCH = BatchRange(1, 2, 4)
-IMAGES, CALIBRATED = 8, 16
+IMAGES = 8
+PICTURES = 48  # three in four are calibrated on
 SHARPNESS = 2.5  # of queries and of keys: see test_attention_is_neither_flat_nor_one_hot
 
 
@@ -121,15 +122,21 @@ def sharp(folder: Path, photographs: Path) -> Subject:
     pictures = []
     for path in sorted(photographs.iterdir()):
         with Image.open(path) as picture:
-            pictures.append(picture.convert("RGB").resize((48, 40)))
-    return Subject(checkpoint, _written(folder / "small", pictures), (Head.TOKENS, Head.LOGITS))
+            pictures.append(picture.convert("RGB"))
+    parts = [
+        picture.resize((48, 40), box=(left * w, 0, right * w, picture.height))
+        for left, right in ((0.0, 1.0), (0.0, 0.5), (0.5, 1.0))
+        for picture in pictures
+        for w in (picture.width,)
+    ]
+    return Subject(checkpoint, _written(folder / "small", parts), (Head.TOKENS, Head.LOGITS))
 
 
 def trained(folder: Path, checkpoint: Path) -> Subject:
     """Give the classifier of digits with pictures of its test set."""
     own = folder / "digits"
     own.symlink_to(checkpoint)
-    pictures = [Image.fromarray(p) for p in digits.load()[1].pictures[:CALIBRATED]]
+    pictures = [Image.fromarray(p) for p in digits.load()[1].pictures[:PICTURES]]
     return Subject(own, _written(folder / "digit", pictures), (Head.CLS, Head.LOGITS))
 
 

@@ -9,16 +9,20 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from checkpoints import hugging_face, processor
+from fault_kinds import Graph, widen_range
 from tiny_artifacts import pictures
 
-from msn_export import baseline
+from msn_export import baseline, quantise_like
+from msn_export.calibration.observers import Observer
 from msn_export.calibration.projections import find_projections
 from msn_export.check.gate import MARGIN
 from msn_export.check.sample import Sample, draw
 from msn_export.check.verify import Reference, run_reference, verify
 from msn_export.errors import GraphError
 from msn_export.graph import io
-from msn_export.graph.fuse import fuse_attention
+from msn_export.graph.emulate import widen
+from msn_export.graph.fuse import attention_form, fuse_attention
+from msn_export.graph.patch import Patch
 from msn_export.manifest import read
 from msn_export.run_calibrate import CalibrateJob, run_calibrate
 from msn_export.run_onnx import OnnxJob, run_onnx
@@ -98,10 +102,10 @@ def test_the_reference_is_the_same_function_in_every_form_and_input(
     name, target, form, stem, export, reference, sample, tmp_path
 ) -> None:
     graph = io.load(export(name, target=target))
-    assert baseline.attention_form(graph) is form
+    assert attention_form(graph) is form
     for wanted in AttentionForm:
         written = baseline.write_like(graph, stem, sample.preprocessing, wanted)
-        assert baseline.attention_form(written) is wanted
+        assert attention_form(written) is wanted
         runner = baseline.open_typed(written, Dtype.FP32, sample, stem, tmp_path)
         assert max(errors(runner, reference, stem).values()) < 3e-6
 
@@ -129,7 +133,7 @@ def test_typing_costs_the_reference_what_it_costs_the_candidate(
 ) -> None:
     candidate = export(str(dtype), dtype=dtype)
     have = errors(cpu_runner(candidate, dtype, tmp_path), reference, InputKind.FLOAT)
-    form = baseline.attention_form(io.load(candidate))
+    form = attention_form(io.load(candidate))
     written = baseline.write_like(
         io.load(export("fp32")), InputKind.FLOAT, sample.preprocessing, form
     )
@@ -157,9 +161,9 @@ def test_eight_bits_cost_the_reference_what_they_cost_the_candidate(
     have = errors(cpu_runner(candidate, Dtype.INT8, tmp_path), reference, InputKind.FLOAT)
     written = baseline.write_like(
         io.load(export("fp32")), InputKind.FLOAT, sample.preprocessing,
-        baseline.attention_form(graph),
+        attention_form(graph),
     )  # fmt: skip
-    runner = baseline.open_quantised(written, graph, sample, InputKind.FLOAT, tmp_path)
+    (runner,) = baseline.open_quantised(written, graph, sample, InputKind.FLOAT, tmp_path)
     assert have == pytest.approx(errors(runner, reference, InputKind.FLOAT), rel=0.05)
 
 
@@ -178,13 +182,65 @@ def test_no_fault_of_the_candidate_is_in_its_baseline(
     io.infer_shapes(sound)
     costs = [
         errors(
-            baseline.open_quantised(written.clone(), graph, sample, InputKind.FLOAT, tmp_path),
+            *baseline.open_quantised(written.clone(), graph, sample, InputKind.FLOAT, tmp_path),
             reference,
             InputKind.FLOAT,
         )
         for graph in (sound, faulty)
     ]
     assert costs[0] == costs[1]
+
+
+def test_a_fault_that_hides_the_structure_leaves_the_baseline_as_it_is(
+    quantised, export, sample
+) -> None:
+    def exchanged(patch: Patch, value: ir.Value) -> ir.Value:
+        q, k, v = attention.inputs[:3]
+        return patch.op("Attention", [k, q, v], dict(attention.attributes))
+
+    sound, faulty = io.load(quantised("int8-")), io.load(quantised("int8-"))
+    attention = next(node for node in faulty.graph if node.op_type == "Attention")
+    faults.mix(faulty, attention.outputs[0], 0.5, exchanged)
+    with pytest.raises(GraphError):
+        find_projections(widen(faulty))
+    written = baseline.write_like(
+        io.load(export("fp32")), InputKind.FLOAT, sample.preprocessing, AttentionForm.PACKED
+    )
+    made = [
+        quantise_like.quantise_like(written, candidate, Dtype.FP32).graph.initializers
+        for candidate in (sound, faulty)
+    ]
+    assert made[0].keys() == made[1].keys()
+    for name, value in made[0].items():
+        np.testing.assert_array_equal(value.const_value, made[1][name].const_value, err_msg=name)
+
+
+@pytest.mark.parametrize("options", [{}, {"quantize_attention": True}], ids=str)
+def test_ranges_of_the_images_stand_in_for_the_candidates(
+    options, quantised, export, reference, sample, tmp_path
+) -> None:
+    graph = io.load(quantised("int8-" + "-".join(map(str, options.values())), **options))
+    io.infer_shapes(graph)
+    written = baseline.write_like(
+        io.load(export("fp32")), InputKind.FLOAT, sample.preprocessing,
+        attention_form(graph),
+    )  # fmt: skip
+    narrow = graph.clone()
+    for product in Graph(graph, np.zeros(1)).quantised():
+        widen_range(narrow, product, 0.25)
+
+    def costs(candidate: ir.Model, observer: Observer) -> list[float]:
+        runners = baseline.open_quantised(
+            written.clone(), candidate, sample, InputKind.FLOAT, tmp_path, observer
+        )
+        assert f"with ranges of 6 of the images by {observer}, in" in runners[1].name
+        return [max(errors(runner, reference, InputKind.FLOAT).values()) for runner in runners]
+
+    (sound, again), (wrong, same) = costs(graph, Observer.MSE), costs(narrow, Observer.MSE)
+    assert again / 1.5 < sound < again * 1.5
+    assert wrong > 4 * sound  # a wrong range is in the baseline that takes it
+    assert same == again
+    assert costs(graph, Observer.MAX)[1] != again
 
 
 # --- limits, and what has no baseline -------------------------------------------------------------
@@ -213,13 +269,13 @@ def test_weights_of_one_scale_have_no_baseline(quantised, export, sample) -> Non
         io.load(export("fp32")), InputKind.FLOAT, sample.preprocessing, AttentionForm.PACKED
     )
     with pytest.raises(GraphError):
-        baseline.quantise_like(written, graph, Dtype.FP32)
+        quantise_like.quantise_like(written, graph, Dtype.FP32)
 
 
 def test_a_graph_without_8_bits_is_none_to_quantise_like(export) -> None:
     graph = io.load(export("fp32"))
     with pytest.raises(GraphError, match="the candidate has no Q/DQ; expected a quantised graph"):
-        baseline.quantise_like(graph, graph, Dtype.FP16)
+        quantise_like.quantise_like(graph, graph, Dtype.FP16)
 
 
 def test_a_packed_projection_stands_for_the_three_of_another_graph(export) -> None:
@@ -228,8 +284,8 @@ def test_a_packed_projection_stands_for_the_three_of_another_graph(export) -> No
     found = find_projections(packed)
     (qkv,) = [p for p in found if (p.role, p.block) == ("qkv", 0)]
     apart = tuple(replace(qkv, node=f"{name}.MatMul") for name in "qkv")
-    matched = baseline._matched(found, (*apart, *(p for p in found if p != qkv)))
+    matched = quantise_like._matched_by_role(found, (*apart, *(p for p in found if p != qkv)))
     assert dict(matched)[qkv].node == "q.MatMul"
     assert len(matched) == len(found)
     with pytest.raises(GraphError, match=r"has 2 qkv projections in block 0 and the reference 3"):
-        baseline._matched(apart, apart[:2])
+        quantise_like._matched_by_role(apart, apart[:2])

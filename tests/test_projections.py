@@ -1,10 +1,18 @@
 """Projections are found by what they do in a graph; one that is no ViT is told what it lacks."""
 
+import numpy as np
+import onnx_ir as ir
 import pytest
 from calibrated_graphs import PACKINGS, block, vit
 from graphs import parse
 
-from msn_export.calibration.projections import Role, find_cores, find_projections
+from msn_export.calibration.projections import (
+    Projection,
+    Role,
+    find_by_weight,
+    find_cores,
+    find_projections,
+)
 from msn_export.errors import GraphError
 
 
@@ -118,6 +126,49 @@ def test_a_middle_block_with_one_more_is_named(tmp_path) -> None:
     model.graph.insert_before(gelu, extra)
     with pytest.raises(GraphError, match=r"block 0 has 4 products .*'extra'.*; expected output pr"):
         find_projections(model)
+
+
+def products(weights: dict[str, np.ndarray]) -> tuple[ir.Model, tuple[Projection, ...]]:
+    """A graph with one product for each weight, and what is known of them."""
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1, 24]))
+    held = [ir.Value(name=f"{n}.w", const_value=ir.tensor(w)) for n, w in weights.items()]
+    nodes = [ir.node("MatMul", [x, w], name=n) for n, w in zip(weights, held, strict=True)]
+    for value in held:
+        value.shape = value.const_value.shape
+    graph = ir.Graph([x], [n.outputs[0] for n in nodes], nodes=nodes, initializers=held)
+    roles = {"proj": Role.OUT, "fc1": Role.FC1}
+    known = tuple(Projection(roles.get(n, Role.QKV), 0, n, "x", f"{n}.w", 1) for n in weights)
+    return ir.Model(graph, ir_version=11), known
+
+
+def test_the_products_of_another_graph_are_found_by_their_weights() -> None:
+    rng = np.random.default_rng(0)
+    sizes = {"qkv": (24, 72), "proj": (24, 24), "fc1": (24, 24)}
+    weights = {n: rng.standard_normal(size).astype(np.float32) for n, size in sizes.items()}
+    rounded = {n: np.rint(w * rng.choice([8, 16, 32], (24, 1))) for n, w in weights.items()}
+    parts = np.split(rounded.pop("qkv"), 3, axis=1)
+    model, known = products(weights)
+    other, others = products({**dict(zip("qkv", parts, strict=True)), **rounded})
+
+    pairs = find_by_weight(known, model, other, {"q", "k", "v", "proj", "fc1"})
+    assert [own.node for own, _ in pairs] == ["qkv", "proj", "fc1"]
+    assert [found.node for _, found in pairs][1:] == ["proj", "fc1"]
+    assert pairs[0][1].node in {"q", "k", "v"}
+    assert all((f.role, f.block) == (own.role, own.block) for own, f in pairs)
+    back = find_by_weight(others, other, model, {"qkv", "proj"})
+    assert [(own.node, found.node) for own, found in back] == [
+        ("q", "qkv"), ("k", "qkv"), ("v", "qkv"), ("proj", "proj"),
+    ]  # fmt: skip
+
+
+def test_a_product_with_a_weight_of_its_own_is_named() -> None:
+    rng = np.random.default_rng(0)
+    weights = {"fc1": rng.standard_normal((24, 24)), "proj": rng.standard_normal((24, 24))}
+    model, known = products(weights)
+    other, _ = products({**weights, "fc1": rng.standard_normal((24, 24))})
+    assert len(find_by_weight(known, model, other, {"proj"})) == 1
+    with pytest.raises(GraphError, match="product 'fc1' of the candidate has the weight of none"):
+        find_by_weight(known, model, other, {"fc1", "proj"})
 
 
 def test_cores_come_in_the_order_of_the_graph(tmp_path) -> None:

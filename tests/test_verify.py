@@ -5,10 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from msn_export.check.compare import Errors
 from msn_export.check.gate import Gate
 from msn_export.check.sample import Sample, draw
 from msn_export.check.verify import (
+    Recalibrated,
     Reference,
+    Trial,
     add_rounding,
     measure_rounding,
     run_reference,
@@ -75,6 +78,40 @@ def test_a_candidate_runs_every_size_and_is_compared_image_by_image(sample) -> N
     for agreement in verified.outputs.values():
         assert agreement.images == 19  # pictures, however often each was run
         assert agreement.max_abs == 0
+
+
+def test_what_ran_once_is_compared_as_often_as_what_ran_at_every_size(sample) -> None:
+    reference, runner = reference_of(sample), Doubling(0.5)
+    sizes = [1, 4, 16]  # 19 images: two of them come twice, and weigh twice
+    ran, repeated = Trial(), Trial()
+    ran.run(runner, reference, InputKind.FLOAT, sizes)
+    repeated.repeat(run_reference(runner, sample).outputs, reference, sizes)
+    assert repeated.rows == ran.rows
+    assert len(ran.rows) == 21
+    assert repeated.errors() == ran.errors()
+    once = Trial()
+    once.run(runner, reference, InputKind.FLOAT, [19])
+    assert once.errors() != ran.errors()
+
+
+def test_a_second_baseline_bounds_the_error_of_all_images_together_alone(sample) -> None:
+    first = Errors(1e-2, 2e-2, 1e-2, 2e-2, 3e-2, 4e-2)
+    reference = replace(reference_of(sample), baseline={"a": first}, baseline_name="the first")
+    plain = reference.limit("a")
+    assert plain is not None
+    assert reference.limits_from == "1.5 times the errors of the first"
+
+    def bounded(relative: float, margin: float) -> Reference:
+        again = Recalibrated({"a": Errors(relative, relative)}, "the second", margin)
+        return replace(reference, recalibrated=again)
+
+    limit = bounded(4e-3, 2.0).limit("a")
+    assert limit is not None
+    assert limit.errors == replace(plain.errors, relative=pytest.approx(8e-3))
+    assert bounded(4e-3, 2.0).limits_from == (
+        "1.5 times the errors of the first; over all images together 2 times that of the second"
+    )
+    assert bounded(2e-2, 1.5).limit("a") == plain  # the smaller of the two counts
 
 
 def test_images_in_another_order_do_not_agree(sample) -> None:

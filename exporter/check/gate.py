@@ -24,6 +24,13 @@ MARGIN = 1.5
 # graphs differ by 0.5 to 1, bf16 ones by 0.9 to 1.5 (docs/tolerances.md).
 ROUNDED_MARGIN = 2.5
 
+# How many times the error of the reference with ranges of the check's own images an 8-bit candidate
+# may err over all images together. Sound candidates reach 1.3, one 1.47; 1.84 where fewer than
+# ENOUGH images were calibrated on, or compared are fewer than the ranges are measured on.
+RANGES_MARGIN = 1.5
+FEW_RANGES_MARGIN = 2.0
+ENOUGH = 24
+
 # Single tokens vary more than anything else: the worst of thousands may err this many times the
 # baseline's worst. Where attention is sharp, two sound fp16 graphs differ by 3.
 TOKEN_MARGIN = 4.0
@@ -213,6 +220,12 @@ class Limit:
         return cls(
             replace(errors, worst_token=None if token is None else token * TOKEN_MARGIN / MARGIN),
             (1 + times) * rounding.image,
+        )
+
+    def at_most(self, relative: float) -> Limit:
+        """Allow no larger error over all images together than ``relative``."""
+        return replace(
+            self, errors=replace(self.errors, relative=min(self.errors.relative, relative))
         )
 
     def failures(self, agreement: Agreement) -> list[str]:

@@ -86,6 +86,15 @@ def fuse_attention(
     return len(candidates) if partial else count
 
 
+def attention_form(model: ir.Model) -> AttentionForm:
+    """Tell how a graph writes its attention."""
+    for node in model.graph:
+        if node.op_type == "Attention":
+            packed = "q_num_heads" in node.attributes
+            return AttentionForm.PACKED if packed else AttentionForm.HEADS
+    return AttentionForm.PLAIN
+
+
 def _may_be_core(node: ir.Node) -> bool:
     """Every Attention, and every Softmax but that of a classifier, over scores [b, classes]."""
     scores = node.inputs[0] if node.inputs else None

@@ -12,22 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msn_export.baseline import (
-    attention_form,
-    narrow_like,
-    quantise_like,
-    rest_of,
-    write_like,
-)
+from msn_export.baseline import narrow_like, write_like
 from msn_export.errors import GraphError
 from msn_export.graph import io
 from msn_export.graph.emulate import in_fp64, widen
+from msn_export.graph.fuse import attention_form
 from msn_export.graph.precision import type_graph
 from msn_export.graph.simplify import simplify
 from msn_export.islands import MEASURED, decide
 from msn_export.proof.artifact import Artifact
 from msn_export.proof.pair import Pair
 from msn_export.proof.streams import blocks_of, open_stream
+from msn_export.quantise_like import quantise_like, rest_of
 from msn_export.spec import BatchRange, Dtype, Head, InputKind
 
 if TYPE_CHECKING:
