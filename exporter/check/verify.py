@@ -75,9 +75,7 @@ class Reference:
         baseline, rounding = self.baseline.get(name), self.rounding.get(name)
         if baseline is not None:
             limit, again = Limit.of(baseline, rounding, self.margin), self.recalibrated
-            if again is None:
-                return limit
-            return limit.at_most(again.margin * again.errors[name].relative)
+            return limit.at_most(again.margin * again.errors[name].relative) if again else limit
         return None if rounding is None else Limit.of_rounding(rounding, self.rounding_margin)
 
     @property
