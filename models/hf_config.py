@@ -173,13 +173,17 @@ def _pair(value: Any, name: str) -> tuple[int, int]:
 def parse_labels(config: Mapping[str, Any], classes: int, where: str) -> tuple[str, ...]:
     """Give the classifier's labels in the order of its rows, from ``id2label``.
 
+    Where that is missing ``label2id`` says them, which transformers would pass over.
+
     Raises:
         CheckpointError: the ids are not 0 to n - 1 for n classes, or ``label2id`` has other ids;
             the message names them.
     """
     if classes == 0:
         return ()
-    id2label = config.get("id2label")
+    id2label, label2id = config.get("id2label"), config.get("label2id")
+    if id2label is None and isinstance(label2id, dict):
+        id2label = {str(number): label for label, number in label2id.items()}
     if id2label is None:
         return tuple(f"LABEL_{i}" for i in range(classes))  # as transformers names them
     if not isinstance(id2label, dict):
@@ -195,7 +199,6 @@ def parse_labels(config: Mapping[str, Any], classes: int, where: str) -> tuple[s
             f"{_ids(missing, 'missing')}, {_ids(surplus, 'surplus')}"
             f"{' (it maps labels to ids, as label2id should)' if swapped else ''}{_REPLACE}"
         )
-    label2id = config.get("label2id")
     named = tuple(labels[key] for key in wanted)
     if isinstance(label2id, dict):
         # two classes of one name share an entry of label2id; other names are transformers' defaults

@@ -162,6 +162,14 @@ def test_label2id_that_contradicts_nothing_is_no_matter(label2id) -> None:
     assert parse_labels(config, 2, "c") == ("cat", "dog")
 
 
+def test_labels_that_label2id_alone_has_are_read_and_held_to_the_same() -> None:
+    assert parse_labels({"label2id": {"dog": 1, "cat": 0}}, 2, "c") == ("cat", "dog")
+    with pytest.raises(CheckpointError, match=r"2 rows and id2label 1 labels: 1 id missing \(1\)"):
+        parse_labels({"label2id": {"cat": 0}}, 2, "c")
+    with pytest.raises(CheckpointError, match="2 rows and id2label 1 labels: 2 ids missing"):
+        parse_labels({"label2id": {"cat": []}}, 2, "c")
+
+
 def test_two_classes_may_share_a_name() -> None:
     config = {"id2label": {"0": "crane", "1": "crane"}, "label2id": {"crane": 1}}
     assert parse_labels(config, 2, "c") == ("crane", "crane")
