@@ -89,12 +89,20 @@ def test_what_is_no_number_is_counted_in_either_side(side, number, count) -> Non
 
 def test_a_reference_of_zeros_has_no_direction() -> None:
     assert math.isnan(compare([[0.0, 0.0]], [[0.0, 0.0]]).cosine_min)
+    found = compare([[0.0, 0.0]], [[0.0, 2.0]])  # which warns of no division
+    assert math.isnan(found.cosine_min)
+    assert found.norm_ratio_max == found.image == math.inf
 
 
 def test_large_fp16_values_do_not_overflow_on_the_way() -> None:
     comparison = Comparison()
     comparison.add(np.full((1, 999), 6e4, np.float16), np.full((1, 999), 6e4, np.float16))
     assert comparison.agreement().cosine_min == pytest.approx(1)
+
+
+def test_tokens_too_far_apart_for_fp32_are_infinitely_wrong() -> None:
+    want = np.full((1, 2, 2), 3e38, np.float32)
+    assert compare(want, -want).worst_token == math.inf
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (1, 2), (2, 1), (2, 2, 1)])

@@ -155,6 +155,7 @@ def test_a_stage_that_could_not_be_compared_has_its_reasons_alone() -> None:
     (stage,) = found
     assert (stage.name, stage.own, stage.reasons) == ("block 3", None, ("there is none",))
     assert math.isnan(stage.tensor.relative)
+    assert (stage.tensor.nan, stage.tensor.inf) == (0, 0)
     assert not stage.inside
 
 

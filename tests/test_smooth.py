@@ -6,8 +6,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from calibrated_graphs import PACKINGS, block, feeds, planned
-from graphs import random_feeds, run
+from graphs import parse, random_feeds, run
 
+from msn_export.calibration import smooth
 from msn_export.calibration.plan import Plan
 from msn_export.calibration.projections import Role, find_projections
 from msn_export.calibration.smooth import LARGEST_EXPONENT, Seam, factors, find_seams, fold
@@ -119,6 +120,17 @@ def test_a_value_projection_that_something_else_reads_is_no_seam() -> None:
     model.graph.outputs.append(value(model, "product"))
     seams = find_seams(model, find_projections(model))
     assert [seam.name for seam in seams] == ["n", "between"]
+
+
+@pytest.mark.parametrize(
+    "text", ["v = Relu (x)", "v = Sub (x, c)", "r = Relu (x)  v = Add (r, c)", "v = Add (x, c)"]
+)
+def test_values_that_are_no_product_are_not_scaled(text) -> None:
+    model = parse(f"""
+        g (float[b,2] x) => (float[b,2] y) <float[2] c = {{1.0, 2.0}}>
+        {{ {text}  y = Relu (v) }}""")
+    assert smooth._affine(value(model, "v")) is None
+    assert smooth._affine(model.graph.inputs[0]) is None
 
 
 def test_a_norm_whose_reader_is_not_quantised_is_no_seam(tmp_path) -> None:

@@ -114,6 +114,15 @@ def test_a_second_baseline_bounds_the_error_of_all_images_together_alone(sample)
     assert bounded(2e-2, 1.5).limit("a") == plain  # the smaller of the two counts
 
 
+def test_only_pictures_that_were_computed_in_fp64_are_judged_as_such(sample) -> None:
+    reference = reference_of(sample)
+    exact = reference.outputs["a"][:3].astype(np.float64) + 1
+    reference = replace(reference, exact={"a": exact})
+    verified = verify(Doubling(), reference, InputKind.FLOAT, [1]).outputs
+    assert verified["a"].relative == pytest.approx(np.sqrt(3 * 48 / np.square(exact).sum()))
+    assert (verified["a"].others, verified["b"].others) == (0, None)
+
+
 def test_images_in_another_order_do_not_agree(sample) -> None:
     class Reversing(Doubling):
         def __call__(self, images):

@@ -142,13 +142,11 @@ class _Squares:
         """Relate all rows' sums; nothing is small beside a reference of zeros."""
         error = np.asarray(self.error)[rows].sum()
         square = np.asarray(self.reference)[rows].sum()
-        with np.errstate(invalid="ignore"):  # infinity over infinity is NaN, which is meant
-            return float(np.sqrt(error / square)) if square > 0 else float("nan")
+        return float(np.sqrt(error / square)) if square > 0 else float("nan")
 
     def worst(self, rows: NDArray[np.bool_]) -> float:
         """Relate the largest of some rows' errors to the norm that all rows have on average."""
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return float(np.sqrt(np.max(np.asarray(self.error)[rows]) / np.mean(self.reference)))
+        return float(np.sqrt(np.max(np.asarray(self.error)[rows]) / np.mean(self.reference)))
 
 
 @dataclass(slots=True)
@@ -257,6 +255,7 @@ class Comparison:
         self._errors_apart.add(want - have)
         self._embedding_square += float(np.square(want).sum())
 
+    @np.errstate(invalid="ignore", divide="ignore")  # what comes of infinity and 0 is meant
     def agreement(self) -> Agreement:
         """Sum up what was added.
 
@@ -298,10 +297,7 @@ class Comparison:
     def _token_errors(self, judged: NDArray[np.bool_]) -> NDArray[Any]:
         """Relate tokens' errors [rows, tokens] to the norm that all tokens have on average."""
         errors = np.asarray(self._tokens)[judged]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            related: NDArray[Any] = errors / np.sqrt(
-                np.mean(self._image.reference) / errors.shape[1]
-            )
+        related: NDArray[Any] = errors / np.sqrt(np.mean(self._image.reference) / errors.shape[1])
         return related
 
     def _spread(self) -> tuple[float | None, float | None]:
@@ -311,10 +307,9 @@ class Comparison:
         """
         if len(self.cosines) < 2:
             return None, None
-        with np.errstate(invalid="ignore", divide="ignore"):
-            apart = np.float64(self._apart.around_mean())
-            error = self._errors_apart.around_mean()
-            return float(np.sqrt(apart / self._embedding_square)), float(np.sqrt(error / apart))
+        apart = np.float64(self._apart.around_mean())
+        error = self._errors_apart.around_mean()
+        return float(np.sqrt(apart / self._embedding_square)), float(np.sqrt(error / apart))
 
 
 def _is_float(values: NDArray[Any]) -> bool:
