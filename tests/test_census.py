@@ -229,6 +229,29 @@ def test_an_unquantised_engine_is_not_int8() -> None:
         require(built(Vit()).census, depth=2, precision="int8")
 
 
+def test_each_quantised_product_must_multiply_in_8_bits() -> None:
+    census = built(Vit(quantised="int8")).census
+    products = [kernel.layers[0] for kernel in census.gemms]
+    require(census, depth=2, precision="int8", quantised=products)
+    for wrong, more in ((["a"], ""), (["a", "b", "c"], ""), (["a", "b", "c", "d"], " and 1 more")):
+        named = ", ".join(f"no kernel for {name}" for name in wrong[:3])
+        count = f"8 of {8 + len(wrong)} quantised products multiply in Int8: {named}{more}$"
+        with pytest.raises(BuildError, match=count):
+            require(census, depth=2, precision="int8", quantised=[*products, *wrong])
+
+
+def test_of_islands_that_are_none_three_are_named() -> None:
+    census = built(Vit()).census
+    products = [name for kernel in census.gemms for name in kernel.layers if "MatMul" in name]
+    said = "; ".join(
+        f"{name} multiplies in Half, and the graph asks for fp32" for name in products[:3]
+    )
+    for count, more in ((3, ""), (4, "; and 1 more such")):
+        asked = {name: AskedNode(fp32=True, product=True) for name in products[:count]}
+        with pytest.raises(BuildError, match=f": {said}{more}$"):
+            require(census, depth=2, precision="fp16", asked=asked)
+
+
 def test_products_that_are_not_recognised_prove_nothing() -> None:
     census = built(Vit()).census
     none = tuple(kernel for kernel in census.kernels if not is_gemm(kernel))

@@ -95,5 +95,5 @@ def test_what_tensorrt_said_is_in_the_line_beside_what_it_means(raw, meaning) ->
 def test_an_unknown_error_is_quoted_and_silence_is_told() -> None:
     assert explain("a\nb") is None
     assert explain_or_quote(["something\t new", "else"]) == "TensorRT says: something new"
-    assert len(explain_or_quote(["x" * 5000])) < 500
+    assert explain_or_quote(["x" * 5000]) == f"TensorRT says: {'x' * 300}"
     assert explain_or_quote([]) == "TensorRT gave no reason; --log FILE keeps all it said"
