@@ -61,6 +61,12 @@ CORES = {
         bad = IsNaN (p)
         safe = Where (bad, zero, p)
         y = MatMul (safe, v)""",
+    "a cast of the probabilities": """
+        kt = Transpose <perm = [0, 1, 3, 2]> (k)
+        s = MatMul (q, kt)
+        p = Softmax <axis = -1> (s)
+        same = Cast <to = 1> (p)
+        y = MatMul (same, v)""",
 }
 SIGNATURE = "g (float[2,2,5,4] q, float[2,2,5,4] k, float[2,2,5,4] v) => (float[2,2,5,4] y) {"
 
@@ -156,6 +162,23 @@ def test_scores_times_what_is_no_scale_are_no_core(number, step) -> None:
     constant.const_value = ir.tensor(np.array(float(number), np.float32))
     with pytest.raises(FusionError, match=r"fused 0 of 1 attention cores: .* are not a MatMul's"):
         fuse_attention(model, AttentionForm.HEADS, expected=1)
+
+
+@pytest.mark.parametrize("mask", ["Where (some, zero, low)", "Where (all, low, zero)", "Neg (low)"])
+def test_a_mask_that_hides_a_token_belongs_to_no_core(mask) -> None:
+    body = f"""
+        some = Constant <value = bool[5] {{1, 1, 1, 1, 0}}> ()
+        all = Constant <value = bool[5] {{1, 1, 1, 1, 1}}> ()
+        zero = Constant <value = float {{0.0}}> ()
+        low = Constant <value = float {{-1000.0}}> ()
+        mask = {mask}
+        kt = Transpose <perm = [0, 1, 3, 2]> (k)
+        s = MatMul (q, kt)
+        m = Add (s, mask)
+        p = Softmax <axis = -1> (m)
+        y = MatMul (p, v)"""
+    with pytest.raises(FusionError, match=r"fused 0 of 1 attention cores: .* are not a MatMul's"):
+        fuse_attention(graph(body), AttentionForm.HEADS, expected=1)
 
 
 def test_too_few_cores_are_an_error() -> None:
