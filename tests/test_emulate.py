@@ -88,6 +88,15 @@ def test_a_convolution_whose_patches_overlap_has_no_fp64_form() -> None:
         in_fp64(model)
 
 
+@pytest.mark.parametrize("sizes", ["h,8", "8,w"])
+def test_a_convolution_over_images_of_any_size_has_none_either(sizes) -> None:
+    model = parse(f"""
+        g (float[b,1,{sizes}] x) => (float[b,2,m,n] y) <float[2,1,1,1] w = {{1.0, 2.0}}>
+        {{ y = Conv (x, w) }}""")
+    with pytest.raises(GraphError, match=r"node 'Conv0' takes images of no fixed size"):
+        in_fp64(model)
+
+
 @pytest.mark.parametrize(("dtype", "ulp"), [(Dtype.FP16, 2**-11), (Dtype.BF16, 2**-8)])
 def test_every_result_is_rounded_and_what_is_kept_is_not(dtype, ulp) -> None:
     model = mixed()

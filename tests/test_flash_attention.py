@@ -117,6 +117,15 @@ def test_bf16_rounds_what_it_multiplies_and_sums_in_fp32() -> None:
     assert error(run(emulated.model, feeds)["y"], wanted) < 1e-3  # a rounding turned over: 4e-3
 
 
+def test_the_peaks_are_an_output_with_a_row_an_image() -> None:
+    text = "g (float16[b,2,40,32] x) => (float16[b,2,40,32] y) { y = Attention (x, x, x) }"
+    emulated = emulate_attention(parse(text), fp16=["Attention0"])
+    assert [str(output.shape) for output in emulated.model.graph.outputs] == [
+        "[b,2,40,32]",
+        "[b,2]",
+    ]
+
+
 def test_peaks_are_the_largest_score_and_sum_before_rounding() -> None:
     feeds = draw(100, 32)
     feeds["k"][1, 0, 3] *= 50

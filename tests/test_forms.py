@@ -7,8 +7,8 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from msn_export.graph.forms import write_plainly
 
-HEAD = "g (float[b,2,5,5] s) => (float[b,2,5,5] y) <int64[1] last = {-1}, int64[2] rows = {-1, 5}, "
-HEAD += "int64[4] back = {-1, 2, 5, 5}> "
+HEAD = "g (float[b,5,5,5] s) => (float[b,5,5,5] y) <int64[1] last = {-1}, int64[2] rows = {-1, 5}, "
+HEAD += "int64[4] back = {-1, 5, 5, 5}> "
 SOFTMAXES = {
     "in parts": """{
         m = ReduceMax <keepdims = 1> (s, last)
@@ -50,6 +50,11 @@ NEAR_MISSES = {
         e = Exp (s)
         first = Constant <value = int64[1] {2}> ()
         t = ReduceSum <keepdims = 1> (e, first)
+        y = Div (e, t)
+    }""",
+    "a sum that drops its axis": """{
+        e = Exp (s)
+        t = ReduceSum <keepdims = 0> (e, last)
         y = Div (e, t)
     }""",
     "a sum of something else": """{

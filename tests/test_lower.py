@@ -47,6 +47,25 @@ def test_an_operator_without_an_older_form_is_refused() -> None:
         lower(model, 17)
 
 
+@pytest.mark.parametrize(
+    ("x", "z", "is_known"),
+    [("float", "int8", True), ("float16", "int8", False), ("float", "float8e4m3fn", False)],
+)
+def test_quantisation_is_known_at_17_with_fp32_scales_and_integers(x, z, is_known) -> None:
+    half = "0.5" if x == "float" else "14336"
+    model = parse(f"""
+        g ({x}[b,6] x) => ({x}[b,6] y) <{x} s = {{{half}}}, {z} z = {{0}}>
+        {{ q = QuantizeLinear (x, s, z)  y = DequantizeLinear (q, s, z) }}""")
+    if is_known:
+        feeds = random_feeds(model)
+        before = run(model, feeds)
+        lower(model, 17)
+        np.testing.assert_array_equal(run(model, feeds), before)
+    else:
+        with pytest.raises(GraphError, match=r"opset 17 has no form of .*QuantizeLinear"):
+            lower(model, 17)
+
+
 def test_raising_converts_older_graphs_and_leaves_newer_ones() -> None:
     model = parse(
         "g (float[b,6] x) => (float[b,1] y) { y = ReduceMean <axes = [1]> (x) }", opset=17

@@ -118,6 +118,23 @@ def test_what_mixes_tokens_or_is_read_whole_is_left_alone(body) -> None:
     assert narrow_to_first_token(model).nodes == 0
 
 
+@pytest.mark.parametrize(
+    ("axis", "sizes"), [("<axis = 2>", "b,5"), ("<axis = 0>", "5,4"), ("", "5,4")]
+)
+def test_what_reads_the_first_of_another_axis_reads_all_tokens(axis, sizes) -> None:
+    model = parse(f"""
+        g (float[b,5,4] x) => (float[{sizes}] y) <int64 zero = {{0}}>
+        {{ t = Relu (x)  y = Gather {axis} (t, zero) }}""")
+    assert narrow_to_first_token(model).nodes == 0
+
+
+def test_the_last_axis_holds_no_tokens() -> None:
+    model = parse("""
+        g (float[b,2] x) => (float[b] y) <int64 zero = {0}, float[2] gain = {1, 1}>
+        { t = LayerNormalization <axis = -1> (x, gain)  y = Gather <axis = 1> (t, zero) }""")
+    assert narrow_to_first_token(model).nodes == 0
+
+
 def lift(model) -> None:
     from onnx_ir.passes.common import LiftConstantsToInitializersPass
 

@@ -291,6 +291,12 @@ def test_a_given_value_takes_the_place_of_what_is_computed() -> None:
     assert not np.allclose(changed["y"], again["y"])
 
 
+def test_a_given_input_is_ready_for_the_first_node() -> None:
+    model = text()
+    fed = feed(model, {"x": model.graph.inputs[0]})
+    assert fed.graph[0].outputs[0].name == f"{GIVEN}x.Cast"
+
+
 def run_all(model: ir.Model, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     session = onnxruntime.InferenceSession(
         ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]

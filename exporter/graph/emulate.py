@@ -116,7 +116,6 @@ def widen(model: ir.Model) -> ir.Model:
     _strip_quantisation(copy)
     _retype(copy, {ir.DataType.FLOAT16, _BF16}, _FLOAT)
     RemoveUnusedNodesPass()(copy)
-    infer_shapes(copy)
     return copy
 
 
