@@ -9,6 +9,7 @@ from msn_export.errors import GraphError
 from msn_export.graph.emulate import emulate_bf16
 from msn_export.graph.islands import observe
 from msn_export.graph.precision import (
+    attention_in_bf16,
     fp32_nodes,
     fp32_products,
     graph_dtype,
@@ -164,3 +165,12 @@ def test_an_operator_with_fixed_float_inputs_is_refused() -> None:
         }""")
     with pytest.raises(GraphError, match=r"node 'Resize0' \(Resize\) cannot be retyped"):
         type_graph(model, Dtype.FP16)
+
+
+def test_an_attention_in_bf16_still_gives_its_output_in_the_graphs_type() -> None:
+    model = parse("g (float[b,2,5,4] x) => (float[b,2,5,4] y) { y = Attention (x, x, x) }")
+    attention_in_bf16(model, ["Attention0"])
+    assert op_types(model) == ["Cast", "Cast", "Cast", "Attention", "Cast"]
+    (output,) = model.graph.outputs
+    assert output.dtype == ir.DataType.FLOAT
+    assert output.producer().op_type == "Cast"

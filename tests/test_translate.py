@@ -120,6 +120,14 @@ FUNCTIONS = {
     "product": lambda x: x @ x.transpose(-2, -1),
     "softmax in fp32": lambda x: x.softmax(dim=-1, dtype=torch.float32).to(x.dtype),
     "clamped": lambda x: x.clamp(-0.5, 0.25),
+    "between 0 and 6": lambda x: F.relu6(5 * x),
+    "leaky": lambda x: F.leaky_relu(x, negative_slope=0.2),
+    "leaky as usual": F.leaky_relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu by tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "normalized": lambda x: F.normalize(x, dim=-1),
+    "zeros normalized": lambda x: F.normalize(x * 0.0, dim=3),
 }
 
 

@@ -240,7 +240,7 @@ class _Typing:
         name = self.names.free(f"{value.name}.{short}")
         typed = ir.Value(name=name, type=ir.TensorType(self.dtype))
         typed.shape = value.shape
-        typed.const_value = ir.tensor(array, dtype=self.dtype, name=typed.name)
+        typed.const_value = ir.tensor(array, name=typed.name)
         self.graph.register_initializer(typed)
         return typed
 
