@@ -48,6 +48,14 @@ def test_uint8_is_named_also_where_it_is_the_default() -> None:
             quantised_dtype(model)
 
 
+def test_a_zero_point_other_than_0_is_named() -> None:
+    model = parse(
+        PAIR.replace("z = {{0}}", "z = {{3}}").format(type="int8", attributes="", with_zero=", z")
+    )
+    with pytest.raises(GraphError, match="'QuantizeLinear0' has a zero point other than 0, which"):
+        quantised_dtype(model)
+
+
 def test_a_type_may_be_said_by_attribute() -> None:
     assert quantised_dtype(pair("uint8", " <output_dtype = 3>", "")) is Dtype.INT8
 

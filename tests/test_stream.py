@@ -117,6 +117,21 @@ def test_contradictions_are_told_once_for_all_their_places() -> None:
 
 
 @pytest.mark.parametrize(
+    ("old", "new", "without"),
+    [
+        ("added = MatMul (bent, w)", "added = Neg (bent)", [8]),  # fc2
+        ("attended = MatMul (mixed, w)", "attended = Neg (mixed)", [3]),  # output projection
+        ("n2 = LayerNormalization <epsilon = 0.00001> (middle, gain)", "n2 = Neg (middle)", [5]),
+    ],
+)
+def test_a_part_that_a_block_does_not_have_computes_in_nothing(old, new, without) -> None:
+    (whole,) = precision_map(text())
+    (lacking,) = precision_map(parse(BLOCK.replace(old, new)))
+    assert whole.dtypes == ("fp32",) * 10
+    assert [at for at, dtype in enumerate(lacking.dtypes) if not dtype] == without
+
+
+@pytest.mark.parametrize(
     ("body", "reason"),
     [
         ("{ y = Relu (x) }", "no residual stream"),
