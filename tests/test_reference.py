@@ -9,11 +9,13 @@ import torch
 from msn_export.errors import GraphError
 from msn_export.graph.reference import (
     TorchRunner,
+    TorchStream,
     read_head,
     readable_heads,
     require_readable,
     shaken,
 )
+from msn_export.graph.stream import ENTRY
 from msn_export.models.variants import VitConfig
 from msn_export.models.vit_msn import Hidden, VitMsn
 from msn_export.spec import Head
@@ -52,6 +54,20 @@ def test_the_runner_gives_each_output_under_its_name(model) -> None:
         np.testing.assert_array_equal(
             outputs["last_hidden_state"], model(torch.from_numpy(images)).numpy()
         )
+
+
+def test_a_stream_shows_stages_takes_given_ones_and_leaves_no_hook(model) -> None:
+    images = np.random.default_rng(0).standard_normal((2, 3, 16, 16)).astype(np.float32)
+    stream = TorchStream(model, [Head.TOKENS], [ENTRY, "block 0"])
+    shown = stream(images)
+    assert {name: value.shape for name, value in shown.items()} == dict.fromkeys(
+        (ENTRY, "block 0", "last_hidden_state"), (2, 5, 8)
+    )
+    entry = model.blocks[0](torch.from_numpy(shown[ENTRY]))
+    np.testing.assert_array_equal(shown["block 0"], entry.detach().numpy())
+    other = stream(images, {ENTRY: 2 * shown[ENTRY]})
+    assert not np.allclose(other["block 0"], shown["block 0"])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_logits_need_a_classifier() -> None:

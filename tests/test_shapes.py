@@ -4,6 +4,7 @@ import numpy as np
 from graphs import op_types, parse, random_feeds, run
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
+from msn_export.graph import shapes
 from msn_export.graph.shapes import resolve_shapes
 
 
@@ -71,13 +72,25 @@ g (float[b,4] x) => (float[b,4] y)
 }"""
 
 
-def test_operators_on_constants_are_computed_once() -> None:
+def test_operators_on_constants_are_computed_once(monkeypatch) -> None:
+    computed, compute = [], shapes._compute
+    monkeypatch.setattr(
+        shapes, "_compute", lambda node, *rest: computed.append(node) or compute(node, *rest)
+    )
     model = lifted(RESIZE)
     feeds = random_feeds(model)
     before = run(model, feeds)
     assert resolve_shapes(model) >= 1
     assert op_types(model) == ["Add"]
+    assert len(set(computed)) == len(computed) > 0
     np.testing.assert_allclose(run(model, feeds), before, rtol=1e-6)
+
+
+def test_the_shape_of_what_an_unknown_operator_gives_stays_computed() -> None:
+    model = lifted("g (float[b,6] x) => (int64[2] y) { r = Relu (x)  y = Shape (r) }")
+    model.graph[0].op_type = "Unknown"
+    assert resolve_shapes(model) == 0
+    assert op_types(model) == ["Unknown", "Shape"]
 
 
 def test_a_constant_of_any_size_is_not_made() -> None:

@@ -102,3 +102,13 @@ def test_what_onnxsim_cannot_fold_is_left_and_nothing_printed(capfd) -> None:
     )
     assert simplify(model).after == 3
     assert capfd.readouterr().err == ""
+
+
+def test_small_outputs_are_compared_as_they_are_and_large_ones_by_their_size() -> None:
+    small, moved, large = (
+        parse(f"g (float[b] x) => (float[b] y) <float c = {{{c}}}> {{ y = Mul (x, c) }}")
+        for c in (0.25, 0.5, 1000)
+    )
+    (x,) = np.random.default_rng(0).random(1) * 2
+    assert module._difference(small, moved) == pytest.approx(0.25 * x, rel=1e-6)
+    assert module._difference(large, small) == pytest.approx(1 - 0.25 / 1000, rel=1e-6)

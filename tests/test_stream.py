@@ -102,6 +102,9 @@ def test_what_a_graph_says_of_itself_is_read() -> None:
     assert told["block 0 norm before attention: epsilon"] == pytest.approx(1e-6)
     assert told["block 0 norm before MLP: epsilon"] == pytest.approx(1e-5)
     assert told["block 0: activation"] == "gelu, tanh form"
+    assert told["block 0: addition of attention to the stream"] == "present"
+    assert told["block 0: addition of the MLP to the stream"] == "present"
+    assert told["block 0: order"] == "norm, attention, norm, MLP"
     assert told["final norm: epsilon"] == pytest.approx(1e-6)
 
 

@@ -67,7 +67,13 @@ def resolve_shapes(model: ir.Model) -> int:
     shape = None if image is None else image.shape
     dynamic = shape is not None and len(shape) > 0 and not isinstance(shape[0], int)
     done: dict[ir.Node, tuple[list[NDArray[Any] | None], list[NDArray[Any]]]] = {}
-    walks = [_walk(model, batch, done) for batch in (_BATCHES if dynamic else _BATCHES[:1])]
+    weights = {
+        value: value.const_value.numpy()  # once: what was folded is known by its arrays
+        for value in model.graph.initializers.values()
+        if value.const_value is not None and value.const_value.dtype != ir.DataType.STRING
+    }
+    batches = _BATCHES if dynamic else _BATCHES[:1]
+    walks = [_walk(model, batch, weights, done) for batch in batches]
     _write_types(model.graph, walks, shape[0] if shape is not None and dynamic else None)
     names = Names(model.graph)
     written = _write_constants(model.graph, walks, names)
@@ -76,8 +82,10 @@ def resolve_shapes(model: ir.Model) -> int:
     return written
 
 
-def _walk(model: ir.Model, batch: int, done: dict[ir.Node, Any]) -> _Walk:
-    walk = _Walk()
+def _walk(
+    model: ir.Model, batch: int, weights: dict[ir.Value, NDArray[Any]], done: dict[ir.Node, Any]
+) -> _Walk:
+    walk = _Walk(constants=dict(weights))
     opsets = [onnx.helper.make_opsetid(d, v) for d, v in model.graph.opset_imports.items()]
     for value in model.graph.inputs:
         if value.dtype is not None and value.shape is not None:
@@ -85,12 +93,11 @@ def _walk(model: ir.Model, batch: int, done: dict[ir.Node, Any]) -> _Walk:
             if sizes and sizes[0] is None:
                 sizes[0] = batch
             walk.types[value] = onnx.helper.make_tensor_type_proto(value.dtype.value, sizes)
-    for value in model.graph.initializers.values():
-        if value.const_value is not None and value.const_value.dtype != ir.DataType.STRING:
-            walk.constants[value] = value.const_value.numpy()
-            walk.types[value] = onnx.helper.make_tensor_type_proto(
-                value.const_value.dtype.value, list(value.const_value.shape.numpy())
-            )
+    for value in weights:
+        assert value.const_value is not None
+        walk.types[value] = onnx.helper.make_tensor_type_proto(
+            value.const_value.dtype.value, list(value.const_value.shape.numpy())
+        )
     for node in model.graph:
         if node.domain in {"", "ai.onnx"}:
             _infer(node, walk, opsets, model.ir_version)
@@ -304,6 +311,6 @@ def _write_targets(graph: ir.Graph, names: Names) -> None:
         constant = ir.Value(
             name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([len(sizes)])
         )
-        constant.const_value = ir.tensor(np.array(sizes, np.int64), name=name)
+        constant.const_value = ir.tensor(np.array(sizes, np.int64))
         graph.register_initializer(constant)
         node.replace_input_with(1, constant)
