@@ -130,8 +130,13 @@ def test_pictures_that_are_all_the_same_are_one(tmp_path) -> None:
 
 def test_they_are_decoded_when_they_are_asked_for_and_no_earlier(tmp_path, monkeypatch) -> None:
     read: list[Path] = []
-    whole = images.read
-    monkeypatch.setattr(images, "read", lambda path, how: read.append(path) or whole(path, how))
+    whole = images.read_file
+
+    def counted(path, name, preprocessing):
+        read.append(path)
+        return whole(path, name, preprocessing)
+
+    monkeypatch.setattr(images, "read_file", counted)
     found = Pictures(sorted(pictures(tmp_path, 20).rglob("*.png")), SMALL, InputKind.UINT8, 20)
     for _ in itertools.islice(found.decode(4), 2):
         pass
