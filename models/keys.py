@@ -26,19 +26,20 @@ class Layout:
     inside: Mapping[str, str]
 
 
+_TRANSFORMERS = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.patch_embeddings.projection": "patch",
+    "layernorm": "norm",
+    "classifier": "classifier",
+}
 # transformers' save_pretrained of a classifier mixes the first two within one file, and may write
 # "vit." before either; our own state_dict is the third with "patch" and "classifier".
 LAYOUTS = (
     Layout(
         "transformers before 5",
         "encoder.layer.N.",
-        {
-            "embeddings.cls_token": "cls_token",
-            "embeddings.position_embeddings": "pos_embed",
-            "embeddings.patch_embeddings.projection": "patch",
-            "layernorm": "norm",
-            "classifier": "classifier",
-        },
+        _TRANSFORMERS,
         {
             "layernorm_before": "norm1",
             "attention.attention.query": "attn.q",
@@ -53,13 +54,7 @@ LAYOUTS = (
     Layout(
         "transformers 5",
         "layers.N.",
-        {
-            "embeddings.cls_token": "cls_token",
-            "embeddings.position_embeddings": "pos_embed",
-            "embeddings.patch_embeddings.projection": "patch",
-            "layernorm": "norm",
-            "classifier": "classifier",
-        },
+        _TRANSFORMERS,
         {
             "layernorm_before": "norm1",
             "attention.q_proj": "attn.q",
