@@ -146,6 +146,25 @@ def test_an_older_library_without_versions_is_understood() -> None:
     np.testing.assert_array_equal(dlpack.borrow(Old(array)).array(), array)
 
 
+@pytest.mark.parametrize(
+    ("device", "stream", "asked"),
+    [((2, 0), 0, 1), ((2, 0), 7, 7), ((2, 0), None, "none"), ((1, 0), 7, "none")],
+)
+def test_a_library_is_asked_to_let_the_stream_that_reads_wait(device, stream, asked) -> None:
+    class Asked:
+        def __dlpack__(self, stream="none", **_options):
+            self.stream = stream
+            raise BufferError("not lent")
+
+        def __dlpack_device__(self):
+            return device
+
+    tensor = Asked()
+    with pytest.raises(InputError):
+        dlpack.borrow(tensor, stream)
+    assert tensor.stream == asked
+
+
 class Odd:
     """A tensor with one thing wrong."""
 

@@ -11,6 +11,7 @@ from networks import Network, compute
 from trt_bench import BENCHES, Bench, make_bench
 
 from msn_export.errors import DeviceError, GraphError, InputError, RunnerError
+from msn_export.runtime.arena import _IDLE as IDLE
 from msn_export.runtime.graphs import LIMIT
 
 NETWORK = Network()
@@ -333,6 +334,18 @@ def test_dropped_outputs_are_used_again(bench) -> None:
         assert len(seen) <= 2
 
 
+def test_what_is_kept_for_later_is_bounded(bench) -> None:
+    library = bench.library()
+    with bench.open() as runner:
+        few, many = (library.to_gpu(NETWORK.images(count)) for count in (2, 8))
+        held = [runner(few).embedding for _ in range(IDLE + 1)]
+        del held
+        bench.settle()
+        output = runner(many).embedding  # needs a larger block
+        assert bench.recorder.count("cuMemFree") == 2
+        del output
+
+
 # misuse
 
 
@@ -553,6 +566,17 @@ def test_a_graph_that_cannot_be_captured_is_told_and_done_without(bench) -> None
         for _ in range(3):
             check(runner(images), NETWORK, images)
         assert runner.cuda_graphs.startswith("0 captured; cuStreamBeginCapture failed: ")
+
+
+def test_a_context_that_tensorrt_does_not_make_is_told(bench) -> None:
+    script(bench)
+    made = (name.startswith("create_execution_context") for name in bench.recorder.calls)
+    number = list(made).index(True)
+    bench.recorder.calls.clear()
+    bench.recorder.fail_at = number
+    with pytest.raises(DeviceError, match=r"makes no context for m\.engine: it does not say why"):
+        script(bench)
+    assert bench.recorder.live() == {}
 
 
 def test_a_gpu_without_room_says_what_to_do(bench) -> None:
