@@ -321,3 +321,10 @@ def test_whatever_onnx_raises_for_shapes_is_our_error() -> None:
     model.graph.node(0).attributes.add(ir.AttrInt64s("axes", [2**40]))
     with pytest.raises(GraphError, match="the graph's types or shapes do not fit: "):
         io.infer_shapes(model)
+
+
+def test_operands_of_two_types_do_not_fit() -> None:
+    model = parse("g (float[2] x, float[2] z) => (float[2] y) { y = Add (x, z) }")
+    model.graph.inputs[1].type = ir.TensorType(ir.DataType.INT64)
+    with pytest.raises(GraphError, match=r"^the graph's types or shapes do not fit: "):
+        io.infer_shapes(model)
