@@ -176,6 +176,24 @@ def test_a_closed_runner_is_refused_and_closing_again_does_nothing(plain) -> Non
             runner(given)
 
 
+def test_a_runner_that_is_closed_while_images_are_read_is_refused(plain) -> None:
+    runner = OrtRunner(plain)
+
+    class Closing:
+        def __init__(self, images: np.ndarray) -> None:
+            self.images = images
+
+        def __dlpack__(self, **_options: object) -> object:
+            runner.close()
+            return self.images.__dlpack__()
+
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return 1, 0
+
+    with pytest.raises(RunnerError, match="is closed; open another"):
+        runner(Closing(NETWORK.images(1)))
+
+
 def test_eight_threads_of_500_calls_get_the_single_threads_answers(plain) -> None:
     runner = OrtRunner(plain)
     batches = [NETWORK.images(1 + seed % 7, seed) for seed in range(50)]
