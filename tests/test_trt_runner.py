@@ -172,6 +172,29 @@ def test_memory_is_allocated_once(bench) -> None:
         assert bench.recorder.count("cuMemHostAlloc") == pinned == 3
 
 
+class OnHost:
+    """A tensor on the host, of a library that is not known."""
+
+    def __init__(self, array: np.ndarray[Any, Any]) -> None:
+        self.array = array
+
+    def __dlpack__(self, **options: Any) -> object:
+        return self.array.__dlpack__()
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0
+
+
+def test_tensors_on_the_host_are_read_in_place_and_fit_too(bench) -> None:
+    images = NETWORK.images(3)
+    with bench.open() as runner:
+        outputs = runner(OnHost(images))
+        for name, values in wanted(NETWORK, images).items():
+            np.testing.assert_array_equal(np.from_dlpack(outputs[name]), values)
+        with pytest.raises(InputError, match=r"have shape \[3, 3, 1, 2\]; input 'pixel_values'"):
+            runner(OnHost(images[:, :, :1]))
+
+
 # on the GPU
 
 
