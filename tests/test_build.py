@@ -266,8 +266,9 @@ def test_a_crash_is_told(
     (tmp_path / "crashing.py").write_text(source)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     backend = Backend(replace(rtx().flavour, module="crashing"), "1.7")
-    with pytest.raises(BuildError, match=message):
-        build_engine(spec_of(Vit()), backend, tmp_path / "x.engine")
+    for log in (None, tmp_path / "raw.log"):
+        with pytest.raises(BuildError, match=message):
+            build_engine(spec_of(Vit()), backend, tmp_path / "x.engine", log)
 
 
 def test_an_engine_that_cannot_be_written_is_an_os_error(tmp_path: Path) -> None:
