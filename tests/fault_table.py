@@ -179,7 +179,8 @@ class Candidate:
     def __init__(self, subject: Subject, dtype: Dtype, stage: Path) -> None:
         self.subject, self.dtype, self.stage = subject, dtype, stage
         self.path = subject.graph(dtype)
-        with open_runner(self.path) as runner:
+        # bf16 has no kernels here: the fp32 graph has the same preprocessing
+        with open_runner(subject.graph(Dtype.FP32)) as runner:
             self.pixels = runner.preprocess(sorted(subject.checked.iterdir()))
         self.clean = self._run(io.load(self.path))
         truth, self.peaks = subject.truth(self.pixels)
