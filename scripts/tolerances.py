@@ -168,10 +168,14 @@ def caught(name: str, checkpoint: Path, graph: Path, images: Path) -> tuple[str,
 def write(page: Path, name: str, head: str, rows: list[str]) -> None:
     """Replace one table of a page."""
     columns = head.count("|") - 1
-    table = "\n".join([head, "|---" * columns + "|", *rows])
+    replace_part(page, name, "\n".join([head, "|---" * columns + "|", *rows]))
+
+
+def replace_part(page: Path, name: str, part: str) -> None:
+    """Replace what a page has between the marks of a name."""
     text = page.read_text(encoding="utf-8")
     pattern = rf"(<!-- measured: {name} -->\n).*?(\n<!-- /measured -->)"
-    changed, times = re.subn(pattern, lambda m: m[1] + table + m[2], text, flags=re.DOTALL)
+    changed, times = re.subn(pattern, lambda m: m[1] + part + m[2], text, flags=re.DOTALL)
     if times != 1:
         raise SystemExit(f"{page} has {times} places for the table {name!r}; expected one")
     page.write_text(changed, encoding="utf-8")
