@@ -11,6 +11,7 @@ from msn_export.graph.quantised import (
     is_quantised_core,
     quantised_dtype,
     quantised_products,
+    type_beside,
 )
 from msn_export.spec import AttentionForm, Dtype
 
@@ -54,6 +55,21 @@ def test_a_zero_point_other_than_0_is_named() -> None:
     )
     with pytest.raises(GraphError, match="'QuantizeLinear0' has a zero point other than 0, which"):
         quantised_dtype(model)
+
+
+def test_the_type_beside_8_bits_is_that_of_most_scales_that_bring_values_back() -> None:
+    model = parse("""
+        g (float[2,3] x) => (float[2,3] y) <float16 h = {0}, float s = {0.1}, int8 z = {0}> {
+            q = QuantizeLinear (x, s, z)
+            a = DequantizeLinear (q, s, z)
+            b = DequantizeLinear (z, h)
+            c = DequantizeLinear (z, h)
+            d = Add (b, c)
+            e = Cast <to = 1> (d)
+            y = Add (a, e)
+        }""")
+    assert type_beside(model) is Dtype.FP16
+    assert type_beside(parse("g (float[2] x) => (float[2] y) { y = Relu (x) }")) is Dtype.FP32
 
 
 def test_a_type_may_be_said_by_attribute() -> None:
