@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo report test lint slow mutants drills gpu performance wheel packaged clean
+.PHONY: demo report test lint same slow mutants drills gpu performance wheel packaged clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -56,6 +56,11 @@ slow: .venv/linked
 # hours: MUTANTS='graph runtime --count 50 --seed 1 --processes 2' runs a part
 mutants: .venv/linked
 	$(BIN)/python scripts/mutants.py $(MUTANTS)
+
+# The same commands in the working tree and in a commit: make same BASE=main~1; for changes that
+# must change nothing
+same: .venv/linked
+	$(BIN)/python scripts/same.py $(BASE)
 
 # Against a real tritonserver and a real Ray; their environments are made in build/ on the first run
 drills: .venv/linked
