@@ -18,9 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from msn_export.machine import this_machine
-from msn_export.process import rss
-from msn_export.sidecar import sha256_of
+from msn_export.host import rss, this_machine
+from msn_export.manifest import sha256_of
 
 RESULTS = Path(__file__).parent / "results" / "embed.json"
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from transformers import ViTImageProcessorPil, ViTMSNConfig, ViTMSNModel
 
-from msn_export.machine import this_machine
+from msn_export.host import this_machine
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "export.json"

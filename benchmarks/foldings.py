@@ -3,7 +3,7 @@
     python benchmarks/foldings.py
 
 Each folding is done on the exported graph's weights. Kernels: fp16, TensorRT-RTX for SM 8.9. The
-[CLS] token is folded into its position by the exporter itself (msn_export.graph.fold).
+[CLS] token is folded into its position by the exporter itself (msn_export.graph.torch_export).
 """
 
 import json
@@ -17,7 +17,7 @@ from forms import kernels, opened, traced
 
 from msn_export.graph import io
 from msn_export.graph.fuse import fuse_attention
-from msn_export.models.checkpoints import load_checkpoint
+from msn_export.models.checkpoint import load_checkpoint
 from msn_export.spec import AttentionForm, Head
 
 RESULTS = Path(__file__).parent / "results" / "foldings.json"

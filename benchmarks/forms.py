@@ -20,19 +20,19 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
-from msn_export.engine.backend import find_backend
 from msn_export.engine.build import build_engine
-from msn_export.engine.job import BuildSpec
+from msn_export.engine.options import BuildSpec
+from msn_export.engine.versions import find_backend
 from msn_export.errors import BuildError
 from msn_export.graph import io
+from msn_export.graph.cls_only import narrow_to_first_token
 from msn_export.graph.fuse import fuse_attention
-from msn_export.graph.narrow import narrow_to_first_token
 from msn_export.graph.precision import type_graph
-from msn_export.graph.trace import trace
-from msn_export.graph.work import multiply_adds
-from msn_export.machine import this_machine
-from msn_export.models.checkpoints import load_checkpoint
-from msn_export.models.vit_msn import VitMsn
+from msn_export.graph.summary import multiply_adds
+from msn_export.graph.torch_export import trace
+from msn_export.host import this_machine
+from msn_export.models.checkpoint import load_checkpoint
+from msn_export.models.vit import VitMsn
 from msn_export.preprocessing import preset
 from msn_export.spec import (
     AttentionForm,

@@ -35,17 +35,17 @@ from gpu_table import line, write
 from gpu_timing import calls_of_a_burst, ceilings, time_all
 
 from msn_export import manifest
-from msn_export.check.compare import Comparison
-from msn_export.check.sample import Sample, draw
-from msn_export.driver import Driver, NoDriver, find_driver
-from msn_export.engine.backend import find_backend
+from msn_export.commands.onnx import OnnxJob, run_onnx
+from msn_export.engine.versions import find_backend
 from msn_export.engine_header import may_target
 from msn_export.errors import BuildError, MsnExportError
 from msn_export.graph import io
-from msn_export.graph.work import multiply_adds
-from msn_export.models.checkpoints import load_checkpoint
+from msn_export.graph.summary import multiply_adds
+from msn_export.host import Driver, NoDriver, find_driver
+from msn_export.metrics.metrics import Comparison
+from msn_export.metrics.samples import Sample, draw
+from msn_export.models.checkpoint import load_checkpoint
 from msn_export.progress import Silent
-from msn_export.run_onnx import OnnxJob, run_onnx
 from msn_export.spec import BatchRange, ComputeCapability, Dtype, Head, InputKind
 
 MODELS = ("random:vit-msn-small:0", "random:vit-msn-base:0")

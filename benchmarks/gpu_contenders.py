@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from msn_export.errors import MsnExportError
-from msn_export.models.vit_msn import VitMsn
+from msn_export.models.vit import VitMsn
 from msn_export.runtime import open_runner
 
 Run = Callable[[Tensor], Tensor]

@@ -29,7 +29,7 @@ from forms import opened
 from transformers import ViTMSNConfig, ViTMSNModel
 
 from msn_export import image_folder, images
-from msn_export.machine import this_machine
+from msn_export.host import this_machine
 from msn_export.preprocessing import preset
 from msn_export.spec import ImageSize
 

@@ -12,7 +12,7 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from msn_export.calibration.formats import INT8, Format
+from msn_export.calibration.qdq import INT8, Format
 from msn_export.errors import SpecError
 
 BINS = 4096

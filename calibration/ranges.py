@@ -13,10 +13,10 @@ import numpy as np
 
 from msn_export import __version__
 from msn_export.calibration.observers import BINS, Histogram
-from msn_export.calibration.smooth import LARGEST_EXPONENT
+from msn_export.calibration.smoothquant import LARGEST_EXPONENT
 from msn_export.errors import GraphError, ManifestError, SpecError
 from msn_export.preprocessing import Preprocessing
-from msn_export.records import from_plain, to_plain
+from msn_export.schema import from_plain, to_plain
 
 SCHEMA = 1
 _LARGEST_FILE = 64 * 2**20  # bytes; ten times the file of the largest published shape

@@ -18,29 +18,28 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from msn_export.calibration.collect import Watch, histograms
-from msn_export.calibration.formats import FORMATS
 from msn_export.calibration.observers import Observer, threshold
-from msn_export.check.gate import MARGIN
-from msn_export.check.sample import Sample
-from msn_export.check.verify import Reference, Runner, Trial
+from msn_export.calibration.qdq import FORMATS
+from msn_export.calibration.quantise_like import Measure, quantise_like, rest_of
 from msn_export.errors import GraphError
 from msn_export.files import apart
 from msn_export.graph import io
+from msn_export.graph.blocks import PRODUCTS, find_stream
+from msn_export.graph.builder import Patch
+from msn_export.graph.builder import replace as replace_value
+from msn_export.graph.cls_only import narrow_to_first_token
 from msn_export.graph.emulate import in_fp64, round_values, widen
 from msn_export.graph.fuse import fuse_attention
-from msn_export.graph.lower import raise_opset
-from msn_export.graph.narrow import narrow_to_first_token
-from msn_export.graph.patch import Patch
-from msn_export.graph.patch import replace as replace_value
+from msn_export.graph.opset import raise_opset
 from msn_export.graph.precision import overflowing_weights, type_graph
 from msn_export.graph.quantised import quantised_dtype
-from msn_export.graph.stream import PRODUCTS, find_stream
-from msn_export.islands import MEASURED, decide
+from msn_export.metrics.evaluate import Reference, Runner, Trial
+from msn_export.metrics.samples import Sample
+from msn_export.metrics.tolerances import MARGIN
+from msn_export.mixed_precision import MEASURED, cpu_runner, decide
 from msn_export.preprocessing import Preprocessing
-from msn_export.quantise_like import Measure, quantise_like, rest_of
-from msn_export.runtime.ort import OrtRunner
+from msn_export.runtime.onnxruntime import OrtRunner
 from msn_export.spec import AttentionForm, Dtype, InputKind
-from msn_export.typed import cpu_runner
 
 RANGED = 8  # pictures that ranges are measured anew on
 
@@ -103,7 +102,7 @@ def write_like(
 def _take(model: ir.Model, stem: InputKind, preprocessing: Preprocessing) -> None:
     """Give a graph another kind of input, in place.
 
-    ``conv((x * scale - mean) / std)`` is a convolution of ``x``: see msn_export.graph.fold.
+    ``conv((x * scale - mean) / std)`` is a convolution of ``x``: see msn_export.graph.torch_export.
     """
     images = model.graph.inputs[0]
     held = InputKind.UINT8 if images.dtype == ir.DataType.UINT8 else InputKind.FLOAT

@@ -100,7 +100,7 @@ def _size_in(file: Path) -> ImageSize | None:
         return None
     try:
         from msn_export.graph import io
-        from msn_export.graph.size import fix_image_size
+        from msn_export.graph.shapes import fix_image_size
     except ImportError:
         return None
     return fix_image_size(io.load(file))

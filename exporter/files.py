@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from msn_export.errors import OutputError, SpecError
-from msn_export.sidecar import manifest_path
+from msn_export.manifest import manifest_path
 
 STAGING_PREFIX = ".msn-export-staging-"  # whatever is called so is ours to delete
 

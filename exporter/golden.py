@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from msn_export import images
 from msn_export.errors import ManifestError
-from msn_export.manifest_records import GoldenRecord
+from msn_export.manifest import GoldenRecord
 from msn_export.preprocessing import Preprocessing
 from msn_export.spec import InputKind
 
 GENERATOR = "numpy.random.PCG64.random_raw, little endian"
 SEED = 2022  # the year of the paper
-MARGIN = 1.5  # msn_export.check.gate.MARGIN, which is above this module
+MARGIN = 1.5  # msn_export.metrics.tolerances.MARGIN, which is above this module
 COUNT = 2  # images: enough to tell a batch from one image
 
 

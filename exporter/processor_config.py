@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from msn_export.errors import ImageError, SpecError
-from msn_export.models.hf_config import PREPROCESSOR, image_processor_of, read_json
+from msn_export.models.config import PREPROCESSOR, image_processor_of, read_json
 from msn_export.preprocessing import (
     PRESETS,
     RESAMPLING,

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from msn_export.errors import CheckpointError
-from msn_export.models.hf_config import read_json
-from msn_export.models.variants import named_variant
+from msn_export.models.config import named_variant, read_json
 
 Kind = Literal["random", "file", "folder", "hub"]
 

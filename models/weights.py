@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from msn_export.errors import CheckpointError
-from msn_export.models.hf_config import read_json
+from msn_export.models.config import read_json
 from msn_export.models.named import INDEX, SINGLE
-from msn_export.models.wrappers import Weights, unwrap
+from msn_export.models.state_dict import Weights, unwrap
 
 # How torch's unpickler names what it will not import or call
 _GLOBAL = re.compile(r"GLOBAL (\S+)")

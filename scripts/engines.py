@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 from transformers import ViTMSNConfig, ViTMSNModel
 
-from msn_export.engine.backend import find_backend
 from msn_export.engine.build import BuildResult, build_engine
-from msn_export.engine.job import BuildSpec
-from msn_export.models.variants import VARIANTS, VitConfig
+from msn_export.engine.options import BuildSpec
+from msn_export.engine.versions import find_backend
+from msn_export.models.config import VARIANTS, VitConfig
 from msn_export.spec import BatchRange, ComputeCapability
 
 BATCH = BatchRange(1, 8, 32)

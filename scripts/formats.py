@@ -7,10 +7,18 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from msn_export.graph.foreign import FORMS
-from msn_export.models.keys import CLASSIFIERS, LAYOUTS, REFUSED, SPARE
+from msn_export.models.config import READS
 from msn_export.models.named import ADAPTER_FOLDER, FOREIGN_FOLDERS, WEIGHTS
-from msn_export.models.variants import READS
-from msn_export.models.wrappers import CONTAINERS, INSIDE, PREFIXES, PROBE
+from msn_export.models.state_dict import (
+    CLASSIFIERS,
+    CONTAINERS,
+    INSIDE,
+    LAYOUTS,
+    PREFIXES,
+    PROBE,
+    REFUSED,
+    SPARE,
+)
 from msn_export.processor_config import FIELDS, TYPES
 
 PAGE = Path("docs/formats.md")

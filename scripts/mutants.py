@@ -40,7 +40,7 @@ from mutations import Mutation, mutations_of
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
-CORE = ("check", "graph", "engine", "calibration", "runtime", "models")
+CORE = ("metrics", "graph", "engine", "calibration", "runtime", "models")
 _SOURCES = {"calibration": "calibration", "models": "models"}  # the rest lies in exporter/
 # imported once, before each run is forked: half of a small test's time
 _HEAVY = ("numpy", "torch", "onnx", "onnxruntime", "onnx_ir", "onnxscript", "transformers",

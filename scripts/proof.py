@@ -30,10 +30,10 @@ from fault_table import BATCH, Candidate, Row, Subject
 from tolerances import replace_part
 
 from msn_export.calibration.observers import Observer
-from msn_export.run_calibrate import CalibrateJob, run_calibrate
-from msn_export.run_drift import DriftJob, run_drift
-from msn_export.run_onnx import OnnxJob, run_onnx
-from msn_export.run_validate import ValidateJob, run_validate
+from msn_export.commands.calibrate import CalibrateJob, run_calibrate
+from msn_export.commands.drift import DriftJob, run_drift
+from msn_export.commands.onnx import OnnxJob, run_onnx
+from msn_export.commands.validate import ValidateJob, run_validate
 from msn_export.spec import Dtype, InputKind, Target
 
 PROOF, CURVE = Path("docs/proof.md"), Path("docs/images/proof.svg")

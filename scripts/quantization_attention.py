@@ -10,13 +10,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import engine_graphs
 from quantization_bench import Bench, row
 
-from msn_export.calibration.formats import FORMATS
 from msn_export.calibration.plan import BLOCK_ROLES, Plan
-from msn_export.calibration.projections import find_projections
-from msn_export.calibration.qdq import Scheme, find_operands
-from msn_export.engine.backend import find_backend
+from msn_export.calibration.products import find_projections
+from msn_export.calibration.qdq import FORMATS, Scheme, find_operands
 from msn_export.engine.build import build_engine
-from msn_export.engine.job import BuildSpec
+from msn_export.engine.options import BuildSpec
+from msn_export.engine.versions import find_backend
 from msn_export.graph import io
 from msn_export.graph.fuse import fuse_attention
 from msn_export.graph.precision import type_graph

@@ -21,15 +21,15 @@ from checkpoints import small
 from safetensors.torch import save_file
 
 from msn_export import manifest
-from msn_export.models.checkpoints import load_checkpoint
+from msn_export.calibration.job import CalibrateJob
+from msn_export.commands.calibrate import run_calibrate
+from msn_export.commands.drift import DriftJob, run_drift
+from msn_export.commands.onnx import OnnxJob, run_onnx
+from msn_export.commands.validate import ValidateJob, run_validate
+from msn_export.compare.drift import Drift
+from msn_export.compare.validation import Validation
+from msn_export.models.checkpoint import load_checkpoint
 from msn_export.progress import Silent
-from msn_export.proof.drift import Drift
-from msn_export.proof.validation import Validation
-from msn_export.quantise.job import CalibrateJob
-from msn_export.run_calibrate import run_calibrate
-from msn_export.run_drift import DriftJob, run_drift
-from msn_export.run_onnx import OnnxJob, run_onnx
-from msn_export.run_validate import ValidateJob, run_validate
 from msn_export.spec import BatchRange, Dtype, Head
 
 TOLERANCES, PROOF = Path("docs/tolerances.md"), Path("docs/proof.md")

@@ -4,9 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from msn_export.bench.figures import figures, ratio_of
-from msn_export.bench.records import Agreed, Bench, Contender, Timing
-from msn_export.machine import Machine
+from msn_export.bench.results import Agreed, Bench, Contender, Timing, figures, ratio_of
+from msn_export.host import Machine
 
 NAMES = ("eager", "sdpa", "model.onnx")
 

@@ -7,9 +7,8 @@ import onnx_ir as ir
 from engine_graphs import Vit, save
 from graphs import parse
 
-from msn_export.calibration.formats import FORMATS
 from msn_export.calibration.plan import Plan
-from msn_export.calibration.qdq import Scheme
+from msn_export.calibration.qdq import FORMATS, Scheme
 from msn_export.graph import io
 from msn_export.spec import Dtype
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import ViTMSNConfig, ViTMSNForImageClassification, ViTMSNModel
 
-from msn_export.models.checkpoints import load_checkpoint
+from msn_export.models.checkpoint import load_checkpoint
 
 # 17 tokens; heads of 32, the smallest batch of 2 heads TensorRT has a fused kernel for
 TINY = {

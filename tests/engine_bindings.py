@@ -1,6 +1,6 @@
 """Collects the TensorRT and CUDA names that source code uses, and looks them up in real modules.
 
-The convention it relies on is in msn_export.engine.bindings and msn_export.runtime.bindings: the
+The convention it relies on is in msn_export.engine.compile and msn_export.runtime.versions: the
 module is called ``trt`` or annotated ``TensorRT``, that of CUDA's driver API ``CudaDriver``, and
 whatever TensorRT gives is bound to a variable, or attribute of ``self``, annotated with its class.
 """

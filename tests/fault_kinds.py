@@ -11,7 +11,7 @@ import onnx_ir as ir
 from faults import Weights, addition, array, edit, mix, node, toward
 from numpy.typing import NDArray
 
-from msn_export.graph.patch import Patch
+from msn_export.graph.builder import Patch
 
 TOKENS, LOGITS = "last_hidden_state", "logits"
 

@@ -20,14 +20,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import ViTMSNForImageClassification
 
+from msn_export.commands.calibrate import CalibrateJob, run_calibrate
+from msn_export.commands.onnx import OnnxJob, run_onnx
+from msn_export.commands.validate import ValidateJob, run_validate
+from msn_export.compare.validation import Validation
 from msn_export.graph import io
-from msn_export.proof.validation import Validation
-from msn_export.run_calibrate import CalibrateJob, run_calibrate
-from msn_export.run_onnx import OnnxJob, run_onnx
-from msn_export.run_validate import ValidateJob, run_validate
+from msn_export.mixed_precision import cpu_runner
 from msn_export.runtime import open_runner
 from msn_export.spec import BatchRange, Dtype, Head
-from msn_export.typed import cpu_runner
 
 Outputs = Mapping[str, NDArray[Any]]
 BATCH = BatchRange(1, 2, 4)

@@ -12,9 +12,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from msn_export import manifest
 from msn_export.graph import io
-from msn_export.graph.patch import Patch, replace
-from msn_export.manifest import Manifest
-from msn_export.sidecar import sha256_of
+from msn_export.graph.builder import Patch, replace
+from msn_export.manifest import Manifest, sha256_of
 
 Weights = NDArray[np.float32]
 BLOCK = 3  # of 6: neither the first, whose variance is small, nor the last

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from msn_export.manifest import Manifest
-from msn_export.manifest_records import (
+from msn_export.manifest import (
     AttentionRecord,
     CheckpointRecord,
     CheckRecord,
     EngineRecord,
+    Manifest,
     SourceRecord,
 )
 from msn_export.preprocessing import preset

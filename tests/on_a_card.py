@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from msn_export.driver import find_driver
+from msn_export.host import find_driver
 
 PACKAGES = (
     "msn-export", "torch", "tensorrt", "tensorrt-rtx", "cuda-bindings", "onnxruntime",

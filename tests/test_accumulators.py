@@ -4,8 +4,7 @@ import pytest
 from engine_builds import NEEDS_RTX, built
 from engine_graphs import Vit
 
-from msn_export.engine.accumulators import read_accumulators, with_accumulators
-from msn_export.engine.kernels import Kernel
+from msn_export.engine.kernels import Kernel, read_accumulators, with_accumulators
 
 NAME = "_gemm_mha_v2_0xf30343c17e165d7e2b22d671f539cf75"
 HEAD = f"\0__global__ void {NAME}(\n    __myln_half* __v1)\n{{"

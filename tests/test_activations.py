@@ -5,7 +5,7 @@ import torch
 from transformers.activations import ACT2CLS, ACT2FN
 
 from msn_export.errors import CheckpointError
-from msn_export.models.activations import activation, names
+from msn_export.models.vit import activation, names
 
 LEARNED = {"prelu", "xielu"}
 

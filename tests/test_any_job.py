@@ -4,16 +4,16 @@ from pathlib import Path
 
 import pytest
 
+from msn_export.commands.bench import BenchJob
+from msn_export.commands.calibrate import CalibrateJob
+from msn_export.commands.drift import DriftJob
+from msn_export.commands.embed import EmbedJob
+from msn_export.commands.onnx import OnnxJob
+from msn_export.commands.report import ReportJob
+from msn_export.commands.triton import TritonJob
+from msn_export.commands.trt import TrtJob
+from msn_export.commands.validate import ValidateJob
 from msn_export.errors import SpecError
-from msn_export.run_bench import BenchJob
-from msn_export.run_calibrate import CalibrateJob
-from msn_export.run_drift import DriftJob
-from msn_export.run_embed import EmbedJob
-from msn_export.run_onnx import OnnxJob
-from msn_export.run_report import ReportJob
-from msn_export.run_triton import TritonJob
-from msn_export.run_trt import TrtJob
-from msn_export.run_validate import ValidateJob
 from msn_export.spec import Dtype, Head
 
 FILE = Path("m.onnx")

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from manifests import check, engine, example
 
-from msn_export.cli.artifact_rows import rows, show_artifact
 from msn_export.cli.console import Console
+from msn_export.cli.tables import artifact_rows, show_artifact
 
 
 def test_every_row_says_what_the_manifest_says() -> None:
-    assert list(rows(example())) == [
+    assert list(artifact_rows(example())) == [
         ("file", "12.3 MB, sha256 abababababababab…"),
         ("checkpoint", "facebook/tiny@0123"),
         ("", "weights were float16"),
@@ -44,7 +44,7 @@ def test_every_row_says_what_the_manifest_says() -> None:
 
 
 def row(name: str, **changes: object) -> str:
-    return dict(rows(example(**changes)))[name]
+    return dict(artifact_rows(example(**changes)))[name]
 
 
 def test_noise_is_not_called_images() -> None:
@@ -63,7 +63,7 @@ def test_many_islands_are_counted_and_a_few_named() -> None:
 
 def test_what_was_not_checked_or_has_no_engine_says_so() -> None:
     assert row("check", check=None) == "none (--no-check)"
-    names = [name for name, _ in rows(example(engine=None, islands={}, checkpoint=None))]
+    names = [name for name, _ in artifact_rows(example(engine=None, islands={}, checkpoint=None))]
     assert not {"engine", "executed", "fp32 islands", "checkpoint"} & set(names)
 
 

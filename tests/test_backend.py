@@ -8,11 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from msn_export.driver import Device, Driver, NoDriver
-from msn_export.engine import backend as subject
-from msn_export.engine.backend import Backend, find_backend, require_buildable
-from msn_export.engine.flavours import FLAVOURS, flavour_for
+from msn_export.engine import versions as subject
+from msn_export.engine.versions import (
+    FLAVOURS,
+    Backend,
+    find_backend,
+    flavour_for,
+    require_buildable,
+)
 from msn_export.errors import BuildError, MissingPackageError, SpecError
+from msn_export.host import Device, Driver, NoDriver
 from msn_export.spec import ComputeCapability
 
 CARD = Driver("13.0", (Device(0, "NVIDIA H200", ComputeCapability(9, 0), 150 << 30),))
@@ -38,7 +43,7 @@ def test_rtx_is_found_with_its_version() -> None:
 
 def test_finding_loads_no_tensorrt_into_this_process() -> None:
     code = (
-        "import sys; from msn_export.engine.backend import find_backend; "
+        "import sys; from msn_export.engine.versions import find_backend; "
         "find_backend('tensorrt-rtx'); print([m for m in sys.modules if m.startswith('tensorrt')])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

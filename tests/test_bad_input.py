@@ -351,5 +351,5 @@ def test_an_error_of_the_system_that_nobody_expects_is_one_line_too(
     monkeypatch.setattr(Path, "read_text", broken)
     assert refused(tiny, outputs).endswith("config.json cannot be read: Input/output error")
     monkeypatch.undo()
-    monkeypatch.setattr("msn_export.run_onnx.sha256_of", broken)
+    monkeypatch.setattr("msn_export.commands.onnx.sha256_of", broken)
     assert refused(tiny, outputs).endswith("m.onnx: Input/output error")

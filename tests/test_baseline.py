@@ -14,21 +14,21 @@ from tiny_artifacts import pictures
 
 from msn_export import baseline, quantise_like
 from msn_export.calibration.observers import Observer
-from msn_export.calibration.projections import find_projections
-from msn_export.check.gate import MARGIN
-from msn_export.check.sample import Sample, draw
-from msn_export.check.verify import Reference, run_reference, verify
+from msn_export.calibration.products import find_projections
+from msn_export.commands.calibrate import CalibrateJob, run_calibrate
+from msn_export.commands.onnx import OnnxJob, run_onnx
 from msn_export.errors import GraphError
 from msn_export.graph import io
+from msn_export.graph.builder import Patch
 from msn_export.graph.emulate import widen
 from msn_export.graph.fuse import attention_form, fuse_attention
-from msn_export.graph.patch import Patch
 from msn_export.manifest import read
-from msn_export.run_calibrate import CalibrateJob, run_calibrate
-from msn_export.run_onnx import OnnxJob, run_onnx
-from msn_export.runtime.ort import OrtRunner
+from msn_export.metrics.evaluate import Reference, run_reference, verify
+from msn_export.metrics.samples import Sample, draw
+from msn_export.metrics.tolerances import MARGIN
+from msn_export.mixed_precision import cpu_runner
+from msn_export.runtime.onnxruntime import OrtRunner
 from msn_export.spec import AttentionForm, Dtype, Head, InputKind, Target
-from msn_export.typed import cpu_runner
 
 
 @pytest.fixture(scope="module")

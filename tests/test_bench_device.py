@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from msn_export import run_bench
-from msn_export.bench.device import device_bytes
-from msn_export.driver import Device, Driver, NoDriver
+from msn_export.commands import bench
+from msn_export.commands.bench import BenchJob
 from msn_export.errors import SpecError
-from msn_export.run_bench import BenchJob
+from msn_export.host import Device, Driver, NoDriver, device_bytes
 from msn_export.spec import ComputeCapability
 
 CARD = Driver("13.0", (Device(0, "a card", ComputeCapability(8, 9), 2**34),))
@@ -27,16 +26,16 @@ NONE = NoDriver("no NVIDIA driver")
     ],
 )
 def test_all_contenders_run_in_one_place(monkeypatch, driver, settings, device) -> None:
-    monkeypatch.setattr(run_bench, "find_driver", lambda: driver)
-    where = run_bench._where(BenchJob((Path("m.onnx"),), **settings))
+    monkeypatch.setattr(bench, "find_driver", lambda: driver)
+    where = bench._where(BenchJob((Path("m.onnx"),), **settings))
     assert where.device == device
     assert where.torch_device == ("cpu" if device is None else f"cuda:{device}")
 
 
 def test_what_stays_on_a_gpu_needs_one(monkeypatch) -> None:
-    monkeypatch.setattr(run_bench, "find_driver", lambda: NONE)
+    monkeypatch.setattr(bench, "find_driver", lambda: NONE)
     with pytest.raises(SpecError, match="--resident leaves data on a GPU"):
-        run_bench._where(BenchJob((Path("m.onnx"),), resident=True))
+        bench._where(BenchJob((Path("m.onnx"),), resident=True))
 
 
 def tool(folder: Path, script: str) -> None:

@@ -9,11 +9,11 @@ from engine_bindings import Names, collect, declared_classes, look_up
 from real_bindings import RELEASES, module_of, names_in
 
 import msn_export
-from msn_export.engine import bindings
-from msn_export.engine.flavours import FLAVOURS, Flavour, flavour_for
+from msn_export.engine import compile
+from msn_export.engine.versions import FLAVOURS, Flavour, flavour_for
 
 PACKAGE = Path(msn_export.__file__).parent
-CLASSES = declared_classes(Path(bindings.__file__).read_text())
+CLASSES = declared_classes(Path(compile.__file__).read_text())
 DATA = Path(__file__).parent / "data"
 
 

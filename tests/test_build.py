@@ -19,9 +19,9 @@ from engine_graphs import Vit
 from onnx import numpy_helper
 
 from msn_export.engine import build as subject
-from msn_export.engine.backend import Backend
 from msn_export.engine.build import build_engine
-from msn_export.engine.job import Progress
+from msn_export.engine.options import Progress
+from msn_export.engine.versions import Backend
 from msn_export.errors import BuildError, OutputError
 from msn_export.spec import ComputeCapability, Targets
 
@@ -216,9 +216,9 @@ def test_an_error_in_the_progress_display_ends_the_build(tmp_path: Path) -> None
 SCRIPT = """
 import sys
 from pathlib import Path
-from msn_export.engine.backend import find_backend
+from msn_export.engine.versions import find_backend
 from msn_export.engine.build import build_engine
-from msn_export.engine.job import BuildSpec
+from msn_export.engine.options import BuildSpec
 from msn_export.spec import BatchRange
 spec = BuildSpec(Path(sys.argv[1]), (BatchRange(),))
 tell = lambda progress: print(progress.phase, flush=True)

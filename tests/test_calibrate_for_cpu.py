@@ -15,8 +15,8 @@ from click.testing import CliRunner
 from tiny_artifacts import classifier, pictures
 
 from msn_export.cli import main
+from msn_export.commands.calibrate import CalibrateJob, run_calibrate
 from msn_export.graph import io
-from msn_export.run_calibrate import CalibrateJob, run_calibrate
 from msn_export.runtime import open_runner
 from msn_export.spec import Dtype, Target
 

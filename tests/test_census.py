@@ -7,10 +7,8 @@ import pytest
 from engine_builds import built
 from engine_graphs import Vit
 
-from msn_export.engine.census import Census, require, summary
-from msn_export.engine.kernels import Constant, Kernel
-from msn_export.engine.promises import AskedNode
-from msn_export.engine.roles import is_gemm
+from msn_export.engine.census import AskedNode, Census, require, summary
+from msn_export.engine.kernels import Constant, Kernel, is_gemm
 from msn_export.errors import BuildError, ManifestError
 
 

@@ -15,10 +15,9 @@ from hub import COMMIT, cached, serve
 from safetensors.torch import load_file, save_file
 
 from msn_export.errors import CheckpointError
-from msn_export.models.checkpoints import Checkpoint, load_checkpoint
-from msn_export.models.hf_config import Processor
+from msn_export.models.checkpoint import Checkpoint, load_checkpoint
+from msn_export.models.config import VARIANTS, Processor, VitConfig
 from msn_export.models.named import AS_IT_SAYS, Choices
-from msn_export.models.variants import VARIANTS, VitConfig
 
 State = dict[str, torch.Tensor]
 LABELS = ("class 0", "class 1", "class 2")

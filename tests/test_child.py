@@ -20,7 +20,7 @@ def run(job: dict[str, Any], *, listening: bool = True, **environment: str):
     if not listening:
         os.close(reading)
     done = subprocess.run(
-        [sys.executable, "-m", "msn_export.engine.child", str(writing)],
+        [sys.executable, "-m", "msn_export.engine.worker", str(writing)],
         input=json.dumps(job).encode() + b"\n",
         capture_output=True,
         pass_fds=(writing,),

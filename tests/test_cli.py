@@ -100,7 +100,7 @@ def fail_with(monkeypatch, error: BaseException) -> None:
     def broken(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("msn_export.proof.inspection.inspect", broken)
+    monkeypatch.setattr("msn_export.compare.inspection.inspect", broken)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_a_librarys_remark_is_one_line_that_no_terminal_obeys(monkeypatch, tmp_p
 
     root = logging.getLogger()
     monkeypatch.setattr(root, "handlers", [])  # pytest's
-    monkeypatch.setattr("msn_export.proof.inspection.inspect", remark)
+    monkeypatch.setattr("msn_export.compare.inspection.inspect", remark)
     (tmp_path / "m.onnx").touch()
     result = invoke("inspect", str(tmp_path / "m.onnx"))
     assert result.stderr.splitlines() == ["input 'a' [2J of b", "error: that was all"]

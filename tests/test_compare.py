@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from msn_export.check.compare import Agreement, Comparison, Errors, worst_of
 from msn_export.errors import ToleranceError
+from msn_export.metrics.metrics import Agreement, Comparison, Errors, worst_of
 
 
 def compare(want, have) -> Agreement:

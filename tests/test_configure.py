@@ -6,10 +6,9 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from msn_export.engine.compile import compile_engine
-from msn_export.engine.flavours import flavour_for
-from msn_export.engine.job import BuildSpec
-from msn_export.engine.listeners import Heard
+from msn_export.engine.compile import Heard, compile_engine
+from msn_export.engine.options import BuildSpec
+from msn_export.engine.versions import flavour_for
 from msn_export.errors import BuildError
 from msn_export.spec import BatchRange, Dtype
 

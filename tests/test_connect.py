@@ -6,9 +6,8 @@ from types import ModuleType
 
 import pytest
 
-from msn_export.cluster import connect
-from msn_export.cluster.capacity import Node
-from msn_export.cluster.connect import address_of, connected, first_line, own_error_in
+from msn_export.cluster import cluster
+from msn_export.cluster.cluster import Node, address_of, connected, first_line, own_error_in
 from msn_export.errors import ClusterError, DeviceError, MissingPackageError
 
 
@@ -108,7 +107,7 @@ def test_a_cluster_tells_its_living_nodes_and_is_left(joined, port) -> None:
 
 
 def test_a_local_cluster_has_the_cores_of_this_process(joined, monkeypatch) -> None:
-    monkeypatch.setattr(connect, "usable_cores", lambda: [0, 1, 2])
+    monkeypatch.setattr(cluster, "usable_cores", lambda: [0, 1, 2])
     ray = joined()
     with connected("local"):
         pass

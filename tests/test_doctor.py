@@ -11,18 +11,17 @@ import pytest
 from installed import install
 
 from msn_export.cli import main
-from msn_export.doctor.abilities import ABILITIES, COMPILER, judge
-from msn_export.doctor.findings import Finding, find_faults
-from msn_export.doctor.packages import (
+from msn_export.commands.doctor import ABILITIES, COMPILER, Finding, find_faults, judge
+from msn_export.commands.installed import (
+    Probe,
     Wanted,
     module_of,
     modules_of,
+    probe,
     requirements_by_extra,
     wanted_packages,
 )
-from msn_export.doctor.probe import Probe, probe
-from msn_export.driver import Device, Driver, NoDriver
-from msn_export.machine import driver_release
+from msn_export.host import Device, Driver, NoDriver, driver_release
 from msn_export.spec import ComputeCapability
 
 NO_DRIVER = NoDriver("no NVIDIA driver (libcuda.so.1 cannot be loaded)")
@@ -92,7 +91,7 @@ def test_a_probe_survives_whatever_a_module_does(code, fault, tmp_path, monkeypa
 def test_a_probe_that_hangs_is_given_up(tmp_path, monkeypatch) -> None:
     (tmp_path / "suspect.py").write_text("import time; time.sleep(60)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr("msn_export.doctor.probe._TIMEOUT", 0.5)
+    monkeypatch.setattr("msn_export.commands.installed._TIMEOUT", 0.5)
     assert "takes more than" in (probe("suspect").fault or "")
 
 

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from msn_export.check.drift import (
+from msn_export.compare.drift import Drift, suspect_of
+from msn_export.errors import ToleranceError
+from msn_export.metrics.block_errors import (
     Gathered,
     OwnError,
     StageDrift,
@@ -19,8 +21,6 @@ from msn_export.check.drift import (
     own_errors,
     stages_of,
 )
-from msn_export.errors import ToleranceError
-from msn_export.proof.drift import Drift, suspect_of
 from msn_export.spec import Dtype
 
 NAMES = ("patch embedding", "block 0", "block 1", "block 2")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from msn_export.driver import Device, Driver, NoDriver, find_driver
+from msn_export.host import Device, Driver, NoDriver, find_driver
 from msn_export.spec import ComputeCapability
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here")

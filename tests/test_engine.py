@@ -7,7 +7,7 @@ import pytest
 
 from msn_export.errors import DeviceError
 from msn_export.runtime.engine import Engine
-from msn_export.runtime.loaders import LOADERS, Loaded
+from msn_export.runtime.versions import LOADERS, Loaded
 
 
 class Runtime:

@@ -18,11 +18,11 @@ from trt_bench import one_device
 
 from msn_export import manifest
 from msn_export.cli import main
-from msn_export.driver import Device, NoDriver
+from msn_export.commands import trt
 from msn_export.errors import MissingPackageError
-from msn_export.runtime import engine_opening, open_runner
+from msn_export.host import Device, NoDriver
+from msn_export.runtime import open_runner, opening
 from msn_export.spec import ComputeCapability
-from msn_export.trt import execute
 
 pytestmark = NEEDS_RTX
 PROFILES = ((1, 1, 1), (2, 4, 6))
@@ -78,9 +78,9 @@ def use_installed_version(monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
     from importlib.metadata import version
 
-    loaded = engine_opening.load("tensorrt-rtx", compatible=False)
+    loaded = opening.load("tensorrt-rtx", compatible=False)
     same = replace(loaded, version=version("tensorrt-rtx"))
-    monkeypatch.setattr(engine_opening, "load", lambda _backend, compatible: same)
+    monkeypatch.setattr(opening, "load", lambda _backend, compatible: same)
 
 
 @pytest.mark.parametrize(
@@ -115,14 +115,14 @@ def reason(tmp_path: Path, *options: str) -> str:
 
 
 def test_why_it_was_not_run_is_told(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(execute, "find_driver", lambda: NoDriver("no NVIDIA driver (…)"))
+    monkeypatch.setattr(trt, "find_driver", lambda: NoDriver("no NVIDIA driver (…)"))
     assert reason(tmp_path) == "compiled, not executed: no NVIDIA driver (…)"
     hopper = Device(0, "NVIDIA H200", ComputeCapability(9, 0), 140 << 30)
-    monkeypatch.setattr(execute, "find_driver", lambda: one_device(hopper))
+    monkeypatch.setattr(trt, "find_driver", lambda: one_device(hopper))
     assert reason(tmp_path, "--force").startswith(
         "compiled, not executed: it is for another GPU (tensorrt-rtx "
     )
-    monkeypatch.setattr(execute, "find_driver", one_device)
+    monkeypatch.setattr(trt, "find_driver", one_device)
     assert reason(tmp_path, "--force", "--no-check") == (
         "compiled, not executed: no check was asked for (--no-check)"
     )
@@ -130,8 +130,8 @@ def test_why_it_was_not_run_is_told(tmp_path, monkeypatch) -> None:
     def missing(_backend: str) -> None:
         raise MissingPackageError("cuda-bindings is not installed; pip install …")
 
-    monkeypatch.setattr(engine_opening, "find_driver", one_device)
-    monkeypatch.setattr(engine_opening, "load_cuda", missing)
+    monkeypatch.setattr(opening, "find_driver", one_device)
+    monkeypatch.setattr(opening, "load_cuda", missing)
     assert reason(tmp_path, "--force") == (
         "compiled, not executed: cuda-bindings is not installed; pip install …"
     )

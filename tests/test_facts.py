@@ -2,7 +2,7 @@
 
 from graphs import parse
 
-from msn_export.graph.facts import GraphFacts
+from msn_export.graph.summary import GraphFacts
 from msn_export.spec import TensorSpec
 
 

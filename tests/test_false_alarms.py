@@ -19,13 +19,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from msn_export.errors import ToleranceError
-from msn_export.models.variants import VARIANTS
-from msn_export.models.vit_msn import VitMsn
-from msn_export.run_calibrate import CalibrateJob, run_calibrate
-from msn_export.run_onnx import OnnxJob, run_onnx
-from msn_export.run_trt import TrtJob, run_trt
-from msn_export.run_validate import ValidateJob, run_validate
-from msn_export.spec import BatchRange, ComputeCapability, Dtype, Head, InputKind, Target
+from msn_export.models.config import VARIANTS
+from msn_export.models.vit import VitMsn
+from msn_export.commands.calibrate import CalibrateJob, run_calibrate
+from msn_export.commands.onnx import OnnxJob, run_onnx
+from msn_export.commands.trt import TrtJob, run_trt
+from msn_export.commands.validate import ValidateJob, run_validate
+from msn_export.spec import BatchRange, ComputeCapability, Dtype, Head, InputFormat, Target
 
 SEED, DRAWN = 0, 3
 BATCH = BatchRange(1, 1, 2)
@@ -48,11 +48,11 @@ TRAINED = (
 # With nothing that brings the other channels' size back, what tells these images apart is less than
 # half precision keeps of the output: refusing them is right.
 LOST = frozenset({"channel 3000", "channel 12000"})
-Form = tuple[Target, InputKind, Head]
+Form = tuple[Target, InputFormat, Head]
 FORMS: tuple[Form, ...] = (
-    (Target.TENSORRT, InputKind.FLOAT, Head.CLS),
-    (Target.ONNXRUNTIME, InputKind.UINT8, Head.TOKENS),
-    (Target.TENSORRT_8, InputKind.FLOAT, Head.LOGITS),
+    (Target.TENSORRT, InputFormat.FLOAT, Head.CLS),
+    (Target.ONNXRUNTIME, InputFormat.UINT8, Head.TOKENS),
+    (Target.TENSORRT_8, InputFormat.FLOAT, Head.LOGITS),
 )
 
 
@@ -63,18 +63,18 @@ class Case:
     shape: str
     dtype: Dtype
     target: Target = Target.TENSORRT
-    stem: InputKind = InputKind.FLOAT
+    input_format: InputFormat = InputFormat.FLOAT
     head: Head = Head.CLS
     trained: str = ""
 
     def __str__(self) -> str:
-        parts = (self.shape, self.trained, self.target, self.stem, self.head, self.dtype)
+        parts = (self.shape, self.trained, self.target, self.input_format, self.head, self.dtype)
         return "-".join(part.replace(" ", "-") for part in parts if part)
 
 
 def grid() -> list[Case]:
     """Give every case but the largest."""
-    inputs = (InputKind.FLOAT, InputKind.UINT8)
+    inputs = (InputFormat.FLOAT, InputFormat.UINT8)
     cases = [
         *(Case("small", *form) for form in product(Dtype, Target, inputs, Head)),
         *(Case("large-7", *form)
@@ -203,7 +203,7 @@ class Models:
             )
             return run_calibrate(asked)[0]
         job = OnnxJob(
-            self.checkpoint(case), output, heads=(case.head,), stem=case.stem, dtype=case.dtype,
+            self.checkpoint(case), output, heads=(case.head,), input_format=case.input_format, dtype=case.dtype,
             target=case.target, images=self.images, batch=BATCH,
         )  # fmt: skip
         return run_onnx(job)[0]

@@ -17,18 +17,18 @@ from checkpoints import massive
 from faults import BLOCK, describe, plant
 
 from msn_export import images, manifest
+from msn_export.calibration.job import CalibrateJob
+from msn_export.commands.calibrate import run_calibrate
+from msn_export.commands.drift import DriftJob, run_drift
+from msn_export.commands.onnx import OnnxJob, run_onnx
+from msn_export.commands.validate import ValidateJob, run_validate
+from msn_export.compare.drift import Drift
+from msn_export.compare.validation import Validation
 from msn_export.errors import ToleranceError
 from msn_export.graph.precision import type_graph
 from msn_export.manifest import Manifest
 from msn_export.preprocessing import preset
 from msn_export.progress import Silent
-from msn_export.proof.drift import Drift
-from msn_export.proof.validation import Validation
-from msn_export.quantise.job import CalibrateJob
-from msn_export.run_calibrate import run_calibrate
-from msn_export.run_drift import DriftJob, run_drift
-from msn_export.run_onnx import OnnxJob, run_onnx
-from msn_export.run_validate import ValidateJob, run_validate
 from msn_export.runtime import open_runner
 from msn_export.spec import BatchRange, Dtype, Head, ImageSize
 

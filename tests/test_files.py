@@ -16,7 +16,7 @@ import pytest
 from msn_export import files
 from msn_export.errors import OutputError
 from msn_export.files import publish, require_writable, staging
-from msn_export.sidecar import manifest_path
+from msn_export.manifest import manifest_path
 
 
 def message_of(*outputs: Path, force: bool = False, sources: tuple[Path, ...] = ()) -> str:

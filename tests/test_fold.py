@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from msn_export.graph.fold import with_cls_token, with_normalisation
+from msn_export.graph.torch_export import with_cls_token, with_normalisation
 from msn_export.images import normalize
 from msn_export.preprocessing import preset
 from msn_export.spec import ImageSize

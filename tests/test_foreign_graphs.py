@@ -34,11 +34,11 @@ from foreign import (
 from tiny_artifacts import pictures
 from torch import nn
 
+from msn_export.artifact import read_source
 from msn_export.cli import main
 from msn_export.graph import io
 from msn_export.graph.foreign import FORMS
 from msn_export.graph.fuse import fuse_attention
-from msn_export.source import read_source
 from msn_export.spec import AttentionForm, Dtype, ImageSize, InputKind
 
 Writer = Callable[[Path], Path]

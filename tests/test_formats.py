@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msn_export.calibration.formats import FP8, INT8, scales
+from msn_export.calibration.qdq import FP8, INT8, scales
 from msn_export.errors import GraphError
 from msn_export.spec import Dtype
 

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from msn_export.check.compare import Agreement, Comparison, Errors
-from msn_export.check.gate import (
+from msn_export.errors import SpecError, ToleranceError
+from msn_export.metrics.metrics import Agreement, Comparison, Errors
+from msn_export.metrics.tolerances import (
     CENTRED,
     GATES,
     MARGIN,
@@ -20,7 +21,6 @@ from msn_export.check.gate import (
     in_words,
     quality_gate,
 )
-from msn_export.errors import SpecError, ToleranceError
 from msn_export.spec import Dtype
 
 GOOD = Agreement(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from graphs import op_types, parse, random_feeds, run
 
-from msn_export.graph.heads import set_heads_apart
+from msn_export.graph.fuse import set_heads_apart
 
 SEPARATE = """
 g (float[b,5,8] q, float[b,7,8] k, float[b,7,8] v) => (float[b,5,8] y)

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from transformers import ViTMSNConfig
 
 from msn_export.errors import CheckpointError
-from msn_export.models.hf_config import parse_config, parse_labels, read_json, read_labels
-from msn_export.models.variants import VARIANTS
+from msn_export.models.config import VARIANTS, parse_config, parse_labels, read_json, read_labels
 
 OURS = {"model_type": "vit_msn"}
 

@@ -11,8 +11,8 @@ from click.testing import CliRunner
 from engine_builds import NEEDS_RTX
 
 from msn_export.cli import main
+from msn_export.compare.inspection import inspect
 from msn_export.errors import MsnExportError
-from msn_export.proof.inspection import inspect
 
 pytestmark = NEEDS_RTX
 

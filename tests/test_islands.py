@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from graphs import parse, run
 
-from msn_export.check.gate import HEADROOM
-from msn_export.check.sample import Sample
 from msn_export.errors import GraphError
-from msn_export.graph.islands import MAXIMA, choose, observe
-from msn_export.islands import decide, measure
+from msn_export.graph.fp32_islands import MAXIMA, choose, observe
+from msn_export.metrics.samples import Sample
+from msn_export.metrics.tolerances import HEADROOM
+from msn_export.mixed_precision import decide, measure
 from msn_export.preprocessing import preset
 from msn_export.spec import Dtype, ImageSize, InputKind
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msn_export.engine.job import BuildSpec, Phases, Progress
+from msn_export.engine.options import BuildSpec, Phases, Progress
 from msn_export.errors import SpecError
 from msn_export.spec import BatchRange, ComputeCapability, Dtype
 

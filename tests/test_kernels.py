@@ -5,8 +5,14 @@ import json
 import pytest
 
 from msn_export.engine.census import by_profile
-from msn_export.engine.kernels import Constant, Kernel, block_of, read_inspector, read_log
-from msn_export.engine.roles import is_fused_attention
+from msn_export.engine.kernels import (
+    Constant,
+    Kernel,
+    block_of,
+    is_fused_attention,
+    read_inspector,
+    read_log,
+)
 from msn_export.errors import BuildError
 
 # One record of each form out of a log of TensorRT-RTX 1.7.1, strides left out.

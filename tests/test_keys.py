@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from msn_export.errors import CheckpointError
-from msn_export.models.keys import canonical, rename
+from msn_export.models.state_dict import canonical, rename
 
 # our name: transformers < 5, transformers 5, facebookresearch/msn, torchvision
 WEIGHTS = {

@@ -2,7 +2,7 @@
 
 import pytest
 
-from msn_export.check.labels import label_faults
+from msn_export.metrics.diagnose import label_faults
 
 SHIFTED = "the candidate's class names are the reference's shifted by "
 NAMES = ("cat", "dog", "fox", "owl")

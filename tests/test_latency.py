@@ -5,10 +5,10 @@ import json
 import pytest
 from benches import made_up
 
-from msn_export.bench.records import Contender
+from msn_export.bench.results import Contender
 from msn_export.errors import SpecError
-from msn_export.records import to_plain
 from msn_export.report.latency import read_latency
+from msn_export.schema import to_plain
 
 
 def test_a_benchmark_has_its_own_columns_and_a_bar_a_row(tmp_path) -> None:

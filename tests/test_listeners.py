@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 from engine_builds import rtx
 
-from msn_export.engine import listeners
-from msn_export.engine.job import Progress
-from msn_export.engine.listeners import Heard, make_log, make_monitor
+from msn_export.engine import compile
+from msn_export.engine.compile import Heard, make_log, make_monitor
+from msn_export.engine.options import Progress
 
 # What the real module's classes are to their subclasses: bases with an __init__
 TRT = SimpleNamespace(
@@ -76,7 +76,7 @@ def test_one_phase_is_not_told_more_often_than_an_eye_sees(monkeypatch) -> None:
     monitor = make_monitor(TRT, lambda progress: told.append(progress) or True)
     monitor.phase_start("build", None, 100)
     for step in range(100):
-        now[0] += listeners._INTERVAL / 10
+        now[0] += compile._INTERVAL / 10
         assert monitor.step_complete("build", step) is True
     assert len(told) in {10, 11}
     monitor.phase_finish("build")

@@ -8,15 +8,15 @@ from msn_export.errors import (
     MissingPackageError,
     RunnerError,
 )
-from msn_export.runtime import loaders
-from msn_export.runtime.loaders import LOADERS, Loaded, load, may_run
+from msn_export.runtime import versions
+from msn_export.runtime.versions import LOADERS, Loaded, load, may_run
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, **modules: str) -> None:
     """Have modules of these versions installed, and no others."""
     made = {name: types.SimpleNamespace(__version__=text) for name, text in modules.items()}
-    monkeypatch.setattr(loaders.importlib.util, "find_spec", made.get)
-    monkeypatch.setattr(loaders.importlib, "import_module", made.__getitem__)
+    monkeypatch.setattr(versions.importlib.util, "find_spec", made.get)
+    monkeypatch.setattr(versions.importlib, "import_module", made.__getitem__)
 
 
 def test_full_tensorrt_is_taken_before_the_lean_runtime(monkeypatch) -> None:
@@ -71,7 +71,7 @@ def test_a_module_that_does_not_import_says_why(monkeypatch) -> None:
     def broken(_name: str) -> None:
         raise OSError("libtensorrt_rtx.so: cannot open shared object file")
 
-    monkeypatch.setattr(loaders.importlib, "import_module", broken)
+    monkeypatch.setattr(versions.importlib, "import_module", broken)
     with pytest.raises(RunnerError, match="tensorrt_rtx is installed but does not import"):
         load("tensorrt-rtx", compatible=False)
 

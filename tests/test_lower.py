@@ -8,7 +8,7 @@ from graphs import op_types, parse, random_feeds, run
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from msn_export.errors import GraphError
-from msn_export.graph.lower import lower, raise_opset
+from msn_export.graph.opset import lower, raise_opset
 
 BODIES = {
     "gelu": "y = Gelu (x)",

@@ -13,8 +13,7 @@ from manifests import example
 import msn_export
 from msn_export import manifest
 from msn_export.errors import ManifestError
-from msn_export.manifest import Manifest
-from msn_export.sidecar import sha256_of
+from msn_export.manifest import Manifest, sha256_of
 from msn_export.spec import Dtype
 
 
@@ -237,4 +236,4 @@ def test_none_is_quoted_before_it_was_verified() -> None:
         for path in package.rglob("*.py")
         if "read_unverified" in path.read_text()
     }
-    assert unverified == {"manifest.py", "proof/inspection.py"}  # one given without its artifact
+    assert unverified == {"manifest.py", "compare/inspection.py"}  # one given without its artifact

@@ -85,7 +85,7 @@ def test_places_are_counted_in_bytes() -> None:
 
 
 def test_a_draw_is_the_seeds_and_has_no_fault_twice() -> None:
-    where = ["check/neighbours.py", "check/sample.py"]
+    where = ["metrics/metrics.py", "metrics/samples.py"]
     first, again, other = (mutants.draw(where, None, 30, seed) for seed in (1, 1, 2))
     assert first == again != other
     assert len(set(first)) == 30
@@ -95,9 +95,9 @@ def test_a_draw_is_the_seeds_and_has_no_fault_twice() -> None:
 
 
 def test_a_draw_may_be_of_one_line() -> None:
-    drawn = mutants.draw(["check/neighbours.py"], None, 10**6, 0)
+    drawn = mutants.draw(["metrics/metrics.py"], None, 10**6, 0)
     line = drawn[0].mutation.line
-    here = mutants.draw([f"check/neighbours.py:{line}"], None, 10**6, 0)
+    here = mutants.draw([f"metrics/metrics.py:{line}"], None, 10**6, 0)
     assert here == [one for one in drawn if one.mutation.line == line] != drawn
 
 
@@ -111,7 +111,7 @@ def test_the_tests_of_a_module_are_its_own_then_its_importers_then_their_own() -
     assert tests[0] == "test_fuse.py"
     assert 0 < tests.index("test_attention.py") < tests.index("test_run_onnx.py")
     assert len(set(tests)) == len(tests)
-    assert mutants.tests_of("runtime/feed.py")[:2] == ["test_runtime_feed.py", "test_feed.py"]
+    assert mutants.tests_of("runtime/batching.py")[:2] == ["test_runtime_feed.py", "test_feed.py"]
 
 
 def test_what_is_no_module_is_refused() -> None:

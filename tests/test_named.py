@@ -130,7 +130,7 @@ def test_the_files_that_loading_may_read_are_listed(tmp_path) -> None:
 
 
 def test_it_loads_no_torch() -> None:
-    code = "import sys; from msn_export import onnx_job; print('torch' in sys.modules)"
+    code = "import sys; from msn_export.commands import jobs; print('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "False\n"
 

@@ -5,11 +5,11 @@ import pytest
 from checkpoints import hugging_face
 from graphs import op_types, parse, random_feeds, run
 
+from msn_export.graph.cls_only import narrow_to_first_token
 from msn_export.graph.fuse import fuse_attention
-from msn_export.graph.narrow import narrow_to_first_token
-from msn_export.graph.trace import trace
-from msn_export.graph.work import multiply_adds
-from msn_export.models.checkpoints import load_checkpoint
+from msn_export.graph.summary import multiply_adds
+from msn_export.graph.torch_export import trace
+from msn_export.models.checkpoint import load_checkpoint
 from msn_export.preprocessing import preset
 from msn_export.spec import AttentionForm, BatchRange, Head, ImageSize, InputKind
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from msn_export.check.neighbours import class_agreement, embedding_of, nearest, neighbour_agreement
 from msn_export.errors import ToleranceError
+from msn_export.metrics.metrics import class_agreement, embedding_of, nearest, neighbour_agreement
 
 EMBEDDINGS = np.array([[1, 0, 0], [0.9, 0.1, 0], [0, 1, 0], [0, 0.9, 0.2]], np.float32)
 

@@ -7,8 +7,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from msn_export.cluster.capacity import Node
-from msn_export.cluster.sources import list_sources
+from msn_export.cluster.cluster import Node
+from msn_export.cluster.storage import list_sources
 from msn_export.embed.job import EmbedJob
 from msn_export.errors import ClusterError
 

@@ -12,8 +12,8 @@ import pytest
 from checkpoints import hugging_face
 from exports import export
 
-from msn_export.check import gate
-from msn_export.check.compare import Errors
+from msn_export.metrics import tolerances
+from msn_export.metrics.metrics import Errors
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +120,8 @@ def test_an_existing_output_is_kept_unless_forced(checkpoint, tmp_path) -> None:
 
 
 def test_a_failed_check_publishes_nothing(checkpoint, tmp_path, monkeypatch) -> None:
-    none = gate.Limit(Errors.uniform(0.0))
-    monkeypatch.setattr(gate.Limit, "of_rounding", lambda *_: none)
+    none = tolerances.Limit(Errors.uniform(0.0))
+    monkeypatch.setattr(tolerances.Limit, "of_rounding", lambda *_: none)
     result = export(checkpoint, tmp_path / "m.onnx")
     assert result.exit_code == 1
     assert "output 'logits', does not agree with its reference: relative error" in result.stderr

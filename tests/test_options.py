@@ -6,14 +6,12 @@ import pytest
 from engine_builds import NEEDS_RTX, built, rtx, spec_of
 from engine_graphs import Vit
 
-from msn_export.driver import Device, Driver, NoDriver
 from msn_export.engine import build
-from msn_export.engine.backend import Backend
 from msn_export.engine.build import build_engine
-from msn_export.engine.flavours import flavour_for
-from msn_export.engine.job import BuildSpec
-from msn_export.engine.options import judge
+from msn_export.engine.options import BuildSpec, check_options
+from msn_export.engine.versions import Backend, flavour_for
 from msn_export.errors import BuildError
+from msn_export.host import Device, Driver, NoDriver
 from msn_export.spec import ComputeCapability, Targets
 
 pytestmark = NEEDS_RTX
@@ -80,7 +78,7 @@ def test_full_tensorrt_needs_its_gpu() -> None:
     row = flavour_for("tensorrt", "11.4.0")
     assert row is not None
     with pytest.raises(BuildError, match="use --backend tensorrt-rtx, which needs none"):
-        judge(spec_of(Vit(), ""), Backend(row, "11.4.0"), NoDriver("no NVIDIA driver"))
+        check_options(spec_of(Vit(), ""), Backend(row, "11.4.0"), NoDriver("no NVIDIA driver"))
 
 
 def test_full_tensorrt_builds_for_its_own_gpu_only(

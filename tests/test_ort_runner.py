@@ -15,9 +15,8 @@ from trt_bench import one_device
 from msn_export.errors import DeviceError, GraphError, InputError, RunnerError
 from msn_export.graph import io
 from msn_export.runtime import dlpack, open_runner
-from msn_export.runtime import ort as subject
-from msn_export.runtime.ort import OrtRunner
-from msn_export.runtime.ort_session import open_session
+from msn_export.runtime import onnxruntime as subject
+from msn_export.runtime.onnxruntime import OrtRunner, open_session
 from msn_export.runtime.providers import CPU, CUDA
 
 NETWORK = Network()

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from msn_export.runtime import Outputs, library
+from msn_export.runtime import Outputs
+from msn_export.runtime import tensor as library
 
 
 def test_by_name_and_by_attribute() -> None:

@@ -11,7 +11,7 @@ from benches import made_up
 from pages import read
 
 from msn_export.bench.page import write_page
-from msn_export.records import to_plain
+from msn_export.schema import to_plain
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,12 @@ from artifacts import classifier, copy_of, engine, rewrite
 from checkpoints import hugging_face, processor
 
 from msn_export import manifest
+from msn_export.commands.jobs import OnnxJob
+from msn_export.commands.onnx import run_onnx
+from msn_export.compare.sides import open_artifact, open_pair
 from msn_export.errors import SpecError
 from msn_export.models.named import Choices
-from msn_export.onnx_job import OnnxJob
 from msn_export.preprocessing import assumed, preset
-from msn_export.proof.artifact import open_artifact
-from msn_export.proof.pair import open_pair
-from msn_export.run_onnx import run_onnx
 from msn_export.spec import ImageSize, InputKind
 
 
@@ -66,7 +65,7 @@ def test_no_order_depends_on_a_hash_seed(tmp_path, seed) -> None:
     for size in (32, 48):
         hugging_face(tmp_path / str(size), image_size=size)
     code = (
-        "import sys; from msn_export.proof.pair import open_pair; "
+        "import sys; from msn_export.compare.sides import open_pair; "
         "print(open_pair(*sys.argv[1:]).candidate.size)"
     )
     run = subprocess.run(

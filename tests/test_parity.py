@@ -13,10 +13,10 @@ from transformers import ViTMSNConfig, ViTMSNModel
 
 from msn_export.graph import io
 from msn_export.graph.fuse import fuse_attention
-from msn_export.graph.trace import trace
-from msn_export.models.activations import names as activation_names
-from msn_export.models.checkpoints import load_checkpoint
-from msn_export.models.vit_msn import VitMsn
+from msn_export.graph.torch_export import trace
+from msn_export.models.checkpoint import load_checkpoint
+from msn_export.models.vit import VitMsn
+from msn_export.models.vit import names as activation_names
 from msn_export.preprocessing import preset
 from msn_export.spec import AttentionForm, BatchRange, Head, ImageSize, InputKind
 

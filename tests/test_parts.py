@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from msn_export.embed import parts as module
-from msn_export.embed.parts import Parts
-from msn_export.embed.rows import BEST, Rows
+from msn_export.embed import journal as module
+from msn_export.embed.inference import BEST, Rows
+from msn_export.embed.journal import Parts
 from msn_export.errors import OutputError
 
 ORIGIN = {"model": "abc", "listing": "6 pictures", "preprocessing": {"name": "hf", "mean": (0.5,)}}

@@ -5,7 +5,7 @@ import onnx
 import onnx_ir as ir
 from graphs import op_types, parse, random_feeds, run
 
-from msn_export.graph.patch import Patch, replace
+from msn_export.graph.builder import Patch, replace
 
 TEXT = "g (float[2,3] x) => (float[2,3] y) { a = Neg (x)  y = Abs (a) }"
 

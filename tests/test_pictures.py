@@ -9,7 +9,7 @@ import pytest
 from tiny_artifacts import pictures
 
 from msn_export import images
-from msn_export.calibration.pictures import HELD_OUT_MOST, Pictures, Split, hash_of, split
+from msn_export.calibration.images import HELD_OUT_MOST, Pictures, Split, hash_of, split
 from msn_export.errors import ImageError
 from msn_export.preprocessing import preset
 from msn_export.spec import ImageSize, InputKind

@@ -8,8 +8,8 @@ import matplotlib as mpl
 import pytest
 from manifests import check
 
-from msn_export.manifest_records import ImageRecord
-from msn_export.report import facts, plots
+from msn_export.manifest import ImageRecord
+from msn_export.report import facts, render
 
 
 def stage(name: str, **changes: Any) -> facts.Stage:
@@ -52,19 +52,19 @@ ODD = drift(
     parted="block 0",
 )
 DRAWN = {
-    "histogram": lambda: plots.histogram([agreement(0.999, 0.9999, 1.0)]),
-    "histogram of the same": lambda: plots.histogram([agreement(1.0, 1.0), agreement(0.5)]),
-    "histogram with what is no number": lambda: plots.histogram([agreement(None, math.nan, 0.9)]),
-    "drift": lambda: plots.drift([PLAIN]),
-    "drift of what is no number": lambda: plots.drift([ODD, PLAIN]),
-    "drift of nothing but zeros": lambda: plots.drift([drift(stage("block 0", own=0.0))]),
-    "headroom": lambda: plots.headroom(PLAIN),
-    "headroom of what is no number": lambda: plots.headroom(ODD),
-    "many blocks": lambda: plots.drift([drift(*(stage(f"block {i}") for i in range(40)))]),
-    "sizes": lambda: plots.sizes([artifact(), artifact(name="other")]),
-    "kinds": lambda: plots.kinds(artifact(engine=ENGINE)),
-    "blocks": lambda: plots.per_block(artifact(engine=ENGINE)),
-    "latency": lambda: plots.latency(facts.Latency("", (), (), (("a", 1.5), ("b", 3.0)))),
+    "histogram": lambda: render.histogram([agreement(0.999, 0.9999, 1.0)]),
+    "histogram of the same": lambda: render.histogram([agreement(1.0, 1.0), agreement(0.5)]),
+    "histogram with what is no number": lambda: render.histogram([agreement(None, math.nan, 0.9)]),
+    "drift": lambda: render.drift([PLAIN]),
+    "drift of what is no number": lambda: render.drift([ODD, PLAIN]),
+    "drift of nothing but zeros": lambda: render.drift([drift(stage("block 0", own=0.0))]),
+    "headroom": lambda: render.headroom(PLAIN),
+    "headroom of what is no number": lambda: render.headroom(ODD),
+    "many blocks": lambda: render.drift([drift(*(stage(f"block {i}") for i in range(40)))]),
+    "sizes": lambda: render.sizes([artifact(), artifact(name="other")]),
+    "kinds": lambda: render.kinds(artifact(engine=ENGINE)),
+    "blocks": lambda: render.per_block(artifact(engine=ENGINE)),
+    "latency": lambda: render.latency(facts.Latency("", (), (), (("a", 1.5), ("b", 3.0)))),
 }
 
 
@@ -78,11 +78,11 @@ def test_it_is_drawn_in_colours_that_the_page_gives(name) -> None:
 
 
 def test_the_same_figures_give_the_same_bytes() -> None:
-    assert plots.drift([PLAIN]) == plots.drift([PLAIN])
+    assert render.drift([PLAIN]) == render.drift([PLAIN])
 
 
 def test_ids_of_two_plots_do_not_clash_and_references_follow() -> None:
-    one, other = plots.drift([PLAIN]), plots.headroom(PLAIN)
+    one, other = render.drift([PLAIN]), render.headroom(PLAIN)
     ids, others = (set(re.findall(r'\bid="([^"]+)"', svg)) for svg in (one, other))
     assert ids
     assert not ids & others
@@ -90,23 +90,23 @@ def test_ids_of_two_plots_do_not_clash_and_references_follow() -> None:
 
 
 def test_a_name_that_is_markup_stays_text() -> None:
-    svg = plots.kinds(artifact(engine=ENGINE))
+    svg = render.kinds(artifact(engine=ENGINE))
     assert 'aria-label="Kernels of m &amp; &lt;n>.onnx by kind"' in svg
 
 
 def test_the_stage_that_parted_is_marked() -> None:
     parted = drift(stage("patch embedding"), stage("block 0", own=0.5), parted="block 0")
-    assert "var(--bad)" in plots.drift([parted])
-    assert "var(--bad)" not in plots.drift([PLAIN])
+    assert "var(--bad)" in render.drift([parted])
+    assert "var(--bad)" not in render.drift([PLAIN])
 
 
 def test_a_dollar_in_a_name_is_a_dollar() -> None:
-    assert r"a$\frac{$.onnx" in plots.sizes([artifact(name=r"a$\frac{$.onnx")])
+    assert r"a$\frac{$.onnx" in render.sizes([artifact(name=r"a$\frac{$.onnx")])
 
 
 def test_no_matplotlibrc_has_a_say() -> None:
     # matplotlib reads the current folder's, and TeX is a program that reads and writes files
     with mpl.rc_context({"text.usetex": True, "font.size": 40, "svg.fonttype": "path"}):
-        changed = plots.sizes([artifact()])
+        changed = render.sizes([artifact()])
         assert mpl.rcParams["text.usetex"]
-    assert changed == plots.sizes([artifact()])
+    assert changed == render.sizes([artifact()])

@@ -3,7 +3,7 @@
 import pytest
 from graphs import parse
 
-from msn_export.graph.projection import find_packed
+from msn_export.graph.cls_only import find_packed
 
 ADDITION = "a = Add (m, bias)"
 TRANSPOSE = "t = Transpose <perm = [0, 2, 1, 3]> (h)"

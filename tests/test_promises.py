@@ -10,16 +10,15 @@ from engine_builds import NEEDS_RTX, rtx
 from graphs import parse
 from numpy.typing import NDArray
 
+from msn_export.commands.trt_graph import asked_of
 from msn_export.engine.build import build_engine
-from msn_export.engine.census import require
-from msn_export.engine.job import BuildSpec
+from msn_export.engine.census import AskedNode, island_faults, require
 from msn_export.engine.kernels import Constant, Kernel
-from msn_export.engine.promises import AskedNode, island_faults
+from msn_export.engine.options import BuildSpec
 from msn_export.errors import BuildError
 from msn_export.graph import io
 from msn_export.graph.precision import type_graph
 from msn_export.spec import BatchRange, ComputeCapability, Dtype
-from msn_export.trt.compilable import asked_of
 
 # An island of a product, an addition of 64 biases and a LayerNorm beside a product in Half.
 NODES = {

@@ -3,8 +3,8 @@
 import pytest
 from trt_bench import one_device
 
-from msn_export.driver import NoDriver
 from msn_export.errors import RunnerError
+from msn_export.host import NoDriver
 from msn_export.runtime.providers import CPU, CUDA, choose, require_obtained
 
 CARD, NO_CARD = one_device(), NoDriver("no NVIDIA driver (libcuda.so.1 cannot be loaded)")

@@ -126,7 +126,7 @@ g (float[b,5,4] x) => (float[b,5,12] y)
 
 
 def test_projections_of_one_value_share_its_pair() -> None:
-    from msn_export.calibration.projections import Projection, Role
+    from msn_export.calibration.products import Projection, Role
 
     model = parse(SEPARATE)
     found = [Projection(Role.QKV, 0, f"MatMul{i}", "x", f"w{i}", 1) for i in range(3)]

@@ -13,12 +13,12 @@ from msn_export.calibration.collect import Watch, histograms
 from msn_export.calibration.observers import Observer
 from msn_export.calibration.plan import Plan
 from msn_export.calibration.ranges import SmoothingRecord
-from msn_export.calibration.smooth import find_seams, fold
-from msn_export.check.gate import Gate
+from msn_export.calibration.search import STRENGTHS, Choice, Probe, choices, replay, smooth
+from msn_export.calibration.smoothquant import find_seams, fold
 from msn_export.errors import GraphError
 from msn_export.graph.quantised import quantised_products
+from msn_export.metrics.tolerances import Gate
 from msn_export.progress import Silent
-from msn_export.quantise.choices import STRENGTHS, Choice, Probe, choices, replay, smooth
 
 IMAGES = feeds(6)["x"]
 NAMES = [f"{i}.png" for i in range(len(IMAGES))]

@@ -1,6 +1,6 @@
 """Rate and time left are those of the last minute."""
 
-from msn_export.embed.rate import Rate
+from msn_export.commands.embed import Rate
 
 
 def test_time_left_follows_the_rate_of_the_last_minute() -> None:

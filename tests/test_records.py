@@ -14,7 +14,7 @@ from manifests import example
 
 from msn_export.errors import ManifestError, SpecError
 from msn_export.manifest import Manifest
-from msn_export.records import from_plain, to_json, to_plain
+from msn_export.schema import from_plain, to_json, to_plain
 
 
 class Colour(StrEnum):

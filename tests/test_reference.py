@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from msn_export.errors import GraphError
-from msn_export.graph.reference import (
+from msn_export.graph.blocks import ENTRY
+from msn_export.graph.torch_reference import (
     TorchRunner,
     TorchStream,
     read_head,
@@ -15,9 +16,8 @@ from msn_export.graph.reference import (
     require_readable,
     shaken,
 )
-from msn_export.graph.stream import ENTRY
-from msn_export.models.variants import VitConfig
-from msn_export.models.vit_msn import Hidden, VitMsn
+from msn_export.models.config import VitConfig
+from msn_export.models.vit import Hidden, VitMsn
 from msn_export.spec import Head
 
 ENCODER = VitConfig((16, 16), (8, 8), 3, dim=8, depth=1, heads=2, mlp_dim=12)

@@ -2,8 +2,14 @@
 
 import pytest
 
-from msn_export.engine.kernels import Constant, Kernel
-from msn_export.engine.roles import gemm_dtype, is_fused_attention, is_gemm, is_layout_only
+from msn_export.engine.kernels import (
+    Constant,
+    Kernel,
+    gemm_dtype,
+    is_fused_attention,
+    is_gemm,
+    is_layout_only,
+)
 
 
 def kernel(name: str, kind: str = "kgen", **fields: object) -> Kernel:

@@ -20,8 +20,7 @@ from tiny_artifacts import classifier, foreign
 
 from msn_export import manifest
 from msn_export.bench import process as bench_process
-from msn_export.bench.arena import Arena
-from msn_export.bench.entries import (
+from msn_export.bench.contenders import (
     Entry,
     Where,
     artifact,
@@ -32,9 +31,10 @@ from msn_export.bench.entries import (
     torch_entry,
 )
 from msn_export.bench.process import Process
+from msn_export.bench.session import Arena
 from msn_export.cli import main
 from msn_export.errors import BenchError, GraphError
-from msn_export.manifest_records import CheckpointRecord
+from msn_export.manifest import CheckpointRecord
 from msn_export.models.named import Choices
 from msn_export.spec import Dtype, ImageSize
 
@@ -298,7 +298,7 @@ def test_what_is_left_out_holds_no_memory(model, tmp_path) -> None:
             arena.start(broken)
         children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
         commands = [Path(f"/proc/{child}/cmdline").read_bytes() for child in children]
-        assert not [line for line in commands if b"contender_process" in line]
+        assert not [line for line in commands if b"bench.worker" in line]
 
 
 def test_a_process_that_dies_is_described(model, tmp_path) -> None:

@@ -11,11 +11,11 @@ from click.testing import CliRunner
 from tiny_artifacts import classifier, pictures
 
 from msn_export import manifest as manifests
+from msn_export.calibration import verdict
 from msn_export.cli import main
 from msn_export.graph import io
 from msn_export.graph.quantised import quantised_products
-from msn_export.proof.artifact_facts import artifact_facts
-from msn_export.quantise import measured
+from msn_export.report.describe import artifact_facts
 from msn_export.runtime import open_runner
 
 
@@ -237,10 +237,10 @@ def test_time_that_is_lost_is_told_with_both_engines_times(
         "bytes": 70,
     }  # fmt: skip
     compiled = {"compiler": "pretended", "fp16": {**built, "bytes": 100}, "int8": built}
-    monkeypatch.setattr(measured, "compile_both", lambda *_: compiled)
+    monkeypatch.setattr(verdict, "compile_both", lambda *_: compiled)
     timed = {"fp16": 1.0, "int8": 1.5, "ratio": {"int8": 1.5}, "batch": 8, "device": "a GPU"}
     asked = []
-    monkeypatch.setattr(measured, "time_engines", lambda *given: asked.append(given) or timed)
+    monkeypatch.setattr(verdict, "time_engines", lambda *given: asked.append(given) or timed)
     output = tmp_path / "m.onnx"
     result = calibrate(graph, images, output, "--int8", "--smooth", "off")
     assert result.exit_code == 0, result.output

@@ -17,15 +17,15 @@ from click.testing import CliRunner, Result
 from tiny_artifacts import foreign, pictures
 
 from msn_export import manifest
-from msn_export.check.gate import DRIFT, HEADROOM
 from msn_export.cli import main
+from msn_export.commands.drift import DriftJob, run_drift
+from msn_export.commands.marked_engine import build_marked
+from msn_export.compare import sides, streams
 from msn_export.errors import GraphError, ManifestError
-from msn_export.graph.narrow import narrow_to_first_token
+from msn_export.graph.cls_only import narrow_to_first_token
 from msn_export.graph.precision import type_graph
+from msn_export.metrics.tolerances import DRIFT, HEADROOM
 from msn_export.progress import Silent
-from msn_export.proof import artifact, streams
-from msn_export.proof.marked import build_marked
-from msn_export.run_drift import DriftJob, run_drift
 from msn_export.spec import Dtype
 
 
@@ -470,7 +470,7 @@ def test_an_engine_that_came_from_nowhere_cannot_be_looked_into(tmp_path) -> Non
 
 def test_an_engine_as_it_is_shows_nothing(tmp_path) -> None:
     with pytest.raises(GraphError) as raised:
-        streams.what_is_shown(artifact.open_artifact(str(engine())))
+        streams.what_is_shown(sides.open_artifact(str(engine())))
     assert str(raised.value) == (
         f"{engine()}: an engine shows no tensors on its way; compare the graph it was built from"
     )
@@ -485,7 +485,7 @@ def test_an_engine_is_built_once_more_with_its_blocks_shown(tmp_path) -> None:
 
 
 def test_an_engine_is_compared_with_its_graph_block_by_block(images, monkeypatch) -> None:
-    graph = artifact.open_artifact(str(classifier()))
+    graph = sides.open_artifact(str(classifier()))
 
     class Marked:
         """What the engine with its blocks shown gives, computed by its graph."""
@@ -502,7 +502,7 @@ def test_an_engine_is_compared_with_its_graph_block_by_block(images, monkeypatch
         def close(self) -> None:
             self.stream.close()
 
-    for module in (artifact, streams):
+    for module in (sides, streams):
         monkeypatch.setattr(module, "open_engine", lambda _path: Marked())
     found = told(checkpoint(), engine(), "--images", images)
     assert found["passed"]

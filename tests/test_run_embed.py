@@ -18,16 +18,16 @@ from PIL import Image, ImageOps
 from pyarrow import parquet
 from tiny_artifacts import classifier, foreign, pictures
 
-from msn_export import embed_place, golden, images, manifest
-from msn_export.embed.batches import Reading, read_rows
-from msn_export.embed.parts import Parts
-from msn_export.embed.rows import Rows
+from msn_export import golden, images, manifest
+from msn_export.commands import embed as embed_place
+from msn_export.commands.jobs import OnnxJob
+from msn_export.commands.onnx import run_onnx
+from msn_export.embed.inference import Reading, Rows, read_rows
+from msn_export.embed.journal import Parts
 from msn_export.errors import GraphError
-from msn_export.onnx_job import OnnxJob
 from msn_export.preprocessing import assumed
-from msn_export.records import from_plain
-from msn_export.run_onnx import run_onnx
 from msn_export.runtime import Runner, open_runner
+from msn_export.schema import from_plain
 from msn_export.spec import ImageSize
 
 

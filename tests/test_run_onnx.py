@@ -13,7 +13,8 @@ from exports import export
 from PIL import Image
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from msn_export import image_folder, images, manifest, run_onnx
+from msn_export import image_folder, images, manifest
+from msn_export.commands import onnx as run_onnx
 from msn_export.processor_config import from_processor_config
 from msn_export.spec import ImageSize
 

@@ -23,9 +23,8 @@ from tiny_artifacts import pictures
 
 from msn_export import manifest as manifests
 from msn_export.cli import main
-from msn_export.manifest_records import CheckpointRecord
-from msn_export.records import to_plain
-from msn_export.sidecar import manifest_path
+from msn_export.manifest import CheckpointRecord, manifest_path
+from msn_export.schema import to_plain
 
 ENGINE_KINDS = 2  # plots of an engine: its kernels by kind, and by block
 PLOTS = 4 + ENGINE_KINDS + 1  # sizes, cosines, drift, headroom; the engine's; latency

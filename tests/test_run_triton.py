@@ -12,7 +12,7 @@ from triton_artifacts import GRAPH, LABELS, graph, plan
 from triton_runs import config_of, invoke, refused
 
 from msn_export import image_folder, images, manifest
-from msn_export.triton import messages
+from msn_export.triton import config as messages
 
 pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed")
 
@@ -291,8 +291,8 @@ def test_without_the_extra_the_message_has_the_line_that_installs_it(tmp_path) -
 
 @pytest.mark.parametrize(
     "code",
-    ["import msn_export.cli", "import msn_export.run_onnx, msn_export.run_trt",
-     "import msn_export.run_triton"],
+    ["import msn_export.cli", "import msn_export.commands.onnx, msn_export.commands.trt",
+     "import msn_export.commands.triton"],
 )  # fmt: skip
 def test_tritonclient_is_imported_by_its_command_alone(code) -> None:
     script = f"import sys; {code}; print([n for n in ('tritonclient', 'grpc') if n in sys.modules])"

@@ -16,16 +16,15 @@ from engine_builds import NEEDS_RTX
 from graphs import parse, run
 
 from msn_export import manifest
+from msn_export.artifact import read_source
 from msn_export.cli import main
-from msn_export.driver import NoDriver, find_driver
-from msn_export.engine.backend import Backend
-from msn_export.engine.flavours import flavour_for
+from msn_export.commands.trt import TrtJob, run_trt
+from msn_export.commands.trt_graph import written_for
+from msn_export.engine.versions import Backend, flavour_for
 from msn_export.errors import GraphError
 from msn_export.graph import io
-from msn_export.run_trt import TrtJob, run_trt
-from msn_export.source import read_source
+from msn_export.host import NoDriver, find_driver
 from msn_export.spec import AttentionForm, Dtype
-from msn_export.trt.compilable import written_for
 
 pytestmark = NEEDS_RTX
 RTX = ("--backend", "tensorrt-rtx", "--compute-capability", "8.9")
@@ -74,7 +73,7 @@ def test_contradicting_precisions_are_refused(graph, tmp_path) -> None:
 def test_what_the_compiler_cannot_take_is_refused_before_anything_is_run(
     graph, tmp_path, monkeypatch, target, message
 ) -> None:
-    monkeypatch.setattr("msn_export.run_trt.draw", None)
+    monkeypatch.setattr("msn_export.commands.trt.draw", None)
     options = ("--backend", "tensorrt-rtx", *target)
     result = build(graph, tmp_path / "m.engine", "--fp16", target=options)
     assert result.exit_code == 1
@@ -378,7 +377,7 @@ def child_of(parent: int) -> int | None:
             arguments = (entry / "cmdline").read_bytes()
         except OSError:
             continue
-        if int(fields[1]) == parent and b"msn_export.engine.child" in arguments:
+        if int(fields[1]) == parent and b"msn_export.engine.worker" in arguments:
             return int(entry.name)
     return None
 

@@ -13,9 +13,9 @@ from transformers.pipelines.image_classification import ImageClassificationPipel
 
 from msn_export import image_folder, images
 from msn_export.errors import InputError, ManifestError
-from msn_export.models.hf_config import PROBLEM_TYPES
+from msn_export.models.config import PROBLEM_TYPES
 from msn_export.runtime import open_runner
-from msn_export.runtime.ort import OrtRunner
+from msn_export.runtime.onnxruntime import OrtRunner
 from msn_export.runtime.runner import Guess, scores_of, top_k
 from msn_export.spec import Scores
 

@@ -20,10 +20,10 @@ from recorder import PAIRS
 from tensorrt_stand_in import ROWS, Runtime
 
 import msn_export
-from msn_export.runtime import bindings
-from msn_export.runtime.loaders import LOADERS, Loader, row_for
+from msn_export.runtime import versions
+from msn_export.runtime.versions import LOADERS, Loader, row_for
 
-CLASSES = declared_classes(Path(bindings.__file__).read_text())
+CLASSES = declared_classes(Path(versions.__file__).read_text())
 DATA = Path(__file__).parent / "data"
 # The names that only one way of making contexts uses; the code asks for the way before it does.
 OWN = {

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from msn_export import images
-from msn_export.check import sample as subject
-from msn_export.check.sample import (
+from msn_export.errors import ImageError, SpecError
+from msn_export.metrics import samples as subject
+from msn_export.metrics.samples import (
     affordable_batch,
     batch_sizes,
     batches,
@@ -18,7 +19,6 @@ from msn_export.check.sample import (
     with_drawn,
     with_ragged,
 )
-from msn_export.errors import ImageError, SpecError
 from msn_export.preprocessing import preset
 from msn_export.spec import BatchRange, ImageSize, InputKind
 

@@ -8,8 +8,8 @@ from artifacts import classifier, copy_of
 from msn_export import manifest
 from msn_export.errors import ManifestError
 from msn_export.graph import io
+from msn_export.manifest import manifest_path
 from msn_export.runtime import open_runner
-from msn_export.sidecar import manifest_path
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_another_graph_fails_the_selftest_with_its_figures(tmp_path) -> None:
 
     weights.const_value = ir.tensor(weights.const_value.numpy() * 1.01, name=weights.name)
     io.save(model, path)
-    from msn_export.sidecar import sha256_of
+    from msn_export.manifest import sha256_of
 
     manifest_path(path).write_text(
         manifest.seal(replace(known, sha256=sha256_of(path), bytes=path.stat().st_size))

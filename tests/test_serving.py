@@ -17,8 +17,8 @@ from PIL import Image
 from tiny_artifacts import classifier, foreign, pictures
 
 from msn_export import image_folder, images, runtime
-from msn_export.cluster import serving as module
-from msn_export.cluster.serving import Replica, Serving
+from msn_export.cluster import replica as module
+from msn_export.cluster.replica import Replica, Serving
 from msn_export.errors import ImageError, SpecError
 from msn_export.preprocessing import preset
 from msn_export.spec import ImageSize

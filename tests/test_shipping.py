@@ -2,7 +2,7 @@
 
 import pytest
 
-from msn_export.cluster.shipping import pack, unpacked
+from msn_export.cluster.storage import pack, unpacked
 from msn_export.errors import RunnerError
 
 

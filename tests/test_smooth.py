@@ -8,10 +8,10 @@ import pytest
 from calibrated_graphs import PACKINGS, block, feeds, planned
 from graphs import parse, random_feeds, run
 
-from msn_export.calibration import smooth
+from msn_export.calibration import smoothquant
 from msn_export.calibration.plan import Plan
-from msn_export.calibration.projections import Role, find_projections
-from msn_export.calibration.smooth import LARGEST_EXPONENT, Seam, factors, find_seams, fold
+from msn_export.calibration.products import Role, find_projections
+from msn_export.calibration.smoothquant import LARGEST_EXPONENT, Seam, factors, find_seams, fold
 from msn_export.errors import GraphError
 
 
@@ -129,8 +129,8 @@ def test_values_that_are_no_product_are_not_scaled(text) -> None:
     model = parse(f"""
         g (float[b,2] x) => (float[b,2] y) <float[2] c = {{1.0, 2.0}}>
         {{ {text}  y = Relu (v) }}""")
-    assert smooth._affine(value(model, "v")) is None
-    assert smooth._affine(model.graph.inputs[0]) is None
+    assert smoothquant._affine(value(model, "v")) is None
+    assert smoothquant._affine(model.graph.inputs[0]) is None
 
 
 def test_a_norm_whose_reader_is_not_quantised_is_no_seam(tmp_path) -> None:

@@ -11,11 +11,11 @@ from click.testing import CliRunner
 from graphs import parse
 
 from msn_export import manifest
+from msn_export.artifact import DYNAMIC, read_source
 from msn_export.cli import main
 from msn_export.errors import GraphError, ManifestError
 from msn_export.graph import io
 from msn_export.preprocessing import assumed, preset
-from msn_export.source import DYNAMIC, read_source
 from msn_export.spec import BatchRange, Dtype, ImageSize, InputKind
 
 

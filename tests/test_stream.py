@@ -17,24 +17,23 @@ import torch
 from checkpoints import hugging_face
 from graphs import parse, run
 
+from msn_export.commands.onnx import OnnxJob, run_onnx
 from msn_export.errors import GraphError
 from msn_export.graph import io
+from msn_export.graph.blocks import ENTRY, find_stream, inside, modules_of, parts_of, stages_of
+from msn_export.graph.builder import GIVEN, SEEN, expose, feed
+from msn_export.graph.cls_only import narrow_to_first_token
 from msn_export.graph.emulate import emulate_bf16
-from msn_export.graph.expose import GIVEN, SEEN, expose, feed
-from msn_export.graph.inside import inside, modules_of, parts_of
-from msn_export.graph.narrow import narrow_to_first_token
 from msn_export.graph.precision import type_graph
-from msn_export.graph.precision_map import precision_map
-from msn_export.graph.stream import ENTRY, find_stream, stages_of
 from msn_export.graph.structure import (
     differences,
     differences_by_block,
     structure_of,
     structure_of_module,
 )
-from msn_export.models.checkpoints import load_checkpoint
+from msn_export.graph.summary import precision_map
+from msn_export.models.checkpoint import load_checkpoint
 from msn_export.progress import Silent
-from msn_export.run_onnx import OnnxJob, run_onnx
 from msn_export.spec import Dtype, Head, Target
 
 # One pre-norm block; the tanh form of GELU has an addition of two computed values inside

@@ -15,8 +15,8 @@ from typing import IO, Any
 
 import pytest
 
-from msn_export.engine.job import Progress
-from msn_export.engine.supervise import Limits, peak_rss, run_child
+from msn_export.engine.build import Limits, peak_rss, run_child
+from msn_export.engine.options import Progress
 from msn_export.errors import BuildError
 
 

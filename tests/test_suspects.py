@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from msn_export.check.gate import GATES
-from msn_export.check.sample import Sample
-from msn_export.check.suspects import find_cause
-from msn_export.check.verify import run_reference
+from msn_export.metrics.diagnose import find_cause
+from msn_export.metrics.evaluate import run_reference
+from msn_export.metrics.samples import Sample
+from msn_export.metrics.tolerances import GATES
 from msn_export.preprocessing import preset
 from msn_export.spec import Dtype, ImageSize, InputKind
 

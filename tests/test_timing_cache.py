@@ -6,7 +6,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from msn_export.engine import timing_cache
+from msn_export.engine import compile
 from msn_export.spec import ComputeCapability
 
 
@@ -21,7 +21,7 @@ def holding(content: bytes) -> MagicMock:
 
 
 def path_of() -> Path | None:
-    return timing_cache.default_path("11.4.0.106", "NVIDIA H200 NVL", ComputeCapability(9, 0))
+    return compile.default_path("11.4.0.106", "NVIDIA H200 NVL", ComputeCapability(9, 0))
 
 
 def test_caches_are_kept_by_version_and_gpu(monkeypatch) -> None:
@@ -51,14 +51,14 @@ def test_a_user_without_a_home_has_none(monkeypatch) -> None:
 
 def test_a_first_build_starts_with_none(tmp_path) -> None:
     config = holding(b"")
-    assert timing_cache.attach(config, tmp_path / "timing.cache") is None
+    assert compile.attach(config, tmp_path / "timing.cache") is None
     config.create_timing_cache.assert_called_once_with(b"")
 
 
 def test_a_later_one_takes_what_is_there(tmp_path) -> None:
     (tmp_path / "timing.cache").write_bytes(b"timings")
     config = holding(b"")
-    assert timing_cache.attach(config, tmp_path / "timing.cache") is None
+    assert compile.attach(config, tmp_path / "timing.cache") is None
     config.create_timing_cache.assert_called_once_with(b"timings")
 
 
@@ -73,7 +73,7 @@ def test_a_foreign_cache_is_started_anew(tmp_path, refusal) -> None:
         fresh,
     ]
     config.set_timing_cache.side_effect = lambda cache, **_: cache is fresh
-    assert timing_cache.attach(config, path) == (
+    assert compile.attach(config, path) == (
         f"timing cache {path} is of another TensorRT or GPU, or damaged; it is started anew"
     )
     assert config.create_timing_cache.call_args.args == (b"",)
@@ -82,7 +82,7 @@ def test_a_foreign_cache_is_started_anew(tmp_path, refusal) -> None:
 
 def test_a_cache_that_cannot_be_read_is_told_and_the_build_goes_on(tmp_path) -> None:
     config = holding(b"")
-    assert timing_cache.attach(config, tmp_path) == (
+    assert compile.attach(config, tmp_path) == (
         f"timing cache {tmp_path} cannot be read (Is a directory); it is started anew"
     )
     config.set_timing_cache.assert_called_once()
@@ -93,10 +93,10 @@ def test_a_cache_that_cannot_be_read_is_told_and_the_build_goes_on(tmp_path) -> 
 
 def test_timings_are_merged_and_written_whole(tmp_path) -> None:
     path = tmp_path / "new" / "timing.cache"
-    assert timing_cache.store(holding(b"first"), path) is None
+    assert compile.store(holding(b"first"), path) is None
     assert path.read_bytes() == b"first"
     config = holding(b"both")
-    assert timing_cache.store(config, path) is None
+    assert compile.store(config, path) is None
     config.create_timing_cache.assert_called_once_with(b"first")
     config.get_timing_cache.return_value.combine.assert_called_once()
     assert path.read_bytes() == b"both"
@@ -108,14 +108,14 @@ def test_a_damaged_file_is_replaced(tmp_path) -> None:
     path.write_bytes(b"damaged")
     config = holding(b"new")
     config.create_timing_cache.return_value = None
-    assert timing_cache.store(config, path) is None
+    assert compile.store(config, path) is None
     assert path.read_bytes() == b"new"
 
 
 def test_timings_that_cannot_be_kept_are_told_and_leave_nothing(tmp_path, monkeypatch) -> None:
     (tmp_path / "file").touch()
     path = tmp_path / "file" / "timing.cache"
-    assert timing_cache.store(holding(b"x"), path) == (
+    assert compile.store(holding(b"x"), path) == (
         f"timing cache {path} cannot be written (File exists); timings are not kept"
     )
 
@@ -125,6 +125,6 @@ def test_timings_that_cannot_be_kept_are_told_and_leave_nothing(tmp_path, monkey
     monkeypatch.setattr(Path, "replace", full)
     path = tmp_path / "timing.cache"
     assert "(No space left on device); timings are not kept" in str(
-        timing_cache.store(holding(b"x"), path)
+        compile.store(holding(b"x"), path)
     )
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]

@@ -9,11 +9,11 @@ from checkpoints import hugging_face
 from graphs import op_types
 
 from msn_export.errors import GraphError
-from msn_export.graph.facts import tensor_specs
-from msn_export.graph.reference import TorchRunner
-from msn_export.graph.trace import trace
+from msn_export.graph.summary import tensor_specs
+from msn_export.graph.torch_export import trace
+from msn_export.graph.torch_reference import TorchRunner
 from msn_export.images import normalize
-from msn_export.models.checkpoints import load_checkpoint
+from msn_export.models.checkpoint import load_checkpoint
 from msn_export.preprocessing import preset
 from msn_export.spec import BatchRange, Head, ImageSize, InputKind
 

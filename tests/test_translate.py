@@ -17,11 +17,9 @@ from graphs import op_types
 from torch import Tensor, fx, nn
 
 from msn_export.errors import GraphError
-from msn_export.graph.module import ExportedModule
-from msn_export.graph.trace import trace
-from msn_export.graph.translate import translate
-from msn_export.models.checkpoints import load_checkpoint
-from msn_export.models.vit_msn import VitMsn
+from msn_export.graph.torch_export import ExportedModule, trace, translate
+from msn_export.models.checkpoint import load_checkpoint
+from msn_export.models.vit import VitMsn
 from msn_export.preprocessing import preset
 from msn_export.spec import BatchRange, Head, ImageSize, InputKind
 

@@ -8,7 +8,7 @@ from msn_export import images
 from msn_export.errors import SpecError
 from msn_export.preprocessing import Preprocessing, preset
 from msn_export.spec import ImageSize, TensorSpec
-from msn_export.triton.artifact import Artifact, Platform
+from msn_export.triton.model import Artifact, Platform
 from msn_export.triton.preprocess import require_floats, save_graph
 
 

@@ -14,7 +14,7 @@ from triton_artifacts import graph
 from triton_runs import invoke
 
 from msn_export import manifest
-from msn_export.manifest_records import CheckpointRecord
+from msn_export.manifest import CheckpointRecord
 from msn_export.runtime.runner import top_k
 
 pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed")

@@ -26,8 +26,8 @@ from triton_faults import FAULTS, write_base
 
 from msn_export import image_folder, images, manifest
 from msn_export.cli import main
+from msn_export.commands.triton import run_lint
 from msn_export.preprocessing import preset
-from msn_export.run_triton import run_lint
 from msn_export.spec import BatchRange, ImageSize
 
 triton = pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed")

@@ -12,19 +12,10 @@ from click.testing import CliRunner
 from engine_builds import NEEDS_RTX
 
 from msn_export import manifest
-from msn_export.check.gate import GATES, Gate
-from msn_export.check.sample import draw
-from msn_export.check.verify import run_reference
+from msn_export.artifact import read_source
 from msn_export.cli import main
-from msn_export.engine.census import Census
-from msn_export.errors import GraphError, ToleranceError
-from msn_export.graph import io
-from msn_export.graph.precision import attention_in_bf16
-from msn_export.manifest_records import SumsRecord
-from msn_export.progress import SILENT
-from msn_export.source import read_source
-from msn_export.spec import ComputeCapability, Dtype
-from msn_export.trt.attention import (
+from msn_export.commands.jobs import TrtJob
+from msn_export.commands.trt_attention import (
     Against,
     Judged,
     first_bf16,
@@ -33,8 +24,17 @@ from msn_export.trt.attention import (
     more_bf16,
     sums_in_fp16,
 )
-from msn_export.trt.compilable import Compilable, prepare
-from msn_export.trt.job import TrtJob
+from msn_export.commands.trt_graph import Compilable, prepare
+from msn_export.engine.census import Census
+from msn_export.errors import GraphError, ToleranceError
+from msn_export.graph import io
+from msn_export.graph.precision import attention_in_bf16
+from msn_export.manifest import SumsRecord
+from msn_export.metrics.evaluate import run_reference
+from msn_export.metrics.samples import draw
+from msn_export.metrics.tolerances import GATES, Gate
+from msn_export.progress import SILENT
+from msn_export.spec import ComputeCapability, Dtype
 
 pytestmark = NEEDS_RTX
 RTX = ("--backend", "tensorrt-rtx", "--compute-capability")
@@ -161,7 +161,7 @@ def test_a_fixed_batch_is_emulated_at_it(plain, tmp_path) -> None:
 
 @pytest.fixture
 def typed(plain, tmp_path) -> Compilable:
-    from msn_export.engine.backend import find_backend
+    from msn_export.engine.versions import find_backend
 
     source = read_source(plain)
     sample = draw(None, source.preprocessing)
@@ -170,7 +170,7 @@ def typed(plain, tmp_path) -> Compilable:
 
 
 def against(plain: Path, gate: Gate) -> Against:
-    from msn_export.runtime.ort import OrtRunner
+    from msn_export.runtime.onnxruntime import OrtRunner
 
     source = read_source(plain)
     reference = run_reference(OrtRunner(plain), draw(None, source.preprocessing), source.stem)
@@ -204,7 +204,8 @@ def test_scores_and_sums_have_the_headroom_of_any_tensor(
 ) -> None:
     """A quarter of 65504 is 16376."""
     monkeypatch.setattr(
-        "msn_export.trt.attention.peaks_of", lambda *_: np.array([(1.0, 1.0), pair], np.float32)
+        "msn_export.commands.trt_attention.peaks_of",
+        lambda *_: np.array([(1.0, 1.0), pair], np.float32),
     )
     judged = judge(typed, CORES, (), against(plain, GATES[Dtype.FP16]))
     assert judged.over == ((CORES[1],) if over else ())
@@ -212,11 +213,13 @@ def test_scores_and_sums_have_the_headroom_of_any_tensor(
 
 def test_the_number_of_images_follows_their_cost(plain, typed, monkeypatch) -> None:
     reference = against(plain, GATES[Dtype.FP16])
-    monkeypatch.setattr("msn_export.trt.attention._WORK", 2 * 2 * 2 * 17 * 17)  # two images of it
+    monkeypatch.setattr(
+        "msn_export.commands.trt_attention._WORK", 2 * 2 * 2 * 17 * 17
+    )  # two images of it
     judged = judge(typed, CORES, (), reference)
     assert judged.record.check is not None
     assert judged.record.check.images == 2
-    monkeypatch.setattr("msn_export.trt.attention._WORK", 1)
+    monkeypatch.setattr("msn_export.commands.trt_attention._WORK", 1)
     judged = judge(typed, CORES, (), reference)
     assert judged.record.check is not None
     assert judged.record.check.images == 1
@@ -267,7 +270,7 @@ def test_an_engine_that_does_needs_no_more() -> None:
 
 
 def test_drift_builds_the_engine_with_the_same_attention(summed, tmp_path) -> None:
-    from msn_export.proof.marked import build_marked
+    from msn_export.commands.marked_engine import build_marked
 
     told(build(summed, "8.9"))
     engine = summed.parent / "8.9.engine"

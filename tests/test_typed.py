@@ -8,12 +8,12 @@ import onnx_ir as ir
 import pytest
 from graphs import parse
 
-from msn_export.check.sample import Sample, draw
 from msn_export.errors import GraphError
 from msn_export.graph import io
+from msn_export.metrics.samples import Sample, draw
+from msn_export.mixed_precision import Islands, cpu_runner, type_as
 from msn_export.preprocessing import preset
 from msn_export.spec import Dtype, ImageSize, InputKind
-from msn_export.typed import Islands, cpu_runner, type_as
 
 # bytes times 1000 pass 65504 on most images; weights stay small
 TEXT = """

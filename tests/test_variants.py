@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from transformers import ViTMSNConfig, ViTMSNModel
 
 from msn_export.errors import CheckpointError
-from msn_export.models.variants import VARIANTS, named_variant
-from msn_export.models.vit_msn import VitMsn
+from msn_export.models.config import VARIANTS, named_variant
+from msn_export.models.vit import VitMsn
 
 SMALL = VARIANTS["vit-msn-small"]
 

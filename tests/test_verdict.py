@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from msn_export.check.gate import Gate
-from msn_export.check.sample import Sample
-from msn_export.check.verify import Reference
-from msn_export.manifest_records import CheckRecord
+from msn_export.calibration.verdict import Judged, Savings, judge, sentence
+from msn_export.manifest import CheckRecord
+from msn_export.metrics.evaluate import Reference
+from msn_export.metrics.samples import Sample
+from msn_export.metrics.tolerances import Gate
 from msn_export.preprocessing import preset
-from msn_export.quantise.verdict import Judged, Savings, judge, sentence
 from msn_export.spec import ImageSize, InputKind
 
 SAMPLE = Sample(

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from tiny_artifacts import pictures
 
 from msn_export import manifest
+from msn_export.commands.calibrate import CalibrateJob, run_calibrate
+from msn_export.commands.onnx import OnnxJob, run_onnx
+from msn_export.commands.validate import ValidateJob, run_validate
+from msn_export.compare.validation import Validation
 from msn_export.errors import ImageError, ToleranceError
-from msn_export.proof.validation import Validation
-from msn_export.run_calibrate import CalibrateJob, run_calibrate
-from msn_export.run_onnx import OnnxJob, run_onnx
-from msn_export.run_validate import ValidateJob, run_validate
 from msn_export.runtime import open_runner
 from msn_export.spec import BatchRange, Dtype, Head, InputKind, Target
 
@@ -203,7 +203,7 @@ def test_a_set_that_is_run_part_by_part_gives_the_same_figures(
 ) -> None:
     pair = (models.checkpoint("plain"), models.graph("plain", dtype), models.images)
     whole = validated(*pair, batch=BatchRange(1, 1, 1))
-    monkeypatch.setattr("msn_export.check.sample.draw_parts.__kwdefaults__", {
+    monkeypatch.setattr("msn_export.metrics.samples.draw_parts.__kwdefaults__", {
         "room": 8, "limit": 16, "part": part
     })  # fmt: skip
     parts = validated(*pair, batch=BatchRange(1, 1, 1))

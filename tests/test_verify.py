@@ -5,10 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from msn_export.check.compare import Errors
-from msn_export.check.gate import Gate
-from msn_export.check.sample import Sample, draw
-from msn_export.check.verify import (
+from msn_export.errors import ToleranceError
+from msn_export.metrics.evaluate import (
     Recalibrated,
     Reference,
     Trial,
@@ -17,7 +15,9 @@ from msn_export.check.verify import (
     run_reference,
     verify,
 )
-from msn_export.errors import ToleranceError
+from msn_export.metrics.metrics import Errors
+from msn_export.metrics.samples import Sample, draw
+from msn_export.metrics.tolerances import Gate
 from msn_export.preprocessing import preset
 from msn_export.spec import ImageSize, InputKind
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from msn_export.errors import CheckpointError
-from msn_export.models.variants import VitConfig
-from msn_export.models.vit_msn import VitMsn, interpolate
+from msn_export.models.config import VitConfig
+from msn_export.models.vit import VitMsn, interpolate
 
 TINY = VitConfig((16, 24), (8, 4), 3, dim=8, depth=2, heads=2, mlp_dim=12, labels=("a", "b", "c"))
 

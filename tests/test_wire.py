@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from msn_export.cluster.wire import failure_to, pixels_from, pixels_to, rows_from, rows_to
-from msn_export.embed.rows import BEST, Rows
+from msn_export.cluster.storage import failure_to, pixels_from, pixels_to, rows_from, rows_to
+from msn_export.embed.inference import BEST, Rows
 from msn_export.errors import ClusterError, DeviceError
 
 

@@ -8,7 +8,7 @@ import pytest
 from manifests import example
 from test_plots import agreement, artifact, drift, stage
 
-from msn_export.report import words
+from msn_export.report import describe
 
 AGREES = replace(agreement(0.9999), candidate="b.onnx", reference="a.onnx")
 IDLE = artifact(name="m.engine", verdict="compiled, not run")
@@ -34,40 +34,40 @@ IDLE = artifact(name="m.engine", verdict="compiled, not run")
     ],
 )  # fmt: skip
 def test_the_headline_is_the_worst_that_is_known(artifacts, agreements, expected) -> None:
-    assert words.verdict(artifacts, agreements) == expected
+    assert describe.verdict(artifacts, agreements) == expected
 
 
 def test_each_comparison_is_a_sentence_with_its_reasons_and_cause() -> None:
     wrong = replace(AGREES, passed=False, reasons=("cosine_p1 0.5",), cause="BGR")
-    (said,) = words.sentences([artifact()], [wrong], [])
+    (said,) = describe.sentences([artifact()], [wrong], [])
     assert said.startswith("b.onnx does not agree with a.onnx on 16 images: least cosine 0.99991")
     assert said.endswith(". cosine_p1 0.5. BGR")
     spoiled = replace(AGREES, check=replace(AGREES.check, cosine_min=None))
-    assert words.sentences([], [spoiled], [])[0].endswith("least cosine none")
+    assert describe.sentences([], [spoiled], [])[0].endswith("least cosine none")
 
 
 def test_where_they_part_is_said() -> None:
-    assert words.sentences([], [], [drift(stage("block 0"), parted="block 0")]) == [
+    assert describe.sentences([], [], [drift(stage("block 0"), parted="block 0")]) == [
         "b.onnx parts from a.onnx at block 0"
     ]
-    assert words.sentences([], [], [drift(stage("block 0"))]) == []
+    assert describe.sentences([], [], [drift(stage("block 0"))]) == []
 
 
 def test_a_report_is_named_after_the_checkpoint_else_the_first_artifact() -> None:
-    assert words.title_of(example(), [artifact()]) == "facebook/tiny@0123"
-    assert words.title_of(None, [artifact()]) == "m & <n>.onnx"
-    assert words.subtitle_of(None) == "ViT-MSN"
-    assert words.origin_of(None) == []
+    assert describe.title_of(example(), [artifact()]) == "facebook/tiny@0123"
+    assert describe.title_of(None, [artifact()]) == "m & <n>.onnx"
+    assert describe.subtitle_of(None) == "ViT-MSN"
+    assert describe.origin_of(None) == []
 
 
 def test_the_origin_is_the_manifests() -> None:
-    known: dict[str, Any] = dict(words.origin_of(example()))
+    known: dict[str, Any] = dict(describe.origin_of(example()))
     assert known["checkpoint"] == "facebook/tiny@0123"
     assert known["preprocessing"].startswith("msn-eval: ")
 
 
 def test_the_date_can_be_fixed_for_builds_that_are_to_be_the_same(monkeypatch) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
-    assert words.now() == "01 January 1970, 00:00 UTC"
+    assert describe.now() == "01 January 1970, 00:00 UTC"
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "soon")
-    assert words.now().endswith(f"{datetime.now(UTC):%Y, %H}:{words.now()[-6:-4]} UTC")
+    assert describe.now().endswith(f"{datetime.now(UTC):%Y, %H}:{describe.now()[-6:-4]} UTC")

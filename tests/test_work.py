@@ -3,7 +3,7 @@
 import pytest
 from graphs import parse
 
-from msn_export.graph.work import multiply_adds
+from msn_export.graph.summary import multiply_adds
 
 GRAPHS = {
     # [2, 3, 4] x [4, 5]

@@ -11,11 +11,9 @@ from tiny_artifacts import classifier, pictures
 
 from msn_export import __version__, runtime
 from msn_export.cluster import workers
-from msn_export.cluster.shipping import pack
-from msn_export.cluster.sources import list_sources
-from msn_export.cluster.wire import pixels_from, rows_from
+from msn_export.cluster.storage import list_sources, pack, pixels_from, rows_from
 from msn_export.cluster.workers import Embedder, Opening, Reader, explore, require_same
-from msn_export.embed.batches import reading_of
+from msn_export.embed.inference import reading_of
 from msn_export.embed.local import Local
 from msn_export.errors import ClusterError, RunnerError, ToleranceError
 from msn_export.feed import feed_of

@@ -17,8 +17,7 @@ from writers import (
 )
 
 from msn_export.errors import CheckpointError
-from msn_export.models.keys import rename
-from msn_export.models.wrappers import CONTAINERS, INSIDE, PREFIXES, unwrap
+from msn_export.models.state_dict import CONTAINERS, INSIDE, PREFIXES, rename, unwrap
 
 MODEL = encoder()
 OTHER = encoder(seed=7)

@@ -10,11 +10,11 @@ import writers
 from safetensors import safe_open
 from writers import CLASSIFIERS, DEPTH, DIM, ENCODERS, HEADS, LABELS, MLP
 
+from msn_export.commands.onnx import OnnxJob, run_onnx
+from msn_export.commands.trt import TrtJob, run_trt
+from msn_export.commands.validate import ValidateJob, run_validate
 from msn_export.errors import CheckpointError
-from msn_export.models.checkpoints import load_checkpoint
-from msn_export.run_onnx import OnnxJob, run_onnx
-from msn_export.run_trt import TrtJob, run_trt
-from msn_export.run_validate import ValidateJob, run_validate
+from msn_export.models.checkpoint import load_checkpoint
 from msn_export.spec import BatchRange, ComputeCapability, Dtype, Target
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(5))

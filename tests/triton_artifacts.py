@@ -11,10 +11,15 @@ from typing import Any
 import numpy as np
 import onnx
 
-from msn_export.manifest import Manifest, seal
-from msn_export.manifest_records import AttentionRecord, EngineRecord
+from msn_export.manifest import (
+    AttentionRecord,
+    EngineRecord,
+    Manifest,
+    manifest_path,
+    seal,
+    sha256_of,
+)
 from msn_export.preprocessing import preset
-from msn_export.sidecar import manifest_path, sha256_of
 from msn_export.spec import BatchRange, Dtype, ImageSize, TensorSpec
 
 SIZE = 8

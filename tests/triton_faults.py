@@ -13,8 +13,8 @@ from typing import Literal
 
 from triton_artifacts import graph, plan
 
+from msn_export.commands.triton import TritonJob, run_triton
 from msn_export.progress import Silent
-from msn_export.run_triton import TritonJob, run_triton
 from msn_export.spec import BatchRange
 
 Edit = Callable[[Path], None]

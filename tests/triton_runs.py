@@ -6,7 +6,7 @@ from typing import Any
 from click.testing import CliRunner, Result
 
 from msn_export.cli import main
-from msn_export.triton import messages
+from msn_export.triton import config
 
 
 def invoke(*arguments: object) -> Result:
@@ -14,7 +14,7 @@ def invoke(*arguments: object) -> Result:
 
 
 def config_of(repository: Path, place: str) -> Any:
-    return messages.from_text((repository / place).read_text())
+    return config.from_text((repository / place).read_text())
 
 
 def refused(*arguments: object) -> str:

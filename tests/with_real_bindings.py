@@ -9,7 +9,7 @@ import trt_bench
 from cuda.bindings import driver
 from driver_library import FUNCTIONS, DriverLibrary
 
-from msn_export.runtime.trt import Machine
+from msn_export.runtime.tensorrt import Machine
 
 LIBRARY = DriverLibrary()
 

@@ -11,21 +11,21 @@ import sys
 from typing import TYPE_CHECKING, Any, Self
 
 from msn_export.errors import BenchError
-from msn_export.process import signal_name
+from msn_export.host import signal_name
 
 if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
 _TAIL = 4096  # bytes of its log that are searched for a crash's reason
-CONTENDER = "msn_export.bench.contender_process"
+CONTENDER = "msn_export.bench.worker"
 _ENDING = 10  # seconds a process that closed its pipe may take to end
 # Each library of linear algebra reads a name of its own
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 class Process:
-    """A process that runs ``msn_export.bench.contender_process`` and answers one request at a time.
+    """A process that runs ``msn_export.bench.worker`` and answers one request at a time.
 
     Args:
         name: of the contender, for messages.

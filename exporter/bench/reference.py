@@ -6,10 +6,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from msn_export.bench.entries import Where, torch_entry
-from msn_export.bench.records import Agreed
-from msn_export.check.compare import Comparison, worst_of
+from msn_export.bench.contenders import Where, torch_entry
+from msn_export.bench.results import Agreed
 from msn_export.errors import BenchError, ToleranceError
+from msn_export.metrics.metrics import Comparison, worst_of
 from msn_export.spec import Dtype
 
 if TYPE_CHECKING:
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from msn_export.bench.arena import Arena
-    from msn_export.bench.entries import Entry
+    from msn_export.bench.contenders import Entry
+    from msn_export.bench.session import Arena
 
 _BATCH = 4  # images the reference takes at a time: it is not what is timed
 

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from msn_export.errors import CheckpointError, SpecError
-from msn_export.graph.reference import Heads
-from msn_export.models.checkpoints import load_checkpoint
+from msn_export.graph.torch_reference import Heads
+from msn_export.models.checkpoint import load_checkpoint
 from msn_export.models.named import AS_IT_SAYS, Choices
-from msn_export.models.vit_msn import VitMsn
+from msn_export.models.vit import VitMsn
 from msn_export.spec import Head, ImageSize
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from msn_export.models.vit_msn import AttentionKind
+    from msn_export.models.vit import AttentionKind
 
 
 def open_reference(
@@ -57,7 +57,7 @@ def open_reference(
             f"{', '.join(head.output for head in Head)}: there is nothing to compare"
         )
     model = loaded.model
-    # not msn_export.checkpoint.sized: that brings onnxruntime, and this process is being weighed
+    # not compare.checkpoint.sized: that brings onnxruntime, and this process is being weighed
     if (size.height, size.width) != model.config.image_size:
         model = model.for_image_size((size.height, size.width))
     return Heads(_with(attention, model), heads).eval()

@@ -25,7 +25,7 @@ from msn_export.errors import SpecError
 from msn_export.spec import Dtype
 
 if TYPE_CHECKING:
-    from msn_export.bench.job import Against
+    from msn_export.commands.jobs import Against
 
 # Hugging Face's table of attention implementations for ViT-MSN: eager against SDPA, batch 1 to 8
 PAPER: tuple[tuple[Against, ...], tuple[int, ...]] = (("eager", "sdpa"), (1, 2, 4, 8))
@@ -33,7 +33,7 @@ DEFAULT: tuple[tuple[Against, ...], tuple[int, ...]] = (("sdpa",), (1, 8))
 
 
 def _against(text: str) -> tuple[str, ...]:
-    from msn_export.bench.job import AGAINST
+    from msn_export.commands.jobs import AGAINST
 
     names = tuple(filter(None, text.split(",")))
     unknown = [name for name in names if name not in (*AGAINST, "none")]
@@ -90,9 +90,9 @@ def bench(artifacts: tuple[Path, ...], **options: Any) -> None:
 
     Rounds are interleaved; agreement with the fp32 reference is measured beside each time.
     """
-    from msn_export.cli.bench_rows import show_bench
     from msn_export.cli.console import Console
-    from msn_export.run_bench import BenchJob, run_bench
+    from msn_export.cli.tables import show_bench
+    from msn_export.commands.bench import BenchJob, run_bench
 
     console = Console(as_json=options.pop("as_json"))
     against, batches = PAPER if options["preset"] == "paper" else DEFAULT

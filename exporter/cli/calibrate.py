@@ -99,11 +99,11 @@ def calibrate(model: Path, **options: Any) -> None:
     if dtype is None:
         raise click.UsageError("give --int8 or --fp8")
     _require_consistent(dtype, options)
+    from msn_export.calibration.job import CalibrateJob
     from msn_export.calibration.observers import Observer
-    from msn_export.cli.artifact_rows import show_artifact
     from msn_export.cli.console import Console
-    from msn_export.quantise.job import CalibrateJob
-    from msn_export.run_calibrate import run_calibrate
+    from msn_export.cli.tables import show_artifact
+    from msn_export.commands.calibrate import run_calibrate
     from msn_export.spec import Dtype
 
     console, base = Console(as_json=options.pop("as_json")), options.pop("base")

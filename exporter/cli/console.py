@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from msn_export.records import to_plain
+from msn_export.schema import to_plain
 
 _TELL = 30.0  # seconds between two lines of a long step in a log
 

@@ -10,7 +10,7 @@ from msn_export.cli.options import json_option
 
 if TYPE_CHECKING:
     from msn_export.cli.console import Console
-    from msn_export.run_doctor import Diagnosis
+    from msn_export.commands.doctor import Diagnosis
 
 
 @click.command()
@@ -22,7 +22,7 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     Exit code 1 if something that is installed is broken.
     """
     from msn_export.cli.console import Console
-    from msn_export.run_doctor import run_doctor
+    from msn_export.commands.doctor import run_doctor
 
     group = ctx.parent.command if ctx.parent is not None else None
     commands = group.list_commands(ctx) if isinstance(group, click.Group) else ()

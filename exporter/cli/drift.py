@@ -42,8 +42,8 @@ def drift(ctx: click.Context, /, reference: str, candidate: str, **options: Any)
     Exit code 0: no block parts.
     """
     from msn_export.cli.console import Console
-    from msn_export.cli.drift_rows import show_drift
-    from msn_export.run_drift import DriftJob, run_drift
+    from msn_export.cli.tables import show_drift
+    from msn_export.commands.drift import DriftJob, run_drift
 
     console = Console(as_json=options.pop("as_json"))
     with console.progress() as progress:

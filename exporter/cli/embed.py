@@ -83,8 +83,8 @@ def embed(model: Path, images: Path | str, **options: Any) -> None:
     Rows are in the order of the sorted paths. A picture that cannot be read is a row with an error.
     """
     from msn_export.cli.console import Console
+    from msn_export.commands.embed import run_embed
     from msn_export.embed.job import EmbedJob
-    from msn_export.run_embed import run_embed
 
     console = Console(as_json=options.pop("as_json"))
     with console.progress() as progress:

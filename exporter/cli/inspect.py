@@ -27,8 +27,8 @@ def inspect(ctx: click.Context, /, artifacts: tuple[Path, ...], as_json: bool) -
     if len(artifacts) > 2:
         raise click.UsageError("give one artifact, or two to compare")
     from msn_export.cli.console import Console
-    from msn_export.cli.inspection_rows import show_inspections
-    from msn_export.proof.inspection import inspect as inspect_artifact
+    from msn_export.cli.tables import show_inspections
+    from msn_export.compare.inspection import inspect as inspect_artifact
 
     found = [inspect_artifact(path) for path in artifacts]
     show_inspections(Console(as_json=as_json), found)

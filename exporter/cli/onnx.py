@@ -65,9 +65,9 @@ def onnx(checkpoint: str, **options: Any) -> None:
 
     CHECKPOINT is a hub id, a Hugging Face folder, a weights file, or random:VARIANT[:SEED].
     """
-    from msn_export.cli.artifact_rows import show_artifact
     from msn_export.cli.console import Console
-    from msn_export.onnx_job import OnnxJob
+    from msn_export.cli.tables import show_artifact
+    from msn_export.commands.jobs import OnnxJob
 
     console = Console(as_json=options.pop("as_json"))
     job = OnnxJob(
@@ -80,7 +80,7 @@ def onnx(checkpoint: str, **options: Any) -> None:
         **options,
     )
     job.judge()
-    from msn_export.run_onnx import run_onnx  # torch: seconds, which no mistake is to wait for
+    from msn_export.commands.onnx import run_onnx  # torch: seconds, which no mistake is to wait for
 
     with console.progress() as progress:
         output, manifest = run_onnx(job, progress)

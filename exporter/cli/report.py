@@ -38,7 +38,7 @@ def report(ctx: click.Context, /, artifacts: tuple[str, ...], **options: Any) ->
     from rich.markup import escape
 
     from msn_export.cli.console import Console
-    from msn_export.run_report import ReportJob, run_report
+    from msn_export.commands.report import ReportJob, run_report
 
     console = Console(as_json=False)
     job = ReportJob(artifacts, command=command_line(), **options)

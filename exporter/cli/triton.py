@@ -55,8 +55,8 @@ def triton(
     ARTIFACT is an .onnx file, or one model's engines for several GPU generations.
     """
     from msn_export.cli.console import Console
-    from msn_export.cli.triton_rows import show_findings, show_written
-    from msn_export.run_triton import TritonJob, run_lint, run_triton
+    from msn_export.cli.tables import show_findings, show_written
+    from msn_export.commands.triton import TritonJob, run_lint, run_triton
 
     console = Console(as_json=options.pop("as_json"))
     if linted is not None:

@@ -66,10 +66,10 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 @artifact_options
 def trt(model: Path, **options: Any) -> None:
     """Compile the ONNX graph MODEL into a TensorRT engine."""
-    from msn_export.cli.artifact_rows import show_artifact
     from msn_export.cli.console import Console
-    from msn_export.run_trt import run_trt
-    from msn_export.trt.job import TrtJob
+    from msn_export.cli.tables import show_artifact
+    from msn_export.commands.jobs import TrtJob
+    from msn_export.commands.trt import run_trt
 
     console = Console(as_json=options.pop("as_json"))
     precision = the_one(options, *PRECISIONS)

@@ -64,8 +64,8 @@ def validate(ctx: click.Context, /, reference: str, candidate: str, **options: A
     Each is a checkpoint, an .onnx file or an engine with its manifest.
     """
     from msn_export.cli.console import Console
-    from msn_export.cli.validation_rows import show_validation
-    from msn_export.run_validate import ValidateJob, run_validate
+    from msn_export.cli.tables import show_validation
+    from msn_export.commands.validate import ValidateJob, run_validate
 
     console = Console(as_json=options.pop("as_json"))
     asked = {name: options.pop(name) for name in GATE_OPTIONS}

@@ -16,24 +16,19 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
-from msn_export.cluster.capacity import blocks_of, crew_for, describe
-from msn_export.cluster.connect import failures_in_one_line
-from msn_export.cluster.shipping import pack
-from msn_export.cluster.wire import failure_to, rows_from
+from msn_export.cluster.cluster import blocks_of, crew_for, describe, failures_in_one_line
+from msn_export.cluster.storage import failure_to, pack, rows_from
 from msn_export.cluster.workers import Embedder, Opening, Reader, explore, require_same
 from msn_export.errors import ClusterError, MsnExportError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from msn_export.cluster.capacity import Node
-    from msn_export.cluster.sources import Store
-    from msn_export.cluster.wire import Record
+    from msn_export.cluster.cluster import Node
+    from msn_export.cluster.storage import Record, Store
     from msn_export.cluster.workers import Known
-    from msn_export.embed.batches import Reading
-    from msn_export.embed.job import EmbedJob
-    from msn_export.embed.listing import Pictures
-    from msn_export.embed.rows import Rows
+    from msn_export.embed.inference import Reading, Rows
+    from msn_export.embed.job import EmbedJob, Pictures
     from msn_export.feed import Feed
 
 _FIND_PLACE = 600.0  # seconds until a worker has a place and the model is open

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 from starlette.responses import JSONResponse
 
-from msn_export.cluster.serving import Replica, Serving
+from msn_export.cluster.replica import Replica, Serving
 from msn_export.errors import DeviceError, ImageError
 
 if TYPE_CHECKING:

@@ -8,20 +8,16 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from msn_export import __version__
-from msn_export.cluster.shipping import unpacked
-from msn_export.cluster.sources import read_source
-from msn_export.cluster.wire import pixels_from, pixels_to, rows_to
-from msn_export.embed.batches import read_rows, stack
+from msn_export.cluster.storage import pixels_from, pixels_to, read_source, rows_to, unpacked
 from msn_export.embed.decode import Decoder
-from msn_export.embed.opened import tested
+from msn_export.embed.inference import read_rows, stack
+from msn_export.embed.local import tested
 from msn_export.errors import ClusterError
 from msn_export.runtime import open_runner
 
 if TYPE_CHECKING:
-    from msn_export.cluster.shipping import Cargo
-    from msn_export.cluster.sources import Store
-    from msn_export.cluster.wire import Record
-    from msn_export.embed.batches import Reading
+    from msn_export.cluster.storage import Cargo, Record, Store
+    from msn_export.embed.inference import Reading
     from msn_export.feed import Feed
     from msn_export.manifest import Manifest
     from msn_export.preprocessing import Preprocessing

@@ -1,24 +1,69 @@
-"""A run on this machine: decode ahead in processes, run in this one."""
+"""A model that is open somewhere, and a run on this machine."""
 
 from __future__ import annotations
 
 from contextlib import closing
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from msn_export.embed.batches import batches
 from msn_export.embed.decode import decode, read
-from msn_export.machine import usable_cores
+from msn_export.embed.inference import batches
+from msn_export.errors import ToleranceError
+from msn_export.host import usable_cores
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from msn_export.embed.batches import Reading
-    from msn_export.embed.listing import Listing
-    from msn_export.embed.rows import Rows
+    from msn_export.embed.inference import Reading, Rows
+    from msn_export.embed.job import Listing
     from msn_export.feed import Feed
+    from msn_export.manifest import Manifest
     from msn_export.runtime import Runner
+    from msn_export.spec import BatchRange, TensorSpec
+
+
+class Opened(Protocol):
+    """What is known of an open model; a ``Runner`` is one."""
+
+    @property
+    def name(self) -> str:
+        """What runs it, and on what."""
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """What is known of the artifact; None where there is no manifest."""
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """The tensors it takes."""
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """The tensors it gives."""
+
+    @property
+    def batch(self) -> BatchRange:
+        """The batches it accepts."""
+
+
+def tested(runner: Runner, *, check: bool) -> str:
+    """Run the manifest's golden input, before a night is spent on a model that is wrong here.
+
+    Raises:
+        ToleranceError: this machine does not reproduce it.
+    """
+    if not check:
+        return "none (--no-check)"
+    if runner.manifest is None or runner.manifest.golden is None:
+        return "none: no golden input came with the model"
+    found = runner.selftest()
+    if not found.passed:
+        raise ToleranceError(
+            f"{found}: this machine does not compute what the model was checked for; export it "
+            "here, or run it all the same with --no-check"
+        )
+    return str(found)
 
 
 class Local:

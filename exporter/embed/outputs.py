@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from msn_export.errors import MissingPackageError, OutputError
-from msn_export.records import to_json, to_plain
-from msn_export.sidecar import manifest_path
+from msn_export.manifest import manifest_path
+from msn_export.schema import to_json, to_plain
 from msn_export.spec import Scores
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from msn_export.embed.listing import Pictures
-    from msn_export.embed.parts import Parts
+    from msn_export.embed.job import Pictures
+    from msn_export.embed.journal import Parts
 
 ENDINGS = (".npy", ".parquet")
 _CHUNK = 8 * 2**20  # bytes of vectors that are in memory at once

@@ -1,25 +1,163 @@
-"""Compile an ONNX graph into an engine in a child process, and say what came of it."""
+"""Compile an ONNX graph in a child process, to its end, and say what came of it."""
 
 import contextlib
+import json
 import os
+import selectors
+import signal
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from msn_export.driver import Driver, NoDriver, find_driver
-from msn_export.engine.backend import Backend
 from msn_export.engine.census import Census, by_profile
-from msn_export.engine.job import BuildSpec, Progress
 from msn_export.engine.kernels import Kernel
-from msn_export.engine.options import judge
-from msn_export.engine.supervise import Limits, run_child
+from msn_export.engine.options import BuildSpec, Progress, check_options
+from msn_export.engine.versions import Backend
 from msn_export.engine_header import read_header
 from msn_export.errors import BuildError, OutputError
-from msn_export.records import from_plain
+from msn_export.host import Driver, NoDriver, find_driver, peak_rss, signal_name
+from msn_export.schema import from_plain
 from msn_export.spec import AMPERE, Targets
+
+_POLL = 0.05  # seconds between two looks at clock and memory
+_TAIL = 4096  # bytes of the raw log that are searched for a crash's reason
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """When to give up: ``timeout`` in seconds, ``memory`` in bytes of resident memory.
+
+    Resident, not address space (RLIMIT_AS): CUDA reserves hundreds of gigabytes that it never
+    touches. The child is looked at 20 times a second, so it can pass the ceiling for a moment.
+    """
+
+    timeout: float | None = None
+    memory: int | None = None
+
+
+def run_child(
+    job: Mapping[str, Any],
+    raw: IO[bytes],
+    limits: Limits,
+    progress: Callable[[Progress], None],
+) -> dict[str, Any]:
+    """Run ``job`` in a child process and give what it says when it is done.
+
+    Args:
+        job: what ``child.py`` reads.
+        raw: receives all that the child and TensorRT print.
+        limits: when to end it.
+        progress: is told how far it is.
+
+    Raises:
+        BuildError: the job failed, the child crashed, or a limit was reached.
+        OSError: the engine could not be written.
+    """
+    with _child(raw) as (child, events):
+        with contextlib.suppress(BrokenPipeError):  # it died at its start: its exit code tells
+            _send(child, {**job, "parent": os.getpid()})
+        for event in _events(child, events, limits):
+            if "progress" in event:
+                progress(Progress(**event["progress"]))
+            elif "done" in event:
+                done: dict[str, Any] = event["done"]
+                progress(Progress("done", 1, 1, 1.0))
+                return done
+            elif "failed" in event:
+                raise BuildError(event["failed"])
+            elif "os_error" in event:
+                raise OSError(*event["os_error"])
+        raise BuildError(_describe_end(child.wait(), raw))
+
+
+@contextlib.contextmanager
+def _child(raw: IO[bytes]) -> Iterator[tuple["subprocess.Popen[bytes]", int]]:
+    """Start the child and the pipe of its events; on the way out it is dead, whatever happened."""
+    reading, writing = os.pipe()
+    try:
+        try:
+            # this interpreter and a module of this package; the job itself travels on stdin
+            child = subprocess.Popen(  # noqa: S603
+                [sys.executable, "-P", "-m", "msn_export.engine.worker", str(writing)],
+                stdin=subprocess.PIPE,
+                stdout=raw,
+                stderr=subprocess.STDOUT,
+                pass_fds=(writing,),
+                start_new_session=True,  # Ctrl-C reaches this process only, which ends the child
+            )
+        finally:
+            os.close(writing)
+        try:
+            yield child, reading
+        finally:
+            child.kill()
+            with contextlib.suppress(BrokenPipeError):  # unsent bytes of the job
+                child.communicate()
+    finally:
+        os.close(reading)
+
+
+def _send(child: "subprocess.Popen[bytes]", job: Mapping[str, Any]) -> None:
+    if child.stdin is not None:
+        child.stdin.write(json.dumps(job).encode() + b"\n")
+        child.stdin.flush()
+
+
+def _events(
+    child: "subprocess.Popen[bytes]", events: int, limits: Limits
+) -> Iterator[dict[str, Any]]:
+    """Give the child's events until it closes the pipe, watching clock and memory."""
+    started = time.monotonic()
+    pending = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(events, selectors.EVENT_READ)
+        while True:
+            _check(limits, child.pid, time.monotonic() - started)
+            if not selector.select(_POLL):
+                continue
+            chunk = os.read(events, 1 << 16)
+            if not chunk:
+                return
+            *lines, pending = (pending + chunk).split(b"\n")
+            yield from map(json.loads, lines)
+
+
+def _check(limits: Limits, process: int, seconds: float) -> None:
+    if limits.timeout is not None and seconds > limits.timeout:
+        raise BuildError(f"the build took longer than its limit of {limits.timeout:g} s")
+    if limits.memory is None:
+        return
+    used = peak_rss(process)
+    if used > limits.memory:
+        raise BuildError(
+            f"the build needs more than its memory limit of {_gib(limits.memory)} "
+            f"(it was at {_gib(used)}); raise the limit or lower --batch"
+        )
+
+
+def _describe_end(code: int, raw: IO[bytes]) -> str:
+    """Say how a child ended that said neither done nor failed."""
+    raw.seek(0, os.SEEK_END)
+    raw.seek(max(0, raw.tell() - _TAIL))
+    lines = raw.read().decode("utf-8", "replace").strip().splitlines()
+    last = f" Its last line: {lines[-1].strip()[:200]}" if lines else ""
+    if code == -signal.SIGKILL:
+        return (
+            "the TensorRT compiler was killed (SIGKILL), most likely because memory ran out; build "
+            f"on a machine with more, or lower --batch.{last}"
+        )
+    if code < 0:
+        return f"the TensorRT compiler crashed ({signal_name(code)}).{last}"
+    return f"the TensorRT compiler ended without a result (exit {code}).{last}"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +207,7 @@ def build_engine(
         OutputError: ``log`` cannot be written.
     """
     driver = find_driver()
-    notes = judge(spec, backend, driver)
+    notes = check_options(spec, backend, driver)
     if not spec.model.is_file():
         raise BuildError(f"graph {spec.model} does not exist")
     started = time.monotonic()

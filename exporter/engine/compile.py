@@ -1,34 +1,296 @@
-"""From an ONNX file to a serialised engine, in TensorRT's own calls. Runs in the child process."""
+"""From an ONNX file to a serialised engine, in TensorRT's own calls. Runs in the child process.
 
-from collections.abc import Callable
-from dataclasses import dataclass
+Convention: the module is a parameter called ``trt``; every object it gives is bound to a variable
+annotated with one of these names. tests/test_bindings.py collects ``trt.X.y`` and each member used
+on such a variable from the source and looks them up in the real 10.x and 11.x modules.
+"""
+
+import contextlib
+import fcntl
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TextIO, TypeAlias
 
-from msn_export.engine import timing_cache
-from msn_export.engine.accumulators import with_accumulators
-from msn_export.engine.bindings import (
-    Builder,
-    EngineInspector,
-    IAttention,
-    IAttentionInputLayer,
-    IBuilderConfig,
-    ICudaEngine,
-    IHostMemory,
-    ILayer,
-    ILogger,
-    INetworkDefinition,
-    OnnxParser,
-    ParserError,
-    Runtime,
-    TensorRT,
-)
-from msn_export.engine.configure import add_profiles, set_options, set_types
 from msn_export.engine.failures import explain_or_quote
-from msn_export.engine.flavours import Flavour
-from msn_export.engine.job import BuildSpec, Progress
-from msn_export.engine.kernels import Kernel, read_inspector, read_log
-from msn_export.engine.listeners import Heard, make_monitor
+from msn_export.engine.kernels import Kernel, read_inspector, read_log, with_accumulators
+from msn_export.engine.options import BuildSpec, Phases, Progress, no_kernels, require_capable
+from msn_export.engine.versions import Flavour
 from msn_export.errors import BuildError
+from msn_export.spec import BatchRange, ComputeCapability, Dtype
+
+TensorRT: TypeAlias = Any  # the module: tensorrt or tensorrt_rtx
+
+Builder: TypeAlias = Any
+EngineInspector: TypeAlias = Any
+IAttention: TypeAlias = Any
+IAttentionInputLayer: TypeAlias = Any
+IBuilderConfig: TypeAlias = Any
+ICudaEngine: TypeAlias = Any
+IHostMemory: TypeAlias = Any
+ILayer: TypeAlias = Any
+ILogger: TypeAlias = Any
+INetworkDefinition: TypeAlias = Any
+IOptimizationProfile: TypeAlias = Any
+IProgressMonitor: TypeAlias = Any
+ITensor: TypeAlias = Any
+ITimingCache: TypeAlias = Any
+OnnxParser: TypeAlias = Any
+ParserError: TypeAlias = Any
+Runtime: TypeAlias = Any
+
+
+_ERRORS = frozenset({"ERROR", "INTERNAL_ERROR"})
+_RECORDS = "Layers:"  # first line of the message that lists the kernels
+_INTERVAL = 0.02  # seconds between two reports of one phase
+
+
+@dataclass(slots=True)
+class Heard:
+    """What is kept of the log: the raw text goes to a file."""
+
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    records: list[str] = field(default_factory=list)
+
+
+def make_log(trt: TensorRT, heard: Heard, raw: TextIO) -> ILogger:
+    """Make a logger at VERBOSE; keep a reference to it as long as the builder lives."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]  # the modules have no types
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, msg: str) -> None:
+            name = severity.name
+            if name in _ERRORS:
+                heard.errors.append(msg)
+            elif name == "WARNING":
+                heard.warnings.append(msg)
+            elif msg.startswith(_RECORDS):
+                heard.records.append(msg)
+            with contextlib.suppress(OSError):  # a full disk must not raise into TensorRT
+                raw.write(f"[{name[0]}] {msg}\n")
+
+    return Log()
+
+
+def make_monitor(trt: TensorRT, report: Callable[[Progress], bool]) -> IProgressMonitor:
+    """Make a progress monitor; ``report`` returning False cancels the build."""
+    phases = Phases()
+    last = ("", 0.0)
+
+    def tell(progress: Progress | None) -> bool:
+        nonlocal last
+        now = time.monotonic()
+        if progress is None or (progress.phase == last[0] and now - last[1] < _INTERVAL):
+            return True
+        last = (progress.phase, now)
+        return report(progress)
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the modules have no types
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            tell(phases.start(phase_name, parent_phase, num_steps))
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            return tell(phases.step(phase_name, step))
+
+        def phase_finish(self, phase_name: str) -> None:
+            phases.finish(phase_name)
+
+    return Monitor()
+
+
+def default_path(version: str, gpu: str, capability: ComputeCapability) -> Path | None:
+    """Name the user's cache file for a TensorRT version and a GPU: timings fit no other.
+
+    None for a user without a home, as in a container that runs as a number.
+    """
+    # os.path's leaves a home that there is not as it is; Path's raises
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
+    if not Path(root).is_absolute():  # the XDG Base Directory Specification ignores such a path
+        return None
+    model = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+    sm = f"sm{capability.major}{capability.minor}"
+    return Path(root) / "msn-export" / f"timing-{version}-{sm}-{model}"
+
+
+def attach(config: IBuilderConfig, path: Path) -> str | None:
+    """Give the builder the timings in ``path``; say why where they could not be used."""
+    try:
+        content = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        content = b""
+        note = f"timing cache {path} cannot be read ({error.strerror}); it is started anew"
+    else:
+        note = f"timing cache {path} is of another TensorRT or GPU, or damaged; it is started anew"
+        cache: ITimingCache = config.create_timing_cache(content)
+        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+            return None
+    fresh: ITimingCache = config.create_timing_cache(b"")
+    config.set_timing_cache(fresh, ignore_mismatch=False)
+    return note
+
+
+def store(config: IBuilderConfig, path: Path) -> str | None:
+    """Merge the build's timings into ``path``; say why where they could not be kept.
+
+    The engine is compiled by now: it is not lost for the sake of the next one's speed.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _lock_on(path.parent):
+            _merge(config, path)
+    except OSError as error:
+        return f"timing cache {path} cannot be written ({error.strerror}); timings are not kept"
+    return None
+
+
+def _merge(config: IBuilderConfig, path: Path) -> None:
+    """Add what another build has written meanwhile; replace the file as a whole."""
+    cache: ITimingCache = config.get_timing_cache()
+    if path.is_file():
+        other: ITimingCache = config.create_timing_cache(path.read_bytes())
+        if other is not None:
+            cache.combine(other, ignore_mismatch=False)
+    content: IHostMemory = cache.serialize()
+    with tempfile.NamedTemporaryFile(
+        prefix=f".{path.name}-", dir=path.parent, delete=False
+    ) as file:
+        try:
+            file.write(memoryview(content))
+            file.close()
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def _lock_on(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def add_profiles(
+    builder: Builder, config: IBuilderConfig, network: INetworkDefinition, spec: BuildSpec
+) -> None:
+    """Add a profile a batch range; the batch is the first axis of every dynamic input."""
+    dynamic: dict[str, tuple[int, ...]] = {}
+    for index in range(network.num_inputs):
+        tensor: ITensor = network.get_input(index)
+        shape = tuple(tensor.shape)
+        if -1 in shape[1:]:
+            raise BuildError(
+                f"input {tensor.name!r} is {list(shape)}: only the batch may be dynamic; export "
+                "the graph with a fixed --image-size"
+            )
+        if shape[:1] == (-1,):
+            dynamic[tensor.name] = shape[1:]
+        elif shape:
+            _require_static(tensor.name, shape, spec.profiles)
+    for batch in spec.profiles if dynamic else ():
+        profile: IOptimizationProfile = builder.create_optimization_profile()
+        for name, rest in dynamic.items():
+            profile.set_shape(name, *((size, *rest) for size in (batch.min, batch.opt, batch.max)))
+        if config.add_optimization_profile(profile) < 0:
+            raise BuildError(f"TensorRT refuses the profile --batch {batch} for this graph")
+
+
+def _require_static(name: str, shape: tuple[int, ...], profiles: tuple[BatchRange, ...]) -> None:
+    for batch in profiles:
+        if not batch.is_static or batch.min != shape[0]:
+            raise BuildError(
+                f"--batch {batch} lies outside the graph: the batch of input {name!r} is fixed at "
+                f"{shape[0]}; give --batch {shape[0]}, or export the graph with a dynamic batch"
+            )
+
+
+def set_types(
+    trt: TensorRT,
+    flavour: Flavour,
+    config: IBuilderConfig,
+    network: INetworkDefinition,
+    spec: BuildSpec,
+) -> None:
+    """Set what the flavour always wants, and precision flags where types are not the graph's."""
+    dtypes = _dtypes(network)
+    for feature in flavour.preview_features:
+        config.set_preview_feature(getattr(trt.PreviewFeature, feature), True)
+    if flavour.targets_capabilities:
+        require_capable(dtypes, spec.capabilities)
+        _set_capabilities(trt, config, spec.capabilities)
+    if flavour.strongly_typed:
+        return
+    if spec.precision is Dtype.BF16:
+        raise BuildError("this TensorRT has no bf16; use --fp16, or TensorRT 10 or later")
+    if spec.precision is Dtype.FP16:
+        dtypes.add("HALF")
+    for dtype, flag in flavour.precision_flags.items():
+        if dtype in dtypes:
+            config.set_flag(getattr(trt.BuilderFlag, flag))
+
+
+def _dtypes(network: INetworkDefinition) -> set[str]:
+    """Collect the dtypes of all tensors that layers write, in TensorRT's spelling."""
+    found: set[str] = set()
+    for index in range(network.num_layers):
+        layer: ILayer = network.get_layer(index)
+        for output in range(layer.num_outputs):
+            tensor: ITensor = layer.get_output(output)
+            if tensor is not None:  # an optional output that nothing reads
+                found.add(tensor.dtype.name)
+    return found
+
+
+def _set_capabilities(
+    trt: TensorRT, config: IBuilderConfig, capabilities: tuple[ComputeCapability, ...]
+) -> None:
+    if not capabilities:
+        return
+    known = {
+        name: value for name, value in trt.ComputeCapability.__members__.items() if name[:2] == "SM"
+    }
+    config.num_compute_capabilities = len(capabilities)
+    for index, capability in enumerate(capabilities):
+        name = f"SM{capability.major}{capability.minor}"
+        if name not in known:
+            raise no_kernels(
+                capability, [ComputeCapability(int(key[2:-1]), int(key[-1])) for key in known]
+            )
+        config.set_compute_capability(known[name], index)
+
+
+def set_options(trt: TensorRT, config: IBuilderConfig, spec: BuildSpec) -> tuple[str, ...]:
+    """Set what the user asked for, and give notes on it.
+
+    What the flavour ignores or refuses does not get here.
+    """
+    if spec.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, spec.workspace)
+    if spec.optimization_level is not None:
+        config.builder_optimization_level = spec.optimization_level
+    if not spec.tf32:
+        # TensorRT sets it by itself: an fp32 engine would multiply with 10 bits of mantissa
+        config.clear_flag(trt.BuilderFlag.TF32)
+    if spec.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if spec.hardware_compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    note = attach(config, spec.timing_cache) if spec.timing_cache else None
+    return (note,) if note else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +342,7 @@ def compile_engine(
     plan: IHostMemory = builder.build_serialized_network(network, config)
     if plan is None:
         raise BuildError(f"cannot compile {spec.model.name}: {explain_or_quote(heard.errors)}")
-    unkept = timing_cache.store(config, spec.timing_cache) if spec.timing_cache else None
+    unkept = store(config, spec.timing_cache) if spec.timing_cache else None
     from_log = flavour.kernels_from == "log"
     kernels = read_log(heard.records) if from_log else _inspect(trt, plan, log)
     kernels = with_accumulators(kernels, memoryview(plan))

@@ -17,8 +17,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from msn_export.errors import GraphError
+from msn_export.graph.builder import Names, Patch, replace
 from msn_export.graph.io import infer_shapes
-from msn_export.graph.patch import Names, Patch, replace
 from msn_export.spec import Dtype
 
 _MOVES = frozenset(

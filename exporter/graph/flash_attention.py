@@ -20,8 +20,8 @@ import onnx_ir as ir
 
 from msn_export.errors import GraphError
 from msn_export.graph.attention import AttentionCore, match
+from msn_export.graph.builder import Names
 from msn_export.graph.io import infer_shapes
-from msn_export.graph.patch import Names
 from msn_export.spec import Dtype
 
 KEYS = 32  # keys a step

@@ -13,11 +13,10 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from msn_export.errors import GraphError
 from msn_export.graph.forms import write_plainly
-from msn_export.graph.lower import NEWEST, lower, raise_opset
+from msn_export.graph.opset import NEWEST, lower, raise_opset
 from msn_export.graph.precision import graph_dtype
-from msn_export.graph.shapes import resolve_shapes
+from msn_export.graph.shapes import fix_image_size, resolve_shapes
 from msn_export.graph.simplify import simplify
-from msn_export.graph.size import fix_image_size
 
 
 @dataclass(frozen=True, slots=True)

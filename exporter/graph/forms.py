@@ -13,8 +13,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from msn_export.graph.builder import Patch, replace
 from msn_export.graph.io import infer_shapes
-from msn_export.graph.patch import Patch, replace
 
 # b batch, h heads, n tokens, d head size
 

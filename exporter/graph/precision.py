@@ -12,8 +12,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from msn_export.errors import GraphError
+from msn_export.graph.builder import Names
 from msn_export.graph.io import infer_shapes
-from msn_export.graph.patch import Names
 from msn_export.graph.quantised import quantised_dtype
 from msn_export.spec import Dtype
 

@@ -4,6 +4,9 @@ Exporters compute the shapes of Reshape and Expand from the running batch, and l
 weights (Resize of a position embedding) to the runtime. ONNX's own inference stops at the first of
 them. Here a graph is walked once for each of two batch sizes: what is the same in both is a
 constant, and a size that differs is the batch's.
+
+Hugging Face optimum marks channels, height and width of every vision model dynamic. The graph of a
+ViT runs for one size all the same: its position embedding is added as it is.
 """
 
 from __future__ import annotations
@@ -20,8 +23,9 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from msn_export.graph.patch import Names
+from msn_export.graph.builder import Names
 from msn_export.graph.quantised import PRODUCTS
+from msn_export.spec import ImageSize
 
 # Two batches that no size of a model is computed from by accident
 _BATCHES = (5, 7)
@@ -314,3 +318,51 @@ def _write_targets(graph: ir.Graph, names: Names) -> None:
         constant.const_value = ir.tensor(np.array(sizes, np.int64))
         graph.register_initializer(constant)
         node.replace_input_with(1, constant)
+
+
+def fix_image_size(model: ir.Model) -> ImageSize | None:
+    """Write height, width and channels into the image input's shape, in place.
+
+    Returns:
+        The size; None where nothing was dynamic, or where patches and position embedding do not
+        tell (a grid that is not square might be turned).
+    """
+    for conv in model.graph:
+        image = conv.inputs[0] if conv.op_type == "Conv" else None
+        if image is None or not image.is_graph_input() or image.shape is None:
+            continue
+        kernel = _patch_kernel(conv)
+        if kernel is None or all(isinstance(size, int) for size in image.shape[1:]):
+            return None
+        dim, channels, height, width = kernel
+        side = _square_grid(model.graph, dim)
+        if side is None:
+            return None
+        size = ImageSize(side * height, side * width)
+        image.shape = ir.Shape([image.shape[0], channels, size.height, size.width])
+        return size
+    return None
+
+
+def _patch_kernel(conv: ir.Node) -> tuple[int, ...] | None:
+    """Give [dim, c, height, width] of a convolution that cuts an image into patches."""
+    weight = conv.inputs[1]
+    strides = conv.attributes.get("strides")
+    if weight is None or weight.const_value is None or strides is None:
+        return None
+    shape: tuple[int, ...] = tuple(weight.const_value.shape.numpy())
+    return shape if len(shape) == 4 and list(shape[2:]) == list(strides.as_ints()) else None
+
+
+def _square_grid(graph: ir.Graph, dim: int) -> int | None:
+    """Find the position embedding [1, 1 + side * side, dim] among what is added, and its side."""
+    for node in graph:
+        if node.op_type != "Add":
+            continue
+        for value in node.inputs:
+            table = None if value is None else value.const_value
+            shape = () if table is None else tuple(table.shape.numpy())
+            if len(shape) == 3 and shape[0] == 1 and shape[1] > 1 and shape[2] == dim:
+                side = math.isqrt(shape[1] - 1)
+                return side if side * side == shape[1] - 1 else None
+    return None

@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
-from msn_export.graph.facts import operators
 from msn_export.graph.io import refill, skeleton
+from msn_export.graph.summary import operators
 
 # Turns each MatMul + Add of a [b, n, dim] tensor into Reshape, Gemm, Reshape: 286 -> 322 nodes
 # on ViT-S, and TensorRT then loses the fusion of the bias.

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from msn_export.graph.inside import parts_of
-from msn_export.graph.stream import PRODUCTS, Block, between, find_stream, handed_on
+from msn_export.graph.blocks import PRODUCTS, Block, between, find_stream, handed_on, parts_of
 
 Structure = Mapping[str, float | str]
 

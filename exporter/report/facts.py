@@ -1,4 +1,4 @@
-"""What a report shows: plain values, put together by ``msn_export.run_report``."""
+"""What a report shows: plain values, put together by ``msn_export.commands.report``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from msn_export.manifest_records import CheckRecord
+from msn_export.manifest import CheckRecord
 
 State = Literal["passed", "partial", "failed"]
 Verdict = Literal[

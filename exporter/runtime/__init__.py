@@ -6,8 +6,7 @@ loaded when a runner is opened, Pillow when pictures are preprocessed.
 
 from msn_export.errors import DeviceError, InputError, RunnerError
 from msn_export.runtime.opening import open_runner
-from msn_export.runtime.outputs import Outputs
-from msn_export.runtime.runner import Runner
+from msn_export.runtime.runner import Outputs, Runner
 
 __all__ = [
     "DeviceError",

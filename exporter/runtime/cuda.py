@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from msn_export.errors import DeviceError
 from msn_export.runtime import dlpack
-from msn_export.runtime.elements import OF_ONNX
+from msn_export.runtime.dtypes import OF_ONNX
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
-    from msn_export.runtime.bindings import CudaDriver
+    from msn_export.runtime.versions import CudaDriver
 
 # cuda.h
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: does not wait for the legacy default stream

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from msn_export.errors import InputError, MsnExportError
-from msn_export.runtime.elements import OF_DLPACK, Element
+from msn_export.runtime.dtypes import OF_DLPACK, Element
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from msn_export.driver import Driver, NoDriver
 from msn_export.errors import RunnerError
+from msn_export.host import Driver, NoDriver
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"

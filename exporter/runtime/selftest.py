@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from msn_export import golden
-from msn_export.check.compare import Agreement, Comparison, Errors
-from msn_export.check.gate import GATES, Gate, Limit
 from msn_export.errors import ManifestError
 from msn_export.manifest import Manifest
+from msn_export.metrics.metrics import Agreement, Comparison, Errors
+from msn_export.metrics.tolerances import GATES, Gate, Limit
 from msn_export.spec import InputKind
 
 

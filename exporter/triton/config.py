@@ -1,4 +1,4 @@
-"""A model's ``config.pbtxt``, from what its artifacts are.
+"""A model's ``config.pbtxt``, from what its artifacts are, and the message it is written in.
 
 The rules come from what the backends accept under ``--disable-auto-complete-config``, read in
 their sources (onnxruntime_backend src/onnxruntime_utils.cc CompareDimsSupported, tensorrt_backend
@@ -12,13 +12,75 @@ src/instance_state.cc GetMostOptimizedProfile):
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
-from msn_export.errors import SpecError
+from msn_export.errors import MissingPackageError, SpecError
 from msn_export.spec import TensorSpec
-from msn_export.triton import messages
-from msn_export.triton.artifact import LOGITS, Artifact, Platform
-from msn_export.triton.messages import ModelConfig
+from msn_export.triton.model import LOGITS, Artifact, Platform
 from msn_export.triton.releases import Release
+
+ModelConfig: TypeAlias = Any  # tritonclient.grpc.model_config_pb2.ModelConfig; it ships no types
+
+# ONNX's spelling (graph.tensor_specs) to Triton's: server docs/user_guide/model_configuration.md
+DATATYPES = {
+    "bool": "TYPE_BOOL",
+    "uint8": "TYPE_UINT8",
+    "int8": "TYPE_INT8",
+    "int32": "TYPE_INT32",
+    "int64": "TYPE_INT64",
+    "float16": "TYPE_FP16",
+    "bfloat16": "TYPE_BF16",
+    "float": "TYPE_FP32",
+    "double": "TYPE_FP64",
+}
+SIZES = {"TYPE_BOOL": 1, "TYPE_UINT8": 1, "TYPE_INT8": 1, "TYPE_FP16": 2, "TYPE_BF16": 2,
+         "TYPE_INT32": 4, "TYPE_FP32": 4, "TYPE_INT64": 8, "TYPE_FP64": 8}  # fmt: skip
+
+
+def module() -> Any:
+    """Import the generated module ``model_config_pb2``.
+
+    Raises:
+        MissingPackageError: tritonclient is not installed, or without its grpc part.
+    """
+    try:
+        from tritonclient.grpc import model_config_pb2
+    except (ModuleNotFoundError, RuntimeError) as error:
+        raise MissingPackageError(
+            "package tritonclient[grpc] is not installed; pip install 'msn-export[triton]'"
+        ) from error
+    return model_config_pb2
+
+
+def to_text(config: ModelConfig, comment: str) -> str:
+    """Write a configuration as ``config.pbtxt`` holds it, under a comment."""
+    from google.protobuf import text_format
+
+    lines = "".join(f"# {line}\n" for line in comment.splitlines())
+    return lines + str(text_format.MessageToString(config))
+
+
+def from_text(text: str) -> ModelConfig:
+    """Read a configuration.
+
+    Raises:
+        SpecError: it is none; the message has the line.
+    """
+    from google.protobuf import text_format
+
+    config = module().ModelConfig()
+    try:
+        text_format.Parse(text, config)
+    except (text_format.ParseError, RecursionError, UnicodeError) as error:
+        raise SpecError(" ".join(str(error).split()) or type(error).__name__) from error
+    return config
+
+
+def datatype_name(config_value: int) -> str:
+    """Give ``TYPE_FP32`` for its number; a number that Triton gives no meaning stays one."""
+    known = module().DataType
+    return str(known.Name(config_value) if config_value in known.values() else config_value)
+
 
 LABELS = "labels.txt"
 WARMUP_FILE = "input.bin"  # in the folder that Triton calls warmup/
@@ -72,7 +134,7 @@ def model_config(name: str, artifacts: Sequence[Artifact], settings: Settings) -
 
 def base_config(name: str, platform: Platform, max_batch: int) -> ModelConfig:
     """Begin a configuration: name, backend, batch, the newest version alone."""
-    config = messages.module().ModelConfig(
+    config = module().ModelConfig(
         name=name, platform=platform, backend=platform.backend, max_batch_size=max_batch
     )
     config.version_policy.latest.num_versions = 1
@@ -87,7 +149,7 @@ def gpu_config(config: ModelConfig, artifact: Artifact, *, cuda_graphs: bool) ->
     changed = type(config)()
     changed.CopyFrom(config)
     for group in changed.instance_group:
-        group.kind = messages.module().ModelInstanceGroup.KIND_GPU
+        group.kind = module().ModelInstanceGroup.KIND_GPU
     if cuda_graphs:
         cuda = changed.optimization.cuda
         cuda.graphs = True
@@ -169,13 +231,13 @@ def datatype(spec: TensorSpec, artifact: Artifact) -> int:
     Raises:
         SpecError: Triton has none.
     """
-    known = messages.DATATYPES.get(spec.dtype)
+    known = DATATYPES.get(spec.dtype)
     if known is None:
         raise SpecError(
             f"{artifact.path.name}: tensor {spec.name!r} is {spec.dtype}, which Triton does not "
-            f"serve; expected one of {', '.join(messages.DATATYPES)}"
+            f"serve; expected one of {', '.join(DATATYPES)}"
         )
-    return int(messages.module().DataType.Value(known))
+    return int(module().DataType.Value(known))
 
 
 def _optima(artifact: Artifact, config: ModelConfig) -> list[int]:

@@ -4,14 +4,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from msn_export.errors import MsnExportError, SpecError
-from msn_export.triton import messages
-from msn_export.triton.artifact import Artifact, Platform
-from msn_export.triton.check_config import check_config
-from msn_export.triton.check_ensemble import check_ensemble
-from msn_export.triton.check_files import check_files, model_files, version_folders
-from msn_export.triton.check_tensors import check_tensors
-from msn_export.triton.findings import Finding, Findings, ReadArtifact, Subject, safe_file
-from msn_export.triton.messages import ModelConfig
+from msn_export.triton import config as messages
+from msn_export.triton.check_artifacts import (
+    check_files,
+    check_tensors,
+    model_files,
+    version_folders,
+)
+from msn_export.triton.checks import (
+    Finding,
+    Findings,
+    ReadArtifact,
+    Subject,
+    check_config,
+    check_ensemble,
+    safe_file,
+)
+from msn_export.triton.config import ModelConfig
+from msn_export.triton.model import Artifact, Platform
 from msn_export.triton.releases import Release, parse_release
 
 CONFIG = "config.pbtxt"

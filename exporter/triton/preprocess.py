@@ -15,10 +15,9 @@ import onnx_ir as ir
 from msn_export.errors import SpecError
 from msn_export.preprocessing import Preprocessing
 from msn_export.spec import InputKind, TensorSpec
-from msn_export.triton import messages
-from msn_export.triton.artifact import Artifact, Platform
-from msn_export.triton.config import Settings, base_config
-from msn_export.triton.messages import ModelConfig
+from msn_export.triton import config as messages
+from msn_export.triton.config import ModelConfig, Settings, base_config
+from msn_export.triton.model import Artifact, Platform
 
 OPSET = 17  # every onnxruntime in the table of releases knows it
 IR_VERSION = 8

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from msn_export.preprocessing import Preprocessing
 from msn_export.spec import InputKind
-from msn_export.triton import messages
-from msn_export.triton.artifact import LOGITS, Artifact, Platform
-from msn_export.triton.config import Settings
-from msn_export.triton.messages import ModelConfig
+from msn_export.triton import config as messages
+from msn_export.triton.config import ModelConfig, Settings
+from msn_export.triton.model import LOGITS, Artifact, Platform
 from msn_export.triton.releases import ATTENTION_CUDA_SINCE, ATTENTION_OPSET, numbers
 
 

@@ -16,13 +16,13 @@ from click.testing import CliRunner
 
 from msn_export import manifest as manifests
 from msn_export.cli import main
-from msn_export.driver import Device, NoDriver, find_driver
-from msn_export.engine.backend import Backend, find_backend
+from msn_export.engine.versions import Backend, find_backend
 from msn_export.engine_header import ANY_GPU, may_target, tries_any_gpu
 from msn_export.errors import MissingPackageError
+from msn_export.host import Device, NoDriver, find_driver
 from msn_export.manifest import Manifest
-from msn_export.models.checkpoints import Checkpoint, load_checkpoint
-from msn_export.models.variants import VARIANTS
+from msn_export.models.checkpoint import Checkpoint, load_checkpoint
+from msn_export.models.config import VARIANTS
 from msn_export.runtime import Runner, open_runner
 from msn_export.spec import ComputeCapability, Dtype
 

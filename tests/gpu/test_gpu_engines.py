@@ -8,10 +8,10 @@ import pytest
 import torch
 from places import CARD, SHAPES, TINY, Built, Place
 
-from msn_export.check.gate import GATES
-from msn_export.check.sample import draw, with_ragged
-from msn_export.check.verify import Reference, run_reference, verify
-from msn_export.graph.reference import read_head
+from msn_export.graph.torch_reference import read_head
+from msn_export.metrics.evaluate import Reference, run_reference, verify
+from msn_export.metrics.samples import draw, with_ragged
+from msn_export.metrics.tolerances import GATES
 from msn_export.spec import Dtype, Head, InputKind
 
 HEADS = (Head.CLS, Head.MEAN)

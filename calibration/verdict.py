@@ -1,0 +1,291 @@
+"""What quantising a graph costs and what it saves, on images it was not calibrated on."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from msn_export.artifact import Source
+from msn_export.bench.latency import time_engines, time_graphs
+from msn_export.calibration.images import Split
+from msn_export.calibration.job import CalibrateJob
+from msn_export.calibration.search import EVERYTHING, Choice, Ranged
+from msn_export.engine.build import build_engine
+from msn_export.engine.census import ALLOWED, not_multiplied_in
+from msn_export.engine.options import BuildSpec, check_options, require_capable
+from msn_export.engine.versions import find_backend
+from msn_export.errors import BuildError, MissingPackageError
+from msn_export.files import apart
+from msn_export.graph.quantised import quantised_products
+from msn_export.host import NoDriver, find_driver
+from msn_export.manifest import CheckRecord
+from msn_export.metrics.evaluate import Reference, Runner, verify
+from msn_export.metrics.tolerances import Gate
+from msn_export.progress import Progress
+from msn_export.spec import BatchRange, ComputeCapability, Dtype, Head, InputKind
+
+# Saving less than this of the twin's bytes is not worth another artifact.
+WORTHWHILE = 0.10
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """How a graph agrees with the fp32 graph on held-out images; shares from 0 to 1, None unknown.
+
+    ``failures`` says what its gate asks and it does not reach.
+    """
+
+    record: CheckRecord
+    failures: tuple[str, ...]
+    neighbours: float | None
+    classes: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A graph written to a staging path, how it was judged, and which blocks it keeps."""
+
+    path: Path
+    model: ir.Model
+    judged: Judged
+    choice: Choice = EVERYTHING
+
+
+def judge(
+    runner: Runner, reference: Reference, gate: Gate, stem: InputKind, fixed: int | None
+) -> Judged:
+    """Run a candidate over the reference's images and compare.
+
+    Raises:
+        ToleranceError: it has other outputs.
+    """
+    size = fixed or min(8, reference.sample.room, len(reference.sample))
+    verified = verify(runner, reference, stem, (size,))
+    failures = verified.failures(gate)
+    return Judged(
+        verified.record(gate, passed=not failures),
+        tuple(failures),
+        _least(
+            agreement.neighbours
+            for name, agreement in verified.outputs.items()
+            if name != Head.LOGITS.output
+        ),
+        _least(agreement.classes for agreement in verified.outputs.values()),
+    )
+
+
+def _least(shares: Iterable[float | None]) -> float | None:
+    """Give the share of the output that agrees least."""
+    return min((share for share in shares if share is not None), default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Savings:
+    """What the twin in ``base`` takes, and the graph in ``form`` after it.
+
+    Sizes are bytes of the files and, where they were compiled, of the engines. ``latency`` is in
+    milliseconds a batch, or the reason why nothing was timed. ``faults`` are what the compiled
+    engine should be and is not.
+    """
+
+    base: str
+    form: str
+    file: tuple[int, int]
+    engine: tuple[int, int] | None
+    latency: tuple[float, float] | str
+    faults: tuple[str, ...] = ()
+
+    @property
+    def size_share(self) -> float:
+        """What of the twin's bytes is left, in the engine where it is known."""
+        twin, quantised = self.engine or self.file
+        return quantised / twin
+
+    @property
+    def worthwhile(self) -> bool:
+        """Whether anything is gained: bytes, and no time lost where that was measured.
+
+        A kernel that was taken apart, or multiplies in another type, loses time on any GPU.
+        """
+        faster = isinstance(self.latency, str) or self.latency[1] < self.latency[0]
+        return self.size_share <= 1 - WORTHWHILE and faster and not self.faults
+
+
+def sentence(savings: Savings, judged: Judged, twin: Judged, *, kept: int, depth: int) -> str:
+    """Say in one sentence what quantising costs, saves, and whether to."""
+    what = "engine" if savings.engine else "file"
+    share = savings.size_share
+    change = f"{1 - share:.0%} smaller" if share <= 1 else f"{share - 1:.0%} larger"
+    saved = f"the {savings.form} {what} is {change} than the {savings.base} one"
+    cost = "; ".join(
+        f"{what} {_figure(getattr(judged.record, name), form)} "
+        f"({savings.base}: {_figure(getattr(twin.record, name), form)})"
+        for what, name, form in (
+            ("relative error", "relative", ".2%"),
+            ("p1 cosine", "cosine_p1", ".5f"),
+        )
+    )
+    shares = [
+        f"{share:.0%} of {named} agree"
+        for share, named in ((judged.neighbours, "neighbours"), (judged.classes, "classes"))
+        if share is not None
+    ]
+    if kept:
+        shares.append(f"{kept} of {depth} blocks kept in {savings.base}")
+    detail = "; ".join([cost, *shares, *savings.faults, _times(savings)])
+    if not savings.worthwhile:
+        return f"keep {savings.base}: {saved}; {detail}"
+    return f"{saved}; {detail}"
+
+
+def _times(savings: Savings) -> str:
+    if isinstance(savings.latency, str):
+        return f"time not measured: {savings.latency}"
+    before, after = savings.latency
+    return f"{after:.2f} ms a batch ({savings.base}: {before:.2f})"
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "none" if value is None else f"{value:{form}}"
+
+
+# The first generation with both int8 and fp8 matrix products: compiled for where no GPU is and
+# none is named.
+_CAPABILITY = ComputeCapability(8, 9)
+
+
+@dataclass(frozen=True, slots=True)
+class Twin:
+    """A graph to compile, and the products in it that must multiply in 8 bits."""
+
+    path: Path
+    dtype: Dtype
+    products: Sequence[str] = ()
+
+
+def require_target(capability: ComputeCapability, dtypes: Sequence[Dtype]) -> None:
+    """Refuse, before any work is done, a GPU generation that nothing compiles for here.
+
+    Args:
+        capability: the generation.
+        dtypes: what the graphs to compile compute in.
+
+    Raises:
+        BuildError: TensorRT does not compile for it here, or it does not compute in a dtype.
+        MissingPackageError: there is no TensorRT.
+    """
+    check_options(
+        BuildSpec(Path(), (BatchRange(),), (capability,)), find_backend("auto"), find_driver()
+    )
+    require_capable({dtype.upper() for dtype in dtypes}, (capability,))
+
+
+def compile_both(
+    twins: Mapping[str, Twin],
+    profile: BatchRange,
+    stage: Path,
+    capability: ComputeCapability | None = None,
+) -> dict[str, Any]:
+    """Compile each graph and count its kernels.
+
+    Args:
+        twins: the graphs, by name.
+        profile: the batches to tune for.
+        stage: the folder the engines are written to.
+        capability: the GPU generation to compile for; None is this machine's, so that the engines
+            can be timed, or 8.9 where there is none.
+
+    Returns:
+        By name: kernels, fused attention, products by dtype, ``multiplied`` of ``products`` in 8
+        bits and the engine's bytes; and ``compiler``. Or ``reason``, where nothing compiles here.
+    """
+    try:
+        backend = find_backend("auto")
+        told: dict[str, Any] = {"compiler": f"{backend}"}
+        capabilities = (capability or _own(),) if backend.flavour.targets_capabilities else ()
+        if capabilities:
+            told["compiler"] += f" for SM {capabilities[0]}"
+        for name, twin in twins.items():
+            spec = BuildSpec(twin.path, (profile,), capabilities, precision=twin.dtype)
+            built = build_engine(spec, backend, engine_path(stage, name))
+            census = built.census
+            wrong = not_multiplied_in(census, ALLOWED[twin.dtype][0], twin.products)
+            told[name] = {
+                "kernels": len(census.kernels),
+                "fused_attention": len(census.fused_attention),
+                "gemm_dtypes": census.gemm_dtypes,
+                "products": len(twin.products),
+                "multiplied": len(twin.products) - len(wrong),
+                "bytes": built.bytes,
+            }
+    except (BuildError, MissingPackageError) as error:
+        return {"reason": f"not compiled: {error}"}
+    return told
+
+
+def engine_path(stage: Path, name: str) -> Path:
+    """Say where ``compile_both`` puts the engine called ``name``."""
+    return stage / f"{name}.engine"
+
+
+def _own() -> ComputeCapability:
+    driver = find_driver()
+    return _CAPABILITY if isinstance(driver, NoDriver) else driver.devices[0].capability
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """All that came of a calibration, the quantised graph and its twin in the base type."""
+
+    source: Source
+    dealt: Split
+    ranged: Ranged
+    chosen: Candidate
+    twin: Candidate
+
+
+def measure(
+    done: Calibrated, job: CalibrateJob, stage: Path, progress: Progress
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Give what both graphs compile into and how long they take, or the reasons why not."""
+    if not job.compile:
+        reason = {"reason": "not asked for (--no-compile)"}
+        return reason, reason
+    if job.rest is Dtype.FP32:
+        with progress.step("time both in onnxruntime"):
+            paths = {str(job.rest): done.twin.path, str(job.dtype): done.chosen.path}
+            latency = time_graphs(paths, _batch(done), str(job.rest))
+        return {"reason": f"{job.dtype} beside fp32 is for onnxruntime"}, latency
+    stage = apart(stage)
+    with progress.step("compile both and count kernels"):
+        compiled = _compile(done, job, stage)
+    with progress.step("time both, where a GPU is"):
+        return compiled, _run_in_turns(done, job, compiled, stage)
+
+
+def _compile(done: Calibrated, job: CalibrateJob, stage: Path) -> dict[str, Any]:
+    products = quantised_products(done.chosen.model)
+    twins = {
+        str(job.rest): Twin(done.twin.path, job.rest),
+        str(job.dtype): Twin(done.chosen.path, job.dtype, products),
+    }
+    return compile_both(twins, done.source.batch, stage, job.capability)
+
+
+def _run_in_turns(
+    done: Calibrated, job: CalibrateJob, compiled: dict[str, Any], stage: Path
+) -> dict[str, Any]:
+    if "reason" in compiled:
+        return compiled
+    engines = {str(dtype): engine_path(stage, str(dtype)) for dtype in (job.rest, job.dtype)}
+    return time_engines(engines, _batch(done), str(job.rest))
+
+
+def _batch(done: Calibrated) -> NDArray[Any]:
+    """Make a batch of the usual size of what was calibrated on."""
+    probe = done.ranged.probe.images
+    return probe[np.arange(done.source.batch.opt) % len(probe)]

@@ -1,0 +1,201 @@
+"""What a benchmark says: its figures, and what its table leaves open."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from msn_export.host import Machine
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """Something that was timed, or the reason (``skipped``) why it was not.
+
+    ``transfers`` says whether copies to and from the GPU are in its times; None on the CPU, where
+    there are none. ``cuda_graphs`` says how an engine's kernels were replayed.
+    """
+
+    name: str
+    kind: str
+    runs: str = ""
+    file: str | None = None
+    sha256: str | None = None
+    dtype: str | None = None
+    takes: str = ""
+    threads: int | None = None
+    transfers: bool | None = None
+    cuda_graphs: str | None = None
+    open_seconds: float | None = None
+    skipped: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """Time over the baseline's time in the same round: median and quartiles of the rounds."""
+
+    median: float
+    q1: float
+    q3: float
+    rounds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """How the outputs agree with the fp32 reference's, the worst output's figures; None: NaN."""
+
+    images: int
+    max_abs: float
+    mean_abs: float
+    cosine_min: float
+    cosine_p1: float
+    cosine_median: float
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One contender at one batch size; times are of one call, in milliseconds.
+
+    ``rounds_ms`` has the median of each round. ``peak_rss_bytes`` is the highest resident memory
+    of the contender's own process at this batch, ``device_bytes`` what it held of the GPU's.
+    """
+
+    contender: str
+    batch: int
+    calls: int
+    median_ms: float
+    mean_ms: float
+    min_ms: float
+    p90_ms: float
+    p99_ms: float
+    images_per_second: float
+    ratio: Ratio
+    rounds_ms: tuple[float, ...]
+    warm_up_seconds: float
+    peak_rss_bytes: int
+    device_bytes: int | None = None
+    agreement: Agreed | None = None
+    not_compared: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """A whole run.
+
+    ``baseline`` is the contender whose time is 1, ``reference`` what outputs were compared with.
+    ``load`` is the load average when the run began: of others, on a busy machine.
+    """
+
+    product: str
+    command: str
+    created: str
+    machine: Machine
+    versions: dict[str, str]
+    batches: tuple[int, ...]
+    rounds: int
+    seconds: float
+    threads: int
+    pictures: int
+    pictures_from: str
+    preprocessing: str
+    baseline: str
+    reference: str
+    load: float
+    contenders: tuple[Contender, ...]
+    timings: tuple[Timing, ...]
+    notes: tuple[str, ...] = field(default=())
+    preset: str | None = None
+    kind: str = "bench"
+    schema: int = SCHEMA
+
+    def timing(self, contender: str, batch: int) -> Timing:
+        """Look one contender's times at one batch size up."""
+        return next(t for t in self.timings if (t.contender, t.batch) == (contender, batch))
+
+    @property
+    def timed(self) -> tuple[Contender, ...]:
+        """Those that ran."""
+        return tuple(one for one in self.contenders if one.skipped is None)
+
+
+Rounds = list[list[int]]  # of each round the nanoseconds of each call
+
+
+def rotated(names: Sequence[str], turn: int) -> list[str]:
+    """Give the order of a round: each contender is first, second, … equally often.
+
+    What follows a slow or a fast neighbour, or comes first after a pause, does so in turn.
+    """
+    start = turn % len(names)
+    return [*names[start:], *names[:start]]
+
+
+def ratio_of(rounds: Rounds, baseline: Rounds) -> Ratio:
+    """Compare two contenders round by round: what disturbs a whole round cancels out."""
+    ratios = np.asarray(medians(rounds)) / np.asarray(medians(baseline))
+    q1, median, q3 = np.percentile(ratios, [25, 50, 75])
+    return Ratio(float(median), float(q1), float(q3), len(ratios))
+
+
+def medians(rounds: Rounds) -> list[float]:
+    """Give each round's median in milliseconds."""
+    return [float(np.median(calls)) / 1e6 for calls in rounds]
+
+
+def figures(rounds: Rounds, batch: int) -> dict[str, Any]:
+    """Sum up all calls of all rounds, in milliseconds and images a second."""
+    times = np.concatenate([np.asarray(calls, np.float64) for calls in rounds]) / 1e6
+    median = float(np.median(times))
+    return {
+        "calls": len(times),
+        "median_ms": median,
+        "mean_ms": float(times.mean()),
+        "min_ms": float(times.min()),
+        "p90_ms": float(np.percentile(times, 90)),
+        "p99_ms": float(np.percentile(times, 99)),
+        "images_per_second": 1000 * batch / median,
+        "rounds_ms": tuple(medians(rounds)),
+    }
+
+
+_FEW = 100  # calls, below which a p99 is little more than the slowest one
+
+
+def said(bench: Bench) -> list[str]:
+    """Say how ratios were made, what was compared with what, where it ran, and what is missing."""
+    versions = ", ".join(f"{name} {version}" for name, version in bench.versions.items())
+    lines = [
+        f"time / {bench.baseline}: median over {_count(bench.rounds, 'round')} of the ratio within "
+        "a round (quartiles).",
+        f"Outputs compared with {bench.reference}, over {bench.pictures} inputs: "
+        f"{bench.pictures_from}.",
+        f"{bench.machine}; {_count(bench.threads, 'thread')} a contender; {versions}.",
+    ]
+    transfers = {one.transfers for one in bench.timed} - {None}
+    if transfers:
+        counted = "counted" if True in transfers else "not counted"
+        lines.append(f"Copies to and from the GPU are {counted}.")
+    lines += [f"{one.name} left out: {one.skipped}" for one in bench.contenders if one.skipped]
+    fewest = min(timing.calls for timing in bench.timings)
+    if fewest < _FEW:
+        lines.append(
+            f"Some figures are of {_count(fewest, 'call')}: p99 is near the slowest of them."
+        )
+    apart = {(one.contender, one.not_compared) for one in bench.timings if one.not_compared}
+    # that there is no reference is said above, once
+    lines += [
+        f"{name} not compared: {why}" for name, why in sorted(apart) if why != bench.reference
+    ]
+    return [*lines, *bench.notes]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"

@@ -1,0 +1,193 @@
+"""What a benchmark holds while it runs: contenders open in their processes, and the pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from msn_export.bench.contenders import Entry, Origin, Where, origin_of
+from msn_export.bench.process import Process
+from msn_export.bench.results import Contender
+from msn_export.errors import BenchError, SpecError
+from msn_export.feed import Feed, feed_of
+from msn_export.models.named import AS_IT_SAYS, Choices
+from msn_export.preprocessing import Exif
+from msn_export.schema import from_plain, to_plain
+from msn_export.spec import BatchRange, ImageSize, TensorSpec
+
+if TYPE_CHECKING:
+    from contextlib import ExitStack
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+
+@dataclass(slots=True)
+class Opened:
+    """A contender that is open in its process; ``told`` is what it says of itself."""
+
+    entry: Entry
+    process: Process
+    told: dict[str, Any]
+    record: Contender
+
+    @property
+    def name(self) -> str:
+        """The contender's name."""
+        return self.entry.name
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What an artifact takes; PyTorch takes normalised planes and does not say."""
+        return from_plain(tuple[TensorSpec, ...], self.told.get("inputs", []), "inputs")
+
+    def splits(self, batch: int) -> str | None:
+        """Say that a batch is not run at once, where it is not."""
+        takes = BatchRange.parse(self.told["batch"]) if "batch" in self.told else None
+        if takes is None or takes.min <= batch <= takes.max:
+            return None
+        return (
+            f"{self.name} takes batches of {takes.min} to {takes.max}: {batch} is run in pieces "
+            "or padded"
+        )
+
+
+@dataclass(slots=True)
+class Arena:
+    """Contenders in the order of the table, who is absent and why, and the pictures."""
+
+    where: Where
+    folder: Path
+    stack: ExitStack
+    offline: bool
+    choices: Choices = AS_IT_SAYS
+    opened: list[Opened] = field(default_factory=list)
+    absent: list[Contender] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    feed: Feed | None = None
+    _started: int = 0
+
+    def start(self, entry: Entry, tried: int | None = None) -> Opened:
+        """Open an entry in a process of its own, and give it the pictures if they are there.
+
+        Args:
+            entry: what to open.
+            tried: a batch size to run once: what torch.compile cannot do fails at its first call.
+
+        Raises:
+            BenchError: it cannot be opened.
+        """
+        self._started += 1
+        log = self.folder / f"{self._started}.log"
+        process = Process(entry.name, log, self.where.threads, offline=self.offline)
+        self.stack.enter_context(process)
+        try:
+            told = process.ask("open", **entry.opening)
+            one = Opened(entry, process, told, self._record(entry, told))
+            if self.feed is not None:
+                self._give(one, self.feed)
+            if tried is not None:
+                self.outputs(one, tried)
+        except BenchError:
+            process.close()  # stopped, it would hold its memory until all are timed
+            raise
+        return one
+
+    def beside(self, where: Where, stack: ExitStack) -> Arena:
+        """Give another arena with the same pictures and no contender yet."""
+        return Arena(where, self.folder, stack, self.offline, feed=self.feed, _started=100)
+
+    def agree(
+        self, size: ImageSize | None, preprocess: str | None = None, exif: Exif | None = None
+    ) -> Feed:
+        """Find the one preprocessing that all artifacts share.
+
+        Args:
+            size: of the images, for graphs that leave it open; else that of the others.
+            preprocess: a preset or JSON file, instead of what the manifests say.
+            exif: instead of what the manifests say.
+
+        Raises:
+            SpecError: they take images of different sizes.
+        """
+        feeds: dict[str, Feed] = {}
+        for one in sorted(self.opened, key=lambda one: one.entry.manifest is None):
+            own = size
+            if own is None and feeds and one.entry.manifest is None:
+                own = next(iter(feeds.values())).preprocessing.size
+            feeds[one.name] = feed_of(
+                one.name,
+                one.inputs,
+                one.entry.manifest,
+                preprocess=preprocess,
+                exif=exif,
+                size=own or one.entry.file,
+            )
+        sizes = {str(feed.preprocessing.size) for feed in feeds.values()}
+        if len(sizes) > 1:
+            raise SpecError(
+                f"artifacts take images of {' and '.join(sorted(sizes))}; bench those of one size"
+            )
+        chosen = next(iter(feeds.values()))  # of the first that has a manifest, if any has
+        self.notes += chosen.notes
+        return chosen
+
+    def show(self, feed: Feed, pixels: NDArray[np.uint8]) -> None:
+        """Give everyone the pictures [count, h, w, c], and whoever comes later."""
+        self.feed = feed
+        np.save(self._pixels, pixels)
+        for one in self.opened:
+            self._give(one, feed)
+
+    def outputs(self, one: Opened, batch: int) -> tuple[dict[str, NDArray[Any]], float]:
+        """Begin a batch size; give the outputs for every picture, and the seconds it took.
+
+        Raises:
+            BenchError: it failed.
+        """
+        path = self.folder / "outputs.npz"
+        told = one.process.ask("begin", batch=batch, outputs=str(path))
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}, float(told["seconds"])
+
+    def origin(self, checkpoint: str | None) -> Origin:
+        """Find the checkpoint of the artifacts, and what they put out of it.
+
+        Raises:
+            BenchError: no manifest names one, and none was named.
+        """
+        assert self.feed is not None
+        names: dict[str, None] = {}
+        for one in self.opened:
+            if "inputs" in one.told:
+                names |= dict.fromkeys(spec["name"] for spec in one.told["outputs"])
+        entries = [one.entry for one in self.opened]
+        size = self.feed.preprocessing.size
+        return origin_of(entries, checkpoint, tuple(names), size, self.choices)
+
+    @property
+    def _pixels(self) -> Path:
+        return self.folder / "pixels.npy"
+
+    def _give(self, one: Opened, feed: Feed) -> None:
+        told = to_plain(feed.preprocessing)
+        one.process.ask("take", pixels=str(self._pixels), preprocessing=told)
+
+    def _record(self, entry: Entry, told: dict[str, Any]) -> Contender:
+        specs = told.get("inputs", [])
+        takes = "; ".join(f"{one['dtype']} [{', '.join(map(str, one['shape']))}]" for one in specs)
+        on_gpu = self.where.device is not None
+        return Contender(
+            name=entry.name,
+            kind=entry.kind,
+            runs=told["runs"],
+            file=str(entry.file) if entry.file is not None else None,
+            sha256=entry.sha256,
+            dtype=entry.dtype,
+            takes=takes or f"{entry.dtype} planes",
+            threads=self.where.threads,
+            transfers=not self.where.resident if on_gpu else None,
+            open_seconds=round(told["seconds"], 3),
+        )

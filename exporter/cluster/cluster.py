@@ -1,0 +1,261 @@
+"""To a Ray cluster and away from it, and how many actors its machines hold."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from msn_export.errors import ClusterError, MissingPackageError, MsnExportError, SpecError
+from msn_export.host import usable_cores
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from msn_export.embed.job import EmbedJob
+
+
+# providers that need a GPU, however they are spelled
+_ON_GPU = ("cuda", "tensorrt", "nvtensorrt")
+# Batches of one task: few, for a lost machine loses its task, and many enough to outweigh Ray's own
+# milliseconds. A task is a fiftieth of an actor's work at most.
+_BATCHES, _TASKS_AN_ACTOR = 8, 50
+_THREADS = 4  # of one actor on the CPU: more of them share one model, and gain less each
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A machine of the cluster: what Ray may give out of it."""
+
+    cpus: int
+    gpus: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Crew:
+    """Who does the work.
+
+    ``actors`` hold the model, each with ``cpus`` processors (and as many threads) or ``gpus``
+    graphics processors; ``readers`` decode. Readers are asked of Ray with no processor at all and
+    are counted here instead: after a machine was lost, actors that wait for a processor can never
+    leave the readers without one, which would hang the job without an error.
+    """
+
+    actors: int
+    cpus: int
+    gpus: int
+    readers: int
+
+    @property
+    def each(self) -> str:
+        """What an actor has, in words."""
+        return "1 GPU" if self.gpus else f"{self.cpus} CPU{'s' * (self.cpus > 1)}"
+
+    def __str__(self) -> str:
+        actors = f"{self.actors} actor{'s' * (self.actors > 1)} of {self.each}"
+        return f"{actors}, {self.readers} reader{'s' * (self.readers > 1)}"
+
+
+def crew_for(job: EmbedJob, nodes: Sequence[Node]) -> Crew:
+    """Decide who works on a job.
+
+    Raises:
+        SpecError: the job names a GPU, or a number of threads, which is Ray's to choose.
+        ClusterError: the cluster has no room.
+    """
+    if job.device is not None:
+        raise SpecError("--device is for one machine: on a cluster Ray gives each actor its GPU")
+    if job.threads is not None:
+        raise SpecError("--threads is for one machine: on a cluster Ray gives an actor its CPUs")
+    needs_gpu = None
+    if job.model.suffix != ".onnx":
+        needs_gpu = True
+    elif job.providers:
+        needs_gpu = any(name.lower().startswith(_ON_GPU) for name in job.providers)
+    return crew_of(nodes, needs_gpu=needs_gpu, actors=job.actors)
+
+
+def blocks_of(batches: int, actors: int) -> int:
+    """Into how many tasks to divide the batches."""
+    each = max(1, min(_BATCHES, batches // (actors * _TASKS_AN_ACTOR)))
+    return -(-batches // each)
+
+
+def crew_of(nodes: Sequence[Node], *, needs_gpu: bool | None, actors: int | None) -> Crew:
+    """Decide who works on a cluster.
+
+    Args:
+        nodes: its machines.
+        needs_gpu: True for a model that runs on a GPU alone, False for the CPU; None takes GPUs
+            where there are some.
+        actors: how many are to hold the model; None is as many as there is room for.
+
+    Raises:
+        ClusterError: the cluster has no room for one, or not for so many.
+    """
+    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+    if needs_gpu and not gpus:
+        raise ClusterError(
+            f"the model runs on a GPU and the cluster ({describe(nodes)}) has none; start nodes "
+            "with GPUs, or embed with the .onnx and --providers cpu"
+        )
+    on_gpu = bool(gpus) if needs_gpu is None else needs_gpu
+    if on_gpu:
+        room, each = gpus, 0
+    else:
+        each = _threads(nodes)
+        room = sum(_usable(node.cpus) // each for node in nodes)  # no actor spans machines
+    if not room:
+        raise ClusterError(f"the cluster ({describe(nodes)}) has no CPU to give; start nodes")
+    if actors is not None and actors > room:
+        raise ClusterError(
+            f"--actors {actors}: the cluster ({describe(nodes)}) has room for {room}; give fewer "
+            "or start more nodes"
+        )
+    count = actors or room
+    readers = max(-(-count // 5), cpus - count * max(each, 1))
+    return Crew(count, each, int(on_gpu), readers)
+
+
+def _usable(cpus: int) -> int:
+    """Leave a sixth of a machine, one processor at least, to decoding; a single one is shared."""
+    return cpus - max(1, cpus // 6) if cpus > 1 else cpus
+
+
+def _threads(nodes: Sequence[Node]) -> int:
+    """Share each machine evenly: as many threads as the smallest machine can give."""
+    least = min((_usable(node.cpus) for node in nodes if node.cpus), default=1)
+    shares = -(-least // _THREADS)
+    return max(1, least // shares)
+
+
+def describe(nodes: Sequence[Node]) -> str:
+    """Say in words what a cluster has."""
+    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+    count = f"{len(nodes)} node{'s' * (len(nodes) != 1)}"
+    return f"{count}, {cpus} CPU{'s' * (cpus != 1)}, {gpus} GPU{'s' * (gpus != 1)}"
+
+
+LOCAL = "local"
+_ANSWER = 10.0  # seconds until a cluster's machine takes a connection
+# Ray Data 2.60 adds this, and advice on its settings, to the message of whatever was raised
+_REMARK = re.compile(r"\nFailed to .* after \d+/\d+ attempts.*", re.DOTALL)
+
+
+def address_of(given: str, variables: Mapping[str, str] = os.environ) -> str:
+    """Read what ``--ray`` was given; nothing is the cluster a submitted job runs in, else local.
+
+    Raises:
+        ClusterError: it is no address, or a Ray Client's, which Ray Data does not run through.
+    """
+    # never None: Ray would then join whatever cluster was started last, or look for a dead one
+    address = given or variables.get("RAY_ADDRESS") or LOCAL
+    if "://" in address:
+        raise ClusterError(
+            f"--ray {address}: Ray Data runs inside the cluster; give HOST:PORT on one of its "
+            "machines, or submit the command with ray job submit"
+        )
+    host, _, port = address.rpartition(":")
+    if address not in {LOCAL, "auto"} and not (host and port.isdigit()):
+        raise ClusterError(f"--ray {address}: expected HOST:PORT, auto, or local")
+    return address
+
+
+@contextmanager
+def connected(address: str) -> Iterator[tuple[Node, ...]]:
+    """Join a cluster, or start one on this machine; give its nodes. It is left at the end.
+
+    Raises:
+        MissingPackageError: Ray is not installed.
+        ClusterError: there is no cluster at the address, or one of another Ray or Python.
+    """
+    # before Ray is imported: it reports its use to its makers unless it is told not to
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise MissingPackageError(
+            f"--ray needs Ray Data ({error}); pip install 'msn-export[ray]'"
+        ) from error
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address == LOCAL:
+        options |= {"num_cpus": len(usable_cores()), "include_dashboard": False}
+    try:
+        _require_answer(address)
+        ray.init(address, **options)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise ClusterError(
+            f"--ray {address}: no cluster that can be joined ({first_line(error)}); start one "
+            "with ray start --head, use --ray local, or set RAY_AUTH_MODE=token if it asks for one"
+        ) from error
+    try:
+        with failures_in_one_line():
+            yield _nodes(ray.nodes())
+    finally:
+        ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Look whether anybody listens: Ray asks for minutes.
+
+    Raises:
+        OSError: nobody does.
+    """
+    host, _, port = address.rpartition(":")
+    if host:
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER).close()
+
+
+def _nodes(found: list[dict[str, Any]]) -> tuple[Node, ...]:
+    alive = [node["Resources"] for node in found if node["Alive"]]
+    return tuple(Node(int(one.get("CPU", 0)), int(one.get("GPU", 0))) for one in alive)
+
+
+@contextmanager
+def failures_in_one_line() -> Iterator[None]:
+    """Give an error of ours that was raised on another machine as it was raised there.
+
+    Raises:
+        ClusterError: of Ray's own failures.
+    """
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except (MsnExportError, RayError, RuntimeError, ImportError) as error:
+        own = own_error_in(error)
+        if own is error:
+            raise
+        if own is not None:
+            raise own from error
+        raise ClusterError(f"Ray failed: {first_line(error)}") from error
+
+
+def own_error_in(error: BaseException) -> MsnExportError | None:
+    """Find our error among the causes of one of Ray's, which tells whole tracebacks."""
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        one = waiting.pop(0)
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        # Ray's own subclass of our error has its remote traceback for a message
+        if isinstance(one, MsnExportError) and not hasattr(one, "cause"):
+            text, remark = _REMARK.subn("", str(one))
+            return type(one)(text) if remark else one
+        waiting += [getattr(one, "cause", None), one.__cause__, one.__context__]
+    return None
+
+
+def first_line(error: BaseException) -> str:
+    """Give the first line of what an error says, or its type's name."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # Ray colours its messages
+    lines = [line.strip() for line in plain.splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

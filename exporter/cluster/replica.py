@@ -1,0 +1,214 @@
+"""Answers to posted pictures: what a replica of a service does. Plain code, nothing of Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, get_args
+
+import numpy as np
+
+from msn_export import images
+from msn_export.embed.decode import Decoder
+from msn_export.embed.inference import read_rows, reading_of
+from msn_export.embed.local import tested
+from msn_export.errors import ImageError, SpecError
+from msn_export.feed import feed_of
+from msn_export.preprocessing import Exif
+from msn_export.processor_config import require_choice
+from msn_export.runtime import open_runner
+from msn_export.spec import Scores
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from msn_export.embed.decode import Decoded
+    from msn_export.preprocessing import Preprocessing
+
+
+LARGEST = 64 * 2**20  # bytes of one posted picture: each is in memory, in the proxy too
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """How a model is served; each field is an argument ``name=value`` of ``serve run``.
+
+    ``cpus`` are a replica's processors and threads, ``gpus`` its graphics processors (None: one for
+    an engine). ``batch`` None is what the model is tuned for; ``wait`` is how many milliseconds a
+    picture waits for others.
+    """
+
+    model: Path
+    replicas: int = 1
+    cpus: int = 1
+    gpus: int | None = None
+    batch: int | None = None
+    wait: int = 5
+    decoders: int = 1
+    output: str | None = None
+    preprocess: str | None = None
+    exif: Exif | None = None
+    providers: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> Self:
+        """Read the arguments of ``serve run``, or of a configuration's ``args``.
+
+        Raises:
+            SpecError: an argument is missing, unknown, or no number where one is expected.
+        """
+        known = tuple(cls.__dataclass_fields__)
+        unknown = [name for name in arguments if name not in known]
+        if unknown:
+            raise SpecError(f"argument {unknown[0]!r} is none; expected {', '.join(known)}")
+        if "model" not in arguments:
+            raise SpecError("argument 'model' is missing; give model=FILE, an .onnx or an engine")
+        values: dict[str, Any] = dict(arguments)
+        # absolute: a replica's folder is Ray's, on whatever machine it is
+        model = Path(str(values.pop("model"))).absolute()
+        preprocess = values.get("preprocess")
+        require_choice(preprocess)
+        if preprocess is not None and preprocess.endswith(".json"):
+            values["preprocess"] = str(Path(preprocess).absolute())
+        if values.get("exif") not in {None, *get_args(Exif)}:
+            raise SpecError(
+                f"argument exif={values['exif']}: expected {' or '.join(get_args(Exif))}"
+            )
+        providers = values.pop("providers", ())
+        if isinstance(providers, str):
+            providers = providers.split(",")
+        for name in ("replicas", "cpus", "gpus", "batch", "wait", "decoders"):
+            if name in values:
+                values[name] = _number(name, values[name])
+        return cls(model, providers=tuple(providers), **values)
+
+    @property
+    def share(self) -> dict[str, int]:
+        """What Ray is asked for each replica."""
+        gpus = self.gpus if self.gpus is not None else int(self.model.suffix != ".onnx")
+        return {"num_cpus": self.cpus, **({"num_gpus": gpus} if gpus else {})}
+
+
+def _number(name: str, given: Any) -> int:
+    least = 0 if name in {"gpus", "wait"} else 1
+    if isinstance(given, str) and given.isascii() and given.isdigit():
+        given = int(given)
+    if not isinstance(given, int) or isinstance(given, bool) or given < least:
+        raise SpecError(f"argument {name}={given}: expected a whole number from {least} on")
+    return given
+
+
+@dataclass(frozen=True, slots=True)
+class Posted:
+    """A picture as it came; it has no name."""
+
+    content: bytes
+
+    def __str__(self) -> str:
+        return "the posted picture"
+
+
+def read_posted(posted: Posted, *, preprocessing: Preprocessing) -> Decoded:
+    """Decode a posted picture with the one preprocessing; say why where it is none."""
+    try:
+        return images.read_file(io.BytesIO(posted.content), str(posted), preprocessing)
+    except ImageError as error:
+        return str(error)
+
+
+class Replica:
+    """An open model with decoders in front; ``batch`` is how many pictures to run together.
+
+    Raises:
+        MsnExportError: the model cannot run here, or does not pass its selftest.
+    """
+
+    def __init__(self, serving: Serving) -> None:
+        threads = serving.cpus if serving.model.suffix == ".onnx" else None
+        self._runner = open_runner(
+            serving.model, providers=serving.providers or None, threads=threads
+        )
+        try:
+            self.selftest = tested(self._runner, check=True)
+        except BaseException:
+            self._runner.close()
+            raise
+        name = serving.model.name
+        self._feed = feed_of(
+            name,
+            self._runner.inputs,
+            self._runner.manifest,
+            preprocess=serving.preprocess,
+            exif=serving.exif,
+            size=serving.model,
+        )
+        self._reading = reading_of(name, self._runner.outputs, serving.output, self._runner.scores)
+        self.batch = serving.batch or self._runner.batch.opt
+        read = partial(read_posted, preprocessing=self._feed.preprocessing)
+        self._decoder = Decoder(read, workers=serving.decoders, ahead=self.batch)
+        self._retry = asyncio.Lock()
+
+    def about(self) -> dict[str, Any]:
+        """Say what is served."""
+        return {
+            "output": self._reading.vector,
+            "batch": self.batch,
+            "labels": list(self._runner.labels),
+            "scores": self._reading.scores,
+            "preprocessing": str(self._feed.preprocessing),
+            "runner": self._runner.name,
+            "selftest": self.selftest,
+        }
+
+    async def decode(self, content: bytes) -> NDArray[np.uint8]:
+        """Decode a picture to [h, w, c], in a process that it may end.
+
+        Raises:
+            ImageError: it is none.
+        """
+        if len(content) > LARGEST:
+            raise ImageError(f"the posted picture has {len(content)} bytes; at most {LARGEST}")
+        posted = Posted(content)
+        try:
+            decoded = await asyncio.wrap_future(self._decoder.begin(posted))
+        except BrokenProcessPool:
+            async with self._retry:
+                decoded = await asyncio.to_thread(self._decoder.once_more, posted)
+        if isinstance(decoded, str):
+            raise ImageError(decoded)
+        return decoded.pixels
+
+    def run(self, pictures: Sequence[NDArray[np.uint8]]) -> list[dict[str, Any]]:
+        """Run decoded pictures together; give each one's answer.
+
+        Raises:
+            MsnExportError: the model failed.
+        """
+        outputs = self._runner(self._feed(np.stack(pictures)))
+        rows = read_rows(outputs, self._reading, len(pictures), {})
+        answers: list[dict[str, Any]] = []
+        for index, vector in enumerate(rows.vectors):
+            if index in rows.errors:
+                answers.append({"error": rows.errors[index]})
+                continue
+            answer: dict[str, Any] = {"embedding": vector.tolist(), "batch": len(pictures)}
+            if rows.best is not None:
+                number, score = rows.best[index]
+                labels = self._runner.labels
+                answer["label"] = labels[number] if number < len(labels) else str(number)
+                answer["score"] = float(score)
+                is_raw = self._reading.scores is Scores.RAW
+                answer["probability"] = None if is_raw else float(score)
+            answers.append(answer)
+        return answers
+
+    def close(self) -> None:
+        """End the decoders and free the model."""
+        self._decoder.close()
+        self._runner.close()

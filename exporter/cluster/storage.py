@@ -1,0 +1,345 @@
+"""Pictures, artifacts and rows as a cluster moves them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from msn_export import errors as failures
+from msn_export import image_folder, images
+from msn_export.embed.inference import BEST, Rows
+from msn_export.embed.job import list_pictures
+from msn_export.errors import (
+    ClusterError,
+    ImageError,
+    MissingPackageError,
+    MsnExportError,
+    RunnerError,
+)
+from msn_export.manifest import manifest_path, sha256_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from numpy.typing import NDArray
+
+    from msn_export.embed.decode import Decoded
+    from msn_export.embed.job import Pictures
+    from msn_export.preprocessing import Preprocessing
+
+
+SCHEMES = ("s3", "gs", "gcs")
+_LOOKING = 32  # objects whose first bytes are read at once, where no ending tells what they are
+_LARGEST = 2**30  # bytes of one picture: it is in memory while it is decoded
+# What pyarrow passes on where one object is at fault; anything else is a failure of the store
+_OF_ONE_OBJECT = ("ACCESS_DENIED", "NO_SUCH_KEY", "Permission denied")
+
+
+class Source(NamedTuple):
+    """One picture: where it is opened, and what people call it."""
+
+    path: str
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Opens pictures, on any machine; ``filesystem`` None is the machine's own."""
+
+    filesystem: Any = None
+    root: str = ""  # where relative paths begin
+    scheme: str = ""
+
+    def source(self, path: bytes) -> Source:
+        """Name a picture by what its listing calls it."""
+        text = os.fsdecode(path)
+        if self.filesystem is None:
+            return Source(str(Path(self.root, text)), text)
+        return Source(text, f"{self.scheme}://{text}")
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Pictures below a bucket's folder, in the order a local copy of it would have."""
+
+    folder: str
+    paths: tuple[str, ...]
+    sha256: str
+    below: int  # characters of the folder, and its slash, in each path
+    skipped: Mapping[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def names(self) -> Iterator[str]:
+        """Give each path below the folder."""
+        for path in self.paths:
+            yield path[self.below :]
+
+
+def list_sources(images_at: Path | str) -> tuple[Pictures, Store]:
+    """List the pictures of a local folder (or one file), or of a bucket's URI.
+
+    Raises:
+        ImageError: there is none.
+        ClusterError: the bucket cannot be listed.
+        MissingPackageError: pyarrow is not installed.
+    """
+    if isinstance(images_at, Path):
+        return list_pictures(images_at), Store(root=str(Path.cwd()))
+    scheme, _, _ = images_at.partition("://")
+    if scheme not in SCHEMES:
+        raise ImageError(
+            f"{images_at}: buckets of {', '.join(name + '://' for name in SCHEMES)} are read; "
+            "expected one of them, or a folder"
+        )
+    try:
+        from pyarrow import fs
+    except ImportError as error:
+        raise MissingPackageError(
+            f"a bucket is read by pyarrow ({error}); pip install 'msn-export[ray]'"
+        ) from error
+    try:
+        filesystem, folder = fs.FileSystem.from_uri(images_at)
+        folder = folder.rstrip("/")
+        found = [filesystem.get_file_info(folder)]  # one object, or what is taken for a folder
+        if found[0].type != fs.FileType.File:
+            found = filesystem.get_file_info(fs.FileSelector(folder, recursive=True))
+    except (OSError, ValueError) as error:
+        text = _first_line(error).replace(_key(images_at), "")
+        raise ClusterError(f"cannot list {_safe(images_at)}: {text}") from error
+    pictures = _bucket(_safe(images_at), folder, found, filesystem)
+    return pictures, Store(filesystem, scheme=scheme)
+
+
+def _bucket(uri: str, folder: str, found: list[Any], store: Any) -> Bucket:
+    from pyarrow import fs
+
+    files = [one for one in found if one.type == fs.FileType.File]
+    single = len(files) == 1 and files[0].path == folder
+    reasons = {} if single else _reasons([one.path for one in files], folder, store)
+    pictures = [one for one in files if one.path not in reasons]
+    skipped = Counter(reasons.values())
+    if not pictures:
+        why = f" ({image_folder.skips(skipped)})" if skipped else ""
+        raise ImageError(f"{uri} holds no picture that can be read{why}")
+    pictures.sort(key=lambda one: one.path.split("/"))
+    below = folder.rfind("/") + 1 if single else len(folder) + 1
+    digest = hashlib.sha256()
+    for one in pictures:
+        digest.update(os.fsencode(one.path[below:]) + b"\0%d\n" % one.size)
+    paths = tuple(one.path for one in pictures)
+    return Bucket(uri, paths, digest.hexdigest(), below, dict(sorted(skipped.items())))
+
+
+def _reasons(paths: list[str], folder: str, store: Any) -> dict[str, str]:
+    """Say why objects are no pictures that can be read here; those that are, are left out.
+
+    Raises:
+        ClusterError: the store failed.
+    """
+    reasons: dict[str, str] = {}
+    unsure = []
+    for path in paths:
+        below = PurePosixPath(path).relative_to(folder)
+        if any(part.startswith(".") for part in below.parts):
+            reasons[path] = "hidden"
+        elif below.suffix.lower() not in image_folder.ENDINGS:
+            unsure.append(path)
+    with ThreadPoolExecutor(_LOOKING) as pool:
+        for path, reason in zip(unsure, pool.map(lambda at: _look(at, store), unsure), strict=True):
+            if reason is not None:
+                reasons[path] = reason
+    return reasons
+
+
+def _look(path: str, store: Any) -> str | None:
+    try:
+        with store.open_input_file(path) as file:
+            kind = images.kind_of(file.read(images.HEADER))
+    except OSError as error:
+        if _is_of_one(error):
+            return "object that cannot be opened"
+        raise ClusterError(f"cannot read {path}: {_first_line(error)}") from error
+    return "no picture" if kind is None else images.unreadable(kind)
+
+
+def _is_of_one(error: OSError) -> bool:
+    text = _first_line(error)
+    return isinstance(error, FileNotFoundError) or any(word in text for word in _OF_ONE_OBJECT)
+
+
+def read_source(source: Source, *, store: Store, preprocessing: Preprocessing) -> Decoded:
+    """Decode one picture with the one preprocessing; say why where it is none.
+
+    Raises:
+        ClusterError: the store failed. That is no picture's fault: as a row with an error it would
+            stay in the output, and an hour without a network would be a million of them.
+    """
+    try:
+        if store.filesystem is None:
+            return images.read_file(Path(source.path), source.name, preprocessing)
+        content = _fetch(source, store.filesystem)
+        return images.read_file(io.BytesIO(content), source.name, preprocessing)
+    except ImageError as error:
+        return str(error)
+
+
+def _fetch(source: Source, filesystem: Any) -> bytes:
+    try:
+        with filesystem.open_input_file(source.path) as file:
+            size = file.size()
+            if size > _LARGEST:
+                raise ImageError(
+                    f"{source} is not a readable picture (it has {size} bytes; at most "
+                    f"{_LARGEST} are read)"
+                )
+            return bytes(file.read())
+    except OSError as error:
+        text = _first_line(error)
+        if _is_of_one(error):
+            raise ImageError(f"{source} is not a readable picture ({text})") from error
+        raise ClusterError(f"cannot read {source}: {text}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _safe(uri: str) -> str:
+    """Leave a key and its secret, which an s3 URI may hold, out of what is shown and written."""
+    return uri.partition("?")[0].replace(_key(uri), "")
+
+
+def _key(uri: str) -> str:
+    """Give the part before the bucket: ``KEY:SECRET@``; a secret may have a slash in it."""
+    found = re.match(r"[^:]+://([^/@]*:[^?]*@|[^/@]*@)", uri)
+    return found[1] if found else "\0"  # which is in no text
+
+
+@dataclass(frozen=True, slots=True)
+class Cargo:
+    """An artifact and its manifest; arrays, for Ray shares those between processes uncopied."""
+
+    path: Path  # where it lies on the machine that sends it
+    sha256: str
+    artifact: NDArray[np.uint8]
+    manifest: NDArray[np.uint8] | None
+
+
+def pack(model: Path) -> Cargo:
+    """Read an artifact for sending.
+
+    Raises:
+        RunnerError: it does not exist.
+    """
+    if not model.is_file():
+        raise RunnerError(f"{model} does not exist; give an .onnx file or an engine")
+    sidecar = manifest_path(model)
+    return Cargo(
+        model.absolute(),
+        sha256_of(model),
+        np.fromfile(model, np.uint8),
+        np.fromfile(sidecar, np.uint8) if sidecar.is_file() else None,
+    )
+
+
+@contextmanager
+def unpacked(cargo: Cargo) -> Iterator[Path]:
+    """Give the artifact as a file, for as long as it takes to open it.
+
+    Where the very file lies at the same path, as on a file system that the machines share, it is
+    that one: then weights in files beside it are found too.
+    """
+    if cargo.path.is_file() and sha256_of(cargo.path) == cargo.sha256:
+        yield cargo.path
+        return
+    with tempfile.TemporaryDirectory(prefix="msn-export-") as folder:
+        path = Path(folder, cargo.path.name)
+        cargo.artifact.tofile(path)
+        if cargo.manifest is not None:
+            cargo.manifest.tofile(manifest_path(path))
+        yield path
+
+
+Record: TypeAlias = "dict[str, Any]"
+
+
+def pixels_to(
+    start: int, pixels: NDArray[np.uint8], errors: Mapping[int, str], turned: int
+) -> Record:
+    """Write a batch of pictures [b, h, w, c] and why some are black."""
+    return {
+        "start": start,
+        "shape": json.dumps(pixels.shape),
+        "pixels": pixels.tobytes(),
+        "errors": json.dumps(errors),
+        "turned": turned,
+    }
+
+
+def pixels_from(record: Record) -> tuple[int, NDArray[np.uint8], dict[int, str], int]:
+    """Read what ``pixels_to`` wrote."""
+    pixels = np.frombuffer(record["pixels"], np.uint8).reshape(json.loads(record["shape"]))
+    # copied: a runner may refuse read-only memory
+    return int(record["start"]), pixels.copy(), _errors(record), int(record["turned"])
+
+
+def rows_to(start: int, rows: Rows) -> Record:
+    """Write a batch of rows."""
+    return {
+        "start": start,
+        "shape": json.dumps(rows.vectors.shape),
+        "vectors": rows.vectors.tobytes(),
+        "best": b"" if rows.best is None else rows.best.tobytes(),
+        "errors": json.dumps(rows.errors),
+        "turned": rows.turned,
+        "failure": "",
+    }
+
+
+def failure_to(error: MsnExportError) -> Record:
+    """Write why there are no rows.
+
+    As a record it comes after the rows that were made before it. Raised, it would overtake them:
+    Ray Data drops what is on its way, and a resumed run would make it again.
+    """
+    nothing = Rows(np.zeros((0, 0), np.float32))
+    return rows_to(0, nothing) | {"failure": json.dumps([type(error).__name__, str(error)])}
+
+
+def rows_from(record: Record) -> tuple[int, Rows]:
+    """Read what ``rows_to`` wrote.
+
+    Raises:
+        MsnExportError: ``failure_to`` wrote it; of the same type, with the same message.
+    """
+    if record["failure"]:
+        name, text = json.loads(record["failure"])
+        kind = getattr(failures, name, None)
+        if isinstance(kind, type) and issubclass(kind, MsnExportError):
+            raise kind(text)
+        raise ClusterError(text)
+    vectors = np.frombuffer(record["vectors"], np.float32).reshape(json.loads(record["shape"]))
+    best = np.frombuffer(record["best"], BEST) if record["best"] else None
+    rows = Rows(vectors, best, _errors(record), int(record["turned"]))
+    return int(record["start"]), rows
+
+
+def _errors(record: Record) -> dict[int, str]:
+    return {int(index): text for index, text in json.loads(record["errors"]).items()}

@@ -1,0 +1,226 @@
+"""The story of ``msn-export bench``: open contenders, compare outputs, run rounds, sum up."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from contextlib import ExitStack
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from msn_export import __version__
+from msn_export.bench.contenders import (
+    TORCH,
+    Entry,
+    Where,
+    artifacts,
+    source_graphs,
+    torch_dtype,
+    torch_entry,
+)
+from msn_export.bench.reference import find_reference
+from msn_export.bench.results import Bench, Contender, Rounds, Timing, figures, ratio_of, rotated
+from msn_export.bench.session import Arena, Opened
+from msn_export.commands.jobs import BenchJob
+from msn_export.errors import BenchError, MissingPackageError, SpecError
+from msn_export.files import placing, require_writable, staging
+from msn_export.host import NoDriver, device_bytes, find_driver, physical_cores, this_machine
+from msn_export.manifest import manifest_path, versions_of
+from msn_export.metrics.samples import draw
+from msn_export.models.named import Choices
+from msn_export.progress import SILENT
+
+if TYPE_CHECKING:
+    from msn_export.bench.reference import Reference
+    from msn_export.metrics.samples import Sample
+    from msn_export.progress import Progress
+    from msn_export.spec import Dtype
+
+
+__all__ = ["BenchJob", "run_bench"]  # the two that docs/python.md speaks of
+
+PACKAGES = ("torch", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx", "numpy")
+_GPU = re.compile("cuda|tensorrt", re.IGNORECASE)  # in the name of an execution provider
+_BUSY = 0.5  # load average, per core, from which a time is not to be trusted
+
+
+def run_bench(job: BenchJob, progress: Progress = SILENT) -> Bench:
+    """Time artifacts and what they are compared with, interleaved.
+
+    Raises:
+        BenchError: an artifact cannot be opened or fails; one of ``against`` is left out instead,
+            with the reason in its record.
+        SpecError: artifacts take images of different sizes.
+        OutputError: the report cannot be written.
+        MissingPackageError: the report needs a package that is not there.
+    """
+    if job.report is not None:
+        read = [*job.artifacts, *map(manifest_path, job.artifacts)]
+        require_writable([job.report], force=job.force, sources=read)
+        _require_page()
+    load = os.getloadavg()[0]
+    where = _where(job)
+    with tempfile.TemporaryDirectory(prefix="msn-export-bench-") as folder, ExitStack() as stack:
+        choices = Choices(job.variant, job.weights)
+        offline = job.checkpoint is None
+        arena = Arena(where, Path(folder), stack, offline=offline, choices=choices)
+        for entry in artifacts(job.artifacts, where):
+            with progress.step(f"open {entry.name}"):
+                arena.opened.append(arena.start(entry))
+        feed = arena.agree(job.image_size, job.preprocess, job.exif)
+        with progress.step("read images"):
+            sample = draw(job.images, feed.preprocessing)
+            arena.notes += sample.notes
+            arena.show(feed, sample.pixels)
+        with progress.step("run the fp32 reference"):
+            reference = find_reference(arena, job.checkpoint)
+        _enter(job, arena, progress)
+        timings: list[Timing] = []
+        for batch in job.batches:
+            timings += _time_batch(job, arena, reference, batch, progress)
+    bench = _summary(job, arena, sample, reference, timings, load)
+    if job.report is not None:
+        _write_page(bench, job.report, progress, force=job.force)
+    return bench
+
+
+def _where(job: BenchJob) -> Where:
+    """Choose one place for all: the GPU asked for, else the first there is, else the CPU.
+
+    Raises:
+        SpecError: data is to stay on a GPU and there is none.
+    """
+    device = job.device
+    on_cpu = job.providers and not any(_GPU.search(name) for name in job.providers)
+    if device is None and not on_cpu and not isinstance(find_driver(), NoDriver):
+        device = 0
+    if job.resident and device is None:
+        raise SpecError("--resident leaves data on a GPU, and this run is on the CPU")
+    threads = job.threads or physical_cores()
+    return Where(threads, device, job.providers, job.trust, job.resident, job.cuda_graphs)
+
+
+def _enter(job: BenchJob, arena: Arena, progress: Progress) -> None:
+    """Open what the artifacts are compared with; the first that opens is the baseline."""
+    dtype = job.dtype or torch_dtype(arena.opened[0].entry, arena.where)
+    others: list[Opened] = []
+    for kind in job.against:
+        with progress.step(f"open {kind}"):
+            try:
+                for entry in _entries(kind, job, arena, dtype):
+                    others.append(arena.start(entry, job.batches[0] if kind == "compile" else None))
+            except BenchError as error:
+                reason = str(error).removeprefix(f"{kind}: ")
+                arena.absent.append(Contender(kind, kind, skipped=reason))
+    arena.opened[:0] = others
+
+
+def _entries(kind: str, job: BenchJob, arena: Arena, dtype: Dtype) -> list[Entry]:
+    if kind in TORCH:
+        return [torch_entry(kind, arena.origin(job.checkpoint), arena.where, dtype)]
+    return list(source_graphs([one.entry for one in arena.opened], arena.where))
+
+
+def _time_batch(
+    job: BenchJob, arena: Arena, reference: Reference, batch: int, progress: Progress
+) -> list[Timing]:
+    """Time all contenders at one batch size, after their outputs were compared at it."""
+    compared = {}
+    with progress.step(f"batch {batch}: compare outputs"):
+        for one in arena.opened:
+            outputs, seconds = arena.outputs(one, batch)
+            compared[one.name] = (*reference.compare(one.entry, outputs), seconds)
+            if (note := one.splits(batch)) is not None:
+                arena.notes.append(note)
+    with progress.step(f"batch {batch}: time"):
+        rounds = _run_rounds(job, arena, batch, progress)
+    timings = []
+    for one in arena.opened:
+        agreement, why, seconds = compared[one.name]
+        weighed = one.process.ask("weigh")
+        one.record = replace(one.record, cuda_graphs=weighed["cuda_graphs"])
+        on_gpu = arena.where.device is not None
+        timings.append(
+            Timing(
+                contender=one.name,
+                batch=batch,
+                **figures(rounds[one.name], batch),
+                ratio=ratio_of(rounds[one.name], rounds[arena.opened[0].name]),
+                warm_up_seconds=round(seconds, 3),
+                peak_rss_bytes=weighed["peak_rss_bytes"],
+                device_bytes=device_bytes(one.process.id) if on_gpu else None,
+                agreement=agreement,
+                not_compared=why,
+            )
+        )
+    return timings
+
+
+def _run_rounds(job: BenchJob, arena: Arena, batch: int, progress: Progress) -> dict[str, Rounds]:
+    """Let each contender take its turn in every round, the order moving on by one."""
+    by_name = {one.name: one for one in arena.opened}
+    rounds: dict[str, Rounds] = {name: [] for name in by_name}
+    turns = [(turn, name) for turn in range(job.rounds) for name in rotated(list(by_name), turn)]
+    for done, (turn, name) in enumerate(turns):
+        progress.advance(done, len(turns), f"batch {batch}, round {turn + 1}, {name}")
+        told = by_name[name].process.ask("time", seconds=job.seconds / job.rounds)
+        rounds[name].append(told["nanoseconds"])
+    return rounds
+
+
+def _summary(
+    job: BenchJob,
+    arena: Arena,
+    sample: Sample,
+    reference: Reference,
+    timings: list[Timing],
+    load: float,
+) -> Bench:
+    machine = this_machine()
+    if load > _BUSY * machine.cores:
+        arena.notes.append(
+            f"Other processes were using the machine (load average {load:.1f} on {machine.cores} "
+            "cores when the run began): compare ratios, not milliseconds."
+        )
+    return Bench(
+        product=f"msn-export {__version__}",
+        command=job.command,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=machine,
+        versions=versions_of(*PACKAGES),
+        batches=job.batches,
+        rounds=job.rounds,
+        seconds=job.seconds,
+        threads=arena.where.threads,
+        pictures=len(sample),
+        pictures_from=sample.source,
+        preprocessing=sample.preprocessing.name,
+        baseline=arena.opened[0].name,
+        reference=reference.name,
+        load=round(load, 2),
+        contenders=(*(one.record for one in arena.opened), *arena.absent),
+        timings=tuple(timings),
+        notes=tuple(dict.fromkeys(arena.notes)),
+        preset=job.preset,
+    )
+
+
+def _require_page() -> None:
+    try:
+        import msn_export.bench.page  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(
+            f"--report needs the package {error.name}; pip install 'msn-export[report]'"
+        ) from error
+
+
+def _write_page(bench: Bench, report: Path, progress: Progress, *, force: bool) -> None:
+    from msn_export.bench.page import write_page
+
+    with progress.step(f"write {report}"), staging(report.parent) as stage:
+        write_page(bench, stage / "page.html")
+        with placing([report], force=force):
+            (stage / "page.html").replace(report)

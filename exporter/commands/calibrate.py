@@ -1,0 +1,371 @@
+"""The story of ``msn-export calibrate``: ranges, Q/DQ, the blocks that stay, verdict."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from msn_export import __version__, golden
+from msn_export.artifact import Source, read_source, room_of
+from msn_export.calibration import ranges as ranges_file
+from msn_export.calibration.collect import require_finite
+from msn_export.calibration.images import FEW, Split, split
+from msn_export.calibration.job import CalibrateJob, settled
+from msn_export.calibration.observers import require_meaning
+from msn_export.calibration.qdq import FORMATS
+from msn_export.calibration.search import Ranged, choices, known_ranges, take_ranges
+from msn_export.calibration.verdict import (
+    Calibrated,
+    Candidate,
+    Savings,
+    judge,
+    measure,
+    require_target,
+    sentence,
+)
+from msn_export.errors import GraphError, SpecError, ToleranceError
+from msn_export.files import apart, publish, require_writable, staging
+from msn_export.graph import io
+from msn_export.graph.precision import type_graph
+from msn_export.graph.quantised import quantised_products
+from msn_export.graph.summary import GraphFacts
+from msn_export.host import peak_rss
+from msn_export.image_folder import notes_on
+from msn_export.manifest import (
+    AttentionRecord,
+    GoldenRecord,
+    Manifest,
+    QuantizationRecord,
+    SourceRecord,
+    manifest_path,
+    seal,
+    sha256_of,
+    versions_of,
+)
+from msn_export.metrics.evaluate import Reference, run_reference
+from msn_export.metrics.samples import Sample
+from msn_export.metrics.tolerances import GATES
+from msn_export.mixed_precision import cpu_runner
+from msn_export.progress import SILENT, Progress
+from msn_export.runtime.onnxruntime import OrtRunner
+from msn_export.spec import Dtype, InputKind
+
+PACKAGES = ("onnx", "onnx-ir", "onnxsim", "onnxruntime-gpu", "onnxruntime", "tensorrt-rtx")
+
+
+def describe(
+    done: Calibrated, job: CalibrateJob, stage: Path, ranges: str, progress: Progress
+) -> Manifest:
+    """Compile both graphs where that is possible, and write everything down.
+
+    The ranges are written to ``stage`` under the name ``ranges``, unless they were given.
+    """
+    compiled, latency = measure(done, job, stage, progress)
+    if job.ranges is None:
+        ranges_file.write(done.ranged.ranges, stage / ranges)
+    known, facts = done.source.manifest, GraphFacts.of(done.chosen.model)
+    quantization = _quantization(done, job, job.ranges or stage / ranges, compiled, latency)
+    cores = done.ranged.plan.depth
+    path = done.chosen.path
+    return Manifest(
+        kind="onnx",
+        output=path.name,
+        sha256=sha256_of(path),
+        bytes=path.stat().st_size,
+        dtype=job.dtype,
+        inputs=facts.inputs,
+        outputs=facts.outputs,
+        profiles=(done.source.batch,),
+        preprocessing=done.source.preprocessing,
+        nodes=facts.nodes,
+        ops=facts.ops,
+        attention=AttentionRecord(cores, cores, _form(job, done)),
+        check=done.chosen.judged.record,
+        opset=facts.opset,
+        target=job.scheme.target,
+        labels=known.labels if known else (),
+        scores=known.scores if known else None,
+        checkpoint=known.checkpoint if known else None,
+        config=known.config if known else None,
+        islands=dict(done.ranged.islands),
+        source=SourceRecord(done.source.path.name, done.ranged.ranges.graph),
+        quantization=quantization,
+        notes=tuple(_notes(done)),
+        command=job.command,
+        versions=versions_of(*PACKAGES),
+    )
+
+
+def _form(job: CalibrateJob, done: Calibrated) -> str:
+    if not job.quantize_attention:
+        return job.scheme.attention.value
+    kept = len(done.chosen.choice.kept)
+    rest = f", {kept} of them {job.scheme.attention}" if kept else ""
+    return f"MatMul, Softmax, MatMul in {job.dtype}{rest}"
+
+
+def _quantization(
+    done: Calibrated,
+    job: CalibrateJob,
+    ranges: Path,
+    compiled: dict[str, Any],
+    latency: dict[str, Any],
+) -> QuantizationRecord:
+    plan, taken, choice = done.ranged.plan, done.ranged.ranges, done.chosen.choice
+    base, form = str(job.rest), str(job.dtype)
+    judged, twin = done.chosen.judged, done.twin.judged
+    both = {base: done.twin.path.stat().st_size, form: done.chosen.path.stat().st_size}
+    engines = (compiled[base]["bytes"], compiled[form]["bytes"]) if form in compiled else None
+    times = latency["reason"] if "reason" in latency else (latency[base], latency[form])
+    faults = tuple(_faults(compiled[form], form, plan.depth)) if form in compiled else ()
+    savings = Savings(base, form, (both[base], both[form]), engines, times, faults)
+    return QuantizationRecord(
+        format=form,
+        base=base,
+        observer=str(job.observer),
+        smoothing=taken.smoothing.strength,
+        smoothing_errors=taken.smoothing.errors or {},
+        attention=job.quantize_attention,
+        bias_correction=job.bias_correction,
+        products=len(quantised_products(done.chosen.model)),
+        expected=len(plan.projections) + len(done.ranged.overflowing),
+        kept=_kept(done, job),
+        drift={str(block): error for block, error in choice.drift.items()},
+        calibration_images=len(taken.images.sha256),
+        held_out=done.dealt.held_out.names,
+        seed=taken.images.seed,
+        limit=taken.images.limit,
+        ranges=SourceRecord(ranges.name, sha256_of(ranges)),
+        sizes={"fp32": done.source.path.stat().st_size, **both},
+        twin=twin.record,
+        neighbours={base: twin.neighbours, form: judged.neighbours},
+        classes={base: twin.classes, form: judged.classes},
+        compiled=compiled,
+        latency=latency,
+        worthwhile=savings.worthwhile,
+        verdict=sentence(savings, judged, twin, kept=len(choice.kept), depth=plan.depth),
+    )
+
+
+def _faults(engine: dict[str, Any], form: str, depth: int) -> Iterator[str]:
+    """Say what an engine is not that was meant."""
+    if engine["fused_attention"] < depth:
+        yield f"fused attention in {engine['fused_attention']} of {depth} blocks"
+    if engine["multiplied"] < engine["products"]:
+        yield f"{engine['multiplied']} of {engine['products']} products multiply in {form}"
+
+
+def _kept(done: Calibrated, job: CalibrateJob) -> dict[str, str]:
+    """Say of each block, and each product, that is not quantised, why."""
+    drift = done.chosen.choice.drift
+    kept = {
+        f"block {block}": f"{job.rest}: quantised alone, it moves the embedding by "
+        f"{drift[block]:.2%}"
+        for block in done.chosen.choice.kept
+    }
+    return kept | dict.fromkeys(
+        done.ranged.overflowing, "fp32: its result passes what fp16 can hold"
+    )
+
+
+def _notes(done: Calibrated) -> Iterator[str]:
+    taken = done.ranged.ranges.images
+    if len(taken.sha256) < FEW:
+        yield (
+            f"only {len(taken.sha256)} images were calibrated on: ranges of fewer than {FEW} say "
+            "little about others; give more with --images"
+        )
+    yield from done.source.notes
+    dealt = done.dealt.calibration
+    if dealt.broken:
+        yield f"{len(dealt.broken)} broken images skipped"
+    yield from notes_on(tuple(dealt.broken.values()), dealt.skipped, len(dealt.turned))
+    if done.twin.judged.failures:
+        yield f"the {done.twin.judged.record.executed_on} twin misses its own gate: " + "; ".join(
+            done.twin.judged.failures
+        )
+
+
+__all__ = ["CalibrateJob", "run_calibrate"]  # the two that docs/python.md speaks of
+
+
+def run_calibrate(job: CalibrateJob, progress: Progress = SILENT) -> tuple[Path, Manifest]:
+    """Quantise an fp32 graph, judge it on held-out images, and write it with its ranges.
+
+    Returns:
+        The graph's path and its manifest.
+
+    Raises:
+        MsnExportError: whatever kept the graph from its gate; the output paths are as they were.
+    """
+    started = time.monotonic()
+    output = job.output or Path(f"{job.model.stem}.{job.dtype}.onnx")
+    ranges = job.ranges or output.with_name(f"{output.stem}.ranges.json")
+    outputs = [output, manifest_path(output), *([] if job.ranges else [ranges])]
+    read = [job.model, manifest_path(job.model), *([job.ranges] if job.ranges else [])]
+    require_writable(outputs, force=job.force, sources=read)
+    require_meaning(job.observer, FORMATS[job.dtype])
+    _require_target(replace(job, base=job.base or Dtype.FP16))
+    with progress.step("read the graph"):
+        source = _read(job)
+        job = settled(job, source)
+        _require_target(job)  # by the type of the rest that the graph asks for
+        known = known_ranges(job, source)
+    with progress.step("deal out the images"):
+        dealt = split(
+            job.images, source.preprocessing, source.stem, limit=job.limit, seed=job.seed,
+            taken=known.images.sha256 if known else (),
+        )  # fmt: skip
+    with staging(output.parent) as stage:
+        reference = _run_fp32(job, source, dealt, stage, progress)
+        ranged = take_ranges(job, source, dealt.calibration, known, stage, progress)
+        chosen = _choose(job, source, ranged, reference, stage / output.name, progress)
+        twin = _twin(job, source, ranged, reference, stage, progress)
+        done = Calibrated(source, dealt, ranged, chosen, twin)
+        manifest = describe(done, job, stage, ranges.name, progress)
+        manifest = replace(
+            manifest,
+            golden=_golden(job, source, chosen, stage),
+            seconds=round(time.monotonic() - started, 3),
+            peak_rss_bytes=peak_rss(),
+        )
+        taken = () if job.ranges else (stage / ranges.name,)
+        publish(chosen.path, output, seal(manifest), beside=taken, force=job.force)
+    return output, manifest
+
+
+def _golden(job: CalibrateJob, source: Source, chosen: Candidate, stage: Path) -> GoldenRecord:
+    """Record what the quantised graph itself makes of seeded noise.
+
+    Noise is no picture: what 8 bits cost on it says nothing. Another machine has to reproduce it,
+    to within what 8 bits cost a picture: where a sum is rounded elsewhere, whole steps change.
+    """
+    with cpu_runner(chosen.path, job.dtype, stage) as runner:
+        room = room_of(source.model)
+        known = golden.record(runner, runner.name, source.preprocessing, source.stem, room)
+    costs = [figures["image"] or 0.0 for figures in chosen.judged.record.outputs.values()]
+    return replace(known, limit=golden.MARGIN * max(costs))
+
+
+def _require_target(job: CalibrateJob) -> None:
+    """Refuse a GPU generation to compile for where nothing would be compiled.
+
+    Raises:
+        SpecError: the graph is for onnxruntime.
+        BuildError: TensorRT does not compile it for that generation here.
+        MissingPackageError: there is no TensorRT.
+    """
+    if job.capability is None:
+        return
+    if job.rest is Dtype.FP32:
+        raise SpecError(
+            f"--compute-capability {job.capability}: {job.dtype} beside fp32 is for onnxruntime "
+            "and is not compiled; --base fp16 is"
+        )
+    require_target(job.capability, (job.dtype, job.rest))
+
+
+def _read(job: CalibrateJob) -> Source:
+    """Read the graph to quantise.
+
+    Raises:
+        GraphError: it is quantised, or typed, already.
+    """
+    path = job.model
+    source = read_source(path, job.preprocess, job.exif)
+    if source.dtype.is_quantised:
+        raise GraphError(
+            f"{path} is quantised to {source.dtype} already; give the fp32 graph it was made from"
+        )
+    if source.dtype is not Dtype.FP32:
+        raise GraphError(f"{path} is typed {source.dtype}; calibrate takes the fp32 graph")
+    return source
+
+
+def _run_fp32(
+    job: CalibrateJob, source: Source, dealt: Split, stage: Path, progress: Progress
+) -> Reference:
+    """Run the graph to quantise on the held-out images.
+
+    Raises:
+        GraphError: a value is not finite; the tensor and the image are named.
+    """
+    held = dealt.held_out
+    sample = Sample(
+        held.pixels, held.names, f"held out of {job.images}", source.preprocessing,
+        room=room_of(source.model), skipped=dealt.calibration.skipped,
+    )  # fmt: skip
+    with progress.step(f"run the fp32 graph on {len(sample)} held-out images"):
+        runner = OrtRunner(source.path)
+        runner.name = f"{source.path.name} in {runner.name}"
+        reference = run_reference(runner, sample, source.stem, fixed=source.fixed)
+    again = partial(_one, sample, source.stem)
+    require_finite(source.model, reference.outputs, held.names, again, stage)
+    return reference
+
+
+def _one(sample: Sample, stem: InputKind, index: int) -> NDArray[Any]:
+    return sample.feed([index], stem)
+
+
+def _choose(
+    job: CalibrateJob,
+    source: Source,
+    ranged: Ranged,
+    reference: Reference,
+    path: Path,
+    progress: Progress,
+) -> Candidate:
+    """Quantise as many blocks as reach the gate, on calibration images and on held-out ones.
+
+    Raises:
+        ToleranceError: no choice of blocks does.
+    """
+    failures: tuple[str, ...] = ()
+    with progress.step(f"quantise to {job.dtype} and judge"):
+        for choice in choices(ranged.plan, ranged.probe, job.gate, progress):
+            model = ranged.plan.quantised(choice.kept)
+            _write(model, ranged, job.rest, path)
+            runner = cpu_runner(path, job.dtype, path.parent)
+            judged = judge(runner, reference, job.gate, source.stem, source.fixed)
+            if not judged.failures:
+                return Candidate(path, model, judged, choice)
+            failures = judged.failures
+    raise ToleranceError(
+        f"no choice of blocks reaches --gate-cosine {job.gate.cosine_p1} in {job.dtype}"
+        + (f" on held-out images ({failures[0]})" if failures else " on calibration images")
+        + f"; keep {job.rest}, or lower the gate"
+    )
+
+
+def _twin(
+    job: CalibrateJob,
+    source: Source,
+    ranged: Ranged,
+    reference: Reference,
+    stage: Path,
+    progress: Progress,
+) -> Candidate:
+    """Make the same graph in the base type, which is what quantising has to be better than."""
+    path = apart(stage) / f"twin.{job.rest}.onnx"
+    with progress.step(f"judge the {job.rest} graph beside it"):
+        model = ranged.plan.unquantised()
+        _write(model, ranged, job.rest, path)
+        runner = cpu_runner(path, job.rest, stage)
+        judged = judge(runner, reference, GATES[job.rest], source.stem, source.fixed)
+    return Candidate(path, model, judged)
+
+
+def _write(model: ir.Model, ranged: Ranged, base: Dtype, path: Path) -> None:
+    """Type what is not 8-bit, and write the file."""
+    if base is not Dtype.FP32:
+        named = {value.name for node in model.graph for value in node.outputs}
+        type_graph(model, base, ranged.islands.keys() & named)
+    model.producer_name, model.producer_version = "msn-export", __version__
+    io.save(model, path)
+    io.check(path)

@@ -1,0 +1,291 @@
+"""The story of ``msn-export doctor``: what is here, what is broken, what each command can do."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from msn_export import __version__
+from msn_export.commands.installed import probe_all, wanted_packages
+from msn_export.host import Driver, Machine, NoDriver, find_driver, this_machine, usable_cores
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from msn_export.commands.installed import Probe, Wanted
+    from msn_export.progress import Progress
+
+
+# The first driver of each CUDA generation on Linux: CUDA Toolkit release notes, table 3
+_FIRST_DRIVER = {11: "r450", 12: "r525", 13: "r580"}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something installed that does not work; ``package`` is the one it shows in."""
+
+    package: str
+    what: str
+    mend: str
+
+
+def find_faults(
+    packages: Sequence[Wanted],
+    probes: Mapping[str, Probe],
+    driver: Driver | NoDriver,
+    providers: Mapping[str, Sequence[str]],
+) -> tuple[Finding, ...]:
+    """Find everything that is installed and broken.
+
+    Args:
+        packages: what the extras ask for.
+        probes: of each module, whether it imports.
+        driver: of the GPU.
+        providers: of each module, the distributions that installed files of it.
+    """
+    found = list(_overwritten(packages, providers))
+    told = {finding.package for finding in found}
+    for package in packages:
+        if package.version is None or package.name in told:
+            continue
+        probed = probes.get(package.module or "")
+        if not package.fits:
+            what = f"{package.version} is installed, {package.range} is needed"
+            found.append(Finding(package.name, what, f"pip install {package.line}"))
+        elif probed is not None and probed.fault is not None:
+            found.append(Finding(package.name, probed.fault, _mend(package, probed.fault)))
+        elif package.name == "cuda-bindings" and isinstance(driver, Driver):
+            found += _needs_driver(package, driver)
+    return tuple(found)
+
+
+def module_providers() -> Mapping[str, Sequence[str]]:
+    """Say of each module which distributions installed it."""
+    return {
+        module: sorted(set(names))
+        for module, names in importlib.metadata.packages_distributions().items()
+    }
+
+
+def _overwritten(
+    packages: Sequence[Wanted], providers: Mapping[str, Sequence[str]]
+) -> Iterator[Finding]:
+    """Find modules that two distributions wrote their files into, one over the other's."""
+    for package in packages:
+        module = package.module
+        # of a namespace such as ``cuda`` each has a part; here the whole module is meant
+        names = providers.get(module, ()) if module and "." not in module else ()
+        if len(names) < 2 or package.version is None:
+            continue
+        yield Finding(
+            package.name,
+            f"{' and '.join(names)} both install the module {module}: each has overwritten files "
+            "of the other, and what runs is a mixture",
+            f"pip uninstall -y {' '.join(names)} && pip install {package.line}",
+        )
+
+
+def _needs_driver(package: Wanted, driver: Driver) -> Iterator[Finding]:
+    needs, has = (int(text.split(".")[0]) for text in (package.version or "0", driver.cuda))
+    if needs > has:
+        release = _FIRST_DRIVER.get(needs, f"one of CUDA {needs}")
+        yield Finding(
+            package.name,
+            f"{package.version} needs an NVIDIA driver {release} or later; the one here ends at "
+            f"CUDA {driver.cuda}",
+            f"update the NVIDIA driver to {release} or later",
+        )
+
+
+def _mend(package: Wanted, fault: str) -> str:
+    """Give the line that mends a package that does not import."""
+    again = f"pip install --force-reinstall --no-deps {package.line}"
+    library = re.search(r"(lib(?:nvinfer|nvonnxparser|tensorrt)[\w.-]*)", fault)
+    if library is None:
+        return again
+    if "rtx" in library[1]:
+        return "pip install --force-reinstall --no-deps tensorrt-rtx-cu13-libs"
+    # tensorrt-cu13-libs on PyPI holds no library: its installation downloads them
+    return (
+        "pip install --no-cache-dir --force-reinstall --no-deps tensorrt-cu13-libs, where the "
+        "vendor's own index can be reached: that package is a stub that downloads the libraries"
+    )
+
+
+COMPILER = "a C++ compiler"
+
+
+@dataclass(frozen=True, slots=True)
+class Ability:
+    """Something a command does; ``extras``, ``tool`` and ``gpu`` are what it needs for that."""
+
+    command: str
+    does: str
+    extras: tuple[str, ...] = ()
+    gpu: bool = False
+    tool: str | None = None
+
+
+ABILITIES = (
+    Ability("onnx", "checkpoint to ONNX graph", ("export",)),
+    Ability("trt", "compile with TensorRT-RTX", ("graph", "rtx")),
+    Ability("trt", "compile with TensorRT", ("graph", "tensorrt"), gpu=True),
+    Ability("calibrate", "fp32 graph to int8 or fp8", ("graph",)),
+    Ability("validate", "compare two graphs or engines", ("graph",)),
+    Ability("validate", "compare with a checkpoint", ("export",)),
+    Ability("drift", "compare block by block", ("graph",)),
+    Ability("drift", "compare with a checkpoint", ("export",)),
+    Ability("report", "write a page", ("graph", "report")),
+    Ability("inspect", "read any artifact", ("graph",)),
+    Ability("bench", "time an .onnx file", ("ort",)),
+    Ability("bench", "against PyTorch", ("export",)),
+    Ability("bench", "--against compile", ("export",), tool=COMPILER),
+    Ability("bench", "--report", ("ort", "report")),
+    Ability("bench", "time an engine of TensorRT-RTX", ("ort", "rtx"), gpu=True),
+    Ability("bench", "time an engine of TensorRT", ("ort", "tensorrt"), gpu=True),
+    Ability("embed", "an .onnx file", ("ort",)),
+    Ability("embed", "an .onnx file on a GPU", ("ort",), gpu=True),
+    Ability("embed", "an engine of TensorRT-RTX", ("ort", "rtx"), gpu=True),
+    Ability("embed", "an engine of TensorRT", ("ort", "tensorrt"), gpu=True),
+    Ability("embed", "to .parquet", ("ort", "parquet")),
+    Ability("triton", "write or check a model repository", ("graph", "triton")),
+    Ability("doctor", "this"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a command can do something here; ``mend`` is what it takes where it cannot."""
+
+    command: str
+    does: str
+    works: bool
+    mend: str
+
+
+def judge(
+    commands: Iterable[str],
+    packages: Sequence[Wanted],
+    faults: Sequence[Finding],
+    driver: Driver | NoDriver,
+    tools: Mapping[str, str | None],
+) -> tuple[Verdict, ...]:
+    """Judge everything the commands do.
+
+    Args:
+        commands: those that there are, in order.
+        packages: what the extras ask for and what is installed.
+        faults: what is installed and broken.
+        driver: of the GPU.
+        tools: of each tool that an ability names, the line that installs it; None where it is here.
+    """
+    verdicts = []
+    for command in commands:
+        for ability in (row for row in ABILITIES if row.command == command):
+            needs = list(_needs(ability, packages, faults, driver, tools))
+            verdicts.append(Verdict(command, ability.does, not needs, "; ".join(needs)))
+    return tuple(verdicts)
+
+
+def _needs(
+    ability: Ability,
+    packages: Sequence[Wanted],
+    faults: Sequence[Finding],
+    driver: Driver | NoDriver,
+    tools: Mapping[str, str | None],
+) -> Iterator[str]:
+    missing = [
+        extra
+        for extra in ability.extras
+        if any(extra in package.extras and package.version is None for package in packages)
+    ]
+    if missing:
+        yield f"pip install 'msn-export[{','.join(missing)}]'"
+    broken = {fault.package: fault.mend for fault in faults}
+    for package in packages:
+        if package.name in broken and set(package.extras) & {*ability.extras, ""}:
+            yield broken[package.name]
+    if ability.gpu and isinstance(driver, NoDriver):
+        yield "an NVIDIA GPU with its driver"
+    for package in packages:
+        if ability.gpu and package.stand_in == "onnxruntime" and "ort" in ability.extras:
+            yield "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
+    if ability.tool is not None and (line := tools.get(ability.tool)) is not None:
+        yield line
+
+
+_COMPILERS = ("c++", "g++", "clang++")  # what torch.compile looks for
+
+
+@dataclass(frozen=True, slots=True)
+class PackageState:
+    """One package of one or more extras: ``state`` is ok, missing or broken."""
+
+    name: str
+    range: str
+    extras: tuple[str, ...]
+    version: str | None
+    state: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """All that the doctor found; ``healthy`` is that nothing installed is broken."""
+
+    healthy: bool
+    product: str
+    location: str
+    interpreter: str
+    machine: Machine
+    no_gpu: str | None
+    packages: tuple[PackageState, ...]
+    faults: tuple[Finding, ...]
+    commands: tuple[Verdict, ...]
+
+
+def run_doctor(commands: Iterable[str], progress: Progress) -> Diagnosis:
+    """Examine this machine for everything that ``commands`` need.
+
+    Raises:
+        MissingPackageError: msn-export runs from a folder and was never installed.
+    """
+    with progress.step("look for a GPU"):
+        driver = find_driver()
+    packages = wanted_packages()
+    modules = [package.module for package in packages if package.module is not None]
+    with progress.step(f"import {len(modules)} packages, each in a process of its own"):
+        probes = probe_all(modules, len(usable_cores()))
+    faults = find_faults(packages, probes, driver, module_providers())
+    compiler = any(shutil.which(name) for name in _COMPILERS)
+    tools = {COMPILER: None if compiler else "apt-get install g++"}
+    return Diagnosis(
+        healthy=not faults,
+        product=f"msn-export {__version__}",
+        location=str(Path(__file__).parent),
+        interpreter=sys.executable,
+        machine=this_machine(),
+        no_gpu=driver.reason if isinstance(driver, NoDriver) else None,
+        packages=tuple(_state(package, probes, faults) for package in packages),
+        faults=faults,
+        commands=judge(commands, packages, faults, driver, tools),
+    )
+
+
+def _state(package: Wanted, probes: Mapping[str, Probe], faults: Iterable[Finding]) -> PackageState:
+    state, detail = "ok", ""
+    broken = [fault.what for fault in faults if fault.package == package.name]
+    if package.version is None:
+        state = "missing"
+    elif broken:
+        state, detail = "broken", "; ".join(broken)
+    elif package.module is not None:
+        detail = probes[package.module].fact
+    if package.stand_in is not None:
+        detail = f"{package.stand_in} in its place; {detail}"
+    return PackageState(package.name, package.range, package.extras, package.version, state, detail)

@@ -1,0 +1,314 @@
+"""The story of ``msn-export embed``: list pictures, open the model, run, keep, finish."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from msn_export import __version__
+from msn_export.cluster.cluster import LOCAL, address_of, connected
+from msn_export.cluster.storage import list_sources
+from msn_export.embed import outputs
+from msn_export.embed.inference import Reading, reading_of
+from msn_export.embed.job import Embedded, EmbedJob, list_pictures
+from msn_export.embed.journal import Parts
+from msn_export.embed.local import Local, tested
+from msn_export.errors import ClusterError, ImageError, MsnExportError, SpecError
+from msn_export.feed import Feed, feed_of
+from msn_export.files import no_room_reported, placing, require_writable, staging
+from msn_export.host import peak_rss
+from msn_export.manifest import sha256_of
+from msn_export.progress import SILENT
+from msn_export.runtime import open_runner
+from msn_export.schema import to_plain
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from msn_export.embed.inference import Reading, Rows
+    from msn_export.embed.job import EmbedJob, Pictures
+    from msn_export.embed.local import Opened
+    from msn_export.feed import Feed
+    from msn_export.progress import Progress
+
+
+class Place(Protocol):
+    """Where a job runs: the pictures it found there, the model that is open there."""
+
+    @property
+    def pictures(self) -> Pictures:
+        """What there is to run."""
+
+    @property
+    def model(self) -> Opened:
+        """What is known of the model."""
+
+    @property
+    def selftest(self) -> str:
+        """What the model's golden input said there."""
+
+    @property
+    def workers(self) -> int:
+        """Processes that decode."""
+
+    @property
+    def cluster(self) -> str | None:
+        """What the cluster has, in words; None on this machine."""
+
+    def rows(
+        self, feed: Feed, reading: Reading, batch: int, missing: Sequence[range]
+    ) -> Iterator[tuple[int, Rows]]:
+        """Make the rows of each batch of ``missing``; give them with the number of the first."""
+
+
+@contextmanager
+def here(job: EmbedJob, progress: Progress) -> Iterator[Place]:
+    """Open the model on this machine."""
+    if not isinstance(job.images, Path):
+        raise SpecError(
+            f"{job.images} is read on a Ray cluster alone; add --ray local, or copy it to a folder"
+        )
+    if job.actors is not None:
+        raise SpecError("--actors is of a Ray cluster; add --ray, or leave it out")
+    if job.threads is not None and job.model.suffix != ".onnx":
+        raise SpecError(f"--threads is for graphs on a CPU, and {job.model} is an engine")
+    with progress.step("list pictures"):
+        listing = list_pictures(job.images)
+    with progress.step("open the model"):
+        runner = open_runner(
+            job.model,
+            device=job.device,
+            providers=job.providers or None,
+            trust=job.trust,
+            threads=job.threads,
+            eager_kernels=True,  # a row does not depend on which kernels were ready
+        )
+    with runner:
+        with progress.step("selftest"):
+            selftest = tested(runner, check=job.check)
+        yield Local(listing, runner, selftest, job.workers)
+
+
+@contextmanager
+def on_cluster(job: EmbedJob, progress: Progress) -> Iterator[Place]:
+    """Join or start a cluster, and have one of its workers open the model."""
+    address = address_of(job.ray or "")
+    with progress.step("list pictures"):
+        pictures, store = list_sources(job.images)
+    with ExitStack() as stack:
+        with progress.step(f"start Ray on {address}" if address == LOCAL else f"join {address}"):
+            nodes = stack.enter_context(connected(address))
+        from msn_export.cluster.embed import OnCluster  # loads Ray, which is there by now
+
+        with progress.step("open the model on a worker"):
+            place = OnCluster(job, pictures, store, nodes)
+        yield place
+
+
+_WINDOW = 60.0  # seconds a rate looks back: long enough for slow batches, short enough to be true
+
+
+class Rate:
+    """The rate of the last minute, and the time that what is left will take at it."""
+
+    def __init__(self, total: int, done: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.total = total
+        self._clock = clock
+        self._seen = deque([(clock(), done)])
+
+    def at(self, done: int) -> str:
+        """Take note of how many are done; say rate and time left."""
+        now = self._clock()
+        self._seen.append((now, done))
+        while len(self._seen) > 2 and now - self._seen[0][0] > _WINDOW:
+            self._seen.popleft()
+        began, before = self._seen[0]
+        rate = (done - before) / max(now - began, 1e-9)
+        left = f"{_clock_time((self.total - done) / rate)} left" if rate else "time left unknown"
+        return f"{done} of {self.total}, {rate:.1f}/s, {left}"
+
+
+def _clock_time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
+
+
+__all__ = ["EmbedJob", "run_embed"]  # the two that docs/python.md speaks of
+
+
+def run_embed(job: EmbedJob, progress: Progress = SILENT) -> Embedded:
+    """Run a folder of pictures through an artifact, on this machine or on a Ray cluster.
+
+    Returns:
+        What was written and how it went.
+
+    Raises:
+        MsnExportError: it could not be done; finished parts stay where ``resume`` finds them.
+        KeyboardInterrupt: the same, with how to go on.
+    """
+    started = time.monotonic()
+    require_output(job)
+    site = here if job.ray is None else on_cluster
+    with site(job, progress) as place, no_room_reported(job.output.parent):
+        run = _Run(job, place)
+        parts = run.begin()
+        with closing(parts):
+            resumed_at = parts.done
+            try:
+                run.fill(parts, progress)
+                with progress.step("finish the output"):
+                    shape = run.finish(parts)
+            except KeyboardInterrupt as stop:
+                parts.end_part()
+                raise KeyboardInterrupt(_how_to_go_on(parts)) from stop
+            except MsnExportError:
+                parts.end_part()  # hours of rows are not lost with a device
+                raise
+    seconds = time.monotonic() - started
+    images = len(place.pictures)
+    return Embedded(
+        output=str(job.output),
+        files=tuple(str(path) for path in outputs.files_of(job.output)),
+        shape=shape,
+        output_name=run.reading.vector,
+        scores=run.reading.scores,
+        images=images,
+        broken=len(parts.errors),
+        exif=run.feed.preprocessing.exif,
+        turned=parts.turned,
+        skipped=dict(place.pictures.skipped),
+        errors=tuple(text for _, text in sorted(parts.errors.items())[:10]),
+        resumed_at=resumed_at,
+        runner=place.model.name,
+        cluster=place.cluster,
+        batch=run.batch,
+        workers=place.workers,
+        preprocessing=run.feed.preprocessing,
+        selftest=place.selftest,
+        notes=run.feed.notes,
+        seconds=round(seconds, 3),
+        images_per_second=round((images - resumed_at) / seconds, 2),
+        peak_rss_bytes=peak_rss(),
+    )
+
+
+def require_output(job: EmbedJob) -> None:
+    """Refuse, before any work is done, an output that could not be written.
+
+    Raises:
+        SpecError: its ending names no format.
+        OutputError: it exists, or its folder cannot be written.
+        MissingPackageError: its format needs a package that is not there.
+    """
+    if job.output.suffix not in outputs.ENDINGS:
+        raise SpecError(f"output {job.output} ends in neither {' nor '.join(outputs.ENDINGS)}")
+    require_writable(outputs.files_of(job.output), force=job.force)
+    if job.output.suffix == ".parquet":
+        outputs.require_parquet()
+
+
+def _how_to_go_on(parts: Parts) -> str:
+    if not parts.done:
+        return ""
+    return (
+        f"interrupted; {parts.done} of {parts.total} rows are kept in {parts.folder}, the same "
+        "command with --resume goes on from there"
+    )
+
+
+class _Run:
+    """One run over one folder: what is read, how, and where it goes."""
+
+    def __init__(self, job: EmbedJob, place: Place) -> None:
+        self.job, self.place, self.model = job, place, place.model
+        self.feed: Feed = feed_of(
+            job.model.name,
+            self.model.inputs,
+            self.model.manifest,
+            preprocess=job.preprocess,
+            exif=job.exif,
+            size=job.image_size or job.model,
+        )
+        known = self.model.manifest
+        self.labels = known.labels if known is not None else ()
+        self.reading: Reading = reading_of(
+            job.model.name,
+            self.model.outputs,
+            job.output_name,
+            known.scores if known is not None else None,
+        )
+        self.batch = job.batch or self.model.batch.opt
+
+    def begin(self) -> Parts:
+        """Begin the output's parts, or go on with those that are there."""
+        output = self.job.output
+        return Parts.begin(
+            output.with_name(output.name + ".parts"),
+            len(self.place.pictures),
+            self.origin(),
+            resume=self.job.resume,
+            force=self.job.force,
+        )
+
+    def origin(self) -> dict[str, Any]:
+        """All that a row's numbers follow from."""
+        known, pictures = self.model.manifest, self.place.pictures
+        return {
+            "model": known.sha256 if known is not None else sha256_of(self.job.model),
+            "output_name": self.reading.vector,
+            "preprocessing": to_plain(self.feed.preprocessing),
+            "listing": f"{len(pictures)} pictures, sha256 {pictures.sha256}",
+            "batch": self.batch,
+            "runner": self.model.name,
+        }
+
+    def fill(self, parts: Parts, progress: Progress) -> None:
+        """Make the rows that are not done yet."""
+        rate = Rate(parts.total, parts.done)
+        done, missing = parts.done, list(parts.missing(self.batch))
+        made = self.place.rows(self.feed, self.reading, self.batch, missing)
+        with progress.step("embed"):
+            for start, rows in made:
+                outputs.require_fit(self.job.output, rows.vectors.shape[1:])
+                parts.add(start, rows)
+                done += len(rows.vectors)
+                progress.advance(done, parts.total, f"{rate.at(done)}, {parts.broken} broken")
+        parts.end_part()
+        if parts.done != parts.total:
+            raise ClusterError(
+                f"{parts.total - parts.done} of {parts.total} rows did not come back; the same "
+                "command with --resume makes them"
+            )
+
+    def finish(self, parts: Parts) -> tuple[int, ...]:
+        """Turn whole parts into the output; give its shape."""
+        if len(parts.errors) == parts.total:
+            parts.remove()
+            raise ImageError(
+                f"none of the {parts.total} pictures of {self.place.pictures.folder} gave a row; "
+                f"the first: {parts.errors[0]}"
+            )
+        shape = (parts.total, *parts.vectors.read(0, 1).shape[1:])
+        about = {
+            "product": f"msn-export {__version__}",
+            "file": self.job.model.name,
+            **self.origin(),
+            "shape": shape,
+            "scores": self.reading.scores,
+            "broken": len(parts.errors),
+            "turned": parts.turned,
+            "skipped": dict(self.place.pictures.skipped),
+            "notes": self.feed.notes,
+        }
+        npy = self.job.output.suffix == ".npy"
+        write = outputs.write_npy if npy else outputs.write_parquet
+        with staging(self.job.output.parent) as stage:
+            made = write(parts, self.place.pictures, self.labels, about, stage)
+            with placing(outputs.files_of(self.job.output), force=self.job.force):
+                outputs.place(made, self.job.output)
+        parts.remove()
+        return shape

@@ -1,0 +1,329 @@
+"""The story of ``msn-export onnx``: checkpoint, trace, graph steps, check, file."""
+
+import gc
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import onnx_ir as ir
+
+from msn_export import __version__, golden
+from msn_export.baseline import add_baseline, open_rounded
+from msn_export.commands.jobs import OnnxJob
+from msn_export.compare.checkpoint import preprocessing_of, require_one_size, sized
+from msn_export.files import apart, publish, staging
+from msn_export.graph import io
+from msn_export.graph.cls_only import narrow_to_first_token
+from msn_export.graph.fuse import fuse_attention
+from msn_export.graph.opset import lower
+from msn_export.graph.simplify import simplify
+from msn_export.graph.summary import GraphFacts
+from msn_export.graph.torch_export import trace
+from msn_export.graph.torch_reference import TorchRunner, shaken
+from msn_export.host import peak_rss
+from msn_export.manifest import (
+    AttentionRecord,
+    CheckpointRecord,
+    CheckRecord,
+    GoldenRecord,
+    Manifest,
+    seal,
+    sha256_of,
+    versions_of,
+)
+from msn_export.metrics.evaluate import (
+    Reference,
+    Runner,
+    Verified,
+    add_rounding,
+    measure_rounding,
+    run_reference,
+    verify,
+)
+from msn_export.metrics.samples import (
+    Sample,
+    affordable_batch,
+    batch_sizes,
+    draw,
+    require_different,
+)
+from msn_export.metrics.tolerances import BYTES_ROUNDING, GATES, ROUNDED_MARGIN
+from msn_export.mixed_precision import Islands, cpu_runner, type_as
+from msn_export.models.checkpoint import Checkpoint, load_checkpoint
+from msn_export.progress import SILENT, Progress
+from msn_export.runtime.onnxruntime import OrtRunner
+from msn_export.schema import to_json
+from msn_export.spec import Dtype, Head, InputKind, Scores
+
+__all__ = ["OnnxJob", "run_onnx"]  # the two that docs/python.md speaks of
+
+# TensorRT-RTX 1.7.1 has its kernel for one query only where heads times smallest batch is 4 or
+# more: with as many heads any batch will do
+SINGLE_QUERY_HEADS = 4
+EXACT = 4  # pictures that the reference computes in fp64 too
+# More fp32 runs that say what rounding costs, where the graph does not agree at first. Measured on
+# 30 tiny models of 3 logits with one massive channel: a graph errs up to 5.6 times the rounding of
+# the reference alone, and up to 2.8 times the largest of four runs.
+SHAKEN = 3
+PACKAGES = ("torch", "onnx", "onnx-ir", "onnxsim", "onnxruntime-gpu", "onnxruntime")
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """The fp32 graph, its attention fused, and what came of simplifying it."""
+
+    model: ir.Model
+    fused: int
+    simplified: str
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A written, not yet published graph with what is known of it."""
+
+    path: Path
+    facts: GraphFacts
+    fused: int
+    simplified: str
+    islands: Islands
+
+
+def run_onnx(job: OnnxJob, progress: Progress = SILENT) -> tuple[Path, Manifest]:
+    """Export a checkpoint to a checked ONNX file with its manifest.
+
+    Returns:
+        The file's path and its manifest.
+
+    Raises:
+        MsnExportError: whatever kept the export from its gate; the output path is as it was.
+    """
+    started = time.monotonic()
+    output = job.judge()
+    with progress.step("load checkpoint"):
+        checkpoint = load_checkpoint(job.checkpoint, job.choices)
+        if job.preprocess == "auto" and job.image_size is None:
+            require_one_size(checkpoint)
+        checkpoint = sized(checkpoint, job.image_size)
+    default = Head.LOGITS if checkpoint.config.labels else Head.CLS
+    heads = tuple(dict.fromkeys(job.heads)) or (default,)
+    config = checkpoint.config
+    room = affordable_batch(config.tokens, config.dim, config.mlp_dim, config.heads)
+    if job.check:
+        batch_sizes(job.batch, room)  # refuses before the work what could not be checked after it
+    with progress.step("read images"):
+        made = preprocessing_of(checkpoint, job.preprocess, job.exif)
+        sample = draw(job.images, made, room=room)
+        if job.check:
+            require_different(sample)
+    with staging(output.parent) as stage:
+        reference = known = None
+        if job.check:
+            with progress.step("run the PyTorch reference"):
+                runner = TorchRunner(checkpoint.model, heads)
+                reference = run_reference(runner, sample).require_finite()
+                exact = TorchRunner(checkpoint.model, heads, exact=True)
+                reference = measure_rounding(reference, exact, EXACT)
+                if job.stem is InputKind.UINT8:
+                    reference = replace(reference, rounding_margin=BYTES_ROUNDING)
+                del exact  # a copy of all weights in fp64
+                stem = InputKind.FLOAT  # the reference takes floats whatever the graph takes
+                known = golden.record(runner, runner.name, sample.preprocessing, stem, room)
+        traced = _trace(job, checkpoint, heads, sample, progress)
+        if reference is not None and job.dtype is not Dtype.FP32:
+            with progress.step("check the fp32 graph"):
+                reference = _check_fp32(job, traced.model, reference, heads, stage)
+        built = _write(job, checkpoint, traced, sample, stage / output.name, progress)
+        del traced
+        # The weights are in the file: while it is checked onnxruntime alone holds them. The graph
+        # is full of cycles, so it does not go by itself.
+        checkpoint.model.to("meta")
+        gc.collect()
+        check, known = _check(job, built, reference, known, heads, progress)
+        manifest = replace(
+            _describe(job, checkpoint, sample, built, check),
+            golden=known,
+            seconds=round(time.monotonic() - started, 3),
+            peak_rss_bytes=peak_rss(),
+        )
+        publish(built.path, output, seal(manifest), force=job.force)
+    return output, manifest
+
+
+def _trace(
+    job: OnnxJob,
+    checkpoint: Checkpoint,
+    heads: tuple[Head, ...],
+    sample: Sample,
+    progress: Progress,
+) -> Traced:
+    with progress.step("trace"):
+        model = trace(
+            checkpoint.model,
+            heads=heads,
+            stem=job.stem,
+            batch=job.batch,
+            preprocessing=sample.preprocessing,
+        )
+    simplified = "not asked for"
+    if job.simplify:
+        with progress.step("simplify"):
+            outcome = simplify(model)
+            model, simplified = outcome.model, outcome.reason
+    if checkpoint.config.heads >= SINGLE_QUERY_HEADS:
+        with progress.step("compute only what the outputs need"):
+            narrow_to_first_token(model, split_projection=job.target.splits_queries)
+    with progress.step("fuse attention"):
+        fused = fuse_attention(model, job.target.attention, expected=checkpoint.config.depth)
+        if job.target.opset < 23:
+            lower(model, job.target.opset)
+    return Traced(model, fused, simplified)
+
+
+def _write(
+    job: OnnxJob,
+    checkpoint: Checkpoint,
+    traced: Traced,
+    sample: Sample,
+    path: Path,
+    progress: Progress,
+) -> Built:
+    model, islands = traced.model, Islands({})
+    if job.dtype is not Dtype.FP32:
+        with progress.step(f"type as {job.dtype}"):
+            islands = type_as(model, job.dtype, job.islands, sample, job.stem, path.parent)
+    model.producer_name, model.producer_version = "msn-export", __version__
+    model.metadata_props.update(_metadata(checkpoint, sample))
+    with progress.step("write and check the file"):
+        io.save(model, path)
+        io.check(path)
+    return Built(path, GraphFacts.of(model), traced.fused, traced.simplified, islands)
+
+
+def _check_fp32(
+    job: OnnxJob,
+    model: ir.Model,
+    reference: Reference,
+    heads: tuple[Head, ...],
+    stage: Path,
+) -> Reference:
+    """Hold the fp32 graph to its own limit before it is typed, and measure what typing may cost.
+
+    Raises:
+        ToleranceError: the fp32 graph does not agree.
+    """
+    path = apart(stage) / "fp32.onnx"
+    io.save(model, path)
+    fixed = job.batch.max if job.batch.is_static else None
+    with OrtRunner(path) as runner:
+        size = fixed or min(8, reference.sample.room, len(reference.sample))
+        verified = _verify_fp32(job, runner, reference, heads, (size,))
+        verified.require(GATES[Dtype.FP32], f"the fp32 graph, before it was typed {job.dtype}")
+    path.unlink()
+    rough = replace(reference, exact={}, rounding={})  # the errors to come are far above fp32's
+    with open_rounded(model, job.dtype, reference.sample, job.stem, stage) as runner:
+        return add_baseline(rough, runner, job.stem, margin=ROUNDED_MARGIN, fixed=fixed)
+
+
+def _metadata(checkpoint: Checkpoint, sample: Sample) -> dict[str, str]:
+    return {
+        "product": f"msn-export {__version__}",
+        "checkpoint": checkpoint.source,
+        "checkpoint_sha256": checkpoint.sha256,
+        "preprocessing": to_json(sample.preprocessing).strip(),
+    }
+
+
+def _verify_fp32(
+    job: OnnxJob,
+    runner: Runner,
+    reference: Reference,
+    heads: tuple[Head, ...],
+    sizes: tuple[int, ...],
+) -> Verified:
+    """Compare an fp32 graph; where it does not agree, measure the rounding more thoroughly.
+
+    Where attention is sharp a few pictures do not tell how far fp32 is from what is right, and few
+    numbers may be rounded well by chance: fp64 says on every picture which side errs, and the
+    reference runs again with other roundings.
+    """
+    verified = verify(runner, reference, job.stem, sizes)
+    if not verified.failures(GATES[Dtype.FP32]):
+        return verified
+    model = sized(load_checkpoint(job.checkpoint, job.choices), job.image_size).model
+    if len(reference.sample) > EXACT:
+        exact = TorchRunner(model, heads, exact=True)
+        reference = measure_rounding(reference, exact, len(reference.sample))
+        del exact
+    for seed in range(SHAKEN):
+        reference = add_rounding(reference, TorchRunner(shaken(model, seed), heads))
+    return verify(runner, reference, job.stem, sizes)
+
+
+def _check(
+    job: OnnxJob,
+    built: Built,
+    reference: Reference | None,
+    known: GoldenRecord | None,
+    heads: tuple[Head, ...],
+    progress: Progress,
+) -> tuple[CheckRecord | None, GoldenRecord | None]:
+    if reference is None or known is None:
+        return None, None
+    with (
+        progress.step("compare with the reference"),
+        cpu_runner(built.path, job.dtype, built.path.parent) as runner,
+    ):
+        sizes = batch_sizes(job.batch, reference.sample.room)
+        if job.dtype is Dtype.FP32:
+            verified = _verify_fp32(job, runner, reference, heads, sizes)
+        else:
+            verified = verify(runner, reference, job.stem, sizes)
+        record = verified.require(GATES[job.dtype], f"the {job.dtype} graph")
+        least = record.limits[known.output]["image"] or 0.0
+        made = reference.sample.preprocessing
+        known = golden.with_limit(known, runner, made, job.stem, least)
+    return record, known
+
+
+def _scores(checkpoint: Checkpoint) -> Scores | None:
+    config = checkpoint.config
+    return Scores.of(config.problem_type, len(config.labels)) if config.labels else None
+
+
+def _describe(
+    job: OnnxJob,
+    checkpoint: Checkpoint,
+    sample: Sample,
+    built: Built,
+    check: CheckRecord | None,
+) -> Manifest:
+    form = job.target.attention
+    facts = built.facts
+    return Manifest(
+        kind="onnx",
+        output=built.path.name,
+        sha256=sha256_of(built.path),
+        bytes=built.path.stat().st_size,
+        dtype=job.dtype,
+        inputs=facts.inputs,
+        outputs=facts.outputs,
+        profiles=(job.batch,),
+        preprocessing=sample.preprocessing,
+        nodes=facts.nodes,
+        ops=facts.ops,
+        attention=AttentionRecord(checkpoint.config.depth, built.fused, form.value),
+        check=check,
+        opset=facts.opset,
+        target=job.target,
+        labels=checkpoint.config.labels,
+        scores=_scores(checkpoint),
+        checkpoint=CheckpointRecord(
+            checkpoint.source, checkpoint.sha256, checkpoint.notes, job.variant, job.weights
+        ),
+        config=checkpoint.config.to_json(),
+        islands=dict(built.islands.maxima),
+        simplified=built.simplified,
+        notes=sample.notes,
+        command=job.command,
+        versions=versions_of(*PACKAGES),
+    )

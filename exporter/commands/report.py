@@ -1,0 +1,277 @@
+"""The story of ``msn-export report``: what is known of artifacts and was measured, on one page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+from msn_export import __version__
+from msn_export import manifest as manifests
+from msn_export.commands.drift import DriftJob, run_drift
+from msn_export.commands.validate import ValidateJob, validate_in_full
+from msn_export.compare.inspection import believed
+from msn_export.compare.sides import ENGINES, is_checkpoint, open_engine
+from msn_export.errors import (
+    DeviceError,
+    GraphError,
+    ImageError,
+    ManifestError,
+    MissingPackageError,
+    RunnerError,
+    SpecError,
+)
+from msn_export.files import placing, require_writable, staging
+from msn_export.manifest import CheckpointRecord, Manifest, manifest_path, sha256_of
+from msn_export.models.named import Choices
+from msn_export.preprocessing import Exif
+from msn_export.progress import SILENT, Progress
+from msn_export.report import describe, facts
+from msn_export.report.describe import (
+    artifact_facts,
+    checkpoint_facts,
+    drift_facts,
+    live_agreement,
+    recorded_agreement,
+)
+from msn_export.schema import Job, Within
+
+
+@dataclass(frozen=True, slots=True)
+class ReportJob(Job):
+    """What ``msn-export report`` was asked for; the first artifact is the others' reference."""
+
+    artifacts: tuple[str, ...]
+    output: Path = Path("report.html")
+    markdown: Path | None = None
+    images: Path | None = None
+    preprocess: str | None = None
+    exif: Exif | None = None
+    limit: Annotated[int, Within(3)] = 64
+    bench: Path | None = None
+    variant: str | None = None
+    weights: str | None = None
+    labels: Path | None = None
+    title: str | None = None
+    force: bool = False
+    command: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What ran for the report, by artifact, and what could not."""
+
+    agreements: dict[str, facts.Agreement]
+    drifts: tuple[facts.Drift, ...]
+    notes: tuple[str, ...]
+
+
+def run_report(job: ReportJob, progress: Progress = SILENT) -> facts.Page:
+    """Write the page, and the Markdown if asked for.
+
+    Returns:
+        What the page shows; its ``state`` says whether all that ran agrees.
+
+    Raises:
+        MissingPackageError: jinja2 or matplotlib is not installed.
+        MsnExportError: an artifact cannot be read, or nothing can be written.
+    """
+    _require_outputs(job)
+    require_packages()
+    from msn_export.report.latency import read_latency
+    from msn_export.report.render import html, markdown
+
+    hashes = _hashes(job.artifacts)
+    latency = read_latency(job.bench, hashes) if job.bench is not None else None
+    measured = _measure(job, progress)
+    with progress.step("gather what is known"):
+        page = _page(job, measured, latency, hashes)
+    with progress.step("write the report"):
+        texts = {job.output: html(page)}
+        if job.markdown is not None:
+            texts[job.markdown] = markdown(page)
+        for output, text in texts.items():
+            with staging(output.parent) as stage:
+                staged = stage / output.name
+                staged.write_text(text, encoding="utf-8")
+                with placing([output], force=job.force):
+                    staged.replace(output)
+    return page
+
+
+def _require_outputs(job: ReportJob) -> None:
+    outputs = [path for path in (job.output, job.markdown) if path is not None]
+    if len({path.absolute() for path in outputs}) < len(outputs):
+        raise SpecError(f"--markdown {job.markdown} is the page itself; give it another name")
+    sources = [Path(name) for name in job.artifacts]
+    sources += [manifest_path(path) for path in sources]
+    sources += [job.bench] if job.bench is not None else []
+    require_writable(outputs, force=job.force, sources=sources)
+
+
+def require_packages() -> None:
+    """Require what only a report needs.
+
+    Raises:
+        MissingPackageError: it is not installed; the message has the line that does.
+    """
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib as mpl  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(
+            f"a report needs {error.name}, which is not installed; pip install 'msn-export[report]'"
+        ) from error
+
+
+def _measure(job: ReportJob, progress: Progress) -> Measured:
+    """Compare every artifact that can run with the first that can."""
+    if job.images is None:
+        note = "nothing was run for this report: --images compares the artifacts on pictures"
+        return Measured({}, (), (note,))
+    runnable, notes = _runnable(job.artifacts)
+    agreements: dict[str, facts.Agreement] = {}
+    drifts = []
+    reference = runnable[0] if runnable else None
+    for candidate in runnable[1:]:
+        assert reference is not None  # it is the first
+        asked, walked = _jobs(job, reference, candidate)
+        validation, verified = validate_in_full(asked, progress)
+        agreements[candidate] = live_agreement(validation, verified)
+        try:
+            found = run_drift(walked, progress)
+        except (GraphError, ImageError) as error:
+            notes.append(f"no drift of {Path(candidate).name}: {error}")
+        else:
+            drifts.append(drift_facts(found))
+    return Measured(agreements, tuple(drifts), tuple(notes))
+
+
+def _jobs(job: ReportJob, reference: str, candidate: str) -> tuple[ValidateJob, DriftJob]:
+    """Ask for both comparisons of a pair; what is said of a checkpoint goes where there is one."""
+    preprocess, exif = job.preprocess, job.exif
+    asked = ValidateJob(
+        reference, candidate, job.images, job.limit, preprocess=preprocess, exif=exif
+    )
+    walked = DriftJob(reference, candidate, job.images, preprocess=preprocess, exif=exif)
+    if not any(map(is_checkpoint, (reference, candidate))):
+        return asked, walked
+    variant, weights, labels = job.variant, job.weights, job.labels
+    return (
+        replace(asked, variant=variant, weights=weights, labels=labels),
+        replace(walked, variant=variant, weights=weights, labels=labels),
+    )
+
+
+def _runnable(artifacts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Tell the artifacts that run here from those that do not, with the reasons.
+
+    One whose manifest is not believed does not: nothing says how it is fed.
+
+    Raises:
+        DeviceError: an engine is for this GPU, and it does not run.
+    """
+    runnable, notes = [], []
+    for name in artifacts:
+        try:
+            if not is_checkpoint(name):
+                manifests.read(Path(name))
+            if Path(name).suffix in ENGINES:
+                open_engine(Path(name)).close()
+        except DeviceError:
+            raise
+        except (RunnerError, ManifestError, MissingPackageError) as error:
+            notes.append(f"{Path(name).name} was not run for this report: {error}")
+        else:
+            runnable.append(name)
+    return runnable, notes
+
+
+def _hashes(artifacts: Sequence[str]) -> dict[str, set[str]]:
+    """Hash the files; two may have one name in two folders."""
+    hashes: dict[str, set[str]] = {}
+    for path in (Path(name) for name in artifacts if not is_checkpoint(name)):
+        if not path.is_file():
+            raise GraphError(f"{path} does not exist; give an .onnx or .engine file")
+        hashes.setdefault(path.name, set()).add(sha256_of(path))
+    return hashes
+
+
+def _stale(
+    job: ReportJob, name: str, manifest: Manifest, hashes: Mapping[str, set[str]]
+) -> str | None:
+    """Say that an artifact was made from, and compared with, another file than the one here."""
+    source, origin = manifest.source, manifest.checkpoint
+    if source is not None and source.sha256 not in hashes.get(source.file, {source.sha256}):
+        was, has, what = source.sha256, min(hashes[source.file]), source.file
+    elif origin is not None and (here := _weights(job, origin)) and origin.sha256 not in here:
+        was, has, what = origin.sha256, min(here), f"checkpoint, {origin.source}"
+    else:
+        return None
+    return (
+        f"{name} was made from another {what} (sha256 {was[:12]}…, this one has {has[:12]}…); "
+        "make it again from this one, or compare the two with --images"
+    )
+
+
+def _weights(job: ReportJob, origin: CheckpointRecord) -> set[str]:
+    """Hash the checkpoints' weights as ``origin`` does, where nothing runs to compare them.
+
+    Raises:
+        CheckpointError: one cannot be read.
+    """
+    found = set()
+    for name in filter(is_checkpoint, job.artifacts if job.images is None else ()):
+        from msn_export.models.checkpoint import load_checkpoint  # torch
+
+        choices = Choices(job.variant, job.weights, job.labels)
+        if name == origin.source and not choices:
+            choices = Choices(origin.variant, origin.weights)
+        found.add(load_checkpoint(name, choices).sha256)
+    return found
+
+
+def _page(
+    job: ReportJob,
+    measured: Measured,
+    latency: facts.Latency | None,
+    hashes: Mapping[str, set[str]],
+) -> facts.Page:
+    live = measured.agreements
+    described, agreements, known = [], [], []
+    for name in job.artifacts:
+        if is_checkpoint(name):
+            described.append(checkpoint_facts(name))
+            continue
+        found = artifact_facts(Path(name), live[name].passed if name in live else None)
+        manifest, _ = believed(Path(name))
+        known += [manifest] if manifest is not None else []
+        stale = _stale(job, found.name, manifest, hashes) if manifest is not None else None
+        if name in live:
+            agreements.append(live[name])
+        elif stale is not None:
+            found = replace(found, verdict="stale", distrusted=stale)
+        elif manifest is not None and manifest.check is not None:
+            agreements.append(recorded_agreement(found.name, manifest))
+        described.append(found)
+    if not any(artifact.bytes is not None for artifact in described):
+        raise SpecError("a report needs at least one exported file, .onnx or .engine")
+    manifest = known[0] if known else None
+    state, headline = describe.verdict(described, agreements)
+    return facts.Page(
+        title=job.title or describe.title_of(manifest, described),
+        subtitle=describe.subtitle_of(manifest),
+        written=describe.now(),
+        product=f"msn-export {__version__}",
+        command=job.command,
+        state=state,
+        headline=headline,
+        sentences=tuple(describe.sentences(described, agreements, measured.drifts)),
+        origin=tuple(describe.origin_of(manifest)),
+        artifacts=tuple(described),
+        agreements=tuple(agreements),
+        drifts=measured.drifts,
+        latency=latency,
+        notes=measured.notes,
+    )

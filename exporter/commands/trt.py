@@ -1,0 +1,447 @@
+"""The story of ``msn-export trt``: graph, precision, check, compile in a child, census, engine."""
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from msn_export import golden
+from msn_export.artifact import Source, read_graph, read_source, room_of
+from msn_export.baseline import add_baseline, open_exact, open_rounded, open_widened
+from msn_export.commands.jobs import TrtJob
+from msn_export.commands.trt_attention import Against, first_bf16, settle, with_sums
+from msn_export.commands.trt_graph import Compilable, prepare
+from msn_export.engine import compile
+from msn_export.engine.build import BuildResult, build_engine
+from msn_export.engine.census import require, summary
+from msn_export.engine.options import BuildSpec, check_options
+from msn_export.engine.options import Progress as BuildProgress
+from msn_export.engine.versions import Backend, find_backend
+from msn_export.engine_header import parse_header
+from msn_export.errors import GraphError, MissingPackageError, SpecError
+from msn_export.files import publish, require_writable, same_file, staging
+from msn_export.graph.foreign import raised_where_possible
+from msn_export.graph.summary import tensor_specs
+from msn_export.host import NoDriver, find_driver, peak_rss
+from msn_export.manifest import (
+    AttentionRecord,
+    CheckRecord,
+    EngineRecord,
+    GoldenRecord,
+    Manifest,
+    SourceRecord,
+    manifest_path,
+    seal,
+    sha256_of,
+    versions_of,
+)
+from msn_export.metrics.evaluate import Reference, measure_rounding, run_reference, verify
+from msn_export.metrics.samples import Sample, draw, require_different
+from msn_export.metrics.tolerances import GATES, ROUNDED_MARGIN
+from msn_export.mixed_precision import cpu_runner
+from msn_export.progress import SILENT, Progress
+from msn_export.runtime.opening import Admitted, open_engine
+from msn_export.runtime.runner import Outputs
+from msn_export.runtime.tensorrt import TrtRunner
+from msn_export.schema import to_plain
+from msn_export.spec import BatchRange, ComputeCapability, Dtype, InputKind
+
+
+@dataclass(slots=True)
+class _OnProfile:
+    """A runner that uses one profile only."""
+
+    runner: TrtRunner
+    profile: int
+    name: str
+
+    def __call__(self, images: Any, /) -> Outputs:
+        return self.runner(images, profile=self.profile)
+
+
+def execute(
+    engine: Path, manifest: Manifest, reference: Reference | None, stem: InputKind
+) -> EngineRecord:
+    """Run an engine at the smallest, best and largest batch of each profile and gate it.
+
+    Args:
+        engine: the staged file.
+        manifest: what will be written of it.
+        reference: what to compare with; None where no check was asked for.
+        stem: what the engine takes.
+
+    Returns:
+        The manifest's engine record: executed, with the figures, or not, and why.
+
+    Raises:
+        ToleranceError: the engine ran and does not reach its gate.
+        DeviceError: this GPU is one it is for, and it does not run.
+    """
+    record = manifest.engine
+    assert record is not None
+    content = engine.read_bytes()
+    admitted = Admitted(engine, content, parse_header(content, engine), manifest)
+    reason = _obstacle(admitted, reference)
+    if reason or reference is None:
+        return replace(record, executed=False, reason=f"compiled, not executed: {reason}")
+    try:
+        # TensorRT-RTX: judge the kernels that a service ends up with, not those of its first runs
+        runner = open_engine(admitted, eager_kernels=True)
+    except MissingPackageError as error:
+        return replace(record, executed=False, reason=f"compiled, not executed: {error}")
+    with runner:
+        check = _check_profiles(runner, manifest, reference, stem)
+    sizes = ", ".join(str(size) for size in check.batches)
+    figures = f"max_abs {check.max_abs:.2e}, p1 cosine {check.cosine_p1:.6f}"
+    reason = f"executed on {runner.name}, batches {sizes}: {figures}"
+    return replace(record, executed=True, reason=reason, check=check)
+
+
+def _obstacle(engine: Admitted, reference: Reference | None) -> str:
+    """Say what keeps an engine from running here; nothing where it should run."""
+    driver = find_driver()
+    if isinstance(driver, NoDriver):
+        return driver.reason
+    if not any(engine.is_for(device) for device in driver.devices):
+        here = ", ".join(f"{device.name} (SM {device.capability})" for device in driver.devices)
+        return f"it is for another GPU ({engine}; here is {here})"
+    return "no check was asked for (--no-check)" if reference is None else ""
+
+
+def _check_profiles(
+    runner: TrtRunner, manifest: Manifest, reference: Reference, stem: InputKind
+) -> CheckRecord:
+    """Gate every profile; the record is that of the worst, with all sizes that ran."""
+    if manifest.rounds_as is not manifest.dtype:  # TF32: what was measured is fp32's
+        reference = replace(reference, exact={}, rounding={}, baseline={})
+    records = []
+    for index, profile in enumerate(runner.profiles):
+        sizes = sorted({profile.min, profile.opt, profile.max})
+        on_profile = _OnProfile(runner, index, f"{runner.name}, profile {profile}")
+        verified = verify(on_profile, reference, stem, sizes)
+        records.append(
+            verified.require(GATES[manifest.rounds_as], f"the engine, run in profile {profile}")
+        )
+    worst = min(records, key=lambda record: record.cosine_min or 0.0)
+    every = sorted({size for record in records for size in record.batches})
+    return replace(worst, batches=tuple(every))
+
+
+PACKAGES = ("onnx", "onnx-ir", "onnxsim", "onnxruntime-gpu", "onnxruntime")
+
+
+def _engine_record(job: TrtJob, graph: Compilable, result: BuildResult) -> EngineRecord:
+    figures = summary(result.census)
+    options = {
+        name: getattr(job, name)
+        for name in (
+            "workspace",
+            "optimization_level",
+            "version_compatible",
+            "hardware_compatible",
+            "tf32",
+            "allow_unfused",
+            "allow_fp32",
+        )
+        if getattr(job, name) not in {None, False}
+    }
+    return EngineRecord(
+        backend=result.backend.name,
+        version=result.backend.version,
+        compute_capabilities=tuple(map(str, result.targets.named)),
+        precision=graph.dtype,
+        kernels=figures["kernels"],
+        kernels_per_block=figures["kernels_per_block"],
+        fused_attention=figures["fused_attention"],
+        gemm_dtypes=figures["gemm_dtypes"],
+        accumulators=figures["accumulators"],
+        quantised_products=len(graph.quantised),
+        executed=False,
+        reason="compiled",
+        later=result.targets.later,
+        census=[to_plain(census) for census in result.censuses],
+        options=options,
+    )
+
+
+def _accepted(graph: Compilable) -> tuple[str, ...]:
+    if not graph.accepted:
+        return ()
+    return (f"in fp32 though no island says so, accepted: {', '.join(graph.accepted)}",)
+
+
+def describe(
+    job: TrtJob,
+    source: Source,
+    graph: Compilable,
+    sample: Sample,
+    check: CheckRecord | None,
+    result: BuildResult,
+) -> Manifest:
+    """Write down all that is known before the engine has run; profiles and seal come later."""
+    known = source.manifest
+    engine = _engine_record(job, graph, result)
+    return Manifest(
+        kind="engine",
+        output=result.output.name,
+        sha256=sha256_of(result.output),
+        bytes=result.bytes,
+        dtype=graph.dtype,
+        inputs=tensor_specs(list(source.model.graph.inputs)),
+        outputs=graph.outputs,
+        profiles=(),
+        preprocessing=source.preprocessing,
+        nodes=graph.nodes,
+        ops=graph.ops,
+        attention=AttentionRecord(graph.cores, engine.fused_attention, "kernel"),
+        check=check,
+        opset=graph.opset,
+        target=engine.backend,
+        labels=known.labels if known else (),
+        scores=known.scores if known else None,
+        checkpoint=known.checkpoint if known else None,
+        config=known.config if known else None,
+        islands=dict(graph.islands.maxima),
+        source=SourceRecord(source.path.name, sha256_of(source.path)),
+        engine=engine,
+        notes=tuple(
+            dict.fromkeys(
+                (
+                    *source.notes,
+                    *graph.notes,
+                    *result.notes,
+                    *_accepted(graph),
+                    *sample.notes,
+                )
+            )
+        ),
+        command=job.command,
+        versions=versions_of(*PACKAGES, engine.backend),
+    )
+
+
+__all__ = ["TrtJob", "run_trt"]  # the two that docs/python.md speaks of
+
+
+EXACT = 4  # pictures that an fp32 graph computes in fp64 too
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What came of checking the typed graph; None where no check was asked for."""
+
+    record: CheckRecord | None
+    reference: Reference | None
+    golden: GoldenRecord | None
+
+
+def run_trt(job: TrtJob, progress: Progress = SILENT) -> tuple[Path, Manifest]:
+    """Compile a graph into an engine with its manifest.
+
+    Returns:
+        The engine's path and its manifest.
+
+    Raises:
+        MsnExportError: whatever kept the engine from its gate; the output path is as it was.
+    """
+    started = time.monotonic()
+    output = job.output or Path(job.model.with_suffix(".engine").name)
+    _require_outputs(job, output)
+    backend = find_backend(job.backend)
+    with progress.step("read the graph"):
+        source = read_source(job.model, job.preprocess, job.exif)
+        profiles = _profiles(job, source)
+        spec = _spec(job, profiles, backend)
+        check_options(spec, backend, find_driver())  # the build does too, but after all the checks
+        targets = _targets(spec, backend)
+    with progress.step("read images"):
+        sample = draw(job.images, source.preprocessing, room=room_of(source.model))
+        if job.check:
+            require_different(sample)
+    with staging(output.parent) as stage:
+        graph = prepare(job, source, backend, sample, stage, progress)
+        checked = _check(job, source, graph, sample, profiles, progress)
+        spec = replace(spec, precision=graph.dtype)
+
+        def build(written: Compilable) -> BuildResult:
+            to_build, to = replace(spec, model=written.path), stage / output.name
+            return _compile(job, written, to_build, backend, to, progress)
+
+        against = Against(checked.reference, GATES[graph.dtype], source.stem, source.fixed)
+        first = () if job.allow_unfused else first_bf16(graph, targets, job.bf16_attention)
+        result, sums = settle(graph, first, build, against, targets, progress)
+        manifest = replace(
+            with_sums(describe(job, source, graph, sample, checked.record, result), sums),
+            profiles=profiles,
+            golden=checked.golden,
+        )
+        with progress.step("run the engine, where a GPU is"):
+            engine = execute(result.output, manifest, checked.reference, source.stem)
+        manifest = replace(
+            manifest,
+            engine=engine,
+            seconds=round(time.monotonic() - started, 3),
+            peak_rss_bytes=max(peak_rss(), result.peak_rss),
+        )
+        publish(result.output, output, seal(manifest), force=job.force)
+    return output, manifest
+
+
+def _require_outputs(job: TrtJob, output: Path) -> None:
+    read = [job.model, manifest_path(job.model)]
+    written = [output, manifest_path(output)]
+    if job.timing_cache is not None:
+        if same_file(job.timing_cache, job.model):  # what is no cache is replaced by one
+            raise SpecError(f"--timing-cache {job.timing_cache} is the graph; name another file")
+        read.append(job.timing_cache)
+    if job.log is not None and (job.log.is_file() or not job.log.exists()):  # no terminal, no pipe
+        written.append(job.log)
+    require_writable(written, force=job.force, sources=read)
+
+
+def _profiles(job: TrtJob, source: Source) -> tuple[BatchRange, ...]:
+    """Take the batch ranges asked for, or the graph's own.
+
+    Raises:
+        SpecError: the graph's batch is fixed at another size.
+    """
+    profiles = job.profiles or (source.batch,)
+    for profile in profiles:
+        fixed = source.batch.is_static and profile != source.batch
+        if fixed:
+            raise SpecError(
+                f"--batch {profile}: the graph has a fixed batch of {source.batch.max}; "
+                f"export it again with --batch {profile}"
+            )
+    return profiles
+
+
+def _check(
+    job: TrtJob,
+    source: Source,
+    graph: Compilable,
+    sample: Sample,
+    profiles: tuple[BatchRange, ...],
+    progress: Progress,
+) -> Checked:
+    """Compare the typed graph with the graph that was given, at each profile's sizes."""
+    known = source.manifest.golden if source.manifest is not None else None
+    if not job.check:
+        return Checked(None, None, known)
+    with progress.step("run the given graph"):
+        reference, known = _run_given(source, sample, known, graph.path.parent)
+    with progress.step("measure what the precision costs"):
+        reference = _with_limit(source, graph, reference, graph.path.parent)
+    room = sample.room
+    sizes = {min(size, max(p.min, room)) for p in profiles for size in (p.min, p.opt, p.max)}
+    with (
+        progress.step("compare the typed graph"),
+        cpu_runner(graph.path, graph.dtype, graph.path.parent) as runner,
+    ):
+        verified = verify(runner, reference, source.stem, sorted(sizes))
+        record = verified.require(GATES[graph.dtype], f"the {graph.dtype} graph")
+        if known.output in record.limits:
+            least = record.limits[known.output]["image"] or 0.0
+            known = golden.with_limit(known, runner, source.preprocessing, source.stem, least)
+    return Checked(record, reference, known)
+
+
+def _run_given(
+    source: Source, sample: Sample, known: GoldenRecord | None, stage: Path
+) -> tuple[Reference, GoldenRecord]:
+    """Run the graph that was given; its session is closed before the next one opens.
+
+    The run that measured what overflows gives no reference: that graph had been rewritten by then
+    (opset, form of attention), and what rewriting breaks is to be found here. One run for both
+    would save a third of the two.
+    """
+    with cpu_runner(source.path, source.dtype, stage) as runner:
+        runner.name = f"{source.path.name} in {runner.name}"
+        reference = run_reference(runner, sample, source.stem, fixed=source.fixed)
+        return reference.require_finite(), known or golden.record(
+            runner, runner.name, source.preprocessing, source.stem, sample.room
+        )
+
+
+def _targets(spec: BuildSpec, backend: Backend) -> tuple[ComputeCapability, ...]:
+    """Name the GPU generations that are compiled for; none where it is all from Ampere on."""
+    if backend.flavour.targets_capabilities:
+        return spec.capabilities
+    driver = find_driver()
+    return () if isinstance(driver, NoDriver) else (driver.devices[0].capability,)
+
+
+def _with_limit(source: Source, graph: Compilable, reference: Reference, stage: Path) -> Reference:
+    """Measure what the typed graph's errors may be, and the engine's after it.
+
+    The file is read again: what was rewritten since is what the limit is for.
+    """
+    try:
+        given, manifest, _ = read_graph(source.path)
+        if manifest is None:
+            given = raised_where_possible(given)
+        if source.dtype is not Dtype.FP32:
+            runner = open_widened(given, stage)
+        elif graph.dtype is Dtype.FP32:
+            with open_exact(given, stage) as exact:
+                return measure_rounding(reference, exact, EXACT, source.stem, fixed=source.fixed)
+        else:
+            runner = open_rounded(given, graph.dtype, reference.sample, source.stem, stage)
+    except GraphError as error:  # a graph of another tool that only simplifying makes plain
+        return replace(reference, unmeasured=str(error))
+    with runner:
+        taken = InputKind.of(runner.inputs[0].dtype)  # widened, a float16 input is float32
+        return add_baseline(reference, runner, taken, margin=ROUNDED_MARGIN, fixed=source.fixed)
+
+
+def _compile(
+    job: TrtJob,
+    graph: Compilable,
+    spec: BuildSpec,
+    backend: Backend,
+    output: Path,
+    progress: Progress,
+) -> BuildResult:
+    def advance(at: BuildProgress) -> None:
+        progress.advance(int(at.fraction * 1000), 1000, at.phase)
+
+    with progress.step(f"compile with {backend}"):
+        result = build_engine(spec, backend, output, job.log, advance)
+    for census in result.censuses:
+        require(
+            census,
+            depth=graph.cores,
+            precision=graph.dtype,
+            # no TensorRT has fused attention in fp32: there is nothing to require
+            allow_unfused=job.allow_unfused or graph.dtype is Dtype.FP32,
+            quantised=graph.quantised,
+            asked=graph.asked if graph.dtype is not Dtype.FP32 else {},
+        )
+    return result
+
+
+def _spec(job: TrtJob, profiles: tuple[BatchRange, ...], backend: Backend) -> BuildSpec:
+    """Say what to compile, as far as it is known before the graph is typed."""
+    return BuildSpec(
+        model=job.model,
+        profiles=profiles,
+        capabilities=job.capabilities,
+        workspace=job.workspace,
+        optimization_level=job.optimization_level,
+        timing_cache=job.timing_cache or _default_timing_cache(backend),
+        version_compatible=job.version_compatible,
+        hardware_compatible=job.hardware_compatible,
+        tf32=job.tf32,
+        decompose_attention=job.allow_unfused,
+        timeout=job.timeout,
+        memory_limit=job.memory_limit,
+    )
+
+
+def _default_timing_cache(backend: Backend) -> Path | None:
+    """Name the user's cache for this TensorRT and GPU; None where the backend keeps no timings."""
+    driver = find_driver()
+    if isinstance(driver, NoDriver) or "timing_cache" in backend.flavour.ignored:
+        return None
+    device = driver.devices[0]
+    return compile.default_path(backend.version, device.name, device.capability)

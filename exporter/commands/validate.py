@@ -1,0 +1,375 @@
+"""The story of ``msn-export validate``: two artifacts, the same images, one verdict."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import onnx_ir as ir
+
+from msn_export import baseline, image_folder
+from msn_export.calibration.observers import Observer
+from msn_export.compare.sides import Artifact, Pair, open_pair
+from msn_export.compare.validation import Measured, Validation, judge
+from msn_export.errors import GraphError, ImageError
+from msn_export.graph.fuse import attention_form
+from msn_export.metrics.diagnose import find_cause
+from msn_export.metrics.evaluate import (
+    Recalibrated,
+    Reference,
+    Runner,
+    Trial,
+    Verified,
+    measure_rounding,
+    run_reference,
+)
+from msn_export.metrics.samples import (
+    Sample,
+    batch_sizes,
+    draw,
+    draw_parts,
+    require_different,
+    with_drawn,
+    with_ragged,
+)
+from msn_export.metrics.tolerances import (
+    ENOUGH,
+    FEW_RANGES_MARGIN,
+    MARGIN,
+    RANGES_MARGIN,
+    ROUNDED_MARGIN,
+    coarsest,
+    gate_of,
+)
+from msn_export.models.named import Choices
+from msn_export.preprocessing import Exif, Preprocessing
+from msn_export.processor_config import choose
+from msn_export.progress import SILENT, Progress
+from msn_export.runtime.onnxruntime import OrtRunner
+from msn_export.schema import Count, Job
+from msn_export.spec import AttentionForm, BatchRange, Dtype, Head, InputKind
+
+EXACT = 16  # pictures that an fp32 reference computes in fp64 too
+SEED = 0  # of the batch sizes that are drawn
+LIMIT = 64  # pictures: enough for a first percentile, seconds of a ViT-S on two cores
+
+
+@dataclass(frozen=True, slots=True)
+class ValidateJob(Job):
+    """What ``msn-export validate`` was asked for.
+
+    ``limit`` is how many pictures are run, None all. ``preprocess`` says how the candidate is fed
+    in production, where that is not what its manifest says; ``exif`` is for both sides. ``gate``
+    None is that of the coarser dtype; ``numbers`` replace some of the gate's.
+    """
+
+    reference: str | Path
+    candidate: str | Path
+    images: Path | None = None
+    limit: Count | None = LIMIT
+    batch: BatchRange | None = None
+    preprocess: str | None = None
+    exif: Exif | None = None
+    variant: str | None = None
+    weights: str | None = None
+    labels: Path | None = None
+    gate: Dtype | None = None
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    numbers_only: bool = False
+
+
+def run_validate(job: ValidateJob, progress: Progress = SILENT) -> Validation:
+    """Compare two artifacts on the same pictures.
+
+    Raises:
+        MsnExportError: they cannot be compared at all; a comparison that fails is no error but a
+            ``Validation`` that did not pass.
+    """
+    return validate_in_full(job, progress)[0]
+
+
+def validate_in_full(job: ValidateJob, progress: Progress) -> tuple[Validation, Verified]:
+    """Compare two artifacts; give also what was compared: vectors, pictures' names.
+
+    Raises:
+        MsnExportError: as ``run_validate``.
+    """
+    choices = Choices(job.variant, job.weights, job.labels)
+    with progress.step("read both sides"):
+        pair = open_pair(str(job.reference), str(job.candidate), choices)
+        made, own = _preprocessings(job, pair)
+    name = job.gate or coarsest(pair.reference.dtype, pair.candidate.dtype)
+    gate = gate_of(name, job.numbers)
+    with tempfile.TemporaryDirectory(prefix="msn-export-") as folder, ExitStack() as opened:
+        # first, for what cannot run here is refused before the reference took its time
+        runner = opened.enter_context(closing(pair.candidate.start(pair.outputs, Path(folder))))
+        trials = _Trials(job, pair, name, own, Path(folder), opened)
+        parts = draw_parts(job.images, made, room=pair.room, limit=job.limit)
+        for sample in _read(parts, progress):
+            trials.run(sample, runner, progress)
+        with progress.step("compare"):
+            reference, same = trials.reference, trials.verified(trials.same, runner)
+            mine = trials.verified(trials.mine, runner) if trials.mine.names else None
+            cause = None
+            if same.failures(gate):
+                side = pair.candidate
+                cause = find_cause(runner, reference, side.stem, gate, fixed=side.fixed_batch)
+    measured = Measured(same, mine, cause, tuple(trials.notes))
+    return judge(pair, measured, gate, name, own, numbers_only=job.numbers_only), same
+
+
+def _read(parts: Iterator[Sample], progress: Progress) -> Iterator[Sample]:
+    while True:
+        with progress.step("read images"):
+            sample = next(parts, None)
+        if sample is None:
+            return
+        yield sample
+
+
+class _Trials:
+    """What ran so far: the candidate on the reference's pixels, on its own, and the baselines."""
+
+    def __init__(
+        self,
+        job: ValidateJob,
+        pair: Pair,
+        dtype: Dtype,
+        own: Preprocessing | None,
+        stage: Path,
+        opened: ExitStack,
+    ) -> None:
+        self.job, self.pair, self.dtype, self.own = job, pair, dtype, own
+        self.stage, self.opened = stage, opened
+        self.same, self.mine = Trial(), Trial()
+        self.notes = list(own.notes) if own is not None else []
+        self.sizes: tuple[int, ...] = ()
+        self._first: Reference | None = None
+        self._baselines: list[tuple[_Baseline, Trial]] = []  # the second has ranges of its own
+
+    @property
+    def reference(self) -> Reference:
+        """The first pictures' reference, with the limits that all of them gave."""
+        assert self._first is not None
+        found = replace(self._first)
+        for index, (made, trial) in enumerate(self._baselines):
+            errors, name, margin = trial.errors(), made.runner.name, made.margin
+            if index == 0:
+                found = replace(found, baseline=errors, baseline_name=name, margin=margin)
+            else:
+                found = replace(found, recalibrated=Recalibrated(errors, name, margin))
+        return found
+
+    def run(self, sample: Sample, runner: Runner, progress: Progress) -> None:
+        """Run a part of the pictures through all of them."""
+        pair, is_first = self.pair, self._first is None
+        side = pair.candidate
+        if is_first:
+            require_different(sample)
+        with progress.step(f"run {pair.reference.name}"):
+            exact = self.dtype is Dtype.FP32 and is_first
+            reference = run_pair_reference(pair, sample, self.stage, exact=exact)
+        if is_first:
+            with progress.step("measure what the precision costs"):
+                unmeasured = self._open_baselines(reference.sample)
+            self._first = replace(reference, unmeasured=unmeasured or reference.unmeasured)
+            self._choose_sizes(sample)
+        elif self._first is not None:  # later pictures are in fp32 alone
+            known = {name: rows[:0] for name, rows in self._first.exact.items()}
+            reference = replace(reference, exact=known)
+        self.notes += sample.notes
+        for made, trial in self._baselines:
+            taken = InputKind.of(made.runner.inputs[0].dtype)
+            fixed = pair.reference.fixed_batch
+            cost = run_reference(made.runner, sample, taken, fixed=fixed).outputs
+            trial.repeat(cost, reference, self.sizes)
+        with progress.step(f"run {side.name}"):
+            self.same.run(runner, reference, side.stem, self.sizes)
+            if self.own is not None:
+                self._run_own(reference, self.own, runner)
+
+    def verified(self, trial: Trial, runner: Runner) -> Verified:
+        """Sum a trial up."""
+        return trial.verified(self.reference, self.sizes, runner.name)
+
+    def _open_baselines(self, sample: Sample) -> str:
+        """Open them; give why there are none."""
+        pair = self.pair
+        # ranges of noise say nothing of a candidate that was calibrated on pictures
+        ranged = self.job.images is not None
+        try:
+            for made in _open_baselines(pair, self.dtype, sample, self.stage, ranged=ranged):
+                self.opened.enter_context(made.runner)
+                self._baselines.append((made, Trial()))
+        except GraphError as error:
+            return str(error)
+        if self._baselines:
+            return ""
+        return f"no baseline is made of {pair.reference.kind} against {pair.candidate.kind}"
+
+    def _choose_sizes(self, sample: Sample) -> None:
+        side = self.pair.candidate
+        batch = self.job.batch or side.batch
+        # an engine's batch is in the GPU's memory: this machine's sets no limit to its smallest
+        room = max(batch.min, self.pair.room) if side.kind == "engine" else self.pair.room
+        sizes, drawn = with_drawn(batch_sizes(batch, room), SEED)
+        self.sizes = with_ragged(sizes, len(sample))
+        if drawn:
+            self.notes.append(drawn)
+        if room < batch.max:
+            self.notes.append(
+                f"batches up to {self.sizes[-1]} of {batch.max}: memory affords no more"
+            )
+        if self.own is not None and self.job.images is None:
+            self.notes.append("resizing was not compared, noise needs none: give --images")
+
+    def _run_own(self, reference: Reference, own: Preprocessing, runner: Runner) -> None:
+        """Run the candidate on what its own preprocessing makes of the same pictures."""
+        sample = reference.sample
+        fed = _again(self.job, sample, own)
+        shared = _on_shared(reference, fed)
+        if len(shared.sample) < len(sample):
+            self.notes.append(f"{len(shared.sample)} pictures can be read with both preprocessings")
+        self.mine.run(runner, shared, self.pair.candidate.stem, self.sizes)
+
+
+def run_pair_reference(pair: Pair, sample: Sample, stage: Path, *, exact: bool) -> Reference:
+    """Run the reference once; with ``exact`` some pictures also in fp64, where it can be.
+
+    Raises:
+        ToleranceError: the reference itself is not finite.
+    """
+    side = pair.reference
+    with closing(side.start(pair.outputs, stage)) as runner:
+        runner.name = f"{side.name} in {runner.name}"
+        reference = run_reference(runner, sample, side.stem, fixed=side.fixed_batch)
+    kept = {name: reference.outputs[name] for name in pair.outputs}
+    reference = replace(reference, outputs=kept).require_finite()
+    if not exact:
+        return reference
+    if side.exact is not None:
+        return measure_rounding(reference, side.exact(pair.outputs), EXACT)
+    if side.graph is None:
+        return reference
+    try:
+        with baseline.open_exact(side.graph, stage) as runner:
+            return measure_rounding(reference, runner, EXACT, side.stem, fixed=side.fixed_batch)
+    except GraphError as error:
+        return replace(reference, unmeasured=str(error))
+
+
+@dataclass(frozen=True, slots=True)
+class _Baseline:
+    """What shows what a precision costs, and how many times its errors are allowed."""
+
+    runner: OrtRunner
+    margin: float
+
+
+def _open_baselines(
+    pair: Pair, dtype: Dtype, sample: Sample, stage: Path, *, ranged: bool
+) -> Iterator[_Baseline]:
+    """Open the reference in the candidate's precision; nothing where there is no graph of it.
+
+    With ``ranged`` a candidate of 8 bits has a second one, with ranges of the sample.
+
+    Raises:
+        GraphError: the reference's graph cannot be written as the candidate is.
+    """
+    side, candidate = pair.reference, pair.candidate
+    # what is made here takes float32 where the candidate takes float16
+    taken = InputKind.FLOAT if candidate.stem is InputKind.HALF else candidate.stem
+    if side.graph is not None and side.dtype is not Dtype.FP32:
+        yield _Baseline(baseline.open_widened(side.graph, stage), ROUNDED_MARGIN)
+        return
+    made = sample.preprocessing
+    graph, given = candidate.graph, _graph_of(side, pair.outputs, made)
+    if given is None or (dtype.is_quantised and graph is None):
+        return
+    form = AttentionForm.HEADS if graph is None else attention_form(graph)
+    if graph is not None:
+        given = given.clone()
+        with suppress(GraphError):  # of another tool: it computes every token
+            baseline.narrow_like(given, graph)
+    model = baseline.write_like(given, taken, made, form)
+    if dtype.is_quantised and graph is not None:
+        known = candidate.manifest.quantization if candidate.manifest is not None else None
+        named, images = (known.observer, known.calibration_images) if known else ("", 0)
+        observer = next((one for one in Observer if one == named), Observer.MSE)
+        enough = images >= ENOUGH and len(sample) >= baseline.RANGED
+        margins = MARGIN, RANGES_MARGIN if enough else FEW_RANGES_MARGIN
+        runners = baseline.open_quantised(
+            model, graph, sample, taken, stage, observer if ranged else None
+        )
+        yield from map(_Baseline, runners, margins)
+    elif candidate.kind == "engine" and dtype is not Dtype.FP32:
+        runner = baseline.open_rounded(model, dtype, sample, taken, stage)
+        yield _Baseline(runner, ROUNDED_MARGIN)
+    else:
+        yield _Baseline(baseline.open_typed(model, dtype, sample, taken, stage), MARGIN)
+
+
+def _graph_of(
+    side: Artifact, outputs: tuple[str, ...], preprocessing: Preprocessing
+) -> ir.Model | None:
+    """Give a side as an fp32 graph; None of an engine."""
+    if side.kind != "checkpoint":
+        return side.graph
+    from msn_export.graph.torch_export import trace  # torch
+
+    heads = [head for output in outputs for head in Head if head.output == output]
+    return trace(
+        side.module,
+        heads=heads,
+        stem=InputKind.FLOAT,
+        batch=BatchRange(),
+        preprocessing=preprocessing,
+    )
+
+
+def _again(job: ValidateJob, sample: Sample, own: Preprocessing) -> Sample:
+    """Decode a sample's pictures with another preprocessing; noise is made anew."""
+    if job.images is None:
+        return draw(None, own, room=sample.room)
+    loaded = image_folder.load_named(job.images, sample.names, own)
+    return replace(
+        sample, pixels=loaded.pixels, names=loaded.names, preprocessing=own, broken=loaded.broken
+    )
+
+
+def _preprocessings(job: ValidateJob, pair: Pair) -> tuple[Preprocessing, Preprocessing | None]:
+    """Say what both sides are given, and what the candidate is in production if that differs."""
+    side = pair.candidate
+    made = choose(pair.preprocessing, side.size, side.channels, exif=job.exif)
+    if job.preprocess is None and side.preprocessing is None:
+        return made, None
+    own = choose(
+        side.preprocessing, side.size, side.channels, preprocess=job.preprocess, exif=job.exif
+    )
+    return made, None if own.makes_the_same_as(made) else own
+
+
+def _on_shared(reference: Reference, fed: Sample) -> Reference:
+    """Feed the pictures that both preprocessings could read: another may refuse another one.
+
+    Raises:
+        ImageError: there is none.
+    """
+    names = reference.sample.names
+    at = {name: index for index, name in enumerate(fed.names)}
+    kept = [index for index, name in enumerate(names) if name in at]
+    if not kept:
+        raise ImageError(f"no picture of {fed.source} can be read with both preprocessings")
+    chosen = [at[names[index]] for index in kept]
+    sample = replace(
+        fed, pixels=fed.pixels[chosen], names=tuple(fed.names[index] for index in chosen)
+    )
+    outputs = {name: values[kept] for name, values in reference.outputs.items()}
+    exact = {
+        name: values[[index for index in kept if index < len(values)]]
+        for name, values in reference.exact.items()
+    }
+    return replace(reference, sample=sample, outputs=outputs, exact=exact)

@@ -1,0 +1,301 @@
+"""Open an artifact with its residual stream shown: stage by stage, and inside one block."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from msn_export import manifest as manifests
+from msn_export.compare.sides import Artifact, Opened, open_engine
+from msn_export.errors import GraphError
+from msn_export.graph import io
+from msn_export.graph.blocks import ENTRY, PLACES, find_stream, stages_of
+from msn_export.graph.blocks import Stream as Skeleton
+from msn_export.graph.blocks import inside as tensors_inside
+from msn_export.graph.builder import GIVEN, SEEN, expose, feed
+from msn_export.graph.emulate import emulate_bf16, has_bf16
+from msn_export.graph.fp32_islands import MAXIMA, observe
+from msn_export.mixed_precision import cpu_runner
+from msn_export.runtime.onnxruntime import open_session, translated
+from msn_export.runtime.providers import CPU
+from msn_export.spec import Dtype, Head
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from msn_export.metrics.block_errors import Stream, Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What can be shown of an artifact.
+
+    ``stages`` are in order, each with its sizes but the batch, None where one is not known;
+    ``inside`` gives each block's tensors, each with all its names.
+    """
+
+    stages: Mapping[str, tuple[int | None, ...] | None]
+    inside: Mapping[str, tuple[tuple[str, ...], ...]]
+
+
+class OnnxStream:
+    """An ONNX graph with chosen tensors as outputs; with ``peaks`` the largest values by stage."""
+
+    def __init__(
+        self, model: ir.Model, shown: Mapping[str, ir.Value], dtype: Dtype, *, peaks: bool = False
+    ) -> None:
+        self.peaks: dict[str, tuple[float, str]] = {}
+        self._stages: tuple[tuple[str, str], ...] = ()
+        if peaks:
+            observed = observe(model)
+            model, stage_of = observed.model, _stage_of(model)
+            self._stages = tuple((name, stage_of.get(name, "")) for name in observed.names)
+        with tempfile.TemporaryDirectory(prefix="msn-export-") as folder:
+            path = Path(folder) / "exposed.onnx"
+            io.save(expose(model, shown), path)
+            self._runner: Opened = cpu_runner(path, dtype, Path(folder))
+        self.name = self._runner.name
+
+    def __call__(self, images: NDArray[Any], given: Tensors | None = None) -> Tensors:
+        """Run a batch in the graph's own input type."""
+        assert not given  # it takes images alone
+        outputs = self._runner(images)
+        if self._stages:
+            self._raise_peaks(np.asarray(outputs[MAXIMA]))
+        return _seen(outputs)
+
+    def close(self) -> None:
+        """Free the session."""
+        self._runner.close()
+
+    def _raise_peaks(self, maxima: NDArray[Any]) -> None:
+        for (tensor, stage), peak in zip(self._stages, maxima.tolist(), strict=True):
+            if stage and (stage not in self.peaks or not peak <= self.peaks[stage][0]):
+                self.peaks[stage] = (peak, tensor)
+
+
+class OnnxBlocks:
+    """An ONNX graph whose stages each read what is given for the stage before, not what came out.
+
+    bf16 is emulated.
+
+    Args:
+        model: a graph whose values are typed.
+        shown: what comes out, by name.
+        given: the stages that must be given with every batch.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        shown: Mapping[str, ir.Value],
+        given: Mapping[str, ir.Value],
+    ) -> None:
+        self.peaks: dict[str, tuple[float, str]] = {}
+        self._tokens = {name: _sizes(value) for name, value in given.items()}
+        fed = expose(feed(model, given), shown)
+        emulated = has_bf16(fed)
+        with tempfile.TemporaryDirectory(prefix="msn-export-") as folder:
+            path = Path(folder) / "fed.onnx"
+            io.save(emulate_bf16(fed) if emulated else fed, path)
+            self._session: Any = open_session(path, [(CPU, {})], None)
+        (self._images,) = [
+            taken.name for taken in self._session.get_inputs() if not taken.name.startswith(GIVEN)
+        ]
+        self._names = [f"{SEEN}{name}" for name in shown]
+        self.name = f"onnxruntime, {CPU}"
+
+    def __call__(self, images: NDArray[Any], given: Tensors | None = None) -> Tensors:
+        """Run a batch in the graph's own input type."""
+        fed = {
+            f"{GIVEN}{name}": _at(np.asarray((given or {})[name], np.float32), sizes)
+            for name, sizes in self._tokens.items()
+        }
+        with translated():
+            outputs = self._session.run(self._names, {self._images: images, **fed})
+        return _seen(dict(zip(self._names, outputs, strict=True)))
+
+    def close(self) -> None:
+        """Free the session."""
+        self._session = None
+
+
+class EngineStream:
+    """An engine that was built with its stages as outputs."""
+
+    def __init__(self, marked: Path) -> None:
+        self.peaks: dict[str, tuple[float, str]] = {}
+        self._runner = open_engine(marked)
+        self.name = f"{self._runner.name}, built once more with its blocks shown"
+
+    def __call__(self, images: NDArray[Any], given: Tensors | None = None) -> Tensors:
+        """Run a batch in the engine's own input type."""
+        assert not given  # it takes images alone
+        outputs = self._runner(images)
+        return {name.removeprefix(SEEN): np.asarray(value) for name, value in outputs.items()}
+
+    def close(self) -> None:
+        """Free the engine."""
+        self._runner.close()
+
+
+def _seen(outputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    return {
+        name.removeprefix(SEEN): np.asarray(value)
+        for name, value in outputs.items()
+        if name.startswith(SEEN)
+    }
+
+
+def _sizes(value: ir.Value) -> tuple[int | None, ...] | None:
+    """Give a value's sizes but the batch, None where one is not known."""
+    if value.shape is None:
+        return None
+    return tuple(size if isinstance(size, int) else None for size in value.shape)[1:]
+
+
+def _at(stream: NDArray[np.float32], sizes: tuple[int | None, ...] | None) -> NDArray[np.float32]:
+    """Give a stream [b, n, dim] the tokens that its reader takes.
+
+    Where either side has [CLS] alone, all that is read of the stream is [CLS].
+    """
+    wanted = sizes[0] if sizes else None
+    if wanted is None or stream.ndim != 3 or stream.shape[1] == wanted:
+        return stream
+    first = stream[:, :1]
+    return np.ascontiguousarray(first if wanted == 1 else np.repeat(first, wanted, axis=1))
+
+
+def what_is_shown(artifact: Artifact) -> Shown:
+    """List what can be shown of an artifact, without running it.
+
+    Raises:
+        GraphError: its graph has no residual stream, or it is an engine.
+    """
+    if artifact.marked is not None:
+        manifest = manifests.read(artifact.marked)
+        assert manifest is not None  # written with the engine
+        specs = {spec.name.removeprefix(SEEN): spec.shape[1:] for spec in manifest.outputs}
+        stages = {
+            name: tuple(size if isinstance(size, int) else None for size in shape)
+            for name, shape in specs.items()
+            if name == ENTRY or name.startswith("block ")
+        }
+        return Shown(stages, dict.fromkeys(list(stages)[1:], ()))
+    if artifact.module is not None:
+        config, numbers = artifact.module.config, range(len(artifact.module.blocks))
+        inside = {f"block {i}": tuple(place.names(i) for place in PLACES) for i in numbers}
+        return Shown(dict.fromkeys((ENTRY, *inside), (config.tokens, config.dim)), inside)
+    skeleton = _skeleton(artifact)
+    inside = {
+        f"block {block.number}": tuple(names for names, _ in tensors_inside(block))
+        for block in skeleton.blocks
+    }
+    sizes = {ENTRY: _sizes(skeleton.entry)}
+    sizes |= {f"block {block.number}": _sizes(block.output) for block in skeleton.blocks}
+    return Shown(sizes, inside)
+
+
+def open_stream(
+    artifact: Artifact,
+    outputs: tuple[str, ...],
+    names: tuple[str, ...],
+    *,
+    peaks: bool = False,
+    exact: bool = False,
+) -> Stream:
+    """Open an artifact with those of the tensors called ``names`` shown that it has.
+
+    A checkpoint can be had in fp64 too.
+
+    Raises:
+        GraphError: its graph has no residual stream, or it is an engine.
+    """
+    if artifact.marked is not None:
+        return EngineStream(artifact.marked)
+    if artifact.module is not None:
+        from msn_export.graph.torch_reference import TorchStream
+
+        heads = [head for head in Head if head.output in outputs]
+        return TorchStream(artifact.module, heads, names, exact=exact)
+    model = graph_of(artifact)
+    values = values_of(model)
+    shown = {name: values[name] for name in names if name in values}
+    return OnnxStream(model, shown, artifact.dtype, peaks=peaks)
+
+
+def open_blocks(
+    artifact: Artifact, outputs: tuple[str, ...], names: tuple[str, ...], given: tuple[str, ...]
+) -> Stream:
+    """Open an artifact so that each stage reads what is given for the one before it.
+
+    Raises:
+        GraphError: its graph has no residual stream, or it is an engine.
+    """
+    if artifact.module is not None:
+        return open_stream(artifact, outputs, names)
+    return blocks_of(graph_of(artifact), names, given)
+
+
+def blocks_of(model: ir.Model, names: tuple[str, ...], given: tuple[str, ...]) -> OnnxBlocks:
+    """Open a graph in the same way."""
+    values = values_of(model)
+    shown = {name: values[name] for name in names if name in values}
+    return OnnxBlocks(model, shown, {name: values[name] for name in given})
+
+
+def values_of(model: ir.Model) -> dict[str, ir.Value]:
+    """Name what a graph can show: stages, tensors inside blocks, outputs.
+
+    Of a graph without a residual stream, its outputs.
+    """
+    values = {}
+    try:
+        skeleton = find_stream(model)
+    except GraphError:
+        skeleton = None
+    if skeleton is not None:
+        values = stages_of(model)
+        for block in skeleton.blocks:
+            for known, value in tensors_inside(block):
+                values |= dict.fromkeys(known, value)
+    return values | {value.name or "": value for value in model.graph.outputs}
+
+
+def graph_of(artifact: Artifact) -> ir.Model:
+    """Give an artifact's graph.
+
+    Raises:
+        GraphError: it is an engine.
+    """
+    if artifact.graph is None:
+        raise GraphError(
+            f"{artifact.name}: an engine shows no tensors on its way; compare the graph it was "
+            "built from"
+        )
+    return artifact.graph
+
+
+def _skeleton(artifact: Artifact) -> Skeleton:
+    return find_stream(graph_of(artifact))
+
+
+def _stage_of(model: ir.Model) -> dict[str, str]:
+    """Assign each value to the stage that computes it."""
+    try:
+        skeleton = find_stream(model)
+    except GraphError:
+        return {}
+    return {
+        value.name or "": f"block {block.number}"
+        for block in skeleton.blocks
+        for node in block.nodes
+        for value in node.outputs
+    }

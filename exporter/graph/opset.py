@@ -1,0 +1,125 @@
+"""Write a graph for a parser that ends at an earlier opset, and raise an older one to 23."""
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from msn_export.errors import GraphError
+from msn_export.graph.builder import Patch, replace
+from msn_export.graph.io import infer_shapes, refill, skeleton
+
+NEWEST = 23  # the opset every step here reads and writes
+
+# onnx/docs/Versioning.md: the IR version that came with each opset
+_IR_VERSIONS = {17: 8, 20: 9, 23: 11}
+
+# Operators of a ViT graph that mean the same from opset 17 to 23, apart from the attributes and
+# forms written below; anything else is refused rather than relabelled.
+_UNCHANGED = frozenset(
+    """
+    Abs Add Cast Clip Concat Constant Conv Div Elu Equal Erf Exp Expand Gather Gelu Gemm
+    HardSigmoid HardSwish Identity LayerNormalization LeakyRelu Log MatMul Max Min Mish Mul Neg
+    Pad Pow Reciprocal ReduceMean Relu Reshape Shape Sigmoid Slice Softmax Softplus Softsign Split
+    Sqrt Squeeze Sub Tanh Transpose Unsqueeze Where
+    """.split()  # noqa: SIM905  fifty quoted words would be five times as long
+)
+_QUANTISATION = frozenset({"QuantizeLinear", "DequantizeLinear"})
+
+
+def lower(model: ir.Model, opset: int) -> None:
+    """Rewrite ``model`` in place to opset 17, 20 or 23; below 23, attention must be plain.
+
+    Raises:
+        GraphError: the graph has an operator that the older opset lacks or means differently.
+    """
+    strange = {
+        node.op_type
+        for node in model.graph
+        if node.op_type not in _UNCHANGED
+        and not _is_attention(node, opset)
+        and not _is_quantisation(node, opset)
+    }
+    if strange:
+        raise GraphError(f"opset {opset} has no form of {', '.join(sorted(strange))} written here")
+    for node in list(model.graph):
+        if node.op_type == "Gelu" and opset < 20:
+            _write_gelu(model.graph, node)
+        elif node.op_type == "Split" and opset < 18:
+            node.attributes.pop("num_outputs", None)  # new in 18; equal parts before
+        elif node.op_type in _QUANTISATION and opset < 19:
+            for name in ("saturate", "output_dtype", "block_size", "precision"):
+                node.attributes.pop(name, None)  # new in 19 to 23, and of no meaning here
+        elif node.op_type == "ReduceMean" and opset < 18:
+            _write_reduce_mean(node)
+    model.graph.opset_imports[""] = opset
+    model.ir_version = _IR_VERSIONS[opset]
+    RemoveUnusedNodesPass()(model)
+    infer_shapes(model)
+
+
+def _is_attention(node: ir.Node, opset: int) -> bool:
+    """Whether a node is an Attention of opset 23; 24 added an input, the number of valid keys."""
+    return node.op_type == "Attention" and opset >= 23 and not any(node.inputs[6:])
+
+
+def _is_quantisation(node: ir.Node, opset: int) -> bool:
+    """Whether Q or DQ means the same: with fp16 scales and with fp8 since 19, else int8 or int32.
+
+    onnx.ai operators, version history of QuantizeLinear.
+    """
+    if node.op_type not in _QUANTISATION or opset >= 19:
+        return node.op_type in _QUANTISATION
+    x, scale = node.inputs[:2]
+    held = node.outputs[0] if node.op_type == "QuantizeLinear" else x
+    integers = {ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT32}
+    floats = scale is not None and scale.dtype is ir.DataType.FLOAT
+    return floats and held is not None and held.dtype in integers
+
+
+def raise_opset(model: ir.Model, opset: int = NEWEST) -> ir.Model:
+    """Convert a graph to ``opset`` with onnx's version converter; same graph if it is there.
+
+    Raises:
+        GraphError: the converter has no way.
+    """
+    held = model.graph.opset_imports.get("", 0)
+    if held >= opset:
+        return model
+    try:
+        return refill(onnx.version_converter.convert_version(skeleton(model), opset), model)
+    except Exception as error:  # onnx raises several of its own, and C++'s, for one that is wrong
+        reason = " ".join(str(error).split())
+        raise GraphError(f"opset {held} cannot be converted to {opset}: {reason}") from error
+
+
+def _write_gelu(graph: ir.Graph, node: ir.Node) -> None:
+    """Gelu as operators of opset 17: onnx.ai operators, Gelu, its function body."""
+    patch = Patch(graph, node)
+    x = node.inputs[0]
+    dtype = x.dtype.numpy() if x is not None and x.dtype is not None else np.float32
+    half = patch.constant(np.asarray(0.5, dtype), "gelu.half")
+    one = patch.constant(np.asarray(1.0, dtype), "gelu.one")
+    approximate = node.attributes.get("approximate")
+    if approximate is not None and approximate.as_string() == "tanh":
+        cubic = patch.constant(np.asarray(0.044715, dtype), "gelu.cubic")
+        factor = patch.constant(np.asarray(np.sqrt(2 / np.pi), dtype), "gelu.factor")
+        cube = patch.op("Mul", [patch.op("Mul", [x, x]), x])
+        inner = patch.op("Add", [x, patch.op("Mul", [cube, cubic])])
+        bend = patch.op("Tanh", [patch.op("Mul", [inner, factor])])
+    else:
+        root = patch.constant(np.asarray(np.sqrt(2), dtype), "gelu.sqrt2")
+        bend = patch.op("Erf", [patch.op("Div", [x, root])])
+    halved = patch.op("Mul", [x, half])
+    replace(node.outputs[0], patch.op("Mul", [halved, patch.op("Add", [bend, one])]))
+
+
+def _write_reduce_mean(node: ir.Node) -> None:
+    """Opset 18 moved ReduceMean's axes from an attribute to an input."""
+    axes = node.inputs[1] if len(node.inputs) > 1 else None
+    if axes is not None:
+        if axes.const_value is None:
+            raise GraphError(f"the axes of {node.name!r} are not constant")
+        node.attributes.add(ir.AttrInt64s("axes", axes.const_value.numpy().tolist()))
+        node.resize_inputs(1)
+    node.attributes.pop("noop_with_empty_axes", None)

@@ -1,0 +1,265 @@
+"""What this machine is, its NVIDIA driver, and what a process knows of itself.
+
+Constructing ``trt.Runtime`` (or, in full TensorRT, ``trt.Builder``) where no driver is found ends
+the process, so every path that would do so asks here first. The driver API works with any driver
+version; the CUDA runtime library is not needed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from msn_export.spec import ComputeCapability
+
+# CUDA driver API, cuda.h: CUdevice_attribute
+_MAJOR = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+_MINOR = 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
+_NO_DEVICE = 100  # CUresult CUDA_ERROR_NO_DEVICE: cuInit says so where all devices are hidden
+_LIBRARY = "libcuda.so.1"
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One GPU; ``memory`` in bytes."""
+
+    index: int
+    name: str
+    capability: ComputeCapability
+    memory: int
+
+
+@dataclass(frozen=True, slots=True)
+class Driver:
+    """A working driver; ``cuda`` is the newest CUDA it knows, such as ``13.0``."""
+
+    cuda: str
+    devices: tuple[Device, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NoDriver:
+    """Why no GPU can be used here, as the end of a sentence."""
+
+    reason: str
+
+
+class _CallError(Exception):
+    """A driver call gave an error code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def find_driver(library: str = _LIBRARY) -> Driver | NoDriver:
+    """Find the driver and its devices; a driver that sees no device counts as none."""
+    try:
+        cuda = ctypes.CDLL(library)
+    except OSError:
+        return NoDriver(f"no NVIDIA driver ({library} cannot be loaded)")
+    try:
+        _call(cuda, "cuInit", 0)
+        devices = tuple(_device(cuda, index) for index in range(_number(cuda, "cuDeviceGetCount")))
+        version = _number(cuda, "cuDriverGetVersion")
+    except _CallError as error:
+        if error.code == _NO_DEVICE:
+            return _no_device()
+        return NoDriver(f"the NVIDIA driver does not work ({error})")
+    except AttributeError as error:  # a library without the driver's functions
+        return NoDriver(f"the NVIDIA driver does not work ({error})")
+    if not devices:
+        return _no_device()
+    return Driver(f"{version // 1000}.{version % 1000 // 10}", devices)
+
+
+def _no_device() -> NoDriver:
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hint = f" (CUDA_VISIBLE_DEVICES={hidden!r})" if hidden is not None else ""
+    return NoDriver(f"the NVIDIA driver sees no GPU{hint}")
+
+
+def _device(cuda: ctypes.CDLL, index: int) -> Device:
+    handle = _number(cuda, "cuDeviceGet", index)
+    name = ctypes.create_string_buffer(256)
+    _call(cuda, "cuDeviceGetName", name, len(name), handle)
+    memory = ctypes.c_size_t()
+    _call(cuda, "cuDeviceTotalMem_v2", ctypes.byref(memory), handle)
+    major, minor = (
+        _number(cuda, "cuDeviceGetAttribute", attribute, handle) for attribute in (_MAJOR, _MINOR)
+    )
+    text = name.value.decode("utf-8", "replace")
+    return Device(index, text, ComputeCapability(major, minor), memory.value)
+
+
+def _number(cuda: ctypes.CDLL, function: str, *arguments: int) -> int:
+    """Call a function whose first parameter receives an int."""
+    value = ctypes.c_int()
+    _call(cuda, function, ctypes.byref(value), *arguments)
+    return value.value
+
+
+def _call(cuda: ctypes.CDLL, function: str, *arguments: object) -> None:
+    call: Callable[..., int] = getattr(cuda, function)
+    code = call(*arguments)
+    if code != 0:
+        text = ctypes.c_char_p()
+        cuda.cuGetErrorName(code, ctypes.byref(text))
+        name = text.value.decode() if text.value else "unknown"
+        raise _CallError(f"{function}: {name}, error {code}", code)
+
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def peak_rss(process: int | str = "self") -> int:
+    """Read a process' highest resident memory so far, in bytes; 0 where it cannot be told.
+
+    Not ``getrusage``: its figure is inherited from the parent at the start.
+    """
+    return _field("VmHWM:", process)
+
+
+def rss(process: int | str = "self") -> int:
+    """Read a process' resident memory now, in bytes; 0 where it cannot be told."""
+    return _field("VmRSS:", process)
+
+
+def reset_peak() -> None:
+    """Let the peak of this process start again from what it holds now, where that is allowed."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5)
+
+
+def _field(name: str, process: int | str) -> int:
+    try:
+        lines = Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    found = next((line for line in lines if line.startswith(name)), None)
+    return int(found.split()[1]) * 1024 if found else 0
+
+
+def end_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent dies, however it dies."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it died before the line above
+        os._exit(1)
+
+
+def signal_name(code: int) -> str:
+    """Name the signal behind a negative exit code; Python has no name for most real-time ones."""
+    return next((known.name for known in signal.Signals if known == -code), f"signal {-code}")
+
+
+_NVIDIA = Path("/proc/driver/nvidia/version")
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Processor, usable cores, memory in bytes, system, and GPUs by name."""
+
+    cpu: str
+    cores: int
+    threads_per_core: int
+    memory: int
+    system: str
+    python: str
+    gpus: tuple[str, ...] = ()
+    cuda: str | None = None
+    driver: str | None = None
+
+    def __str__(self) -> str:
+        gpus = f", {', '.join(self.gpus)}" if self.gpus else ""
+        return f"{self.cores} cores of {self.cpu}, {self.memory / 2**30:.0f} GiB{gpus}"
+
+
+def this_machine() -> Machine:
+    """Describe this machine as far as this process may use it."""
+    driver = find_driver()
+    devices = driver.devices if isinstance(driver, Driver) else ()
+    logical = usable_cores()
+    return Machine(
+        cpu=_cpu(),
+        cores=physical_cores(),
+        threads_per_core=max(1, round(len(logical) / physical_cores())),
+        memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        system=platform.platform(),
+        python=platform.python_version(),
+        gpus=tuple(
+            f"{device.name} (SM {device.capability}, {device.memory / 2**30:.0f} GiB)"
+            for device in devices
+        ),
+        cuda=driver.cuda if isinstance(driver, Driver) else None,
+        driver=driver_release(),
+    )
+
+
+def usable_cores() -> frozenset[int]:
+    """List the logical cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return frozenset(os.sched_getaffinity(0))
+    return frozenset(range(os.cpu_count() or 1))
+
+
+def physical_cores() -> int:
+    """Count the cores behind ``usable_cores``: two threads of one core count once."""
+    siblings = set()
+    for core in usable_cores():
+        topology = Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list")
+        try:
+            siblings.add(topology.read_text(encoding="ascii"))
+        except OSError:
+            siblings.add(str(core))
+    return len(siblings)
+
+
+def driver_release(path: Path = _NVIDIA) -> str | None:
+    """Read the release of the NVIDIA driver, such as 580.95.05; None where it does not say."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    found = re.search(r"Kernel Module.*?\s(\d+\.\d[\d.]*)\s", text)
+    return found[1] if found else None
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+_TIMEOUT = 20.0  # seconds
+
+
+def device_bytes(process: int) -> int | None:
+    """Ask the driver's own tool; None where it is missing or cannot tell processes apart."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    query = ["--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    try:
+        # a fixed query to the tool that comes with the driver
+        run = subprocess.run(  # noqa: S603
+            [tool, *query], capture_output=True, text=True, check=False, timeout=_TIMEOUT
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    for line in run.stdout.splitlines():
+        owner, _, used = (part.strip() for part in line.partition(","))
+        if owner == str(process) and used.isdigit():
+            return int(used) * 2**20
+    return None

@@ -1,0 +1,405 @@
+"""Run a reference once and compare any number of candidates with it, batch size by batch size."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from msn_export.errors import ToleranceError
+from msn_export.manifest import CheckRecord, ImageRecord
+from msn_export.metrics.metrics import (
+    Agreement,
+    Comparison,
+    Errors,
+    class_agreement,
+    embedding_of,
+    neighbour_agreement,
+    worst_of,
+)
+from msn_export.metrics.samples import Sample, batches
+from msn_export.metrics.tolerances import MARGIN, ROUNDING, Limit
+from msn_export.spec import Head, InputKind
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from msn_export.metrics.tolerances import Gate
+
+
+class Runner(Protocol):
+    """Anything that maps a batch of images to named outputs."""
+
+    name: str
+
+    def __call__(self, images: NDArray[Any], /) -> Mapping[str, NDArray[Any]]:
+        """Run a batch in the runner's own input type."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recalibrated:
+    """A second baseline of 8 bits, whose ranges of activations are those of the check's images.
+
+    A candidate may err ``margin`` times its ``errors`` over all images together.
+    """
+
+    errors: Mapping[str, Errors]
+    name: str
+    margin: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A reference's outputs, [count, ...] each, for the pictures of a sample.
+
+    ``exact`` holds the outputs of the first pictures in fp64, where they were computed; they are
+    what a candidate is compared with then. ``rounding`` is the error of the reference's own fp32
+    arithmetic by output, as they show it. ``baseline`` are the errors of the reference in the
+    candidate's precision, ``baseline_name`` says what ran for them, and ``margin`` how many times
+    them a candidate may err; ``rounding_margin`` how many times the rounding, where there is no
+    baseline. ``recalibrated`` bounds the same once more, for a candidate of 8 bits. ``unmeasured``
+    says why there are none, where that needs saying.
+    """
+
+    outputs: Mapping[str, NDArray[Any]]
+    sample: Sample
+    name: str
+    exact: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    rounding: Mapping[str, Errors] = field(default_factory=dict)
+    baseline: Mapping[str, Errors] = field(default_factory=dict)
+    baseline_name: str = ""
+    margin: float = MARGIN
+    rounding_margin: float = ROUNDING
+    recalibrated: Recalibrated | None = None
+    unmeasured: str = ""
+
+    def limit(self, name: str) -> Limit | None:
+        """Give what a candidate's errors may be in an output; None where nothing was measured."""
+        baseline, rounding = self.baseline.get(name), self.rounding.get(name)
+        if baseline is not None:
+            limit, again = Limit.of(baseline, rounding, self.margin), self.recalibrated
+            return limit.at_most(again.margin * again.errors[name].relative) if again else limit
+        return None if rounding is None else Limit.of_rounding(rounding, self.rounding_margin)
+
+    @property
+    def limits_from(self) -> str:
+        """Say what the limits were measured on; nothing where they were not."""
+        if self.baseline:
+            first = f"{self.margin:g} times the errors of {self.baseline_name}"
+            again = self.recalibrated
+            if again is None:
+                return first
+            return f"{first}; over all images together {again.margin:g} times that of {again.name}"
+        if self.rounding:
+            return f"{self.rounding_margin:g} times the errors of {self.name} against fp64"
+        return f"fixed numbers: {self.unmeasured}" if self.unmeasured else ""
+
+    def rows(self, name: str, images: Sequence[int]) -> tuple[NDArray[Any], list[bool]]:
+        """Give an output's rows for some pictures, in fp64 where they are, and which those are."""
+        known = self.exact.get(name)
+        if known is None:
+            return self.outputs[name][images], [True] * len(images)
+        exact = [image < len(known) for image in images]
+        rows = [
+            known[image] if is_exact else self.outputs[name][image]
+            for image, is_exact in zip(images, exact, strict=True)
+        ]
+        return np.stack(rows), exact
+
+    def require_finite(self) -> Reference:
+        """Require that there is something to compare with.
+
+        Raises:
+            ToleranceError: a value is NaN or infinite; the output and the picture are named.
+        """
+        for name, values in self.outputs.items():
+            if not np.issubdtype(values.dtype, np.number):
+                raise ToleranceError(
+                    f"output {name!r} of {self.name} is {values.dtype}; expected numbers"
+                )
+            good = np.isfinite(values).reshape(len(values), -1).all(axis=1)
+            if not good.all():
+                raise ToleranceError(
+                    f"the reference itself is not finite: output {name!r} of {self.name} has NaN "
+                    f"or infinite values on image {self.sample.names[int(np.argmin(good))]} "
+                    f"({int((~good).sum())} of {len(good)} images); nothing can be compared with it"
+                )
+        return self
+
+
+def run_reference(
+    runner: Runner, sample: Sample, stem: InputKind = InputKind.FLOAT, *, fixed: int | None = None
+) -> Reference:
+    """Run each picture once, eight at a time where memory affords it.
+
+    A runner that takes only batches of ``fixed`` gets the last one filled up.
+    """
+    batch = fixed or min(8, sample.room)
+    parts = []
+    for start in range(0, len(sample), batch):
+        kept = min(batch, len(sample) - start)
+        outputs = runner(sample.feed(range(start, start + (fixed or kept)), stem))
+        parts.append({name: np.asarray(output)[:kept] for name, output in outputs.items()})
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return Reference(joined, sample, runner.name)
+
+
+def measure_rounding(
+    reference: Reference,
+    exact: Runner,
+    images: int,
+    stem: InputKind = InputKind.FLOAT,
+    *,
+    fixed: int | None = None,
+) -> Reference:
+    """Run the first ``images`` pictures in fp64 too: what is right, and how far fp32 is from it.
+
+    Args:
+        reference: run in fp32.
+        exact: the same in fp64.
+        images: how many pictures; fp64 takes twice the time.
+        stem: what ``exact`` takes.
+        fixed: the only batch size it takes, if there is only one.
+    """
+    few = _first(reference.sample, images)
+    truth = run_reference(exact, few, stem, fixed=fixed).outputs
+    return replace(reference, exact=truth, rounding=_rounding(truth, reference.outputs))
+
+
+def add_rounding(reference: Reference, again: Runner) -> Reference:
+    """Take the rounding of another fp32 run into account, where that is larger.
+
+    An output of few numbers, or whose errors all pictures share, may be rounded well by chance.
+
+    Args:
+        reference: its rounding is known.
+        again: the same in fp32, rounded otherwise.
+    """
+    count = len(next(iter(reference.exact.values())))
+    outputs = run_reference(again, _first(reference.sample, count)).outputs
+    found = _rounding(reference.exact, outputs)
+    rounding = {name: known.at_least(found[name]) for name, known in reference.rounding.items()}
+    return replace(reference, rounding=rounding)
+
+
+def _first(sample: Sample, count: int) -> Sample:
+    """Take the first pictures, four at a time: fp64 takes twice the memory."""
+    return replace(
+        sample,
+        pixels=sample.pixels[:count],
+        names=sample.names[:count],
+        room=min(sample.room, 4),
+    )
+
+
+def _rounding(
+    truth: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]
+) -> dict[str, Errors]:
+    rounding = {}
+    for name, output in outputs.items():
+        exact = truth[name]
+        comparison = Comparison()
+        comparison.add(exact, output[: len(exact)])
+        rounding[name] = comparison.agreement().errors.at_least(float(np.finfo(np.float32).eps / 2))
+    return rounding
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """How a candidate agreed with its reference, output by output, at the sizes that ran.
+
+    ``vectors`` are the candidate's embeddings and ``wanted`` the reference's, [count, dim] by
+    output.
+    """
+
+    outputs: Mapping[str, Agreement]
+    sizes: tuple[int, ...]
+    executed_on: str
+    reference: Reference
+    per_image: tuple[ImageRecord, ...] = ()
+    vectors: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    wanted: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+
+    def failures(self, gate: Gate) -> list[str]:
+        """Name the outputs that do not reach ``gate``, and why."""
+        return [
+            f"output {name!r}: {failure}"
+            for name, agreement in self.outputs.items()
+            for failure in gate.failures(agreement, self.reference.limit(name))
+        ]
+
+    def require(self, gate: Gate, what: str) -> CheckRecord:
+        """Pass every output through ``gate``.
+
+        Raises:
+            ToleranceError: an output does not reach it; the message names output and figures.
+        """
+        for name, agreement in self.outputs.items():
+            gate.require(agreement, f"{what}, output {name!r},", self.reference.limit(name))
+        return self.record(gate, passed=True)
+
+    def record(self, gate: Gate, *, passed: bool) -> CheckRecord:
+        """Write down the figures: those of the worst output, and each output's own."""
+        worst = worst_of(list(self.outputs.values()))
+        reference = self.reference
+        limits = {}
+        if gate.is_measured:
+            found = {name: reference.limit(name) for name in self.outputs}
+            limits = {name: limit.errors for name, limit in found.items() if limit is not None}
+        baseline = [errors.relative for errors in reference.baseline.values()]
+        return CheckRecord(
+            images=worst.images,
+            source=reference.sample.source,
+            batches=self.sizes,
+            max_abs=worst.max_abs,
+            mean_abs=worst.mean_abs,
+            cosine_min=worst.cosine_min,
+            cosine_p1=worst.cosine_p1,
+            cosine_median=worst.cosine_median,
+            passed=passed,
+            executed_on=self.executed_on,
+            reference=reference.name,
+            outputs={name: agreement.to_json() for name, agreement in self.outputs.items()},
+            neighbours=worst.neighbours,
+            classes=worst.classes,
+            per_image=self.per_image,
+            gate={name: getattr(gate, name) for name in gate.asked} if limits else gate.numbers,
+            given=max(reference.sample.given, worst.images),
+            relative=worst.relative,
+            norm_ratio_min=worst.norm_ratio_min,
+            norm_ratio_max=worst.norm_ratio_max,
+            cls=worst.cls,
+            worst_token=worst.worst_token,
+            twin_error=float(np.max(baseline)) if baseline else None,
+            limits={name: errors.to_json() for name, errors in limits.items()},
+            limits_from=reference.limits_from if gate.is_measured else "",
+            skipped=dict(reference.sample.skipped),
+        )
+
+
+@dataclass(slots=True)
+class Trial:
+    """A candidate's comparisons, over one sample after another.
+
+    ``names`` are the pictures' so far; ``rows`` says which picture each compared row is.
+    """
+
+    comparisons: dict[str, Comparison] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    vectors: dict[str, list[NDArray[Any]]] = field(default_factory=lambda: defaultdict(list))
+    wanted: dict[str, list[NDArray[Any]]] = field(default_factory=lambda: defaultdict(list))
+
+    def run(
+        self, runner: Runner, reference: Reference, stem: InputKind, sizes: Sequence[int]
+    ) -> None:
+        """Run a candidate over the reference's pictures at each batch size and compare.
+
+        Raises:
+            ToleranceError: an output is missing or has another shape than the reference's.
+        """
+        sample = reference.sample
+        dealt = list(batches(sizes, len(sample)))
+        self._add(reference, dealt, (runner(sample.feed(indices, stem)) for indices in dealt))
+
+    def repeat(
+        self, outputs: Mapping[str, NDArray[Any]], reference: Reference, sizes: Sequence[int]
+    ) -> None:
+        """Compare what each picture gave once, as often as ``run`` at these sizes compares it.
+
+        A picture that comes twice weighs twice in every figure of all pictures together.
+        """
+        count = len(reference.sample)
+        dealt = list(batches(sizes, count))
+        rows = ([index % count for index in indices] for indices in dealt)
+        got = ({name: values[at] for name, values in outputs.items()} for at in rows)
+        self._add(reference, dealt, got)
+
+    def _add(
+        self,
+        reference: Reference,
+        dealt: Sequence[list[int]],
+        outputs: Iterable[Mapping[str, NDArray[Any]]],
+    ) -> None:
+        sample, before = reference.sample, len(self.names)
+        vectors: dict[str, dict[int, NDArray[Any]]] = {name: {} for name in reference.outputs}
+        for indices, got in zip(dealt, outputs, strict=True):
+            images = [index % len(sample) for index in indices]
+            self.rows += [before + image for image in images]
+            for name in reference.outputs:
+                if name not in got:
+                    raise ToleranceError(
+                        f"the candidate has no output {name!r}; it has {', '.join(got)}"
+                    )
+                output = np.asarray(got[name])
+                wanted, exact = reference.rows(name, images)
+                self.comparisons.setdefault(name, Comparison()).add(wanted, output, exact)
+                vectors[name].update(zip(images, embedding_of(output), strict=True))
+        self.names += sample.names
+        for name, found in vectors.items():
+            self.vectors[name] += [found[image] for image in range(len(sample))]
+            self.wanted[name] += list(embedding_of(reference.outputs[name]))
+
+    def errors(self) -> dict[str, Errors]:
+        """Give the relative errors so far, by output."""
+        return {name: found.agreement().errors for name, found in self.comparisons.items()}
+
+    def verified(self, reference: Reference, sizes: Sequence[int], executed_on: str) -> Verified:
+        """Sum up, for the limits that ``reference`` has."""
+        vectors = {name: np.stack(rows) for name, rows in self.vectors.items()}
+        wanted = {name: np.stack(rows) for name, rows in self.wanted.items()}
+        agreements = {}
+        for name, comparison in self.comparisons.items():
+            agreement = comparison.agreement()
+            floor = reference.rounding.get(name)
+            if len(self.names) < 2:  # one picture in several rows is nowhere apart from itself
+                agreement = replace(agreement, spread=None, centred=None)
+            agreements[name] = replace(
+                agreement,
+                images=len(self.names),
+                rounding=None if floor is None else agreement.relative / floor.relative,
+                neighbours=neighbour_agreement(wanted[name], vectors[name]),
+                classes=class_agreement(wanted[name], vectors[name])
+                if name == Head.LOGITS.output
+                else None,
+            )
+        return Verified(
+            agreements,
+            tuple(sizes),
+            executed_on,
+            reference,
+            _per_image(self.comparisons, self.rows, self.names),
+            vectors,
+            wanted,
+        )
+
+
+def verify(runner: Runner, reference: Reference, stem: InputKind, sizes: Sequence[int]) -> Verified:
+    """Run a candidate over the reference's pictures at each batch size and compare.
+
+    Raises:
+        ToleranceError: an output is missing or has another shape than the reference's.
+    """
+    trial = Trial()
+    trial.run(runner, reference, stem, sizes)
+    return trial.verified(reference, sizes, runner.name)
+
+
+def _per_image(
+    comparisons: Mapping[str, Comparison], rows: Sequence[int], names: Sequence[str]
+) -> tuple[ImageRecord, ...]:
+    """Give each image its worst figures over outputs and batch sizes, in the sample's order."""
+    cosines: dict[int, list[float]] = defaultdict(list)
+    differences: dict[int, list[float]] = defaultdict(list)
+    for comparison in comparisons.values():
+        for row, image in enumerate(rows):
+            cosines[image].append(comparison.cosines[row])
+            differences[image].append(comparison.worst[row])
+    return tuple(
+        ImageRecord(names[i], float(np.min(cosines[i])), float(np.max(differences[i])))
+        for i in sorted(cosines)
+    )

@@ -1,0 +1,292 @@
+"""Run an ONNX file in onnxruntime."""
+
+from __future__ import annotations
+
+import math
+import re
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnxruntime
+
+from msn_export.errors import DeviceError, GraphError, InputError, MsnExportError
+from msn_export.host import find_driver
+from msn_export.runtime import dlpack
+from msn_export.runtime.batching import Piece, deal, element_of, pad, require_fit, together
+from msn_export.runtime.dtypes import OF_ONNX
+from msn_export.runtime.providers import CPU, ON_GPU, choose, require_obtained
+from msn_export.runtime.runner import Outputs, Runner
+from msn_export.runtime.tensor import Tensor, finish, take_back
+from msn_export.spec import BatchRange, TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from msn_export.manifest import Manifest
+    from msn_export.runtime.dlpack import Borrowed
+
+
+# What onnxruntime's errors on its own Q/DQ passes name
+_QUANTISED = re.compile("float8|QLinear|QuantizeLinear|MatMulInteger")
+
+# A graph with a dynamic batch takes any; one larger than this is no single batch of images.
+_ANY = BatchRange(1, 8, 65536)
+
+
+def open_session(
+    model: Path, providers: list[tuple[str, dict[str, Any]]], threads: int | None
+) -> Any:
+    """Open a session; what a provider needs and cannot load is left out, and told elsewhere.
+
+    Raises:
+        GraphError: onnxruntime refuses the graph.
+    """
+    options = onnxruntime.SessionOptions()
+    # What fails is raised too, and what cannot be loaded is told by require_obtained; the log would
+    # print the names in a hostile file as they are, with the characters that a terminal obeys
+    options.log_severity_level = 4
+    if ON_GPU.intersection(name for name, _ in providers):
+        _preload()
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return _open(model, options, providers)
+    except Exception as error:
+        raise GraphError(f"onnxruntime refuses {model.name}: {_one_line(error)}") from error
+
+
+def _open(
+    model: Path, options: onnxruntime.SessionOptions, providers: list[tuple[str, dict[str, Any]]]
+) -> Any:
+    """Open a session; where onnxruntime 1.31 refuses what its own optimiser made, without it.
+
+    Where the batch is fixed, MatMulAddFusion makes Gemm of MatMul and Add and then changes a zero
+    point's type. Its Q/DQ passes make integer operators of products in fp8, and of others with
+    fp16 scales, which have no kernel for either.
+    """
+    try:
+        return onnxruntime.InferenceSession(str(model), options, providers=providers)
+    except Exception as error:
+        without = ["MatMulAddFusion"] if "gemm_input_reshape" in str(error) else []
+        if not without and not _QUANTISED.search(str(error)):
+            raise
+        if not without:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+        return onnxruntime.InferenceSession(
+            str(model), options, providers=providers, disabled_optimizers=without
+        )
+
+
+def _preload() -> None:
+    """Load the CUDA libraries of the ``nvidia-*`` packages, which no loader path names.
+
+    onnxruntime finds them by itself only where torch has loaded them. It prints what it misses,
+    and stdout is for results; what then cannot be opened is told by require_obtained.
+    """
+    preload = getattr(onnxruntime, "preload_dlls", None)  # from 1.21 on
+    if preload is not None:
+        with redirect_stdout(StringIO()):
+            preload()
+
+
+def spec_of(node: Any) -> TensorSpec:
+    """Describe an input or output as manifests do: ``tensor(float)`` is ``float``."""
+    dtype = node.type.removeprefix("tensor(").removesuffix(")")
+    return TensorSpec(
+        node.name, dtype, tuple(size if size is not None else "?" for size in node.shape)
+    )
+
+
+def profiles_of(spec: TensorSpec, manifest: Manifest | None) -> tuple[BatchRange, ...]:
+    """Give the batches a graph accepts: its own where fixed, else any up to the manifest's."""
+    size = spec.shape[0]
+    if isinstance(size, int):
+        return (BatchRange(size, size, size),)
+    if manifest is None or not manifest.profiles:
+        return (_ANY,)
+    known = together(manifest.profiles)
+    return (BatchRange(1, known.opt, known.max),)
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turn what onnxruntime raises into a DeviceError."""
+    try:
+        yield
+    except MsnExportError:
+        raise
+    except Exception as error:
+        raise DeviceError(f"onnxruntime failed on a batch: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+class OrtRunner(Runner):
+    """An onnxruntime session over one image input.
+
+    Args:
+        model: an .onnx file.
+        providers: execution providers in order of preference, ``cpu``, ``cuda``, ``tensorrt`` or
+            in full; None is ``choose``'s default.
+        device: the GPU's index.
+        threads: threads that one call computes with on the CPU; None leaves it to onnxruntime.
+        manifest: what is known of the graph; its profiles bound the batch.
+
+    Raises:
+        GraphError: onnxruntime refuses the graph, or it takes something else than images.
+        RunnerError: a provider that was asked for cannot be had.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        providers: Sequence[str] | None = (CPU,),
+        *,
+        device: int | None = None,
+        threads: int | None = None,
+        manifest: Manifest | None = None,
+    ) -> None:
+        available = onnxruntime.get_available_providers()
+        chosen = choose(providers, device, available, find_driver())
+        self._session: Any = open_session(model, chosen, threads)
+        obtained = self._session.get_providers()
+        require_obtained([name for name, _ in chosen], obtained, model.name)
+        inputs = tuple(spec_of(node) for node in self._session.get_inputs())
+        if len(inputs) != 1 or inputs[0].dtype not in OF_ONNX or not inputs[0].shape:
+            raise GraphError(f"{model} takes {inputs}; expected one image input")
+        first = chosen[0][0]
+        self._device = (device or 0) if first in ON_GPU else None
+        super().__init__(
+            f"onnxruntime {onnxruntime.__version__}, {first}",
+            manifest,
+            inputs,
+            tuple(spec_of(node) for node in self._session.get_outputs()),
+            profiles_of(inputs[0], manifest),
+        )
+        self._names = [spec.name for spec in self.outputs]
+        self._through_numpy = all(
+            OF_ONNX[spec.dtype].numpy for spec in (*inputs, *self.outputs) if spec.dtype in OF_ONNX
+        )
+
+    def __call__(self, images: Any, *, stream: Any = None) -> Outputs:
+        """Run any number of images (see ``Runner``); returns when the outputs are there.
+
+        Tensors on the GPU go in and come out by their address. onnxruntime runs in a stream of its
+        own, so what torch, cupy or jax still compute in theirs, and ``stream`` as an object of
+        theirs, is waited for first.
+        """
+        self._require_open()
+        if isinstance(images, np.ndarray):
+            require_fit(images.shape, element_of(images), self.inputs[0])
+            if self._through_numpy:
+                return Outputs(self._run_arrays(images))
+            bound = self._run_bound(dlpack.borrow(np.ascontiguousarray(images)))
+            return Outputs({name: tensor.array() for name, tensor in bound.items()})
+        borrowed = dlpack.borrow(images)
+        require_fit(borrowed.shape, borrowed.element, self.inputs[0])
+        if borrowed.device is not None:  # the TensorRT provider waits for nothing by itself
+            finish(images, borrowed.device, stream)
+        back = take_back(images)
+        if borrowed.device is None and self._through_numpy:
+            made: dict[str, Any] = self._run_arrays(borrowed.array())
+        else:
+            made = self._run_bound(borrowed)
+        return Outputs({name: back(array) for name, array in made.items()})
+
+    def close(self) -> None:
+        """Free the session once no call is under way."""
+        self._is_open = False
+        self._session = None
+
+    def _run_arrays(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        pieces = deal(len(images), self.profiles)
+        if len(pieces) == 1 and pieces[0].size == len(images):
+            return dict(zip(self._names, self._run(images), strict=True))
+        runs = [self._run(pad(images[p.start : p.start + p.count], p.size)) for p in pieces]
+        whole = {}
+        for index, name in enumerate(self._names):
+            parts = [run[index][: piece.count] for run, piece in zip(runs, pieces, strict=True)]
+            whole[name] = np.concatenate(parts)
+        return whole
+
+    def _run(self, images: NDArray[Any]) -> list[NDArray[Any]]:
+        session = self._open()
+        with translated():
+            outputs: list[NDArray[Any]] = session.run(self._names, {self.inputs[0].name: images})
+        return outputs
+
+    def _run_bound(self, images: Borrowed) -> dict[str, Tensor]:
+        """Run on addresses: tensors on the GPU, and what NumPy cannot name."""
+        self._require_here(images)
+        session, source = self._open(), images.element
+        pieces = deal(images.shape[0], self.profiles)
+        if any(piece.size != piece.count for piece in pieces):
+            raise InputError(
+                f"the graph takes batches of {self.batch.min} and these {images.shape[0]} images "
+                "would have to be padded, which is done for NumPy arrays only; pad them"
+            )
+        place = ("cpu", 0) if images.device is None else ("cuda", images.device)
+        row = source.bytes * math.prod(images.shape[1:])
+        with translated():
+            whole = {
+                spec.name: (spec, onnxruntime.OrtValue.ortvalue_from_shape_and_type(
+                    [images.shape[0], *_fixed(spec)], OF_ONNX[spec.dtype].number, *place))
+                for spec in self.outputs
+            }  # fmt: skip
+            for piece in pieces:
+                binding = session.io_binding()
+                binding.bind_input(
+                    self.inputs[0].name, *place, source.number,
+                    [piece.size, *images.shape[1:]], images.pointer + piece.start * row,
+                )  # fmt: skip
+                for spec, value in whole.values():
+                    _bind_rows(binding, spec, value, piece, place)
+                binding.synchronize_inputs()  # the CUDA provider waits for the whole device
+                session.run_with_iobinding(binding)
+        return {
+            name: Tensor(
+                value.data_ptr(), tuple(value.shape()), OF_ONNX[spec.dtype], images.device, value
+            )
+            for name, (spec, value) in whole.items()
+        }
+
+    def _require_here(self, images: Borrowed) -> None:
+        if images.device not in {None, self._device}:
+            here = "the host" if self._device is None else f"the host or GPU {self._device}"
+            raise InputError(
+                f"images lie on GPU {images.device}; {self.name} takes them from {here}"
+            )
+        if not images.is_contiguous:
+            raise InputError("images are not contiguous; make them so (torch: .contiguous())")
+
+    def _open(self) -> Any:
+        session = self._session
+        self._require_open()
+        return session
+
+
+def _fixed(spec: TensorSpec) -> list[int]:
+    """Give an output's sizes but the batch."""
+    sizes = [size for size in spec.shape[1:] if isinstance(size, int)]
+    if len(sizes) != len(spec.shape) - 1 or spec.dtype not in OF_ONNX:
+        raise InputError(
+            f"output {spec.name!r} is {spec.dtype} {list(spec.shape)}, which has no place before "
+            "it is computed; give NumPy arrays"
+        )
+    return sizes
+
+
+def _bind_rows(
+    binding: Any, spec: TensorSpec, value: Any, piece: Piece, place: tuple[str, int]
+) -> None:
+    """Have one run write its rows of an output."""
+    element, sizes = OF_ONNX[spec.dtype], _fixed(spec)
+    start = value.data_ptr() + piece.start * element.bytes * math.prod(sizes)
+    binding.bind_output(spec.name, *place, element.number, [piece.size, *sizes], start)

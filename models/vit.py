@@ -1,0 +1,272 @@
+"""ViT-MSN, the PyTorch reference: "Masked Siamese Networks", arXiv 2204.07141.
+
+The same function as Hugging Face's ViTMSNModel and the original src/deit.py. One packed
+projection gives queries, keys and values [b, 3 * h, n, d] in three ONNX nodes, from which
+TensorRT builds the fewest kernels (docs/performance.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from msn_export.errors import CheckpointError
+from msn_export.models.config import VitConfig
+
+Activation = Callable[[Tensor], Tensor]
+
+_LEARNED = frozenset({"prelu", "xielu"})
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _gelu_10(x: Tensor) -> Tensor:
+    return F.gelu(x).clamp(-10, 10)  # arXiv 2004.09602
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)  # hendrycks/GELUs
+
+
+def _laplace(x: Tensor) -> Tensor:
+    # arXiv 2209.10655: mean and deviation that match relu2 where both bend
+    return 0.5 * (1.0 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2.0))))
+
+
+def _sqrt_softplus(x: Tensor) -> Tensor:
+    return F.softplus(x).sqrt()
+
+
+def _relu2(x: Tensor) -> Tensor:
+    return F.relu(x).square()  # arXiv 2109.08668
+
+
+def _linear(x: Tensor) -> Tensor:
+    return x
+
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "gelu": F.gelu,
+    "gelu_10": _gelu_10,
+    "gelu_accurate": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "gelu_new": _gelu_tanh,
+    "gelu_python": F.gelu,
+    "gelu_python_tanh": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "hardswish": F.hardswish,
+    "laplace": _laplace,
+    "leaky_relu": F.leaky_relu,
+    "linear": _linear,
+    "mish": F.mish,
+    "quick_gelu": _quick_gelu,
+    "relu": F.relu,
+    "relu2": _relu2,
+    "relu6": F.relu6,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "sqrtsoftplus": _sqrt_softplus,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+def activation(name: str) -> Activation:
+    """Look an activation up.
+
+    Raises:
+        CheckpointError: it is unknown, or has learned parameters that no ViT-MSN file holds.
+    """
+    if name in _LEARNED:
+        raise CheckpointError(f"activation {name!r} has learned parameters; it is not supported")
+    if name not in _ACTIVATIONS:
+        known = ", ".join(sorted(_ACTIVATIONS))
+        raise CheckpointError(f"activation {name!r} is unknown; expected one of {known}")
+    return _ACTIVATIONS[name]
+
+
+def names() -> list[str]:
+    """List the activations that are supported."""
+    return sorted(_ACTIVATIONS)
+
+
+# b batch, n tokens, h heads, d head size, dim = h * d, c channels
+
+AttentionKind = Literal["sdpa", "eager"]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; ``eager`` writes out what ``sdpa`` fuses."""
+
+    def __init__(self, config: VitConfig, kind: AttentionKind) -> None:
+        super().__init__()
+        self.heads, self.kind = config.heads, kind
+        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=config.qkv_bias)
+        self.proj = nn.Linear(config.dim, config.dim)
+
+    def forward(self, x: Tensor) -> Tensor:  # [b, n, dim] -> [b, n, dim]
+        """Attend."""
+        packed = self.qkv(x).unflatten(-1, (3 * self.heads, -1)).transpose(1, 2)  # [b, 3h, n, d]
+        q, k, v = packed.chunk(3, dim=1)
+        if self.kind == "sdpa":
+            x = F.scaled_dot_product_attention(q, k, v)
+        else:
+            scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+            x = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype) @ v
+        projected: Tensor = self.proj(x.transpose(1, 2).flatten(2))
+        return projected
+
+
+class Mlp(nn.Module):
+    """Two linear layers with the configured activation between."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.dim, config.mlp_dim)
+        self.act = activation(config.activation)
+        self.fc2 = nn.Linear(config.mlp_dim, config.dim)
+
+    def forward(self, x: Tensor) -> Tensor:  # [b, n, dim] -> [b, n, dim]
+        """Run."""
+        out: Tensor = self.fc2(self.act(self.fc1(x)))
+        return out
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, config: VitConfig, kind: AttentionKind) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.dim, eps=config.eps)
+        self.attn = Attention(config, kind)
+        self.norm2 = nn.LayerNorm(config.dim, eps=config.eps)
+        self.mlp = Mlp(config)
+
+    def forward(self, x: Tensor) -> Tensor:  # [b, n, dim] -> [b, n, dim]
+        """Add attention, then the MLP, to the residual stream."""
+        x = x + self.attn(self.norm1(x))
+        x = x + self.mlp(self.norm2(x))
+        return x  # noqa: RET504  two lines of the same form
+
+
+class LinearProbe(nn.Module):
+    """The classifier of facebookresearch/msn linear_eval.py: LayerNorm, norm 1, linear layer."""
+
+    def __init__(self, width: int, labels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-5)  # torch's default, which linear_eval.py takes
+        self.linear = nn.Linear(width, labels)
+
+    def forward(self, x: Tensor) -> Tensor:  # [b, blocks * dim] -> [b, labels]
+        """Classify."""
+        logits: Tensor = self.linear(F.normalize(self.norm(x), dim=-1))
+        return logits
+
+
+class Hidden(NamedTuple):
+    """What the heads read: ``tokens`` [b, n, dim], and ``cls`` of the last blocks, each [b, dim].
+
+    Tokens went through the final LayerNorm where the model has one, ``cls`` never did. ``cls`` is
+    empty where no classifier reads it.
+    """
+
+    tokens: Tensor
+    cls: tuple[Tensor, ...]
+
+
+class VitMsn(nn.Module):
+    """The encoder, and the classifier where the configuration has labels."""
+
+    def __init__(self, config: VitConfig, *, attention: AttentionKind = "sdpa") -> None:
+        super().__init__()
+        self.config, self.attention = config, attention
+        self.patch = nn.Conv2d(config.channels, config.dim, config.patch_size, config.patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.tokens, config.dim))
+        self.blocks = nn.ModuleList(Block(config, attention) for _ in range(config.depth))
+        norm = nn.LayerNorm(config.dim, eps=config.eps)
+        self.norm = norm if config.pooling == "cls" else None
+        self.fc_norm = norm if config.pooling == "patches" else None
+        self.classifier = _classifier(config)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Turn normalised images [b, c, height, width] into tokens [b, n, dim], [CLS] first."""
+        return self.hidden(pixel_values).tokens
+
+    def hidden(self, pixel_values: Tensor) -> Hidden:
+        """Turn normalised images [b, c, height, width] into what the heads read."""
+        return self.encode(self.patch(pixel_values))
+
+    def encode(self, patches: Tensor) -> Hidden:
+        """Run everything behind the patch embedding, [b, dim, rows, columns]."""
+        x = patches.flatten(2).transpose(1, 2)
+        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1) + self.pos_embed
+        return self.transform(x)
+
+    def transform(self, x: Tensor) -> Hidden:
+        """Run the blocks and the final LayerNorm over tokens [b, n, dim]."""
+        kept = self.config.pooled_blocks if self.config.pooling == "blocks" else 0
+        cls = []
+        for number, block in enumerate(self.blocks):
+            x = block(x)
+            if number >= len(self.blocks) - kept:
+                cls.append(x[:, 0])
+        return Hidden(x if self.norm is None else self.norm(x), tuple(cls))
+
+    def classify(self, hidden: Hidden) -> Tensor:
+        """Give logits [b, labels]; the model must have a classifier."""
+        assert self.classifier is not None
+        if self.fc_norm is not None:
+            read = self.fc_norm(hidden.tokens[:, 1:].mean(dim=1))
+        elif self.config.pooling == "blocks":
+            read = hidden.cls[0] if len(hidden.cls) == 1 else torch.cat(hidden.cls, dim=-1)
+        else:
+            read = hidden.tokens[:, 0]
+        logits: Tensor = self.classifier(read)
+        return logits
+
+    def for_image_size(self, size: tuple[int, int]) -> VitMsn:
+        """Give the model for images of ``size`` (height, width); weights are shared.
+
+        Raises:
+            CheckpointError: the patch does not divide ``size``.
+        """
+        config = self.config.for_image_size(size)
+        with torch.device("meta"):
+            model = VitMsn(config, attention=self.attention)
+        for name, parameter in self.named_parameters():  # assigned, each takes over what is here
+            model.get_parameter(name).requires_grad_(parameter.requires_grad)
+        weights = self.state_dict(keep_vars=True)
+        weights["pos_embed"] = interpolate(self.pos_embed.detach(), self.config.grid, config.grid)
+        model.load_state_dict(weights, assign=True)
+        return model.train(self.training)
+
+
+def _classifier(config: VitConfig) -> nn.Module | None:
+    labels = len(config.labels)
+    if not labels:
+        return None
+    if config.pooling == "blocks":
+        return LinearProbe(config.pooled_blocks * config.dim, labels)
+    return nn.Linear(config.dim, labels)
+
+
+def interpolate(pos_embed: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+    """Resample position embeddings [1, 1 + rows * columns, dim] to another grid.
+
+    transformers ViTMSNEmbeddings.interpolate_pos_encoding: [CLS] kept, the rest bicubic,
+    align_corners false, to a size and not by a factor.
+    """
+    if grid == wanted:
+        return pos_embed
+    cls, patches = pos_embed[:, :1], pos_embed[:, 1:]
+    image = patches.reshape(1, *grid, -1).permute(0, 3, 1, 2)  # [1, dim, rows, columns]
+    image = F.interpolate(image, size=wanted, mode="bicubic", align_corners=False)
+    return torch.cat((cls, image.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
