@@ -68,7 +68,7 @@ def crops(folder: Path) -> Path:
     for number in range(PICTURES):
         picture = opened[number % len(opened)]
         side = int(generator.integers(min(picture.size) // 2, min(picture.size) + 1))
-        left, top = (int(generator.integers(0, room - side + 1)) for room in picture.size)
+        left, top = (int(generator.integers(0, size - side + 1)) for size in picture.size)
         crop = picture.crop((left, top, left + side, top + side)).resize((256, 256))
         crop.save(pictures / f"{number:03}.png")
     return pictures

@@ -28,7 +28,7 @@ from msn_export.graph import io
 from msn_export.graph.cls_only import narrow_to_first_token
 from msn_export.graph.fuse import fuse_attention
 from msn_export.graph.precision import type_graph
-from msn_export.graph.summary import multiply_adds
+from msn_export.graph.summary import macs
 from msn_export.graph.torch_export import trace
 from msn_export.host import this_machine
 from msn_export.models.checkpoint import load_checkpoint
@@ -41,7 +41,7 @@ from msn_export.spec import (
     Dtype,
     Head,
     ImageSize,
-    InputKind,
+    InputFormat,
 )
 
 RESULTS = Path(__file__).parent / "results" / "forms.json"
@@ -75,7 +75,7 @@ def main() -> None:
                 io.save(model, graph)
                 facts: dict[str, Any] = {
                     "nodes": len(model.graph),
-                    "multiply_adds": multiply_adds(model),
+                    "multiply_adds": macs(model),
                 }
                 facts["kernels"], facts["fused"] = kernels(model, Path(name))
                 found.append({"last block": row, "form": form.value} | facts)
@@ -99,7 +99,7 @@ def traced(module: VitMsn, head: Head) -> ir.Model:
     return trace(
         module,
         heads=[head],
-        stem=InputKind.UINT8,
+        input_format=InputFormat.UINT8,
         batch=BatchRange(),
         preprocessing=preset("hf", ImageSize(*module.config.image_size)),
     )

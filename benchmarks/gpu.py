@@ -40,13 +40,13 @@ from msn_export.engine.versions import find_backend
 from msn_export.engine_header import may_target
 from msn_export.errors import BuildError, MsnExportError
 from msn_export.graph import io
-from msn_export.graph.summary import multiply_adds
+from msn_export.graph.summary import macs
 from msn_export.host import Driver, NoDriver, find_driver
 from msn_export.metrics.metrics import Comparison
 from msn_export.metrics.samples import Sample, draw
 from msn_export.models.checkpoint import load_checkpoint
 from msn_export.progress import Silent
-from msn_export.spec import BatchRange, ComputeCapability, Dtype, Head, InputKind
+from msn_export.spec import BatchRange, ComputeCapability, Dtype, Head, InputFormat
 
 MODELS = ("random:vit-msn-small:0", "random:vit-msn-base:0")
 BASE = "torch SDPA"
@@ -99,7 +99,7 @@ def inputs_of(sample: Sample, batch: int) -> list[torch.Tensor]:
     """Put ``SETS`` different batches of photographs on the card."""
     return [
         torch.from_numpy(
-            sample.feed(range(index * batch, (index + 1) * batch), InputKind.FLOAT)
+            sample.feed(range(index * batch, (index + 1) * batch), InputFormat.FLOAT)
         ).to(DEVICE)
         for index in range(SETS)
     ]
@@ -125,7 +125,7 @@ def measure(
     assert read is not None  # it was exported above
     assert read.preprocessing is not None
     sample = draw(asked.images, read.preprocessing)
-    work = 2 * multiply_adds(io.load(graph))
+    work = 2 * macs(io.load(graph))
     exact = reference(checkpoint.model)
     with ExitStack() as owned, torch.inference_mode():
         every = list(contenders(checkpoint.model, graph, engine, owned))

@@ -13,7 +13,7 @@ from msn_export import image_folder, images
 from msn_export.errors import ImageError
 from msn_export.image_folder import ImageSet
 from msn_export.preprocessing import Preprocessing
-from msn_export.spec import InputKind
+from msn_export.spec import InputFormat
 
 # One image in four is held out, 64 at most: each is run through three graphs.
 HELD_OUT_SHARE, HELD_OUT_MOST = 4, 64
@@ -37,7 +37,7 @@ class Pictures:
 
     paths: Sequence[Path]
     preprocessing: Preprocessing
-    stem: InputKind
+    input_format: InputFormat
     limit: int
     withheld: frozenset[str] = frozenset()
     seen: dict[Path, str] = field(default_factory=dict)
@@ -76,12 +76,12 @@ class Pictures:
     def feed(self, batch: int) -> Iterator[tuple[NDArray[Any], tuple[str, ...]]]:
         """Give batches as the graph takes them, with the images' names."""
         for pixels, names in self.decode(batch):
-            yield images.model_input(pixels, self.preprocessing, self.stem), names
+            yield images.model_input(pixels, self.preprocessing, self.input_format), names
 
     def first(self, count: int) -> "Pictures":
         """The first ``count`` of them."""
         limit = min(count, self.limit)
-        return Pictures(self.paths, self.preprocessing, self.stem, limit, self.withheld)
+        return Pictures(self.paths, self.preprocessing, self.input_format, limit, self.withheld)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ class Split:
 def split(
     folder: Path,
     preprocessing: Preprocessing,
-    stem: InputKind,
+    input_format: InputFormat,
     *,
     limit: int,
     seed: int,
@@ -106,7 +106,7 @@ def split(
     Args:
         folder: pictures, at any depth.
         preprocessing: how they are decoded.
-        stem: what the graph takes.
+        input_format: what the graph takes.
         limit: how many to calibrate on at most.
         seed: the same seed and files give the same split.
         taken: hashes of images that were calibrated on before: none of them is held out.
@@ -118,7 +118,9 @@ def split(
     order = [found.paths[i] for i in np.random.default_rng(seed).permutation(len(found.paths))]
     chosen = _hold_out(order, folder, preprocessing, taken)
     withheld = frozenset(map(hash_of, chosen.pixels))
-    pictures = Pictures(chosen.others, preprocessing, stem, limit, withheld, skipped=found.skipped)
+    pictures = Pictures(
+        chosen.others, preprocessing, input_format, limit, withheld, skipped=found.skipped
+    )
     pictures.broken |= chosen.broken
     pictures.turned |= chosen.turned
     if len(chosen.broken) == len(order):

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from msn_export.artifact import Source
+from msn_export.artifact import GraphFile
 from msn_export.calibration.observers import Observer
 from msn_export.calibration.products import Role
 from msn_export.calibration.qdq import FORMATS, Scheme
@@ -82,7 +82,7 @@ class CalibrateJob(Job):
         return tuple(role for role, wanted in asked if wanted)
 
 
-def settled(job: CalibrateJob, source: Source) -> CalibrateJob:
+def settled(job: CalibrateJob, source: GraphFile) -> CalibrateJob:
     """Choose the type of the rest, and what the result is for, by what the graph is.
 
     A graph of opset 17 stays one: its Q/DQ take fp32 scales only, so the rest is fp32, which trt

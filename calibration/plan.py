@@ -28,7 +28,7 @@ from msn_export.calibration.qdq import (
 from msn_export.errors import FusionError, GraphError
 from msn_export.graph.builder import Patch
 from msn_export.graph.fuse import fuse_attention
-from msn_export.graph.opset import lower
+from msn_export.graph.opset import lower_opset
 from msn_export.spec import AttentionForm, Dtype, Target
 
 
@@ -223,7 +223,7 @@ class Plan:
                 "choose another --base"
             ) from error
         if model.graph.opset_imports[""] > self.scheme.target.opset:
-            lower(model, self.scheme.target.opset)
+            lower_opset(model, self.scheme.target.opset)
 
 
 def _tokens(model: ir.Model, core: Operands) -> int:

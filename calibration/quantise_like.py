@@ -22,7 +22,7 @@ from msn_export.calibration.qdq import (
     quantise_attention,
     quantise_projections,
 )
-from msn_export.calibration.smoothquant import find_seams, fold
+from msn_export.calibration.smoothquant import find_smoothing_sites, fold
 from msn_export.errors import GraphError
 from msn_export.graph.emulate import widen
 from msn_export.graph.fuse import attention_form, fuse_attention
@@ -147,8 +147,8 @@ def _smooth_like(
     """
     others = {own.node: other for own, other in pairs}
     axes = {own.node: own.axis for own, _ in pairs}
-    for seam in find_seams(model, mine):
-        readers = [name for name, _ in seam.read]
+    for site in find_smoothing_sites(model, mine):
+        readers = [name for name, _ in site.read]
         if not all(name in others for name in readers):
             continue
         own = _lengths(model, {name: axes[name] for name in readers})
@@ -161,7 +161,7 @@ def _smooth_like(
         powers[~known] = np.median(powers[known]) if known.any() else 0.0
         powers = np.rint(powers) - np.rint(np.median(powers))
         if powers.any():
-            fold(model, seam, np.exp2(powers).astype(np.float32))
+            fold(model, site, np.exp2(powers).astype(np.float32))
 
 
 def _lengths(model: ir.Model, readers: Mapping[str, int]) -> NDArray[np.float64]:

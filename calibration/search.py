@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from msn_export.artifact import Source, room_of
+from msn_export.artifact import GraphFile, max_batch_of
 from msn_export.calibration import ranges as ranges_file
 from msn_export.calibration.collect import Watch, channel_maxima, histograms, require_finite
 from msn_export.calibration.images import Pictures
@@ -17,14 +17,14 @@ from msn_export.calibration.job import AUTO, OFF, CalibrateJob
 from msn_export.calibration.observers import Histogram, Observer
 from msn_export.calibration.plan import Plan, corrections
 from msn_export.calibration.ranges import ImagesRecord, Ranges, SmoothingRecord, TensorRange
-from msn_export.calibration.smoothquant import factors, find_seams, fold
+from msn_export.calibration.smoothquant import factors, find_smoothing_sites, fold
 from msn_export.errors import GraphError
 from msn_export.graph.opset import raise_opset
 from msn_export.manifest import sha256_of
 from msn_export.metrics.metrics import Comparison
 from msn_export.metrics.samples import Sample
 from msn_export.metrics.tolerances import Gate
-from msn_export.mixed_precision import MEASURED, decide
+from msn_export.mixed_precision import MEASURED, choose_fp32_islands
 from msn_export.progress import Progress
 from msn_export.spec import Dtype
 
@@ -40,7 +40,7 @@ PROBED = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
+class SensitivitySample:
     """A few calibration images [b, ...] in the graph's own input type, and its outputs for them."""
 
     images: NDArray[Any]
@@ -51,7 +51,7 @@ class Probe:
     @classmethod
     def of(
         cls, model: ir.Model, images: NDArray[Any], names: Sequence[str], stage: Path
-    ) -> "Probe":
+    ) -> "SensitivitySample":
         """Run the fp32 graph.
 
         Raises:
@@ -97,7 +97,7 @@ def _outputs(model: ir.Model, images: NDArray[Any], stage: Path) -> dict[str, ND
 
 
 def smooth(
-    plan: Plan, strength: float | None, probe: Probe, observer: Observer
+    plan: Plan, strength: float | None, probe: SensitivitySample, observer: Observer
 ) -> tuple[Plan, SmoothingRecord]:
     """Smooth a plan's graph; ``strength`` None takes the best of ``STRENGTHS``, or none.
 
@@ -106,17 +106,17 @@ def smooth(
     Raises:
         GraphError: a value is not finite.
     """
-    seams = find_seams(plan.model, plan.projections)
-    watch = probe.watch(plan.model, [seam.name for seam in seams])
-    maxima = channel_maxima(watch, probe.batches(watch.batch)) if seams else {}
+    sites = find_smoothing_sites(plan.model, plan.projections)
+    watch = probe.watch(plan.model, [site.name for site in sites])
+    maxima = channel_maxima(watch, probe.batches(watch.batch)) if sites else {}
     tried = {"off": (plan, SmoothingRecord())}
     for choice in STRENGTHS if strength is None else (strength,):
         exponents = {
-            seam.name: tuple(
+            site.name: tuple(
                 int(power)
-                for power in np.log2(factors(plan.model, seam, maxima[seam.name], choice))
+                for power in np.log2(factors(plan.model, site, maxima[site.name], choice))
             )
-            for seam in seams
+            for site in sites
         }
         record = SmoothingRecord(choice, exponents)
         tried[f"{choice:g}"] = (replay(plan, record), record)
@@ -138,15 +138,15 @@ def replay(plan: Plan, record: SmoothingRecord) -> Plan:
     if not record.exponents:
         return plan
     model = plan.model.clone()
-    seams = {seam.name: seam for seam in find_seams(model, plan.projections)}
+    sites = {site.name: site for site in find_smoothing_sites(model, plan.projections)}
     for name, exponents in record.exponents.items():
-        if name not in seams:
+        if name not in sites:
             raise GraphError(f"{name!r} cannot be smoothed here; leave --ranges out")
-        fold(model, seams[name], np.exp2(np.asarray(exponents, np.float32)))
+        fold(model, sites[name], np.exp2(np.asarray(exponents, np.float32)))
     return replace(plan, model=model)
 
 
-def _on(probe: Probe, plan: Plan, observer: Observer) -> ir.Model:
+def _on(probe: SensitivitySample, plan: Plan, observer: Observer) -> ir.Model:
     """Quantise all of a plan, its ranges taken from the probe's images alone."""
     watch = probe.watch(plan.model, list(plan.watched))
     seen = histograms(watch, probe.batches(watch.batch))
@@ -154,17 +154,19 @@ def _on(probe: Probe, plan: Plan, observer: Observer) -> ir.Model:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Exclusion:
     """Blocks that stay as they are, and each block's error where that had to be measured."""
 
     kept: tuple[int, ...]
     drift: Mapping[int, float]
 
 
-EVERYTHING = Choice((), {})
+EVERYTHING = Exclusion((), {})
 
 
-def choices(plan: Plan, probe: Probe, gate: Gate, progress: Progress) -> Iterator[Choice]:
+def choices(
+    plan: Plan, probe: SensitivitySample, gate: Gate, progress: Progress
+) -> Iterator[Exclusion]:
     """Give the choices that reach ``gate`` on the probe's images, the fewest blocks kept first.
 
     Only when quantising everything does not reach it are the blocks measured, one quantised at a
@@ -182,7 +184,7 @@ def choices(plan: Plan, probe: Probe, gate: Gate, progress: Progress) -> Iterato
     for count in range(1, plan.depth):
         kept = tuple(sorted(order[:count]))
         if probe.passes(plan.quantised(kept), gate):
-            yield Choice(kept, drift)
+            yield Exclusion(kept, drift)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,12 +197,12 @@ class Ranged:
 
     plan: Plan
     ranges: Ranges
-    probe: Probe
+    probe: SensitivitySample
     islands: dict[str, float]
     overflowing: tuple[str, ...]
 
 
-def known_ranges(job: CalibrateJob, source: Source) -> Ranges | None:
+def known_ranges(job: CalibrateJob, source: GraphFile) -> Ranges | None:
     """Read the ranges that were given.
 
     Raises:
@@ -222,7 +224,7 @@ def known_ranges(job: CalibrateJob, source: Source) -> Ranges | None:
 
 def take_ranges(
     job: CalibrateJob,
-    source: Source,
+    source: GraphFile,
     pictures: Pictures,
     known: Ranges | None,
     stage: Path,
@@ -239,10 +241,12 @@ def take_ranges(
     if job.rest is Dtype.FP32:
         plan.unquantised()  # refuses now what it would refuse after the ranges were taken
     pixels, names = next(pictures.first(PROBED).decode(PROBED))
-    sample = Sample(pixels, names, str(job.images), source.preprocessing, room=room_of(plan.model))
+    sample = Sample(
+        pixels, names, str(job.images), source.preprocessing, max_batch=max_batch_of(plan.model)
+    )
     with progress.step("run the fp32 graph on a few images"):
-        images = sample.feed(range(len(sample)), source.stem)
-        probe = Probe.of(plan.model, images, names, stage)
+        images = sample.feed(range(len(sample)), source.input_format)
+        probe = SensitivitySample.of(plan.model, images, names, stage)
     if known is not None and job.ranges is not None:
         plan, ranges = replay(plan, known.smoothing), known
         seen = known.histograms(plan.watched, job.ranges)
@@ -254,7 +258,9 @@ def take_ranges(
     islands = {}
     if job.rest is not Dtype.FP32:
         with progress.step("measure what overflows"):
-            islands = decide(plan.unquantised(), MEASURED, job.rest, sample, source.stem, stage)
+            islands = choose_fp32_islands(
+                plan.unquantised(), MEASURED, job.rest, sample, source.input_format, stage
+            )
     plan, overflowing = _without_islands(plan, islands)
     if job.bias_correction:
         with progress.step("measure biases"):
@@ -263,7 +269,7 @@ def take_ranges(
 
 
 def _smooth(
-    job: CalibrateJob, plan: Plan, probe: Probe, progress: Progress
+    job: CalibrateJob, plan: Plan, probe: SensitivitySample, progress: Progress
 ) -> tuple[Plan, SmoothingRecord]:
     if job.smooth == OFF:
         return plan, SmoothingRecord()
@@ -286,7 +292,7 @@ def _observe(
         )
 
 
-def _corrected(plan: Plan, probe: Probe) -> Plan:
+def _corrected(plan: Plan, probe: SensitivitySample) -> Plan:
     watch = probe.watch(plan.model, [p.x for p in plan.projections])
     errors = corrections(
         plan.model, plan.projections, plan.thresholds, plan.scheme, watch,
@@ -297,7 +303,7 @@ def _corrected(plan: Plan, probe: Probe) -> Plan:
 
 def _ranges(
     job: CalibrateJob,
-    source: Source,
+    source: GraphFile,
     pictures: Pictures,
     smoothing: SmoothingRecord,
     seen: Mapping[str, Histogram],

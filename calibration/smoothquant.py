@@ -169,7 +169,7 @@ LARGEST_EXPONENT = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Seam:
+class SmoothingSite:
     """A place where channels can be scaled: who writes them and who reads them.
 
     ``name`` is the value whose channels (last axis) are divided. ``written`` are (node, input
@@ -184,7 +184,9 @@ class Seam:
     axis: tuple[int, ...]
 
 
-def find_seams(model: ir.Model, projections: Sequence[Projection]) -> tuple[Seam, ...]:
+def find_smoothing_sites(
+    model: ir.Model, projections: Sequence[Projection]
+) -> tuple[SmoothingSite, ...]:
     """List the seams of a graph; a value that something else reads too is none."""
     nodes = {node.name: node for node in model.graph}
     inside = {p.node: p for p in projections if p.role not in {Role.PATCH, Role.HEAD}}
@@ -193,10 +195,10 @@ def find_seams(model: ir.Model, projections: Sequence[Projection]) -> tuple[Seam
         out = next((p for p in projections if (p.role, p.block) == (Role.OUT, block)), None)
         if out is not None:
             found.append(_behind_attention(core, nodes[out.node], out))
-    return tuple(seam for seam in found if seam is not None)
+    return tuple(site for site in found if site is not None)
 
 
-def _behind_norm(node: ir.Node, inside: Mapping[str, Projection]) -> Seam | None:
+def _behind_norm(node: ir.Node, inside: Mapping[str, Projection]) -> SmoothingSite | None:
     if node.op_type != "LayerNormalization" or len(node.inputs) < 2:
         return None
     readers = _readers(node.outputs[0], inside)
@@ -207,7 +209,7 @@ def _behind_norm(node: ir.Node, inside: Mapping[str, Projection]) -> Seam | None
     return _seam(node.outputs[0], written, range(width), readers)
 
 
-def _behind_attention(core: AttentionCore, node: ir.Node, out: Projection) -> Seam | None:
+def _behind_attention(core: AttentionCore, node: ir.Node, out: Projection) -> SmoothingSite | None:
     found = columns_behind(core, node)
     if found is None or node.inputs[0] is None:
         return None
@@ -218,8 +220,8 @@ def _behind_attention(core: AttentionCore, node: ir.Node, out: Projection) -> Se
 
 def _seam(
     value: ir.Value, written: Sequence[tuple[str, int]], columns: Any, readers: Sequence[Projection]
-) -> Seam:
-    return Seam(
+) -> SmoothingSite:
+    return SmoothingSite(
         value.name or "",
         tuple(written),
         tuple(int(column) for column in columns),
@@ -273,7 +275,7 @@ def _width(value: ir.Value | None) -> int | None:
 
 
 def factors(
-    model: ir.Model, seam: Seam, maxima: NDArray[np.float32], strength: float
+    model: ir.Model, site: SmoothingSite, maxima: NDArray[np.float32], strength: float
 ) -> NDArray[np.float32]:
     """Compute s_j = max|X_j| ** strength / max|W_j| ** (1 - strength), as powers of two.
 
@@ -281,13 +283,13 @@ def factors(
 
     Args:
         model: the graph the seam is of.
-        seam: where the factors go.
+        site: where the factors go.
         maxima: the largest absolute value of each channel of ``seam.name``.
         strength: 0 leaves all outliers to the activations, 1 gives all to the weights.
     """
     nodes = {node.name: node for node in model.graph}
     weights = np.zeros(len(maxima), np.float32)
-    for (name, index), axis in zip(seam.read, seam.axis, strict=True):
+    for (name, index), axis in zip(site.read, site.axis, strict=True):
         rows = np.moveaxis(_constant(nodes[name], index), axis, 0)
         weights = np.maximum(weights, np.abs(rows).reshape(len(rows), -1).max(axis=1))
     moved = (maxima > 0) & (weights > 0)
@@ -300,20 +302,20 @@ def factors(
     return np.exp2(exponents).astype(np.float32)
 
 
-def fold(model: ir.Model, seam: Seam, scale: NDArray[np.float32]) -> None:
+def fold(model: ir.Model, site: SmoothingSite, scale: NDArray[np.float32]) -> None:
     """Divide what is written by ``scale`` and multiply what reads it, in place.
 
     Raises:
         GraphError: the factors are for another number of channels.
     """
     nodes = {node.name: node for node in model.graph}
-    if len(seam.columns) != len(scale):
-        raise GraphError(f"{len(scale)} factors do not fit {seam.name!r}; collect the ranges again")
-    for name, index in seam.written:
+    if len(site.columns) != len(scale):
+        raise GraphError(f"{len(scale)} factors do not fit {site.name!r}; collect the ranges again")
+    for name, index in site.written:
         array = _constant(nodes[name], index).copy()
-        array[..., list(seam.columns)] /= scale
+        array[..., list(site.columns)] /= scale
         _set(model, nodes[name], index, array)
-    for (name, index), axis in zip(seam.read, seam.axis, strict=True):
+    for (name, index), axis in zip(site.read, site.axis, strict=True):
         array = _constant(nodes[name], index)
         shape = [1] * array.ndim
         shape[axis] = -1

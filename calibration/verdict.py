@@ -9,11 +9,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from msn_export.artifact import Source
+from msn_export.artifact import GraphFile
 from msn_export.bench.latency import time_engines, time_graphs
 from msn_export.calibration.images import Split
 from msn_export.calibration.job import CalibrateJob
-from msn_export.calibration.search import EVERYTHING, Choice, Ranged
+from msn_export.calibration.search import EVERYTHING, Exclusion, Ranged
 from msn_export.engine.build import build_engine
 from msn_export.engine.census import ALLOWED, not_multiplied_in
 from msn_export.engine.options import BuildSpec, check_options, require_capable
@@ -23,17 +23,17 @@ from msn_export.files import apart
 from msn_export.graph.quantised import quantised_products
 from msn_export.host import NoDriver, find_driver
 from msn_export.manifest import CheckRecord
-from msn_export.metrics.evaluate import Reference, Runner, verify
+from msn_export.metrics.evaluate import OutputsOf, Reference, verify
 from msn_export.metrics.tolerances import Gate
 from msn_export.progress import Progress
-from msn_export.spec import BatchRange, ComputeCapability, Dtype, Head, InputKind
+from msn_export.spec import BatchRange, ComputeCapability, Dtype, Head, InputFormat
 
 # Saving less than this of the twin's bytes is not worth another artifact.
 WORTHWHILE = 0.10
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class Evaluation:
     """How a graph agrees with the fp32 graph on held-out images; shares from 0 to 1, None unknown.
 
     ``failures`` says what its gate asks and it does not reach.
@@ -51,22 +51,26 @@ class Candidate:
 
     path: Path
     model: ir.Model
-    judged: Judged
-    choice: Choice = EVERYTHING
+    judged: Evaluation
+    choice: Exclusion = EVERYTHING
 
 
-def judge(
-    runner: Runner, reference: Reference, gate: Gate, stem: InputKind, fixed: int | None
-) -> Judged:
+def evaluate(
+    runner: OutputsOf,
+    reference: Reference,
+    gate: Gate,
+    input_format: InputFormat,
+    fixed: int | None,
+) -> Evaluation:
     """Run a candidate over the reference's images and compare.
 
     Raises:
         ToleranceError: it has other outputs.
     """
-    size = fixed or min(8, reference.sample.room, len(reference.sample))
-    verified = verify(runner, reference, stem, (size,))
+    size = fixed or min(8, reference.sample.max_batch, len(reference.sample))
+    verified = verify(runner, reference, input_format, (size,))
     failures = verified.failures(gate)
-    return Judged(
+    return Evaluation(
         verified.record(gate, passed=not failures),
         tuple(failures),
         _least(
@@ -84,7 +88,7 @@ def _least(shares: Iterable[float | None]) -> float | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Savings:
+class CostBenefit:
     """What the twin in ``base`` takes, and the graph in ``form`` after it.
 
     Sizes are bytes of the files and, where they were compiled, of the engines. ``latency`` is in
@@ -115,7 +119,9 @@ class Savings:
         return self.size_share <= 1 - WORTHWHILE and faster and not self.faults
 
 
-def sentence(savings: Savings, judged: Judged, twin: Judged, *, kept: int, depth: int) -> str:
+def summary(
+    savings: CostBenefit, judged: Evaluation, twin: Evaluation, *, kept: int, depth: int
+) -> str:
     """Say in one sentence what quantising costs, saves, and whether to."""
     what = "engine" if savings.engine else "file"
     share = savings.size_share
@@ -142,7 +148,7 @@ def sentence(savings: Savings, judged: Judged, twin: Judged, *, kept: int, depth
     return f"{saved}; {detail}"
 
 
-def _times(savings: Savings) -> str:
+def _times(savings: CostBenefit) -> str:
     if isinstance(savings.latency, str):
         return f"time not measured: {savings.latency}"
     before, after = savings.latency
@@ -241,7 +247,7 @@ def _own() -> ComputeCapability:
 class Calibrated:
     """All that came of a calibration, the quantised graph and its twin in the base type."""
 
-    source: Source
+    source: GraphFile
     dealt: Split
     ranged: Ranged
     chosen: Candidate

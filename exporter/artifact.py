@@ -14,16 +14,16 @@ from msn_export.graph import io
 from msn_export.graph.foreign import require_plain_operators, tidy, understand
 from msn_export.graph.precision import graph_dtype
 from msn_export.manifest import Manifest
-from msn_export.metrics.samples import affordable_batch
+from msn_export.metrics.samples import max_batch_in_memory
 from msn_export.preprocessing import Exif, Preprocessing, preset
 from msn_export.processor_config import choose
-from msn_export.spec import BatchRange, Dtype, ImageSize, InputKind
+from msn_export.spec import BatchRange, Dtype, ImageSize, InputFormat
 
 DYNAMIC = BatchRange()  # what a foreign graph with a dynamic batch is taken for
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class GraphFile:
     """A graph that was read and understood; ``manifest`` is None where another tool wrote it.
 
     ``opset`` is the file's; the graph of another tool was raised to 23.
@@ -32,7 +32,7 @@ class Source:
     path: Path
     model: ir.Model
     manifest: Manifest | None
-    stem: InputKind
+    input_format: InputFormat
     dtype: Dtype
     size: ImageSize
     preprocessing: Preprocessing
@@ -47,7 +47,7 @@ class Source:
         return shape[0] if shape is not None and isinstance(shape[0], int) else None
 
 
-def read_source(path: Path, preprocess: str | None = None, exif: Exif | None = None) -> Source:
+def read_source(path: Path, preprocess: str | None = None, exif: Exif | None = None) -> GraphFile:
     """Read an ONNX file; one that another tool wrote is accepted if it is a ViT we understand.
 
     Args:
@@ -63,7 +63,7 @@ def read_source(path: Path, preprocess: str | None = None, exif: Exif | None = N
     model, manifest, told = read_graph(path)
     with named(path):
         require_plain_operators(model)
-        stem, size, channels, batch = image_input(model, path)
+        input_format, size, channels, batch = image_input(model, path)
         require_comparable(model)
         notes: tuple[str, ...] = ()
         opset = model.graph.opset_imports[""]
@@ -75,13 +75,18 @@ def read_source(path: Path, preprocess: str | None = None, exif: Exif | None = N
         dtype = manifest.dtype if manifest is not None else graph_dtype(model)
     known = manifest.preprocessing if manifest is not None else None
     made = choose(
-        known, size, channels, preprocess=preprocess, exif=exif, inside=stem is InputKind.UINT8
+        known,
+        size,
+        channels,
+        preprocess=preprocess,
+        exif=exif,
+        inside=input_format is InputFormat.UINT8,
     )
-    return Source(
+    return GraphFile(
         path=path,
         model=model,
         manifest=manifest,
-        stem=stem,
+        input_format=input_format,
         dtype=dtype,
         size=size,
         preprocessing=made,
@@ -140,7 +145,9 @@ def require_comparable(model: ir.Model) -> None:
         )
 
 
-def image_input(model: ir.Model, path: Path) -> tuple[InputKind, ImageSize, int, BatchRange | None]:
+def image_input(
+    model: ir.Model, path: Path
+) -> tuple[InputFormat, ImageSize, int, BatchRange | None]:
     """Find the image input; None as batch range means dynamic."""
     weights = model.graph.initializers
     inputs = [value for value in model.graph.inputs if value.name not in weights]
@@ -150,13 +157,15 @@ def image_input(model: ir.Model, path: Path) -> tuple[InputKind, ImageSize, int,
     value = inputs[0]
     shape = list(value.shape) if value.shape is not None else []
     described = f"{path}: input {value.name!r} is {value.dtype}{value.shape or ''}"
-    stem = _STEMS.get(value.dtype) if value.dtype is not None else None
-    if stem is None or len(shape) != 4:
+    input_format = _STEMS.get(value.dtype) if value.dtype is not None else None
+    if input_format is None or len(shape) != 4:
         raise GraphError(
             f"{described}; expected float32 or float16 [b, c, h, w] or uint8 [b, h, w, c] images"
         )
-    _require_layout(shape, stem, described)
-    channels, height, width = (shape[3], *shape[1:3]) if stem is InputKind.UINT8 else shape[1:]
+    _require_layout(shape, input_format, described)
+    channels, height, width = (
+        (shape[3], *shape[1:3]) if input_format is InputFormat.UINT8 else shape[1:]
+    )
     if not (isinstance(channels, int) and isinstance(height, int) and isinstance(width, int)):
         raise GraphError(
             f"{described}; height, width and channels must be fixed, batch alone may be dynamic; "
@@ -168,17 +177,17 @@ def image_input(model: ir.Model, path: Path) -> tuple[InputKind, ImageSize, int,
         fixed = BatchRange(batch, batch, batch) if isinstance(batch, int) else None
     except SpecError as error:
         raise GraphError(f"{described}; {error}") from error
-    return stem, ImageSize(height, width), channels, fixed
+    return input_format, ImageSize(height, width), channels, fixed
 
 
 _STEMS = {
-    ir.DataType.FLOAT: InputKind.FLOAT,
-    ir.DataType.FLOAT16: InputKind.HALF,
-    ir.DataType.UINT8: InputKind.UINT8,
+    ir.DataType.FLOAT: InputFormat.FLOAT,
+    ir.DataType.FLOAT16: InputFormat.HALF,
+    ir.DataType.UINT8: InputFormat.UINT8,
 }
 
 
-def _require_layout(shape: list[Any], stem: InputKind, described: str) -> None:
+def _require_layout(shape: list[Any], input_format: InputFormat, described: str) -> None:
     """Tell planes from interleaved channels where the sizes leave no doubt.
 
     Raises:
@@ -188,19 +197,19 @@ def _require_layout(shape: list[Any], stem: InputKind, described: str) -> None:
     first, last = shape[1] in counts, shape[3] in counts
     if first is last:
         return
-    if stem is InputKind.UINT8 and first:
+    if input_format is InputFormat.UINT8 and first:
         raise GraphError(
             f"{described}, which is uint8 [b, c, h, w]; uint8 images are taken as [b, h, w, c]: "
             "export it again with the Transpose inside, or with a float32 [b, c, h, w] input"
         )
-    if stem is not InputKind.UINT8 and last:
+    if input_format is not InputFormat.UINT8 and last:
         raise GraphError(
             f"{described}, which is float [b, h, w, c]; float images are taken as [b, c, h, w]: "
             "export it again for that layout, or with a uint8 [b, h, w, c] input"
         )
 
 
-def room_of(model: ir.Model) -> int:
+def max_batch_of(model: ir.Model) -> int:
     """Estimate the batch that memory affords, from any attention core's shape or the patches."""
     for node in model.graph:
         shape = node.inputs[0].shape if node.inputs and node.inputs[0] is not None else None
@@ -215,7 +224,7 @@ def room_of(model: ir.Model) -> int:
         else:
             continue
         if heads and tokens:
-            return affordable_batch(tokens, dim, 4 * dim, heads)
+            return max_batch_in_memory(tokens, dim, 4 * dim, heads)
     return _room_of_patches(model)
 
 
@@ -226,5 +235,5 @@ def _room_of_patches(model: ir.Model) -> int:
         sizes = [size for size in shape or () if isinstance(size, int)][-3:]
         if len(sizes) == 3:
             dim, tokens = sizes[0], sizes[1] * sizes[2] + 1
-            return affordable_batch(tokens, dim, 4 * dim, max(1, dim // 64))
+            return max_batch_in_memory(tokens, dim, 4 * dim, max(1, dim // 64))
     return 1

@@ -33,21 +33,21 @@ from msn_export.graph.fuse import fuse_attention
 from msn_export.graph.opset import raise_opset
 from msn_export.graph.precision import overflowing_weights, type_graph
 from msn_export.graph.quantised import quantised_dtype
-from msn_export.metrics.evaluate import Reference, Runner, Trial
+from msn_export.metrics.evaluate import OutputsOf, Reference, Trial
 from msn_export.metrics.samples import Sample
 from msn_export.metrics.tolerances import MARGIN
-from msn_export.mixed_precision import MEASURED, cpu_runner, decide
+from msn_export.mixed_precision import MEASURED, choose_fp32_islands, cpu_runner
 from msn_export.preprocessing import Preprocessing
 from msn_export.runtime.onnxruntime import OrtRunner
-from msn_export.spec import AttentionForm, Dtype, InputKind
+from msn_export.spec import AttentionForm, Dtype, InputFormat
 
 RANGED = 8  # pictures that ranges are measured anew on
 
 
 def add_baseline(
     reference: Reference,
-    runner: Runner,
-    stem: InputKind,
+    runner: OutputsOf,
+    input_format: InputFormat,
     *,
     margin: float = MARGIN,
     fixed: int | None = None,
@@ -57,9 +57,9 @@ def add_baseline(
     Raises:
         ToleranceError: the baseline has other outputs than the reference.
     """
-    size = fixed or min(8, reference.sample.room, len(reference.sample))
+    size = fixed or min(8, reference.sample.max_batch, len(reference.sample))
     trial = Trial()
-    trial.run(runner, reference, stem, (size,))
+    trial.run(runner, reference, input_format, (size,))
     return replace(reference, baseline=trial.errors(), baseline_name=runner.name, margin=margin)
 
 
@@ -80,13 +80,16 @@ def narrow_like(model: ir.Model, candidate: ir.Model) -> None:
 
 
 def write_like(
-    reference: ir.Model, stem: InputKind, preprocessing: Preprocessing, form: AttentionForm
+    reference: ir.Model,
+    input_format: InputFormat,
+    preprocessing: Preprocessing,
+    form: AttentionForm,
 ) -> ir.Model:
     """Copy the reference's fp32 function with another kind of input and form of attention.
 
     Args:
         reference: a graph of any precision.
-        stem: what the copy takes.
+        input_format: what the copy takes.
         preprocessing: whose mean and standard deviation bytes are normalised with.
         form: how the copy writes attention; an attention that cannot be matched stays as it is.
 
@@ -94,19 +97,19 @@ def write_like(
         GraphError: the graph has no patch convolution that normalisation could be folded into.
     """
     model = raise_opset(widen(reference))
-    _take(model, stem, preprocessing)
+    _take(model, input_format, preprocessing)
     fuse_attention(model, form)
     return model
 
 
-def _take(model: ir.Model, stem: InputKind, preprocessing: Preprocessing) -> None:
+def _take(model: ir.Model, input_format: InputFormat, preprocessing: Preprocessing) -> None:
     """Give a graph another kind of input, in place.
 
     ``conv((x * scale - mean) / std)`` is a convolution of ``x``: see msn_export.graph.torch_export.
     """
     images = model.graph.inputs[0]
-    held = InputKind.UINT8 if images.dtype == ir.DataType.UINT8 else InputKind.FLOAT
-    if held is stem or InputKind.UINT8 not in {held, stem}:
+    held = InputFormat.UINT8 if images.dtype == ir.DataType.UINT8 else InputFormat.FLOAT
+    if held is input_format or InputFormat.UINT8 not in {held, input_format}:
         return
     conv = next((node for node in model.graph if node.op_type == "Conv"), None)
     weight = conv.inputs[1].const_value if conv is not None and conv.inputs[1] else None
@@ -119,7 +122,7 @@ def _take(model: ir.Model, stem: InputKind, preprocessing: Preprocessing) -> Non
     shift = bias.const_value.numpy().astype(np.float64) if bias and bias.const_value else 0.0
     patch = Patch(model.graph, model.graph[0])
     batch, *sizes = images.shape
-    if stem is InputKind.UINT8:
+    if input_format is InputFormat.UINT8:
         shift = shift - (kernel * mean / std).sum(axis=(1, 2, 3))
         kernel = kernel * preprocessing.scale / std
         channels, height, width = sizes
@@ -150,25 +153,27 @@ def _take(model: ir.Model, stem: InputKind, preprocessing: Preprocessing) -> Non
 
 
 def open_typed(
-    model: ir.Model, dtype: Dtype, sample: Sample, stem: InputKind, stage: Path
+    model: ir.Model, dtype: Dtype, sample: Sample, input_format: InputFormat, stage: Path
 ) -> OrtRunner:
     """Type an fp32 graph as the project types one, and open it: the baseline of another graph."""
     if dtype is not Dtype.FP32:
-        type_graph(model, dtype, decide(model, MEASURED, dtype, sample, stem, stage))
+        type_graph(
+            model, dtype, choose_fp32_islands(model, MEASURED, dtype, sample, input_format, stage)
+        )
     runner = _open(model, dtype, stage)
     runner.name = f"the reference as a graph in {dtype}, in {runner.name}"
     return runner
 
 
 def open_rounded(
-    model: ir.Model, dtype: Dtype, sample: Sample, stem: InputKind, stage: Path
+    model: ir.Model, dtype: Dtype, sample: Sample, input_format: InputFormat, stage: Path
 ) -> OrtRunner:
     """Open an fp32 graph with every result rounded: the baseline of an engine, and of our typing.
 
     onnxruntime's CPU provider keeps fp32 between two operators of an fp16 graph where it can, which
     leaves it 0.6 to 0.75 of this error; an engine writes what each kernel computes.
     """
-    islands = set(decide(model, MEASURED, dtype, sample, stem, stage))
+    islands = set(choose_fp32_islands(model, MEASURED, dtype, sample, input_format, stage))
     islands |= set(overflowing_weights(model, dtype))
     runner = _open(round_values(model, dtype, islands), Dtype.FP32, stage)
     runner.name = f"the reference with every result rounded to {dtype}, in {runner.name}"
@@ -201,7 +206,7 @@ def open_quantised(
     model: ir.Model,
     candidate: ir.Model,
     sample: Sample,
-    stem: InputKind,
+    input_format: InputFormat,
     stage: Path,
     observer: Observer | None = None,
 ) -> list[OrtRunner]:
@@ -211,7 +216,7 @@ def open_quantised(
         model: the reference, written as the candidate is (``write_like``).
         candidate: a graph with Q/DQ.
         sample: what fp32 islands are measured on, and ranges.
-        stem: what ``model`` takes.
+        input_format: what ``model`` takes.
         stage: a folder for the file.
         observer: quantise it once more, with ranges that this chooses on ``RANGED`` pictures.
 
@@ -223,13 +228,13 @@ def open_quantised(
     """
     rest = rest_of(candidate)
     dtype = quantised_dtype(candidate) or rest
-    islands = decide(model, MEASURED, rest, sample, stem, stage)
+    islands = choose_fp32_islands(model, MEASURED, rest, sample, input_format, stage)
     pictures = np.unique(np.linspace(0, len(sample) - 1, RANGED).astype(int)).tolist()
 
     def measure(graph: ir.Model, names: Sequence[str]) -> dict[str, float]:
         watch = Watch(graph, names, stage)
         parts = [pictures[at : at + watch.batch] for at in range(0, len(pictures), watch.batch)]
-        fed = ((sample.feed(part, stem), [sample.names[i] for i in part]) for part in parts)
+        fed = ((sample.feed(part, input_format), [sample.names[i] for i in part]) for part in parts)
         seen = histograms(watch, fed)
         assert observer is not None
         return {name: threshold(seen[name], observer, FORMATS[dtype]) for name in names}

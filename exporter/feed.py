@@ -11,7 +11,7 @@ import numpy as np
 from msn_export import images
 from msn_export.errors import GraphError, SpecError
 from msn_export.processor_config import choose
-from msn_export.spec import ImageSize, InputKind
+from msn_export.spec import ImageSize, InputFormat
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,7 +29,7 @@ _DTYPES = {"float": np.float32, "float16": np.float16, "uint8": np.uint8}  # as 
 class Feed:
     """How an artifact is fed; ``fixed`` is a size that the artifact itself leaves open."""
 
-    kind: InputKind
+    kind: InputFormat
     dtype: str
     preprocessing: Preprocessing
     fixed: ImageSize | None = None
@@ -42,7 +42,7 @@ class Feed:
 
     def __call__(self, pixels: NDArray[np.uint8]) -> NDArray[Any]:
         """Turn decoded pictures [b, h, w, c] into the artifact's input."""
-        if self.kind is InputKind.UINT8:
+        if self.kind is InputFormat.UINT8:
             return pixels
         return images.normalize(pixels, self.preprocessing).astype(_DTYPES[self.dtype], copy=False)
 
@@ -79,9 +79,9 @@ def feed_of(
     described = f"{name}: input {spec.name!r} is {spec.dtype}{list(spec.shape)}"
     if spec.dtype not in _DTYPES or len(spec.shape) != 4:
         raise GraphError(f"{described}; expected float [b, c, h, w] or uint8 [b, h, w, c] images")
-    kind = InputKind.UINT8 if spec.dtype == "uint8" else InputKind.FLOAT
+    kind = InputFormat.UINT8 if spec.dtype == "uint8" else InputFormat.FLOAT
     _, *rest = spec.shape
-    channels, *sides = (rest[2], *rest[:2]) if kind is InputKind.UINT8 else rest
+    channels, *sides = (rest[2], *rest[:2]) if kind is InputFormat.UINT8 else rest
     known = manifest.preprocessing if manifest is not None else None
     given = size if isinstance(size, ImageSize) else known.size if known else None
     fixed = None
@@ -89,7 +89,7 @@ def feed_of(
         given = fixed = _size_in(size)
     found = _size(described, sides, given)
     count = channels if isinstance(channels, int) else 3
-    inside = kind is InputKind.UINT8
+    inside = kind is InputFormat.UINT8
     made = choose(known, found, count, preprocess=preprocess, exif=exif, inside=inside)
     return Feed(kind, spec.dtype, made, fixed)
 

@@ -19,7 +19,7 @@ from msn_export import images
 from msn_export.errors import ManifestError
 from msn_export.manifest import GoldenRecord
 from msn_export.preprocessing import Preprocessing
-from msn_export.spec import InputKind
+from msn_export.spec import InputFormat
 
 GENERATOR = "numpy.random.PCG64.random_raw, little endian"
 SEED = 2022  # the year of the paper
@@ -31,7 +31,7 @@ def record(
     run: Callable[[NDArray[Any]], Mapping[str, NDArray[Any]]],
     reference: str,
     preprocessing: Preprocessing,
-    stem: InputKind,
+    input_format: InputFormat,
     count: int = COUNT,
 ) -> GoldenRecord:
     """Run the reference on the golden input and keep the first vector of its first output.
@@ -40,12 +40,12 @@ def record(
         run: the reference.
         reference: what it is called.
         preprocessing: what gives the input its size and statistics.
-        stem: what the reference takes.
+        input_format: what the reference takes.
         count: images, where memory does not afford two.
     """
     size = preprocessing.size
     shape = (min(count, COUNT), size.height, size.width, preprocessing.channels)
-    outputs = run(images.model_input(draw(SEED, shape), preprocessing, stem))
+    outputs = run(images.model_input(draw(SEED, shape), preprocessing, input_format))
     name = next(iter(outputs))
     values = vectors(outputs[name])
     return GoldenRecord(
@@ -63,7 +63,7 @@ def with_limit(
     golden: GoldenRecord,
     run: Callable[[NDArray[Any]], Mapping[str, NDArray[Any]]],
     preprocessing: Preprocessing,
-    stem: InputKind,
+    input_format: InputFormat,
     least: float,
 ) -> GoldenRecord:
     """Add what a machine's relative error may be: 1.5 times what the artifact's own is here.
@@ -72,10 +72,10 @@ def with_limit(
         golden: what the reference made.
         run: the artifact.
         preprocessing: see ``record``.
-        stem: what the artifact takes.
+        input_format: what the artifact takes.
         least: the limit is not below this, which was allowed on pictures.
     """
-    have = vectors(np.asarray(run(input_of(golden, preprocessing, stem))[golden.output]))
+    have = vectors(np.asarray(run(input_of(golden, preprocessing, input_format))[golden.output]))
     want = values_of(golden).astype(np.float64)
     error = float(np.linalg.norm(want - have) / np.linalg.norm(want))
     return replace(golden, limit=float(np.maximum(MARGIN * error, least)))
@@ -94,7 +94,9 @@ def vectors(output: NDArray[Any]) -> NDArray[np.float32]:
     return np.ascontiguousarray(rows, np.float32)
 
 
-def input_of(golden: GoldenRecord, preprocessing: Preprocessing, stem: InputKind) -> NDArray[Any]:
+def input_of(
+    golden: GoldenRecord, preprocessing: Preprocessing, input_format: InputFormat
+) -> NDArray[Any]:
     """Draw the golden input again, as the artifact takes it.
 
     Raises:
@@ -108,7 +110,7 @@ def input_of(golden: GoldenRecord, preprocessing: Preprocessing, stem: InputKind
             f"the manifest's golden input ({golden.generator}, {list(golden.shape)}) is none this "
             "version can draw; upgrade msn-export or export the artifact again"
         )
-    return images.model_input(draw(golden.seed, golden.shape), preprocessing, stem)
+    return images.model_input(draw(golden.seed, golden.shape), preprocessing, input_format)
 
 
 def values_of(golden: GoldenRecord) -> NDArray[np.float32]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from msn_export.errors import ImageError
 from msn_export.preprocessing import MODES, RESAMPLING, Preprocessing
-from msn_export.spec import InputKind
+from msn_export.spec import InputFormat
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -214,13 +214,13 @@ def normalize(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArra
 
 
 def model_input(
-    pixels: NDArray[np.uint8], preprocessing: Preprocessing, kind: InputKind
+    pixels: NDArray[np.uint8], preprocessing: Preprocessing, kind: InputFormat
 ) -> NDArray[Any]:
     """Turn bytes [b, h, w, c] into what a model takes: bytes, or planes [b, c, h, w]."""
-    if kind is InputKind.UINT8:
+    if kind is InputFormat.UINT8:
         return pixels
     planes = normalize(pixels, preprocessing)
-    return planes.astype(np.float16) if kind is InputKind.HALF else planes
+    return planes.astype(np.float16) if kind is InputFormat.HALF else planes
 
 
 # a file, a Pillow image, or decoded pixels: uint8 [h, w, 3] in RGB

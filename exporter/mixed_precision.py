@@ -19,14 +19,19 @@ from msn_export.metrics.samples import Sample
 from msn_export.metrics.tolerances import HEADROOM
 from msn_export.runtime.onnxruntime import OrtRunner
 from msn_export.schema import from_plain
-from msn_export.spec import Dtype, InputKind
+from msn_export.spec import Dtype, InputFormat
 
 MEASURED = "measured"
 NONE = "none"
 
 
-def decide(
-    model: ir.Model, choice: str, dtype: Dtype, sample: Sample, stem: InputKind, stage: Path
+def choose_fp32_islands(
+    model: ir.Model,
+    choice: str,
+    dtype: Dtype,
+    sample: Sample,
+    input_format: InputFormat,
+    stage: Path,
 ) -> dict[str, float]:
     """Name the values that stay fp32, each with its largest absolute value over the images.
 
@@ -35,7 +40,7 @@ def decide(
         choice: ``measured``, ``none``, or the path of a JSON object of name to maximum.
         dtype: bf16 has fp32's range: it never needs an island.
         sample: what to measure on.
-        stem: what the graph takes.
+        input_format: what the graph takes.
         stage: a folder for the instrumented graph.
 
     Raises:
@@ -44,11 +49,13 @@ def decide(
     if choice == NONE or dtype is not Dtype.FP16:
         return {}
     if choice == MEASURED:
-        return choose(measure(model, sample, stem, stage), dtype, headroom=HEADROOM)
+        return choose(measure(model, sample, input_format, stage), dtype, headroom=HEADROOM)
     return _read(Path(choice))
 
 
-def measure(model: ir.Model, sample: Sample, stem: InputKind, stage: Path) -> dict[str, float]:
+def measure(
+    model: ir.Model, sample: Sample, input_format: InputFormat, stage: Path
+) -> dict[str, float]:
     """Run the graph over the sample and give each value's largest absolute value."""
     observed = observe(model)
     options = onnxruntime.SessionOptions()
@@ -63,11 +70,11 @@ def measure(model: ir.Model, sample: Sample, stem: InputKind, stage: Path) -> di
     (taken,) = session.get_inputs()
     # a graph of one batch size takes no other: its last batch starts over with the first image
     fixed = taken.shape[0] if isinstance(taken.shape[0], int) else None
-    batch = fixed or min(4, sample.room)
+    batch = fixed or min(4, sample.max_batch)
     peaks = np.zeros(len(observed.names), np.float32)
     for start in range(0, len(sample), batch):
         end = start + batch if fixed else min(start + batch, len(sample))
-        images = sample.feed(range(start, end), stem)
+        images = sample.feed(range(start, end), input_format)
         (maxima,) = session.run(None, {taken.name: images})
         peaks = np.maximum(peaks, maxima)
     return dict(zip(observed.names, (float(peak) for peak in peaks), strict=True))
@@ -90,7 +97,7 @@ def _read(path: Path) -> dict[str, float]:
 
 
 @dataclass(frozen=True, slots=True)
-class Islands:
+class Fp32Islands:
     """What stays fp32: values and weights with their largest absolute value, and the nodes.
 
     A value that was named and not measured has infinity.
@@ -100,18 +107,25 @@ class Islands:
     nodes: tuple[str, ...] = ()
 
 
-def type_as(
-    model: ir.Model, dtype: Dtype, choice: str, sample: Sample, stem: InputKind, stage: Path
-) -> Islands:
+def convert(
+    model: ir.Model,
+    dtype: Dtype,
+    choice: str,
+    sample: Sample,
+    input_format: InputFormat,
+    stage: Path,
+) -> Fp32Islands:
     """Type an fp32 graph in place; ``choice`` is ``measured``, ``none`` or an islands file.
 
     Raises:
         GraphError: the islands file does not fit, or the graph cannot be typed.
     """
-    measured = decide(model, choice, dtype, sample, stem, stage)
+    measured = choose_fp32_islands(model, choice, dtype, sample, input_format, stage)
     typed = type_graph(model, dtype, measured)
     peaks = {**measured, **typed.weights}
-    return Islands({name: peaks.get(name, math.inf) for name in typed.islands}, typed.fp32_nodes)
+    return Fp32Islands(
+        {name: peaks.get(name, math.inf) for name in typed.islands}, typed.fp32_nodes
+    )
 
 
 def cpu_runner(path: Path, dtype: Dtype, stage: Path) -> OrtRunner:

@@ -45,7 +45,7 @@ _OUTPUT_NAMES = {
 }
 
 
-class InputKind(StrEnum):
+class InputFormat(StrEnum):
     """What a graph takes: normalised floats as planes, or the bytes a decoder gives.
 
     The values are ONNX's names of the types. HALF is read in graphs of other tools, never written.
@@ -58,7 +58,7 @@ class InputKind(StrEnum):
     @property
     def tensor(self) -> str:
         """The name of the input tensor."""
-        return "images" if self is InputKind.UINT8 else "pixel_values"
+        return "images" if self is InputFormat.UINT8 else "pixel_values"
 
     @classmethod
     def of(cls, dtype: str) -> Self:

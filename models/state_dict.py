@@ -206,14 +206,14 @@ def canonical(key: str) -> str | None:
     key = bare(key).replace("self_attention.in_proj_", "self_attention.in_proj.")
     if _OUTSIDE.get(key) in _PARAMETERS:
         return _OUTSIDE[key]
-    stem, _, leaf = key.rpartition(".")
+    input_format, _, leaf = key.rpartition(".")
     if leaf not in {"weight", "bias"}:
         return None
-    match = _BLOCK.fullmatch(stem)
+    match = _BLOCK.fullmatch(input_format)
     if match is not None:
         inside = _INSIDE.get(match[2])
         return None if inside is None else f"blocks.{int(match[1])}.{inside}.{leaf}"
-    outside = _OUTSIDE.get(stem)
+    outside = _OUTSIDE.get(input_format)
     return None if outside is None or outside in _PARAMETERS else f"{outside}.{leaf}"
 
 

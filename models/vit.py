@@ -139,7 +139,7 @@ class Mlp(nn.Module):
         return out
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """A pre-norm transformer block."""
 
     def __init__(self, config: VitConfig, kind: AttentionKind) -> None:
@@ -190,7 +190,9 @@ class VitMsn(nn.Module):
         self.patch = nn.Conv2d(config.channels, config.dim, config.patch_size, config.patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, config.tokens, config.dim))
-        self.blocks = nn.ModuleList(Block(config, attention) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(
+            TransformerBlock(config, attention) for _ in range(config.depth)
+        )
         norm = nn.LayerNorm(config.dim, eps=config.eps)
         self.norm = norm if config.pooling == "cls" else None
         self.fc_norm = norm if config.pooling == "patches" else None

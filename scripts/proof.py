@@ -34,7 +34,7 @@ from msn_export.commands.calibrate import CalibrateJob, run_calibrate
 from msn_export.commands.drift import DriftJob, run_drift
 from msn_export.commands.onnx import OnnxJob, run_onnx
 from msn_export.commands.validate import ValidateJob, run_validate
-from msn_export.spec import Dtype, InputKind, Target
+from msn_export.spec import Dtype, InputFormat, Target
 
 PROOF, CURVE = Path("docs/proof.md"), Path("docs/images/proof.svg")
 WANTED = (0.5, 1.0, 2.0, 4.0, 16.0)
@@ -104,11 +104,11 @@ def clean(subject: Subject, dtype: Dtype, stage: Path) -> Iterator[Path]:
             )  # fmt: skip
             yield run_calibrate(job)[0]
         return
-    ways = (Target.TENSORRT, InputKind.FLOAT), (Target.ONNXRUNTIME, InputKind.UINT8)
-    for target, stem in ways:
+    ways = (Target.TENSORRT, InputFormat.FLOAT), (Target.ONNXRUNTIME, InputFormat.UINT8)
+    for target, input_format in ways:
         job = OnnxJob(
             str(subject.checkpoint), path, heads=subject.heads, dtype=dtype, target=target,
-            stem=stem, images=subject.checked, batch=BATCH, force=True,
+            input_format=input_format, images=subject.checked, batch=BATCH, force=True,
         )  # fmt: skip
         yield run_onnx(job)[0]
 

@@ -14,7 +14,7 @@ from quantization_bench import FORMS, Bench, row
 from msn_export.calibration.observers import Observer
 from msn_export.calibration.plan import Plan
 from msn_export.calibration.qdq import FORMATS, Scheme
-from msn_export.calibration.search import PROBED, STRENGTHS, Probe, smooth
+from msn_export.calibration.search import PROBED, STRENGTHS, SensitivitySample, smooth
 from msn_export.graph import io
 from msn_export.spec import Dtype
 
@@ -50,7 +50,7 @@ def left(graph: Path, form: Dtype) -> list[list[float]]:
         plan = Plan.of(model, Scheme(FORMATS[form], Dtype.FP16), attention=False)
         with tempfile.TemporaryDirectory() as stage:
             names = [str(index) for index in range(at, at + PROBED)]
-            probe = Probe.of(plan.model, planes[at : at + PROBED], names, Path(stage))
+            probe = SensitivitySample.of(plan.model, planes[at : at + PROBED], names, Path(stage))
             errors = smooth(plan, None, probe, Observer.MSE)[1].errors or {}
         shares.append([errors[f"{strength:g}"] / errors["off"] for strength in STRENGTHS])
         print(graph.name, form, shares[-1], flush=True)

@@ -21,7 +21,7 @@ from msn_export.commands import trt
 from msn_export.compare import sides
 from msn_export.host import Driver, NoDriver, find_driver
 from msn_export.runtime import opening
-from msn_export.runtime.versions import Loaded
+from msn_export.runtime.versions import LoadedTensorRT
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="msn-export-artifacts-")
 TARGET = ("--backend", "tensorrt-rtx", "--compute-capability", "8.9")
@@ -71,7 +71,9 @@ def pretend(
     """Have a stand-in GPU and TensorRT found on this machine."""
     cuda, recorder = CudaStandIn(), Recorder()
     module = tensorrt_stand_in(cuda, contexts, network, compute)
-    loaded = Loaded(recorder.tensorrt(module), ROWS[contexts], version or module.__version__)
+    loaded = LoadedTensorRT(
+        recorder.tensorrt(module), ROWS[contexts], version or module.__version__
+    )
     wrapped = recorder.cuda(cuda)
     monkeypatch.setattr(opening, "find_driver", lambda: one_device(DEVICE))
     for module in (trt, sides):

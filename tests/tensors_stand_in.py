@@ -13,7 +13,7 @@ import numpy as np
 from cuda_stand_in import CudaStandIn, Memory
 
 from msn_export.runtime import dlpack
-from msn_export.runtime.dtypes import OF_NUMPY, Element
+from msn_export.runtime.dtypes import OF_NUMPY, TensorType
 
 NAME = "tensors_stand_in_module"
 
@@ -96,7 +96,12 @@ class _Tensor:
     steps: tuple[int, ...]
 
     def __init__(
-        self, library: Library, pointer: int, shape: tuple[int, ...], element: Element, owner: Any
+        self,
+        library: Library,
+        pointer: int,
+        shape: tuple[int, ...],
+        element: TensorType,
+        owner: Any,
     ) -> None:
         self.library, self.pointer, self.shape = library, pointer, tuple(shape)
         self.element, self.owner = element, owner

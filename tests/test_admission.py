@@ -19,8 +19,8 @@ from msn_export.errors import EngineFileError, ManifestError, RunnerError
 from msn_export.host import Device, Driver
 from msn_export.manifest import EngineRecord, SourceRecord, manifest_path, sha256_of
 from msn_export.runtime import open_runner, opening
-from msn_export.runtime.opening import Admitted, admit_engine, rebuild
-from msn_export.runtime.versions import Loaded
+from msn_export.runtime.opening import VerifiedEngine, rebuild, verify_engine_file
+from msn_export.runtime.versions import LoadedTensorRT
 from msn_export.schema import from_plain, to_plain
 from msn_export.spec import ComputeCapability, Dtype
 
@@ -146,7 +146,7 @@ def test_a_gpu_that_no_engine_claims_is_tried_where_that_is_asked_for(
         monkeypatch.setenv("MSN_EXPORT_ANY_GPU", asked)
     claimed = tuple(ComputeCapability(*pair) for pair in ((8, 0), (8, 9), (12, 1)))
     header = EngineHeader("tensorrt-rtx", "1.6.1.120", 1, claimed, later)
-    engine = Admitted(Path("m.engine"), b"", header, None)
+    engine = VerifiedEngine(Path("m.engine"), b"", header, None)
     assert engine.is_for(HOPPER) == (later and asked == "1")
     assert engine.is_for(ADA)
     assert engine.is_for(replace(ADA, capability=ComputeCapability(13, 0))) == later
@@ -172,7 +172,7 @@ def test_the_first_gpu_that_fits_is_taken(monkeypatch) -> None:
         open_runner(engine(), device=2)
 
 
-def _with_version(loaded: Loaded, version: str):
+def _with_version(loaded: LoadedTensorRT, version: str):
     return lambda _backend, compatible: replace(loaded, version=version)
 
 
@@ -205,7 +205,7 @@ def test_an_engine_of_full_tensorrt_is_for_the_gpus_its_manifest_names(
         known, sha256=sha256_of(path), bytes=path.stat().st_size, engine=replace(ampere, later=True)
     )
     manifest_path(path).write_text(manifests.seal(described))
-    assert admit_engine(path, trust=False).is_for(HOPPER)
+    assert verify_engine_file(path, trust=False).is_for(HOPPER)
     rewrite(path, engine=ampere)
     found(monkeypatch, one_device(HOPPER))
     with pytest.raises(

@@ -28,7 +28,7 @@ from msn_export.metrics.samples import Sample, draw
 from msn_export.metrics.tolerances import MARGIN
 from msn_export.mixed_precision import cpu_runner
 from msn_export.runtime.onnxruntime import OrtRunner
-from msn_export.spec import AttentionForm, Dtype, Head, InputKind, Target
+from msn_export.spec import AttentionForm, Dtype, Head, InputFormat, Target
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +82,9 @@ def reference(export, sample) -> Reference:
         return run_reference(runner, sample)
 
 
-def errors(runner, reference: Reference, stem: InputKind) -> dict[str, float]:
+def errors(runner, reference: Reference, input_format: InputFormat) -> dict[str, float]:
     with runner:
-        outputs = verify(runner, reference, stem, (3,)).outputs
+        outputs = verify(runner, reference, input_format, (3,)).outputs
     return {name: agreement.relative for name, agreement in outputs.items()}
 
 
@@ -97,30 +97,32 @@ def errors(runner, reference: Reference, stem: InputKind) -> dict[str, float]:
      ("fp32-ort", Target.ONNXRUNTIME, AttentionForm.PACKED),
      ("fp32-17", Target.TENSORRT_8, AttentionForm.PLAIN)],
 )  # fmt: skip
-@pytest.mark.parametrize("stem", [InputKind.FLOAT, InputKind.UINT8])
+@pytest.mark.parametrize("input_format", [InputFormat.FLOAT, InputFormat.UINT8])
 def test_the_reference_is_the_same_function_in_every_form_and_input(
-    name, target, form, stem, export, reference, sample, tmp_path
+    name, target, form, input_format, export, reference, sample, tmp_path
 ) -> None:
     graph = io.load(export(name, target=target))
     assert attention_form(graph) is form
     for wanted in AttentionForm:
-        written = baseline.write_like(graph, stem, sample.preprocessing, wanted)
+        written = baseline.write_like(graph, input_format, sample.preprocessing, wanted)
         assert attention_form(written) is wanted
-        runner = baseline.open_typed(written, Dtype.FP32, sample, stem, tmp_path)
-        assert max(errors(runner, reference, stem).values()) < 3e-6
+        runner = baseline.open_typed(written, Dtype.FP32, sample, input_format, tmp_path)
+        assert max(errors(runner, reference, input_format).values()) < 3e-6
 
 
 def test_a_graph_of_bytes_is_written_for_floats(export, reference, sample, tmp_path) -> None:
-    graph = io.load(export("bytes", stem=InputKind.UINT8))
-    written = baseline.write_like(graph, InputKind.FLOAT, sample.preprocessing, AttentionForm.HEADS)
-    runner = baseline.open_typed(written, Dtype.FP32, sample, InputKind.FLOAT, tmp_path)
-    assert max(errors(runner, reference, InputKind.FLOAT).values()) < 3e-6
+    graph = io.load(export("bytes", input_format=InputFormat.UINT8))
+    written = baseline.write_like(
+        graph, InputFormat.FLOAT, sample.preprocessing, AttentionForm.HEADS
+    )
+    runner = baseline.open_typed(written, Dtype.FP32, sample, InputFormat.FLOAT, tmp_path)
+    assert max(errors(runner, reference, InputFormat.FLOAT).values()) < 3e-6
 
 
 def test_the_graph_that_is_given_stays_as_it_is(export, sample) -> None:
     graph = io.load(export("fp32"))
     before = [node.op_type for node in graph.graph]
-    baseline.write_like(graph, InputKind.UINT8, sample.preprocessing, AttentionForm.PLAIN)
+    baseline.write_like(graph, InputFormat.UINT8, sample.preprocessing, AttentionForm.PLAIN)
     assert [node.op_type for node in graph.graph] == before
 
 
@@ -132,17 +134,17 @@ def test_typing_costs_the_reference_what_it_costs_the_candidate(
     dtype, export, reference, sample, tmp_path
 ) -> None:
     candidate = export(str(dtype), dtype=dtype)
-    have = errors(cpu_runner(candidate, dtype, tmp_path), reference, InputKind.FLOAT)
+    have = errors(cpu_runner(candidate, dtype, tmp_path), reference, InputFormat.FLOAT)
     form = attention_form(io.load(candidate))
     written = baseline.write_like(
-        io.load(export("fp32")), InputKind.FLOAT, sample.preprocessing, form
+        io.load(export("fp32")), InputFormat.FLOAT, sample.preprocessing, form
     )
-    runner = baseline.open_typed(written.clone(), dtype, sample, InputKind.FLOAT, tmp_path)
+    runner = baseline.open_typed(written.clone(), dtype, sample, InputFormat.FLOAT, tmp_path)
     assert str(dtype) in runner.name
-    want = errors(runner, reference, InputKind.FLOAT)
+    want = errors(runner, reference, InputFormat.FLOAT)
     assert have == pytest.approx(want, rel=0.05)
-    rounded = baseline.open_rounded(written, dtype, sample, InputKind.FLOAT, tmp_path)
-    for name, cost in errors(rounded, reference, InputKind.FLOAT).items():
+    rounded = baseline.open_rounded(written, dtype, sample, InputFormat.FLOAT, tmp_path)
+    for name, cost in errors(rounded, reference, InputFormat.FLOAT).items():
         assert have[name] / 2.5 < cost < have[name] * 2.5
 
 
@@ -158,13 +160,13 @@ def test_eight_bits_cost_the_reference_what_they_cost_the_candidate(
     candidate = quantised("int8-" + "-".join(map(str, options.values())), **options)
     graph = io.load(candidate)
     io.infer_shapes(graph)
-    have = errors(cpu_runner(candidate, Dtype.INT8, tmp_path), reference, InputKind.FLOAT)
+    have = errors(cpu_runner(candidate, Dtype.INT8, tmp_path), reference, InputFormat.FLOAT)
     written = baseline.write_like(
-        io.load(export("fp32")), InputKind.FLOAT, sample.preprocessing,
+        io.load(export("fp32")), InputFormat.FLOAT, sample.preprocessing,
         attention_form(graph),
     )  # fmt: skip
-    (runner,) = baseline.open_quantised(written, graph, sample, InputKind.FLOAT, tmp_path)
-    assert have == pytest.approx(errors(runner, reference, InputKind.FLOAT), rel=0.05)
+    (runner,) = baseline.open_quantised(written, graph, sample, InputFormat.FLOAT, tmp_path)
+    assert have == pytest.approx(errors(runner, reference, InputFormat.FLOAT), rel=0.05)
 
 
 def test_no_fault_of_the_candidate_is_in_its_baseline(
@@ -176,15 +178,15 @@ def test_no_fault_of_the_candidate_is_in_its_baseline(
     faults.edit(faulty, "pos_embed", lambda table: table[:, ::-1])
     io.infer_shapes(faulty)
     written = baseline.write_like(
-        io.load(export("fp32")), InputKind.FLOAT, sample.preprocessing, AttentionForm.PACKED
+        io.load(export("fp32")), InputFormat.FLOAT, sample.preprocessing, AttentionForm.PACKED
     )
     sound = io.load(candidate)
     io.infer_shapes(sound)
     costs = [
         errors(
-            *baseline.open_quantised(written.clone(), graph, sample, InputKind.FLOAT, tmp_path),
+            *baseline.open_quantised(written.clone(), graph, sample, InputFormat.FLOAT, tmp_path),
             reference,
-            InputKind.FLOAT,
+            InputFormat.FLOAT,
         )
         for graph in (sound, faulty)
     ]
@@ -204,7 +206,7 @@ def test_a_fault_that_hides_the_structure_leaves_the_baseline_as_it_is(
     with pytest.raises(GraphError):
         find_projections(widen(faulty))
     written = baseline.write_like(
-        io.load(export("fp32")), InputKind.FLOAT, sample.preprocessing, AttentionForm.PACKED
+        io.load(export("fp32")), InputFormat.FLOAT, sample.preprocessing, AttentionForm.PACKED
     )
     made = [
         quantise_like.quantise_like(written, candidate, Dtype.FP32).graph.initializers
@@ -222,7 +224,7 @@ def test_ranges_of_the_images_stand_in_for_the_candidates(
     graph = io.load(quantised("int8-" + "-".join(map(str, options.values())), **options))
     io.infer_shapes(graph)
     written = baseline.write_like(
-        io.load(export("fp32")), InputKind.FLOAT, sample.preprocessing,
+        io.load(export("fp32")), InputFormat.FLOAT, sample.preprocessing,
         attention_form(graph),
     )  # fmt: skip
     narrow = graph.clone()
@@ -231,10 +233,10 @@ def test_ranges_of_the_images_stand_in_for_the_candidates(
 
     def costs(candidate: ir.Model, observer: Observer) -> list[float]:
         runners = baseline.open_quantised(
-            written.clone(), candidate, sample, InputKind.FLOAT, tmp_path, observer
+            written.clone(), candidate, sample, InputFormat.FLOAT, tmp_path, observer
         )
         assert f"with ranges of 6 of the images by {observer}, in" in runners[1].name
-        return [max(errors(runner, reference, InputKind.FLOAT).values()) for runner in runners]
+        return [max(errors(runner, reference, InputFormat.FLOAT).values()) for runner in runners]
 
     (sound, again), (wrong, same) = costs(graph, Observer.MSE), costs(narrow, Observer.MSE)
     assert again / 1.5 < sound < again * 1.5
@@ -248,10 +250,10 @@ def test_ranges_of_the_images_stand_in_for_the_candidates(
 
 def test_what_the_precision_costs_becomes_the_limit(export, reference, sample, tmp_path) -> None:
     written = baseline.write_like(
-        io.load(export("fp32")), InputKind.FLOAT, sample.preprocessing, AttentionForm.HEADS
+        io.load(export("fp32")), InputFormat.FLOAT, sample.preprocessing, AttentionForm.HEADS
     )
-    with baseline.open_typed(written, Dtype.FP16, sample, InputKind.FLOAT, tmp_path) as runner:
-        limited = baseline.add_baseline(reference, runner, InputKind.FLOAT)
+    with baseline.open_typed(written, Dtype.FP16, sample, InputFormat.FLOAT, tmp_path) as runner:
+        limited = baseline.add_baseline(reference, runner, InputFormat.FLOAT)
         assert limited.limits_from == f"1.5 times the errors of {runner.name}"
     for name, cost in limited.baseline.items():
         assert limited.limit(name).errors.relative == pytest.approx(MARGIN * cost.relative)
@@ -266,7 +268,7 @@ def test_weights_of_one_scale_have_no_baseline(quantised, export, sample) -> Non
     scale.const_value = ir.tensor(scale.const_value.numpy()[:1], name=scale.name)
     scale.shape = ir.Shape([1])
     written = baseline.write_like(
-        io.load(export("fp32")), InputKind.FLOAT, sample.preprocessing, AttentionForm.PACKED
+        io.load(export("fp32")), InputFormat.FLOAT, sample.preprocessing, AttentionForm.PACKED
     )
     with pytest.raises(GraphError):
         quantise_like.quantise_like(written, graph, Dtype.FP32)

@@ -20,7 +20,7 @@ from onnx import numpy_helper
 
 from msn_export.engine import build as subject
 from msn_export.engine.build import build_engine
-from msn_export.engine.options import Progress
+from msn_export.engine.options import BuildStep
 from msn_export.engine.versions import Backend
 from msn_export.errors import BuildError, OutputError
 from msn_export.spec import ComputeCapability, Targets
@@ -29,7 +29,7 @@ DEEP = Vit(depth=24)  # long enough to be interrupted
 
 
 def test_result_tells_what_was_built(tmp_path: Path) -> None:
-    seen: list[Progress] = []
+    seen: list[BuildStep] = []
     engine, log = tmp_path / "vit.engine", tmp_path / "vit.log"
     result = build_engine(spec_of(Vit()), rtx(), engine, log, seen.append)
     assert result.bytes == engine.stat().st_size > 1_000_000
@@ -42,7 +42,7 @@ def test_result_tells_what_was_built(tmp_path: Path) -> None:
     fractions = [progress.fraction for progress in seen]
     assert fractions == sorted(fractions)
     assert fractions[0] == 0
-    assert seen[-1] == Progress("done", 1, 1, 1.0)
+    assert seen[-1] == BuildStep("done", 1, 1, 1.0)
     assert len({progress.phase for progress in seen}) > 5
 
 
@@ -204,7 +204,7 @@ def test_a_memory_limit_ends_the_build(tmp_path: Path) -> None:
 
 
 def test_an_error_in_the_progress_display_ends_the_build(tmp_path: Path) -> None:
-    def interrupt(_progress: Progress) -> None:
+    def interrupt(_progress: BuildStep) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

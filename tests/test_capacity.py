@@ -24,27 +24,27 @@ from msn_export.errors import ClusterError, SpecError
     ],
 )
 def test_actors_never_take_what_the_readers_need(nodes, wanted) -> None:
-    crew = crew_of(nodes, needs_gpu=None, actors=None)
-    assert str(crew) == wanted
-    assert crew.readers >= 1
+    layout = crew_of(nodes, needs_gpu=None, actors=None)
+    assert str(layout) == wanted
+    assert layout.readers >= 1
 
 
 @pytest.mark.parametrize("cpus", range(1, 130))
 def test_a_machine_is_never_promised_twice(cpus) -> None:
-    crew = crew_of([Node(cpus)], needs_gpu=False, actors=None)
-    assert 1 <= crew.cpus <= 4
-    assert crew.actors * crew.cpus <= max(1, cpus - 1)
-    assert crew.actors * crew.cpus + crew.readers >= cpus  # and none of it stands idle
+    layout = crew_of([Node(cpus)], needs_gpu=False, actors=None)
+    assert 1 <= layout.cpus <= 4
+    assert layout.actors * layout.cpus <= max(1, cpus - 1)
+    assert layout.actors * layout.cpus + layout.readers >= cpus  # and none of it stands idle
 
 
 def test_fewer_actors_leave_more_readers() -> None:
-    crew = crew_of([Node(16)], needs_gpu=False, actors=2)
-    assert (crew.actors, crew.cpus, crew.readers) == (2, 3, 10)
+    layout = crew_of([Node(16)], needs_gpu=False, actors=2)
+    assert (layout.actors, layout.cpus, layout.readers) == (2, 3, 10)
 
 
 def test_the_cpu_may_be_asked_for_where_there_are_gpus() -> None:
-    crew = crew_of([Node(16, gpus=1)], needs_gpu=False, actors=None)
-    assert (crew.gpus, crew.cpus) == (0, 3)
+    layout = crew_of([Node(16, gpus=1)], needs_gpu=False, actors=None)
+    assert (layout.gpus, layout.cpus) == (0, 3)
 
 
 def test_what_there_is_no_room_for_is_refused() -> None:

@@ -6,7 +6,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from msn_export.engine.compile import Heard, compile_engine
+from msn_export.engine.compile import BuilderLog, compile_engine
 from msn_export.engine.options import BuildSpec
 from msn_export.engine.versions import flavour_for
 from msn_export.errors import BuildError
@@ -41,7 +41,7 @@ def compile_with(trt: MagicMock, version: str, **options: object) -> tuple[objec
     row = flavour_for("tensorrt", version)
     assert row is not None
     spec = BuildSpec(Path("x.onnx"), (BatchRange(),), **options)
-    done = compile_engine(trt, row, spec, MagicMock(), Heard(), lambda _progress: True)
+    done = compile_engine(trt, row, spec, MagicMock(), BuilderLog(), lambda _progress: True)
     return done, trt.Builder.return_value.create_builder_config.return_value
 
 

@@ -13,7 +13,7 @@ from installed import install
 from msn_export.cli import main
 from msn_export.commands.doctor import ABILITIES, COMPILER, Finding, find_faults, judge
 from msn_export.commands.installed import (
-    Probe,
+    ImportProbe,
     Wanted,
     module_of,
     modules_of,
@@ -102,7 +102,7 @@ RTX = Wanted("tensorrt-rtx", ">=1.5", ("rtx",), "1.7.1", module="tensorrt_rtx")
 
 
 def faults(package, *, fault=None, found=NO_DRIVER, providers=None):
-    probes = {package.module: Probe(package.module, fault, "")}
+    probes = {package.module: ImportProbe(package.module, fault, "")}
     return find_faults([package], probes, found, providers or {})
 
 

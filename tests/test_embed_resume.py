@@ -11,7 +11,7 @@ import pytest
 from embeds import BROKEN, COUNT, embed
 from tiny_artifacts import classifier, pictures
 
-from msn_export.embed.local import Local
+from msn_export.embed.local import LocalExecutor
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_resume_with_nothing_to_resume_starts(model, folder, tmp_path) -> None:
 
 
 def test_rows_that_did_not_come_back_are_no_output(model, folder, tmp_path, monkeypatch) -> None:
-    made = Local.rows
+    made = LocalExecutor.rows
 
     def without_the_second(self, *arguments):
         for start, rows in made(self, *arguments):
@@ -151,7 +151,7 @@ def test_rows_that_did_not_come_back_are_no_output(model, folder, tmp_path, monk
                 yield start, rows
 
     with monkeypatch.context() as losing:
-        losing.setattr(Local, "rows", without_the_second)
+        losing.setattr(LocalExecutor, "rows", without_the_second)
         result = embed(model, folder, tmp_path / "out.npy")
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1] == (

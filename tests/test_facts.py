@@ -2,12 +2,12 @@
 
 from graphs import parse
 
-from msn_export.graph.summary import GraphFacts
+from msn_export.graph.summary import GraphSummary
 from msn_export.spec import TensorSpec
 
 
 def test_tensors_operators_and_opset_are_read_off() -> None:
-    facts = GraphFacts.of(
+    facts = GraphSummary.of(
         parse("""
         g (float[b,3] x, uint8[2] bytes) => (float[b,3] y)
         {

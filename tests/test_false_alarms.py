@@ -18,13 +18,13 @@ from engine_builds import NEEDS_RTX
 from PIL import Image
 from safetensors.torch import save_file
 
-from msn_export.errors import ToleranceError
-from msn_export.models.config import VARIANTS
-from msn_export.models.vit import VitMsn
 from msn_export.commands.calibrate import CalibrateJob, run_calibrate
 from msn_export.commands.onnx import OnnxJob, run_onnx
 from msn_export.commands.trt import TrtJob, run_trt
 from msn_export.commands.validate import ValidateJob, run_validate
+from msn_export.errors import ToleranceError
+from msn_export.models.config import VARIANTS
+from msn_export.models.vit import VitMsn
 from msn_export.spec import BatchRange, ComputeCapability, Dtype, Head, InputFormat, Target
 
 SEED, DRAWN = 0, 3
@@ -203,8 +203,8 @@ class Models:
             )
             return run_calibrate(asked)[0]
         job = OnnxJob(
-            self.checkpoint(case), output, heads=(case.head,), input_format=case.input_format, dtype=case.dtype,
-            target=case.target, images=self.images, batch=BATCH,
+            self.checkpoint(case), output, heads=(case.head,), input_format=case.input_format,
+            dtype=case.dtype, target=case.target, images=self.images, batch=BATCH,
         )  # fmt: skip
         return run_onnx(job)[0]
 

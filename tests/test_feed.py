@@ -7,7 +7,7 @@ from msn_export import images
 from msn_export.errors import GraphError, SpecError
 from msn_export.feed import feed_of
 from msn_export.preprocessing import preset
-from msn_export.spec import ImageSize, InputKind, TensorSpec
+from msn_export.spec import ImageSize, InputFormat, TensorSpec
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), dtype=np.uint8)
 
@@ -19,7 +19,7 @@ def spec(dtype: str, *shape: int | str) -> tuple[TensorSpec, ...]:
 def test_planes_are_normalised_and_typed_as_the_graph_is() -> None:
     for dtype, kind in (("float", np.float32), ("float16", np.float16)):
         feed = feed_of("m", spec(dtype, "b", 3, 32, 48), None)
-        assert feed.kind is InputKind.FLOAT
+        assert feed.kind is InputFormat.FLOAT
         wanted = images.normalize(PIXELS, preset("hf", ImageSize(32, 48))).astype(kind)
         np.testing.assert_array_equal(feed(PIXELS), wanted)
         assert feed(PIXELS).dtype == kind

@@ -39,7 +39,7 @@ from msn_export.cli import main
 from msn_export.graph import io
 from msn_export.graph.foreign import FORMS
 from msn_export.graph.fuse import fuse_attention
-from msn_export.spec import AttentionForm, Dtype, ImageSize, InputKind
+from msn_export.spec import AttentionForm, Dtype, ImageSize, InputFormat
 
 Writer = Callable[[Path], Path]
 
@@ -300,7 +300,7 @@ def test_a_size_that_was_dynamic_is_told(tmp_path) -> None:
 
 def test_a_float16_input_is_fed_halves(tmp_path) -> None:
     source = read_source(half(tmp_path / "m.onnx"))
-    assert (source.stem, source.dtype) == (InputKind.HALF, Dtype.FP16)
+    assert (source.input_format, source.dtype) == (InputFormat.HALF, Dtype.FP16)
 
 
 def test_a_model_without_attention_is_refused(tmp_path) -> None:

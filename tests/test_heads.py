@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from graphs import op_types, parse, random_feeds, run
 
-from msn_export.graph.fuse import set_heads_apart
+from msn_export.graph.fuse import attention_3d_to_4d
 
 SEPARATE = """
 g (float[b,5,8] q, float[b,7,8] k, float[b,7,8] v) => (float[b,5,8] y)
@@ -33,7 +33,7 @@ def test_heads_are_set_apart_and_the_numbers_stay(text, ops) -> None:
     model = parse(text)
     feeds = random_feeds(model)
     before = run(model, feeds)
-    set_heads_apart(model)
+    attention_3d_to_4d(model)
     assert op_types(model) == ops
     np.testing.assert_allclose(run(model, feeds), before, rtol=1e-6, atol=1e-7)
 
@@ -56,5 +56,5 @@ def test_heads_are_set_apart_and_the_numbers_stay(text, ops) -> None:
 )
 def test_what_cannot_be_set_apart_is_left(text) -> None:
     model = parse(text)
-    set_heads_apart(model)
+    attention_3d_to_4d(model)
     assert op_types(model) == ["Attention"]

@@ -12,9 +12,9 @@ from msn_export.errors import GraphError
 from msn_export.graph.fp32_islands import MAXIMA, choose, observe
 from msn_export.metrics.samples import Sample
 from msn_export.metrics.tolerances import HEADROOM
-from msn_export.mixed_precision import decide, measure
+from msn_export.mixed_precision import choose_fp32_islands, measure
 from msn_export.preprocessing import preset
-from msn_export.spec import Dtype, ImageSize, InputKind
+from msn_export.spec import Dtype, ImageSize, InputFormat
 
 MODEL = """
 g (float[b,3,2,2] x) => (float[b,3,2,2] y) <float gain = {30000.0}>
@@ -52,10 +52,10 @@ def test_every_value_of_an_untyped_graph_is_observed() -> None:
 
 
 def test_maxima_are_the_largest_over_all_batches(sample, tmp_path) -> None:
-    x = sample.feed(range(3), InputKind.FLOAT)
-    for room in (1, 2, 8):
-        some = replace(sample, room=room)
-        peaks = measure(parse(MODEL), some, InputKind.FLOAT, tmp_path)
+    x = sample.feed(range(3), InputFormat.FLOAT)
+    for max_batch in (1, 2, 8):
+        some = replace(sample, max_batch=max_batch)
+        peaks = measure(parse(MODEL), some, InputFormat.FLOAT, tmp_path)
         assert peaks == {"big": np.abs(x * np.float32(30000)).max(), "y": 1.0}
     assert list(tmp_path.iterdir()) == []
 
@@ -64,8 +64,8 @@ def test_maxima_are_the_largest_over_all_batches(sample, tmp_path) -> None:
 def test_a_graph_of_one_batch_size_is_measured_at_it(sample, tmp_path, batch) -> None:
     """Two do not divide three images, five are more than there are."""
     fixed = parse(MODEL.replace("float[b,", f"float[{batch},"))
-    peaks = measure(fixed, sample, InputKind.FLOAT, tmp_path)
-    assert peaks == measure(parse(MODEL), sample, InputKind.FLOAT, tmp_path)
+    peaks = measure(fixed, sample, InputFormat.FLOAT, tmp_path)
+    assert peaks == measure(parse(MODEL), sample, InputFormat.FLOAT, tmp_path)
 
 
 def test_what_comes_within_the_headroom_of_overflow_stays_fp32() -> None:
@@ -77,13 +77,18 @@ def test_what_comes_within_the_headroom_of_overflow_stays_fp32() -> None:
 
 def test_none_and_bf16_have_no_islands(sample, tmp_path) -> None:
     for choice, dtype in (("none", Dtype.FP16), ("measured", Dtype.BF16)):
-        assert decide(parse(MODEL), choice, dtype, sample, InputKind.FLOAT, tmp_path) == {}
+        assert (
+            choose_fp32_islands(parse(MODEL), choice, dtype, sample, InputFormat.FLOAT, tmp_path)
+            == {}
+        )
 
 
 def test_islands_come_from_a_file(sample, tmp_path) -> None:
     path = tmp_path / "islands.json"
     path.write_text(json.dumps({"big": 70000, "weight": None}))  # as a manifest has them
-    chosen = decide(parse(MODEL), str(path), Dtype.FP16, sample, InputKind.FLOAT, tmp_path)
+    chosen = choose_fp32_islands(
+        parse(MODEL), str(path), Dtype.FP16, sample, InputFormat.FLOAT, tmp_path
+    )
     assert chosen == {"big": 70000.0, "weight": math.inf}
 
 
@@ -103,4 +108,6 @@ def test_a_bad_islands_file_is_named(text, message, sample, tmp_path) -> None:
     if text is not None:
         path.write_text(text)
     with pytest.raises(GraphError, match=f"islands file .*islands.json {message}"):
-        decide(parse(MODEL), str(path), Dtype.FP16, sample, InputKind.FLOAT, tmp_path)
+        choose_fp32_islands(
+            parse(MODEL), str(path), Dtype.FP16, sample, InputFormat.FLOAT, tmp_path
+        )

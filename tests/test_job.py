@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msn_export.engine.options import BuildSpec, Phases, Progress
+from msn_export.engine.options import BuildSpec, BuildStep, Phases
 from msn_export.errors import SpecError
 from msn_export.spec import BatchRange, ComputeCapability, Dtype
 
@@ -80,12 +80,12 @@ def test_nested_phases_are_one_fraction() -> None:
     phases = Phases()
     phases.start("build", None, 2)
     phases.start("optimise", "build", 4)
-    assert phases.step("optimise", 1) == Progress("optimise", 2, 4, 0.25)
+    assert phases.step("optimise", 1) == BuildStep("optimise", 2, 4, 0.25)
     phases.finish("optimise")
-    assert phases.step("build", 0) == Progress("build", 1, 2, 0.5)
-    assert phases.start("optimise", "build", 4) == Progress("optimise", 0, 4, 0.5)
+    assert phases.step("build", 0) == BuildStep("build", 1, 2, 0.5)
+    assert phases.start("optimise", "build", 4) == BuildStep("optimise", 0, 4, 0.5)
     assert phases.step("unheard of", 0) is None
-    assert phases.step("build", 7) == Progress("build", 2, 2, 1.0)
+    assert phases.step("build", 7) == BuildStep("build", 2, 2, 1.0)
 
 
 def test_fraction_never_goes_back() -> None:

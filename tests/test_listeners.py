@@ -8,8 +8,8 @@ import pytest
 from engine_builds import rtx
 
 from msn_export.engine import compile
-from msn_export.engine.compile import Heard, make_log, make_monitor
-from msn_export.engine.options import Progress
+from msn_export.engine.compile import BuilderLog, make_log, make_monitor
+from msn_export.engine.options import BuildStep
 
 # What the real module's classes are to their subclasses: bases with an __init__
 TRT = SimpleNamespace(
@@ -22,7 +22,7 @@ def severity(name: str) -> SimpleNamespace:
 
 
 def test_errors_warnings_and_kernels_are_kept_and_all_is_written() -> None:
-    heard, raw = Heard(), io.StringIO()
+    heard, raw = BuilderLog(), io.StringIO()
     log = make_log(TRT, heard, raw)
     said = [
         ("INTERNAL_ERROR", "broken"),
@@ -34,7 +34,7 @@ def test_errors_warnings_and_kernels_are_kept_and_all_is_written() -> None:
     ]
     for name, message in said:
         log.log(severity(name), message)
-    assert heard == Heard(["broken", "worse"], ["careful"], ["Layers:\nName: a"])
+    assert heard == BuilderLog(["broken", "worse"], ["careful"], ["Layers:\nName: a"])
     assert raw.getvalue() == "".join(f"[{name[0]}] {message}\n" for name, message in said)
 
 
@@ -43,7 +43,7 @@ def test_a_full_disk_does_not_raise_into_tensorrt() -> None:
         def write(self, _text: str) -> int:
             raise OSError(28, "No space left on device")
 
-    heard = Heard()
+    heard = BuilderLog()
     make_log(TRT, heard, Full()).log(severity("ERROR"), "broken")
     assert heard.errors == ["broken"]
 
@@ -51,7 +51,7 @@ def test_a_full_disk_does_not_raise_into_tensorrt() -> None:
 def test_the_real_modules_classes_can_be_extended() -> None:
     rtx()  # skips where it is not installed
     trt = pytest.importorskip("tensorrt_rtx")
-    heard = Heard()
+    heard = BuilderLog()
     log = make_log(trt, heard, io.StringIO())
     log.log(trt.ILogger.Severity.WARNING, "careful")
     assert heard.warnings == ["careful"]
@@ -72,7 +72,7 @@ def test_a_listener_that_is_gone_cancels_the_build() -> None:
 def test_one_phase_is_not_told_more_often_than_an_eye_sees(monkeypatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    told: list[Progress] = []
+    told: list[BuildStep] = []
     monitor = make_monitor(TRT, lambda progress: told.append(progress) or True)
     monitor.phase_start("build", None, 100)
     for step in range(100):

@@ -8,7 +8,7 @@ from graphs import op_types, parse, random_feeds, run
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from msn_export.errors import GraphError
-from msn_export.graph.opset import lower, raise_opset
+from msn_export.graph.opset import lower_opset, raise_opset
 
 BODIES = {
     "gelu": "y = Gelu (x)",
@@ -29,7 +29,7 @@ def test_lowered_graph_is_valid_at_17_and_computes_the_same(body, dtype, toleran
     model = lifted(f"g ({dtype}[b,6] x) => ({dtype}[b,6] y) {{ {body} }}")
     feeds = random_feeds(model)
     before = run(model, feeds)
-    lower(model, 17)
+    lower_opset(model, 17)
     assert model.graph.opset_imports[""] == 17
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
     np.testing.assert_allclose(run(model, feeds), before, rtol=tolerance, atol=tolerance)
@@ -37,14 +37,14 @@ def test_lowered_graph_is_valid_at_17_and_computes_the_same(body, dtype, toleran
 
 def test_gelu_stays_whole_at_20() -> None:
     model = parse("g (float[2] x) => (float[2] y) { y = Gelu (x) }")
-    lower(model, 20)
+    lower_opset(model, 20)
     assert op_types(model) == ["Gelu"]
 
 
 def test_an_operator_without_an_older_form_is_refused() -> None:
     model = parse("""g (float[1,1,2,4] x) => (float[1,1,2,4] y) { y = Attention (x, x, x) }""")
     with pytest.raises(GraphError, match="opset 17 has no form of Attention"):
-        lower(model, 17)
+        lower_opset(model, 17)
 
 
 @pytest.mark.parametrize(
@@ -59,11 +59,11 @@ def test_quantisation_is_known_at_17_with_fp32_scales_and_integers(x, z, is_know
     if is_known:
         feeds = random_feeds(model)
         before = run(model, feeds)
-        lower(model, 17)
+        lower_opset(model, 17)
         np.testing.assert_array_equal(run(model, feeds), before)
     else:
         with pytest.raises(GraphError, match=r"opset 17 has no form of .*QuantizeLinear"):
-            lower(model, 17)
+            lower_opset(model, 17)
 
 
 def test_raising_converts_older_graphs_and_leaves_newer_ones() -> None:

@@ -7,11 +7,11 @@ from graphs import op_types, parse, random_feeds, run
 
 from msn_export.graph.cls_only import narrow_to_first_token
 from msn_export.graph.fuse import fuse_attention
-from msn_export.graph.summary import multiply_adds
+from msn_export.graph.summary import macs
 from msn_export.graph.torch_export import trace
 from msn_export.models.checkpoint import load_checkpoint
 from msn_export.preprocessing import preset
-from msn_export.spec import AttentionForm, BatchRange, Head, ImageSize, InputKind
+from msn_export.spec import AttentionForm, BatchRange, Head, ImageSize, InputFormat
 
 PICK = "zero = Constant <value = int64 {0}> ()  y = Gather <axis = 1> (t, zero)"
 
@@ -27,7 +27,7 @@ def traced(model, *heads: Head):
     return trace(
         model,
         heads=heads,
-        stem=InputKind.FLOAT,
+        input_format=InputFormat.FLOAT,
         batch=BatchRange(),
         preprocessing=preset("hf", ImageSize(32, 32)),
     )
@@ -38,10 +38,10 @@ def traced(model, *heads: Head):
 def test_the_last_block_for_cls_alone_gives_the_same_numbers(model, heads, form) -> None:
     graph = traced(model, *heads)
     feeds = random_feeds(graph)
-    before, work = run(graph, feeds), multiply_adds(graph)
+    before, work = run(graph, feeds), macs(graph)
     narrowed = narrow_to_first_token(graph)
     assert narrowed.projection_split
-    assert multiply_adds(graph) < 0.7 * work
+    assert macs(graph) < 0.7 * work
     fuse_attention(graph, form, expected=2)
     # fewer rows, the same sums: another blocking of the same products
     np.testing.assert_allclose(run(graph, feeds), before, atol=1e-5)

@@ -16,7 +16,7 @@ from msn_export.compare.sides import open_artifact, open_pair
 from msn_export.errors import SpecError
 from msn_export.models.named import Choices
 from msn_export.preprocessing import assumed, preset
-from msn_export.spec import ImageSize, InputKind
+from msn_export.spec import ImageSize, InputFormat
 
 
 def test_of_two_checkpoints_the_reference_says_the_image_size(tmp_path) -> None:
@@ -76,16 +76,16 @@ def test_no_order_depends_on_a_hash_seed(tmp_path, seed) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "stem"), [("uint8", InputKind.UINT8), ("float32", InputKind.FLOAT)]
+    ("dtype", "input_format"), [("uint8", InputFormat.UINT8), ("float32", InputFormat.FLOAT)]
 )
-def test_an_engine_of_a_foreign_graph_keeps_its_inputs_name(tmp_path, dtype, stem) -> None:
+def test_an_engine_of_a_foreign_graph_keeps_its_inputs_name(tmp_path, dtype, input_format) -> None:
     copy = copy_of(engine(), tmp_path)
     known = manifest.read(copy)
     assert known is not None
     taken = replace(known.inputs[0], name="x", dtype=dtype)
     text = manifest.seal(replace(known, inputs=(taken,)))
     manifest.manifest_path(copy).write_text(text)
-    assert open_artifact(str(copy)).stem is stem
+    assert open_artifact(str(copy)).stem is input_format
 
 
 def test_what_is_said_of_a_checkpoint_needs_one(tmp_path) -> None:

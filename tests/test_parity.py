@@ -18,7 +18,7 @@ from msn_export.models.checkpoint import load_checkpoint
 from msn_export.models.vit import VitMsn
 from msn_export.models.vit import names as activation_names
 from msn_export.preprocessing import preset
-from msn_export.spec import AttentionForm, BatchRange, Head, ImageSize, InputKind
+from msn_export.spec import AttentionForm, BatchRange, Head, ImageSize, InputFormat
 
 CONFIGURATIONS = 36
 THROUGH_ONNX = 8  # in every run; the others are marked slow
@@ -87,7 +87,7 @@ def test_onnx_agrees_to_1e_4(pair, tmp_path) -> None:
     graph = trace(
         ours.model,
         heads=[Head.LOGITS if config["labels"] else Head.TOKENS],
-        stem=InputKind.FLOAT,
+        input_format=InputFormat.FLOAT,
         batch=BatchRange(),
         preprocessing=preset("hf", ImageSize(*config["image_size"]), config["num_channels"]),
     )

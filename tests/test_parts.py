@@ -7,7 +7,7 @@ import pytest
 
 from msn_export.embed import journal as module
 from msn_export.embed.inference import BEST, Rows
-from msn_export.embed.journal import Parts
+from msn_export.embed.journal import Journal
 from msn_export.errors import OutputError
 
 ORIGIN = {"model": "abc", "listing": "6 pictures", "preprocessing": {"name": "hf", "mean": (0.5,)}}
@@ -23,8 +23,8 @@ def rows(*numbers: float, errors=None) -> Rows:
     return Rows(vectors, np.zeros(len(numbers), BEST), errors or {})
 
 
-def begin(tmp_path, *, resume=False, force=False, origin=ORIGIN, total=6) -> Parts:
-    return Parts.begin(tmp_path / "parts", total, origin, resume=resume, force=force)
+def begin(tmp_path, *, resume=False, force=False, origin=ORIGIN, total=6) -> Journal:
+    return Journal.begin(tmp_path / "parts", total, origin, resume=resume, force=force)
 
 
 def interrupted(tmp_path) -> None:

@@ -12,13 +12,13 @@ from msn_export import images
 from msn_export.calibration.images import HELD_OUT_MOST, Pictures, Split, hash_of, split
 from msn_export.errors import ImageError
 from msn_export.preprocessing import preset
-from msn_export.spec import ImageSize, InputKind
+from msn_export.spec import ImageSize, InputFormat
 
 SMALL = preset("hf", ImageSize(8, 8))
 
 
 def dealt(folder: Path, *, limit: int = 512, seed: int = 0, taken=()) -> Split:
-    return split(folder, SMALL, InputKind.UINT8, limit=limit, seed=seed, taken=taken)
+    return split(folder, SMALL, InputFormat.UINT8, limit=limit, seed=seed, taken=taken)
 
 
 def calibrated(found: Split) -> list[str]:
@@ -137,7 +137,7 @@ def test_they_are_decoded_when_they_are_asked_for_and_no_earlier(tmp_path, monke
         return whole(path, name, preprocessing)
 
     monkeypatch.setattr(images, "read_file", counted)
-    found = Pictures(sorted(pictures(tmp_path, 20).rglob("*.png")), SMALL, InputKind.UINT8, 20)
+    found = Pictures(sorted(pictures(tmp_path, 20).rglob("*.png")), SMALL, InputFormat.UINT8, 20)
     for _ in itertools.islice(found.decode(4), 2):
         pass
     assert len(read) == 8
@@ -147,8 +147,8 @@ def test_they_are_decoded_when_they_are_asked_for_and_no_earlier(tmp_path, monke
 def test_the_graph_gets_what_every_other_command_feeds_it(tmp_path, batch) -> None:
     paths = sorted(pictures(tmp_path, 7).rglob("*.png"))
     as_bytes, as_floats = (
-        np.concatenate([part for part, _ in Pictures(paths, SMALL, stem, 7).feed(batch)])
-        for stem in (InputKind.UINT8, InputKind.FLOAT)
+        np.concatenate([part for part, _ in Pictures(paths, SMALL, input_format, 7).feed(batch)])
+        for input_format in (InputFormat.UINT8, InputFormat.FLOAT)
     )
     np.testing.assert_array_equal(as_bytes, images.decode(paths, SMALL))
     np.testing.assert_array_equal(as_floats, images.preprocess(paths, SMALL))

@@ -20,25 +20,25 @@ def stage(name: str, **changes: Any) -> facts.Stage:
     return facts.Stage(name, **{**figures, **changes})
 
 
-def drift(*stages: facts.Stage, parted: str | None = None) -> facts.Drift:
-    return facts.Drift("b.onnx", "a.onnx", "…", parted, stages, parted, (), 4.0)
+def drift(*stages: facts.Stage, parted: str | None = None) -> facts.DriftRow:
+    return facts.DriftRow("b.onnx", "a.onnx", "…", parted, stages, parted, (), 4.0)
 
 
-def agreement(*cosines: float | None) -> facts.Agreement:
+def agreement(*cosines: float | None) -> facts.AgreementRow:
     images = tuple(ImageRecord(f"{i}.png", c, 0.0) for i, c in enumerate(cosines))
-    return facts.Agreement("b.onnx", "a.onnx", True, True, check(per_image=images), "fp16")
+    return facts.AgreementRow("b.onnx", "a.onnx", True, True, check(per_image=images), "fp16")
 
 
-def artifact(**changes: Any) -> facts.Artifact:
+def artifact(**changes: Any) -> facts.ArtifactRow:
     fields: dict[str, Any] = {
         "name": "m & <n>.onnx", "kind": "ONNX graph", "precision": "fp16", "bytes": 43_000_000,
         "weight_bytes": 1, "sha256": "ab", "runs_on": "", "fused": "", "verdict": "passed",
         "rows": (),
     }  # fmt: skip
-    return facts.Artifact(**{**fields, **changes})
+    return facts.ArtifactRow(**{**fields, **changes})
 
 
-ENGINE = facts.Engine(
+ENGINE = facts.EngineRow(
     kernels=3, fused=1, blocks=1, products={"fp16": 1}, kinds={"attention": 1, "matrix product": 2},
     per_block={"0": 3}, layout_only=0, closed=0, weight_bytes={}, strips=(), built_for="",
     executed="",

@@ -13,8 +13,15 @@ from msn_export.calibration.collect import Watch, histograms
 from msn_export.calibration.observers import Observer
 from msn_export.calibration.plan import Plan
 from msn_export.calibration.ranges import SmoothingRecord
-from msn_export.calibration.search import STRENGTHS, Choice, Probe, choices, replay, smooth
-from msn_export.calibration.smoothquant import find_seams, fold
+from msn_export.calibration.search import (
+    STRENGTHS,
+    Exclusion,
+    SensitivitySample,
+    choices,
+    replay,
+    smooth,
+)
+from msn_export.calibration.smoothquant import find_smoothing_sites, fold
 from msn_export.errors import GraphError
 from msn_export.graph.quantised import quantised_products
 from msn_export.metrics.tolerances import Gate
@@ -24,8 +31,8 @@ IMAGES = feeds(6)["x"]
 NAMES = [f"{i}.png" for i in range(len(IMAGES))]
 
 
-def probe_of(plan: Plan, folder: Path) -> Probe:
-    return Probe.of(plan.model, IMAGES, NAMES, folder)
+def probe_of(plan: Plan, folder: Path) -> SensitivitySample:
+    return SensitivitySample.of(plan.model, IMAGES, NAMES, folder)
 
 
 def measured(plan: Plan, folder: Path, observer: Observer = Observer.MAX) -> Plan:
@@ -36,11 +43,11 @@ def measured(plan: Plan, folder: Path, observer: Observer = Observer.MAX) -> Pla
 def with_outliers(plan: Plan, *names: str) -> Plan:
     """Make three channels of a seam 64 times as large, and what reads them as much smaller."""
     model = plan.model.clone()
-    for seam in find_seams(model, plan.projections):
-        if seam.name in names:
-            scale = np.ones(len(seam.columns), np.float32)
+    for site in find_smoothing_sites(model, plan.projections):
+        if site.name in names:
+            scale = np.ones(len(site.columns), np.float32)
             scale[[3, 11, 20]] = 1 / 64
-            fold(model, seam, scale)
+            fold(model, site, scale)
     return replace(plan, model=model)
 
 
@@ -74,7 +81,7 @@ def test_a_reference_that_is_not_finite_is_refused_with_its_image(tmp_path) -> N
     bad[2] = np.nan
     message = r"tensor 'patch.Conv_out' is NaN on image 2\.png; nothing can"
     with pytest.raises(GraphError, match=message):
-        Probe.of(plan.model, bad, NAMES, tmp_path)
+        SensitivitySample.of(plan.model, bad, NAMES, tmp_path)
 
 
 def test_auto_smooths_planted_outliers_and_lowers_the_error(tmp_path) -> None:
@@ -106,7 +113,7 @@ def test_auto_leaves_a_graph_alone_unless_a_strength_leaves_a_tenth_less_error(
     plan = planned(tmp_path)
     probe = probe_of(plan, tmp_path)
     told = iter(errors)
-    monkeypatch.setattr(Probe, "error", lambda self, model: next(told))
+    monkeypatch.setattr(SensitivitySample, "error", lambda self, model: next(told))
     chosen, record = smooth(plan, None, probe, Observer.MAX)
     assert record.strength == strength
     assert (chosen is plan) == (strength is None)
@@ -144,7 +151,7 @@ def test_a_record_of_another_graph_is_refused(tmp_path) -> None:
 def test_everything_is_quantised_where_that_reaches_the_gate(tmp_path) -> None:
     plan = measured(planned(tmp_path), tmp_path)
     found = next(choices(plan, probe_of(plan, tmp_path), Gate(cosine_p1=0.9), Silent()))
-    assert found == Choice((), {})
+    assert found == Exclusion((), {})
 
 
 @pytest.mark.parametrize("sick", [0, 1])

@@ -21,8 +21,8 @@ from tiny_artifacts import classifier, foreign
 from msn_export import manifest
 from msn_export.bench import process as bench_process
 from msn_export.bench.contenders import (
-    Entry,
-    Where,
+    ContenderSpec,
+    Placement,
     artifact,
     artifacts,
     origin_of,
@@ -31,7 +31,7 @@ from msn_export.bench.contenders import (
     torch_entry,
 )
 from msn_export.bench.process import Process
-from msn_export.bench.session import Arena
+from msn_export.bench.session import BenchSession
 from msn_export.cli import main
 from msn_export.errors import BenchError, GraphError
 from msn_export.manifest import CheckpointRecord
@@ -108,7 +108,9 @@ def test_memory_is_each_contenders_own(measured) -> None:
      (None, 0, "fp32"), ("int8", None, "fp32")],
 )  # fmt: skip
 def test_pytorch_computes_as_the_artifact_does_where_it_can(dtype, device, expected) -> None:
-    assert torch_dtype(Entry("m", "engine", {}, dtype=dtype), Where(2, device)) == expected
+    assert (
+        torch_dtype(ContenderSpec("m", "engine", {}, dtype=dtype), Placement(2, device)) == expected
+    )
 
 
 def test_what_was_left_out_says_why(measured) -> None:
@@ -251,22 +253,25 @@ def test_an_artifact_that_is_none_is_an_error(tmp_path, model) -> None:
 def test_files_of_one_name_are_called_by_their_paths(model, tmp_path) -> None:
     other = tmp_path / "tiny.onnx"
     other.write_bytes(model.read_bytes())
-    assert [entry.name for entry in artifacts([model, other], Where(1))] == [str(model), str(other)]
+    assert [entry.name for entry in artifacts([model, other], Placement(1))] == [
+        str(model),
+        str(other),
+    ]
 
 
 def test_the_graph_of_an_engine_must_lie_beside_it(model, tmp_path) -> None:
     engine = tmp_path / "tiny.engine"
     engine.write_bytes(b"an engine")
     with pytest.raises(BenchError, match="has no manifest that names its graph"):
-        list(source_graphs([artifact(engine, Where(1, 0), "tiny.engine")], Where(1, 0)))
+        list(source_graphs([artifact(engine, Placement(1, 0), "tiny.engine")], Placement(1, 0)))
     with pytest.raises(BenchError, match="runs in it already"):
-        list(source_graphs([artifact(model, Where(1), "tiny.onnx")], Where(1)))
+        list(source_graphs([artifact(model, Placement(1), "tiny.onnx")], Placement(1)))
     with pytest.raises(GraphError, match="does not exist"):
-        artifact(tmp_path / "none.engine", Where(1), "none.engine")
+        artifact(tmp_path / "none.engine", Placement(1), "none.engine")
 
 
 def test_a_process_stands_still_while_it_is_not_its_turn(model, tmp_path) -> None:
-    entry = artifact(model, Where(1), "tiny.onnx")
+    entry = artifact(model, Placement(1), "tiny.onnx")
     with Process("tiny.onnx", tmp_path / "log", 1, offline=True) as process:
         process.ask("open", **entry.opening)
         time.sleep(0.1)
@@ -292,8 +297,8 @@ def test_a_process_that_answers_no_more_and_does_not_end_is_ended(tmp_path, monk
 
 def test_what_is_left_out_holds_no_memory(model, tmp_path) -> None:
     with ExitStack() as stack:
-        arena = Arena(Where(1), tmp_path, stack, offline=True)
-        broken = replace(artifact(model, Where(1), "tiny.onnx"), opening={"kind": "nothing"})
+        arena = BenchSession(Placement(1), tmp_path, stack, offline=True)
+        broken = replace(artifact(model, Placement(1), "tiny.onnx"), opening={"kind": "nothing"})
         with pytest.raises(BenchError):
             arena.start(broken)
         children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
@@ -303,7 +308,7 @@ def test_what_is_left_out_holds_no_memory(model, tmp_path) -> None:
 
 def test_a_process_that_dies_is_described(model, tmp_path) -> None:
     with Process("victim", tmp_path / "log", 1, offline=True) as process:
-        process.ask("open", **artifact(model, Where(1), "tiny.onnx").opening)
+        process.ask("open", **artifact(model, Placement(1), "tiny.onnx").opening)
         os.kill(process.id, signal.SIGKILL)
         with pytest.raises(BenchError, match="victim: its process was killed, most likely because"):
             process.ask("weigh")
@@ -357,14 +362,14 @@ def test_compile_runs_or_says_what_it_lacks(model, monkeypatch) -> None:
 
 def test_the_checkpoint_is_read_as_the_manifest_says_unless_another_choice_is_made() -> None:
     record = CheckpointRecord("w.pth", "ab" * 32, variant="vit-msn-small", weights="model_ema")
-    entry = Entry("m.onnx", "onnx", {}, manifest=example(checkpoint=record))
+    entry = ContenderSpec("m.onnx", "onnx", {}, manifest=example(checkpoint=record))
     size = ImageSize(32, 32)
     found = origin_of([entry], None, ("logits",), size)
     assert (found.checkpoint, found.sha256) == ("w.pth", "ab" * 32)
     assert found.choices == Choices("vit-msn-small", "model_ema")
     other = Choices(weights="model")
     assert origin_of([entry], "other.pth", ("logits",), size, other).choices == other
-    opening = torch_entry("sdpa", found, Where(1), Dtype.FP32).opening
+    opening = torch_entry("sdpa", found, Placement(1), Dtype.FP32).opening
     assert (opening["variant"], opening["weights"]) == ("vit-msn-small", "model_ema")
     with pytest.raises(BenchError, match="no manifest names a checkpoint; name it with --check"):
-        origin_of([Entry("m.onnx", "onnx", {})], None, ("logits",), size)
+        origin_of([ContenderSpec("m.onnx", "onnx", {})], None, ("logits",), size)

@@ -23,7 +23,7 @@ from msn_export.commands import embed as embed_place
 from msn_export.commands.jobs import OnnxJob
 from msn_export.commands.onnx import run_onnx
 from msn_export.embed.inference import Reading, Rows, read_rows
-from msn_export.embed.journal import Parts
+from msn_export.embed.journal import Journal
 from msn_export.errors import GraphError
 from msn_export.preprocessing import assumed
 from msn_export.runtime import Runner, open_runner
@@ -350,11 +350,11 @@ def test_a_manifest_without_exif_is_of_a_model_whose_pictures_were_not_turned(
 def test_turned_pictures_are_counted_over_an_interruption(tmp_path) -> None:
     rows = Rows(np.zeros((2, 3), np.float32), None, {}, 1)
     origin = {"model": "m"}
-    parts = Parts.begin(tmp_path / "p", 4, origin, resume=False, force=False)
+    parts = Journal.begin(tmp_path / "p", 4, origin, resume=False, force=False)
     with closing(parts):
         parts.add(0, rows)
         parts.end_part()
-    with closing(Parts.begin(tmp_path / "p", 4, origin, resume=True, force=False)) as parts:
+    with closing(Journal.begin(tmp_path / "p", 4, origin, resume=True, force=False)) as parts:
         assert parts.turned == 1
         parts.add(2, rows)
         parts.end_part()

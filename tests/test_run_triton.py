@@ -97,17 +97,17 @@ def test_an_ensemble_puts_the_normalisation_before_the_model(tmp_path) -> None:
     assert ensemble.max_batch_size == 4
     assert (ensemble.input[0].name, list(ensemble.input[0].dims)) == ("images", [8, 8, 3])
     assert [step.model_name for step in ensemble.ensemble_scheduling.step] == ["m-preprocess", "m"]
-    graph(tmp_path / "u.onnx", stem="uint8")
+    graph(tmp_path / "u.onnx", input_format="uint8")
     line = refused(tmp_path / "u.onnx", "-o", tmp_path / "repo", "--ensemble")
     assert "--ensemble: u.onnx takes uint8 images itself" in line
 
 
 @pytest.mark.parametrize("batch", ["batch", 2])
-@pytest.mark.parametrize("stem", ["float", "uint8"])
+@pytest.mark.parametrize("input_format", ["float", "uint8"])
 def test_warm_up_data_is_a_picture_as_the_model_takes_it(
-    stem, batch, tmp_path, photographs
+    input_format, batch, tmp_path, photographs
 ) -> None:
-    path = graph(tmp_path / "m.onnx", stem=stem, batch=batch)
+    path = graph(tmp_path / "m.onnx", input_format=input_format, batch=batch)
     assert invoke(path, "-o", tmp_path / "repo", "--warmup", "--images", photographs).exit_code == 0
     config = config_of(tmp_path / "repo", "m/config.pbtxt")
     data = (tmp_path / "repo/m/warmup/input.bin").read_bytes()
@@ -116,7 +116,7 @@ def test_warm_up_data_is_a_picture_as_the_model_takes_it(
     assert known.preprocessing is not None
     loaded = image_folder.load(photographs, known.preprocessing, 16)
     pixels = loaded.pixels[: 2 if batch == 2 else 1]
-    wanted = pixels if stem == "uint8" else images.normalize(pixels, known.preprocessing)
+    wanted = pixels if input_format == "uint8" else images.normalize(pixels, known.preprocessing)
     assert data == wanted.tobytes()
     assert (
         [sample.batch_size for sample in config.model_warmup] == [1] if batch == 2 else [1, 4, 16]

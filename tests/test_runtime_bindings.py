@@ -21,7 +21,7 @@ from tensorrt_stand_in import ROWS, Runtime
 
 import msn_export
 from msn_export.runtime import versions
-from msn_export.runtime.versions import LOADERS, Loader, row_for
+from msn_export.runtime.versions import LOADERS, TensorRTVersion, row_for
 
 CLASSES = declared_classes(Path(versions.__file__).read_text())
 DATA = Path(__file__).parent / "data"
@@ -53,7 +53,7 @@ def code() -> Names:
     return names_in(Path(msn_export.__file__).parent / "runtime", CLASSES)
 
 
-def required(names: Names, row: Loader) -> set[str]:
+def required(names: Names, row: TensorRTVersion) -> set[str]:
     tensorrt = {name for name in names.used if not name.startswith(CUDA)}
     return tensorrt - set().union(*OWN.values()) | OWN[row.contexts]
 

@@ -12,15 +12,15 @@ from msn_export import images
 from msn_export.errors import ImageError, SpecError
 from msn_export.metrics import samples as subject
 from msn_export.metrics.samples import (
-    affordable_batch,
     batch_sizes,
     batches,
     draw,
+    max_batch_in_memory,
     with_drawn,
     with_ragged,
 )
 from msn_export.preprocessing import preset
-from msn_export.spec import BatchRange, ImageSize, InputKind
+from msn_export.spec import BatchRange, ImageSize, InputFormat
 
 SMALL = preset("hf", ImageSize(8, 8))
 
@@ -54,11 +54,11 @@ def test_a_folder_without_a_picture_is_an_error(tmp_path) -> None:
 
 def test_a_feed_is_what_the_graph_takes_and_starts_over_past_the_end() -> None:
     drawn = draw(None, SMALL)
-    raw = drawn.feed([0, 3, 4], InputKind.UINT8)
+    raw = drawn.feed([0, 3, 4], InputFormat.UINT8)
     assert raw.dtype == np.uint8
     np.testing.assert_array_equal(raw, drawn.pixels[[0, 3, 0]])
     np.testing.assert_array_equal(
-        drawn.feed(range(3, 5), InputKind.FLOAT), images.normalize(drawn.pixels[[3, 0]], SMALL)
+        drawn.feed(range(3, 5), InputFormat.FLOAT), images.normalize(drawn.pixels[[3, 0]], SMALL)
     )
 
 
@@ -68,7 +68,7 @@ ranges = st.lists(st.integers(1, 64), min_size=3, max_size=3).map(lambda x: Batc
 
 
 @pytest.mark.parametrize(
-    ("batch", "room", "sizes"),
+    ("batch", "max_batch", "sizes"),
     [
         ("1:8:32", 99, (1, 8, 32)),
         ("1:8:32", 10, (1, 8, 10)),
@@ -81,8 +81,8 @@ ranges = st.lists(st.integers(1, 64), min_size=3, max_size=3).map(lambda x: Batc
         ("1:1:2", 99, (1, 2)),
     ],
 )
-def test_the_smallest_the_largest_and_one_between(batch, room, sizes) -> None:
-    assert batch_sizes(BatchRange.parse(batch), room) == sizes
+def test_the_smallest_the_largest_and_one_between(batch, max_batch, sizes) -> None:
+    assert batch_sizes(BatchRange.parse(batch), max_batch) == sizes
 
 
 def test_a_batch_that_could_not_be_checked_is_refused() -> None:
@@ -95,11 +95,11 @@ def test_a_batch_that_could_not_be_checked_is_refused() -> None:
 
 
 @given(ranges, st.integers(22, 99))
-def test_every_size_is_one_the_graph_accepts(batch, room) -> None:
-    sizes = batch_sizes(batch, room)
+def test_every_size_is_one_the_graph_accepts(batch, max_batch) -> None:
+    sizes = batch_sizes(batch, max_batch)
     assert sizes[0] == batch.min
     assert list(sizes) == sorted(set(sizes))
-    assert sizes[-1] <= max(batch.min, min(batch.max, room))
+    assert sizes[-1] <= max(batch.min, min(batch.max, max_batch))
     assert len(sizes) <= 3
 
 
@@ -136,10 +136,10 @@ def test_a_batch_takes_a_quarter_of_what_is_free(monkeypatch) -> None:
     monkeypatch.setattr(subject, "available_memory", lambda: 4 * 2**30)
     # vit-msn-base-4: scores and probabilities of 12 heads over 3137 tokens, fp32, 0.95 GB; 0.12
     # of the MLP and the residual stream
-    assert affordable_batch(3137, 768, 3072, 12) == 1
-    assert affordable_batch(197, 384, 1536, 6) == 160
+    assert max_batch_in_memory(3137, 768, 3072, 12) == 1
+    assert max_batch_in_memory(197, 384, 1536, 6) == 160
     monkeypatch.setattr(subject, "available_memory", lambda: 0)
-    assert affordable_batch(197, 384, 1536, 6) == 1
+    assert max_batch_in_memory(197, 384, 1536, 6) == 1
 
 
 def test_what_is_free_here_is_below_what_there_is() -> None:

@@ -18,7 +18,7 @@ g (float[{shape}] x, int64[3] flat) => (float[d,e,f] y)
 """
 
 
-def stem(shape: str = "b,c,h,w", n: int = 10, strides: str = "4, 6") -> ir.Model:
+def input_format(shape: str = "b,c,h,w", n: int = 10, strides: str = "4, 6") -> ir.Model:
     filled = STEM.format(
         shape=shape,
         n=n,
@@ -31,7 +31,7 @@ def stem(shape: str = "b,c,h,w", n: int = 10, strides: str = "4, 6") -> ir.Model
 
 @pytest.mark.parametrize("shape", ["b,c,h,w", "2,c,h,w", "b,3,h,18", "b,c,12,18"])
 def test_height_width_and_channels_are_written_into_the_shape(shape) -> None:
-    model = stem(shape)
+    model = input_format(shape)
     assert fix_image_size(model) == ImageSize(12, 18)  # a grid of 3 by 3 patches, 4 by 6 pixels
     fixed = model.graph.inputs[0].shape
     assert fixed is not None
@@ -42,9 +42,9 @@ def test_height_width_and_channels_are_written_into_the_shape(shape) -> None:
 @pytest.mark.parametrize(
     "model",
     [
-        stem("b,3,12,18"),  # nothing is dynamic
-        stem(n=7),  # 2 by 3, or 3 by 2
-        stem(strides="2, 3"),  # patches that overlap: the grid does not tell the size
+        input_format("b,3,12,18"),  # nothing is dynamic
+        input_format(n=7),  # 2 by 3, or 3 by 2
+        input_format(strides="2, 3"),  # patches that overlap: the grid does not tell the size
         parse("g (float[b,c,h,w] x) => (float[b,c,h,w] y) { y = Relu (x) }"),
     ],
     ids=["fixed", "not square", "overlapping", "no patches"],

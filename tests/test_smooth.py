@@ -11,12 +11,18 @@ from graphs import parse, random_feeds, run
 from msn_export.calibration import smoothquant
 from msn_export.calibration.plan import Plan
 from msn_export.calibration.products import Role, find_projections
-from msn_export.calibration.smoothquant import LARGEST_EXPONENT, Seam, factors, find_seams, fold
+from msn_export.calibration.smoothquant import (
+    LARGEST_EXPONENT,
+    SmoothingSite,
+    factors,
+    find_smoothing_sites,
+    fold,
+)
 from msn_export.errors import GraphError
 
 
-def seams_of(plan: Plan) -> dict[str, Seam]:
-    return {seam.name: seam for seam in find_seams(plan.model, plan.projections)}
+def seams_of(plan: Plan) -> dict[str, SmoothingSite]:
+    return {site.name: site for site in find_smoothing_sites(plan.model, plan.projections)}
 
 
 def value(model: ir.Model, name: str) -> ir.Value:
@@ -44,8 +50,8 @@ def test_a_block_has_three_seams_none_of_them_behind_gelu(tmp_path) -> None:
 def test_the_smoothed_graph_gives_the_same_bytes(tmp_path, attention) -> None:
     plan = planned(tmp_path, attention=attention)
     before = run(plan.model, feeds())
-    for index, seam in enumerate(seams_of(plan).values()):
-        fold(plan.model, seam, powers(len(seam.columns), index))
+    for index, site in enumerate(seams_of(plan).values()):
+        fold(plan.model, site, powers(len(site.columns), index))
     np.testing.assert_array_equal(run(plan.model, feeds()), before)
 
 
@@ -54,10 +60,10 @@ def test_so_does_one_of_another_packing(packing) -> None:
     model = block(packing)
     given = random_feeds(model)
     before = run(model, given)
-    seams = find_seams(model, find_projections(model))
-    assert len(seams) == 3
-    for index, seam in enumerate(seams):
-        fold(model, seam, powers(len(seam.columns), index))
+    sites = find_smoothing_sites(model, find_projections(model))
+    assert len(sites) == 3
+    for index, site in enumerate(sites):
+        fold(model, site, powers(len(site.columns), index))
     np.testing.assert_array_equal(run(model, given), before)
 
 
@@ -72,40 +78,40 @@ def test_each_channel_is_divided_by_its_factor(tmp_path, name) -> None:
 
 def test_a_planted_outlier_is_moved_away(tmp_path) -> None:
     plan = planned(tmp_path)
-    seam = seams_of(plan)["blocks.0.norm1_out"]
+    site = seams_of(plan)["blocks.0.norm1_out"]
     planted = np.ones(32, np.float32)
     planted[7] = 1 / 64
-    fold(plan.model, seam, planted)  # channel 7 is 64 times as large from here on
-    maxima = np.abs(observed(plan.model, seam.name, feeds())).reshape(-1, 32).max(axis=0)
+    fold(plan.model, site, planted)  # channel 7 is 64 times as large from here on
+    maxima = np.abs(observed(plan.model, site.name, feeds())).reshape(-1, 32).max(axis=0)
     assert maxima[7] > 30 * np.median(maxima)
-    fold(plan.model, seam, factors(plan.model, seam, maxima, 0.5))
-    after = np.abs(observed(plan.model, seam.name, feeds())).reshape(-1, 32).max(axis=0)
+    fold(plan.model, site, factors(plan.model, site, maxima, 0.5))
+    after = np.abs(observed(plan.model, site.name, feeds())).reshape(-1, 32).max(axis=0)
     assert after.max() < 4 * np.median(after)
 
 
 def test_factors_are_those_of_the_paper_to_the_nearest_power_of_two(tmp_path) -> None:
     plan = planned(tmp_path)
-    seam = seams_of(plan)["blocks.0.norm2_out"]
+    site = seams_of(plan)["blocks.0.norm2_out"]
     maxima = np.random.default_rng(0).uniform(0.1, 10, 32).astype(np.float32)
     weight = plan.model.graph.initializers["blocks.0.fc1.weight"].const_value.numpy()
     for strength in (0.0, 0.25, 0.5, 1.0):
         # arXiv 2211.10438, equation 4, and all by one factor so that the median channel stays
         wanted = maxima**strength / np.abs(weight).max(axis=1) ** (1 - strength)
         wanted /= 2 ** np.median(np.log2(wanted))
-        got = factors(plan.model, seam, maxima, strength)
+        got = factors(plan.model, site, maxima, strength)
         assert np.isin(np.log2(got), np.arange(-10, 11)).all()
         assert np.abs(np.log2(got / wanted)).max() <= 0.5 + 1e-3
 
 
 def test_channels_that_are_zero_stay_and_none_moves_too_far(tmp_path) -> None:
     plan = planned(tmp_path)
-    seam = seams_of(plan)["blocks.0.norm2_out"]
+    site = seams_of(plan)["blocks.0.norm2_out"]
     maxima = np.ones(32, np.float32)
     maxima[3], maxima[4] = 0.0, 1e30
-    got = factors(plan.model, seam, maxima, 1.0)
+    got = factors(plan.model, site, maxima, 1.0)
     assert got[3] == 1.0
     assert got[4] == 2.0**LARGEST_EXPONENT
-    assert factors(plan.model, seam, np.zeros(32, np.float32), 0.5).tolist() == [1.0] * 32
+    assert factors(plan.model, site, np.zeros(32, np.float32), 0.5).tolist() == [1.0] * 32
 
 
 def test_a_norm_that_something_else_reads_is_no_seam(tmp_path) -> None:
@@ -116,10 +122,10 @@ def test_a_norm_that_something_else_reads_is_no_seam(tmp_path) -> None:
 
 def test_a_value_projection_that_something_else_reads_is_no_seam() -> None:
     model = block("thirds")
-    assert len(find_seams(model, find_projections(model))) == 3
+    assert len(find_smoothing_sites(model, find_projections(model))) == 3
     model.graph.outputs.append(value(model, "product"))
-    seams = find_seams(model, find_projections(model))
-    assert [seam.name for seam in seams] == ["n", "between"]
+    sites = find_smoothing_sites(model, find_projections(model))
+    assert [site.name for site in sites] == ["n", "between"]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from msn_export.cli import main
 from msn_export.errors import GraphError, ManifestError
 from msn_export.graph import io
 from msn_export.preprocessing import assumed, preset
-from msn_export.spec import BatchRange, Dtype, ImageSize, InputKind
+from msn_export.spec import BatchRange, Dtype, ImageSize, InputFormat
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +40,8 @@ def test_our_own_file_is_what_its_manifest_says(ours) -> None:
     assert source.manifest.labels == ("class 0", "class 1", "class 2")
     assert source.preprocessing == source.manifest.preprocessing
     assert source.preprocessing.resample == "bicubic"
-    assert (source.stem, source.dtype, source.size) == (
-        InputKind.FLOAT,
+    assert (source.input_format, source.dtype, source.size) == (
+        InputFormat.FLOAT,
         Dtype.FP32,
         ImageSize(32, 32),
     )
@@ -51,7 +51,7 @@ def test_our_own_file_is_what_its_manifest_says(ours) -> None:
 
 def test_bytes_and_half_precision_are_told_apart(ours) -> None:
     source = read_source(ours / "bytes.onnx")
-    assert (source.stem, source.dtype) == (InputKind.UINT8, Dtype.FP16)
+    assert (source.input_format, source.dtype) == (InputFormat.UINT8, Dtype.FP16)
 
 
 def test_without_its_manifest_it_is_read_as_anyones(ours, tmp_path) -> None:
@@ -59,7 +59,11 @@ def test_without_its_manifest_it_is_read_as_anyones(ours, tmp_path) -> None:
     path.write_bytes((ours / "bytes.onnx").read_bytes())
     source = read_source(path)
     assert source.manifest is None
-    assert (source.stem, source.dtype, source.batch) == (InputKind.UINT8, Dtype.FP16, DYNAMIC)
+    assert (source.input_format, source.dtype, source.batch) == (
+        InputFormat.UINT8,
+        Dtype.FP16,
+        DYNAMIC,
+    )
     assert source.preprocessing == assumed(ImageSize(32, 32))
     assert source.notes == (
         "theirs.onnx has no manifest; simplification nothing left to simplify",

@@ -8,7 +8,7 @@ from PIL import Image
 from tiny_artifacts import pictures
 
 from msn_export import images
-from msn_export.cluster.storage import Source, Store, list_sources, read_source
+from msn_export.cluster.storage import PictureAddress, Store, list_sources, read_source
 from msn_export.embed.job import list_pictures
 from msn_export.errors import ClusterError, ImageError, MissingPackageError
 from msn_export.preprocessing import preset
@@ -83,7 +83,7 @@ def test_a_relative_folder_is_found_from_a_workers_own(folder, monkeypatch) -> N
     monkeypatch.chdir(folder.parent)
     found, store = list_sources(type(folder)("photographs"))
     source = store.source(bytes(found.paths[0]))
-    assert source == Source(str(folder / "a/000.png"), "photographs/a/000.png")
+    assert source == PictureAddress(str(folder / "a/000.png"), "photographs/a/000.png")
 
 
 @pytest.mark.parametrize("key", ["", "KEY:SECRET@", "KEY:SEC/RET@", "KEY@"])

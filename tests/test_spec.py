@@ -11,7 +11,7 @@ from msn_export.spec import (
     ComputeCapability,
     Head,
     ImageSize,
-    InputKind,
+    InputFormat,
     Target,
     Targets,
     parse_bytes,
@@ -164,8 +164,8 @@ def test_every_target_has_an_opset_that_its_attention_exists_in() -> None:
 
 
 def test_inputs_are_named_after_what_they_hold() -> None:
-    assert InputKind.FLOAT.tensor == "pixel_values"
-    assert InputKind.UINT8.tensor == "images"
+    assert InputFormat.FLOAT.tensor == "pixel_values"
+    assert InputFormat.UINT8.tensor == "images"
 
 
 # --- GPUs -----------------------------------------------------------------------------------------

@@ -20,8 +20,8 @@ from graphs import parse, run
 from msn_export.commands.onnx import OnnxJob, run_onnx
 from msn_export.errors import GraphError
 from msn_export.graph import io
-from msn_export.graph.blocks import ENTRY, find_stream, inside, modules_of, parts_of, stages_of
-from msn_export.graph.builder import GIVEN, SEEN, expose, feed
+from msn_export.graph.blocks import ENTRY, find_stream, modules_of, parts_of, stages_of, tensors_of
+from msn_export.graph.builder import GIVEN, MARK, feed, mark_outputs
 from msn_export.graph.cls_only import narrow_to_first_token
 from msn_export.graph.emulate import emulate_bf16
 from msn_export.graph.precision import type_graph
@@ -91,7 +91,7 @@ def test_parts_are_found_by_structure() -> None:
         "block 0 activation": "bent",
         "block 0 MLP": "added",
     }
-    names = [names for names, _ in inside(block)]
+    names = [names for names, _ in tensors_of(block)]
     assert ("n1", "block 0 norm before attention") in names
     assert ("scores",) in names
 
@@ -294,17 +294,17 @@ def test_contradictions_are_told_by_block_too() -> None:
 def test_a_given_value_takes_the_place_of_what_is_computed() -> None:
     model = text()
     middle = find_stream(model).blocks[0].streams[0]
-    fed = expose(feed(model, {"middle": middle}), {"middle": middle})
+    fed = mark_outputs(feed(model, {"middle": middle}), {"middle": middle})
     assert [value.name for value in fed.graph.inputs] == ["x", f"{GIVEN}middle"]
     draw = np.random.default_rng(0)
     x, other = (draw.standard_normal((2, 3, 4)).astype(np.float32) for _ in range(2))
-    plain = expose(model, {"middle": middle})
-    computed = run_all(plain, {"x": x})[f"{SEEN}middle"]
+    plain = mark_outputs(model, {"middle": middle})
+    computed = run_all(plain, {"x": x})[f"{MARK}middle"]
     again = run_all(fed, {"x": x, f"{GIVEN}middle": computed})
     np.testing.assert_array_equal(again["y"], run(model, {"x": x}))
     changed = run_all(fed, {"x": x, f"{GIVEN}middle": other})
     # what is computed is still shown; what follows comes from what was given
-    np.testing.assert_array_equal(changed[f"{SEEN}middle"], computed)
+    np.testing.assert_array_equal(changed[f"{MARK}middle"], computed)
     assert not np.allclose(changed["y"], again["y"])
 
 
@@ -324,8 +324,8 @@ def run_all(model: ir.Model, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarr
 
 def test_shown_values_are_the_graphs_own_and_change_nothing() -> None:
     model = text()
-    shown = expose(model, {"block 0": find_stream(model).blocks[0].output})
-    assert [value.name for value in shown.graph.outputs] == ["y", f"{SEEN}block 0"]
+    shown = mark_outputs(model, {"block 0": find_stream(model).blocks[0].output})
+    assert [value.name for value in shown.graph.outputs] == ["y", f"{MARK}block 0"]
     assert len(model.graph.outputs) == 1
     x = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)
     np.testing.assert_array_equal(run(shown, {"x": x}), run(model, {"x": x}))
@@ -335,11 +335,11 @@ def test_half_precision_is_shown_as_float32() -> None:
     for dtype in (Dtype.FP16, Dtype.BF16):
         model = text()
         type_graph(model, dtype)
-        shown = expose(model, {"block 0": find_stream(model).blocks[0].output})
+        shown = mark_outputs(model, {"block 0": find_stream(model).blocks[0].output})
         assert shown.graph.outputs[1].dtype == ir.DataType.FLOAT
         if dtype is Dtype.BF16:
             emulated = emulate_bf16(shown)
-            assert [value.name for value in emulated.graph.outputs] == ["y", f"{SEEN}block 0"]
+            assert [value.name for value in emulated.graph.outputs] == ["y", f"{MARK}block 0"]
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from typing import IO, Any
 import pytest
 
 from msn_export.engine.build import Limits, peak_rss, run_child
-from msn_export.engine.options import Progress
+from msn_export.engine.options import BuildStep
 from msn_export.errors import BuildError
 
 
@@ -31,7 +31,7 @@ def run(source: str, raw: IO[bytes], monkeypatch, tmp_path: Path, **limits: floa
     (tmp_path / "standin.py").write_text(f"import os, sys, time\npipe = int(sys.argv[1])\n{source}")
     paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     monkeypatch.setenv("PYTHONPATH", paths)
-    told: list[Progress] = []
+    told: list[BuildStep] = []
     job = {"module": "standin", "padding": "x" * 200_000}  # more than a pipe holds
     return run_child(job, raw, Limits(**limits), told.append), told
 
@@ -49,7 +49,7 @@ time.sleep(60)
         tmp_path,
     )
     assert done == {"kernels": []}
-    assert told == [Progress("p", 1, 2, 0.5), Progress("done", 1, 1, 1.0)]
+    assert told == [BuildStep("p", 1, 2, 0.5), BuildStep("done", 1, 1, 1.0)]
 
 
 def children() -> set[int]:
@@ -125,7 +125,7 @@ def test_peak_memory_is_this_processs_own_and_zero_for_one_that_has_ended() -> N
 
 
 def test_an_interrupt_in_the_display_ends_the_child(raw, monkeypatch, tmp_path) -> None:
-    def interrupt(_progress: Progress) -> None:
+    def interrupt(_progress: BuildStep) -> None:
         raise KeyboardInterrupt
 
     event = '{"progress": {"phase": "p", "step": 1, "steps": 2, "fraction": 0.5}}\\n'

@@ -6,12 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from msn_export.metrics.diagnose import find_cause
+from msn_export.metrics.diagnose import diagnose
 from msn_export.metrics.evaluate import run_reference
 from msn_export.metrics.samples import Sample
 from msn_export.metrics.tolerances import GATES
 from msn_export.preprocessing import preset
-from msn_export.spec import Dtype, ImageSize, InputKind
+from msn_export.spec import Dtype, ImageSize, InputFormat
 
 HF = preset("hf", ImageSize(8, 8))
 RGB_TO_BGR = slice(None, None, -1)
@@ -42,9 +42,11 @@ class Model:
         return {"logits": self.after(flat @ self.weights).astype(np.float32)}
 
 
-def cause(candidate: Model, sample: Sample, stem: InputKind = InputKind.FLOAT) -> str | None:
-    reference = run_reference(Model(), sample, stem)
-    return find_cause(candidate, reference, stem, GATES[Dtype.FP16])
+def cause(
+    candidate: Model, sample: Sample, input_format: InputFormat = InputFormat.FLOAT
+) -> str | None:
+    reference = run_reference(Model(), sample, input_format)
+    return diagnose(candidate, reference, input_format, GATES[Dtype.FP16])
 
 
 def raw(images: np.ndarray) -> np.ndarray:
@@ -78,10 +80,10 @@ def test_classes_shifted_by_one_are_found_out(shift, sample) -> None:
 
 
 def test_a_graph_of_bytes_is_asked_about_its_channels_alone(sample) -> None:
-    found = cause(Model(lambda x: (raw(x)[:, RGB_TO_BGR] - MEAN) / STD), sample, InputKind.UINT8)
+    found = cause(Model(lambda x: (raw(x)[:, RGB_TO_BGR] - MEAN) / STD), sample, InputFormat.UINT8)
     assert found is not None
     assert "BGR" in found
-    assert cause(Model(lambda x: (x - MEAN) / STD), sample, InputKind.UINT8) is None
+    assert cause(Model(lambda x: (x - MEAN) / STD), sample, InputFormat.UINT8) is None
 
 
 def test_images_that_agree_have_no_cause(sample) -> None:

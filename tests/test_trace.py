@@ -15,7 +15,7 @@ from msn_export.graph.torch_reference import TorchRunner
 from msn_export.images import normalize
 from msn_export.models.checkpoint import load_checkpoint
 from msn_export.preprocessing import preset
-from msn_export.spec import BatchRange, Head, ImageSize, InputKind
+from msn_export.spec import BatchRange, Head, ImageSize, InputFormat
 
 PREPROCESSING = preset("hf", ImageSize(32, 32))
 
@@ -27,8 +27,12 @@ def model(tmp_path_factory):
     return load_checkpoint(str(folder)).model
 
 
-def traced(model, heads=(Head.CLS,), stem=InputKind.FLOAT, batch=BatchRange()) -> ir.Model:
-    return trace(model, heads=heads, stem=stem, batch=batch, preprocessing=PREPROCESSING)
+def traced(
+    model, heads=(Head.CLS,), input_format=InputFormat.FLOAT, batch=BatchRange()
+) -> ir.Model:
+    return trace(
+        model, heads=heads, input_format=input_format, batch=batch, preprocessing=PREPROCESSING
+    )
 
 
 def run(graph: ir.Model, images: np.ndarray) -> list[np.ndarray]:
@@ -71,13 +75,15 @@ def test_the_graph_carries_no_path_of_this_machine(model) -> None:
     assert b".py" not in text
 
 
-@pytest.mark.parametrize("stem", [InputKind.FLOAT, InputKind.UINT8])
-def test_every_head_computes_what_the_reference_does(model, stem) -> None:
+@pytest.mark.parametrize("input_format", [InputFormat.FLOAT, InputFormat.UINT8])
+def test_every_head_computes_what_the_reference_does(model, input_format) -> None:
     heads = list(Head)
     pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     planes = normalize(pixels, PREPROCESSING)
     wanted = TorchRunner(model, heads)(planes)
-    got = run(traced(model, heads, stem), pixels if stem is InputKind.UINT8 else planes)
+    got = run(
+        traced(model, heads, input_format), pixels if input_format is InputFormat.UINT8 else planes
+    )
     for head, output in zip(heads, got, strict=True):
         # fp32, other order of additions; folding the normalisation adds a rounding a weight
         np.testing.assert_allclose(output, wanted[head.output], atol=2e-5)

@@ -21,7 +21,7 @@ from msn_export.graph.torch_export import ExportedModule, trace, translate
 from msn_export.models.checkpoint import load_checkpoint
 from msn_export.models.vit import VitMsn
 from msn_export.preprocessing import preset
-from msn_export.spec import BatchRange, Head, ImageSize, InputKind
+from msn_export.spec import BatchRange, Head, ImageSize, InputFormat
 
 PREPROCESSING = preset("hf", ImageSize(32, 32))
 IMAGES = np.random.default_rng(0).standard_normal((3, 3, 32, 32)).astype(np.float32)
@@ -42,7 +42,7 @@ def torchs_own(model: VitMsn, heads: list[Head]) -> ir.Model:
         warnings.filterwarnings("ignore", category=FutureWarning, module=copyreg.__name__)
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
         program = torch.onnx.export(
-            ExportedModule(model, heads, InputKind.FLOAT, PREPROCESSING).eval(),
+            ExportedModule(model, heads, InputFormat.FLOAT, PREPROCESSING).eval(),
             (torch.empty(2, 3, 32, 32),),
             dynamo=True,
             opset_version=23,
@@ -66,7 +66,7 @@ def test_torch_onnx_export_gives_the_same_outputs_from_the_same_operators(
     ours = trace(
         model,
         heads=heads,
-        stem=InputKind.FLOAT,
+        input_format=InputFormat.FLOAT,
         batch=BatchRange(),
         preprocessing=PREPROCESSING,
     )

@@ -8,7 +8,7 @@ from msn_export import images
 from msn_export.errors import SpecError
 from msn_export.preprocessing import Preprocessing, preset
 from msn_export.spec import ImageSize, TensorSpec
-from msn_export.triton.model import Artifact, Platform
+from msn_export.triton.model import Platform, ServedArtifact
 from msn_export.triton.preprocess import require_floats, save_graph
 
 
@@ -63,7 +63,7 @@ def test_a_model_of_half_floats_gets_them(tmp_path) -> None:
     ],
 )
 def test_what_cannot_be_fed_is_refused(spec, message, tmp_path) -> None:
-    artifact = Artifact(tmp_path / "m.onnx", Platform.ONNX, (TensorSpec(*spec),), ())
+    artifact = ServedArtifact(tmp_path / "m.onnx", Platform.ONNX, (TensorSpec(*spec),), ())
     with pytest.raises(SpecError, match=message):
         require_floats(artifact)
 

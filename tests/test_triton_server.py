@@ -81,7 +81,7 @@ def server(folder, vit):
     invoke("triton", vit, "-o", repository, "--name", "vit", "--ensemble", "--warmup",
            "--queue-delay", 5000)  # fmt: skip
     invoke("triton", graph(folder / "fixed.onnx", batch=2), "-o", repository)
-    invoke("triton", graph(folder / "bytes.onnx", stem="uint8"), "-o", repository)
+    invoke("triton", graph(folder / "bytes.onnx", input_format="uint8"), "-o", repository)
     engines = [plan(folder / f"e{sm}.engine", capability=sm) for sm in ("8.6", "8.9")]
     invoke("triton", *engines, "-o", repository, "--name", "gpus")
     profiles = (BatchRange(1, 2, 4), BatchRange(5, 8, 16))

@@ -16,11 +16,11 @@ from msn_export.artifact import read_source
 from msn_export.cli import main
 from msn_export.commands.jobs import TrtJob
 from msn_export.commands.trt_attention import (
-    Against,
-    Judged,
+    AttentionGate,
+    AttentionVerdict,
+    check_sums,
     first_bf16,
     in_bf16,
-    judge,
     more_bf16,
     sums_in_fp16,
 )
@@ -169,17 +169,19 @@ def typed(plain, tmp_path) -> Compilable:
     return prepare(job, source, find_backend("tensorrt-rtx"), sample, tmp_path, SILENT)
 
 
-def against(plain: Path, gate: Gate) -> Against:
+def against(plain: Path, gate: Gate) -> AttentionGate:
     from msn_export.runtime.onnxruntime import OrtRunner
 
     source = read_source(plain)
-    reference = run_reference(OrtRunner(plain), draw(None, source.preprocessing), source.stem)
-    return Against(reference, gate, source.stem, None)
+    reference = run_reference(
+        OrtRunner(plain), draw(None, source.preprocessing), source.input_format
+    )
+    return AttentionGate(reference, gate, source.input_format, None)
 
 
 def test_what_costs_more_than_the_gate_allows_is_tried_in_bf16(plain, typed) -> None:
     strict = against(plain, Gate(max_abs=1e-9))
-    judged = judge(typed, CORES, (), strict)
+    judged = check_sums(typed, CORES, (), strict)
     assert judged.over == ()
     assert judged.failures[0].startswith("output 'last_hidden_state': max_abs ")
     assert more_bf16(judged, [SM_89]) == CORES
@@ -187,10 +189,10 @@ def test_what_costs_more_than_the_gate_allows_is_tried_in_bf16(plain, typed) -> 
         ToleranceError, match=r"in fp16: output 'last_hidden_state': max_abs .*7\.5"
     ):
         more_bf16(judged, [SM_89, SM_75])
-    last = judge(typed, (), CORES, strict)
+    last = check_sums(typed, (), CORES, strict)
     with pytest.raises(ToleranceError, match="emulated in bf16: output 'last_hidden_state': max_a"):
         more_bf16(last, [SM_89])
-    judged = judge(typed, CORES, (), against(plain, GATES[Dtype.FP16]))
+    judged = check_sums(typed, CORES, (), against(plain, GATES[Dtype.FP16]))
     assert more_bf16(judged, [SM_75]) == ()
 
 
@@ -207,7 +209,7 @@ def test_scores_and_sums_have_the_headroom_of_any_tensor(
         "msn_export.commands.trt_attention.peaks_of",
         lambda *_: np.array([(1.0, 1.0), pair], np.float32),
     )
-    judged = judge(typed, CORES, (), against(plain, GATES[Dtype.FP16]))
+    judged = check_sums(typed, CORES, (), against(plain, GATES[Dtype.FP16]))
     assert judged.over == ((CORES[1],) if over else ())
 
 
@@ -216,11 +218,11 @@ def test_the_number_of_images_follows_their_cost(plain, typed, monkeypatch) -> N
     monkeypatch.setattr(
         "msn_export.commands.trt_attention._WORK", 2 * 2 * 2 * 17 * 17
     )  # two images of it
-    judged = judge(typed, CORES, (), reference)
+    judged = check_sums(typed, CORES, (), reference)
     assert judged.record.check is not None
     assert judged.record.check.images == 2
     monkeypatch.setattr("msn_export.commands.trt_attention._WORK", 1)
-    judged = judge(typed, CORES, (), reference)
+    judged = check_sums(typed, CORES, (), reference)
     assert judged.record.check is not None
     assert judged.record.check.images == 1
 
@@ -266,7 +268,7 @@ def test_what_is_asked_for_is_bf16_from_the_start(typed) -> None:
 
 
 def test_an_engine_that_does_needs_no_more() -> None:
-    assert more_bf16(Judged(SumsRecord()), [SM_75]) == ()
+    assert more_bf16(AttentionVerdict(SumsRecord()), [SM_75]) == ()
 
 
 def test_drift_builds_the_engine_with_the_same_attention(summed, tmp_path) -> None:

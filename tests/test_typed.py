@@ -11,9 +11,9 @@ from graphs import parse
 from msn_export.errors import GraphError
 from msn_export.graph import io
 from msn_export.metrics.samples import Sample, draw
-from msn_export.mixed_precision import Islands, cpu_runner, type_as
+from msn_export.mixed_precision import Fp32Islands, convert, cpu_runner
 from msn_export.preprocessing import preset
-from msn_export.spec import Dtype, ImageSize, InputKind
+from msn_export.spec import Dtype, ImageSize, InputFormat
 
 # bytes times 1000 pass 65504 on most images; weights stay small
 TEXT = """
@@ -35,7 +35,7 @@ def sample() -> Sample:
 
 def typed(choice: str, sample: Sample, tmp_path, dtype: Dtype = Dtype.FP16):
     model = parse(TEXT)
-    return model, type_as(model, dtype, choice, sample, InputKind.UINT8, tmp_path)
+    return model, convert(model, dtype, choice, sample, InputFormat.UINT8, tmp_path)
 
 
 def test_what_overflows_on_the_images_stays_fp32_and_is_told_with_its_maximum(
@@ -55,13 +55,13 @@ def value(model: ir.Model, name: str) -> ir.Value:
 
 def test_nothing_stays_where_nothing_is_asked(sample, tmp_path) -> None:
     model, islands = typed("none", sample, tmp_path)
-    assert islands == Islands({})
+    assert islands == Fp32Islands({})
     assert value(model, "large").dtype == ir.DataType.FLOAT16
 
 
 def test_bf16_needs_no_island(sample, tmp_path) -> None:
     model, islands = typed("measured", sample, tmp_path, Dtype.BF16)
-    assert islands == Islands({})
+    assert islands == Fp32Islands({})
     assert value(model, "large").dtype == ir.DataType.BFLOAT16
 
 
@@ -74,7 +74,7 @@ def test_a_file_names_them(sample, tmp_path) -> None:
 
 def test_a_weight_that_overflows_by_itself_is_told_with_its_own_maximum(sample, tmp_path) -> None:
     model = parse(TEXT.replace("{1000.0}", "{-119111.0}"))
-    islands = type_as(model, Dtype.FP16, "none", sample, InputKind.UINT8, tmp_path)
+    islands = convert(model, Dtype.FP16, "none", sample, InputFormat.UINT8, tmp_path)
     assert islands.maxima == {"k": 119111.0}
 
 
@@ -113,7 +113,7 @@ def test_an_island_of_another_graph_is_named(sample, tmp_path) -> None:
 def test_every_dtype_runs_here_as_precisely_as_it_is(sample, tmp_path, dtype, bits) -> None:
     model = parse(TEXT.replace("{1000.0}", "{0.3}"))
     if dtype is not Dtype.FP32:
-        type_as(model, dtype, "none", sample, InputKind.UINT8, tmp_path)
+        convert(model, dtype, "none", sample, InputFormat.UINT8, tmp_path)
     io.save(model, tmp_path / "m.onnx")
     runner = cpu_runner(tmp_path / "m.onnx", dtype, tmp_path)
     got = runner(sample.pixels)["y"]

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from msn_export.calibration.verdict import Judged, Savings, judge, sentence
+from msn_export.calibration.verdict import CostBenefit, Evaluation, evaluate, summary
 from msn_export.manifest import CheckRecord
 from msn_export.metrics.evaluate import Reference
 from msn_export.metrics.samples import Sample
 from msn_export.metrics.tolerances import Gate
 from msn_export.preprocessing import preset
-from msn_export.spec import ImageSize, InputKind
+from msn_export.spec import ImageSize, InputFormat
 
 SAMPLE = Sample(
     np.zeros((4, 8, 8, 3), np.uint8), tuple("abcd"), "here", preset("hf", ImageSize(8, 8))
@@ -28,10 +28,10 @@ class Runner:
         return {name: values[: len(images)] for name, values in self.outputs.items()}
 
 
-def judged(**outputs: np.ndarray) -> Judged:
+def judged(**outputs: np.ndarray) -> Evaluation:
     reference = Reference({"embedding": EMBEDDING, "logits": LOGITS}, SAMPLE, "reference")
     runner = Runner(**{"embedding": EMBEDDING, "logits": LOGITS, **outputs})
-    return judge(runner, reference, Gate(cosine_p1=0.99), InputKind.UINT8, None)
+    return evaluate(runner, reference, Gate(cosine_p1=0.99), InputFormat.UINT8, None)
 
 
 def test_what_agrees_passes_with_all_neighbours_and_classes() -> None:
@@ -62,15 +62,15 @@ def test_the_worst_output_is_told() -> None:
 ALIKE = judged()
 
 
-def savings(**said) -> Savings:
-    return Savings(**{
+def savings(**said) -> CostBenefit:
+    return CostBenefit(**{
         "base": "fp16", "form": "int8", "file": (100, 55), "engine": (100, 70),
         "latency": "no GPU", **said,
     })  # fmt: skip
 
 
-def said(saved: Savings, kept: int = 0) -> str:
-    return sentence(saved, ALIKE, ALIKE, kept=kept, depth=12)
+def said(saved: CostBenefit, kept: int = 0) -> str:
+    return summary(saved, ALIKE, ALIKE, kept=kept, depth=12)
 
 
 def test_a_gain_in_bytes_is_a_gain_where_no_time_was_measured() -> None:
@@ -114,5 +114,5 @@ def test_blocks_that_stay_are_told() -> None:
 
 def test_a_single_image_has_no_neighbours() -> None:
     record: CheckRecord = ALIKE.record
-    alone = Judged(record, (), None, None)
-    assert "agree" not in sentence(savings(), alone, alone, kept=0, depth=12)
+    alone = Evaluation(record, (), None, None)
+    assert "agree" not in summary(savings(), alone, alone, kept=0, depth=12)

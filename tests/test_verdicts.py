@@ -17,7 +17,7 @@ from msn_export.commands.validate import ValidateJob, run_validate
 from msn_export.compare.validation import Validation
 from msn_export.errors import ImageError, ToleranceError
 from msn_export.runtime import open_runner
-from msn_export.spec import BatchRange, Dtype, Head, InputKind, Target
+from msn_export.spec import BatchRange, Dtype, Head, InputFormat, Target
 
 BATCH = BatchRange(1, 2, 3)
 EVERY = (Dtype.FP32, Dtype.FP16, Dtype.BF16, Dtype.INT8)
@@ -58,26 +58,27 @@ class Models:
         name: str,
         dtype: Dtype,
         target: Target = Target.TENSORRT,
-        stem: InputKind = InputKind.FLOAT,
+        input_format: InputFormat = InputFormat.FLOAT,
         heads: tuple[Head, ...] = (Head.CLS, Head.LOGITS),
     ) -> Path:
         """Export a checkpoint; 8 bits by calibration of the fp32 graph."""
         images = self.large if name == "many" else self.images
         batch = BatchRange(1, 1, 2) if name == "many" else BATCH
         output = self.folder / "-".join(
-            (name.replace(" ", "-"), target, stem, *heads, f"{dtype}.onnx")
+            (name.replace(" ", "-"), target, input_format, *heads, f"{dtype}.onnx")
         )
         if output.exists():
             return output
         if dtype.is_quantised:
-            source = self.graph(name, Dtype.FP32, target, stem, heads)
+            source = self.graph(name, Dtype.FP32, target, input_format, heads)
             job = CalibrateJob(
                 source, dtype, images=images, output=output, compile=False, gate_cosine=0.9
             )
             return run_calibrate(job)[0]
         return run_onnx(
             OnnxJob(
-                str(self.checkpoint(name)), output, heads=heads, stem=stem, target=target,
+                str(self.checkpoint(name)), output, heads=heads, input_format=input_format,
+                target=target,
                 dtype=dtype, images=images, batch=batch,
             )
         )[0]  # fmt: skip
@@ -103,14 +104,16 @@ def faulty(graph: Path, folder: Path, fault) -> Path:
 
 
 @pytest.mark.parametrize("dtype", EVERY)
-@pytest.mark.parametrize("stem", [InputKind.FLOAT, InputKind.UINT8])
+@pytest.mark.parametrize("input_format", [InputFormat.FLOAT, InputFormat.UINT8])
 @pytest.mark.parametrize("target", [Target.TENSORRT, Target.ONNXRUNTIME])
 def test_a_graph_errs_as_much_as_its_precision_costs_the_checkpoint(
-    dtype, stem, target, models
+    dtype, input_format, target, models
 ) -> None:
     """The baseline is made of the checkpoint, apart from the candidate, and errs the same."""
     validation = validated(
-        models.checkpoint("plain"), models.graph("plain", dtype, target, stem), models.images
+        models.checkpoint("plain"),
+        models.graph("plain", dtype, target, input_format),
+        models.images,
     )
     assert validation.passed, validation.reasons
     check = validation.check
@@ -204,7 +207,7 @@ def test_a_set_that_is_run_part_by_part_gives_the_same_figures(
     pair = (models.checkpoint("plain"), models.graph("plain", dtype), models.images)
     whole = validated(*pair, batch=BatchRange(1, 1, 1))
     monkeypatch.setattr("msn_export.metrics.samples.draw_parts.__kwdefaults__", {
-        "room": 8, "limit": 16, "part": part
+        "max_batch": 8, "limit": 16, "part": part
     })  # fmt: skip
     parts = validated(*pair, batch=BatchRange(1, 1, 1))
     assert parts.passed

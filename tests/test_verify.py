@@ -19,7 +19,7 @@ from msn_export.metrics.metrics import Errors
 from msn_export.metrics.samples import Sample, draw
 from msn_export.metrics.tolerances import Gate
 from msn_export.preprocessing import preset
-from msn_export.spec import ImageSize, InputKind
+from msn_export.spec import ImageSize, InputFormat
 
 PREPROCESSING = preset("hf", ImageSize(4, 4))
 
@@ -56,7 +56,7 @@ def test_the_reference_runs_each_picture_once_as_wide_as_memory_affords(sample) 
     assert reference.name == "doubling"
     assert reference.outputs["a"].shape == (19, 48)
     narrow = Doubling()
-    run_reference(narrow, replace(sample, room=2))
+    run_reference(narrow, replace(sample, max_batch=2))
     assert narrow.batches == [2] * 9 + [1]
 
 
@@ -71,7 +71,7 @@ def test_the_rounding_is_that_of_the_run_that_rounds_most(sample) -> None:
 
 def test_a_candidate_runs_every_size_and_is_compared_image_by_image(sample) -> None:
     runner = Doubling()
-    verified = verify(runner, reference_of(sample), InputKind.FLOAT, [1, 4, 8])
+    verified = verify(runner, reference_of(sample), InputFormat.FLOAT, [1, 4, 8])
     assert runner.batches == [1, 4, 8, 8]  # 19 images, and two that start over
     assert verified.sizes == (1, 4, 8)
     assert verified.outputs.keys() == {"a", "b"}
@@ -84,13 +84,13 @@ def test_what_ran_once_is_compared_as_often_as_what_ran_at_every_size(sample) ->
     reference, runner = reference_of(sample), Doubling(0.5)
     sizes = [1, 4, 16]  # 19 images: two of them come twice, and weigh twice
     ran, repeated = Trial(), Trial()
-    ran.run(runner, reference, InputKind.FLOAT, sizes)
+    ran.run(runner, reference, InputFormat.FLOAT, sizes)
     repeated.repeat(run_reference(runner, sample).outputs, reference, sizes)
     assert repeated.rows == ran.rows
     assert len(ran.rows) == 21
     assert repeated.errors() == ran.errors()
     once = Trial()
-    once.run(runner, reference, InputKind.FLOAT, [19])
+    once.run(runner, reference, InputFormat.FLOAT, [19])
     assert once.errors() != ran.errors()
 
 
@@ -118,7 +118,7 @@ def test_only_pictures_that_were_computed_in_fp64_are_judged_as_such(sample) -> 
     reference = reference_of(sample)
     exact = reference.outputs["a"][:3].astype(np.float64) + 1
     reference = replace(reference, exact={"a": exact})
-    verified = verify(Doubling(), reference, InputKind.FLOAT, [1]).outputs
+    verified = verify(Doubling(), reference, InputFormat.FLOAT, [1]).outputs
     assert verified["a"].relative == pytest.approx(np.sqrt(3 * 48 / np.square(exact).sum()))
     assert (verified["a"].others, verified["b"].others) == (0, None)
 
@@ -128,7 +128,7 @@ def test_images_in_another_order_do_not_agree(sample) -> None:
         def __call__(self, images):
             return {name: output[::-1] for name, output in super().__call__(images).items()}
 
-    verified = verify(Reversing(), reference_of(sample), InputKind.FLOAT, [4])
+    verified = verify(Reversing(), reference_of(sample), InputFormat.FLOAT, [4])
     assert verified.outputs["a"].max_abs > 0.1
 
 
@@ -138,7 +138,7 @@ def test_the_record_has_the_worst_figures_and_each_outputs_own(sample) -> None:
             outputs = super().__call__(images)
             return {**outputs, "b": outputs["b"] + 0.5, "extra": outputs["a"]}
 
-    verified = verify(Uneven(), reference_of(sample), InputKind.FLOAT, [2])
+    verified = verify(Uneven(), reference_of(sample), InputFormat.FLOAT, [2])
     record = verified.require(Gate(max_abs=1.0), "the graph")
     assert record.passed
     assert record.max_abs == pytest.approx(0.5)
@@ -150,7 +150,7 @@ def test_the_record_has_the_worst_figures_and_each_outputs_own(sample) -> None:
 
 
 def test_a_gate_that_does_not_hold_names_the_output(sample) -> None:
-    verified = verify(Doubling(0.5), reference_of(sample), InputKind.FLOAT, [8])
+    verified = verify(Doubling(0.5), reference_of(sample), InputFormat.FLOAT, [8])
     with pytest.raises(ToleranceError) as raised:
         verified.require(Gate(max_abs=1e-4), "the fp32 graph")
     assert str(raised.value).startswith(
@@ -160,11 +160,11 @@ def test_a_gate_that_does_not_hold_names_the_output(sample) -> None:
 
 def test_a_missing_output_and_a_shape_of_its_own_are_told(sample) -> None:
     with pytest.raises(ToleranceError, match="the candidate has no output 'b'; it has a, c"):
-        verify(Doubling(outputs=("a", "c")), reference_of(sample), InputKind.FLOAT, [8])
+        verify(Doubling(outputs=("a", "c")), reference_of(sample), InputFormat.FLOAT, [8])
 
     class Short(Doubling):
         def __call__(self, images):
             return {name: x[:, :-1] for name, x in super().__call__(images).items()}
 
     with pytest.raises(ToleranceError, match=r"output has shape \[8, 47\] and its reference"):
-        verify(Short(), reference_of(sample), InputKind.FLOAT, [8])
+        verify(Short(), reference_of(sample), InputFormat.FLOAT, [8])

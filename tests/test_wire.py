@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from msn_export.cluster.storage import failure_to, pixels_from, pixels_to, rows_from, rows_to
+from msn_export.cluster.storage import decode_rows, encode, failure_to, pixels_from, pixels_to
 from msn_export.embed.inference import BEST, Rows
 from msn_export.errors import ClusterError, DeviceError
 
@@ -28,9 +28,9 @@ def test_rows_come_back(shape, classified) -> None:
     vectors = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     vectors[0] = np.nan
     best = np.zeros(shape[0], BEST) if classified else None
-    record = rows_to(7, Rows(vectors, best, {0: "no picture"}, 3))
+    record = encode(7, Rows(vectors, best, {0: "no picture"}, 3))
     assert plain(record)
-    start, got = rows_from(record)
+    start, got = decode_rows(record)
     assert start == 7
     np.testing.assert_array_equal(got.vectors, vectors)
     assert (got.errors, got.turned) == ({0: "no picture"}, 3)
@@ -43,9 +43,9 @@ def test_rows_come_back(shape, classified) -> None:
 def test_a_failure_comes_as_a_record_and_is_raised_where_it_is_read() -> None:
     record = failure_to(DeviceError("GPU 0 is lost"))
     assert plain(record)
-    assert record.keys() == rows_to(0, Rows(np.zeros((1, 2), np.float32))).keys()
+    assert record.keys() == encode(0, Rows(np.zeros((1, 2), np.float32))).keys()
     with pytest.raises(DeviceError) as failed:
-        rows_from(record)
+        decode_rows(record)
     assert str(failed.value) == "GPU 0 is lost"
 
 
@@ -53,5 +53,5 @@ def test_a_failure_comes_as_a_record_and_is_raised_where_it_is_read() -> None:
 def test_a_failure_of_a_type_that_is_not_known_is_the_clusters(name) -> None:
     record = failure_to(DeviceError("x")) | {"failure": f'["{name}", "text"]'}
     with pytest.raises(ClusterError) as failed:
-        rows_from(record)
+        decode_rows(record)
     assert (type(failed.value), str(failed.value)) == (ClusterError, "text")

@@ -3,7 +3,7 @@
 import pytest
 from graphs import parse
 
-from msn_export.graph.summary import multiply_adds
+from msn_export.graph.summary import macs
 
 GRAPHS = {
     # [2, 3, 4] x [4, 5]
@@ -38,4 +38,4 @@ GRAPHS = {
 
 @pytest.mark.parametrize(("text", "expected"), GRAPHS.values(), ids=GRAPHS.keys())
 def test_counts(text, expected) -> None:
-    assert multiply_adds(parse(text)) == expected
+    assert macs(parse(text)) == expected

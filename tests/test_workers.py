@@ -11,10 +11,10 @@ from tiny_artifacts import classifier, pictures
 
 from msn_export import __version__, runtime
 from msn_export.cluster import workers
-from msn_export.cluster.storage import list_sources, pack, pixels_from, rows_from
+from msn_export.cluster.storage import decode_rows, list_sources, pack, pixels_from
 from msn_export.cluster.workers import Embedder, Opening, Reader, explore, require_same
 from msn_export.embed.inference import reading_of
-from msn_export.embed.local import Local
+from msn_export.embed.local import LocalExecutor
 from msn_export.errors import ClusterError, RunnerError, ToleranceError
 from msn_export.feed import feed_of
 
@@ -79,9 +79,9 @@ def test_readers_and_embedders_make_the_rows_of_one_machine(model, folder) -> No
     reader = Reader(store, feed.preprocessing, 1, BATCH)
     embedder = Embedder(cargo, OPENING, known.name, feed, reading)
     with closing(reader._decoder):
-        got = [rows_from(embedder.run(reader(record))) for record in records]
+        got = [decode_rows(embedder.run(reader(record))) for record in records]
     with runtime.open_runner(model, providers=["cpu"], threads=1) as runner:
-        here = Local(found, runner, "", 1)
+        here = LocalExecutor(found, runner, "", 1)
         wanted = list(here.rows(feed, reading, BATCH, batches))
     for (start, rows), (other_start, other) in zip(got, wanted, strict=True):
         assert start == other_start

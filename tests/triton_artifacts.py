@@ -50,7 +50,7 @@ def graph(
     path: Path,
     *,
     batch: int | str = "batch",
-    stem: str = "float",
+    input_format: str = "float",
     labels: tuple[str, ...] = LABELS,
     profile: BatchRange | None = None,
     manifest: bool = True,
@@ -58,7 +58,7 @@ def graph(
     scale: float = 1.0,
 ) -> Path:
     """Write an ONNX classifier of 8x8 images and its manifest."""
-    source, cast = CASTS[stem]
+    source, cast = CASTS[input_format]
     text = GRAPH.format(input=source.format(batch=batch), batch=batch, cast=cast)
     model = onnx.parser.parse_model(text.replace('"" : 17', f'"" : {opset}'))
     weights = onnx.numpy_helper.to_array(model.graph.initializer[0]) * np.float32(scale)
@@ -67,7 +67,7 @@ def graph(
     path.write_bytes(model.SerializeToString())
     fixed = BatchRange(batch, batch, batch) if isinstance(batch, int) else BatchRange(1, 4, 16)
     if manifest:
-        describe(path, "onnx", stem, batch, (profile or fixed,), labels, opset=opset)
+        describe(path, "onnx", input_format, batch, (profile or fixed,), labels, opset=opset)
     return path
 
 
@@ -107,7 +107,7 @@ def plan(
 def describe(
     path: Path,
     kind: Any,
-    stem: str,
+    input_format: str,
     batch: int | str,
     profiles: tuple[BatchRange, ...],
     labels: tuple[str, ...],
@@ -116,15 +116,15 @@ def describe(
     opset: int = 17,
 ) -> None:
     """Write the sealed manifest of a file."""
-    shape = (batch, 3, SIZE, SIZE) if stem == "float" else (batch, SIZE, SIZE, 3)
-    name = "pixel_values" if stem == "float" else "images"
+    shape = (batch, 3, SIZE, SIZE) if input_format == "float" else (batch, SIZE, SIZE, 3)
+    name = "pixel_values" if input_format == "float" else "images"
     manifest = Manifest(
         kind=kind,
         output=path.name,
         sha256=sha256_of(path),
         bytes=path.stat().st_size,
         dtype=Dtype.FP32,
-        inputs=(TensorSpec(name, stem, shape),),
+        inputs=(TensorSpec(name, input_format, shape),),
         outputs=(
             TensorSpec("logits", "float", (batch, 3)),
             TensorSpec("embedding", "float", (batch, 3)),

@@ -25,8 +25,8 @@ from msn_export.engine_header import ANY_GPU, may_target, tries_any_gpu
 from msn_export.errors import MissingPackageError
 from msn_export.host import Device, Driver, NoDriver, find_driver
 from msn_export.runtime import tensor as libraries
-from msn_export.runtime.tensorrt import Machine, Plan, TrtRunner
-from msn_export.runtime.versions import LOADERS, Loaded, row_for
+from msn_export.runtime.tensorrt import EngineFile, EngineHost, TrtRunner
+from msn_export.runtime.versions import LOADERS, LoadedTensorRT, row_for
 from msn_export.spec import BatchRange, ComputeCapability
 
 DEVICE = Device(0, "Stand-in GPU", ComputeCapability(8, 9), 1 << 30)
@@ -46,8 +46,8 @@ class Bench:
         self.stand_in = CudaStandIn()
         row = ROWS[contexts]
         module = tensorrt_stand_in(self.stand_in, contexts, **stand_in)
-        loaded = Loaded(self.recorder.tensorrt(module), row, module.__version__)
-        self.machine = Machine(self.recorder.cuda(self.stand_in), loaded, DEVICE)
+        loaded = LoadedTensorRT(self.recorder.tensorrt(module), row, module.__version__)
+        self.machine = EngineHost(self.recorder.cuda(self.stand_in), loaded, DEVICE)
 
     @property
     def captures(self) -> bool:
@@ -61,7 +61,7 @@ class Bench:
         self, network: Network | None = None, *, eager_kernels: bool = False, **options: Any
     ) -> TrtRunner:
         content = self.plan(network or Network())
-        plan = Plan(content, "m.engine", None, eager_kernels=eager_kernels)
+        plan = EngineFile(content, "m.engine", None, eager_kernels=eager_kernels)
         return TrtRunner(plan, self.machine, **options)
 
     @cache  # noqa: B019  lives as long as the test
@@ -95,8 +95,8 @@ class GpuBench(Bench):
             pytest.skip(obstacle)
         self.contexts = loaded.loader.contexts
         self.cuda = pytest.importorskip("cuda.bindings.driver")
-        wrapped = Loaded(self.recorder.tensorrt(loaded.trt), loaded.loader, loaded.version)
-        self.machine = Machine(self.recorder.cuda(self.cuda), wrapped, device)
+        wrapped = LoadedTensorRT(self.recorder.tensorrt(loaded.trt), loaded.loader, loaded.version)
+        self.machine = EngineHost(self.recorder.cuda(self.cuda), wrapped, device)
 
     def plan(self, network: Network) -> bytes:
         half = {kind for _, kind, _ in network.outputs} | {network.dtype}
@@ -200,12 +200,12 @@ def _backend() -> Backend:
 
 
 @cache
-def _loaded() -> Loaded:
+def _loaded() -> LoadedTensorRT:
     """Import what the commands take too, so that a process has one TensorRT."""
     module = importlib.import_module(_backend().flavour.module)
     row = row_for(module.__name__, module.__version__)
     assert row is not None, module.__version__
-    return Loaded(module, row, module.__version__)
+    return LoadedTensorRT(module, row, module.__version__)
 
 
 def _obstacle(capability: ComputeCapability) -> str:

@@ -9,7 +9,7 @@ import trt_bench
 from cuda.bindings import driver
 from driver_library import FUNCTIONS, DriverLibrary
 
-from msn_export.runtime.tensorrt import Machine
+from msn_export.runtime.tensorrt import EngineHost
 
 LIBRARY = DriverLibrary()
 
@@ -20,7 +20,9 @@ class BoundBench(trt_bench.Bench):
     def __init__(self, contexts: str, **stand_in: Any) -> None:
         super().__init__(contexts, **stand_in)
         LIBRARY.device = self.stand_in
-        self.machine = Machine(self.recorder.cuda(driver), self.machine.loaded, self.machine.device)
+        self.machine = EngineHost(
+            self.recorder.cuda(driver), self.machine.loaded, self.machine.device
+        )
 
 
 trt_bench.Bench = BoundBench  # type: ignore[misc]

@@ -12,7 +12,7 @@ from msn_export.errors import BenchError, GraphError
 from msn_export.manifest import sha256_of
 from msn_export.models.named import AS_IT_SAYS, Choices
 from msn_export.schema import from_plain, to_plain
-from msn_export.spec import Dtype, ImageSize, InputKind
+from msn_export.spec import Dtype, ImageSize, InputFormat
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +30,7 @@ TORCH = {"eager": ("eager", False), "sdpa": ("sdpa", False), "compile": ("sdpa",
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ContenderSpec:
     """One that is to be timed: ``opening`` is what its process is asked to open."""
 
     name: str
@@ -43,7 +43,7 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Where:
+class Placement:
     """Where and how contenders run; ``device`` None is the CPU, ``resident`` leaves out copies."""
 
     threads: int
@@ -59,7 +59,7 @@ class Where:
         return "cpu" if self.device is None else f"cuda:{self.device}"
 
 
-def artifacts(paths: Sequence[Path], where: Where) -> list[Entry]:
+def artifacts(paths: Sequence[Path], where: Placement) -> list[ContenderSpec]:
     """Enter files under their names, or their paths where names are alike.
 
     Raises:
@@ -76,7 +76,7 @@ def artifacts(paths: Sequence[Path], where: Where) -> list[Entry]:
     return found
 
 
-def artifact(path: Path, where: Where, name: str) -> Entry:
+def artifact(path: Path, where: Placement, name: str) -> ContenderSpec:
     """Enter one .onnx or .engine file."""
     if not path.is_file():
         raise GraphError(f"{path} does not exist; give an .onnx or .engine file")
@@ -91,7 +91,7 @@ def artifact(path: Path, where: Where, name: str) -> Entry:
         "resident": where.resident,
         "cuda_graphs": where.cuda_graphs,
     }
-    return Entry(
+    return ContenderSpec(
         name,
         "onnx" if path.suffix == ".onnx" else "engine",
         opening,
@@ -102,7 +102,7 @@ def artifact(path: Path, where: Where, name: str) -> Entry:
     )
 
 
-def source_graphs(entries: Sequence[Entry], where: Where) -> Iterator[Entry]:
+def source_graphs(entries: Sequence[ContenderSpec], where: Placement) -> Iterator[ContenderSpec]:
     """Enter the graphs that engines were compiled from: ``--against onnxruntime``.
 
     Raises:
@@ -140,7 +140,7 @@ class Origin:
 
 
 def origin_of(
-    entries: Sequence[Entry],
+    entries: Sequence[ContenderSpec],
     checkpoint: str | None,
     outputs: tuple[str, ...],
     size: ImageSize,
@@ -166,7 +166,7 @@ def origin_of(
     return Origin(record.source, sha256, outputs, size, choices)
 
 
-def torch_dtype(entry: Entry, where: Where) -> Dtype:
+def torch_dtype(entry: ContenderSpec, where: Placement) -> Dtype:
     """Choose what PyTorch computes in beside an artifact: fp32 on the CPU, on a GPU its dtype.
 
     Half precision beside 8 bits: the PyTorch reference has no quantised form.
@@ -177,7 +177,7 @@ def torch_dtype(entry: Entry, where: Where) -> Dtype:
     return Dtype.FP16 if dtype.is_quantised else dtype
 
 
-def torch_entry(kind: str, origin: Origin, where: Where, dtype: Dtype) -> Entry:
+def torch_entry(kind: str, origin: Origin, where: Placement, dtype: Dtype) -> ContenderSpec:
     """Enter the PyTorch reference in one of its forms."""
     attention, compiled = TORCH[kind]
     opening = {
@@ -195,7 +195,7 @@ def torch_entry(kind: str, origin: Origin, where: Where, dtype: Dtype) -> Entry:
         "threads": where.threads,
         "resident": where.resident,
     }
-    return Entry(kind, kind, opening, sha256=origin.sha256, dtype=str(dtype))
+    return ContenderSpec(kind, kind, opening, sha256=origin.sha256, dtype=str(dtype))
 
 
 class Timed(Protocol):
@@ -215,7 +215,7 @@ class Timed(Protocol):
         """Run it to its end; outputs by name."""
 
 
-class Artifact:
+class ArtifactContender:
     """An .onnx or .engine file, through the runtime."""
 
     def __init__(self, told: Mapping[str, Any]) -> None:
@@ -253,7 +253,7 @@ class Artifact:
         from msn_export.feed import Feed
 
         spec = self._runner.inputs[0]
-        feed = Feed(InputKind.of(spec.dtype), spec.dtype, preprocessing)(pixels)
+        feed = Feed(InputFormat.of(spec.dtype), spec.dtype, preprocessing)(pixels)
         if not self._resident:
             return feed
         import torch
@@ -332,4 +332,4 @@ def open_timed(told: Mapping[str, Any]) -> Timed:
     Raises:
         MsnExportError: it cannot be opened.
     """
-    return Torch(told) if told["kind"] == "torch" else Artifact(told)
+    return Torch(told) if told["kind"] == "torch" else ArtifactContender(told)

@@ -14,7 +14,7 @@ from msn_export.engine_header import parse_header
 from msn_export.errors import DeviceError, MissingPackageError, RunnerError
 from msn_export.host import NoDriver, find_driver
 from msn_export.runtime.onnxruntime import OrtRunner
-from msn_export.runtime.opening import Admitted, open_engine
+from msn_export.runtime.opening import VerifiedEngine, open_engine
 from msn_export.runtime.runner import Runner
 
 
@@ -82,10 +82,10 @@ def _timed(
     }
 
 
-def _staged(path: Path) -> Admitted:
+def _staged(path: Path) -> VerifiedEngine:
     """Admit an engine that was compiled a moment ago and has no manifest yet."""
     content = path.read_bytes()
-    return Admitted(path, content, parse_header(content, path), None)
+    return VerifiedEngine(path, content, parse_header(content, path), None)
 
 
 def _rounds(

@@ -13,7 +13,7 @@ from matplotlib import rc_context, rcdefaults, rcParams
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator, ScalarFormatter
 
-from msn_export.bench.results import said
+from msn_export.bench.results import footnotes
 from msn_export.schema import to_plain
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def write_page(bench: Bench, path: Path) -> None:
     page = environment.get_template("page.html.j2").render(
         bench=bench,
         title=f"Benchmark of {', '.join(artifacts)}",
-        said=said(bench),
+        said=footnotes(bench),
         fastest=fastest,
         plots=plots(bench),
         data=Markup(data),  # noqa: S704  JSON with every "<" escaped

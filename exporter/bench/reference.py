@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from msn_export.bench.contenders import Where, torch_entry
+from msn_export.bench.contenders import Placement, torch_entry
 from msn_export.bench.results import Agreed
 from msn_export.errors import BenchError, ToleranceError
 from msn_export.metrics.metrics import Comparison, worst_of
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from msn_export.bench.contenders import Entry
-    from msn_export.bench.session import Arena
+    from msn_export.bench.contenders import ContenderSpec
+    from msn_export.bench.session import BenchSession
 
 _BATCH = 4  # images the reference takes at a time: it is not what is timed
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
+class BenchReference:
     """Outputs [count, ...] by name; ``checkpoint`` is the sha256 of their weights, where known."""
 
     name: str
@@ -32,7 +32,7 @@ class Reference:
     checkpoint: str | None = None
 
     def compare(
-        self, entry: Entry, outputs: Mapping[str, NDArray[Any]]
+        self, entry: ContenderSpec, outputs: Mapping[str, NDArray[Any]]
     ) -> tuple[Agreed | None, str | None]:
         """Compare every output that both have; or say why none was."""
         if not self.outputs:
@@ -56,7 +56,7 @@ class Reference:
         return Agreed(**{name: getattr(worst, name) for name in Agreed.__slots__}), None
 
 
-def find_reference(arena: Arena, checkpoint: str | None) -> Reference:
+def find_reference(arena: BenchSession, checkpoint: str | None) -> BenchReference:
     """Run the PyTorch model in fp32 on the CPU; its process is gone before anything is timed.
 
     Where it cannot be had, the first fp32 graph stands in, and says so.
@@ -64,20 +64,20 @@ def find_reference(arena: Arena, checkpoint: str | None) -> Reference:
     with ExitStack() as stack:
         try:
             origin = arena.origin(checkpoint)
-            cpu = Where(arena.where.threads)
+            cpu = Placement(arena.where.threads)
             apart = arena.beside(cpu, stack)
             one = apart.start(torch_entry("sdpa", origin, cpu, Dtype.FP32))
             outputs, _ = apart.outputs(one, _BATCH)
         except BenchError as error:
             return _first_fp32(arena, str(error).removeprefix("sdpa: "))
-    return Reference(f"{origin.checkpoint}, {one.record.runs}, fp32", outputs, origin.sha256)
+    return BenchReference(f"{origin.checkpoint}, {one.record.runs}, fp32", outputs, origin.sha256)
 
 
-def _first_fp32(arena: Arena, reason: str) -> Reference:
+def _first_fp32(arena: BenchSession, reason: str) -> BenchReference:
     for one in arena.opened:
         if one.entry.dtype == Dtype.FP32 and one.entry.kind == "onnx":
             record = one.entry.manifest.checkpoint if one.entry.manifest is not None else None
             outputs, _ = arena.outputs(one, _BATCH)
             name = f"{one.name} (no PyTorch reference: {reason})"
-            return Reference(name, outputs, record.sha256 if record is not None else None)
-    return Reference(f"nothing ({reason})", {})
+            return BenchReference(name, outputs, record.sha256 if record is not None else None)
+    return BenchReference(f"nothing ({reason})", {})

@@ -169,7 +169,7 @@ def figures(rounds: Rounds, batch: int) -> dict[str, Any]:
 _FEW = 100  # calls, below which a p99 is little more than the slowest one
 
 
-def said(bench: Bench) -> list[str]:
+def footnotes(bench: Bench) -> list[str]:
     """Say how ratios were made, what was compared with what, where it ran, and what is missing."""
     versions = ", ".join(f"{name} {version}" for name, version in bench.versions.items())
     lines = [

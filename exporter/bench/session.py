@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from msn_export.bench.contenders import Entry, Origin, Where, origin_of
+from msn_export.bench.contenders import ContenderSpec, Origin, Placement, origin_of
 from msn_export.bench.process import Process
 from msn_export.bench.results import Contender
 from msn_export.errors import BenchError, SpecError
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class Opened:
+class OpenContender:
     """A contender that is open in its process; ``told`` is what it says of itself."""
 
-    entry: Entry
+    entry: ContenderSpec
     process: Process
     told: dict[str, Any]
     record: Contender
@@ -55,21 +55,21 @@ class Opened:
 
 
 @dataclass(slots=True)
-class Arena:
+class BenchSession:
     """Contenders in the order of the table, who is absent and why, and the pictures."""
 
-    where: Where
+    where: Placement
     folder: Path
     stack: ExitStack
     offline: bool
     choices: Choices = AS_IT_SAYS
-    opened: list[Opened] = field(default_factory=list)
+    opened: list[OpenContender] = field(default_factory=list)
     absent: list[Contender] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     feed: Feed | None = None
     _started: int = 0
 
-    def start(self, entry: Entry, tried: int | None = None) -> Opened:
+    def start(self, entry: ContenderSpec, tried: int | None = None) -> OpenContender:
         """Open an entry in a process of its own, and give it the pictures if they are there.
 
         Args:
@@ -85,7 +85,7 @@ class Arena:
         self.stack.enter_context(process)
         try:
             told = process.ask("open", **entry.opening)
-            one = Opened(entry, process, told, self._record(entry, told))
+            one = OpenContender(entry, process, told, self._record(entry, told))
             if self.feed is not None:
                 self._give(one, self.feed)
             if tried is not None:
@@ -95,9 +95,9 @@ class Arena:
             raise
         return one
 
-    def beside(self, where: Where, stack: ExitStack) -> Arena:
+    def beside(self, where: Placement, stack: ExitStack) -> BenchSession:
         """Give another arena with the same pictures and no contender yet."""
-        return Arena(where, self.folder, stack, self.offline, feed=self.feed, _started=100)
+        return BenchSession(where, self.folder, stack, self.offline, feed=self.feed, _started=100)
 
     def agree(
         self, size: ImageSize | None, preprocess: str | None = None, exif: Exif | None = None
@@ -141,7 +141,7 @@ class Arena:
         for one in self.opened:
             self._give(one, feed)
 
-    def outputs(self, one: Opened, batch: int) -> tuple[dict[str, NDArray[Any]], float]:
+    def outputs(self, one: OpenContender, batch: int) -> tuple[dict[str, NDArray[Any]], float]:
         """Begin a batch size; give the outputs for every picture, and the seconds it took.
 
         Raises:
@@ -171,11 +171,11 @@ class Arena:
     def _pixels(self) -> Path:
         return self.folder / "pixels.npy"
 
-    def _give(self, one: Opened, feed: Feed) -> None:
+    def _give(self, one: OpenContender, feed: Feed) -> None:
         told = to_plain(feed.preprocessing)
         one.process.ask("take", pixels=str(self._pixels), preprocessing=told)
 
-    def _record(self, entry: Entry, told: dict[str, Any]) -> Contender:
+    def _record(self, entry: ContenderSpec, told: dict[str, Any]) -> Contender:
         specs = told.get("inputs", [])
         takes = "; ".join(f"{one['dtype']} [{', '.join(map(str, one['shape']))}]" for one in specs)
         on_gpu = self.where.device is not None

@@ -25,7 +25,7 @@ from msn_export.host import end_with, peak_rss, reset_peak
 from msn_export.metrics.samples import Sample
 from msn_export.preprocessing import Preprocessing
 from msn_export.schema import from_plain
-from msn_export.spec import InputKind
+from msn_export.spec import InputFormat
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -98,7 +98,7 @@ class Server:
 
     def _feed(self, indices: range) -> Any:
         assert self._sample is not None
-        pixels = self._sample.feed(indices, InputKind.UINT8)
+        pixels = self._sample.feed(indices, InputFormat.UINT8)
         return self._timed.prepare(pixels, self._sample.preprocessing)
 
     def _outputs(self, indices: range) -> dict[str, NDArray[Any]]:

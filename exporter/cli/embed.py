@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from msn_export.embed.job import Embedded
 
 
-class Pictures(click.ParamType[Any]):
+class PicturesParam(click.ParamType[Any]):
     """A folder that exists, or the URI of a bucket."""
 
     name = "folder or URI"
@@ -45,7 +45,7 @@ def _ending(ctx: click.Context, param: click.Parameter, value: Path) -> Path:  #
 
 @click.command()
 @click.argument("model", type=FILE)
-@click.argument("images", type=Pictures())
+@click.argument("images", type=PicturesParam())
 @click.option(
     "-o",
     "--output",

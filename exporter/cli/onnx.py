@@ -18,7 +18,7 @@ from msn_export.cli.options import (
     flag_off,
     preprocess_option,
 )
-from msn_export.spec import Dtype, Head, InputKind, Target
+from msn_export.spec import Dtype, Head, InputFormat, Target
 
 
 @click.command()
@@ -34,7 +34,7 @@ from msn_export.spec import Dtype, Head, InputKind, Target
 )
 @click.option(
     "--input",
-    "stem",
+    "input_format",
     type=click.Choice(["float", "uint8"]),
     default="float",
     show_default=True,
@@ -74,7 +74,7 @@ def onnx(checkpoint: str, **options: Any) -> None:
         checkpoint,
         command=command_line(),
         heads=tuple(Head(head) for head in options.pop("heads")),
-        stem=InputKind(options.pop("stem")),
+        input_format=InputFormat(options.pop("input_format")),
         dtype=Dtype(options.pop("dtype")),
         target=Target(options.pop("target")),
         **options,

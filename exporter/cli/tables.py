@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from msn_export.bench.results import said
+from msn_export.bench.results import footnotes
 from msn_export.cli.console import Console
 from msn_export.commands.triton import Written
 from msn_export.compare.drift import Drift
@@ -23,7 +23,7 @@ from msn_export.metrics.tolerances import in_words
 from msn_export.report.describe import quantization_rows
 from msn_export.schema import to_plain
 from msn_export.spec import TensorSpec
-from msn_export.triton.checks import Finding
+from msn_export.triton.checks import Issue
 
 if TYPE_CHECKING:
     from msn_export.bench.results import Bench, Timing
@@ -428,7 +428,7 @@ def show_bench(console: Console, bench: Bench) -> None:
     console.print(_times(bench))
     if bench.preset == "paper":
         console.print(_paper(bench))
-    for line in said(bench):
+    for line in footnotes(bench):
         console.print(escape(line))
 
 
@@ -520,7 +520,7 @@ def show_written(console: Console, written: Written) -> None:
     console.print(table)
 
 
-def show_findings(console: Console, repository: Path, findings: Sequence[Finding]) -> None:
+def show_findings(console: Console, repository: Path, findings: Sequence[Issue]) -> None:
     """Print what is wrong, then what could not be known."""
     wrong = sum(finding.level == "wrong" for finding in findings)
     if console.as_json:

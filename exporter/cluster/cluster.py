@@ -36,7 +36,7 @@ class Node:
 
 
 @dataclass(frozen=True, slots=True)
-class Crew:
+class WorkerLayout:
     """Who does the work.
 
     ``actors`` hold the model, each with ``cpus`` processors (and as many threads) or ``gpus``
@@ -60,7 +60,7 @@ class Crew:
         return f"{actors}, {self.readers} reader{'s' * (self.readers > 1)}"
 
 
-def crew_for(job: EmbedJob, nodes: Sequence[Node]) -> Crew:
+def crew_for(job: EmbedJob, nodes: Sequence[Node]) -> WorkerLayout:
     """Decide who works on a job.
 
     Raises:
@@ -85,7 +85,7 @@ def blocks_of(batches: int, actors: int) -> int:
     return -(-batches // each)
 
 
-def crew_of(nodes: Sequence[Node], *, needs_gpu: bool | None, actors: int | None) -> Crew:
+def crew_of(nodes: Sequence[Node], *, needs_gpu: bool | None, actors: int | None) -> WorkerLayout:
     """Decide who works on a cluster.
 
     Args:
@@ -105,20 +105,20 @@ def crew_of(nodes: Sequence[Node], *, needs_gpu: bool | None, actors: int | None
         )
     on_gpu = bool(gpus) if needs_gpu is None else needs_gpu
     if on_gpu:
-        room, each = gpus, 0
+        most, each = gpus, 0
     else:
         each = _threads(nodes)
-        room = sum(_usable(node.cpus) // each for node in nodes)  # no actor spans machines
-    if not room:
+        most = sum(_usable(node.cpus) // each for node in nodes)  # no actor spans machines
+    if not most:
         raise ClusterError(f"the cluster ({describe(nodes)}) has no CPU to give; start nodes")
-    if actors is not None and actors > room:
+    if actors is not None and actors > most:
         raise ClusterError(
-            f"--actors {actors}: the cluster ({describe(nodes)}) has room for {room}; give fewer "
+            f"--actors {actors}: the cluster ({describe(nodes)}) has room for {most}; give fewer "
             "or start more nodes"
         )
-    count = actors or room
+    count = actors or most
     readers = max(-(-count // 5), cpus - count * max(each, 1))
-    return Crew(count, each, int(on_gpu), readers)
+    return WorkerLayout(count, each, int(on_gpu), readers)
 
 
 def _usable(cpus: int) -> int:

@@ -17,7 +17,7 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
 from msn_export.cluster.cluster import blocks_of, crew_for, describe, failures_in_one_line
-from msn_export.cluster.storage import failure_to, pack, rows_from
+from msn_export.cluster.storage import decode_rows, failure_to, pack
 from msn_export.cluster.workers import Embedder, Opening, Reader, explore, require_same
 from msn_export.errors import ClusterError, MsnExportError
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from msn_export.cluster.storage import Record, Store
     from msn_export.cluster.workers import Known
     from msn_export.embed.inference import Reading, Rows
-    from msn_export.embed.job import EmbedJob, Pictures
+    from msn_export.embed.job import EmbedJob, PictureList
     from msn_export.feed import Feed
 
 _FIND_PLACE = 600.0  # seconds until a worker has a place and the model is open
@@ -55,7 +55,7 @@ class OnCluster:
     embedder: type[ShippedEmbedder] = ShippedEmbedder
 
     def __init__(
-        self, job: EmbedJob, pictures: Pictures, store: Store, nodes: Sequence[Node]
+        self, job: EmbedJob, pictures: PictureList, store: Store, nodes: Sequence[Node]
     ) -> None:
         self.pictures, self._store = pictures, store
         self._crew = crew_for(job, nodes)
@@ -115,7 +115,7 @@ class OnCluster:
         )
         with failures_in_one_line():
             for record in dataset.iter_rows():
-                yield rows_from(record)
+                yield decode_rows(record)
 
     def _records(self, missing: Sequence[range]) -> Iterator[dict[str, Any]]:
         for one in missing:

@@ -15,7 +15,7 @@ import numpy as np
 from msn_export import images
 from msn_export.embed.decode import Decoder
 from msn_export.embed.inference import read_rows, reading_of
-from msn_export.embed.local import tested
+from msn_export.embed.local import require_selftest
 from msn_export.errors import ImageError, SpecError
 from msn_export.feed import feed_of
 from msn_export.preprocessing import Exif
@@ -135,7 +135,7 @@ class Replica:
             serving.model, providers=serving.providers or None, threads=threads
         )
         try:
-            self.selftest = tested(self._runner, check=True)
+            self.selftest = require_selftest(self._runner, check=True)
         except BaseException:
             self._runner.close()
             raise

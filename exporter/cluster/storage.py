@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from msn_export.embed.decode import Decoded
-    from msn_export.embed.job import Pictures
+    from msn_export.embed.job import PictureList
     from msn_export.preprocessing import Preprocessing
 
 
@@ -47,7 +47,7 @@ _LARGEST = 2**30  # bytes of one picture: it is in memory while it is decoded
 _OF_ONE_OBJECT = ("ACCESS_DENIED", "NO_SUCH_KEY", "Permission denied")
 
 
-class Source(NamedTuple):
+class PictureAddress(NamedTuple):
     """One picture: where it is opened, and what people call it."""
 
     path: str
@@ -65,12 +65,12 @@ class Store:
     root: str = ""  # where relative paths begin
     scheme: str = ""
 
-    def source(self, path: bytes) -> Source:
+    def source(self, path: bytes) -> PictureAddress:
         """Name a picture by what its listing calls it."""
         text = os.fsdecode(path)
         if self.filesystem is None:
-            return Source(str(Path(self.root, text)), text)
-        return Source(text, f"{self.scheme}://{text}")
+            return PictureAddress(str(Path(self.root, text)), text)
+        return PictureAddress(text, f"{self.scheme}://{text}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class Bucket:
             yield path[self.below :]
 
 
-def list_sources(images_at: Path | str) -> tuple[Pictures, Store]:
+def list_sources(images_at: Path | str) -> tuple[PictureList, Store]:
     """List the pictures of a local folder (or one file), or of a bucket's URI.
 
     Raises:
@@ -184,7 +184,7 @@ def _is_of_one(error: OSError) -> bool:
     return isinstance(error, FileNotFoundError) or any(word in text for word in _OF_ONE_OBJECT)
 
 
-def read_source(source: Source, *, store: Store, preprocessing: Preprocessing) -> Decoded:
+def read_source(source: PictureAddress, *, store: Store, preprocessing: Preprocessing) -> Decoded:
     """Decode one picture with the one preprocessing; say why where it is none.
 
     Raises:
@@ -200,7 +200,7 @@ def read_source(source: Source, *, store: Store, preprocessing: Preprocessing) -
         return str(error)
 
 
-def _fetch(source: Source, filesystem: Any) -> bytes:
+def _fetch(source: PictureAddress, filesystem: Any) -> bytes:
     try:
         with filesystem.open_input_file(source.path) as file:
             size = file.size()
@@ -233,7 +233,7 @@ def _key(uri: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Cargo:
+class ArtifactBytes:
     """An artifact and its manifest; arrays, for Ray shares those between processes uncopied."""
 
     path: Path  # where it lies on the machine that sends it
@@ -242,7 +242,7 @@ class Cargo:
     manifest: NDArray[np.uint8] | None
 
 
-def pack(model: Path) -> Cargo:
+def pack(model: Path) -> ArtifactBytes:
     """Read an artifact for sending.
 
     Raises:
@@ -251,7 +251,7 @@ def pack(model: Path) -> Cargo:
     if not model.is_file():
         raise RunnerError(f"{model} does not exist; give an .onnx file or an engine")
     sidecar = manifest_path(model)
-    return Cargo(
+    return ArtifactBytes(
         model.absolute(),
         sha256_of(model),
         np.fromfile(model, np.uint8),
@@ -260,7 +260,7 @@ def pack(model: Path) -> Cargo:
 
 
 @contextmanager
-def unpacked(cargo: Cargo) -> Iterator[Path]:
+def unpacked(cargo: ArtifactBytes) -> Iterator[Path]:
     """Give the artifact as a file, for as long as it takes to open it.
 
     Where the very file lies at the same path, as on a file system that the machines share, it is
@@ -300,7 +300,7 @@ def pixels_from(record: Record) -> tuple[int, NDArray[np.uint8], dict[int, str],
     return int(record["start"]), pixels.copy(), _errors(record), int(record["turned"])
 
 
-def rows_to(start: int, rows: Rows) -> Record:
+def encode(start: int, rows: Rows) -> Record:
     """Write a batch of rows."""
     return {
         "start": start,
@@ -320,10 +320,10 @@ def failure_to(error: MsnExportError) -> Record:
     Ray Data drops what is on its way, and a resumed run would make it again.
     """
     nothing = Rows(np.zeros((0, 0), np.float32))
-    return rows_to(0, nothing) | {"failure": json.dumps([type(error).__name__, str(error)])}
+    return encode(0, nothing) | {"failure": json.dumps([type(error).__name__, str(error)])}
 
 
-def rows_from(record: Record) -> tuple[int, Rows]:
+def decode_rows(record: Record) -> tuple[int, Rows]:
     """Read what ``rows_to`` wrote.
 
     Raises:

@@ -8,15 +8,15 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from msn_export import __version__
-from msn_export.cluster.storage import pixels_from, pixels_to, read_source, rows_to, unpacked
+from msn_export.cluster.storage import encode, pixels_from, pixels_to, read_source, unpacked
 from msn_export.embed.decode import Decoder
 from msn_export.embed.inference import read_rows, stack
-from msn_export.embed.local import tested
+from msn_export.embed.local import require_selftest
 from msn_export.errors import ClusterError
 from msn_export.runtime import open_runner
 
 if TYPE_CHECKING:
-    from msn_export.cluster.storage import Cargo, Record, Store
+    from msn_export.cluster.storage import ArtifactBytes, Record, Store
     from msn_export.embed.inference import Reading
     from msn_export.feed import Feed
     from msn_export.manifest import Manifest
@@ -34,7 +34,7 @@ class Opening:
     trust: bool = False
     check: bool = True
 
-    def open(self, cargo: Cargo) -> tuple[Runner, str]:
+    def open(self, cargo: ArtifactBytes) -> tuple[Runner, str]:
         """Open a model that was sent here; give what its selftest said too.
 
         Raises:
@@ -49,7 +49,7 @@ class Opening:
                 eager_kernels=True,  # as without a cluster: the rows are the same
             )
         try:
-            return runner, tested(runner, check=self.check)
+            return runner, require_selftest(runner, check=self.check)
         except BaseException:
             runner.close()
             raise
@@ -68,7 +68,7 @@ class Known:
     version: str
 
 
-def explore(cargo: Cargo, opening: Opening) -> Known:
+def explore(cargo: ArtifactBytes, opening: Opening) -> Known:
     """Open the model on one worker, before all of them do.
 
     Raises:
@@ -131,7 +131,7 @@ class Embedder:
     """
 
     def __init__(
-        self, cargo: Cargo, opening: Opening, name: str, feed: Feed, reading: Reading
+        self, cargo: ArtifactBytes, opening: Opening, name: str, feed: Feed, reading: Reading
     ) -> None:
         self._runner, _ = opening.open(cargo)
         if self._runner.name != name:
@@ -150,4 +150,4 @@ class Embedder:
         """
         start, pixels, errors, turned = pixels_from(record)
         outputs = self._runner(self._feed(pixels))
-        return rows_to(start, read_rows(outputs, self._reading, len(pixels), errors, turned))
+        return encode(start, read_rows(outputs, self._reading, len(pixels), errors, turned))

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from msn_export import __version__
 from msn_export.bench.contenders import (
     TORCH,
-    Entry,
-    Where,
+    ContenderSpec,
+    Placement,
     artifacts,
     source_graphs,
     torch_dtype,
@@ -23,7 +23,7 @@ from msn_export.bench.contenders import (
 )
 from msn_export.bench.reference import find_reference
 from msn_export.bench.results import Bench, Contender, Rounds, Timing, figures, ratio_of, rotated
-from msn_export.bench.session import Arena, Opened
+from msn_export.bench.session import BenchSession, OpenContender
 from msn_export.commands.jobs import BenchJob
 from msn_export.errors import BenchError, MissingPackageError, SpecError
 from msn_export.files import placing, require_writable, staging
@@ -34,7 +34,7 @@ from msn_export.models.named import Choices
 from msn_export.progress import SILENT
 
 if TYPE_CHECKING:
-    from msn_export.bench.reference import Reference
+    from msn_export.bench.reference import BenchReference
     from msn_export.metrics.samples import Sample
     from msn_export.progress import Progress
     from msn_export.spec import Dtype
@@ -66,7 +66,7 @@ def run_bench(job: BenchJob, progress: Progress = SILENT) -> Bench:
     with tempfile.TemporaryDirectory(prefix="msn-export-bench-") as folder, ExitStack() as stack:
         choices = Choices(job.variant, job.weights)
         offline = job.checkpoint is None
-        arena = Arena(where, Path(folder), stack, offline=offline, choices=choices)
+        arena = BenchSession(where, Path(folder), stack, offline=offline, choices=choices)
         for entry in artifacts(job.artifacts, where):
             with progress.step(f"open {entry.name}"):
                 arena.opened.append(arena.start(entry))
@@ -87,7 +87,7 @@ def run_bench(job: BenchJob, progress: Progress = SILENT) -> Bench:
     return bench
 
 
-def _where(job: BenchJob) -> Where:
+def _where(job: BenchJob) -> Placement:
     """Choose one place for all: the GPU asked for, else the first there is, else the CPU.
 
     Raises:
@@ -100,13 +100,13 @@ def _where(job: BenchJob) -> Where:
     if job.resident and device is None:
         raise SpecError("--resident leaves data on a GPU, and this run is on the CPU")
     threads = job.threads or physical_cores()
-    return Where(threads, device, job.providers, job.trust, job.resident, job.cuda_graphs)
+    return Placement(threads, device, job.providers, job.trust, job.resident, job.cuda_graphs)
 
 
-def _enter(job: BenchJob, arena: Arena, progress: Progress) -> None:
+def _enter(job: BenchJob, arena: BenchSession, progress: Progress) -> None:
     """Open what the artifacts are compared with; the first that opens is the baseline."""
     dtype = job.dtype or torch_dtype(arena.opened[0].entry, arena.where)
-    others: list[Opened] = []
+    others: list[OpenContender] = []
     for kind in job.against:
         with progress.step(f"open {kind}"):
             try:
@@ -118,14 +118,14 @@ def _enter(job: BenchJob, arena: Arena, progress: Progress) -> None:
     arena.opened[:0] = others
 
 
-def _entries(kind: str, job: BenchJob, arena: Arena, dtype: Dtype) -> list[Entry]:
+def _entries(kind: str, job: BenchJob, arena: BenchSession, dtype: Dtype) -> list[ContenderSpec]:
     if kind in TORCH:
         return [torch_entry(kind, arena.origin(job.checkpoint), arena.where, dtype)]
     return list(source_graphs([one.entry for one in arena.opened], arena.where))
 
 
 def _time_batch(
-    job: BenchJob, arena: Arena, reference: Reference, batch: int, progress: Progress
+    job: BenchJob, arena: BenchSession, reference: BenchReference, batch: int, progress: Progress
 ) -> list[Timing]:
     """Time all contenders at one batch size, after their outputs were compared at it."""
     compared = {}
@@ -159,7 +159,9 @@ def _time_batch(
     return timings
 
 
-def _run_rounds(job: BenchJob, arena: Arena, batch: int, progress: Progress) -> dict[str, Rounds]:
+def _run_rounds(
+    job: BenchJob, arena: BenchSession, batch: int, progress: Progress
+) -> dict[str, Rounds]:
     """Let each contender take its turn in every round, the order moving on by one."""
     by_name = {one.name: one for one in arena.opened}
     rounds: dict[str, Rounds] = {name: [] for name in by_name}
@@ -173,9 +175,9 @@ def _run_rounds(job: BenchJob, arena: Arena, batch: int, progress: Progress) -> 
 
 def _summary(
     job: BenchJob,
-    arena: Arena,
+    arena: BenchSession,
     sample: Sample,
-    reference: Reference,
+    reference: BenchReference,
     timings: list[Timing],
     load: float,
 ) -> Bench:

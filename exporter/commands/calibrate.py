@@ -11,7 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from msn_export import __version__, golden
-from msn_export.artifact import Source, read_source, room_of
+from msn_export.artifact import GraphFile, max_batch_of, read_source
 from msn_export.calibration import ranges as ranges_file
 from msn_export.calibration.collect import require_finite
 from msn_export.calibration.images import FEW, Split, split
@@ -22,18 +22,18 @@ from msn_export.calibration.search import Ranged, choices, known_ranges, take_ra
 from msn_export.calibration.verdict import (
     Calibrated,
     Candidate,
-    Savings,
-    judge,
+    CostBenefit,
+    evaluate,
     measure,
     require_target,
-    sentence,
+    summary,
 )
 from msn_export.errors import GraphError, SpecError, ToleranceError
 from msn_export.files import apart, publish, require_writable, staging
 from msn_export.graph import io
 from msn_export.graph.precision import type_graph
 from msn_export.graph.quantised import quantised_products
-from msn_export.graph.summary import GraphFacts
+from msn_export.graph.summary import GraphSummary
 from msn_export.host import peak_rss
 from msn_export.image_folder import notes_on
 from msn_export.manifest import (
@@ -53,12 +53,12 @@ from msn_export.metrics.tolerances import GATES
 from msn_export.mixed_precision import cpu_runner
 from msn_export.progress import SILENT, Progress
 from msn_export.runtime.onnxruntime import OrtRunner
-from msn_export.spec import Dtype, InputKind
+from msn_export.spec import Dtype, InputFormat
 
 PACKAGES = ("onnx", "onnx-ir", "onnxsim", "onnxruntime-gpu", "onnxruntime", "tensorrt-rtx")
 
 
-def describe(
+def to_manifest(
     done: Calibrated, job: CalibrateJob, stage: Path, ranges: str, progress: Progress
 ) -> Manifest:
     """Compile both graphs where that is possible, and write everything down.
@@ -68,7 +68,7 @@ def describe(
     compiled, latency = measure(done, job, stage, progress)
     if job.ranges is None:
         ranges_file.write(done.ranged.ranges, stage / ranges)
-    known, facts = done.source.manifest, GraphFacts.of(done.chosen.model)
+    known, facts = done.source.manifest, GraphSummary.of(done.chosen.model)
     quantization = _quantization(done, job, job.ranges or stage / ranges, compiled, latency)
     cores = done.ranged.plan.depth
     path = done.chosen.path
@@ -123,7 +123,7 @@ def _quantization(
     engines = (compiled[base]["bytes"], compiled[form]["bytes"]) if form in compiled else None
     times = latency["reason"] if "reason" in latency else (latency[base], latency[form])
     faults = tuple(_faults(compiled[form], form, plan.depth)) if form in compiled else ()
-    savings = Savings(base, form, (both[base], both[form]), engines, times, faults)
+    savings = CostBenefit(base, form, (both[base], both[form]), engines, times, faults)
     return QuantizationRecord(
         format=form,
         base=base,
@@ -148,7 +148,7 @@ def _quantization(
         compiled=compiled,
         latency=latency,
         worthwhile=savings.worthwhile,
-        verdict=sentence(savings, judged, twin, kept=len(choice.kept), depth=plan.depth),
+        verdict=summary(savings, judged, twin, kept=len(choice.kept), depth=plan.depth),
     )
 
 
@@ -218,7 +218,7 @@ def run_calibrate(job: CalibrateJob, progress: Progress = SILENT) -> tuple[Path,
         known = known_ranges(job, source)
     with progress.step("deal out the images"):
         dealt = split(
-            job.images, source.preprocessing, source.stem, limit=job.limit, seed=job.seed,
+            job.images, source.preprocessing, source.input_format, limit=job.limit, seed=job.seed,
             taken=known.images.sha256 if known else (),
         )  # fmt: skip
     with staging(output.parent) as stage:
@@ -227,7 +227,7 @@ def run_calibrate(job: CalibrateJob, progress: Progress = SILENT) -> tuple[Path,
         chosen = _choose(job, source, ranged, reference, stage / output.name, progress)
         twin = _twin(job, source, ranged, reference, stage, progress)
         done = Calibrated(source, dealt, ranged, chosen, twin)
-        manifest = describe(done, job, stage, ranges.name, progress)
+        manifest = to_manifest(done, job, stage, ranges.name, progress)
         manifest = replace(
             manifest,
             golden=_golden(job, source, chosen, stage),
@@ -239,15 +239,17 @@ def run_calibrate(job: CalibrateJob, progress: Progress = SILENT) -> tuple[Path,
     return output, manifest
 
 
-def _golden(job: CalibrateJob, source: Source, chosen: Candidate, stage: Path) -> GoldenRecord:
+def _golden(job: CalibrateJob, source: GraphFile, chosen: Candidate, stage: Path) -> GoldenRecord:
     """Record what the quantised graph itself makes of seeded noise.
 
     Noise is no picture: what 8 bits cost on it says nothing. Another machine has to reproduce it,
     to within what 8 bits cost a picture: where a sum is rounded elsewhere, whole steps change.
     """
     with cpu_runner(chosen.path, job.dtype, stage) as runner:
-        room = room_of(source.model)
-        known = golden.record(runner, runner.name, source.preprocessing, source.stem, room)
+        max_batch = max_batch_of(source.model)
+        known = golden.record(
+            runner, runner.name, source.preprocessing, source.input_format, max_batch
+        )
     costs = [figures["image"] or 0.0 for figures in chosen.judged.record.outputs.values()]
     return replace(known, limit=golden.MARGIN * max(costs))
 
@@ -270,7 +272,7 @@ def _require_target(job: CalibrateJob) -> None:
     require_target(job.capability, (job.dtype, job.rest))
 
 
-def _read(job: CalibrateJob) -> Source:
+def _read(job: CalibrateJob) -> GraphFile:
     """Read the graph to quantise.
 
     Raises:
@@ -288,7 +290,7 @@ def _read(job: CalibrateJob) -> Source:
 
 
 def _run_fp32(
-    job: CalibrateJob, source: Source, dealt: Split, stage: Path, progress: Progress
+    job: CalibrateJob, source: GraphFile, dealt: Split, stage: Path, progress: Progress
 ) -> Reference:
     """Run the graph to quantise on the held-out images.
 
@@ -298,24 +300,24 @@ def _run_fp32(
     held = dealt.held_out
     sample = Sample(
         held.pixels, held.names, f"held out of {job.images}", source.preprocessing,
-        room=room_of(source.model), skipped=dealt.calibration.skipped,
+        max_batch=max_batch_of(source.model), skipped=dealt.calibration.skipped,
     )  # fmt: skip
     with progress.step(f"run the fp32 graph on {len(sample)} held-out images"):
         runner = OrtRunner(source.path)
         runner.name = f"{source.path.name} in {runner.name}"
-        reference = run_reference(runner, sample, source.stem, fixed=source.fixed)
-    again = partial(_one, sample, source.stem)
+        reference = run_reference(runner, sample, source.input_format, fixed=source.fixed)
+    again = partial(_one, sample, source.input_format)
     require_finite(source.model, reference.outputs, held.names, again, stage)
     return reference
 
 
-def _one(sample: Sample, stem: InputKind, index: int) -> NDArray[Any]:
-    return sample.feed([index], stem)
+def _one(sample: Sample, input_format: InputFormat, index: int) -> NDArray[Any]:
+    return sample.feed([index], input_format)
 
 
 def _choose(
     job: CalibrateJob,
-    source: Source,
+    source: GraphFile,
     ranged: Ranged,
     reference: Reference,
     path: Path,
@@ -332,7 +334,7 @@ def _choose(
             model = ranged.plan.quantised(choice.kept)
             _write(model, ranged, job.rest, path)
             runner = cpu_runner(path, job.dtype, path.parent)
-            judged = judge(runner, reference, job.gate, source.stem, source.fixed)
+            judged = evaluate(runner, reference, job.gate, source.input_format, source.fixed)
             if not judged.failures:
                 return Candidate(path, model, judged, choice)
             failures = judged.failures
@@ -345,7 +347,7 @@ def _choose(
 
 def _twin(
     job: CalibrateJob,
-    source: Source,
+    source: GraphFile,
     ranged: Ranged,
     reference: Reference,
     stage: Path,
@@ -357,7 +359,7 @@ def _twin(
         model = ranged.plan.unquantised()
         _write(model, ranged, job.rest, path)
         runner = cpu_runner(path, job.rest, stage)
-        judged = judge(runner, reference, GATES[job.rest], source.stem, source.fixed)
+        judged = evaluate(runner, reference, GATES[job.rest], source.input_format, source.fixed)
     return Candidate(path, model, judged)
 
 

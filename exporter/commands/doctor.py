@@ -17,7 +17,7 @@ from msn_export.host import Driver, Machine, NoDriver, find_driver, this_machine
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from msn_export.commands.installed import Probe, Wanted
+    from msn_export.commands.installed import ImportProbe, Wanted
     from msn_export.progress import Progress
 
 
@@ -36,7 +36,7 @@ class Finding:
 
 def find_faults(
     packages: Sequence[Wanted],
-    probes: Mapping[str, Probe],
+    probes: Mapping[str, ImportProbe],
     driver: Driver | NoDriver,
     providers: Mapping[str, Sequence[str]],
 ) -> tuple[Finding, ...]:
@@ -277,7 +277,9 @@ def run_doctor(commands: Iterable[str], progress: Progress) -> Diagnosis:
     )
 
 
-def _state(package: Wanted, probes: Mapping[str, Probe], faults: Iterable[Finding]) -> PackageState:
+def _state(
+    package: Wanted, probes: Mapping[str, ImportProbe], faults: Iterable[Finding]
+) -> PackageState:
     state, detail = "ok", ""
     broken = [fault.what for fault in faults if fault.package == package.name]
     if package.version is None:

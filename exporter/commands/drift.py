@@ -39,7 +39,7 @@ from msn_export.schema import Count, Job, Within
 from msn_export.spec import Dtype
 
 if TYPE_CHECKING:
-    from msn_export.metrics.block_errors import Stream, Tensors
+    from msn_export.metrics.block_errors import StreamLike, Tensors
 
 
 # what a tensor may differ by between two batch sizes where no precision's cost was measured: two
@@ -104,7 +104,7 @@ def _compare(job: DriftJob, pair: Pair, progress: Progress) -> Drift:
         made = choose(
             pair.preprocessing, side.size, side.channels, preprocess=job.preprocess, exif=job.exif
         )
-        sample = draw(job.images, made, room=pair.room, limit=job.limit)
+        sample = draw(job.images, made, max_batch=pair.max_batch, limit=job.limit)
         _require_different(sample)
     matched = match(pair)
     look = _Look(job, pair, sample, matched)
@@ -196,7 +196,7 @@ class _Look:
     @property
     def batch(self) -> int:
         """How many pictures run at a time; a side with a fixed batch sets it for both."""
-        return self.fixed or min(self.job.batch, self.sample.room)
+        return self.fixed or min(self.job.batch, self.sample.max_batch)
 
     @property
     def fixed(self) -> int | None:
@@ -238,9 +238,11 @@ class _Look:
             self.alone.add(want, have, (*self.matched.stages, *pair.outputs))
             if not self.matched.stages:
                 continue
-            self._gather(self.errors, self._blocks, have, indices, want, pair.candidate.stem)
+            self._gather(
+                self.errors, self._blocks, have, indices, want, pair.candidate.input_format
+            )
             costs: Costs = self._costs
-            self._gather(self.twin, costs.twin, None, indices, want, costs.stem)
+            self._gather(self.twin, costs.twin, None, indices, want, costs.input_format)
             if number == 0:
                 self._gather(self.rounding, costs.exact, None, indices, want, costs.exact_stem)
         self.peaks = dict(self._reference.peaks)
@@ -249,17 +251,17 @@ class _Look:
     def _gather(
         self,
         into: Gathered,
-        stream: Stream | None,
+        stream: StreamLike | None,
         made: Tensors | None,
         indices: list[int],
         want: Tensors,
-        stem: Any,
+        input_format: Any,
     ) -> None:
         """Compare a stream's marks with the reference's."""
         stages = self.judged
         if stream is not None:
             given = {name: want[name] for name in self.given} if self.fed else None
-            made = stream(self.sample.feed(indices, stem), given)
+            made = stream(self.sample.feed(indices, input_format), given)
         if made is not None:
             before = want if self.fed else made
             ours, theirs = marks(want, stages, want), marks(made, stages, before)
@@ -269,9 +271,9 @@ class _Look:
                     theirs[name] = value[:, :1] if first else value
             into.add(ours, theirs, ours)
 
-    def _run(self, stream: Stream, indices: list[int]) -> Tensors:
+    def _run(self, stream: StreamLike, indices: list[int]) -> Tensors:
         side = self.pair.reference if stream is self._reference else self.pair.candidate
-        return stream(self.sample.feed(indices, side.stem))
+        return stream(self.sample.feed(indices, side.input_format))
 
     def _dealt(self, size: int) -> Iterator[list[int]]:
         for indices in batches([size], len(self.sample)):
@@ -348,7 +350,9 @@ class _Look:
         if self._blocks is None:
             return None
         given = {name: want[name] for name in self.given}
-        made: Tensors = self._blocks(self.sample.feed(indices, self.pair.candidate.stem), given)
+        made: Tensors = self._blocks(
+            self.sample.feed(indices, self.pair.candidate.input_format), given
+        )
         return made
 
     def _sizes(self) -> list[int]:
@@ -357,7 +361,7 @@ class _Look:
             return []
         ranges = self.pair.reference.batch, self.pair.candidate.batch
         low, high = max(r.min for r in ranges), min(r.max for r in ranges)
-        high = min(high, self.sample.room, LARGEST_SECOND)
+        high = min(high, self.sample.max_batch, LARGEST_SECOND)
         return [size for size in range(low, high + 1) if size != self.batch]
 
     def depends(self, second: _Second | None, own: Mapping[str, OwnError]) -> dict[str, str]:
@@ -406,9 +410,9 @@ class _Look:
             closing(open_stream(pair.reference, pair.outputs, (*names, before))) as reference,
             closing(open_blocks(pair.candidate, pair.outputs, names, (before,))) as candidate,
         ):
-            want = reference(self.sample.feed(indices, pair.reference.stem))
+            want = reference(self.sample.feed(indices, pair.reference.input_format))
             given = {before: want[before]}
-            have = candidate(self.sample.feed(indices, pair.candidate.stem), given)
+            have = candidate(self.sample.feed(indices, pair.candidate.input_format), given)
             gathered.add(want, have, names)
         return tuple(comparison.drift() for comparison in gathered.values())
 

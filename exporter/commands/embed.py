@@ -14,8 +14,8 @@ from msn_export.cluster.storage import list_sources
 from msn_export.embed import outputs
 from msn_export.embed.inference import Reading, reading_of
 from msn_export.embed.job import Embedded, EmbedJob, list_pictures
-from msn_export.embed.journal import Parts
-from msn_export.embed.local import Local, tested
+from msn_export.embed.journal import Journal
+from msn_export.embed.local import LocalExecutor, require_selftest
 from msn_export.errors import ClusterError, ImageError, MsnExportError, SpecError
 from msn_export.feed import Feed, feed_of
 from msn_export.files import no_room_reported, placing, require_writable, staging
@@ -29,21 +29,21 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from msn_export.embed.inference import Reading, Rows
-    from msn_export.embed.job import EmbedJob, Pictures
-    from msn_export.embed.local import Opened
+    from msn_export.embed.job import EmbedJob, PictureList
+    from msn_export.embed.local import OpenModel
     from msn_export.feed import Feed
     from msn_export.progress import Progress
 
 
-class Place(Protocol):
+class Executor(Protocol):
     """Where a job runs: the pictures it found there, the model that is open there."""
 
     @property
-    def pictures(self) -> Pictures:
+    def pictures(self) -> PictureList:
         """What there is to run."""
 
     @property
-    def model(self) -> Opened:
+    def model(self) -> OpenModel:
         """What is known of the model."""
 
     @property
@@ -65,7 +65,7 @@ class Place(Protocol):
 
 
 @contextmanager
-def here(job: EmbedJob, progress: Progress) -> Iterator[Place]:
+def open_here(job: EmbedJob, progress: Progress) -> Iterator[Executor]:
     """Open the model on this machine."""
     if not isinstance(job.images, Path):
         raise SpecError(
@@ -88,12 +88,12 @@ def here(job: EmbedJob, progress: Progress) -> Iterator[Place]:
         )
     with runner:
         with progress.step("selftest"):
-            selftest = tested(runner, check=job.check)
-        yield Local(listing, runner, selftest, job.workers)
+            selftest = require_selftest(runner, check=job.check)
+        yield LocalExecutor(listing, runner, selftest, job.workers)
 
 
 @contextmanager
-def on_cluster(job: EmbedJob, progress: Progress) -> Iterator[Place]:
+def open_on_cluster(job: EmbedJob, progress: Progress) -> Iterator[Executor]:
     """Join or start a cluster, and have one of its workers open the model."""
     address = address_of(job.ray or "")
     with progress.step("list pictures"):
@@ -152,7 +152,7 @@ def run_embed(job: EmbedJob, progress: Progress = SILENT) -> Embedded:
     """
     started = time.monotonic()
     require_output(job)
-    site = here if job.ray is None else on_cluster
+    site = open_here if job.ray is None else open_on_cluster
     with site(job, progress) as place, no_room_reported(job.output.parent):
         run = _Run(job, place)
         parts = run.begin()
@@ -211,7 +211,7 @@ def require_output(job: EmbedJob) -> None:
         outputs.require_parquet()
 
 
-def _how_to_go_on(parts: Parts) -> str:
+def _how_to_go_on(parts: Journal) -> str:
     if not parts.done:
         return ""
     return (
@@ -223,7 +223,7 @@ def _how_to_go_on(parts: Parts) -> str:
 class _Run:
     """One run over one folder: what is read, how, and where it goes."""
 
-    def __init__(self, job: EmbedJob, place: Place) -> None:
+    def __init__(self, job: EmbedJob, place: Executor) -> None:
         self.job, self.place, self.model = job, place, place.model
         self.feed: Feed = feed_of(
             job.model.name,
@@ -243,10 +243,10 @@ class _Run:
         )
         self.batch = job.batch or self.model.batch.opt
 
-    def begin(self) -> Parts:
+    def begin(self) -> Journal:
         """Begin the output's parts, or go on with those that are there."""
         output = self.job.output
-        return Parts.begin(
+        return Journal.begin(
             output.with_name(output.name + ".parts"),
             len(self.place.pictures),
             self.origin(),
@@ -266,7 +266,7 @@ class _Run:
             "runner": self.model.name,
         }
 
-    def fill(self, parts: Parts, progress: Progress) -> None:
+    def fill(self, parts: Journal, progress: Progress) -> None:
         """Make the rows that are not done yet."""
         rate = Rate(parts.total, parts.done)
         done, missing = parts.done, list(parts.missing(self.batch))
@@ -284,7 +284,7 @@ class _Run:
                 "command with --resume makes them"
             )
 
-    def finish(self, parts: Parts) -> tuple[int, ...]:
+    def finish(self, parts: Journal) -> tuple[int, ...]:
         """Turn whole parts into the output; give its shape."""
         if len(parts.errors) == parts.total:
             parts.remove()

@@ -190,7 +190,7 @@ print("\\n" + json.dumps(eval(sys.argv[2])))
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
+class ImportProbe:
     """Whether a module imports: ``fault`` is why not, ``fact`` what it says of itself."""
 
     module: str
@@ -198,14 +198,14 @@ class Probe:
     fact: str
 
 
-def probe_all(modules: Iterable[str], workers: int) -> Mapping[str, Probe]:
+def probe_all(modules: Iterable[str], workers: int) -> Mapping[str, ImportProbe]:
     """Import every module, each in a process of its own, several at a time."""
     names = sorted(set(modules))
     with ThreadPoolExecutor(max(1, workers)) as pool:
         return dict(zip(names, pool.map(probe, names), strict=True))
 
 
-def probe(module: str) -> Probe:
+def probe(module: str) -> ImportProbe:
     """Import one module. A crash is a fault with its signal, a hang one with its time."""
     command = [
         sys.executable,
@@ -224,10 +224,10 @@ def probe(module: str) -> Probe:
             command, capture_output=True, text=True, check=False, timeout=_TIMEOUT
         )
     except subprocess.TimeoutExpired:
-        return Probe(module, f"importing it takes more than {_TIMEOUT:.0f} s", "")
+        return ImportProbe(module, f"importing it takes more than {_TIMEOUT:.0f} s", "")
     if run.returncode == 0:
-        return Probe(module, None, str(json.loads(run.stdout.splitlines()[-1])))
-    return Probe(module, _fault(run.returncode, run.stderr), "")
+        return ImportProbe(module, None, str(json.loads(run.stdout.splitlines()[-1])))
+    return ImportProbe(module, _fault(run.returncode, run.stderr), "")
 
 
 def _fault(code: int, stderr: str) -> str:

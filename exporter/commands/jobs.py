@@ -13,7 +13,15 @@ from msn_export.models.named import WEIGHTS, Choices, files_of, kind_of
 from msn_export.preprocessing import Exif
 from msn_export.processor_config import require_choice
 from msn_export.schema import Count, Index, Job, Within
-from msn_export.spec import BatchRange, ComputeCapability, Dtype, Head, ImageSize, InputKind, Target
+from msn_export.spec import (
+    BatchRange,
+    ComputeCapability,
+    Dtype,
+    Head,
+    ImageSize,
+    InputFormat,
+    Target,
+)
 
 FIRST_BF16 = 22  # the first opset whose Conv takes bfloat16: onnx/onnx docs/Changelog.md, Conv-22
 
@@ -28,7 +36,7 @@ class OnnxJob(Job):
     weights: str | None = None
     labels: Path | None = None
     heads: tuple[Head, ...] = ()
-    stem: InputKind = InputKind.FLOAT
+    input_format: InputFormat = InputFormat.FLOAT
     dtype: Dtype = Dtype.FP32
     batch: BatchRange = BatchRange()
     image_size: ImageSize | None = None
@@ -49,8 +57,8 @@ class OnnxJob(Job):
 
     def require_consistent(self) -> None:
         """Refuse 8 bits, which take ranges, bf16 before its opset, and an input only read."""
-        if self.stem is InputKind.HALF:
-            raise SpecError("OnnxJob.stem is float16; expected float or uint8")
+        if self.input_format is InputFormat.HALF:
+            raise SpecError("OnnxJob.input_format is float16; expected float or uint8")
         if self.dtype.is_quantised:
             raise SpecError(
                 f"OnnxJob.dtype is {self.dtype}; a CalibrateJob quantises an fp32 graph"

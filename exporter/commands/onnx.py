@@ -15,9 +15,9 @@ from msn_export.files import apart, publish, staging
 from msn_export.graph import io
 from msn_export.graph.cls_only import narrow_to_first_token
 from msn_export.graph.fuse import fuse_attention
-from msn_export.graph.opset import lower
+from msn_export.graph.opset import lower_opset
 from msn_export.graph.simplify import simplify
-from msn_export.graph.summary import GraphFacts
+from msn_export.graph.summary import GraphSummary
 from msn_export.graph.torch_export import trace
 from msn_export.graph.torch_reference import TorchRunner, shaken
 from msn_export.host import peak_rss
@@ -32,8 +32,8 @@ from msn_export.manifest import (
     versions_of,
 )
 from msn_export.metrics.evaluate import (
+    OutputsOf,
     Reference,
-    Runner,
     Verified,
     add_rounding,
     measure_rounding,
@@ -42,18 +42,18 @@ from msn_export.metrics.evaluate import (
 )
 from msn_export.metrics.samples import (
     Sample,
-    affordable_batch,
     batch_sizes,
     draw,
+    max_batch_in_memory,
     require_different,
 )
 from msn_export.metrics.tolerances import BYTES_ROUNDING, GATES, ROUNDED_MARGIN
-from msn_export.mixed_precision import Islands, cpu_runner, type_as
+from msn_export.mixed_precision import Fp32Islands, convert, cpu_runner
 from msn_export.models.checkpoint import Checkpoint, load_checkpoint
 from msn_export.progress import SILENT, Progress
 from msn_export.runtime.onnxruntime import OrtRunner
 from msn_export.schema import to_json
-from msn_export.spec import Dtype, Head, InputKind, Scores
+from msn_export.spec import Dtype, Head, InputFormat, Scores
 
 __all__ = ["OnnxJob", "run_onnx"]  # the two that docs/python.md speaks of
 
@@ -82,10 +82,10 @@ class Built:
     """A written, not yet published graph with what is known of it."""
 
     path: Path
-    facts: GraphFacts
+    facts: GraphSummary
     fused: int
     simplified: str
-    islands: Islands
+    islands: Fp32Islands
 
 
 def run_onnx(job: OnnxJob, progress: Progress = SILENT) -> tuple[Path, Manifest]:
@@ -107,12 +107,14 @@ def run_onnx(job: OnnxJob, progress: Progress = SILENT) -> tuple[Path, Manifest]
     default = Head.LOGITS if checkpoint.config.labels else Head.CLS
     heads = tuple(dict.fromkeys(job.heads)) or (default,)
     config = checkpoint.config
-    room = affordable_batch(config.tokens, config.dim, config.mlp_dim, config.heads)
+    max_batch = max_batch_in_memory(config.tokens, config.dim, config.mlp_dim, config.heads)
     if job.check:
-        batch_sizes(job.batch, room)  # refuses before the work what could not be checked after it
+        batch_sizes(
+            job.batch, max_batch
+        )  # refuses before the work what could not be checked after it
     with progress.step("read images"):
         made = preprocessing_of(checkpoint, job.preprocess, job.exif)
-        sample = draw(job.images, made, room=room)
+        sample = draw(job.images, made, max_batch=max_batch)
         if job.check:
             require_different(sample)
     with staging(output.parent) as stage:
@@ -123,11 +125,15 @@ def run_onnx(job: OnnxJob, progress: Progress = SILENT) -> tuple[Path, Manifest]
                 reference = run_reference(runner, sample).require_finite()
                 exact = TorchRunner(checkpoint.model, heads, exact=True)
                 reference = measure_rounding(reference, exact, EXACT)
-                if job.stem is InputKind.UINT8:
+                if job.input_format is InputFormat.UINT8:
                     reference = replace(reference, rounding_margin=BYTES_ROUNDING)
                 del exact  # a copy of all weights in fp64
-                stem = InputKind.FLOAT  # the reference takes floats whatever the graph takes
-                known = golden.record(runner, runner.name, sample.preprocessing, stem, room)
+                input_format = (
+                    InputFormat.FLOAT
+                )  # the reference takes floats whatever the graph takes
+                known = golden.record(
+                    runner, runner.name, sample.preprocessing, input_format, max_batch
+                )
         traced = _trace(job, checkpoint, heads, sample, progress)
         if reference is not None and job.dtype is not Dtype.FP32:
             with progress.step("check the fp32 graph"):
@@ -160,7 +166,7 @@ def _trace(
         model = trace(
             checkpoint.model,
             heads=heads,
-            stem=job.stem,
+            input_format=job.input_format,
             batch=job.batch,
             preprocessing=sample.preprocessing,
         )
@@ -175,7 +181,7 @@ def _trace(
     with progress.step("fuse attention"):
         fused = fuse_attention(model, job.target.attention, expected=checkpoint.config.depth)
         if job.target.opset < 23:
-            lower(model, job.target.opset)
+            lower_opset(model, job.target.opset)
     return Traced(model, fused, simplified)
 
 
@@ -187,16 +193,16 @@ def _write(
     path: Path,
     progress: Progress,
 ) -> Built:
-    model, islands = traced.model, Islands({})
+    model, islands = traced.model, Fp32Islands({})
     if job.dtype is not Dtype.FP32:
         with progress.step(f"type as {job.dtype}"):
-            islands = type_as(model, job.dtype, job.islands, sample, job.stem, path.parent)
+            islands = convert(model, job.dtype, job.islands, sample, job.input_format, path.parent)
     model.producer_name, model.producer_version = "msn-export", __version__
     model.metadata_props.update(_metadata(checkpoint, sample))
     with progress.step("write and check the file"):
         io.save(model, path)
         io.check(path)
-    return Built(path, GraphFacts.of(model), traced.fused, traced.simplified, islands)
+    return Built(path, GraphSummary.of(model), traced.fused, traced.simplified, islands)
 
 
 def _check_fp32(
@@ -215,13 +221,13 @@ def _check_fp32(
     io.save(model, path)
     fixed = job.batch.max if job.batch.is_static else None
     with OrtRunner(path) as runner:
-        size = fixed or min(8, reference.sample.room, len(reference.sample))
+        size = fixed or min(8, reference.sample.max_batch, len(reference.sample))
         verified = _verify_fp32(job, runner, reference, heads, (size,))
         verified.require(GATES[Dtype.FP32], f"the fp32 graph, before it was typed {job.dtype}")
     path.unlink()
     rough = replace(reference, exact={}, rounding={})  # the errors to come are far above fp32's
-    with open_rounded(model, job.dtype, reference.sample, job.stem, stage) as runner:
-        return add_baseline(rough, runner, job.stem, margin=ROUNDED_MARGIN, fixed=fixed)
+    with open_rounded(model, job.dtype, reference.sample, job.input_format, stage) as runner:
+        return add_baseline(rough, runner, job.input_format, margin=ROUNDED_MARGIN, fixed=fixed)
 
 
 def _metadata(checkpoint: Checkpoint, sample: Sample) -> dict[str, str]:
@@ -235,7 +241,7 @@ def _metadata(checkpoint: Checkpoint, sample: Sample) -> dict[str, str]:
 
 def _verify_fp32(
     job: OnnxJob,
-    runner: Runner,
+    runner: OutputsOf,
     reference: Reference,
     heads: tuple[Head, ...],
     sizes: tuple[int, ...],
@@ -246,7 +252,7 @@ def _verify_fp32(
     numbers may be rounded well by chance: fp64 says on every picture which side errs, and the
     reference runs again with other roundings.
     """
-    verified = verify(runner, reference, job.stem, sizes)
+    verified = verify(runner, reference, job.input_format, sizes)
     if not verified.failures(GATES[Dtype.FP32]):
         return verified
     model = sized(load_checkpoint(job.checkpoint, job.choices), job.image_size).model
@@ -256,7 +262,7 @@ def _verify_fp32(
         del exact
     for seed in range(SHAKEN):
         reference = add_rounding(reference, TorchRunner(shaken(model, seed), heads))
-    return verify(runner, reference, job.stem, sizes)
+    return verify(runner, reference, job.input_format, sizes)
 
 
 def _check(
@@ -273,15 +279,15 @@ def _check(
         progress.step("compare with the reference"),
         cpu_runner(built.path, job.dtype, built.path.parent) as runner,
     ):
-        sizes = batch_sizes(job.batch, reference.sample.room)
+        sizes = batch_sizes(job.batch, reference.sample.max_batch)
         if job.dtype is Dtype.FP32:
             verified = _verify_fp32(job, runner, reference, heads, sizes)
         else:
-            verified = verify(runner, reference, job.stem, sizes)
+            verified = verify(runner, reference, job.input_format, sizes)
         record = verified.require(GATES[job.dtype], f"the {job.dtype} graph")
         least = record.limits[known.output]["image"] or 0.0
         made = reference.sample.preprocessing
-        known = golden.with_limit(known, runner, made, job.stem, least)
+        known = golden.with_limit(known, runner, made, job.input_format, least)
     return record, known
 
 

@@ -59,11 +59,11 @@ class ReportJob(Job):
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class MeasuredSide:
     """What ran for the report, by artifact, and what could not."""
 
-    agreements: dict[str, facts.Agreement]
-    drifts: tuple[facts.Drift, ...]
+    agreements: dict[str, facts.AgreementRow]
+    drifts: tuple[facts.DriftRow, ...]
     notes: tuple[str, ...]
 
 
@@ -125,13 +125,13 @@ def require_packages() -> None:
         ) from error
 
 
-def _measure(job: ReportJob, progress: Progress) -> Measured:
+def _measure(job: ReportJob, progress: Progress) -> MeasuredSide:
     """Compare every artifact that can run with the first that can."""
     if job.images is None:
         note = "nothing was run for this report: --images compares the artifacts on pictures"
-        return Measured({}, (), (note,))
+        return MeasuredSide({}, (), (note,))
     runnable, notes = _runnable(job.artifacts)
-    agreements: dict[str, facts.Agreement] = {}
+    agreements: dict[str, facts.AgreementRow] = {}
     drifts = []
     reference = runnable[0] if runnable else None
     for candidate in runnable[1:]:
@@ -145,7 +145,7 @@ def _measure(job: ReportJob, progress: Progress) -> Measured:
             notes.append(f"no drift of {Path(candidate).name}: {error}")
         else:
             drifts.append(drift_facts(found))
-    return Measured(agreements, tuple(drifts), tuple(notes))
+    return MeasuredSide(agreements, tuple(drifts), tuple(notes))
 
 
 def _jobs(job: ReportJob, reference: str, candidate: str) -> tuple[ValidateJob, DriftJob]:
@@ -234,7 +234,7 @@ def _weights(job: ReportJob, origin: CheckpointRecord) -> set[str]:
 
 def _page(
     job: ReportJob,
-    measured: Measured,
+    measured: MeasuredSide,
     latency: facts.Latency | None,
     hashes: Mapping[str, set[str]],
 ) -> facts.Page:

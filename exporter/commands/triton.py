@@ -11,13 +11,13 @@ from msn_export.preprocessing import MODES, Exif, Preprocessing
 from msn_export.processor_config import choose
 from msn_export.progress import SILENT, Progress
 from msn_export.schema import Count, Index, Job
-from msn_export.spec import InputKind, Targets
+from msn_export.spec import InputFormat, Targets
 from msn_export.triton import config as messages
 from msn_export.triton.check_artifacts import RTX
-from msn_export.triton.checks import Finding
+from msn_export.triton.checks import Issue
 from msn_export.triton.config import Settings
 from msn_export.triton.lint import lint
-from msn_export.triton.model import Artifact, Platform, read_artifact
+from msn_export.triton.model import Platform, ServedArtifact, read_artifact
 from msn_export.triton.releases import Release, for_onnx, for_tensorrt, parse_release
 from msn_export.triton.repository import (
     Served,
@@ -30,7 +30,7 @@ from msn_export.triton.repository import (
 )
 
 
-def require_one_model(artifacts: Sequence[Artifact]) -> None:
+def require_one_model(artifacts: Sequence[ServedArtifact]) -> None:
     """Require one graph, or engines of full TensorRT that are one model for different GPUs.
 
     Raises:
@@ -46,7 +46,7 @@ def require_one_model(artifacts: Sequence[Artifact]) -> None:
             "several artifacts are one model's engines for several GPUs, and an .onnx runs on all; "
             "give it alone, and a second model in a call of its own with another --name"
         )
-    seen: dict[Targets, Artifact] = {}
+    seen: dict[Targets, ServedArtifact] = {}
     for artifact in artifacts:
         if len(artifact.targets.named) != 1:
             raise SpecError(f"{artifact.path} does not say which GPU it is for; build it again")
@@ -58,7 +58,7 @@ def require_one_model(artifacts: Sequence[Artifact]) -> None:
         _require_same_facts(artifact, artifacts[0])
 
 
-def _require_servable(artifact: Artifact) -> None:
+def _require_servable(artifact: ServedArtifact) -> None:
     flavour, version = artifact.built_with or ("?", "?")
     if flavour != "tensorrt":
         raise SpecError(f"{artifact.path} is {RTX.format(version=version)}")
@@ -69,7 +69,7 @@ def _require_servable(artifact: Artifact) -> None:
         )
 
 
-def _require_same_facts(artifact: Artifact, first: Artifact) -> None:
+def _require_same_facts(artifact: ServedArtifact, first: ServedArtifact) -> None:
     for fact in ("inputs", "outputs", "profiles", "built_with", "labels"):
         if getattr(artifact, fact) != getattr(first, fact):
             raise SpecError(
@@ -161,7 +161,7 @@ def run_triton(job: TritonJob, progress: Progress = SILENT) -> Written:
     )
 
 
-def run_lint(repository: Path, release: str | None) -> tuple[Finding, ...]:
+def run_lint(repository: Path, release: str | None) -> tuple[Issue, ...]:
     """Check a repository.
 
     Raises:
@@ -204,7 +204,9 @@ def _stated_release(config: Path) -> str | None:
     return messages.from_text(text).parameters["triton_release"].string_value or None
 
 
-def _served(job: TritonJob, name: str, artifacts: Sequence[Artifact], notes: list[str]) -> Served:
+def _served(
+    job: TritonJob, name: str, artifacts: Sequence[ServedArtifact], notes: list[str]
+) -> Served:
     """Decide how the artifacts are served; ``notes`` learns what had to be assumed."""
     first = artifacts[0]
     if job.cuda_graphs and first.platform is Platform.ONNX:
@@ -243,7 +245,7 @@ def _served(job: TritonJob, name: str, artifacts: Sequence[Artifact], notes: lis
     )
 
 
-def _unproved(artifact: Artifact) -> str:
+def _unproved(artifact: ServedArtifact) -> str:
     """Say what nobody checked of an artifact; nothing where all was."""
     known, name = artifact.manifest, artifact.path.name
     if known is None:
@@ -255,7 +257,7 @@ def _unproved(artifact: Artifact) -> str:
     return ""
 
 
-def _release(asked: str | None, artifact: Artifact) -> Release:
+def _release(asked: str | None, artifact: ServedArtifact) -> Release:
     if asked is not None:
         return parse_release(asked)
     if artifact.built_with is not None and not artifact.version_compatible:
@@ -263,7 +265,7 @@ def _release(asked: str | None, artifact: Artifact) -> Release:
     return for_onnx(artifact.opset or 0)
 
 
-def _preprocessing(job: TritonJob, artifact: Artifact) -> Preprocessing:
+def _preprocessing(job: TritonJob, artifact: ServedArtifact) -> Preprocessing:
     """Settle how pictures are made for the ensemble and the warm-up.
 
     Raises:
@@ -277,19 +279,19 @@ def _preprocessing(job: TritonJob, artifact: Artifact) -> Preprocessing:
             f"{artifact.path.name} takes {told}, not images of a fixed size; leave --ensemble and "
             "--warmup out"
         )
-    inside = artifact.inputs[0].dtype == InputKind.UINT8
+    inside = artifact.inputs[0].dtype == InputFormat.UINT8
     return choose(known, size, channels, preprocess=job.preprocess, exif=job.exif, inside=inside)
 
 
 def _warmup_data(
-    job: TritonJob, artifact: Artifact, preprocessing: Preprocessing, notes: list[str]
+    job: TritonJob, artifact: ServedArtifact, preprocessing: Preprocessing, notes: list[str]
 ) -> bytes:
     """Make the model's input from a picture: one image, or the batch that alone it takes."""
     sample = draw(job.images, preprocessing)
     notes += [note for note in sample.notes if note not in notes]
     notes.append(f"warm-up data: {sample.source}")
     spec = artifact.inputs[0]
-    return sample.feed(range(artifact.fixed_batch or 1), InputKind.of(spec.dtype)).tobytes()
+    return sample.feed(range(artifact.fixed_batch or 1), InputFormat.of(spec.dtype)).tobytes()
 
 
 def _require_sound(staged: Path) -> list[str]:

@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from msn_export import golden
-from msn_export.artifact import Source, read_graph, read_source, room_of
+from msn_export.artifact import GraphFile, max_batch_of, read_graph, read_source
 from msn_export.baseline import add_baseline, open_exact, open_rounded, open_widened
 from msn_export.commands.jobs import TrtJob
-from msn_export.commands.trt_attention import Against, first_bf16, settle, with_sums
+from msn_export.commands.trt_attention import AttentionGate, first_bf16, settle, with_sums
 from msn_export.commands.trt_graph import Compilable, prepare
 from msn_export.engine import compile
 from msn_export.engine.build import BuildResult, build_engine
 from msn_export.engine.census import require, summary
 from msn_export.engine.options import BuildSpec, check_options
-from msn_export.engine.options import Progress as BuildProgress
+from msn_export.engine.options import BuildStep as BuildProgress
 from msn_export.engine.versions import Backend, find_backend
 from msn_export.engine_header import parse_header
 from msn_export.errors import GraphError, MissingPackageError, SpecError
@@ -40,11 +40,11 @@ from msn_export.metrics.samples import Sample, draw, require_different
 from msn_export.metrics.tolerances import GATES, ROUNDED_MARGIN
 from msn_export.mixed_precision import cpu_runner
 from msn_export.progress import SILENT, Progress
-from msn_export.runtime.opening import Admitted, open_engine
+from msn_export.runtime.opening import VerifiedEngine, open_engine
 from msn_export.runtime.runner import Outputs
 from msn_export.runtime.tensorrt import TrtRunner
 from msn_export.schema import to_plain
-from msn_export.spec import BatchRange, ComputeCapability, Dtype, InputKind
+from msn_export.spec import BatchRange, ComputeCapability, Dtype, InputFormat
 
 
 @dataclass(slots=True)
@@ -60,7 +60,7 @@ class _OnProfile:
 
 
 def execute(
-    engine: Path, manifest: Manifest, reference: Reference | None, stem: InputKind
+    engine: Path, manifest: Manifest, reference: Reference | None, input_format: InputFormat
 ) -> EngineRecord:
     """Run an engine at the smallest, best and largest batch of each profile and gate it.
 
@@ -68,7 +68,7 @@ def execute(
         engine: the staged file.
         manifest: what will be written of it.
         reference: what to compare with; None where no check was asked for.
-        stem: what the engine takes.
+        input_format: what the engine takes.
 
     Returns:
         The manifest's engine record: executed, with the figures, or not, and why.
@@ -80,7 +80,7 @@ def execute(
     record = manifest.engine
     assert record is not None
     content = engine.read_bytes()
-    admitted = Admitted(engine, content, parse_header(content, engine), manifest)
+    admitted = VerifiedEngine(engine, content, parse_header(content, engine), manifest)
     reason = _obstacle(admitted, reference)
     if reason or reference is None:
         return replace(record, executed=False, reason=f"compiled, not executed: {reason}")
@@ -90,14 +90,14 @@ def execute(
     except MissingPackageError as error:
         return replace(record, executed=False, reason=f"compiled, not executed: {error}")
     with runner:
-        check = _check_profiles(runner, manifest, reference, stem)
+        check = _check_profiles(runner, manifest, reference, input_format)
     sizes = ", ".join(str(size) for size in check.batches)
     figures = f"max_abs {check.max_abs:.2e}, p1 cosine {check.cosine_p1:.6f}"
     reason = f"executed on {runner.name}, batches {sizes}: {figures}"
     return replace(record, executed=True, reason=reason, check=check)
 
 
-def _obstacle(engine: Admitted, reference: Reference | None) -> str:
+def _obstacle(engine: VerifiedEngine, reference: Reference | None) -> str:
     """Say what keeps an engine from running here; nothing where it should run."""
     driver = find_driver()
     if isinstance(driver, NoDriver):
@@ -109,7 +109,7 @@ def _obstacle(engine: Admitted, reference: Reference | None) -> str:
 
 
 def _check_profiles(
-    runner: TrtRunner, manifest: Manifest, reference: Reference, stem: InputKind
+    runner: TrtRunner, manifest: Manifest, reference: Reference, input_format: InputFormat
 ) -> CheckRecord:
     """Gate every profile; the record is that of the worst, with all sizes that ran."""
     if manifest.rounds_as is not manifest.dtype:  # TF32: what was measured is fp32's
@@ -118,7 +118,7 @@ def _check_profiles(
     for index, profile in enumerate(runner.profiles):
         sizes = sorted({profile.min, profile.opt, profile.max})
         on_profile = _OnProfile(runner, index, f"{runner.name}, profile {profile}")
-        verified = verify(on_profile, reference, stem, sizes)
+        verified = verify(on_profile, reference, input_format, sizes)
         records.append(
             verified.require(GATES[manifest.rounds_as], f"the engine, run in profile {profile}")
         )
@@ -170,9 +170,9 @@ def _accepted(graph: Compilable) -> tuple[str, ...]:
     return (f"in fp32 though no island says so, accepted: {', '.join(graph.accepted)}",)
 
 
-def describe(
+def to_manifest(
     job: TrtJob,
-    source: Source,
+    source: GraphFile,
     graph: Compilable,
     sample: Sample,
     check: CheckRecord | None,
@@ -255,7 +255,7 @@ def run_trt(job: TrtJob, progress: Progress = SILENT) -> tuple[Path, Manifest]:
         check_options(spec, backend, find_driver())  # the build does too, but after all the checks
         targets = _targets(spec, backend)
     with progress.step("read images"):
-        sample = draw(job.images, source.preprocessing, room=room_of(source.model))
+        sample = draw(job.images, source.preprocessing, max_batch=max_batch_of(source.model))
         if job.check:
             require_different(sample)
     with staging(output.parent) as stage:
@@ -267,16 +267,18 @@ def run_trt(job: TrtJob, progress: Progress = SILENT) -> tuple[Path, Manifest]:
             to_build, to = replace(spec, model=written.path), stage / output.name
             return _compile(job, written, to_build, backend, to, progress)
 
-        against = Against(checked.reference, GATES[graph.dtype], source.stem, source.fixed)
+        against = AttentionGate(
+            checked.reference, GATES[graph.dtype], source.input_format, source.fixed
+        )
         first = () if job.allow_unfused else first_bf16(graph, targets, job.bf16_attention)
         result, sums = settle(graph, first, build, against, targets, progress)
         manifest = replace(
-            with_sums(describe(job, source, graph, sample, checked.record, result), sums),
+            with_sums(to_manifest(job, source, graph, sample, checked.record, result), sums),
             profiles=profiles,
             golden=checked.golden,
         )
         with progress.step("run the engine, where a GPU is"):
-            engine = execute(result.output, manifest, checked.reference, source.stem)
+            engine = execute(result.output, manifest, checked.reference, source.input_format)
         manifest = replace(
             manifest,
             engine=engine,
@@ -299,7 +301,7 @@ def _require_outputs(job: TrtJob, output: Path) -> None:
     require_writable(written, force=job.force, sources=read)
 
 
-def _profiles(job: TrtJob, source: Source) -> tuple[BatchRange, ...]:
+def _profiles(job: TrtJob, source: GraphFile) -> tuple[BatchRange, ...]:
     """Take the batch ranges asked for, or the graph's own.
 
     Raises:
@@ -318,7 +320,7 @@ def _profiles(job: TrtJob, source: Source) -> tuple[BatchRange, ...]:
 
 def _check(
     job: TrtJob,
-    source: Source,
+    source: GraphFile,
     graph: Compilable,
     sample: Sample,
     profiles: tuple[BatchRange, ...],
@@ -332,22 +334,24 @@ def _check(
         reference, known = _run_given(source, sample, known, graph.path.parent)
     with progress.step("measure what the precision costs"):
         reference = _with_limit(source, graph, reference, graph.path.parent)
-    room = sample.room
-    sizes = {min(size, max(p.min, room)) for p in profiles for size in (p.min, p.opt, p.max)}
+    max_batch = sample.max_batch
+    sizes = {min(size, max(p.min, max_batch)) for p in profiles for size in (p.min, p.opt, p.max)}
     with (
         progress.step("compare the typed graph"),
         cpu_runner(graph.path, graph.dtype, graph.path.parent) as runner,
     ):
-        verified = verify(runner, reference, source.stem, sorted(sizes))
+        verified = verify(runner, reference, source.input_format, sorted(sizes))
         record = verified.require(GATES[graph.dtype], f"the {graph.dtype} graph")
         if known.output in record.limits:
             least = record.limits[known.output]["image"] or 0.0
-            known = golden.with_limit(known, runner, source.preprocessing, source.stem, least)
+            known = golden.with_limit(
+                known, runner, source.preprocessing, source.input_format, least
+            )
     return Checked(record, reference, known)
 
 
 def _run_given(
-    source: Source, sample: Sample, known: GoldenRecord | None, stage: Path
+    source: GraphFile, sample: Sample, known: GoldenRecord | None, stage: Path
 ) -> tuple[Reference, GoldenRecord]:
     """Run the graph that was given; its session is closed before the next one opens.
 
@@ -357,9 +361,9 @@ def _run_given(
     """
     with cpu_runner(source.path, source.dtype, stage) as runner:
         runner.name = f"{source.path.name} in {runner.name}"
-        reference = run_reference(runner, sample, source.stem, fixed=source.fixed)
+        reference = run_reference(runner, sample, source.input_format, fixed=source.fixed)
         return reference.require_finite(), known or golden.record(
-            runner, runner.name, source.preprocessing, source.stem, sample.room
+            runner, runner.name, source.preprocessing, source.input_format, sample.max_batch
         )
 
 
@@ -371,7 +375,9 @@ def _targets(spec: BuildSpec, backend: Backend) -> tuple[ComputeCapability, ...]
     return () if isinstance(driver, NoDriver) else (driver.devices[0].capability,)
 
 
-def _with_limit(source: Source, graph: Compilable, reference: Reference, stage: Path) -> Reference:
+def _with_limit(
+    source: GraphFile, graph: Compilable, reference: Reference, stage: Path
+) -> Reference:
     """Measure what the typed graph's errors may be, and the engine's after it.
 
     The file is read again: what was rewritten since is what the limit is for.
@@ -384,13 +390,15 @@ def _with_limit(source: Source, graph: Compilable, reference: Reference, stage: 
             runner = open_widened(given, stage)
         elif graph.dtype is Dtype.FP32:
             with open_exact(given, stage) as exact:
-                return measure_rounding(reference, exact, EXACT, source.stem, fixed=source.fixed)
+                return measure_rounding(
+                    reference, exact, EXACT, source.input_format, fixed=source.fixed
+                )
         else:
-            runner = open_rounded(given, graph.dtype, reference.sample, source.stem, stage)
+            runner = open_rounded(given, graph.dtype, reference.sample, source.input_format, stage)
     except GraphError as error:  # a graph of another tool that only simplifying makes plain
         return replace(reference, unmeasured=str(error))
     with runner:
-        taken = InputKind.of(runner.inputs[0].dtype)  # widened, a float16 input is float32
+        taken = InputFormat.of(runner.inputs[0].dtype)  # widened, a float16 input is float32
         return add_baseline(reference, runner, taken, margin=ROUNDED_MARGIN, fixed=source.fixed)
 
 

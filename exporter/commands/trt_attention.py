@@ -28,7 +28,7 @@ from msn_export.metrics.tolerances import HEADROOM, Gate
 from msn_export.progress import Progress
 from msn_export.runtime.onnxruntime import OrtRunner
 from msn_export.runtime.runner import Outputs
-from msn_export.spec import ComputeCapability, Dtype, InputKind
+from msn_export.spec import ComputeCapability, Dtype, InputFormat
 
 _FIRST_BF16 = ComputeCapability(8, 0)
 # Scores computed in a check: 16 images of vit-msn-small are 45 million, one of vit-msn-base-4 is
@@ -38,7 +38,7 @@ _LIMIT = LARGEST[Dtype.FP16] / HEADROOM
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class AttentionVerdict:
     """What came of emulating an engine's attention: why it does not do, and where it overflows."""
 
     record: SumsRecord
@@ -47,16 +47,17 @@ class Judged:
 
 
 @dataclass(frozen=True, slots=True)
-class Against:
+class AttentionGate:
     """What an engine's attention is judged by.
 
     ``reference`` is what the typed graph was compared with, None where no check was asked for;
-    ``gate`` what that was held to; ``stem`` what the graph takes; ``fixed`` its one batch size.
+    ``gate`` what that was held to; ``input_format`` what the graph takes; ``fixed`` its one batch
+    size.
     """
 
     reference: Reference | None
     gate: Gate
-    stem: InputKind
+    input_format: InputFormat
     fixed: int | None
 
 
@@ -64,7 +65,7 @@ def settle(
     graph: Compilable,
     bf16: tuple[str, ...],
     build: Callable[[Compilable], BuildResult],
-    against: Against,
+    against: AttentionGate,
     capabilities: Sequence[ComputeCapability],
     progress: Progress,
 ) -> tuple[BuildResult, SumsRecord]:
@@ -86,7 +87,7 @@ def settle(
         result = build(written)
         fp16 = sums_in_fp16(result.censuses, written)
         with progress.step("emulate the engine's attention"):
-            judged = judge(graph, fp16, bf16, against)
+            judged = check_sums(graph, fp16, bf16, against)
         more = more_bf16(judged, capabilities)
         if not more:
             return result, judged.record
@@ -121,9 +122,9 @@ def in_bf16(graph: Compilable, nodes: Collection[str]) -> Compilable:
     return replace(graph, path=path, asked=asked)
 
 
-def judge(
-    graph: Compilable, fp16: tuple[str, ...], bf16: tuple[str, ...], against: Against
-) -> Judged:
+def check_sums(
+    graph: Compilable, fp16: tuple[str, ...], bf16: tuple[str, ...], against: AttentionGate
+) -> AttentionVerdict:
     """Run the typed graph with its attention computed as the engine does, and compare.
 
     Args:
@@ -135,7 +136,7 @@ def judge(
     record = SumsRecord(fp16, bf16)
     reference = against.reference
     if reference is None or not (fp16 or bf16):
-        return Judged(record)
+        return AttentionVerdict(record)
     emulated = emulate_attention(io.load(graph.path), fp16=fp16, bf16=bf16)
     few = _few(reference, _images(emulated, [*fp16, *bf16]))
     with TemporaryDirectory(dir=graph.path.parent) as own:
@@ -143,8 +144,8 @@ def judge(
         io.save(emulated.model, path)
         runner = _Watched(OrtRunner(path), emulated, len(bf16))
     # the emulation holds each step's scores in five forms
-    size = against.fixed or max(1, min(4, few.sample.room // 4, len(few.sample)))
-    verified = verify(runner, few, against.stem, [size])
+    size = against.fixed or max(1, min(4, few.sample.max_batch // 4, len(few.sample)))
+    verified = verify(runner, few, against.input_format, [size])
     peaks = {
         name: (float(pair[0]), float(pair[1]))
         for name, pair in zip(fp16, runner.peaks, strict=True)
@@ -157,7 +158,7 @@ def judge(
         sums={name: total for name, (_, total) in peaks.items()},
         check=verified.record(against.gate, passed=not failures),
     )
-    return Judged(record, failures, over)
+    return AttentionVerdict(record, failures, over)
 
 
 class _Watched:
@@ -204,7 +205,9 @@ def _images(emulated: Emulated, nodes: Collection[str]) -> int:
     return max(1, min(16, _WORK // max(1, scores))) if nodes else 16
 
 
-def more_bf16(judged: Judged, capabilities: Sequence[ComputeCapability]) -> tuple[str, ...]:
+def more_bf16(
+    judged: AttentionVerdict, capabilities: Sequence[ComputeCapability]
+) -> tuple[str, ...]:
     """Name the nodes to type bf16 beside those that are; nothing where the engine does.
 
     Raises:
@@ -253,7 +256,7 @@ def _require_bf16(capabilities: Sequence[ComputeCapability], why: str) -> None:
         )
 
 
-def _overflows(judged: Judged) -> list[str]:
+def _overflows(judged: AttentionVerdict) -> list[str]:
     told = []
     for name in judged.over[:3]:
         score, total = judged.record.scores[name] or 0.0, judged.record.sums[name] or 0.0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from msn_export.artifact import Source
+from msn_export.artifact import GraphFile
 from msn_export.commands.jobs import TrtJob
 from msn_export.engine.census import AskedNode
 from msn_export.engine.versions import Backend
@@ -14,14 +14,14 @@ from msn_export.errors import FusionError, GraphError
 from msn_export.files import apart
 from msn_export.graph import io
 from msn_export.graph.blocks import stages_of
-from msn_export.graph.builder import expose
+from msn_export.graph.builder import mark_outputs
 from msn_export.graph.fuse import fuse_attention
-from msn_export.graph.opset import lower, raise_opset
+from msn_export.graph.opset import lower_opset, raise_opset
 from msn_export.graph.precision import MOVES, PRODUCTS, fp32_nodes, fp32_products
 from msn_export.graph.quantised import quantised_products, type_beside
 from msn_export.graph.summary import operators, tensor_specs
 from msn_export.metrics.samples import Sample
-from msn_export.mixed_precision import Islands, type_as
+from msn_export.mixed_precision import Fp32Islands, convert
 from msn_export.progress import Progress
 from msn_export.spec import AttentionForm, Dtype, TensorSpec
 
@@ -43,7 +43,7 @@ class Compilable:
     nodes: int
     ops: dict[str, int]
     outputs: tuple[TensorSpec, ...]
-    islands: Islands
+    islands: Fp32Islands
     quantised: tuple[str, ...]
     asked: dict[str, AskedNode]
     accepted: tuple[str, ...] = ()
@@ -53,7 +53,7 @@ class Compilable:
 
 def prepare(
     job: TrtJob,
-    source: Source,
+    source: GraphFile,
     backend: Backend,
     sample: Sample,
     stage: Path,
@@ -86,11 +86,11 @@ def prepare(
         if rest is None:
             islands = _islands_of(source, model)
         else:
-            islands = type_as(model, rest, job.islands, sample, source.stem, stage)
+            islands = convert(model, rest, job.islands, sample, source.input_format, stage)
             if dtype.is_quantised:
                 told.append(f"what {source.path.name} computes in fp32 beside {dtype} is {rest}")
     if job.stages:
-        model = expose(model, stages_of(model))
+        model = mark_outputs(model, stages_of(model))
     path = apart(stage) / source.path.name
     with progress.step("write and check the typed graph"):
         io.save(model, path)
@@ -105,7 +105,7 @@ def prepare(
     )  # fmt: skip
 
 
-def _types(job: TrtJob, source: Source) -> tuple[Dtype, Dtype | None]:
+def _types(job: TrtJob, source: GraphFile) -> tuple[Dtype, Dtype | None]:
     """Say what the engine is typed, and what its floats have to be typed as; None: they are.
 
     No TensorRT fuses attention in fp32, so what is fp32 beside 8 bits becomes fp16 unless another
@@ -130,7 +130,7 @@ def _types(job: TrtJob, source: Source) -> tuple[Dtype, Dtype | None]:
     return held if held.is_quantised else asked, None if asked is beside else asked
 
 
-def _undeclared(source: Source) -> tuple[str, ...]:
+def _undeclared(source: GraphFile) -> tuple[str, ...]:
     """Name the products in fp32 of a graph that came typed which its manifest does not declare."""
     if source.dtype is Dtype.FP32:
         return ()
@@ -165,16 +165,16 @@ def asked_of(model: ir.Model) -> dict[str, AskedNode]:
     return asked
 
 
-def _islands_of(source: Source, model: ir.Model) -> Islands:
+def _islands_of(source: GraphFile, model: ir.Model) -> Fp32Islands:
     """Say what stays fp32 in a graph that came typed."""
     known = source.manifest.islands if source.manifest is not None else {}
     maxima = {name: math.inf if peak is None else peak for name, peak in known.items()}
-    return Islands(maxima, fp32_nodes(model) if source.dtype is not Dtype.FP32 else ())
+    return Fp32Islands(maxima, fp32_nodes(model) if source.dtype is not Dtype.FP32 else ())
 
 
 def written_for(
     backend: Backend,
-    source: Source,
+    source: GraphFile,
     dtype: Dtype,
     *,
     partial: bool = False,
@@ -199,9 +199,9 @@ def written_for(
             f"{source.path}: {error}; --allow-unfused compiles them unfused"
         ) from error
     if model.graph.opset_imports[""] > flavour.opset:
-        lower(model, flavour.opset)
+        lower_opset(model, flavour.opset)
     return model, form, cores
 
 
-def _expected(source: Source) -> int | None:
+def _expected(source: GraphFile) -> int | None:
     return source.manifest.attention.expected if source.manifest is not None else None

@@ -16,11 +16,11 @@ from msn_export.compare.sides import Artifact, Pair, open_pair
 from msn_export.compare.validation import Measured, Validation, judge
 from msn_export.errors import GraphError, ImageError
 from msn_export.graph.fuse import attention_form
-from msn_export.metrics.diagnose import find_cause
+from msn_export.metrics.diagnose import diagnose
 from msn_export.metrics.evaluate import (
+    OutputsOf,
     Recalibrated,
     Reference,
-    Runner,
     Trial,
     Verified,
     measure_rounding,
@@ -50,7 +50,7 @@ from msn_export.processor_config import choose
 from msn_export.progress import SILENT, Progress
 from msn_export.runtime.onnxruntime import OrtRunner
 from msn_export.schema import Count, Job
-from msn_export.spec import AttentionForm, BatchRange, Dtype, Head, InputKind
+from msn_export.spec import AttentionForm, BatchRange, Dtype, Head, InputFormat
 
 EXACT = 16  # pictures that an fp32 reference computes in fp64 too
 SEED = 0  # of the batch sizes that are drawn
@@ -107,7 +107,7 @@ def validate_in_full(job: ValidateJob, progress: Progress) -> tuple[Validation, 
         # first, for what cannot run here is refused before the reference took its time
         runner = opened.enter_context(closing(pair.candidate.start(pair.outputs, Path(folder))))
         trials = _Trials(job, pair, name, own, Path(folder), opened)
-        parts = draw_parts(job.images, made, room=pair.room, limit=job.limit)
+        parts = draw_parts(job.images, made, max_batch=pair.max_batch, limit=job.limit)
         for sample in _read(parts, progress):
             trials.run(sample, runner, progress)
         with progress.step("compare"):
@@ -116,7 +116,7 @@ def validate_in_full(job: ValidateJob, progress: Progress) -> tuple[Validation, 
             cause = None
             if same.failures(gate):
                 side = pair.candidate
-                cause = find_cause(runner, reference, side.stem, gate, fixed=side.fixed_batch)
+                cause = diagnose(runner, reference, side.input_format, gate, fixed=side.fixed_batch)
     measured = Measured(same, mine, cause, tuple(trials.notes))
     return judge(pair, measured, gate, name, own, numbers_only=job.numbers_only), same
 
@@ -163,7 +163,7 @@ class _Trials:
                 found = replace(found, recalibrated=Recalibrated(errors, name, margin))
         return found
 
-    def run(self, sample: Sample, runner: Runner, progress: Progress) -> None:
+    def run(self, sample: Sample, runner: OutputsOf, progress: Progress) -> None:
         """Run a part of the pictures through all of them."""
         pair, is_first = self.pair, self._first is None
         side = pair.candidate
@@ -182,16 +182,16 @@ class _Trials:
             reference = replace(reference, exact=known)
         self.notes += sample.notes
         for made, trial in self._baselines:
-            taken = InputKind.of(made.runner.inputs[0].dtype)
+            taken = InputFormat.of(made.runner.inputs[0].dtype)
             fixed = pair.reference.fixed_batch
             cost = run_reference(made.runner, sample, taken, fixed=fixed).outputs
             trial.repeat(cost, reference, self.sizes)
         with progress.step(f"run {side.name}"):
-            self.same.run(runner, reference, side.stem, self.sizes)
+            self.same.run(runner, reference, side.input_format, self.sizes)
             if self.own is not None:
                 self._run_own(reference, self.own, runner)
 
-    def verified(self, trial: Trial, runner: Runner) -> Verified:
+    def verified(self, trial: Trial, runner: OutputsOf) -> Verified:
         """Sum a trial up."""
         return trial.verified(self.reference, self.sizes, runner.name)
 
@@ -214,26 +214,28 @@ class _Trials:
         side = self.pair.candidate
         batch = self.job.batch or side.batch
         # an engine's batch is in the GPU's memory: this machine's sets no limit to its smallest
-        room = max(batch.min, self.pair.room) if side.kind == "engine" else self.pair.room
-        sizes, drawn = with_drawn(batch_sizes(batch, room), SEED)
+        max_batch = (
+            max(batch.min, self.pair.max_batch) if side.kind == "engine" else self.pair.max_batch
+        )
+        sizes, drawn = with_drawn(batch_sizes(batch, max_batch), SEED)
         self.sizes = with_ragged(sizes, len(sample))
         if drawn:
             self.notes.append(drawn)
-        if room < batch.max:
+        if max_batch < batch.max:
             self.notes.append(
                 f"batches up to {self.sizes[-1]} of {batch.max}: memory affords no more"
             )
         if self.own is not None and self.job.images is None:
             self.notes.append("resizing was not compared, noise needs none: give --images")
 
-    def _run_own(self, reference: Reference, own: Preprocessing, runner: Runner) -> None:
+    def _run_own(self, reference: Reference, own: Preprocessing, runner: OutputsOf) -> None:
         """Run the candidate on what its own preprocessing makes of the same pictures."""
         sample = reference.sample
         fed = _again(self.job, sample, own)
         shared = _on_shared(reference, fed)
         if len(shared.sample) < len(sample):
             self.notes.append(f"{len(shared.sample)} pictures can be read with both preprocessings")
-        self.mine.run(runner, shared, self.pair.candidate.stem, self.sizes)
+        self.mine.run(runner, shared, self.pair.candidate.input_format, self.sizes)
 
 
 def run_pair_reference(pair: Pair, sample: Sample, stage: Path, *, exact: bool) -> Reference:
@@ -245,7 +247,7 @@ def run_pair_reference(pair: Pair, sample: Sample, stage: Path, *, exact: bool) 
     side = pair.reference
     with closing(side.start(pair.outputs, stage)) as runner:
         runner.name = f"{side.name} in {runner.name}"
-        reference = run_reference(runner, sample, side.stem, fixed=side.fixed_batch)
+        reference = run_reference(runner, sample, side.input_format, fixed=side.fixed_batch)
     kept = {name: reference.outputs[name] for name in pair.outputs}
     reference = replace(reference, outputs=kept).require_finite()
     if not exact:
@@ -256,7 +258,9 @@ def run_pair_reference(pair: Pair, sample: Sample, stage: Path, *, exact: bool) 
         return reference
     try:
         with baseline.open_exact(side.graph, stage) as runner:
-            return measure_rounding(reference, runner, EXACT, side.stem, fixed=side.fixed_batch)
+            return measure_rounding(
+                reference, runner, EXACT, side.input_format, fixed=side.fixed_batch
+            )
     except GraphError as error:
         return replace(reference, unmeasured=str(error))
 
@@ -281,7 +285,9 @@ def _open_baselines(
     """
     side, candidate = pair.reference, pair.candidate
     # what is made here takes float32 where the candidate takes float16
-    taken = InputKind.FLOAT if candidate.stem is InputKind.HALF else candidate.stem
+    taken = (
+        InputFormat.FLOAT if candidate.input_format is InputFormat.HALF else candidate.input_format
+    )
     if side.graph is not None and side.dtype is not Dtype.FP32:
         yield _Baseline(baseline.open_widened(side.graph, stage), ROUNDED_MARGIN)
         return
@@ -324,7 +330,7 @@ def _graph_of(
     return trace(
         side.module,
         heads=heads,
-        stem=InputKind.FLOAT,
+        input_format=InputFormat.FLOAT,
         batch=BatchRange(),
         preprocessing=preprocessing,
     )
@@ -333,7 +339,7 @@ def _graph_of(
 def _again(job: ValidateJob, sample: Sample, own: Preprocessing) -> Sample:
     """Decode a sample's pictures with another preprocessing; noise is made anew."""
     if job.images is None:
-        return draw(None, own, room=sample.room)
+        return draw(None, own, max_batch=sample.max_batch)
     loaded = image_folder.load_named(job.images, sample.names, own)
     return replace(
         sample, pixels=loaded.pixels, names=loaded.names, preprocessing=own, broken=loaded.broken

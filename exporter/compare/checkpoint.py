@@ -7,12 +7,12 @@ from msn_export.compare.sides import Artifact
 from msn_export.errors import SpecError
 from msn_export.graph.structure import structure_of_module
 from msn_export.graph.torch_reference import TorchRunner, readable_heads
-from msn_export.metrics.samples import affordable_batch
+from msn_export.metrics.samples import max_batch_in_memory
 from msn_export.models.checkpoint import Checkpoint, load_checkpoint
 from msn_export.models.named import Choices
 from msn_export.preprocessing import Exif, Preprocessing
 from msn_export.processor_config import choose, from_processor_config, size_in
-from msn_export.spec import BatchRange, Dtype, ImageSize, InputKind
+from msn_export.spec import BatchRange, Dtype, ImageSize, InputFormat
 
 
 def preprocessing_of(
@@ -97,12 +97,12 @@ def checkpoint_artifact(name: str, choices: Choices, size: ImageSize | None) -> 
         name=checkpoint.source,
         kind="checkpoint",
         dtype=Dtype.FP32,
-        stem=InputKind.FLOAT,
+        input_format=InputFormat.FLOAT,
         size=ImageSize(*config.image_size),
         channels=config.channels,
         preprocessing=made,
         batch=BatchRange(),
-        room=affordable_batch(config.tokens, config.dim, config.mlp_dim, config.heads),
+        max_batch=max_batch_in_memory(config.tokens, config.dim, config.mlp_dim, config.heads),
         outputs=tuple(heads),
         start=start,
         exact=exact,

@@ -27,13 +27,13 @@ from msn_export.graph.simplify import simplify
 from msn_export.graph.structure import differences_by_block
 from msn_export.manifest import CheckRecord
 from msn_export.metrics.block_errors import StageDrift, TensorDrift, is_block, most_of
-from msn_export.mixed_precision import MEASURED, decide
-from msn_export.spec import BatchRange, Dtype, Head, InputKind
+from msn_export.mixed_precision import MEASURED, choose_fp32_islands
+from msn_export.spec import BatchRange, Dtype, Head, InputFormat
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from msn_export.metrics.block_errors import Stream
+    from msn_export.metrics.block_errors import StreamLike
     from msn_export.metrics.samples import Sample
 
 
@@ -211,14 +211,14 @@ def smoothing(pair: Pair) -> tuple[str, ...]:
 class Costs:
     """What stands in for the candidate, and what says how the reference itself rounds.
 
-    ``twin`` is None for a checkpoint, and where ``missing`` says why; ``stem`` is what it takes.
-    ``how`` says what was done.
+    ``twin`` is None for a checkpoint, and where ``missing`` says why; ``input_format`` is what it
+    takes. ``how`` says what was done.
     """
 
-    exact: Stream
-    exact_stem: InputKind
-    twin: Stream | None = None
-    stem: InputKind = InputKind.FLOAT
+    exact: StreamLike
+    exact_stem: InputFormat
+    twin: StreamLike | None = None
+    input_format: InputFormat = InputFormat.FLOAT
     missing: str = ""
     how: str = ""
 
@@ -238,37 +238,37 @@ def open_costs(pair: Pair, sample: Sample, names: tuple[str, ...], given: tuple[
         names: what both show.
         given: the stages that are given; none where the candidate runs by itself.
     """
-    exact, stem = _open_exact(pair, sample, names, given)
+    exact, input_format = _open_exact(pair, sample, names, given)
     dtype = pair.candidate.dtype
     if pair.candidate.kind == "checkpoint":
-        return Costs(exact, stem, how="what fp32 rounds away, measured against fp64")
+        return Costs(exact, input_format, how="what fp32 rounds away, measured against fp64")
     try:
         model = _in_precision(pair, sample)
     except GraphError as error:
         missing = f"what {dtype} costs could not be measured ({error})"
-        return Costs(exact, stem, missing=missing)
+        return Costs(exact, input_format, missing=missing)
     twin = blocks_of(model, names, given)
     how = f"what {dtype} costs there, measured on the reference put into {dtype}"
     if dtype is Dtype.FP32:
         how = "what fp32 rounds away there, measured on the reference as a graph and against fp64"
-    return Costs(exact, stem, twin, _written(pair.candidate.stem), how=how)
+    return Costs(exact, input_format, twin, _written(pair.candidate.input_format), how=how)
 
 
 def _open_exact(
     pair: Pair, sample: Sample, names: tuple[str, ...], given: tuple[str, ...]
-) -> tuple[Stream, InputKind]:
+) -> tuple[StreamLike, InputFormat]:
     reference = pair.reference
     if reference.module is not None:
-        return open_stream(reference, pair.outputs, names, exact=True), InputKind.FLOAT
+        return open_stream(reference, pair.outputs, names, exact=True), InputFormat.FLOAT
     model = widen(_fp32_of(pair, sample))
     with contextlib.suppress(GraphError):  # of another exporter: the fp32 function has to do
         model = in_fp64(model)
-    return blocks_of(model, names, given), _written(reference.stem)
+    return blocks_of(model, names, given), _written(reference.input_format)
 
 
-def _written(stem: InputKind) -> InputKind:
+def _written(input_format: InputFormat) -> InputFormat:
     """Say what a graph that is written here takes in place of half precision planes."""
-    return InputKind.FLOAT if stem is InputKind.HALF else stem
+    return InputFormat.FLOAT if input_format is InputFormat.HALF else input_format
 
 
 def _in_precision(pair: Pair, sample: Sample) -> ir.Model:
@@ -277,14 +277,14 @@ def _in_precision(pair: Pair, sample: Sample) -> ir.Model:
     Raises:
         GraphError: the candidate is quantised in a way that cannot be repeated.
     """
-    stem, dtype = _written(pair.candidate.stem), pair.candidate.dtype
+    input_format, dtype = _written(pair.candidate.input_format), pair.candidate.dtype
     candidate = _graph_behind(pair.candidate)
     model = _fp32_of(pair, sample).clone()
     narrow_like(model, candidate)
-    model = write_like(model, stem, sample.preprocessing, attention_form(candidate))
+    model = write_like(model, input_format, sample.preprocessing, attention_form(candidate))
     rest = rest_of(candidate) if dtype.is_quantised else dtype
     with tempfile.TemporaryDirectory(prefix="msn-export-") as folder:
-        islands = decide(model, MEASURED, rest, sample, stem, Path(folder))
+        islands = choose_fp32_islands(model, MEASURED, rest, sample, input_format, Path(folder))
     if dtype.is_quantised:
         model = quantise_like(model, candidate, rest)
     if rest is not Dtype.FP32:
@@ -303,7 +303,7 @@ def _fp32_of(pair: Pair, sample: Sample) -> ir.Model:
     traced = trace(
         reference.module,
         heads=heads,
-        stem=InputKind.FLOAT,
+        input_format=InputFormat.FLOAT,
         batch=BatchRange(),
         preprocessing=sample.preprocessing,
     )

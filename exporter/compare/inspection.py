@@ -18,7 +18,7 @@ from msn_export.graph import io
 from msn_export.graph.attention import AttentionCore, match
 from msn_export.graph.foreign import raised_where_possible, understand
 from msn_export.graph.precision import graph_dtype
-from msn_export.graph.summary import multiply_adds, operators, tensor_specs
+from msn_export.graph.summary import macs, operators, tensor_specs
 from msn_export.manifest import Manifest, manifest_path, sha256_of
 from msn_export.preprocessing import Preprocessing
 from msn_export.spec import BatchRange, TensorSpec
@@ -139,7 +139,7 @@ def _of_graph(path: Path, manifest: Manifest | None, described: str) -> Inspecti
     cores = [core for core in map(match, candidates) if isinstance(core, AttentionCore)]
     facts |= {
         "precision": str(graph_dtype(model)),
-        "multiply_adds": multiply_adds(model),
+        "multiply_adds": macs(model),
         "gemm_dtypes": _product_dtypes(model),
     }
     facts.setdefault("attention_expected", max(len(cores), len(fused)))

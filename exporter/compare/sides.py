@@ -10,22 +10,29 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import onnx_ir as ir
 
 from msn_export import manifest as manifests
-from msn_export.artifact import DYNAMIC, image_input, named, read_graph, require_comparable, room_of
+from msn_export.artifact import (
+    DYNAMIC,
+    image_input,
+    max_batch_of,
+    named,
+    read_graph,
+    require_comparable,
+)
 from msn_export.errors import EngineFileError, GraphError, RunnerError, SpecError, ToleranceError
 from msn_export.graph import io
 from msn_export.graph.foreign import raised_where_possible
 from msn_export.graph.precision import graph_dtype
 from msn_export.graph.structure import Structure, structure_of
 from msn_export.host import NoDriver, find_driver
-from msn_export.metrics.evaluate import Runner
-from msn_export.metrics.samples import affordable_batch
+from msn_export.metrics.evaluate import OutputsOf
+from msn_export.metrics.samples import max_batch_in_memory
 from msn_export.mixed_precision import cpu_runner
 from msn_export.models.named import AS_IT_SAYS, Choices
 from msn_export.preprocessing import Preprocessing, assumed
 from msn_export.runtime import opening
-from msn_export.runtime.batching import together
-from msn_export.runtime.opening import admit_engine
-from msn_export.spec import BatchRange, Dtype, ImageSize, InputKind
+from msn_export.runtime.batching import combine
+from msn_export.runtime.opening import verify_engine_file
+from msn_export.spec import BatchRange, Dtype, ImageSize, InputFormat
 
 if TYPE_CHECKING:
     from msn_export.manifest import Manifest
@@ -34,7 +41,7 @@ if TYPE_CHECKING:
 ENGINES = frozenset({".engine", ".plan", ".trt"})
 
 
-class Opened(Runner, Protocol):
+class OpenSide(OutputsOf, Protocol):
     """A runner that holds something until it is closed."""
 
     def close(self) -> None:
@@ -54,15 +61,15 @@ class Artifact:
     name: str
     kind: Literal["checkpoint", "onnx", "engine"]
     dtype: Dtype
-    stem: InputKind
+    input_format: InputFormat
     size: ImageSize
     channels: int
     preprocessing: Preprocessing | None
     batch: BatchRange
-    room: int
+    max_batch: int
     outputs: tuple[str, ...]
-    start: Callable[[tuple[str, ...], Path], Opened]
-    exact: Callable[[tuple[str, ...]], Opened] | None = None
+    start: Callable[[tuple[str, ...], Path], OpenSide]
+    exact: Callable[[tuple[str, ...]], OpenSide] | None = None
     labels: tuple[str, ...] = ()
     structure: Structure = field(default_factory=dict)
     manifest: Manifest | None = None
@@ -108,7 +115,7 @@ def is_checkpoint(name: str) -> bool:
 def _of_graph(path: Path) -> Artifact:
     model, manifest, told = read_graph(path)
     with named(path):
-        stem, size, channels, batch = image_input(model, path)
+        input_format, size, channels, batch = image_input(model, path)
         require_comparable(model)
         if manifest is None:
             model = raised_where_possible(model)
@@ -120,19 +127,19 @@ def _of_graph(path: Path) -> Artifact:
     except GraphError as error:
         told = (*told, f"its epsilons, activations and additions were not compared: {error}")
 
-    def start(_outputs: tuple[str, ...], stage: Path) -> Opened:
+    def start(_outputs: tuple[str, ...], stage: Path) -> OpenSide:
         return cpu_runner(path, dtype, stage)
 
     return Artifact(
         name=str(path),
         kind="onnx",
         dtype=dtype,
-        stem=stem,
+        input_format=input_format,
         size=size,
         channels=channels,
         preprocessing=manifest.preprocessing if manifest is not None else None,
         batch=batch or (manifest.profiles[0] if manifest and manifest.profiles else DYNAMIC),
-        room=_room(manifest) or room_of(model),
+        max_batch=_room(manifest) or max_batch_of(model),
         outputs=tuple(value.name or "" for value in model.graph.outputs),
         start=start,
         labels=manifest.labels if manifest is not None else (),
@@ -157,21 +164,21 @@ def _of_engine(path: Path) -> Artifact:
             f"{path} has no manifest beside it that says what it takes; compare the graph it was "
             "built from, or build it with msn-export trt"
         )
-    batch = together(manifest.profiles)
+    batch = combine(manifest.profiles)
 
-    def start(_outputs: tuple[str, ...], _stage: Path) -> Opened:
+    def start(_outputs: tuple[str, ...], _stage: Path) -> OpenSide:
         return open_engine(path)
 
     return Artifact(
         name=str(path),
         kind="engine",
         dtype=manifest.rounds_as,
-        stem=InputKind.of(manifest.inputs[0].dtype),
+        input_format=InputFormat.of(manifest.inputs[0].dtype),
         size=manifest.preprocessing.size,
         channels=manifest.preprocessing.channels,
         preprocessing=manifest.preprocessing,
         batch=batch,
-        room=_room(manifest) or batch.max,
+        max_batch=_room(manifest) or batch.max,
         outputs=tuple(spec.name for spec in manifest.outputs),
         start=start,
         labels=manifest.labels,
@@ -179,7 +186,7 @@ def _of_engine(path: Path) -> Artifact:
     )
 
 
-def open_engine(path: Path) -> Opened:
+def open_engine(path: Path) -> OpenSide:
     """Open an engine for running.
 
     Raises:
@@ -193,7 +200,7 @@ def open_engine(path: Path) -> Opened:
             f"{path} cannot run here: {driver.reason}; run this command on the machine that has "
             "its GPU, or compare the graph it was built from"
         )
-    return opening.open_engine(admit_engine(path, trust=False), eager_kernels=True)
+    return opening.open_engine(verify_engine_file(path, trust=False), eager_kernels=True)
 
 
 def _room(manifest: Manifest | None) -> int | None:
@@ -207,7 +214,7 @@ def _room(manifest: Manifest | None) -> int | None:
         sizes = [int(config[name]) for name in ("dim", "mlp_dim", "heads")]
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         return None  # of another version, or changed: only an estimate is lost
-    return affordable_batch(rows * columns + 1, *sizes)
+    return max_batch_in_memory(rows * columns + 1, *sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,9 +237,9 @@ class Pair:
         return known or assumed(self.reference.size, self.reference.channels)
 
     @property
-    def room(self) -> int:
+    def max_batch(self) -> int:
         """How many images memory affords both at once."""
-        return min(self.reference.room, self.candidate.room)
+        return min(self.reference.max_batch, self.candidate.max_batch)
 
 
 def open_pair(reference: str, candidate: str, choices: Choices = AS_IT_SAYS) -> Pair:

@@ -11,13 +11,13 @@ import numpy as np
 import onnx_ir as ir
 
 from msn_export import manifest as manifests
-from msn_export.compare.sides import Artifact, Opened, open_engine
+from msn_export.compare.sides import Artifact, OpenSide, open_engine
 from msn_export.errors import GraphError
 from msn_export.graph import io
-from msn_export.graph.blocks import ENTRY, PLACES, find_stream, stages_of
+from msn_export.graph.blocks import ENTRY, TENSORS, find_stream, stages_of
 from msn_export.graph.blocks import Stream as Skeleton
-from msn_export.graph.blocks import inside as tensors_inside
-from msn_export.graph.builder import GIVEN, SEEN, expose, feed
+from msn_export.graph.blocks import tensors_of as tensors_inside
+from msn_export.graph.builder import GIVEN, MARK, feed, mark_outputs
 from msn_export.graph.emulate import emulate_bf16, has_bf16
 from msn_export.graph.fp32_islands import MAXIMA, observe
 from msn_export.mixed_precision import cpu_runner
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from msn_export.metrics.block_errors import Stream, Tensors
+    from msn_export.metrics.block_errors import StreamLike, Tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +59,8 @@ class OnnxStream:
             self._stages = tuple((name, stage_of.get(name, "")) for name in observed.names)
         with tempfile.TemporaryDirectory(prefix="msn-export-") as folder:
             path = Path(folder) / "exposed.onnx"
-            io.save(expose(model, shown), path)
-            self._runner: Opened = cpu_runner(path, dtype, Path(folder))
+            io.save(mark_outputs(model, shown), path)
+            self._runner: OpenSide = cpu_runner(path, dtype, Path(folder))
         self.name = self._runner.name
 
     def __call__(self, images: NDArray[Any], given: Tensors | None = None) -> Tensors:
@@ -100,7 +100,7 @@ class OnnxBlocks:
     ) -> None:
         self.peaks: dict[str, tuple[float, str]] = {}
         self._tokens = {name: _sizes(value) for name, value in given.items()}
-        fed = expose(feed(model, given), shown)
+        fed = mark_outputs(feed(model, given), shown)
         emulated = has_bf16(fed)
         with tempfile.TemporaryDirectory(prefix="msn-export-") as folder:
             path = Path(folder) / "fed.onnx"
@@ -109,7 +109,7 @@ class OnnxBlocks:
         (self._images,) = [
             taken.name for taken in self._session.get_inputs() if not taken.name.startswith(GIVEN)
         ]
-        self._names = [f"{SEEN}{name}" for name in shown]
+        self._names = [f"{MARK}{name}" for name in shown]
         self.name = f"onnxruntime, {CPU}"
 
     def __call__(self, images: NDArray[Any], given: Tensors | None = None) -> Tensors:
@@ -139,7 +139,7 @@ class EngineStream:
         """Run a batch in the engine's own input type."""
         assert not given  # it takes images alone
         outputs = self._runner(images)
-        return {name.removeprefix(SEEN): np.asarray(value) for name, value in outputs.items()}
+        return {name.removeprefix(MARK): np.asarray(value) for name, value in outputs.items()}
 
     def close(self) -> None:
         """Free the engine."""
@@ -148,9 +148,9 @@ class EngineStream:
 
 def _seen(outputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
     return {
-        name.removeprefix(SEEN): np.asarray(value)
+        name.removeprefix(MARK): np.asarray(value)
         for name, value in outputs.items()
-        if name.startswith(SEEN)
+        if name.startswith(MARK)
     }
 
 
@@ -182,7 +182,7 @@ def what_is_shown(artifact: Artifact) -> Shown:
     if artifact.marked is not None:
         manifest = manifests.read(artifact.marked)
         assert manifest is not None  # written with the engine
-        specs = {spec.name.removeprefix(SEEN): spec.shape[1:] for spec in manifest.outputs}
+        specs = {spec.name.removeprefix(MARK): spec.shape[1:] for spec in manifest.outputs}
         stages = {
             name: tuple(size if isinstance(size, int) else None for size in shape)
             for name, shape in specs.items()
@@ -191,7 +191,7 @@ def what_is_shown(artifact: Artifact) -> Shown:
         return Shown(stages, dict.fromkeys(list(stages)[1:], ()))
     if artifact.module is not None:
         config, numbers = artifact.module.config, range(len(artifact.module.blocks))
-        inside = {f"block {i}": tuple(place.names(i) for place in PLACES) for i in numbers}
+        inside = {f"block {i}": tuple(place.names(i) for place in TENSORS) for i in numbers}
         return Shown(dict.fromkeys((ENTRY, *inside), (config.tokens, config.dim)), inside)
     skeleton = _skeleton(artifact)
     inside = {
@@ -210,7 +210,7 @@ def open_stream(
     *,
     peaks: bool = False,
     exact: bool = False,
-) -> Stream:
+) -> StreamLike:
     """Open an artifact with those of the tensors called ``names`` shown that it has.
 
     A checkpoint can be had in fp64 too.
@@ -233,7 +233,7 @@ def open_stream(
 
 def open_blocks(
     artifact: Artifact, outputs: tuple[str, ...], names: tuple[str, ...], given: tuple[str, ...]
-) -> Stream:
+) -> StreamLike:
     """Open an artifact so that each stage reads what is given for the one before it.
 
     Raises:

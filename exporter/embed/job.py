@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-class Pictures(Protocol):
+class PictureList(Protocol):
     """The pictures of a run, wherever they are; ``sha256`` tells them from others."""
 
     @property

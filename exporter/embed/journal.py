@@ -108,7 +108,7 @@ SECONDS = 10.0
 BYTES = 8 * 2**20
 
 
-class Parts:
+class Journal:
     """The finished parts of an output of ``total`` rows.
 
     ``errors`` is by row; ``turned`` counts the pictures that their EXIF orientation turned.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from msn_export.spec import BatchRange, TensorSpec
 
 
-class Opened(Protocol):
+class OpenModel(Protocol):
     """What is known of an open model; a ``Runner`` is one."""
 
     @property
@@ -47,7 +47,7 @@ class Opened(Protocol):
         """The batches it accepts."""
 
 
-def tested(runner: Runner, *, check: bool) -> str:
+def require_selftest(runner: Runner, *, check: bool) -> str:
     """Run the manifest's golden input, before a night is spent on a model that is wrong here.
 
     Raises:
@@ -66,7 +66,7 @@ def tested(runner: Runner, *, check: bool) -> str:
     return str(found)
 
 
-class Local:
+class LocalExecutor:
     """Pictures of a folder and a runner that is open here."""
 
     def __init__(

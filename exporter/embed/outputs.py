@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from msn_export.embed.job import Pictures
-    from msn_export.embed.journal import Parts
+    from msn_export.embed.job import PictureList
+    from msn_export.embed.journal import Journal
 
 ENDINGS = (".npy", ".parquet")
 _CHUNK = 8 * 2**20  # bytes of vectors that are in memory at once
@@ -70,7 +70,11 @@ def require_fit(output: Path, row: Sequence[int]) -> None:
 
 
 def write_npy(
-    parts: Parts, listing: Pictures, labels: Sequence[str], about: Mapping[str, Any], stage: Path
+    parts: Journal,
+    listing: PictureList,
+    labels: Sequence[str],
+    about: Mapping[str, Any],
+    stage: Path,
 ) -> tuple[Path, ...]:
     """Write the sidecars; the array itself is already whole and only has to be moved.
 
@@ -90,7 +94,11 @@ def write_npy(
 
 
 def write_parquet(
-    parts: Parts, listing: Pictures, labels: Sequence[str], about: Mapping[str, Any], stage: Path
+    parts: Journal,
+    listing: PictureList,
+    labels: Sequence[str],
+    about: Mapping[str, Any],
+    stage: Path,
 ) -> tuple[Path, ...]:
     """Write one table, row group by row group.
 
@@ -141,7 +149,7 @@ def _probability(score: float | None, about: Mapping[str, Any]) -> float | None:
     return None if about.get("scores") == Scores.RAW else score
 
 
-def rows_of(parts: Parts, listing: Pictures, labels: Sequence[str]) -> Iterator[Row]:
+def rows_of(parts: Journal, listing: PictureList, labels: Sequence[str]) -> Iterator[Row]:
     """Give each row's path, error, and likeliest class where the model has a classifier."""
     step = 1 << 16
     names = listing.names()

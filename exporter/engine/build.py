@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from msn_export.engine.census import Census, by_profile
 from msn_export.engine.kernels import Kernel
-from msn_export.engine.options import BuildSpec, Progress, check_options
+from msn_export.engine.options import BuildSpec, BuildStep, check_options
 from msn_export.engine.versions import Backend
 from msn_export.engine_header import read_header
 from msn_export.errors import BuildError, OutputError
@@ -44,7 +44,7 @@ def run_child(
     job: Mapping[str, Any],
     raw: IO[bytes],
     limits: Limits,
-    progress: Callable[[Progress], None],
+    progress: Callable[[BuildStep], None],
 ) -> dict[str, Any]:
     """Run ``job`` in a child process and give what it says when it is done.
 
@@ -63,10 +63,10 @@ def run_child(
             _send(child, {**job, "parent": os.getpid()})
         for event in _events(child, events, limits):
             if "progress" in event:
-                progress(Progress(**event["progress"]))
+                progress(BuildStep(**event["progress"]))
             elif "done" in event:
                 done: dict[str, Any] = event["done"]
-                progress(Progress("done", 1, 1, 1.0))
+                progress(BuildStep("done", 1, 1, 1.0))
                 return done
             elif "failed" in event:
                 raise BuildError(event["failed"])
@@ -189,7 +189,7 @@ def build_engine(
     backend: Backend,
     output: Path,
     log: Path | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[BuildStep], None] | None = None,
 ) -> BuildResult:
     """Compile ``spec.model`` and write the engine to ``output``, a staging path.
 
@@ -232,7 +232,7 @@ def build_engine(
     )
 
 
-def _ignore(_progress: Progress) -> None:
+def _ignore(_progress: BuildStep) -> None:
     """Tell nobody."""
 
 

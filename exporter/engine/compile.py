@@ -19,7 +19,7 @@ from typing import Any, TextIO, TypeAlias
 
 from msn_export.engine.failures import explain_or_quote
 from msn_export.engine.kernels import Kernel, read_inspector, read_log, with_accumulators
-from msn_export.engine.options import BuildSpec, Phases, Progress, no_kernels, require_capable
+from msn_export.engine.options import BuildSpec, BuildStep, Phases, no_kernels, require_capable
 from msn_export.engine.versions import Flavour
 from msn_export.errors import BuildError
 from msn_export.spec import BatchRange, ComputeCapability, Dtype
@@ -51,7 +51,7 @@ _INTERVAL = 0.02  # seconds between two reports of one phase
 
 
 @dataclass(slots=True)
-class Heard:
+class BuilderLog:
     """What is kept of the log: the raw text goes to a file."""
 
     errors: list[str] = field(default_factory=list)
@@ -59,7 +59,7 @@ class Heard:
     records: list[str] = field(default_factory=list)
 
 
-def make_log(trt: TensorRT, heard: Heard, raw: TextIO) -> ILogger:
+def make_log(trt: TensorRT, heard: BuilderLog, raw: TextIO) -> ILogger:
     """Make a logger at VERBOSE; keep a reference to it as long as the builder lives."""
 
     class Log(trt.ILogger):  # type: ignore[misc]  # the modules have no types
@@ -80,12 +80,12 @@ def make_log(trt: TensorRT, heard: Heard, raw: TextIO) -> ILogger:
     return Log()
 
 
-def make_monitor(trt: TensorRT, report: Callable[[Progress], bool]) -> IProgressMonitor:
+def make_monitor(trt: TensorRT, report: Callable[[BuildStep], bool]) -> IProgressMonitor:
     """Make a progress monitor; ``report`` returning False cancels the build."""
     phases = Phases()
     last = ("", 0.0)
 
-    def tell(progress: Progress | None) -> bool:
+    def tell(progress: BuildStep | None) -> bool:
         nonlocal last
         now = time.monotonic()
         if progress is None or (progress.phase == last[0] and now - last[1] < _INTERVAL):
@@ -307,8 +307,8 @@ def compile_engine(
     flavour: Flavour,
     spec: BuildSpec,
     log: ILogger,
-    heard: Heard,
-    report: Callable[[Progress], bool],
+    heard: BuilderLog,
+    report: Callable[[BuildStep], bool],
 ) -> Compiled:
     """Compile ``spec.model``.
 

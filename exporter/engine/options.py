@@ -91,7 +91,7 @@ class BuildSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class BuildStep:
     """How far a build is: ``step`` of ``steps`` of a named phase, ``fraction`` of it all (0 to 1).
 
     Phases nest; ``fraction`` never goes back.
@@ -120,12 +120,12 @@ class Phases:
         self._open: dict[str, _Phase] = {}
         self._fraction = 0.0
 
-    def start(self, name: str, parent: str | None, steps: int) -> Progress:
+    def start(self, name: str, parent: str | None, steps: int) -> BuildStep:
         """Open a phase of ``steps`` steps inside ``parent`` (None: it is the outermost)."""
         self._open[name] = _Phase(parent, max(steps, 1))
         return self._progress(name)
 
-    def step(self, name: str, step: int) -> Progress | None:
+    def step(self, name: str, step: int) -> BuildStep | None:
         """Note that step ``step``, counted from 0, is complete; None if no such phase is open."""
         phase = self._open.get(name)
         if phase is None:
@@ -137,12 +137,12 @@ class Phases:
         """Close a phase."""
         self._open.pop(name, None)
 
-    def _progress(self, name: str) -> Progress:
+    def _progress(self, name: str) -> BuildStep:
         phase = self._open[name]
         root = next((key for key, item in self._open.items() if item.parent is None), None)
         if root is not None:
             self._fraction = max(self._fraction, self._share(root))
-        return Progress(name, phase.done, phase.steps, self._fraction)
+        return BuildStep(name, phase.done, phase.steps, self._fraction)
 
     def _share(self, name: str) -> float:
         phase = self._open[name]

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from msn_export.engine.compile import Heard, compile_engine, make_log
-from msn_export.engine.options import BuildSpec, Progress
+from msn_export.engine.compile import BuilderLog, compile_engine, make_log
+from msn_export.engine.options import BuildSpec, BuildStep
 from msn_export.engine.versions import flavour_for
 from msn_export.errors import BuildError, MsnExportError
 from msn_export.host import end_with, peak_rss
@@ -51,10 +51,10 @@ def _run(job: dict[str, Any], send: Callable[[dict[str, Any]], bool]) -> dict[st
     flavour = flavour_for(job["module"], trt.__version__)
     if flavour is None:
         raise BuildError(f"{job['module']} {trt.__version__} is not supported")
-    heard = Heard()
+    heard = BuilderLog()
     log = make_log(trt, heard, sys.stdout)
 
-    def report(progress: Progress) -> bool:
+    def report(progress: BuildStep) -> bool:
         return send({"progress": to_plain(progress)})
 
     spec = BuildSpec.from_json(job["spec"])

@@ -351,7 +351,7 @@ def between(before: ir.Value, after: ir.Value) -> frozenset[ir.Node] | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class BlockTensor:
     """A tensor that the PyTorch reference has in every block.
 
     ``path`` is a submodule of the block; the tensor is what that is given, or gives. ``leaf`` is
@@ -370,20 +370,20 @@ class Place:
         return leaf + part
 
 
-PLACES = (
-    Place("norm1", False, "norm1", "norm before attention"),
-    Place("attn.qkv", False, "attn.qkv", None),
-    Place("attn.proj", True, None, "attention heads"),
-    Place("attn", False, "attn.proj", "attention"),
-    Place("norm2", True, None, "stream after attention"),
-    Place("norm2", False, "norm2", "norm before MLP"),
-    Place("mlp.fc1", False, "mlp.fc1", None),
-    Place("mlp.fc2", True, None, "activation"),
-    Place("mlp", False, "mlp.fc2", "MLP"),
+TENSORS = (
+    BlockTensor("norm1", False, "norm1", "norm before attention"),
+    BlockTensor("attn.qkv", False, "attn.qkv", None),
+    BlockTensor("attn.proj", True, None, "attention heads"),
+    BlockTensor("attn", False, "attn.proj", "attention"),
+    BlockTensor("norm2", True, None, "stream after attention"),
+    BlockTensor("norm2", False, "norm2", "norm before MLP"),
+    BlockTensor("mlp.fc1", False, "mlp.fc1", None),
+    BlockTensor("mlp.fc2", True, None, "activation"),
+    BlockTensor("mlp", False, "mlp.fc2", "MLP"),
 )
 
 
-def inside(block: Block) -> list[tuple[tuple[str, ...], ir.Value]]:
+def tensors_of(block: Block) -> list[tuple[tuple[str, ...], ir.Value]]:
     """Give the float values a block computes, in the graph's order, each with all its names."""
     known = [*modules_of(block).items(), *parts_of(block).items()]
     found = []
@@ -397,7 +397,7 @@ def inside(block: Block) -> list[tuple[tuple[str, ...], ir.Value]]:
 
 def modules_of(block: Block) -> dict[str, ir.Value]:
     """Find each leaf module's result: the last value computed under its name."""
-    leaves = "|".join(re.escape(place.leaf) for place in PLACES if place.leaf)
+    leaves = "|".join(re.escape(place.leaf) for place in TENSORS if place.leaf)
     pattern = re.compile(rf"(blocks\.{block.number}\.(?:{leaves}))\.\w+")
     found: dict[str, ir.Value] = {}
     for node in block.nodes:
@@ -414,7 +414,7 @@ def parts_of(block: Block) -> dict[str, ir.Value]:
     (heads, norm1), (activation, norm2) = map(_ends, halves(block))
     attention, mlp = block.branches
     values = (norm1, heads, attention, block.streams[0], norm2, activation, mlp)
-    parts = [place.part for place in PLACES if place.part]
+    parts = [place.part for place in TENSORS if place.part]
     return {
         f"block {block.number} {part}": value
         for part, value in zip(parts, values, strict=True)

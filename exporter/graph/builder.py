@@ -91,11 +91,11 @@ def replace(old: ir.Value, new: ir.Value) -> None:
         new.name = name
 
 
-SEEN = "seen:"
+MARK = "seen:"
 GIVEN = "given:"
 
 
-def expose(model: ir.Model, shown: Mapping[str, ir.Value]) -> ir.Model:
+def mark_outputs(model: ir.Model, shown: Mapping[str, ir.Value]) -> ir.Model:
     """Copy ``model`` with each of ``shown`` as one more output, in float32, named ``seen:KEY``.
 
     The graph's own outputs stay.
@@ -103,7 +103,7 @@ def expose(model: ir.Model, shown: Mapping[str, ir.Value]) -> ir.Model:
     copy = model.clone()
     graph, values = copy.graph, _values(copy)
     for key, value in shown.items():
-        node = _cast(values[value.name], ir.DataType.FLOAT, f"{SEEN}{key}")
+        node = _cast(values[value.name], ir.DataType.FLOAT, f"{MARK}{key}")
         graph.append(node)
         graph.outputs.append(node.outputs[0])
     return copy

@@ -13,7 +13,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from msn_export.errors import GraphError
 from msn_export.graph.forms import write_plainly
-from msn_export.graph.opset import NEWEST, lower, raise_opset
+from msn_export.graph.opset import NEWEST, lower_opset, raise_opset
 from msn_export.graph.precision import graph_dtype
 from msn_export.graph.shapes import fix_image_size, resolve_shapes
 from msn_export.graph.simplify import simplify
@@ -82,7 +82,7 @@ def tidy(model: ir.Model) -> tuple[ir.Model, str]:
         GraphError: it is quantised in a way that is not taken, or its opset cannot be converted.
     """
     if model.graph.opset_imports[""] > NEWEST:
-        lower(model, NEWEST)
+        lower_opset(model, NEWEST)
     if graph_dtype(model).is_quantised:
         return raise_opset(model), "left as it was quantised"
     outcome = simplify(raise_opset(model))

@@ -25,7 +25,7 @@ from msn_export.graph.quantised import is_quantised_core
 from msn_export.spec import AttentionForm
 
 
-def set_heads_apart(model: ir.Model) -> None:
+def attention_3d_to_4d(model: ir.Model) -> None:
     """Rewrite in place; an operator whose sizes are not known is left as it is."""
     changed = False
     for node in list(model.graph):
@@ -136,7 +136,7 @@ def fuse_attention(
     Raises:
         FusionError: a core was missed, or there are other than ``expected``; each miss is named.
     """
-    set_heads_apart(model)
+    attention_3d_to_4d(model)
     write_plainly(model)
     candidates = [node for node in model.graph if _may_be_core(node)]
     if not candidates:

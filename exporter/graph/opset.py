@@ -27,7 +27,7 @@ _UNCHANGED = frozenset(
 _QUANTISATION = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 
-def lower(model: ir.Model, opset: int) -> None:
+def lower_opset(model: ir.Model, opset: int) -> None:
     """Rewrite ``model`` in place to opset 17, 20 or 23; below 23, attention must be plain.
 
     Raises:

@@ -16,7 +16,7 @@ from msn_export.spec import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
-class GraphFacts:
+class GraphSummary:
     """What a manifest says of a graph, without its weights; ``ops`` the most frequent first."""
 
     inputs: tuple[TensorSpec, ...]
@@ -63,7 +63,7 @@ def tensor_specs(values: list[ir.Value]) -> tuple[TensorSpec, ...]:
 # softmax are left out, as the field does (a ViT-B/16 at 224 is 17.5 billion).
 
 
-def multiply_adds(model: ir.Model) -> int:
+def macs(model: ir.Model) -> int:
     """Sum convolutions, matrix products and attention; a dynamic batch counts as one image."""
     return sum(_of_node(node) for node in model.graph)
 

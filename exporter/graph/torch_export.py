@@ -18,7 +18,7 @@ from msn_export.graph.torch_ops import CALLS, MODULES, Draft
 from msn_export.graph.torch_reference import read_head, require_readable
 from msn_export.models.vit import VitMsn
 from msn_export.preprocessing import Preprocessing
-from msn_export.spec import BatchRange, Head, InputKind
+from msn_export.spec import BatchRange, Head, InputFormat
 
 
 def with_normalisation(patch: nn.Conv2d, preprocessing: Preprocessing) -> nn.Conv2d:
@@ -68,13 +68,13 @@ class ExportedModule(nn.Module):
         self,
         model: VitMsn,
         heads: Sequence[Head],
-        stem: InputKind,
+        input_format: InputFormat,
         preprocessing: Preprocessing,
     ) -> None:
         super().__init__()
         require_readable(model, heads)
         self.model, self.heads = model, tuple(heads)
-        self.takes_bytes = stem is InputKind.UINT8
+        self.takes_bytes = input_format is InputFormat.UINT8
         self.patch = (
             with_normalisation(model.patch, preprocessing) if self.takes_bytes else model.patch
         )
@@ -167,7 +167,7 @@ def trace(
     model: VitMsn,
     *,
     heads: Sequence[Head],
-    stem: InputKind,
+    input_format: InputFormat,
     batch: BatchRange,
     preprocessing: Preprocessing,
 ) -> ir.Model:
@@ -178,13 +178,13 @@ def trace(
     Raises:
         GraphError: torch cannot export the model, or a head asks for a classifier it lacks.
     """
-    wrapped = ExportedModule(model, heads, stem, preprocessing).eval()
+    wrapped = ExportedModule(model, heads, input_format, preprocessing).eval()
     try:
         traced = fx.Tracer().trace(wrapped)
     except (fx.proxy.TraceError, TypeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise GraphError(f"torch {torch.__version__} cannot trace the model: {reason}") from error
-    images = _images(model, stem, batch)
+    images = _images(model, input_format, batch)
     draft, outputs = translate(traced, wrapped, images)
     for head, value in zip(heads, outputs, strict=True):
         value.name = head.output
@@ -199,11 +199,11 @@ def trace(
     return ir.Model(graph, ir_version=IR_VERSION)
 
 
-def _images(model: VitMsn, stem: InputKind, batch: BatchRange) -> ir.Value:
+def _images(model: VitMsn, input_format: InputFormat, batch: BatchRange) -> ir.Value:
     count = batch.max if batch.is_static else ir.SymbolicDim("batch")
     (height, width), channels = model.config.image_size, model.config.channels
-    if stem is InputKind.FLOAT:
+    if input_format is InputFormat.FLOAT:
         shape, dtype = (count, channels, height, width), ir.DataType.FLOAT
     else:
         shape, dtype = (count, height, width, channels), ir.DataType.UINT8
-    return ir.Value(name=stem.tensor, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+    return ir.Value(name=input_format.tensor, shape=ir.Shape(shape), type=ir.TensorType(dtype))

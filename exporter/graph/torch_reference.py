@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from msn_export.errors import GraphError
-from msn_export.graph.blocks import ENTRY, PLACES
+from msn_export.graph.blocks import ENTRY, TENSORS
 from msn_export.models.config import READS
 from msn_export.models.vit import Hidden, VitMsn
 from msn_export.spec import Head
@@ -147,7 +147,7 @@ class TorchStream:
         yield self._on(blocks[0], ENTRY, (ENTRY,), given=True)
         for number, block in enumerate(blocks):
             stage = f"block {number}"
-            for place in PLACES:
+            for place in TENSORS:
                 module = block.get_submodule(place.path)
                 yield self._on(module, stage, place.names(number), given=place.given)
             yield self._on(block, stage, (stage,), given=False)

@@ -27,7 +27,7 @@ FP16_LARGEST = 65504.0  # IEEE 754 binary16
 BRANCHES = ("attention", "MLP")  # what a block adds to the stream, as ``graph.inside`` names it
 
 
-class Stream(Protocol):
+class StreamLike(Protocol):
     """A model that shows tensors it computes on its way, named alike whatever it runs in.
 
     ``peaks`` gives, by stage, the largest absolute value of any tensor so far and that tensor's

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from msn_export.metrics.evaluate import Reference, Runner, run_reference
+from msn_export.metrics.evaluate import OutputsOf, Reference, run_reference
 from msn_export.metrics.metrics import Comparison
-from msn_export.spec import Head, InputKind
+from msn_export.spec import Head, InputFormat
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -54,8 +54,13 @@ def _named(labels: Sequence[str]) -> bool:
 IMAGES = 4  # enough to tell: a wrong suspect misses the gate by orders of magnitude
 
 
-def find_cause(
-    runner: Runner, reference: Reference, stem: InputKind, gate: Gate, *, fixed: int | None = None
+def diagnose(
+    runner: OutputsOf,
+    reference: Reference,
+    input_format: InputFormat,
+    gate: Gate,
+    *,
+    fixed: int | None = None,
 ) -> str | None:
     """Name the mistake that explains a disagreement, as a sentence; None if none of them does.
 
@@ -63,20 +68,22 @@ def find_cause(
     values have no such cause.
     """
     few = _first(reference)
-    have = run_reference(runner, few.sample, stem, fixed=fixed).outputs
+    have = run_reference(runner, few.sample, input_format, fixed=fixed).outputs
     if not all(np.isfinite(output).all() for output in have.values()):
         return None
     if _agrees(gate, few, have):
         return None  # it is the others that disagree: on these any mistake would be an alibi
     for shift in (1, -1) if Head.LOGITS.output in few.outputs else ():
         if _agrees(gate, few, _shifted(have, shift)):
-            got = run_reference(runner, reference.sample, stem, fixed=fixed).outputs
+            got = run_reference(runner, reference.sample, input_format, fixed=fixed).outputs
             if _agrees(gate, reference, _shifted(got, shift)):
                 return f"the candidate's classes are the reference's shifted by {shift:+d}"
-    for cause, change in _other_pixels(reference.sample, stem):
+    for cause, change in _other_pixels(reference.sample, input_format):
         if all(
             _agrees(
-                gate, some, run_reference(runner, change(some.sample), stem, fixed=fixed).outputs
+                gate,
+                some,
+                run_reference(runner, change(some.sample), input_format, fixed=fixed).outputs,
             )
             for some in (few, reference)
         ):
@@ -109,7 +116,7 @@ def _shifted(have: Mapping[str, NDArray[Any]], shift: int) -> dict[str, NDArray[
 
 
 def _other_pixels(
-    sample: Sample, stem: InputKind
+    sample: Sample, input_format: InputFormat
 ) -> Iterator[tuple[str, Callable[[Sample], Sample]]]:
     """Give other ways to make the pixels, each with the sentence that names it."""
     made = sample.preprocessing
@@ -119,7 +126,7 @@ def _other_pixels(
             "the candidate agrees when it is given BGR: it was made for channels in that order",
             partial(_reversed, statistics=statistics),
         )
-    if stem is InputKind.UINT8:
+    if input_format is InputFormat.UINT8:
         return  # its normalisation is inside the graph
     none, half = (0.0,) * made.channels, (0.5,) * made.channels
     one = (1.0,) * made.channels

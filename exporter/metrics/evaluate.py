@@ -21,7 +21,7 @@ from msn_export.metrics.metrics import (
 )
 from msn_export.metrics.samples import Sample, batches
 from msn_export.metrics.tolerances import MARGIN, ROUNDING, Limit
-from msn_export.spec import Head, InputKind
+from msn_export.spec import Head, InputFormat
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from msn_export.metrics.tolerances import Gate
 
 
-class Runner(Protocol):
+class OutputsOf(Protocol):
     """Anything that maps a batch of images to named outputs."""
 
     name: str
@@ -132,17 +132,21 @@ class Reference:
 
 
 def run_reference(
-    runner: Runner, sample: Sample, stem: InputKind = InputKind.FLOAT, *, fixed: int | None = None
+    runner: OutputsOf,
+    sample: Sample,
+    input_format: InputFormat = InputFormat.FLOAT,
+    *,
+    fixed: int | None = None,
 ) -> Reference:
     """Run each picture once, eight at a time where memory affords it.
 
     A runner that takes only batches of ``fixed`` gets the last one filled up.
     """
-    batch = fixed or min(8, sample.room)
+    batch = fixed or min(8, sample.max_batch)
     parts = []
     for start in range(0, len(sample), batch):
         kept = min(batch, len(sample) - start)
-        outputs = runner(sample.feed(range(start, start + (fixed or kept)), stem))
+        outputs = runner(sample.feed(range(start, start + (fixed or kept)), input_format))
         parts.append({name: np.asarray(output)[:kept] for name, output in outputs.items()})
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return Reference(joined, sample, runner.name)
@@ -150,9 +154,9 @@ def run_reference(
 
 def measure_rounding(
     reference: Reference,
-    exact: Runner,
+    exact: OutputsOf,
     images: int,
-    stem: InputKind = InputKind.FLOAT,
+    input_format: InputFormat = InputFormat.FLOAT,
     *,
     fixed: int | None = None,
 ) -> Reference:
@@ -162,15 +166,15 @@ def measure_rounding(
         reference: run in fp32.
         exact: the same in fp64.
         images: how many pictures; fp64 takes twice the time.
-        stem: what ``exact`` takes.
+        input_format: what ``exact`` takes.
         fixed: the only batch size it takes, if there is only one.
     """
     few = _first(reference.sample, images)
-    truth = run_reference(exact, few, stem, fixed=fixed).outputs
+    truth = run_reference(exact, few, input_format, fixed=fixed).outputs
     return replace(reference, exact=truth, rounding=_rounding(truth, reference.outputs))
 
 
-def add_rounding(reference: Reference, again: Runner) -> Reference:
+def add_rounding(reference: Reference, again: OutputsOf) -> Reference:
     """Take the rounding of another fp32 run into account, where that is larger.
 
     An output of few numbers, or whose errors all pictures share, may be rounded well by chance.
@@ -192,7 +196,7 @@ def _first(sample: Sample, count: int) -> Sample:
         sample,
         pixels=sample.pixels[:count],
         names=sample.names[:count],
-        room=min(sample.room, 4),
+        max_batch=min(sample.max_batch, 4),
     )
 
 
@@ -295,7 +299,11 @@ class Trial:
     wanted: dict[str, list[NDArray[Any]]] = field(default_factory=lambda: defaultdict(list))
 
     def run(
-        self, runner: Runner, reference: Reference, stem: InputKind, sizes: Sequence[int]
+        self,
+        runner: OutputsOf,
+        reference: Reference,
+        input_format: InputFormat,
+        sizes: Sequence[int],
     ) -> None:
         """Run a candidate over the reference's pictures at each batch size and compare.
 
@@ -304,7 +312,9 @@ class Trial:
         """
         sample = reference.sample
         dealt = list(batches(sizes, len(sample)))
-        self._add(reference, dealt, (runner(sample.feed(indices, stem)) for indices in dealt))
+        self._add(
+            reference, dealt, (runner(sample.feed(indices, input_format)) for indices in dealt)
+        )
 
     def repeat(
         self, outputs: Mapping[str, NDArray[Any]], reference: Reference, sizes: Sequence[int]
@@ -378,14 +388,16 @@ class Trial:
         )
 
 
-def verify(runner: Runner, reference: Reference, stem: InputKind, sizes: Sequence[int]) -> Verified:
+def verify(
+    runner: OutputsOf, reference: Reference, input_format: InputFormat, sizes: Sequence[int]
+) -> Verified:
     """Run a candidate over the reference's pictures at each batch size and compare.
 
     Raises:
         ToleranceError: an output is missing or has another shape than the reference's.
     """
     trial = Trial()
-    trial.run(runner, reference, stem, sizes)
+    trial.run(runner, reference, input_format, sizes)
     return trial.verified(reference, sizes, runner.name)
 
 

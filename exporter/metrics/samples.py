@@ -13,7 +13,7 @@ import numpy as np
 from msn_export import image_folder, images
 from msn_export.errors import ImageError, SpecError
 from msn_export.preprocessing import Preprocessing
-from msn_export.spec import BatchRange, InputKind
+from msn_export.spec import BatchRange, InputFormat
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -29,9 +29,9 @@ LIMIT = 16  # pictures a check decodes at most: its cost must stay near that of 
 class Sample:
     """Decoded pictures [count, h, w, c] uint8, with how a model wants them.
 
-    ``room`` is how many of them the memory of this machine affords a model at once. ``broken``,
-    ``skipped`` and ``turned`` are those of ``image_folder.ImageSet``; ``given`` is how many
-    pictures there were to choose from.
+    ``max_batch`` is how many of them the memory of this machine affords a model at once.
+    ``broken``, ``skipped`` and ``turned`` are those of ``image_folder.ImageSet``; ``given`` is how
+    many pictures there were to choose from.
     """
 
     pixels: NDArray[np.uint8]
@@ -39,7 +39,7 @@ class Sample:
     source: str
     preprocessing: Preprocessing
     broken: tuple[str, ...] = ()
-    room: int = 8
+    max_batch: int = 8
     skipped: Mapping[str, int] = field(default_factory=dict)
     turned: int = 0
     given: int = 0
@@ -53,21 +53,21 @@ class Sample:
         counted = image_folder.notes_on(self.broken, self.skipped, self.turned)
         return (*self.preprocessing.notes, *counted)
 
-    def feed(self, indices: Sequence[int], stem: InputKind) -> NDArray[Any]:
-        """Make a batch for a graph that takes ``stem``; indices past the end start over."""
+    def feed(self, indices: Sequence[int], input_format: InputFormat) -> NDArray[Any]:
+        """Make a batch for a graph that takes ``input_format``; indices past the end start over."""
         chosen: NDArray[np.uint8] = self.pixels[np.asarray(indices) % len(self)]
-        return images.model_input(chosen, self.preprocessing, stem)
+        return images.model_input(chosen, self.preprocessing, input_format)
 
 
 def draw(
-    folder: Path | None, preprocessing: Preprocessing, *, room: int = 8, limit: int = LIMIT
+    folder: Path | None, preprocessing: Preprocessing, *, max_batch: int = 8, limit: int = LIMIT
 ) -> Sample:
     """Decode up to ``limit`` pictures of a folder; without one, seeded noise, named as such.
 
     Raises:
         ImageError: the folder has no readable picture.
     """
-    (sample,) = draw_parts(folder, preprocessing, room=room, limit=limit, part=limit)
+    (sample,) = draw_parts(folder, preprocessing, max_batch=max_batch, limit=limit, part=limit)
     return sample
 
 
@@ -75,7 +75,7 @@ def draw_parts(
     folder: Path | None,
     preprocessing: Preprocessing,
     *,
-    room: int = 8,
+    max_batch: int = 8,
     limit: int | None = LIMIT,
     part: int = PART,
 ) -> Iterator[Sample]:
@@ -88,11 +88,11 @@ def draw_parts(
         pixels = images.noise(preprocessing, 4)
         names = tuple(f"noise {i}" for i in range(len(pixels)))
         source = "seeded noise (no --images given)"
-        yield Sample(pixels, names, source, preprocessing, room=room)
+        yield Sample(pixels, names, source, preprocessing, max_batch=max_batch)
         return
     for loaded in image_folder.load_parts(folder, preprocessing, limit, part):
         yield Sample(
-            loaded.pixels, loaded.names, str(folder), preprocessing, loaded.broken, room,
+            loaded.pixels, loaded.names, str(folder), preprocessing, loaded.broken, max_batch,
             loaded.skipped, loaded.turned, loaded.given,
         )  # fmt: skip
 
@@ -116,18 +116,18 @@ def require_different(sample: Sample) -> Sample:
     return sample
 
 
-def batch_sizes(batch: BatchRange, room: int) -> tuple[int, ...]:
+def batch_sizes(batch: BatchRange, max_batch: int) -> tuple[int, ...]:
     """Choose the smallest size, the largest that memory affords, and one between.
 
     Raises:
-        SpecError: not even the smallest fits in memory: ``room`` is a quarter of what is free.
+        SpecError: not even the smallest fits in memory: ``max_batch`` is a quarter of what is free.
     """
-    if batch.min > 3 * room:
+    if batch.min > 3 * max_batch:
         raise SpecError(
-            f"batch {batch}: memory affords a check of about {3 * room} images at once; choose a "
-            "smaller batch, or a machine with more memory"
+            f"batch {batch}: memory affords a check of about {3 * max_batch} images at once; "
+            "choose a smaller batch, or a machine with more memory"
         )
-    largest = max(batch.min, min(batch.max, room))
+    largest = max(batch.min, min(batch.max, max_batch))
     between = min(batch.opt, largest)
     if between in {batch.min, largest}:
         between = (batch.min + largest) // 2
@@ -177,7 +177,7 @@ def batches(sizes: Sequence[int], count: int) -> Iterator[list[int]]:
         start += sizes[-1]
 
 
-def affordable_batch(tokens: int, dim: int, mlp_dim: int, heads: int) -> int:
+def max_batch_in_memory(tokens: int, dim: int, mlp_dim: int, heads: int) -> int:
     """Estimate how many images fit in a quarter of the memory that is free now.
 
     onnxruntime's CPU attention holds the scores and the probabilities, [h, n, n] fp32 each; the

@@ -30,12 +30,12 @@ from msn_export.metrics.evaluate import Verified
 from msn_export.metrics.metrics import embedding_of, nearest
 from msn_export.metrics.tolerances import GATES, HEADROOM, in_words
 from msn_export.report import facts
-from msn_export.report.facts import Artifact, Chip, Engine, Grid, Verdict
+from msn_export.report.facts import ArtifactRow, Chip, EngineRow, Grid, VerdictWord
 from msn_export.spec import Scores
 
 
 def verdict(
-    artifacts: Sequence[facts.Artifact], agreements: Sequence[facts.Agreement]
+    artifacts: Sequence[facts.ArtifactRow], agreements: Sequence[facts.AgreementRow]
 ) -> tuple[facts.State, str]:
     """Say in one line whether all that ran agrees, what did not run and what was not checked."""
     failed = [found.candidate for found in agreements if not found.passed]
@@ -60,9 +60,9 @@ def verdict(
 
 
 def sentences(
-    artifacts: Sequence[facts.Artifact],
-    agreements: Sequence[facts.Agreement],
-    drifts: Sequence[facts.Drift],
+    artifacts: Sequence[facts.ArtifactRow],
+    agreements: Sequence[facts.AgreementRow],
+    drifts: Sequence[facts.DriftRow],
 ) -> list[str]:
     """Say what each comparison and each engine came to."""
     said = []
@@ -88,7 +88,7 @@ def sentences(
     return said
 
 
-def title_of(manifest: Manifest | None, artifacts: Sequence[facts.Artifact]) -> str:
+def title_of(manifest: Manifest | None, artifacts: Sequence[facts.ArtifactRow]) -> str:
     """Name the report after the checkpoint, else after the first artifact."""
     if manifest is not None and manifest.checkpoint is not None:
         return manifest.checkpoint.source
@@ -216,9 +216,9 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def checkpoint_facts(name: str) -> Artifact:
+def checkpoint_facts(name: str) -> ArtifactRow:
     """Describe a checkpoint, which a report compares with and does not take apart."""
-    return Artifact(
+    return ArtifactRow(
         name=name,
         kind="checkpoint",
         precision="fp32",
@@ -232,7 +232,7 @@ def checkpoint_facts(name: str) -> Artifact:
     )
 
 
-def artifact_facts(path: Path, live: bool | None) -> Artifact:
+def artifact_facts(path: Path, live: bool | None) -> ArtifactRow:
     """Describe an exported file; ``live`` is the verdict of a comparison that ran just now.
 
     Raises:
@@ -250,7 +250,7 @@ def artifact_facts(path: Path, live: bool | None) -> Artifact:
     engine = None
     if manifest is not None and manifest.engine is not None:
         engine = _engine(manifest.engine, manifest.attention.expected)
-    return Artifact(
+    return ArtifactRow(
         name=path.name,
         kind="TensorRT engine" if found.kind == "engine" else "ONNX graph",
         precision=found.precision or "unknown",
@@ -275,7 +275,7 @@ def _fused(found: Inspection) -> str:
     return f"{found.attention_fused} of {found.attention_expected}"
 
 
-def _verdict(manifest: Manifest | None, live: bool | None) -> Verdict:
+def _verdict(manifest: Manifest | None, live: bool | None) -> VerdictWord:
     check = manifest.check if manifest is not None else None
     passed = live if live is not None else check.passed if check is not None else None
     if passed is False:
@@ -316,12 +316,12 @@ def _rows(found: Inspection, manifest: Manifest | None) -> list[tuple[str, str]]
     return rows
 
 
-def _engine(record: EngineRecord, expected: int) -> Engine | None:
+def _engine(record: EngineRecord, expected: int) -> EngineRow | None:
     if not isinstance(record.census, list) or not record.census:
         return None
     census = Census.from_json(record.census[0])
     figures = summary(census)
-    return Engine(
+    return EngineRow(
         kernels=figures["kernels"],
         fused=figures["fused_attention"],
         blocks=expected,
@@ -373,9 +373,9 @@ def _strips(census: Census) -> tuple[tuple[str, tuple[Chip, ...]], ...]:
 WORST = 3  # images shown of each comparison
 
 
-def live_agreement(validation: Validation, verified: Verified) -> facts.Agreement:
+def live_agreement(validation: Validation, verified: Verified) -> facts.AgreementRow:
     """Describe a comparison that ran for the report."""
-    return facts.Agreement(
+    return facts.AgreementRow(
         candidate=short(validation.candidate.name),
         reference=short(validation.reference.name),
         live=True,
@@ -402,7 +402,7 @@ def _worst(validation: Validation, verified: Verified) -> tuple[facts.Worst, ...
     cosines = [-2.0 if i.cosine is None else i.cosine for i in validation.check.per_image]
     order = np.argsort(np.nan_to_num(cosines, nan=-2.0), kind="stable")[:WORST]
 
-    def shown(index: int) -> facts.Picture:
+    def shown(index: int) -> facts.PageImage:
         return thumbnail(sample.names[index], sample.pixels[index])
 
     records = validation.check.per_image
@@ -414,14 +414,14 @@ def _worst(validation: Validation, verified: Verified) -> tuple[facts.Worst, ...
     )
 
 
-def recorded_agreement(name: str, manifest: Manifest) -> facts.Agreement:
+def recorded_agreement(name: str, manifest: Manifest) -> facts.AgreementRow:
     """Describe the comparison that a manifest holds: what ran when the artifact was made."""
     check = manifest.check
     assert check is not None
     gate = in_words(check.gate or GATES[manifest.dtype].numbers)
     if manifest.engine is not None and not manifest.engine.executed:
         name = f"typed graph of {name}"  # no engine agrees with anything before it ran
-    return facts.Agreement(
+    return facts.AgreementRow(
         candidate=name,
         reference=_reference(manifest, check.reference),
         live=False,
@@ -439,9 +439,9 @@ def _reference(manifest: Manifest, named: str) -> str:
     return short(named.split(" in ", maxsplit=1)[0])
 
 
-def drift_facts(found: Drift) -> facts.Drift:
+def drift_facts(found: Drift) -> facts.DriftRow:
     """Describe a comparison block by block."""
-    return facts.Drift(
+    return facts.DriftRow(
         candidate=short(found.candidate),
         reference=short(found.reference),
         sentence=found.sentence,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from msn_export.manifest import CheckRecord
 
 State = Literal["passed", "partial", "failed"]
-Verdict = Literal[
+VerdictWord = Literal[
     "passed", "failed", "compiled, not run", "not checked", "not believed", "stale", "reference"
 ]
 
@@ -32,7 +32,7 @@ class Chip:
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
+class EngineRow:
     """What a compiled engine is made of; ``strips`` are its kernels in order, block by block."""
 
     kernels: int
@@ -50,7 +50,7 @@ class Engine:
 
 
 @dataclass(frozen=True, slots=True)
-class Artifact:
+class ArtifactRow:
     """One artifact: ``rows`` say what it is, ``islands`` what stays fp32 with its maximum.
 
     ``distrusted`` says why what its manifest says is not believed, where that is so.
@@ -64,17 +64,17 @@ class Artifact:
     sha256: str
     runs_on: str
     fused: str
-    verdict: Verdict
+    verdict: VerdictWord
     rows: tuple[tuple[str, str], ...]
     command: str = ""
     grid: Grid | None = None
-    engine: Engine | None = None
+    engine: EngineRow | None = None
     islands: Mapping[str, float | None] = field(default_factory=dict)
     distrusted: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class PageImage:
     """A picture as a data URI."""
 
     name: str
@@ -85,11 +85,11 @@ class Picture:
 class Worst:
     """One of the images that agree least, with its nearest neighbour on either side."""
 
-    picture: Picture
+    picture: PageImage
     cosine: float | None
     max_abs: float | None
-    reference_neighbour: Picture
-    candidate_neighbour: Picture
+    reference_neighbour: PageImage
+    candidate_neighbour: PageImage
 
     @property
     def same(self) -> bool:
@@ -98,7 +98,7 @@ class Worst:
 
 
 @dataclass(frozen=True, slots=True)
-class Agreement:
+class AgreementRow:
     """A comparison: ``live`` says that it ran for this report, else a manifest has it."""
 
     candidate: str
@@ -133,7 +133,7 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
-class Drift:
+class DriftRow:
     """A candidate block by block; below a headroom of ``needed`` a value is kept in fp32."""
 
     candidate: str
@@ -171,9 +171,9 @@ class Page:
     headline: str
     sentences: tuple[str, ...]
     origin: tuple[tuple[str, str], ...]
-    artifacts: tuple[Artifact, ...]
-    agreements: tuple[Agreement, ...]
-    drifts: tuple[Drift, ...]
+    artifacts: tuple[ArtifactRow, ...]
+    agreements: tuple[AgreementRow, ...]
+    drifts: tuple[DriftRow, ...]
     latency: Latency | None
     notes: tuple[str, ...]
     plots: Mapping[str, Any] = field(default_factory=dict)

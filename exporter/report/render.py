@@ -19,7 +19,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from PIL import Image
 
-from msn_export.report.facts import Agreement, Artifact, Drift, Latency, Page, Picture, Stage
+from msn_export.report.facts import (
+    AgreementRow,
+    ArtifactRow,
+    DriftRow,
+    Latency,
+    Page,
+    PageImage,
+    Stage,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,14 +37,14 @@ if TYPE_CHECKING:
 SIDE = 144  # pixels: shown at half of that, sharp on dense screens, some 6 kB each
 
 
-def thumbnail(name: str, pixels: NDArray[np.uint8]) -> Picture:
+def thumbnail(name: str, pixels: NDArray[np.uint8]) -> PageImage:
     """Make a small JPEG of decoded pixels [h, w, c] as a data URI."""
     channels = pixels.shape[-1]
     picture = Image.fromarray(pixels[..., 0] if channels == 1 else pixels[..., :3])
     picture.thumbnail((SIDE, SIDE))
     packed = io.BytesIO()
     picture.save(packed, "JPEG", quality=80)
-    return Picture(name, f"data:image/jpeg;base64,{base64.b64encode(packed.getvalue()).decode()}")
+    return PageImage(name, f"data:image/jpeg;base64,{base64.b64encode(packed.getvalue()).decode()}")
 
 
 def inline(svg: str, prefix: str, title: str) -> str:
@@ -84,7 +92,7 @@ _STYLE: Any = {  # matplotlib types its settings one by one
     "legend.frameon": False,
 }
 _MARKS = "osD^"
-_LEAST_ROOM = 0.6  # a stump of a bar
+_LEAST_HEADROOM = 0.6  # a stump of a bar
 _LEAST = 1e-16  # below fp64's rounding of a cosine nothing is told apart
 
 
@@ -106,7 +114,7 @@ def draw(
     return inline(svg, prefix, title)
 
 
-def histogram(agreements: Sequence[Agreement]) -> str:
+def histogram(agreements: Sequence[AgreementRow]) -> str:
     """Draw how far each image's cosine is from 1, on a logarithmic axis."""
     gaps = []
     for agreement in agreements:
@@ -132,7 +140,7 @@ def histogram(agreements: Sequence[Agreement]) -> str:
     return draw("cosines", "Histogram of one minus the cosine of each image", paint)
 
 
-def drift(drifts: Sequence[Drift]) -> str:
+def drift(drifts: Sequence[DriftRow]) -> str:
     """Draw the relative error that each stage makes by itself."""
 
     def paint(axes: Axes) -> None:
@@ -173,14 +181,14 @@ def _whole_decades(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def headroom(found: Drift) -> str:
+def headroom(found: DriftRow) -> str:
     """Draw how often each stage's largest value fits below fp16's largest number."""
-    rooms = [stage.headroom or 0.0 for stage in found.stages]
-    colours = [_SERIES[0] if room >= found.needed else _WARN for room in rooms]
+    values = [stage.headroom or 0.0 for stage in found.stages]
+    colours = [_SERIES[0] if value >= found.needed else _WARN for value in values]
 
     def paint(axes: Axes) -> None:
         # zeros fit any number of times, a peak that is no number or infinite not even once
-        heights = [min(room, 65504.0) if room > 0 else _LEAST_ROOM for room in rooms]
+        heights = [min(value, 65504.0) if value > 0 else _LEAST_HEADROOM for value in values]
         axes.bar(range(len(heights)), heights, color=colours, width=0.7)
         axes.set_yscale("log")
         axes.set_ylim(bottom=min(0.5, *heights))
@@ -193,7 +201,7 @@ def headroom(found: Drift) -> str:
     return draw("headroom", "fp16 headroom of each block", paint, (10.4, 2.2))
 
 
-def _stage_names(axes: Axes, found: Drift) -> None:
+def _stage_names(axes: Axes, found: DriftRow) -> None:
     names = [stage.name.removeprefix("block ") for stage in found.stages]
     axes.set_xticks(
         range(len(names)), [name.replace("patch embedding", "patches") for name in names]
@@ -205,7 +213,7 @@ def _stage_names(axes: Axes, found: Drift) -> None:
     axes.set_xlabel("block")
 
 
-def kinds(artifact: Artifact) -> str:
+def kinds(artifact: ArtifactRow) -> str:
     """Draw an engine's kernels by what they do."""
     assert artifact.engine is not None
     counts = dict(reversed(list(artifact.engine.kinds.items())))
@@ -218,7 +226,7 @@ def kinds(artifact: Artifact) -> str:
     )
 
 
-def per_block(artifact: Artifact) -> str:
+def per_block(artifact: ArtifactRow) -> str:
     """Draw how many kernels each block takes."""
     assert artifact.engine is not None
     counts = artifact.engine.per_block
@@ -236,7 +244,7 @@ def per_block(artifact: Artifact) -> str:
     )
 
 
-def sizes(artifacts: Sequence[Artifact]) -> str:
+def sizes(artifacts: Sequence[ArtifactRow]) -> str:
     """Draw the artifacts' sizes."""
     known = {a.name: a.bytes / 1e6 for a in reversed(artifacts) if a.bytes is not None}
     height = 0.25 + 0.27 * len(known)

@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msn_export.errors import InputError
-from msn_export.runtime.dtypes import OF_NUMPY, OF_ONNX, Element
+from msn_export.runtime.dtypes import OF_NUMPY, OF_ONNX, TensorType
 from msn_export.spec import BatchRange, TensorSpec
 
 
-def require_fit(shape: Sequence[int], element: Element, spec: TensorSpec) -> None:
+def require_fit(shape: Sequence[int], element: TensorType, spec: TensorSpec) -> None:
     """Require a batch's dtype and shape to be the artifact's.
 
     The number of images is free, and so is a size that a graph of another tool leaves open.
@@ -35,7 +35,7 @@ def require_fit(shape: Sequence[int], element: Element, spec: TensorSpec) -> Non
         )
 
 
-def element_of(array: NDArray[Any]) -> Element:
+def element_of(array: NDArray[Any]) -> TensorType:
     """Find the dtype of a NumPy array.
 
     Raises:
@@ -56,7 +56,7 @@ def pad(images: NDArray[Any], size: int) -> NDArray[Any]:
     return padded
 
 
-def _remedy(element: Element, wanted: Element) -> str:
+def _remedy(element: TensorType, wanted: TensorType) -> str:
     if wanted.numpy is None:
         return "; NumPy has no bfloat16, give a torch tensor"
     if element.numpy == "uint8":
@@ -65,7 +65,7 @@ def _remedy(element: Element, wanted: Element) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Chunk:
     """One run: ``count`` images from ``start`` on, padded to a batch of ``size``."""
 
     start: int
@@ -74,9 +74,9 @@ class Piece:
     profile: int
 
 
-def deal(
+def split_batch(
     count: int, profiles: Sequence[BatchRange], profile: int | None = None
-) -> tuple[Piece, ...]:
+) -> tuple[Chunk, ...]:
     """Cut ``count`` images into runs: above the largest batch split, below the smallest padded.
 
     Each run takes the profile that accepts its size and was tuned nearest to it; where none
@@ -100,7 +100,7 @@ def deal(
     for start in range(0, count, most):
         left = min(most, count - start)
         index = min(usable, key=lambda index: _misfit(left, profiles[index]))
-        pieces.append(Piece(start, left, max(left, profiles[index].min), index))
+        pieces.append(Chunk(start, left, max(left, profiles[index].min), index))
     return tuple(pieces)
 
 
@@ -112,7 +112,7 @@ def _misfit(size: int, profile: BatchRange) -> tuple[bool, int, int]:
     return padding > 0, padding, abs(size - profile.opt)
 
 
-def together(profiles: Sequence[BatchRange]) -> BatchRange:
+def combine(profiles: Sequence[BatchRange]) -> BatchRange:
     """Give the smallest and the largest batch that any profile accepts."""
     return BatchRange(
         min(profile.min for profile in profiles),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from msn_export.errors import RunnerError
-from msn_export.runtime.cuda import Gpu, Owned, bytes_of
+from msn_export.runtime.cuda import Gpu, Handle, bytes_of
 from msn_export.runtime.cuda_graphs import Graphs, Run
 from msn_export.runtime.engine import Engine, row_bytes
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-class Lane:
+class ExecutionSlot:
     """A stream with a context and the GPU's memory it needs, allocated once.
 
     ``sizes`` are the bytes of one row of each tensor.
@@ -86,8 +86,8 @@ class Staging:
     def __init__(self, gpu: Gpu, engine: Engine, sizes: Mapping[str, int]) -> None:
         self._gpu, self.sizes = gpu, sizes
         most = max(profile.max for profile in engine.profiles)
-        self._memory: dict[str, Owned] = {}
-        self._pinned: dict[str, Owned] = {}
+        self._memory: dict[str, Handle] = {}
+        self._pinned: dict[str, Handle] = {}
         self._bytes: dict[str, NDArray[Any]] = {}
         with ExitStack() as owned:
             for name, size in self.sizes.items():
@@ -99,14 +99,14 @@ class Staging:
             self.close = owned.pop_all().close
         self.addresses = {name: int(memory) for name, memory in self._memory.items()}
 
-    def upload(self, name: str, rows: NDArray[Any], stream: Owned) -> None:
+    def upload(self, name: str, rows: NDArray[Any], stream: Handle) -> None:
         """Start copying a tensor's rows to the GPU."""
         size = len(rows) * self.sizes[name]
         pinned = self._bytes[name][:size].view(rows.dtype).reshape(rows.shape)
         np.copyto(pinned, rows)
         self._gpu.upload(self.addresses[name], self._pinned[name], size, stream)
 
-    def download(self, name: str, rows: int, stream: Owned) -> None:
+    def download(self, name: str, rows: int, stream: Handle) -> None:
         """Start copying a tensor's rows to the host."""
         size = rows * self.sizes[name]
         self._gpu.download(self._pinned[name], self.addresses[name], size, stream)
@@ -117,7 +117,7 @@ class Staging:
         np.copyto(into, self._bytes[name][:size].view(into.dtype).reshape(into.shape))
 
 
-class Pool:
+class SlotPool:
     """Lends lanes; makes one only where all others are in use, ``limit`` at most.
 
     Args:
@@ -126,18 +126,18 @@ class Pool:
         name: what errors call the runner.
     """
 
-    def __init__(self, make: Callable[[], Lane], limit: int, name: str) -> None:
+    def __init__(self, make: Callable[[], ExecutionSlot], limit: int, name: str) -> None:
         self._make = make
         self._limit = limit
         self._name = name
-        self._free: list[Lane] = []
+        self._free: list[ExecutionSlot] = []
         self._count = 0
         self._is_open = True
         self._changed = threading.Condition()
         self._making = threading.Lock()  # one context is made at a time
 
     @contextmanager
-    def lane(self) -> Iterator[Lane]:
+    def lane(self) -> Iterator[ExecutionSlot]:
         """Lend a lane for the length of a block; one in which an error happened is closed.
 
         Raises:
@@ -164,12 +164,12 @@ class Pool:
                     owned.callback(self._free.pop().close)
                 self._count = 0
 
-    def free(self) -> list[Lane]:
+    def free(self) -> list[ExecutionSlot]:
         """List the lanes that nobody uses at the moment."""
         with self._changed:
             return list(self._free)
 
-    def _take(self) -> Lane:
+    def _take(self) -> ExecutionSlot:
         with self._changed:
             self._changed.wait_for(
                 lambda: self._free or self._count < self._limit or not self._is_open
@@ -186,7 +186,7 @@ class Pool:
             self._give_back(None)
             raise
 
-    def _give_back(self, lane: Lane | None) -> None:
+    def _give_back(self, lane: ExecutionSlot | None) -> None:
         with self._changed:
             if lane is not None:
                 self._free.append(lane)

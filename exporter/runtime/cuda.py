@@ -48,7 +48,7 @@ def call(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
     return values[0] if values else None
 
 
-class Owned:
+class Handle:
     """A handle, and what gives it back; giving it back again does nothing."""
 
     __slots__ = ("_release", "handle")
@@ -70,7 +70,7 @@ class Owned:
 class Graph:
     """A captured graph that can be launched."""
 
-    def __init__(self, executable: Owned, owned: ExitStack) -> None:
+    def __init__(self, executable: Handle, owned: ExitStack) -> None:
         self.executable = executable
         self.close = owned.close
 
@@ -84,7 +84,7 @@ class Gpu:
         call(cuda.cuInit, 0)
         device = call(cuda.cuDeviceGet, index)
         context = call(cuda.cuDevicePrimaryCtxRetain, device)
-        self._retained = Owned(device, cuda.cuDevicePrimaryCtxRelease)
+        self._retained = Handle(device, cuda.cuDevicePrimaryCtxRelease)
         self._context = context
 
     def close(self) -> None:
@@ -117,47 +117,47 @@ class Gpu:
         if failure is not None:
             raise failure
 
-    def memory(self, size: int) -> Owned:
+    def memory(self, size: int) -> Handle:
         """Allocate bytes on the GPU."""
-        return Owned(call(self.cuda.cuMemAlloc, max(size, 1)), self.cuda.cuMemFree)
+        return Handle(call(self.cuda.cuMemAlloc, max(size, 1)), self.cuda.cuMemFree)
 
-    def pinned(self, size: int) -> Owned:
+    def pinned(self, size: int) -> Handle:
         """Allocate bytes of the host that the GPU copies to and from by itself."""
-        return Owned(call(self.cuda.cuMemHostAlloc, max(size, 1), 0), self.cuda.cuMemFreeHost)
+        return Handle(call(self.cuda.cuMemHostAlloc, max(size, 1), 0), self.cuda.cuMemFreeHost)
 
-    def stream(self) -> Owned:
+    def stream(self) -> Handle:
         """Make a stream."""
-        return Owned(call(self.cuda.cuStreamCreate, _NON_BLOCKING), self.cuda.cuStreamDestroy)
+        return Handle(call(self.cuda.cuStreamCreate, _NON_BLOCKING), self.cuda.cuStreamDestroy)
 
-    def event(self) -> Owned:
+    def event(self) -> Handle:
         """Make an event."""
-        return Owned(call(self.cuda.cuEventCreate, _NO_TIMING), self.cuda.cuEventDestroy)
+        return Handle(call(self.cuda.cuEventCreate, _NO_TIMING), self.cuda.cuEventDestroy)
 
-    def record(self, event: Owned, stream: int | Owned) -> None:
+    def record(self, event: Handle, stream: int | Handle) -> None:
         """Note in an event all that was given to a stream so far."""
         call(self.cuda.cuEventRecord, event.handle, _plain(stream))
 
-    def wait(self, waiting: int | Owned, event: Owned) -> None:
+    def wait(self, waiting: int | Handle, event: Handle) -> None:
         """Make a stream wait for what an event noted."""
         call(self.cuda.cuStreamWaitEvent, _plain(waiting), event.handle, 0)
 
-    def synchronize(self, stream: Owned) -> None:
+    def synchronize(self, stream: Handle) -> None:
         """Wait, in this thread, until a stream has done all it was given."""
         call(self.cuda.cuStreamSynchronize, stream.handle)
 
-    def upload(self, target: int, source: Owned, size: int, stream: Owned) -> None:
+    def upload(self, target: int, source: Handle, size: int, stream: Handle) -> None:
         """Copy from pinned memory to the GPU."""
         call(self.cuda.cuMemcpyHtoDAsync, target, int(source), size, stream.handle)
 
-    def download(self, target: Owned, source: int, size: int, stream: Owned) -> None:
+    def download(self, target: Handle, source: int, size: int, stream: Handle) -> None:
         """Copy from the GPU to pinned memory."""
         call(self.cuda.cuMemcpyDtoHAsync, int(target), source, size, stream.handle)
 
-    def copy(self, target: int, source: int, size: int, stream: Owned) -> None:
+    def copy(self, target: int, source: int, size: int, stream: Handle) -> None:
         """Copy within the GPU."""
         call(self.cuda.cuMemcpyDtoDAsync, target, source, size, stream.handle)
 
-    def capture(self, stream: Owned, enqueue: Callable[[], None]) -> Graph:
+    def capture(self, stream: Handle, enqueue: Callable[[], None]) -> Graph:
         """Capture what ``enqueue`` gives to a stream as a graph, instead of running it.
 
         Raises:
@@ -170,23 +170,23 @@ class Gpu:
             try:
                 enqueue()
             finally:  # also what failed must be ended, or the stream stays unusable
-                graph = Owned(call(cuda.cuStreamEndCapture, stream.handle), cuda.cuGraphDestroy)
+                graph = Handle(call(cuda.cuStreamEndCapture, stream.handle), cuda.cuGraphDestroy)
                 owned.callback(graph.close)
-            launched = Owned(
+            launched = Handle(
                 call(cuda.cuGraphInstantiate, graph.handle, 0), cuda.cuGraphExecDestroy
             )
             owned.callback(launched.close)
             return Graph(launched, owned.pop_all())
 
-    def launch(self, graph: Graph, stream: Owned) -> None:
+    def launch(self, graph: Graph, stream: Handle) -> None:
         """Run a captured graph."""
         call(self.cuda.cuGraphLaunch, graph.executable.handle, stream.handle)
 
 
-def bytes_of(pinned: Owned, size: int) -> NDArray[Any]:
+def bytes_of(pinned: Handle, size: int) -> NDArray[Any]:
     """See pinned memory as an array of bytes."""
     return dlpack.array_at(int(pinned), (size,), OF_ONNX["uint8"], pinned)
 
 
-def _plain(stream: int | Owned) -> Any:
-    return stream.handle if isinstance(stream, Owned) else stream
+def _plain(stream: int | Handle) -> Any:
+    return stream.handle if isinstance(stream, Handle) else stream

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from msn_export.errors import DeviceError
 
 if TYPE_CHECKING:
-    from msn_export.runtime.cuda import Gpu, Graph, Owned
+    from msn_export.runtime.cuda import Gpu, Graph, Handle
     from msn_export.runtime.engine import Engine, Execution
 
 
@@ -51,7 +51,7 @@ class _Captured:
 class Graphs:
     """The graphs of one lane. ``refusal`` says why nothing more is captured, where that is so."""
 
-    def __init__(self, gpu: Gpu, engine: Engine, scratch: Owned | None, stream: Owned) -> None:
+    def __init__(self, gpu: Gpu, engine: Engine, scratch: Handle | None, stream: Handle) -> None:
         self._gpu, self._engine, self._scratch, self._stream = gpu, engine, scratch, stream
         self._captured: OrderedDict[Run, _Captured] = OrderedDict()
         self._seen: OrderedDict[Run, int] = OrderedDict()

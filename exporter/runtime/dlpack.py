@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from msn_export.errors import InputError, MsnExportError
-from msn_export.runtime.dtypes import OF_DLPACK, Element
+from msn_export.runtime.dtypes import OF_DLPACK, TensorType
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -72,7 +72,7 @@ class _Memory:
         pointer: int,
         shape: tuple[int, ...],
         strides: tuple[int, ...] | None,
-        element: Element,
+        element: TensorType,
         owner: object,
     ) -> None:
         self.owner = owner
@@ -88,7 +88,7 @@ class _Memory:
 def array_at(
     pointer: int,
     shape: tuple[int, ...],
-    element: Element,
+    element: TensorType,
     owner: object = None,
     strides: tuple[int, ...] | None = None,
 ) -> NDArray[Any]:
@@ -106,7 +106,7 @@ class Borrowed:
     pointer: int
     shape: tuple[int, ...]
     strides: tuple[int, ...] | None
-    element: Element
+    element: TensorType
     device: int | None
     capsule: object
 
@@ -208,7 +208,7 @@ def _unreadable(tensor: Any, error: Exception) -> InputError:
 
 
 def lend(
-    array: NDArray[Any], element: Element, device: tuple[int, int], *, versioned: bool
+    array: NDArray[Any], element: TensorType, device: tuple[int, int], *, versioned: bool
 ) -> object:
     """Make a capsule over an array; whoever takes it owns it.
 

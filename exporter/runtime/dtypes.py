@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
-class Element:
+class TensorType:
     """A dtype of an input or output.
 
     ``onnx`` is the name manifests use (ONNX's, in lower case) and ``number`` its number in
@@ -37,15 +37,15 @@ class Element:
 
 
 ELEMENTS = (
-    Element("float", 1, 2, 32, "float32", "FLOAT"),
-    Element("float16", 10, 2, 16, "float16", "HALF"),
-    Element("bfloat16", 16, 4, 16, None, "BF16"),
-    Element("double", 11, 2, 64, "float64", None),
-    Element("uint8", 2, 1, 8, "uint8", "UINT8"),
-    Element("int8", 3, 0, 8, "int8", "INT8"),
-    Element("int32", 6, 0, 32, "int32", "INT32"),
-    Element("int64", 7, 0, 64, "int64", "INT64"),
-    Element("bool", 9, 6, 8, "bool", "BOOL"),
+    TensorType("float", 1, 2, 32, "float32", "FLOAT"),
+    TensorType("float16", 10, 2, 16, "float16", "HALF"),
+    TensorType("bfloat16", 16, 4, 16, None, "BF16"),
+    TensorType("double", 11, 2, 64, "float64", None),
+    TensorType("uint8", 2, 1, 8, "uint8", "UINT8"),
+    TensorType("int8", 3, 0, 8, "int8", "INT8"),
+    TensorType("int32", 6, 0, 32, "int32", "INT32"),
+    TensorType("int64", 7, 0, 64, "int64", "INT64"),
+    TensorType("bool", 9, 6, 8, "bool", "BOOL"),
 )
 OF_ONNX = {element.onnx: element for element in ELEMENTS}
 OF_NUMPY = {element.storage: element for element in ELEMENTS if element.numpy}

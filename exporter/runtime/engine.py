@@ -13,14 +13,14 @@ from msn_export.spec import BatchRange, TensorSpec
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from msn_export.runtime.cuda import Owned
+    from msn_export.runtime.cuda import Handle
     from msn_export.runtime.versions import (
         DataType,
         ICudaEngine,
         IExecutionContext,
         ILogger,
         IRuntimeConfig,
-        Loaded,
+        LoadedTensorRT,
         Runtime,
         TensorIOMode,
         TensorRT,
@@ -47,7 +47,7 @@ class Execution:
         self._batch = 0
 
     def enqueue(
-        self, profile: int, batch: int, addresses: Mapping[str, int], stream: Owned
+        self, profile: int, batch: int, addresses: Mapping[str, int], stream: Handle
     ) -> None:
         """Give a run to a stream.
 
@@ -114,7 +114,7 @@ class Engine:
 
     def __init__(
         self,
-        loaded: Loaded,
+        loaded: LoadedTensorRT,
         plan: bytes,
         file: str,
         *,
@@ -154,7 +154,7 @@ class Engine:
             engine.device_memory_size_v2 if kind == "strategy" else engine.device_memory_size
         )
 
-    def context(self, scratch: Owned | None, *, graphs: bool) -> Execution:
+    def context(self, scratch: Handle | None, *, graphs: bool) -> Execution:
         """Make a context; several may share ``scratch`` if they run one after the other.
 
         Args:
@@ -175,7 +175,7 @@ class Engine:
             )
         return Execution(context, self.input, f"{self.loaded} on {self.file}", self.heard)
 
-    def _make_context(self, scratch: Owned | None, *, graphs: bool) -> IExecutionContext:
+    def _make_context(self, scratch: Handle | None, *, graphs: bool) -> IExecutionContext:
         trt: TensorRT = self.loaded.trt
         engine: ICudaEngine = self._engine
         kind = self.loaded.loader.contexts

@@ -14,7 +14,7 @@ import onnxruntime
 from msn_export.errors import DeviceError, GraphError, InputError, MsnExportError
 from msn_export.host import find_driver
 from msn_export.runtime import dlpack
-from msn_export.runtime.batching import Piece, deal, element_of, pad, require_fit, together
+from msn_export.runtime.batching import Chunk, combine, element_of, pad, require_fit, split_batch
 from msn_export.runtime.dtypes import OF_ONNX
 from msn_export.runtime.providers import CPU, ON_GPU, choose, require_obtained
 from msn_export.runtime.runner import Outputs, Runner
@@ -109,7 +109,7 @@ def profiles_of(spec: TensorSpec, manifest: Manifest | None) -> tuple[BatchRange
         return (BatchRange(size, size, size),)
     if manifest is None or not manifest.profiles:
         return (_ANY,)
-    known = together(manifest.profiles)
+    known = combine(manifest.profiles)
     return (BatchRange(1, known.opt, known.max),)
 
 
@@ -206,7 +206,7 @@ class OrtRunner(Runner):
         self._session = None
 
     def _run_arrays(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
-        pieces = deal(len(images), self.profiles)
+        pieces = split_batch(len(images), self.profiles)
         if len(pieces) == 1 and pieces[0].size == len(images):
             return dict(zip(self._names, self._run(images), strict=True))
         runs = [self._run(pad(images[p.start : p.start + p.count], p.size)) for p in pieces]
@@ -226,7 +226,7 @@ class OrtRunner(Runner):
         """Run on addresses: tensors on the GPU, and what NumPy cannot name."""
         self._require_here(images)
         session, source = self._open(), images.element
-        pieces = deal(images.shape[0], self.profiles)
+        pieces = split_batch(images.shape[0], self.profiles)
         if any(piece.size != piece.count for piece in pieces):
             raise InputError(
                 f"the graph takes batches of {self.batch.min} and these {images.shape[0]} images "
@@ -284,7 +284,7 @@ def _fixed(spec: TensorSpec) -> list[int]:
 
 
 def _bind_rows(
-    binding: Any, spec: TensorSpec, value: Any, piece: Piece, place: tuple[str, int]
+    binding: Any, spec: TensorSpec, value: Any, piece: Chunk, place: tuple[str, int]
 ) -> None:
     """Have one run write its rows of an output."""
     element, sizes = OF_ONNX[spec.dtype], _fixed(spec)

@@ -18,8 +18,8 @@ from msn_export.errors import ManifestError, MissingPackageError, RunnerError
 from msn_export.host import Device, Driver, NoDriver, find_driver
 from msn_export.manifest import Manifest, manifest_path
 from msn_export.runtime.providers import require_index
-from msn_export.runtime.tensorrt import Machine, Plan, TrtRunner
-from msn_export.runtime.versions import INSTALL, Loaded, load, may_run
+from msn_export.runtime.tensorrt import EngineFile, EngineHost, TrtRunner
+from msn_export.runtime.versions import INSTALL, LoadedTensorRT, load, may_run
 from msn_export.spec import ComputeCapability, Targets
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Admitted:
+class VerifiedEngine:
     """An engine that is what its manifest says, or is trusted without one."""
 
     path: Path
@@ -71,7 +71,7 @@ class Admitted:
         return f"{self.header.backend} {self.version}{gpus}"
 
 
-def admit_engine(path: Path, *, trust: bool) -> Admitted:
+def verify_engine_file(path: Path, *, trust: bool) -> VerifiedEngine:
     """Read an engine once, and require it to be what its manifest says.
 
     Raises:
@@ -99,10 +99,10 @@ def admit_engine(path: Path, *, trust: bool) -> Admitted:
             f"{path} is an engine of {header.backend}, and its manifest says {record.backend}; "
             f"{rebuild(manifest)}"
         )
-    return Admitted(path, content, header, manifest)
+    return VerifiedEngine(path, content, header, manifest)
 
 
-def require_device(engine: Admitted, driver: Driver | NoDriver, device: int | None) -> Device:
+def require_device(engine: VerifiedEngine, driver: Driver | NoDriver, device: int | None) -> Device:
     """Choose the GPU: the one asked for, or the first that the engine is for.
 
     Raises:
@@ -126,7 +126,7 @@ def require_device(engine: Admitted, driver: Driver | NoDriver, device: int | No
     return fitting[0]
 
 
-def require_version(engine: Admitted, loaded: Loaded, device: Device) -> None:
+def require_version(engine: VerifiedEngine, loaded: LoadedTensorRT, device: Device) -> None:
     """Require a TensorRT that loads the engine.
 
     Raises:
@@ -168,7 +168,7 @@ def rebuild(manifest: Manifest | None, capability: ComputeCapability | None = No
 
 
 def open_engine(
-    engine: Admitted,
+    engine: VerifiedEngine,
     device: int | None = None,
     *,
     contexts: int = 2,
@@ -186,8 +186,10 @@ def open_engine(
     cuda = load_cuda(engine.header.backend)
     loaded = load(engine.header.backend, compatible=engine.compatible)
     require_version(engine, loaded, chosen)
-    plan = Plan(engine.content, engine.path.name, engine.manifest, engine.compatible, eager_kernels)
-    machine = Machine(cuda, loaded, chosen)
+    plan = EngineFile(
+        engine.content, engine.path.name, engine.manifest, engine.compatible, eager_kernels
+    )
+    machine = EngineHost(cuda, loaded, chosen)
     return TrtRunner(plan, machine, contexts=contexts, cuda_graphs=cuda_graphs)
 
 
@@ -253,7 +255,7 @@ def open_runner(  # noqa: PLR0913  each names one thing a service may have to ch
     pass  # MOVED
 
     return open_engine(
-        admit_engine(file, trust=trust),
+        verify_engine_file(file, trust=trust),
         device,
         contexts=contexts,
         cuda_graphs=cuda_graphs,

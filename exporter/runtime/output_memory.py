@@ -13,19 +13,19 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from msn_export.runtime.cuda import Gpu, Owned
+    from msn_export.runtime.cuda import Gpu, Handle
 
 
 _IDLE = 8  # blocks kept for later
 
 
-class Block:
+class MemoryBlock:
     """Memory with the event that says when what was written last is there.
 
     ``streams`` are those of callers that were given it.
     """
 
-    def __init__(self, size: int, memory: Owned, event: Owned) -> None:
+    def __init__(self, size: int, memory: Handle, event: Handle) -> None:
         self.size = size
         self.memory = memory
         self.event = event
@@ -41,12 +41,12 @@ class Block:
 class Lease:
     """A block as long as an output in it is used; then the arena has it back."""
 
-    def __init__(self, arena: Arena, block: Block) -> None:
+    def __init__(self, arena: OutputMemory, block: MemoryBlock) -> None:
         self._arena = arena
         self._block = block
         self.pointer = int(block.memory)
 
-    def written(self, stream: Owned) -> None:
+    def written(self, stream: Handle) -> None:
         """Note that what ``stream`` was given so far writes the block."""
         self._arena.gpu.record(self._block.event, stream)
 
@@ -62,13 +62,13 @@ class Lease:
         self._arena.give_back(self._block)
 
 
-class Arena:
+class OutputMemory:
     """Lends blocks. Its memory may outlive the runner: the last block that comes back ends it."""
 
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
-        self._returned: deque[Block] = deque()
-        self._idle: list[Block] = []
+        self._returned: deque[MemoryBlock] = deque()
+        self._idle: list[MemoryBlock] = []
         self._lent = 0
         self._is_open = True
         self._lock = threading.RLock()  # __del__ may come while this thread holds it
@@ -87,7 +87,7 @@ class Arena:
             self._lent += 1
         return Lease(self, block)
 
-    def give_back(self, block: Block) -> None:
+    def give_back(self, block: MemoryBlock) -> None:
         """Take a block back."""
         self._returned.append(block)
         if not self._is_open:
@@ -113,7 +113,7 @@ class Arena:
             self._idle.append(self._returned.popleft())
             self._lent -= 1
 
-    def _reuse(self, capacity: int, stream: int | None) -> Block | None:
+    def _reuse(self, capacity: int, stream: int | None) -> MemoryBlock | None:
         for index, block in enumerate(self._idle):
             if block.size == capacity and block.streams <= {stream}:
                 return self._idle.pop(index)
@@ -121,10 +121,10 @@ class Arena:
             self._idle.pop(0).close()
         return None
 
-    def _allocate(self, capacity: int) -> Block:
+    def _allocate(self, capacity: int) -> MemoryBlock:
         with ExitStack() as owned:
             memory = self.gpu.memory(capacity)
             owned.callback(memory.close)
             event = self.gpu.event()
             owned.pop_all()
-        return Block(capacity, memory, event)
+        return MemoryBlock(capacity, memory, event)

@@ -164,9 +164,9 @@ class Runner(ABC):
     @property
     def batch(self) -> BatchRange:
         """The batches accepted, all profiles together; others are split or padded."""
-        from msn_export.runtime.batching import together
+        from msn_export.runtime.batching import combine
 
-        return together(self.profiles)
+        return combine(self.profiles)
 
     @abstractmethod
     def __call__(self, images: Any, *, stream: Any = None) -> Outputs:
@@ -265,10 +265,10 @@ class Runner(ABC):
             ManifestError: there is no golden input.
         """
         from msn_export.runtime.selftest import selftest
-        from msn_export.spec import InputKind
+        from msn_export.spec import InputFormat
 
-        stem = InputKind.of(self.inputs[0].dtype)
-        return selftest(self, self.name, self.manifest, stem)
+        input_format = InputFormat.of(self.inputs[0].dtype)
+        return selftest(self, self.name, self.manifest, input_format)
 
     @property
     def _takes_bytes(self) -> bool:

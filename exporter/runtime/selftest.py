@@ -11,7 +11,7 @@ from msn_export.errors import ManifestError
 from msn_export.manifest import Manifest
 from msn_export.metrics.metrics import Agreement, Comparison, Errors
 from msn_export.metrics.tolerances import GATES, Gate, Limit
-from msn_export.spec import InputKind
+from msn_export.spec import InputFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,10 @@ class SelfTest:
 
 
 def selftest(
-    run: Callable[[Any], Mapping[str, Any]], name: str, manifest: Manifest | None, stem: InputKind
+    run: Callable[[Any], Mapping[str, Any]],
+    name: str,
+    manifest: Manifest | None,
+    input_format: InputFormat,
 ) -> SelfTest:
     """Run the manifest's golden input and compare with the golden values.
 
@@ -61,7 +64,7 @@ def selftest(
             "golden input to test with; export again, without --no-check"
         )
     wanted = golden.values_of(record)
-    outputs = run(golden.input_of(record, manifest.preprocessing, stem))
+    outputs = run(golden.input_of(record, manifest.preprocessing, input_format))
     if record.output not in outputs:
         raise ManifestError(
             f"the manifest's golden output {record.output!r} is none of the artifact's; "

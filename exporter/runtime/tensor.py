@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from msn_export.runtime.dtypes import Element
+    from msn_export.runtime.dtypes import TensorType
 
 
 # How a library is asked for the stream that a thread works on, given the GPU's index. For others
@@ -113,7 +113,7 @@ class Tensor:
         self,
         pointer: int,
         shape: tuple[int, ...],
-        element: Element,
+        element: TensorType,
         device: int | None,
         owner: object,
         wait: Callable[[int], None] | None = None,

@@ -17,12 +17,12 @@ import numpy as np
 from msn_export.errors import DeviceError, InputError, MsnExportError
 from msn_export.runtime import dlpack
 from msn_export.runtime import tensor as library
-from msn_export.runtime.batching import deal, element_of, require_fit
-from msn_export.runtime.context_pool import Lane, Pool
+from msn_export.runtime.batching import element_of, require_fit, split_batch
+from msn_export.runtime.context_pool import ExecutionSlot, SlotPool
 from msn_export.runtime.cuda import Gpu
 from msn_export.runtime.dtypes import OF_ONNX, widen
 from msn_export.runtime.engine import Engine
-from msn_export.runtime.output_memory import Arena
+from msn_export.runtime.output_memory import OutputMemory
 from msn_export.runtime.runner import Outputs, Runner
 from msn_export.runtime.tensor import Tensor
 
@@ -31,18 +31,20 @@ if TYPE_CHECKING:
 
     from msn_export.host import Device
     from msn_export.manifest import Manifest
-    from msn_export.runtime.batching import Piece
-    from msn_export.runtime.context_pool import Lane
+    from msn_export.runtime.batching import Chunk
+    from msn_export.runtime.context_pool import ExecutionSlot
     from msn_export.runtime.dlpack import Borrowed
-    from msn_export.runtime.output_memory import Arena, Lease
-    from msn_export.runtime.versions import CudaDriver, Loaded
+    from msn_export.runtime.output_memory import Lease, OutputMemory
+    from msn_export.runtime.versions import CudaDriver, LoadedTensorRT
     from msn_export.spec import TensorSpec
 
 
 _ALIGNED = 256  # bytes; what cuMemAlloc gives and TensorRT may count on
 
 
-def pass_host(lane: Lane, images: NDArray[Any], pieces: Sequence[Piece]) -> dict[str, NDArray[Any]]:
+def run_on_host(
+    lane: ExecutionSlot, images: NDArray[Any], pieces: Sequence[Chunk]
+) -> dict[str, NDArray[Any]]:
     """Run images of the host; bfloat16 comes and goes as its bytes.
 
     Raises:
@@ -65,8 +67,8 @@ def pass_host(lane: Lane, images: NDArray[Any], pieces: Sequence[Piece]) -> dict
     return whole
 
 
-def pass_gpu(
-    arena: Arena, lane: Lane, images: Borrowed, pieces: Sequence[Piece], caller: int
+def run_on_device(
+    arena: OutputMemory, lane: ExecutionSlot, images: Borrowed, pieces: Sequence[Chunk], caller: int
 ) -> dict[str, Tensor]:
     """Run images that lie on the GPU; the outputs are made where they stay.
 
@@ -97,7 +99,7 @@ def pass_gpu(
     }
 
 
-def _layout(lane: Lane, rows: int) -> tuple[dict[str, int], int]:
+def _layout(lane: ExecutionSlot, rows: int) -> tuple[dict[str, int], int]:
     """Place each output of so many rows in one block: offsets, and the size of the block."""
     offsets, total = {}, 0
     for spec in lane.engine.outputs:
@@ -107,7 +109,7 @@ def _layout(lane: Lane, rows: int) -> tuple[dict[str, int], int]:
 
 
 def _run_in_place(
-    lane: Lane, images: Borrowed, piece: Piece, block: int, offsets: dict[str, int]
+    lane: ExecutionSlot, images: Borrowed, piece: Chunk, block: int, offsets: dict[str, int]
 ) -> None:
     gpu, engine = lane.gpu, lane.engine
     name = engine.input.name
@@ -147,11 +149,11 @@ _LEGACY = 1  # CU_STREAM_LEGACY: the default stream by a number that is not 0
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class EngineHost:
     """What an engine runs with: the driver API, a TensorRT, and a GPU."""
 
     cuda: CudaDriver
-    loaded: Loaded
+    loaded: LoadedTensorRT
     device: Device
 
     def __str__(self) -> str:
@@ -159,7 +161,7 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class EngineFile:
     """An engine that may be loaded: its bytes, what it is called, and what is known of it.
 
     ``compatible`` and ``eager_kernels`` are ``Engine``'s.
@@ -187,14 +189,14 @@ class TrtRunner(Runner):
     """
 
     def __init__(
-        self, plan: Plan, machine: Machine, *, contexts: int = 2, cuda_graphs: bool = True
+        self, plan: EngineFile, machine: EngineHost, *, contexts: int = 2, cuda_graphs: bool = True
     ) -> None:
         self._cuda_graphs = cuda_graphs
         self._closing = threading.Lock()
         self._gpu = Gpu(machine.cuda, machine.device.index)
         self._engine = _load(plan, machine, self._gpu)
-        self._arena = Arena(self._gpu)
-        self._pool = Pool(self._make_lane, max(1, contexts), str(machine))
+        self._arena = OutputMemory(self._gpu)
+        self._pool = SlotPool(self._make_lane, max(1, contexts), str(machine))
         engine = self._engine
         super().__init__(
             str(machine), plan.manifest, engine.inputs, engine.outputs, engine.profiles
@@ -256,13 +258,13 @@ class TrtRunner(Runner):
             owned.callback(self._engine.close)
             owned.callback(self._pool.close)
 
-    def _make_lane(self) -> Lane:
-        return Lane(self._gpu, self._engine, graphs=self._cuda_graphs)
+    def _make_lane(self) -> ExecutionSlot:
+        return ExecutionSlot(self._gpu, self._engine, graphs=self._cuda_graphs)
 
     def _on_host(self, images: NDArray[Any], profile: int | None) -> dict[str, NDArray[Any]]:
-        pieces = deal(len(images), self.profiles, profile)
+        pieces = split_batch(len(images), self.profiles, profile)
         with self._pool.lane() as lane, self._gpu.current():
-            return pass_host(lane, images, pieces)
+            return run_on_host(lane, images, pieces)
 
     def _on_gpu(self, images: Any, device: int, stream: Any, profile: int | None) -> dict[str, Any]:
         asked = None if stream is None else library.handle_of(stream)
@@ -271,9 +273,9 @@ class TrtRunner(Runner):
         borrowed = dlpack.borrow(images, caller)
         require_fit(borrowed.shape, borrowed.element, self.inputs[0])
         self._require_here(borrowed)
-        pieces = deal(borrowed.shape[0], self.profiles, profile)
+        pieces = split_batch(borrowed.shape[0], self.profiles, profile)
         with self._pool.lane() as lane, self._gpu.current():
-            made = pass_gpu(self._arena, lane, borrowed, pieces, caller)
+            made = run_on_device(self._arena, lane, borrowed, pieces, caller)
             if known is None:  # nobody orders the images' end after this: wait for it here
                 self._gpu.synchronize(lane.stream)
         back = library.take_back(images)
@@ -301,7 +303,7 @@ class TrtRunner(Runner):
         return next(OF_ONNX[spec.dtype] for spec in self.outputs if spec.name == name)
 
 
-def _load(plan: Plan, machine: Machine, gpu: Gpu) -> Engine:
+def _load(plan: EngineFile, machine: EngineHost, gpu: Gpu) -> Engine:
     """Load an engine, or let go of the GPU."""
     engine = None
     try:

@@ -35,7 +35,7 @@ Contexts = Literal["strategy", "bare", "config"]
 
 
 @dataclass(frozen=True, slots=True)
-class Loader:
+class TensorRTVersion:
     """What one range of a module's versions can run, and how it is told."""
 
     backend: str
@@ -51,10 +51,10 @@ class Loader:
 
 
 LOADERS = (
-    Loader("tensorrt-rtx", "tensorrt_rtx", (1, 5), "config"),
-    Loader("tensorrt", "tensorrt", (10, 2), "strategy"),
-    Loader("tensorrt", "tensorrt", (8, 6), "bare"),
-    Loader("tensorrt", "tensorrt_lean", (10, 2), "strategy", only_compatible=True),
+    TensorRTVersion("tensorrt-rtx", "tensorrt_rtx", (1, 5), "config"),
+    TensorRTVersion("tensorrt", "tensorrt", (10, 2), "strategy"),
+    TensorRTVersion("tensorrt", "tensorrt", (8, 6), "bare"),
+    TensorRTVersion("tensorrt", "tensorrt_lean", (10, 2), "strategy", only_compatible=True),
 )
 INSTALL = {
     "tensorrt": "pip install 'msn-export[tensorrt]'",
@@ -64,11 +64,11 @@ _PREVIEW = ((9, 0), (10, 2))  # 9.x was a preview for language models; 10.0 and 
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadedTensorRT:
     """A module that was imported, with its row."""
 
     trt: TensorRT
-    loader: Loader
+    loader: TensorRTVersion
     version: str
 
     def __str__(self) -> str:
@@ -76,7 +76,7 @@ class Loaded:
         return f"{self.loader.backend}{lean} {self.version}"
 
 
-def load(backend: str, *, compatible: bool) -> Loaded:
+def load(backend: str, *, compatible: bool) -> LoadedTensorRT:
     """Import what runs engines of ``backend``: the full module first, the lean one if it may.
 
     Only where a driver was found: without one, what follows ends the process.
@@ -103,7 +103,7 @@ def load(backend: str, *, compatible: bool) -> Loaded:
     raise MissingPackageError(f"{backend} is not installed; {INSTALL[backend]}{hint}")
 
 
-def row_for(module: str, version: str) -> Loader | None:
+def row_for(module: str, version: str) -> TensorRTVersion | None:
     """Choose the row for a version of a module, or None where no row fits."""
     found = numbers(version)[:2]
     if len(found) < 2 or (module != "tensorrt_rtx" and _PREVIEW[0] <= found < _PREVIEW[1]):
@@ -118,7 +118,7 @@ def numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in match[0].split(".")) if match else ()
 
 
-def may_run(loaded: Loaded, built: str, *, compatible: bool) -> bool:
+def may_run(loaded: LoadedTensorRT, built: str, *, compatible: bool) -> bool:
     """Tell whether an engine built with version ``built`` loads here.
 
     By default in that very version only; a version-compatible one in later ones, up to the next
@@ -132,7 +132,7 @@ def may_run(loaded: Loaded, built: str, *, compatible: bool) -> bool:
     return compatible and there < here and here[0] <= next_major
 
 
-def _import(module: str) -> Loaded:
+def _import(module: str) -> LoadedTensorRT:
     try:
         trt: TensorRT = importlib.import_module(module)
     except Exception as error:
@@ -142,4 +142,4 @@ def _import(module: str) -> Loaded:
     loader = row_for(module, trt.__version__)
     if loader is None:
         raise RunnerError(f"{module} {trt.__version__} is not supported; see docs/runtime.md")
-    return Loaded(trt, loader, trt.__version__)
+    return LoadedTensorRT(trt, loader, trt.__version__)

@@ -10,16 +10,16 @@ from msn_export.errors import SpecError
 from msn_export.spec import ComputeCapability, TensorSpec
 from msn_export.triton import config
 from msn_export.triton import config as messages
-from msn_export.triton.checks import Findings, Subject, duplicates, safe_file
+from msn_export.triton.checks import Findings, ModelUnderLint, duplicates, safe_file
 from msn_export.triton.config import dims
-from msn_export.triton.model import LOGITS, Artifact, Platform, first_uncovered
+from msn_export.triton.model import LOGITS, Platform, ServedArtifact, first_uncovered
 from msn_export.triton.releases import for_tensorrt, runs_opset, same_tensorrt
 
 LARGEST_LABELS = 16 * 2**20  # bytes
 WARMUP = "warmup"  # Triton looks for warm-up data in this folder of the model's
 
 
-def check_files(subject: Subject, root: Path) -> Findings:
+def check_files(subject: ModelUnderLint, root: Path) -> Findings:
     """Check what lies beside a configuration; no file is opened that leaves ``root``."""
     yield from _check_versions(subject)
     yield from _check_capabilities(subject)
@@ -36,7 +36,7 @@ def version_folders(folder: Path) -> dict[int, Path]:
     }
 
 
-def model_files(subject: Subject) -> list[str]:
+def model_files(subject: ModelUnderLint) -> list[str]:
     """List the files that a version must have, the default one first."""
     config = subject.config
     names = set(config.cc_model_filenames.values())
@@ -46,7 +46,7 @@ def model_files(subject: Subject) -> list[str]:
     return sorted(names - {""})
 
 
-def _check_versions(subject: Subject) -> Findings:
+def _check_versions(subject: ModelUnderLint) -> Findings:
     versions = version_folders(subject.folder)
     if not versions:
         yield subject.wrong("versions", "no version's folder; expected 1/")
@@ -64,7 +64,7 @@ def _check_versions(subject: Subject) -> Findings:
             )
 
 
-def _check_capabilities(subject: Subject) -> Findings:
+def _check_capabilities(subject: ModelUnderLint) -> Findings:
     named = subject.config.cc_model_filenames
     if named and subject.platform is Platform.ONNX:
         yield subject.wrong("cc_model_filenames", "only engines differ by GPU: it is ignored here")
@@ -81,7 +81,7 @@ def _check_capabilities(subject: Subject) -> Findings:
                 yield subject.wrong(where, f"{file} was built for {built}")
 
 
-def _check_labels(subject: Subject, root: Path) -> Findings:
+def _check_labels(subject: ModelUnderLint, root: Path) -> Findings:
     for output in subject.config.output:
         where = f"output {output.name!r} label_filename"
         if output.label_filename:
@@ -90,7 +90,7 @@ def _check_labels(subject: Subject, root: Path) -> Findings:
             yield subject.note(where, "missing: the classification extension answers without names")
 
 
-def _check_label_file(subject: Subject, output: object, where: str, root: Path) -> Findings:
+def _check_label_file(subject: ModelUnderLint, output: object, where: str, root: Path) -> Findings:
     name, dims = getattr(output, "label_filename", ""), list(getattr(output, "dims", ()))
     path = safe_file(subject.folder, name, root)
     if isinstance(path, str):
@@ -125,7 +125,7 @@ def one_line(label: str) -> str:
     return " ".join(label.split())
 
 
-def _check_warmup(subject: Subject, root: Path) -> Findings:
+def _check_warmup(subject: ModelUnderLint, root: Path) -> Findings:
     config = subject.config
     known = {tensor.name: tensor for tensor in config.input}
     for sample in config.model_warmup:
@@ -157,7 +157,7 @@ def _same_dims(given: object, known: object) -> bool:
     )
 
 
-def _check_data(subject: Subject, given: object, where: str, root: Path) -> Findings:
+def _check_data(subject: ModelUnderLint, given: object, where: str, root: Path) -> Findings:
     name = getattr(given, "input_data_file", "")
     path = safe_file(subject.folder / WARMUP, name, root)
     if isinstance(path, str):
@@ -171,7 +171,7 @@ def _check_data(subject: Subject, given: object, where: str, root: Path) -> Find
         )
 
 
-def check_tensors(subject: Subject) -> Findings:
+def check_tensors(subject: ModelUnderLint) -> Findings:
     """Check every artifact of every version."""
     for kind in ("input", "output"):
         tensors = getattr(subject.config, kind)
@@ -189,7 +189,9 @@ def check_tensors(subject: Subject) -> Findings:
         yield from _check_release(subject, artifact, file)
 
 
-def _check_kind(subject: Subject, kind: str, specs: Sequence[TensorSpec], file: str) -> Findings:
+def _check_kind(
+    subject: ModelUnderLint, kind: str, specs: Sequence[TensorSpec], file: str
+) -> Findings:
     tensors = {tensor.name: tensor for tensor in getattr(subject.config, kind)}
     known = {spec.name: spec for spec in specs}
     there = ", ".join(known)
@@ -208,7 +210,7 @@ def _check_kind(subject: Subject, kind: str, specs: Sequence[TensorSpec], file: 
             yield subject.wrong(kind, f"{name!r} of {file} is missing: no client can ask for it")
 
 
-def _check_tensor(subject: Subject, where: str, tensor: Any, spec: TensorSpec) -> Findings:
+def _check_tensor(subject: ModelUnderLint, where: str, tensor: Any, spec: TensorSpec) -> Findings:
     found = config.datatype_name(tensor.data_type)
     expected = config.DATATYPES.get(spec.dtype, spec.dtype)
     if found != expected:
@@ -240,7 +242,7 @@ def _fits(sizes: list[int], wanted: list[int]) -> bool:
     )
 
 
-def _check_batch(subject: Subject, artifact: Artifact, file: str) -> Findings:
+def _check_batch(subject: ModelUnderLint, artifact: ServedArtifact, file: str) -> Findings:
     limit = subject.config.max_batch_size
     fixed = artifact.fixed_batch
     if limit > 0 and fixed is not None:
@@ -269,7 +271,7 @@ def _check_batch(subject: Subject, artifact: Artifact, file: str) -> Findings:
             )
 
 
-def _check_profiles(subject: Subject, artifact: Artifact, file: str) -> Findings:
+def _check_profiles(subject: ModelUnderLint, artifact: ServedArtifact, file: str) -> Findings:
     if artifact.platform is not Platform.PLAN:
         return
     limit = subject.config.max_batch_size
@@ -294,7 +296,7 @@ def _check_profiles(subject: Subject, artifact: Artifact, file: str) -> Findings
             )
 
 
-def _check_release(subject: Subject, artifact: Artifact, file: str) -> Findings:
+def _check_release(subject: ModelUnderLint, artifact: ServedArtifact, file: str) -> Findings:
     release = subject.release
     if artifact.built_with is not None:
         flavour, version = artifact.built_with
@@ -314,7 +316,7 @@ def _check_release(subject: Subject, artifact: Artifact, file: str) -> Findings:
         )
 
 
-def _check_tensorrt(subject: Subject, version: str, file: str) -> Findings:
+def _check_tensorrt(subject: ModelUnderLint, version: str, file: str) -> Findings:
     release = subject.release
     assert release is not None
     if release.tensorrt is None:

@@ -7,12 +7,12 @@ from typing import Any, Literal, TypeAlias
 
 from msn_export.triton import config as messages
 from msn_export.triton.config import ModelConfig
-from msn_export.triton.model import Artifact, Platform
+from msn_export.triton.model import Platform, ServedArtifact
 from msn_export.triton.releases import Release
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Issue:
     """One thing about a repository. ``wrong`` fails the check, ``note`` says what was not known.
 
     ``where`` is a file under the model's folder and, for a configuration, the field.
@@ -24,12 +24,12 @@ class Finding:
     what: str
 
 
-Findings: TypeAlias = Iterator[Finding]
-ReadArtifact: TypeAlias = Callable[[Path, Platform], Artifact]
+Findings: TypeAlias = Iterator[Issue]
+ReadArtifact: TypeAlias = Callable[[Path, Platform], ServedArtifact]
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class ModelUnderLint:
     """One configuration of one model, with what its versions hold.
 
     ``versions`` has the artifacts of each version by their file's name, as far as they could be
@@ -40,19 +40,19 @@ class Subject:
     place: str
     config: ModelConfig
     platform: Platform | None
-    versions: dict[int, dict[str, Artifact]] = field(default_factory=dict)
+    versions: dict[int, dict[str, ServedArtifact]] = field(default_factory=dict)
     release: Release | None = None
 
-    def wrong(self, where: str, what: str) -> Finding:
+    def wrong(self, where: str, what: str) -> Issue:
         """Report what Triton would refuse or serve wrongly."""
-        return Finding("wrong", self.folder.name, f"{self.place}: {where}", what)
+        return Issue("wrong", self.folder.name, f"{self.place}: {where}", what)
 
-    def note(self, where: str, what: str) -> Finding:
+    def note(self, where: str, what: str) -> Issue:
         """Report what could not be checked, or only costs speed."""
-        return Finding("note", self.folder.name, f"{self.place}: {where}", what)
+        return Issue("note", self.folder.name, f"{self.place}: {where}", what)
 
     @property
-    def artifacts(self) -> Iterator[tuple[str, Artifact]]:
+    def artifacts(self) -> Iterator[tuple[str, ServedArtifact]]:
         """Each version's files that could be read, by their path in the folder."""
         for version, files in self.versions.items():
             for name, artifact in files.items():
@@ -82,7 +82,7 @@ def safe_file(folder: Path, name: str, root: Path) -> Path | str:
 LONGEST_DELAY = 1_000_000  # microseconds; a request that waits longer for company looks hung
 
 
-def check_config(subject: Subject) -> Findings:
+def check_config(subject: ModelUnderLint) -> Findings:
     """Check names, batching, instances and what a model without a state must not have."""
     yield from _check_names(subject)
     yield from _check_batching(subject)
@@ -102,7 +102,7 @@ def check_config(subject: Subject) -> Findings:
         )
 
 
-def _check_names(subject: Subject) -> Findings:
+def _check_names(subject: ModelUnderLint) -> Findings:
     config, platform = subject.config, subject.platform
     if config.name and config.name != subject.folder.name:
         yield subject.wrong(
@@ -116,7 +116,7 @@ def _check_names(subject: Subject) -> Findings:
         )
 
 
-def _check_batching(subject: Subject) -> Findings:
+def _check_batching(subject: ModelUnderLint) -> Findings:
     config = subject.config
     batching, limit = config.dynamic_batching, config.max_batch_size
     if limit < 0:
@@ -146,7 +146,7 @@ def _check_batching(subject: Subject) -> Findings:
         )
 
 
-def _check_instances(subject: Subject) -> Findings:
+def _check_instances(subject: ModelUnderLint) -> Findings:
     config = subject.config
     kinds = messages.module().ModelInstanceGroup
     for index, group in enumerate(config.instance_group):
@@ -163,7 +163,7 @@ def _check_instances(subject: Subject) -> Findings:
             yield subject.wrong(f"{where}.count", f"{group.count} is below zero")
 
 
-def _check_cuda_graphs(subject: Subject) -> Findings:
+def _check_cuda_graphs(subject: ModelUnderLint) -> Findings:
     config = subject.config
     cuda = config.optimization.cuda
     if not cuda.graphs and not cuda.graph_spec:
@@ -188,7 +188,7 @@ def _check_cuda_graphs(subject: Subject) -> Findings:
             )
 
 
-def _check_accelerators(subject: Subject) -> Findings:
+def _check_accelerators(subject: ModelUnderLint) -> Findings:
     for accelerator in subject.config.optimization.execution_accelerators.gpu_execution_accelerator:
         precision = accelerator.parameters.get("precision_mode", "FP32").upper()
         if accelerator.name == "tensorrt" and precision != "FP32":
@@ -199,13 +199,13 @@ def _check_accelerators(subject: Subject) -> Findings:
             )
 
 
-def duplicates(names: Sequence[str], where: str, subject: Subject) -> list[Finding]:
+def duplicates(names: Sequence[str], where: str, subject: ModelUnderLint) -> list[Issue]:
     """Report names that occur twice."""
     twice = sorted({name for name in names if names.count(name) > 1})
     return [subject.wrong(where, f"{name!r} is there twice") for name in twice]
 
 
-def check_ensemble(subject: Subject, models: Mapping[str, ModelConfig]) -> Findings:
+def check_ensemble(subject: ModelUnderLint, models: Mapping[str, ModelConfig]) -> Findings:
     """Check each step's model, and each tensor that goes from one step to the next.
 
     Args:
@@ -252,7 +252,7 @@ def check_ensemble(subject: Subject, models: Mapping[str, ModelConfig]) -> Findi
             )
 
 
-def _check_step_batch(subject: Subject, model: ModelConfig, where: str) -> Findings:
+def _check_step_batch(subject: ModelUnderLint, model: ModelConfig, where: str) -> Findings:
     limit = subject.config.max_batch_size
     if model.max_batch_size < limit or (model.max_batch_size > 0) != (limit > 0):
         yield subject.wrong(
@@ -261,7 +261,7 @@ def _check_step_batch(subject: Subject, model: ModelConfig, where: str) -> Findi
 
 
 def _check_inputs(
-    subject: Subject, step: Any, model: ModelConfig, tensors: Mapping[str, Any], where: str
+    subject: ModelUnderLint, step: Any, model: ModelConfig, tensors: Mapping[str, Any], where: str
 ) -> Findings:
     for tensor in model.input:
         ours = step.input_map.get(tensor.name)

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 from msn_export.errors import MissingPackageError, SpecError
 from msn_export.spec import TensorSpec
-from msn_export.triton.model import LOGITS, Artifact, Platform
+from msn_export.triton.model import LOGITS, Platform, ServedArtifact
 from msn_export.triton.releases import Release
 
 ModelConfig: TypeAlias = Any  # tritonclient.grpc.model_config_pb2.ModelConfig; it ships no types
@@ -100,7 +100,7 @@ class Settings:
     cuda_graphs: bool = False
 
 
-def model_config(name: str, artifacts: Sequence[Artifact], settings: Settings) -> ModelConfig:
+def model_config(name: str, artifacts: Sequence[ServedArtifact], settings: Settings) -> ModelConfig:
     """Describe one model: an ONNX graph, or engines of one model for several GPU generations.
 
     Raises:
@@ -141,7 +141,7 @@ def base_config(name: str, platform: Platform, max_batch: int) -> ModelConfig:
     return config
 
 
-def gpu_config(config: ModelConfig, artifact: Artifact, *, cuda_graphs: bool) -> ModelConfig:
+def gpu_config(config: ModelConfig, artifact: ServedArtifact, *, cuda_graphs: bool) -> ModelConfig:
     """Change a configuration so that it loads on a GPU or not at all.
 
     Without a kind Triton quietly serves on the CPU where it finds no GPU.
@@ -159,7 +159,7 @@ def gpu_config(config: ModelConfig, artifact: Artifact, *, cuda_graphs: bool) ->
     return changed
 
 
-def batch_limit(artifact: Artifact, asked: int | None) -> int:
+def batch_limit(artifact: ServedArtifact, asked: int | None) -> int:
     """Find ``max_batch_size``; 0 serves a graph of a fixed batch.
 
     Raises:
@@ -187,7 +187,7 @@ def batch_limit(artifact: Artifact, asked: int | None) -> int:
     return limit
 
 
-def plan_name(artifact: Artifact, among: Sequence[Artifact]) -> str:
+def plan_name(artifact: ServedArtifact, among: Sequence[ServedArtifact]) -> str:
     """Name an artifact's file in a version's folder."""
     if len(among) == 1 or artifact.targets.later:
         return artifact.platform.filename
@@ -201,7 +201,7 @@ def dims(spec: TensorSpec, *, batching: bool) -> list[int]:
     return sizes[1:] if batching else sizes
 
 
-def _add_tensors(config: ModelConfig, artifact: Artifact, *, batching: bool) -> None:
+def _add_tensors(config: ModelConfig, artifact: ServedArtifact, *, batching: bool) -> None:
     for spec in artifact.inputs:
         config.input.add(
             name=spec.name,
@@ -218,14 +218,14 @@ def _add_tensors(config: ModelConfig, artifact: Artifact, *, batching: bool) -> 
             output.label_filename = LABELS
 
 
-def _fixed(sizes: list[int], artifact: Artifact, *, batching: bool) -> list[int]:
+def _fixed(sizes: list[int], artifact: ServedArtifact, *, batching: bool) -> list[int]:
     """Write the one batch that an engine's profiles allow where its graph leaves it dynamic."""
     if not batching and artifact.fixed_batch is not None and sizes[0] == -1:
         return [artifact.fixed_batch, *sizes[1:]]
     return sizes
 
 
-def datatype(spec: TensorSpec, artifact: Artifact) -> int:
+def datatype(spec: TensorSpec, artifact: ServedArtifact) -> int:
     """Give Triton's number for a tensor's dtype.
 
     Raises:
@@ -240,12 +240,12 @@ def datatype(spec: TensorSpec, artifact: Artifact) -> int:
     return int(module().DataType.Value(known))
 
 
-def _optima(artifact: Artifact, config: ModelConfig) -> list[int]:
+def _optima(artifact: ServedArtifact, config: ModelConfig) -> list[int]:
     limit = config.max_batch_size
     return sorted({profile.opt for profile in artifact.profiles if profile.opt <= limit})
 
 
-def _add_warmup(config: ModelConfig, artifact: Artifact) -> None:
+def _add_warmup(config: ModelConfig, artifact: ServedArtifact) -> None:
     """Let each instance run its sample alone, and at the batches it was tuned for."""
     limit = config.max_batch_size
     for size in sorted({1, *_optima(artifact, config), limit}) if limit else [1]:

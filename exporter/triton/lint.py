@@ -12,16 +12,16 @@ from msn_export.triton.check_artifacts import (
     version_folders,
 )
 from msn_export.triton.checks import (
-    Finding,
     Findings,
+    Issue,
+    ModelUnderLint,
     ReadArtifact,
-    Subject,
     check_config,
     check_ensemble,
     safe_file,
 )
 from msn_export.triton.config import ModelConfig
-from msn_export.triton.model import Artifact, Platform
+from msn_export.triton.model import Platform, ServedArtifact
 from msn_export.triton.releases import Release, parse_release
 
 CONFIG = "config.pbtxt"
@@ -29,9 +29,7 @@ VARIANTS = "configs"
 LARGEST_CONFIG = 2**20  # bytes
 
 
-def lint(
-    repository: Path, read: ReadArtifact, release: Release | None = None
-) -> tuple[Finding, ...]:
+def lint(repository: Path, read: ReadArtifact, release: Release | None = None) -> tuple[Issue, ...]:
     """Check every model of a repository, each of its configurations against each version.
 
     Args:
@@ -45,15 +43,15 @@ def lint(
     """
     folders = _model_folders(repository)
     configs: dict[str, ModelConfig] = {}
-    subjects: list[Subject] = []
-    found: list[Finding] = []
+    subjects: list[ModelUnderLint] = []
+    found: list[Issue] = []
     for folder in folders:
         for config in _configurations(folder, repository, found):
             place, parsed = config
             if place == CONFIG:
                 configs[folder.name] = parsed
             subjects.append(_subject(folder, place, parsed, release, found))
-    artifacts: dict[Path, Artifact] = {}
+    artifacts: dict[Path, ServedArtifact] = {}
     for subject in subjects:
         found.extend(_check(subject, configs, repository, _once(read, artifacts)))
     return tuple(dict.fromkeys(found))
@@ -74,7 +72,7 @@ def _model_folders(repository: Path) -> list[Path]:
 
 
 def _configurations(
-    folder: Path, root: Path, found: list[Finding]
+    folder: Path, root: Path, found: list[Issue]
 ) -> Iterator[tuple[str, ModelConfig]]:
     """Parse a model's configurations, the default one first; report those that cannot be."""
     places = [CONFIG]
@@ -93,7 +91,7 @@ def _configurations(
                 reason = f"is no model configuration ({error})"
         elif not (folder / place).exists():
             reason += "; without one Triton makes its own up, with a batch of 4 at most"
-        found.append(Finding("wrong", folder.name, place, reason))
+        found.append(Issue("wrong", folder.name, place, reason))
 
 
 def _why_too_large(path: Path) -> str | None:
@@ -102,15 +100,15 @@ def _why_too_large(path: Path) -> str | None:
 
 
 def _subject(
-    folder: Path, place: str, config: ModelConfig, release: Release | None, found: list[Finding]
-) -> Subject:
+    folder: Path, place: str, config: ModelConfig, release: Release | None, found: list[Issue]
+) -> ModelUnderLint:
     stated = config.parameters["triton_release"].string_value if config.parameters else ""
     if release is None and stated:
         try:
             release = parse_release(stated)
         except SpecError as error:
-            found.append(Finding("wrong", folder.name, f"{place}: triton_release", str(error)))
-    return Subject(folder, place, config, _platform(config), release=release)
+            found.append(Issue("wrong", folder.name, f"{place}: triton_release", str(error)))
+    return ModelUnderLint(folder, place, config, _platform(config), release=release)
 
 
 def _platform(config: ModelConfig) -> Platform | None:
@@ -124,7 +122,7 @@ def _platform(config: ModelConfig) -> Platform | None:
 
 
 def _check(
-    subject: Subject, configs: dict[str, ModelConfig], root: Path, read: ReadArtifact
+    subject: ModelUnderLint, configs: dict[str, ModelConfig], root: Path, read: ReadArtifact
 ) -> Findings:
     config = subject.config
     if config.platform == "ensemble" or config.HasField("ensemble_scheduling"):
@@ -144,7 +142,7 @@ def _check(
     yield from check_files(subject, root)
 
 
-def _read_versions(subject: Subject, root: Path, read: ReadArtifact) -> Findings:
+def _read_versions(subject: ModelUnderLint, root: Path, read: ReadArtifact) -> Findings:
     """Read each version's files into ``subject``; report those that are missing or damaged."""
     assert subject.platform is not None
     for version, folder in version_folders(subject.folder).items():
@@ -161,10 +159,10 @@ def _read_versions(subject: Subject, root: Path, read: ReadArtifact) -> Findings
                 subject.versions.setdefault(version, {})[name] = artifact
 
 
-def _once(read: ReadArtifact, known: dict[Path, Artifact]) -> ReadArtifact:
+def _once(read: ReadArtifact, known: dict[Path, ServedArtifact]) -> ReadArtifact:
     """Let several configurations of a model share what was read."""
 
-    def read_once(path: Path, platform: Platform) -> Artifact:
+    def read_once(path: Path, platform: Platform) -> ServedArtifact:
         artifact = known.get(path)
         if artifact is None:
             artifact = known[path] = read(path, platform)

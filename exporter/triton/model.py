@@ -15,7 +15,7 @@ from msn_export.graph.shapes import fix_image_size
 from msn_export.graph.summary import tensor_specs
 from msn_export.manifest import Manifest
 from msn_export.preprocessing import Preprocessing
-from msn_export.spec import BatchRange, ImageSize, InputKind, Targets, TensorSpec
+from msn_export.spec import BatchRange, ImageSize, InputFormat, Targets, TensorSpec
 
 LOGITS = "logits"
 
@@ -38,7 +38,7 @@ class Platform(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Artifact:
+class ServedArtifact:
     """What a file is served as; ``inputs`` and ``outputs`` are empty where it does not tell.
 
     ``built_with`` names the TensorRT of an engine as (flavour, version), ``weights`` the files
@@ -104,7 +104,7 @@ class Artifact:
         sizes = [size for size in self.inputs[0].shape[1:] if isinstance(size, int)]
         if len(sizes) != 3:
             return None
-        bytes_in = self.inputs[0].dtype == InputKind.UINT8
+        bytes_in = self.inputs[0].dtype == InputFormat.UINT8
         height, width, channels = sizes if bytes_in else (*sizes[1:], sizes[0])
         return ImageSize(height, width), channels
 
@@ -123,7 +123,7 @@ def first_uncovered(profiles: Iterable[BatchRange], limit: int) -> int | None:
     return reached + 1 if reached < limit else None
 
 
-def read_artifact(path: Path, platform: Platform | None = None) -> Artifact:
+def read_artifact(path: Path, platform: Platform | None = None) -> ServedArtifact:
     """Read an artifact; one whose manifest describes another file is refused.
 
     Args:
@@ -145,14 +145,14 @@ def read_artifact(path: Path, platform: Platform | None = None) -> Artifact:
         return _read_onnx(path, manifest)
     header = read_header(path)
     if manifest is None:
-        return Artifact(path, platform, (), (), built_with=(header.backend, header.version))
+        return ServedArtifact(path, platform, (), (), built_with=(header.backend, header.version))
     engine = manifest.engine
     if engine is None or engine.backend != header.backend:
         raise ManifestError(
             f"{path} is an engine of {header.backend} {header.version} and its manifest describes "
             f"{'a graph' if engine is None else engine.backend}; build the engine again"
         )
-    return Artifact(
+    return ServedArtifact(
         path,
         platform,
         manifest.inputs,
@@ -163,12 +163,12 @@ def read_artifact(path: Path, platform: Platform | None = None) -> Artifact:
     )
 
 
-def _read_onnx(path: Path, manifest: manifests.Manifest | None) -> Artifact:
+def _read_onnx(path: Path, manifest: manifests.Manifest | None) -> ServedArtifact:
     model = io.load(path)
     size = None if manifest is not None else fix_image_size(model)
     weights = model.graph.initializers
     inputs = [value for value in model.graph.inputs if value.name not in weights]
-    return Artifact(
+    return ServedArtifact(
         path,
         Platform.ONNX,
         tensor_specs(inputs),

@@ -14,16 +14,16 @@ import onnx_ir as ir
 
 from msn_export.errors import SpecError
 from msn_export.preprocessing import Preprocessing
-from msn_export.spec import InputKind, TensorSpec
+from msn_export.spec import InputFormat, TensorSpec
 from msn_export.triton import config as messages
 from msn_export.triton.config import ModelConfig, Settings, base_config
-from msn_export.triton.model import Artifact, Platform
+from msn_export.triton.model import Platform, ServedArtifact
 
 OPSET = 17  # every onnxruntime in the table of releases knows it
 IR_VERSION = 8
 
 
-def require_floats(artifact: Artifact) -> TensorSpec:
+def require_floats(artifact: ServedArtifact) -> TensorSpec:
     """Require that a model has one image input that wants floats, and give it.
 
     Raises:
@@ -66,7 +66,7 @@ def save_graph(
             f"{preprocessing.channels}; export it again"
         )
     images = ir.Value(
-        name=InputKind.UINT8.tensor,
+        name=InputFormat.UINT8.tensor,
         type=ir.TensorType(ir.DataType.UINT8),
         shape=ir.Shape([batch, height, width, channels]),
     )
@@ -110,7 +110,7 @@ def preprocess_config(
     config = base_config(name, Platform.ONNX, model.max_batch_size)
     (target,) = model.input
     config.input.add(
-        name=InputKind.UINT8.tensor,
+        name=InputFormat.UINT8.tensor,
         data_type=messages.module().DataType.Value("TYPE_UINT8"),
         dims=_bytes_dims(list(target.dims)),
     )

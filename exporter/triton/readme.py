@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from msn_export.preprocessing import Preprocessing
-from msn_export.spec import InputKind
+from msn_export.spec import InputFormat
 from msn_export.triton import config as messages
 from msn_export.triton.config import ModelConfig, Settings
-from msn_export.triton.model import LOGITS, Artifact, Platform
+from msn_export.triton.model import LOGITS, Platform, ServedArtifact
 from msn_export.triton.releases import ATTENTION_CUDA_SINCE, ATTENTION_OPSET, numbers
 
 
@@ -22,7 +22,7 @@ class About:
 
     repository: Path
     config: ModelConfig
-    artifact: Artifact
+    artifact: ServedArtifact
     file: str
     settings: Settings
     ensemble: ModelConfig | None = None
@@ -84,7 +84,7 @@ def _literal(name: str) -> str:
     return json.dumps(name, ensure_ascii=False) if name.isprintable() else ascii(name)
 
 
-def start_command(repository: str, artifact: Artifact, settings: Settings) -> str:
+def start_command(repository: str, artifact: ServedArtifact, settings: Settings) -> str:
     """Give the command that starts the server in its container."""
     options = ["--disable-auto-complete-config"]
     if settings.response_cache:
@@ -146,7 +146,7 @@ def client(about: About) -> str:
     source, output = called.input[0], about.config.output[0]
     gives, takes = _literal(source.name), _literal(output.name)
     datatype = messages.datatype_name(source.data_type).removeprefix("TYPE_")
-    bytes_in = source.name == InputKind.UINT8.tensor
+    bytes_in = source.name == InputFormat.UINT8.tensor
     batch = (
         "np.stack([images.read(Path(name), made) for name in sys.argv[1:]])"
         if bytes_in

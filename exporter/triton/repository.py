@@ -22,7 +22,7 @@ from msn_export.triton.config import (
     plan_name,
 )
 from msn_export.triton.lint import CONFIG, VARIANTS
-from msn_export.triton.model import Artifact, Platform
+from msn_export.triton.model import Platform, ServedArtifact
 from msn_export.triton.preprocess import (
     ensemble_config,
     preprocess_config,
@@ -168,7 +168,7 @@ class Served:
     repository: Path
     name: str
     version: int
-    artifacts: Sequence[Artifact]
+    artifacts: Sequence[ServedArtifact]
     settings: Settings
     preprocessing: Preprocessing | None = None
     ensemble: Preprocessing | None = None
@@ -239,7 +239,7 @@ def _copies(served: Served) -> dict[str, Path]:
     return copies
 
 
-def _labels(artifact: Artifact) -> dict[str, bytes]:
+def _labels(artifact: ServedArtifact) -> dict[str, bytes]:
     if not artifact.labels:
         return {}
     return {LABELS: "".join(f"{one_line(label)}\n" for label in artifact.labels).encode()}

@@ -12,7 +12,7 @@ from msn_export.graph.torch_reference import read_head
 from msn_export.metrics.evaluate import Reference, run_reference, verify
 from msn_export.metrics.samples import draw, with_ragged
 from msn_export.metrics.tolerances import GATES
-from msn_export.spec import Dtype, Head, InputKind
+from msn_export.spec import Dtype, Head, InputFormat
 
 HEADS = (Head.CLS, Head.MEAN)
 
@@ -37,7 +37,7 @@ class TorchOn:
 def reference_of(built: Built, place: Place) -> Reference:
     preprocessing, (profile, *_) = built.manifest.preprocessing, built.manifest.profiles
     assert preprocessing is not None
-    sample = replace(draw(place.photographs, preprocessing), room=profile.max)
+    sample = replace(draw(place.photographs, preprocessing), max_batch=profile.max)
     return run_reference(TorchOn(built, place.torch_device), sample)
 
 
@@ -52,7 +52,7 @@ def test_an_engine_agrees_with_torch_on_the_same_card(place, shape, dtype) -> No
     with place.open(built) as runner:
         reference = reference_of(built, place)
         # more than one call takes, too: the runner splits it
-        verified = verify(runner, reference, InputKind.FLOAT, [*sizes, profile.max + 3])
+        verified = verify(runner, reference, InputFormat.FLOAT, [*sizes, profile.max + 3])
     assert set(verified.outputs) == {head.output for head in HEADS}
     assert verified.failures(GATES[dtype]) == []
 
@@ -75,7 +75,7 @@ def test_the_gate_on_the_card_can_fail(place, shape) -> None:
     spoiled = {name: output.copy() for name, output in reference.outputs.items()}
     spoiled["embedding"][0] *= -1
     with place.open(built) as runner:
-        verified = verify(runner, replace(reference, outputs=spoiled), InputKind.FLOAT, [1])
+        verified = verify(runner, replace(reference, outputs=spoiled), InputFormat.FLOAT, [1])
     assert "cosine_p1" in verified.failures(GATES[Dtype.FP16])[0]
 
 

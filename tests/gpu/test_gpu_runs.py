@@ -12,7 +12,7 @@ from recorder import Recorder
 from msn_export.errors import RunnerError
 from msn_export.metrics.metrics import Comparison
 from msn_export.runtime import open_runner, opening
-from msn_export.runtime.versions import Loaded
+from msn_export.runtime.versions import LoadedTensorRT
 from msn_export.spec import Dtype
 
 EVERYWHERE = pytest.mark.parametrize(
@@ -93,9 +93,9 @@ def test_tensors_on_the_card_are_read_and_written_where_they_lie(place, monkeypa
     recorder = Recorder()
     load, load_cuda = opening.load, opening.load_cuda
 
-    def watched(*arguments: Any, **options: Any) -> Loaded:
+    def watched(*arguments: Any, **options: Any) -> LoadedTensorRT:
         found = load(*arguments, **options)
-        return Loaded(recorder.tensorrt(found.trt), found.loader, found.version)
+        return LoadedTensorRT(recorder.tensorrt(found.trt), found.loader, found.version)
 
     monkeypatch.setattr(opening, "load", watched)
     monkeypatch.setattr(opening, "load_cuda", lambda name: recorder.cuda(load_cuda(name)))
