@@ -7,7 +7,8 @@ import pytest
 from manifests import check, engine, example
 
 from msn_export.cli.console import Console
-from msn_export.cli.tables import artifact_rows, show_artifact
+from msn_export.cli.tables import show_artifact
+from msn_export.report.describe import artifact_rows
 
 
 def test_every_row_says_what_the_manifest_says() -> None:

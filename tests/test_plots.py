@@ -6,49 +6,55 @@ from typing import Any
 
 import matplotlib as mpl
 import pytest
+from benches import made_up
 from manifests import check
 
+from msn_export.compare.drift import Drift
+from msn_export.compare.inspection import Inspection
+from msn_export.engine.census import Census
+from msn_export.engine.kernels import Kernel
 from msn_export.manifest import ImageRecord
-from msn_export.report import facts, render
+from msn_export.metrics.block_errors import OwnError, StageDrift, TensorDrift
+from msn_export.report import render
+from msn_export.report.gather import ReportedAgreement, ReportedArtifact
+from msn_export.spec import Dtype
 
 
-def stage(name: str, **changes: Any) -> facts.Stage:
-    figures = {
-        "cosine": 1.0, "relative": 1e-3, "max_abs": 1e-3, "largest": 4.0, "allowed": 5e-3,
-        "own": 1e-3, "headroom": 1e4,
-    }  # fmt: skip
-    return facts.Stage(name, **{**figures, **changes})
+def stage(
+    name: str, own: float | None = 1e-3, allowed: float = 5e-3, peak: float = 4.0
+) -> StageDrift:
+    tensor = TensorDrift(name, 1.0, 1.0, 1e-3, 1e-3, peak, 0, 0)
+    error = None if own is None else OwnError(name, own, 1e-3, allowed)
+    return StageDrift(tensor, error, peak, name)
 
 
-def drift(*stages: facts.Stage, parted: str | None = None) -> facts.DriftRow:
-    return facts.DriftRow("b.onnx", "a.onnx", "…", parted, stages, parted, (), 4.0)
+def drift(*stages: StageDrift, parted: str | None = None) -> Drift:
+    return Drift(
+        "a.onnx", "b.onnx", Dtype.FP16, stages, parted, parted, (), check(), "measured", ()
+    )
 
 
-def agreement(*cosines: float | None) -> facts.AgreementRow:
+def agreement(*cosines: float | None) -> ReportedAgreement:
     images = tuple(ImageRecord(f"{i}.png", c, 0.0) for i, c in enumerate(cosines))
-    return facts.AgreementRow("b.onnx", "a.onnx", True, True, check(per_image=images), "fp16")
+    return ReportedAgreement("b.onnx", "a.onnx", check(per_image=images), "fp16")
 
 
-def artifact(**changes: Any) -> facts.ArtifactRow:
-    fields: dict[str, Any] = {
-        "name": "m & <n>.onnx", "kind": "ONNX graph", "precision": "fp16", "bytes": 43_000_000,
-        "weight_bytes": 1, "sha256": "ab", "runs_on": "", "fused": "", "verdict": "passed",
-        "rows": (),
-    }  # fmt: skip
-    return facts.ArtifactRow(**{**fields, **changes})
+def artifact(
+    name: str = "m & <n>.onnx", verdict: Any = "passed", **changes: Any
+) -> ReportedArtifact:
+    return ReportedArtifact(Inspection(name, "onnx", 43_000_000, "ab", "", ""), verdict, **changes)
 
 
-ENGINE = facts.EngineRow(
-    kernels=3, fused=1, blocks=1, products={"fp16": 1}, kinds={"attention": 1, "matrix product": 2},
-    per_block={"0": 3}, layout_only=0, closed=0, weight_bytes={}, strips=(), built_for="",
-    executed="",
-)  # fmt: skip
+ENGINE = Census((
+    Kernel("a", "kgen", ("Half",), ("Half",), layers=("/blocks.0/Attention",)),
+    Kernel("b", "gemm", ("Half", "Half"), ("Half",), layers=("/blocks.0/fc1/MatMul",)),
+))  # fmt: skip
 PLAIN = drift(stage("patch embedding"), stage("block 0"), stage("logits"))
 ODD = drift(
-    stage("patch embedding", own=0.0, headroom=math.inf),
-    stage("block 0", own=math.nan, headroom=math.nan, allowed=math.inf),
-    stage("block 1", own=math.inf, headroom=0.0),
-    stage("block 2", own=None, allowed=None),
+    stage("patch embedding", own=0.0, peak=0.0),
+    stage("block 0", own=math.nan, peak=math.nan, allowed=math.inf),
+    stage("block 1", own=math.inf, peak=math.inf),
+    stage("block 2", own=None),
     parted="block 0",
 )
 DRAWN = {
@@ -61,10 +67,10 @@ DRAWN = {
     "headroom": lambda: render.headroom(PLAIN),
     "headroom of what is no number": lambda: render.headroom(ODD),
     "many blocks": lambda: render.drift([drift(*(stage(f"block {i}") for i in range(40)))]),
-    "sizes": lambda: render.sizes([artifact(), artifact(name="other")]),
-    "kinds": lambda: render.kinds(artifact(engine=ENGINE)),
-    "blocks": lambda: render.per_block(artifact(engine=ENGINE)),
-    "latency": lambda: render.latency(facts.Latency("", (), (), (("a", 1.5), ("b", 3.0)))),
+    "sizes": lambda: render.sizes([artifact(), artifact("other")]),
+    "kinds": lambda: render.kinds(artifact(census=ENGINE)),
+    "blocks": lambda: render.per_block(artifact(census=ENGINE)),
+    "latency": lambda: render.latency(made_up()),
 }
 
 
@@ -90,7 +96,7 @@ def test_ids_of_two_plots_do_not_clash_and_references_follow() -> None:
 
 
 def test_a_name_that_is_markup_stays_text() -> None:
-    svg = render.kinds(artifact(engine=ENGINE))
+    svg = render.kinds(artifact(census=ENGINE))
     assert 'aria-label="Kernels of m &amp; &lt;n>.onnx by kind"' in svg
 
 
@@ -101,7 +107,7 @@ def test_the_stage_that_parted_is_marked() -> None:
 
 
 def test_a_dollar_in_a_name_is_a_dollar() -> None:
-    assert r"a$\frac{$.onnx" in render.sizes([artifact(name=r"a$\frac{$.onnx")])
+    assert r"a$\frac{$.onnx" in render.sizes([artifact(r"a$\frac{$.onnx")])
 
 
 def test_no_matplotlibrc_has_a_say() -> None:

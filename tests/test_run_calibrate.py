@@ -15,7 +15,8 @@ from msn_export.calibration import verdict
 from msn_export.cli import main
 from msn_export.graph import io
 from msn_export.graph.quantised import quantised_products
-from msn_export.report.describe import artifact_facts
+from msn_export.report.describe import file_rows
+from msn_export.report.gather import report_file
 from msn_export.runtime import open_runner
 
 
@@ -78,7 +79,8 @@ def test_the_verdict_has_what_it_costs_beside_the_fp16_twin(int8) -> None:
 
 def test_a_report_shows_the_split_and_the_verdict(int8) -> None:
     output, told = int8
-    rows = dict(artifact_facts(output, live=None).rows)
+    shown = report_file(output, live=None)
+    rows = dict(file_rows(shown.inspection, shown.manifest))
     assert rows["quantised"] == f"{PRODUCTS} of {PRODUCTS} products to int8"
     assert rows["images"].startswith("33 calibrated on, 11 held out (seed ")
     assert rows["in short"] == told["quantization"]["verdict"]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from msn_export.errors import ManifestError, SpecError
 from msn_export.host import Machine
+from msn_export.schema import from_plain
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
 
 SCHEMA = 1
@@ -53,11 +57,11 @@ class Agreed:
     """How the outputs agree with the fp32 reference's, the worst output's figures; None: NaN."""
 
     images: int
-    max_abs: float
-    mean_abs: float
-    cosine_min: float
-    cosine_p1: float
-    cosine_median: float
+    max_abs: float | None
+    mean_abs: float | None
+    cosine_min: float | None
+    cosine_p1: float | None
+    cosine_median: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +128,44 @@ class Bench:
     def timed(self) -> tuple[Contender, ...]:
         """Those that ran."""
         return tuple(one for one in self.contenders if one.skipped is None)
+
+
+LIMIT = 16 * 2**20  # bytes; a benchmark is kilobytes
+
+
+def read_bench(path: Path, hashes: Mapping[str, Collection[str]]) -> Bench:
+    """Read what ``msn-export bench --json`` wrote.
+
+    Args:
+        path: the file.
+        hashes: the sha256 of each artifact here, by file name.
+
+    Raises:
+        SpecError: it is no benchmark, or timed another file of the same name.
+    """
+    try:
+        if path.stat().st_size > LIMIT:
+            raise SpecError(f"--bench {path} is larger than a benchmark can be")
+        plain = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SpecError(
+            f"--bench {path} cannot be read as JSON ({error}); write it with "
+            "'msn-export bench … --json > FILE.json'"
+        ) from error
+    try:
+        bench = from_plain(Bench, plain, path.name)
+    except ManifestError as error:
+        raise SpecError(f"--bench {path} is not what 'bench --json' prints: {error}") from error
+    if not bench.timings:
+        raise SpecError(f"--bench {path} has no timings in it; expected what 'bench --json' prints")
+    for one in bench.contenders:
+        here = hashes.get(Path(one.file).name) if one.file is not None else None
+        if here is not None and one.sha256 is not None and one.sha256 not in here:
+            raise SpecError(
+                f"--bench {path} timed another {Path(one.file or '').name} (sha256 "
+                f"{one.sha256[:12]}…, this one has {min(here)[:12]}…); run msn-export bench again"
+            )
+    return bench
 
 
 Rounds = list[list[int]]  # of each round the nanoseconds of each call

@@ -9,9 +9,10 @@ from typing import Annotated
 
 from msn_export import __version__
 from msn_export import manifest as manifests
+from msn_export.bench.results import Bench, read_bench
 from msn_export.commands.drift import DriftJob, run_drift
 from msn_export.commands.validate import ValidateJob, validate_in_full
-from msn_export.compare.inspection import believed
+from msn_export.compare.drift import Drift
 from msn_export.compare.sides import ENGINES, is_checkpoint, open_engine
 from msn_export.errors import (
     DeviceError,
@@ -27,14 +28,9 @@ from msn_export.manifest import CheckpointRecord, Manifest, manifest_path, sha25
 from msn_export.models.named import Choices
 from msn_export.preprocessing import Exif
 from msn_export.progress import SILENT, Progress
-from msn_export.report import describe, facts
-from msn_export.report.describe import (
-    artifact_facts,
-    checkpoint_facts,
-    drift_facts,
-    live_agreement,
-    recorded_agreement,
-)
+from msn_export.report import gather
+from msn_export.report.describe import origin_of
+from msn_export.report.gather import Page, ReportedAgreement
 from msn_export.schema import Job, Within
 
 
@@ -62,12 +58,12 @@ class ReportJob(Job):
 class MeasuredSide:
     """What ran for the report, by artifact, and what could not."""
 
-    agreements: dict[str, facts.AgreementRow]
-    drifts: tuple[facts.DriftRow, ...]
+    agreements: dict[str, ReportedAgreement]
+    drifts: tuple[Drift, ...]
     notes: tuple[str, ...]
 
 
-def run_report(job: ReportJob, progress: Progress = SILENT) -> facts.Page:
+def run_report(job: ReportJob, progress: Progress = SILENT) -> Page:
     """Write the page, and the Markdown if asked for.
 
     Returns:
@@ -79,11 +75,10 @@ def run_report(job: ReportJob, progress: Progress = SILENT) -> facts.Page:
     """
     _require_outputs(job)
     require_packages()
-    from msn_export.report.latency import read_latency
     from msn_export.report.render import html, markdown
 
     hashes = _hashes(job.artifacts)
-    latency = read_latency(job.bench, hashes) if job.bench is not None else None
+    latency = read_bench(job.bench, hashes) if job.bench is not None else None
     measured = _measure(job, progress)
     with progress.step("gather what is known"):
         page = _page(job, measured, latency, hashes)
@@ -131,20 +126,18 @@ def _measure(job: ReportJob, progress: Progress) -> MeasuredSide:
         note = "nothing was run for this report: --images compares the artifacts on pictures"
         return MeasuredSide({}, (), (note,))
     runnable, notes = _runnable(job.artifacts)
-    agreements: dict[str, facts.AgreementRow] = {}
+    agreements: dict[str, ReportedAgreement] = {}
     drifts = []
     reference = runnable[0] if runnable else None
     for candidate in runnable[1:]:
         assert reference is not None  # it is the first
         asked, walked = _jobs(job, reference, candidate)
         validation, verified = validate_in_full(asked, progress)
-        agreements[candidate] = live_agreement(validation, verified)
+        agreements[candidate] = gather.live_agreement(validation, verified)
         try:
-            found = run_drift(walked, progress)
+            drifts.append(run_drift(walked, progress))
         except (GraphError, ImageError) as error:
             notes.append(f"no drift of {Path(candidate).name}: {error}")
-        else:
-            drifts.append(drift_facts(found))
     return MeasuredSide(agreements, tuple(drifts), tuple(notes))
 
 
@@ -235,17 +228,17 @@ def _weights(job: ReportJob, origin: CheckpointRecord) -> set[str]:
 def _page(
     job: ReportJob,
     measured: MeasuredSide,
-    latency: facts.Latency | None,
+    latency: Bench | None,
     hashes: Mapping[str, set[str]],
-) -> facts.Page:
+) -> Page:
     live = measured.agreements
     described, agreements, known = [], [], []
     for name in job.artifacts:
         if is_checkpoint(name):
-            described.append(checkpoint_facts(name))
+            described.append(gather.report_checkpoint(name))
             continue
-        found = artifact_facts(Path(name), live[name].passed if name in live else None)
-        manifest, _ = believed(Path(name))
+        found = gather.report_file(Path(name), live[name].passed if name in live else None)
+        manifest = found.manifest
         known += [manifest] if manifest is not None else []
         stale = _stale(job, found.name, manifest, hashes) if manifest is not None else None
         if name in live:
@@ -253,22 +246,22 @@ def _page(
         elif stale is not None:
             found = replace(found, verdict="stale", distrusted=stale)
         elif manifest is not None and manifest.check is not None:
-            agreements.append(recorded_agreement(found.name, manifest))
+            agreements.append(gather.recorded_agreement(found.name, manifest))
         described.append(found)
-    if not any(artifact.bytes is not None for artifact in described):
+    if not any(artifact.is_file for artifact in described):
         raise SpecError("a report needs at least one exported file, .onnx or .engine")
     manifest = known[0] if known else None
-    state, headline = describe.verdict(described, agreements)
-    return facts.Page(
-        title=job.title or describe.title_of(manifest, described),
-        subtitle=describe.subtitle_of(manifest),
-        written=describe.now(),
+    state, headline = gather.verdict(described, agreements)
+    return Page(
+        title=job.title or gather.title_of(manifest, described),
+        subtitle=gather.subtitle_of(manifest),
+        written=gather.now(),
         product=f"msn-export {__version__}",
         command=job.command,
         state=state,
         headline=headline,
-        sentences=tuple(describe.sentences(described, agreements, measured.drifts)),
-        origin=tuple(describe.origin_of(manifest)),
+        sentences=tuple(gather.sentences(described, agreements, measured.drifts)),
+        origin=tuple(origin_of(manifest)),
         artifacts=tuple(described),
         agreements=tuple(agreements),
         drifts=measured.drifts,

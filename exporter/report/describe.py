@@ -1,19 +1,16 @@
-"""What a report says of artifacts and of what was measured, in words."""
+"""What is known and was measured, in rows of a name and a text: for pages and for a terminal."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
-from msn_export.compare.drift import Drift
-from msn_export.compare.inspection import Inspection, believed, inspect
+from msn_export.bench.results import Bench
+from msn_export.compare.inspection import Inspection
 from msn_export.compare.sides import is_checkpoint
-from msn_export.compare.validation import Validation
-from msn_export.engine.census import Census, summary
+from msn_export.compare.validation import Side, Validation
+from msn_export.engine.census import Census
 from msn_export.engine.kernels import (
     Kernel,
     gemm_dtype,
@@ -22,93 +19,19 @@ from msn_export.engine.kernels import (
     is_gemm,
     is_layout_only,
 )
-from msn_export.graph import io
-from msn_export.graph.summary import PARTS, precision_map
-from msn_export.manifest import EngineRecord, Manifest, QuantizationRecord
-from msn_export.metrics.block_errors import StageDrift, TensorDrift
-from msn_export.metrics.evaluate import Verified
-from msn_export.metrics.metrics import embedding_of, nearest
-from msn_export.metrics.tolerances import GATES, HEADROOM, in_words
-from msn_export.report import facts
-from msn_export.report.facts import ArtifactRow, Chip, EngineRow, Grid, VerdictWord
-from msn_export.spec import Scores
+from msn_export.manifest import (
+    CheckRecord,
+    EngineRecord,
+    ImageRecord,
+    Manifest,
+    QuantizationRecord,
+    SumsRecord,
+)
+from msn_export.metrics.tolerances import in_words
+from msn_export.spec import Scores, TensorSpec
 
-
-def verdict(
-    artifacts: Sequence[facts.ArtifactRow], agreements: Sequence[facts.AgreementRow]
-) -> tuple[facts.State, str]:
-    """Say in one line whether all that ran agrees, what did not run and what was not checked."""
-    failed = [found.candidate for found in agreements if not found.passed]
-    foreign = [artifact.name for artifact in artifacts if artifact.verdict == "not believed"]
-    stale = [artifact.name for artifact in artifacts if artifact.verdict == "stale"]
-    wrong = (
-        (failed, "not what the reference is"),
-        (foreign, "the manifest is not believed"),
-        (stale, "made from another graph or checkpoint than the one here"),
-    )
-    if failed or foreign or stale:
-        return "failed", "; ".join(f"{', '.join(names)}: {what}" for names, what in wrong if names)
-    if not agreements:
-        return "partial", "Nothing was compared"
-    open_ends = []
-    for state, words in (("compiled, not run", "did not run"), ("not checked", "was not checked")):
-        names = [artifact.name for artifact in artifacts if artifact.verdict == state]
-        open_ends += [f"{', '.join(names)} {words}"] if names else []
-    if open_ends:
-        return "partial", "; ".join(["Everything that ran agrees", *open_ends])
-    return "passed", "Every artifact agrees with its reference"
-
-
-def sentences(
-    artifacts: Sequence[facts.ArtifactRow],
-    agreements: Sequence[facts.AgreementRow],
-    drifts: Sequence[facts.DriftRow],
-) -> list[str]:
-    """Say what each comparison and each engine came to."""
-    said = []
-    for found in agreements:
-        check, word = found.check, "agrees" if found.passed else "does not agree"
-        cosine = "none" if check.cosine_min is None else f"{check.cosine_min:.7f}"
-        said.append(
-            f"{found.candidate} {word} with {found.reference} on {check.images} images: "
-            f"least cosine {cosine}"
-            + (f". {'; '.join(found.reasons)}" if found.reasons else "")
-            + (f". {found.cause}" if found.cause else "")
-        )
-    said += [f"{d.candidate} parts from {d.reference} at {d.parted}" for d in drifts if d.parted]
-    said += [artifact.distrusted for artifact in artifacts if artifact.distrusted]
-    for artifact in artifacts:
-        engine = artifact.engine
-        if engine is not None:
-            products = ", ".join(f"{n} in {dtype}" for dtype, n in engine.products.items())
-            said.append(
-                f"{artifact.name}: {engine.kernels} kernels, attention fused in {engine.fused} of "
-                f"{engine.blocks} blocks, matrix products {products}; {engine.executed}"
-            )
-    return said
-
-
-def title_of(manifest: Manifest | None, artifacts: Sequence[facts.ArtifactRow]) -> str:
-    """Name the report after the checkpoint, else after the first artifact."""
-    if manifest is not None and manifest.checkpoint is not None:
-        return manifest.checkpoint.source
-    return artifacts[0].name
-
-
-def subtitle_of(manifest: Manifest | None) -> str:
-    """Say which shape of ViT-MSN it is."""
-    config = manifest.config if manifest is not None else None
-    if config is None:
-        return "ViT-MSN"
-    return (
-        f"ViT-MSN, {config.get('depth')} blocks of {config.get('dim')} with {config.get('heads')} "
-        f"heads, images of {_by(config.get('image_size'))} in patches of "
-        f"{_by(config.get('patch_size'))}"
-    )
-
-
-def _by(pair: object) -> str:
-    return "x".join(map(str, pair)) if isinstance(pair, list) else str(pair)
+WORST = 3  # images that are named
+SHOWN = 6  # islands that are named
 
 
 def origin_of(manifest: Manifest | None) -> list[tuple[str, str]]:
@@ -132,13 +55,6 @@ def origin_of(manifest: Manifest | None) -> list[tuple[str, str]]:
         rows.append(("scores", f"{scores} of the logits"))
     rows.append(("versions", ", ".join(f"{n} {v}" for n, v in manifest.versions.items())))
     return rows
-
-
-def now() -> str:
-    """Give the time, or SOURCE_DATE_EPOCH (reproducible-builds.org) where that is set."""
-    epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
-    at = datetime.fromtimestamp(int(epoch), UTC) if epoch.isdigit() else datetime.now(UTC)
-    return at.strftime("%d %B %Y, %H:%M UTC")
 
 
 def quantization_rows(record: QuantizationRecord) -> Iterator[tuple[str, str]]:
@@ -209,132 +125,313 @@ def _timed(record: QuantizationRecord) -> str:
     return f"batch {told['batch']}{copies}: {times}; on {told['device']}"
 
 
-# TensorRT's spelling to the project's
-_DTYPES = {
-    "Float": "fp32", "Half": "fp16", "BFloat16": "bf16", "Int8": "int8", "FP8": "fp8",
-    "UInt8": "uint8",
-}  # fmt: skip
+def file_rows(found: Inspection, manifest: Manifest | None) -> Iterator[tuple[str, str]]:
+    """Describe an exported file for a page, beside what its tables have."""
+    yield "described by", found.described
+    if found.distrusted:
+        yield "not believed", found.distrusted
+    yield from _tensor_rows(found)
+    yield "batch", ", ".join(map(str, found.profiles)) or "unknown"
+    yield "made by", found.made_by or "unknown"
+    yield "executed", found.executed
+    yield "sha256", found.sha256
+    if found.multiply_adds is not None:
+        yield "multiply-adds", f"{found.multiply_adds / 1e9:.2f} billion an image"
+    if found.accumulators:
+        sums = ", ".join(f"{dtype} in {count}" for dtype, count in found.accumulators.items())
+        yield "attention sums in", f"{sums} fused attention kernels"
+    if manifest is None:
+        return
+    if manifest.source is not None:
+        yield "made from", f"{manifest.source.file}, sha256 {manifest.source.sha256}"
+    if manifest.quantization is not None:
+        yield from quantization_rows(manifest.quantization)
+        yield "in short", manifest.quantization.verdict
+    for note in manifest.notes:
+        yield "note", note
 
 
-def checkpoint_facts(name: str) -> ArtifactRow:
-    """Describe a checkpoint, which a report compares with and does not take apart."""
-    return ArtifactRow(
-        name=name,
-        kind="checkpoint",
-        precision="fp32",
-        bytes=None,
-        weight_bytes=None,
-        sha256="",
-        runs_on="PyTorch",
-        fused="",
-        verdict="reference",
-        rows=(),
+def _tensor_rows(found: Inspection | Manifest) -> Iterator[tuple[str, str]]:
+    for title, specs in (("input", found.inputs), ("output", found.outputs)):
+        for spec in specs:
+            yield title, f"{spec.name}: {spec.dtype} [{', '.join(map(str, spec.shape))}]"
+
+
+def validation_rows(validation: Validation) -> Iterator[tuple[str, str]]:
+    """Give the verdict, why, and the figures behind it."""
+    yield "verdict", f"{'passed' if validation.passed else 'FAILED'} on {counted(validation.check)}"
+    for reason in validation.reasons:
+        yield "", reason
+    if validation.cause is not None:
+        yield "likely cause", validation.cause
+    yield from _gate(validation)
+    yield "reference", _side(validation.reference)
+    yield "candidate", _side(validation.candidate)
+    yield from check_rows(validation.check)
+    if validation.own is not None:
+        yield "", "and each with its own preprocessing:"
+        yield from check_rows(validation.own)
+    for note in validation.notes:
+        yield "note", note
+
+
+def _gate(validation: Validation) -> Iterator[tuple[str, str]]:
+    check, gate = validation.check, validation.gate
+    if check.limits:
+        yield f"limits {validation.gate_name}", check.limits_from
+        if check.gate:
+            yield "", in_words(check.gate)
+        return
+    yield f"gate {validation.gate_name}", str(gate)
+    yield "", f"because {gate.reason}"
+    if check.limits_from:
+        yield "", check.limits_from
+
+
+def counted(check: CheckRecord) -> str:
+    """Count what a check ran, of how many there were."""
+    what = "inputs" if check.source.startswith("seeded noise") else "images"
+    of = f" of {check.given:,}" if check.given > check.images else ""
+    return f"{check.images}{of} {what}"
+
+
+def _ran(check: CheckRecord) -> str:
+    sizes = ", ".join(map(str, check.batches))
+    return f"{counted(check)}: {check.source}; batches {sizes}"
+
+
+def _side(side: Side) -> str:
+    return f"{side.kind}, {side.dtype}; {side.preprocessing}"
+
+
+def check_rows(check: CheckRecord) -> Iterator[tuple[str, str]]:
+    """Describe one check; each output has its own line."""
+    yield "check", _ran(check)
+    yield "", f"{check.reference} | {check.executed_on}"
+    for name, figures in check.outputs.items():
+        yield f"  {name}", _figures(figures, check.limits.get(name, {}))
+    yield "worst", _worst(check.per_image)
+
+
+def _figures(figures: dict[str, float | None], limits: dict[str, float | None]) -> str:
+    def shown(name: str, form: str) -> str:
+        return _figure(figures.get(name), form)
+
+    def error(name: str) -> str:
+        limit = limits.get(name)
+        return shown(name, ".2e") + ("" if limit is None else f" of {limit:.1e} allowed")
+
+    parts = [f"relative error {error('relative')}, worst image {error('image')}"]
+    if figures.get("cls") is not None:
+        parts.append(f"[CLS] {error('cls')}, worst image {error('cls_image')}")
+        parts.append(f"tokens p99 {error('token')}, worst {error('worst_token')}")
+    parts += [
+        f"cosine min {shown('cosine_min', '.8f')}, p1 {shown('cosine_p1', '.8f')}",
+        f"max_abs {shown('max_abs', '.2e')}, mean {shown('mean_abs', '.1e')}",
+        f"norm ratio {shown('norm_ratio_min', '.5f')} to {shown('norm_ratio_max', '.5f')}",
+    ]
+    if figures.get("centred") is not None:
+        parts.append(
+            f"{shown('centred', '.1e')} of the distance between different images "
+            f"({shown('spread', '.2g')} of their norm)"
+        )
+    if figures.get("rounding") is not None:
+        parts.append(f"{shown('rounding', '.1f')} times the reference's own rounding")
+    for name, what in (("neighbours", "nearest neighbours"), ("classes", "classes")):
+        if figures.get(name) is not None:
+            parts.append(f"{what} agree {shown(name, '.1%')}")
+    if figures.get("nan") or figures.get("inf"):
+        parts.append(f"{figures['nan']} NaN, {figures['inf']} infinite")
+    return "\n".join(parts)
+
+
+def _worst(images: Sequence[ImageRecord]) -> str:
+    """Name the images that agree least; one without a number is the worst of all."""
+    by_cosine = sorted(images, key=lambda i: -1.0 if not _finite(i.cosine) else i.cosine or 0.0)
+    return "\n".join(f"{image.name}: {_of_image(image)}" for image in by_cosine[:WORST])
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and value == value  # noqa: PLR0124  NaN
+
+
+def _of_image(image: ImageRecord) -> str:
+    if not _finite(image.cosine):
+        return "not a number"
+    return f"cosine {image.cosine:.8f}, max_abs {image.max_abs:.2e}"
+
+
+def artifact_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """Describe an artifact in lines of a name and a text."""
+    yield "file", f"{manifest.bytes / 1e6:.1f} MB, sha256 {manifest.sha256[:16]}…"
+    if manifest.checkpoint is not None:
+        yield "checkpoint", manifest.checkpoint.source
+        for note in manifest.checkpoint.notes:
+            yield "", note
+    yield from _tensor_rows(manifest)
+    if manifest.labels:
+        yield "classes", f"{len(manifest.labels)}, scores: {manifest.scores or 'by their number'}"
+    yield "batch", ", ".join(str(profile) for profile in manifest.profiles)
+    made = manifest.preprocessing
+    if made is not None:
+        yield "preprocessing", f"{made.title}: {made.geometry}"
+        yield "", made.values
+    attention = manifest.attention
+    yield "graph", f"{manifest.nodes} nodes, opset {manifest.opset}, {manifest.dtype}"
+    yield "attention", f"{attention.fused} of {attention.expected} fused ({attention.form})"
+    if manifest.islands:
+        yield "fp32 islands", _islands(manifest.islands)
+    if manifest.engine is not None:
+        yield from _engine_rows(manifest.engine)
+    if manifest.quantization is not None:
+        yield from quantization_rows(manifest.quantization)
+    yield from _check_rows(manifest.check)
+    if manifest.quantization is not None:
+        yield "in short", manifest.quantization.verdict
+    for note in manifest.notes:
+        yield "note", note
+    yield "took", f"{manifest.seconds:.1f} s, peak memory {manifest.peak_rss_bytes / 1e9:.2f} GB"
+
+
+def _islands(maxima: Mapping[str, float | None]) -> str:
+    """Count them, with the largest maximum that was measured; a weight has none."""
+    peaks = [peak for peak in maxima.values() if peak is not None]
+    most = f", up to {max(peaks):.6g}" if peaks else ""
+    named, left = sorted(maxima)[:SHOWN], len(maxima) - SHOWN
+    more = f" and {left} more in the manifest" if left > 0 else ""
+    return f"{len(maxima)}{most}: {', '.join(named)}{more}"
+
+
+def _engine_rows(engine: EngineRecord) -> Iterator[tuple[str, str]]:
+    yield "engine", f"{engine.backend} {engine.version} for {engine.targets}"
+    blocks = sorted(set(engine.kernels_per_block.values()))
+    span = f"{blocks[0]}" if len(blocks) == 1 else f"{blocks[0]} to {blocks[-1]}" if blocks else "?"
+    yield "kernels", f"{engine.kernels} in all, {span} a block"
+    gemms = ", ".join(f"{count} in {dtype}" for dtype, count in engine.gemm_dtypes.items())
+    eight = f"; {engine.quantised_products} of {engine.quantised_products} quantised ones so"
+    yield "matrix products", gemms + (eight if engine.quantised_products else "")
+    sums = ", ".join(f"{count} in {dtype}" for dtype, count in engine.accumulators.items())
+    yield "fused attention", f"{engine.fused_attention} kernels{f'; sums: {sums}' if sums else ''}"
+    if engine.attention is not None:
+        yield from _attention_rows(engine.attention)
+    yield "executed", f"{'yes' if engine.executed else 'no'}: {engine.reason}"
+
+
+def _attention_rows(sums: SumsRecord) -> Iterator[tuple[str, str]]:
+    if sums.bf16:
+        yield (
+            "bf16 attention",
+            f"{len(sums.bf16)}, which fp16 does not hold: {', '.join(sums.bf16)}",
+        )
+    check = sums.check
+    if check is None:
+        return
+    worst = f"least cosine {_figure(check.cosine_min, '.8f')}, {check.images} images"
+    peaks = [
+        f"{what} up to {max(found):.6g}"
+        for what, values in (("scores", sums.scores), ("sums", sums.sums))
+        if (found := [peak for peak in values.values() if peak is not None])
+    ]
+    yield "emulated", ", ".join([worst, *peaks])
+    yield "", f"on {check.executed_on}"
+
+
+def _check_rows(check: CheckRecord | None) -> Iterator[tuple[str, str]]:
+    if check is None:
+        yield "check", "none (--no-check)"
+        return
+    yield "check", _ran(check)
+    yield "", f"against {check.reference}"
+    yield "", f"on {check.executed_on}"
+    yield "max_abs", f"{_figure(check.max_abs, '.2e')} (mean {_figure(check.mean_abs, '.2e')})"
+    cosines = {"min": check.cosine_min, "p1": check.cosine_p1, "median": check.cosine_median}
+    yield "cosine", ", ".join(f"{name} {_figure(x, '.8f')}" for name, x in cosines.items())
+    if check.relative is not None:
+        allowed = [limits.get("relative") for limits in check.limits.values()]
+        known = [limit for limit in allowed if limit is not None]
+        most = f", {max(known):.1e} allowed" if known else ""
+        yield "relative error", f"{check.relative:.2e}{most}"
+    if check.limits_from:
+        yield "", check.limits_from
+    verdict = "passed" if check.passed else "failed"
+    yield "verdict", f"{verdict} on {counted(check)}"
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "not a number" if value is None else f"{value:{form}}"
+
+
+def inspection_rows(found: Inspection) -> Iterator[tuple[str, str]]:
+    """Describe an artifact in lines of a name and a text; the names are the same for each."""
+    yield "kind", found.kind
+    yield "described by", found.described
+    if found.distrusted:
+        yield "not believed", found.distrusted
+    yield "size", _size(found)
+    yield "sha256", f"{found.sha256[:16]}…"
+    yield "made by", found.made_by or "unknown"
+    yield "checkpoint", found.checkpoint or "unknown"
+    yield "inputs", _tensors(found.inputs)
+    yield "outputs", _tensors(found.outputs)
+    yield "preprocessing", str(found.preprocessing or "unknown")
+    yield "profiles", ", ".join(map(str, found.profiles)) or "unknown"
+    yield "runs on", found.runs_on
+    yield "precision", found.precision or "unknown"
+    yield "matrix products", _counts(found.gemm_dtypes)
+    yield "fused attention", fused(found)
+    if found.islands:
+        yield "fp32 islands", ", ".join(found.islands)
+    yield "nodes", str(found.nodes or "unknown")
+    if found.multiply_adds is not None:
+        yield "multiply-adds", f"{found.multiply_adds / 1e9:.3f} billion an image"
+    if found.kind == "engine":
+        yield "kernels", str(found.kernels or "unknown")
+        yield "kernels a block", _per_block(found.kernels_per_block)
+        yield "attention sums in", _counts(found.accumulators)
+        yield "kinds of kernel", _counts(found.kernel_kinds)
+        yield "layout only", _layout(found)
+    yield "check", found.check
+    yield "executed", found.executed
+    yield "command", found.command or "unknown"
+
+
+def _size(found: Inspection) -> str:
+    whole = f"{found.bytes / 1e6:.1f} MB"
+    if found.weight_bytes is None or found.other_bytes is None:
+        return whole
+    return (
+        f"{whole}: weights {found.weight_bytes / 1e6:.1f} MB, "
+        f"the rest {found.other_bytes / 1e6:.1f} MB"
     )
 
 
-def artifact_facts(path: Path, live: bool | None) -> ArtifactRow:
-    """Describe an exported file; ``live`` is the verdict of a comparison that ran just now.
-
-    Raises:
-        GraphError: there is no such file, or it is none of ours.
-        EngineFileError: an engine is damaged.
-    """
-    found = inspect(path)
-    manifest, _ = believed(path)
-    grid = None
-    if found.kind == "onnx":
-        model = io.load(path)
-        io.infer_shapes(model)
-        rows = tuple((f"block {row.block}", row.dtypes) for row in precision_map(model))
-        grid = Grid(PARTS, rows) if rows else None
-    engine = None
-    if manifest is not None and manifest.engine is not None:
-        engine = _engine(manifest.engine, manifest.attention.expected)
-    return ArtifactRow(
-        name=path.name,
-        kind="TensorRT engine" if found.kind == "engine" else "ONNX graph",
-        precision=found.precision or "unknown",
-        bytes=found.bytes,
-        weight_bytes=found.weight_bytes,
-        sha256=found.sha256,
-        runs_on=found.runs_on,
-        fused=_fused(found),
-        verdict="not believed" if found.distrusted else _verdict(manifest, live),
-        rows=tuple(_rows(found, manifest)),
-        command=found.command or "",
-        grid=grid,
-        engine=engine,
-        islands=manifest.islands if manifest is not None else {},
-        distrusted=found.distrusted,
-    )
+def _tensors(specs: tuple[TensorSpec, ...]) -> str:
+    return "; ".join(
+        f"{spec.name} {spec.dtype} [{', '.join(map(str, spec.shape))}]" for spec in specs
+    ) or "unknown"  # fmt: skip
 
 
-def _fused(found: Inspection) -> str:
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "unknown"
+
+
+def fused(found: Inspection) -> str:
+    """Count the fused attention cores, of how many there are."""
     if found.attention_fused is None:
         return "unknown"
     return f"{found.attention_fused} of {found.attention_expected}"
 
 
-def _verdict(manifest: Manifest | None, live: bool | None) -> VerdictWord:
-    check = manifest.check if manifest is not None else None
-    passed = live if live is not None else check.passed if check is not None else None
-    if passed is False:
-        return "failed"
-    if manifest is not None and manifest.engine is not None and live is None:
-        return "passed" if manifest.engine.executed and passed else "compiled, not run"
-    return "not checked" if passed is None else "passed"
+def _per_block(per_block: Mapping[str, int]) -> str:
+    return " ".join(str(count) for count in per_block.values()) or "unknown"
 
 
-def _rows(found: Inspection, manifest: Manifest | None) -> list[tuple[str, str]]:
-    rows = [("described by", found.described)]
-    rows += [("not believed", found.distrusted)] if found.distrusted else []
-    for title, specs in (("input", found.inputs), ("output", found.outputs)):
-        rows += [
-            (title, f"{spec.name}: {spec.dtype} [{', '.join(map(str, spec.shape))}]")
-            for spec in specs
-        ]
-    rows += [
-        ("batch", ", ".join(map(str, found.profiles)) or "unknown"),
-        ("made by", found.made_by or "unknown"),
-        ("executed", found.executed),
-        ("sha256", found.sha256),
-    ]
-    if found.multiply_adds is not None:
-        rows.append(("multiply-adds", f"{found.multiply_adds / 1e9:.2f} billion an image"))
-    if found.accumulators:
-        sums = ", ".join(f"{dtype} in {count}" for dtype, count in found.accumulators.items())
-        rows.append(("attention sums in", f"{sums} fused attention kernels"))
-    if manifest is not None:
-        if manifest.source is not None:
-            rows.append(("made from", f"{manifest.source.file}, sha256 {manifest.source.sha256}"))
-        if manifest.quantization is not None:
-            rows += [
-                *quantization_rows(manifest.quantization),
-                ("in short", manifest.quantization.verdict),
-            ]
-        rows += [("note", note) for note in manifest.notes]
-    return rows
-
-
-def _engine(record: EngineRecord, expected: int) -> EngineRow | None:
-    if not isinstance(record.census, list) or not record.census:
-        return None
-    census = Census.from_json(record.census[0])
-    figures = summary(census)
-    return EngineRow(
-        kernels=figures["kernels"],
-        fused=figures["fused_attention"],
-        blocks=expected,
-        products={_DTYPES.get(name, name): n for name, n in figures["gemm_dtypes"].items()},
-        kinds=_roles(census),
-        per_block=figures["kernels_per_block"],
-        layout_only=len(census.layout_only),
-        closed=len(census.closed),
-        weight_bytes={_DTYPES.get(name, name): n for name, n in census.weight_bytes.items()},
-        strips=_strips(census),
-        built_for=f"{record.backend} {record.version}, {record.targets}",
-        executed="executed" if record.executed else record.reason,
-    )
+def _layout(found: Inspection) -> str:
+    if not found.kernel_kinds:
+        return "unknown"
+    places = found.layout_only[:4]
+    more = f"; and {len(found.layout_only) - 4} more" if len(found.layout_only) > 4 else ""
+    return f"{len(found.layout_only)} kernels ({'; '.join(places)}{more})"
 
 
 def role_of(kernel: Kernel) -> str:
@@ -348,125 +445,62 @@ def role_of(kernel: Kernel) -> str:
     return "layout only" if is_layout_only(kernel) else "norm and element-wise"
 
 
-def _roles(census: Census) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for kernel in census.kernels:
-        counts[role_of(kernel)] = counts.get(role_of(kernel), 0) + 1
-    return dict(sorted(counts.items(), key=lambda item: -item[1]))
+def roles(census: Census) -> dict[str, int]:
+    """Count kernels by what they do, the most frequent first."""
+    return dict(Counter(map(role_of, census.kernels)).most_common())
 
 
-def _strips(census: Census) -> tuple[tuple[str, tuple[Chip, ...]], ...]:
-    """Line the kernels up by block, in order of their execution."""
-    lines: dict[str, list[Chip]] = {}
+def multiplied(census: Census, joint: str = " in ") -> str:
+    """Count matrix products by what they multiply in."""
+    return ", ".join(f"{n}{joint}{spelled(name)}" for name, n in census.gemm_dtypes.items())
+
+
+def strips(census: Census) -> list[tuple[str, list[tuple[str, str, str]]]]:
+    """Line the kernels up by block, in order of their execution: role, dtype and title of each."""
+    lines: dict[int, list[tuple[str, str, str]]] = {}
     for kernel in census.kernels:
-        block = "outside" if kernel.block is None else f"block {kernel.block}"
         role = role_of(kernel)
         computes = role in {"attention", "convolution", "matrix product"}
         dtype = gemm_dtype(kernel) if computes else (*kernel.outputs, "")[0]
-        layers = ", ".join(kernel.layers) or kernel.name
-        chip = Chip(role, _DTYPES.get(dtype, dtype), f"{role} in {dtype}: {layers}")
-        lines.setdefault(block, []).append(chip)
-    ordered = sorted(lines, key=lambda name: -1 if name == "outside" else int(name.split()[1]))
-    return tuple((name, tuple(lines[name])) for name in ordered)
+        title = f"{role} in {dtype}: {', '.join(kernel.layers) or kernel.name}"
+        block = -1 if kernel.block is None else kernel.block
+        lines.setdefault(block, []).append((role, spelled(dtype), title))
+    return [("outside" if n < 0 else f"block {n}", lines[n]) for n in sorted(lines)]
 
 
-WORST = 3  # images shown of each comparison
+# TensorRT's spelling to the project's
+_DTYPES = {
+    "Float": "fp32", "Half": "fp16", "BFloat16": "bf16", "Int8": "int8", "FP8": "fp8",
+    "UInt8": "uint8",
+}  # fmt: skip
 
 
-def live_agreement(validation: Validation, verified: Verified) -> facts.AgreementRow:
-    """Describe a comparison that ran for the report."""
-    return facts.AgreementRow(
-        candidate=short(validation.candidate.name),
-        reference=short(validation.reference.name),
-        live=True,
-        passed=validation.passed,
-        check=validation.check,
-        gate=f"{validation.gate_name}: {validation.gate}, because {validation.gate.reason}",
-        reasons=validation.reasons,
-        cause=validation.cause,
-        notes=validation.notes,
-        worst=_worst(validation, verified),
-    )
+def spelled(dtype: str) -> str:
+    """Give the project's name of a dtype that TensorRT names."""
+    return _DTYPES.get(dtype, dtype)
 
 
-def _worst(validation: Validation, verified: Verified) -> tuple[facts.Worst, ...]:
-    """Show the images that agree least with the neighbours that either side finds for them."""
-    sample = verified.reference.sample
-    if len(sample) < 3:
-        return ()
-    from msn_export.report.render import thumbnail
-
-    name = next(iter(verified.vectors))
-    theirs = nearest(embedding_of(verified.reference.outputs[name]))
-    mine = nearest(verified.vectors[name])
-    cosines = [-2.0 if i.cosine is None else i.cosine for i in validation.check.per_image]
-    order = np.argsort(np.nan_to_num(cosines, nan=-2.0), kind="stable")[:WORST]
-
-    def shown(index: int) -> facts.PageImage:
-        return thumbnail(sample.names[index], sample.pixels[index])
-
-    records = validation.check.per_image
-    return tuple(
-        facts.Worst(
-            shown(i), records[i].cosine, records[i].max_abs, shown(theirs[i]), shown(mine[i])
-        )
-        for i in order.tolist()
-    )
+_COLUMNS = ("what", "batch", "median ms", "p90 ms", "p99 ms", "images/s", "time / baseline")
 
 
-def recorded_agreement(name: str, manifest: Manifest) -> facts.AgreementRow:
-    """Describe the comparison that a manifest holds: what ran when the artifact was made."""
-    check = manifest.check
-    assert check is not None
-    gate = in_words(check.gate or GATES[manifest.dtype].numbers)
-    if manifest.engine is not None and not manifest.engine.executed:
-        name = f"typed graph of {name}"  # no engine agrees with anything before it ran
-    return facts.AgreementRow(
-        candidate=name,
-        reference=_reference(manifest, check.reference),
-        live=False,
-        passed=check.passed,
-        check=check,
-        gate=f"{manifest.dtype}: {gate}",
-        notes=check.notes,
-    )
+def timing_columns(bench: Bench) -> tuple[str, ...]:
+    """Name the columns of ``timing_rows``."""
+    return (*_COLUMNS, "cosine min") if bench.timings[0].agreement is not None else _COLUMNS
 
 
-def _reference(manifest: Manifest, named: str) -> str:
-    """Name what a manifest's check compared with: a checkpoint's graph, or a graph's engine."""
-    if manifest.kind == "onnx" and manifest.checkpoint is not None:
-        return f"{manifest.checkpoint.source} in PyTorch"
-    return short(named.split(" in ", maxsplit=1)[0])
+def timing_rows(bench: Bench) -> Iterator[list[str]]:
+    """Lay a benchmark out in cells; a figure that was not measured is an empty one."""
+    for one in bench.timings:
+        figures = [one.median_ms, one.p90_ms, one.p99_ms, one.images_per_second, one.ratio.median]
+        agreed = [one.agreement.cosine_min if one.agreement is not None else None]
+        shown = ["" if x is None else f"{x:.5g}" for x in figures + agreed]
+        yield [one.contender, str(one.batch), *shown][: len(timing_columns(bench))]
 
 
-def drift_facts(found: Drift) -> facts.DriftRow:
-    """Describe a comparison block by block."""
-    return facts.DriftRow(
-        candidate=short(found.candidate),
-        reference=short(found.reference),
-        sentence=found.sentence,
-        parted=found.parted,
-        stages=tuple(_stage(stage) for stage in found.stages),
-        suspect=found.suspect,
-        inside=tuple(_tensor(tensor) for tensor in found.inside),
-        needed=HEADROOM,
-        notes=found.notes,
-    )
-
-
-def _stage(stage: StageDrift) -> facts.Stage:
-    tensor, own = stage.tensor, stage.own
-    return facts.Stage(
-        stage.name, tensor.cosine_min, tensor.relative, tensor.max_abs, stage.peak,
-        own.allowed if own else None, own.relative if own else None, stage.headroom,
-        stage.peak_tensor,
-    )  # fmt: skip
-
-
-def _tensor(tensor: TensorDrift) -> facts.Stage:
-    return facts.Stage(
-        tensor.name, tensor.cosine_min, tensor.relative, tensor.max_abs, tensor.largest
-    )
+def timed_on(bench: Bench) -> str:
+    """Say where a benchmark ran, what its ratios are to, and when it was."""
+    where = ", ".join((bench.machine.cpu, *bench.machine.gpus))
+    return "; ".join((where, f"times over {bench.baseline}", bench.created))
 
 
 def short(name: str) -> str:

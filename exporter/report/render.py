@@ -7,7 +7,6 @@ import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -19,15 +18,24 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from PIL import Image
 
-from msn_export.report.facts import (
-    AgreementRow,
-    ArtifactRow,
-    DriftRow,
-    Latency,
-    Page,
-    PageImage,
-    Stage,
+from msn_export.bench.results import Bench
+from msn_export.compare.drift import Drift
+from msn_export.graph.summary import PARTS
+from msn_export.metrics.block_errors import StageDrift
+from msn_export.metrics.tolerances import HEADROOM
+from msn_export.report.describe import (
+    file_rows,
+    fused,
+    multiplied,
+    roles,
+    short,
+    spelled,
+    strips,
+    timed_on,
+    timing_columns,
+    timing_rows,
 )
+from msn_export.report.gather import Page, PageImage, ReportedAgreement, ReportedArtifact
 
 if TYPE_CHECKING:
     import numpy as np
@@ -114,7 +122,7 @@ def draw(
     return inline(svg, prefix, title)
 
 
-def histogram(agreements: Sequence[AgreementRow]) -> str:
+def histogram(agreements: Sequence[ReportedAgreement]) -> str:
     """Draw how far each image's cosine is from 1, on a logarithmic axis."""
     gaps = []
     for agreement in agreements:
@@ -140,7 +148,7 @@ def histogram(agreements: Sequence[AgreementRow]) -> str:
     return draw("cosines", "Histogram of one minus the cosine of each image", paint)
 
 
-def drift(drifts: Sequence[DriftRow]) -> str:
+def drift(drifts: Sequence[Drift]) -> str:
     """Draw the relative error that each stage makes by itself."""
 
     def paint(axes: Axes) -> None:
@@ -148,10 +156,12 @@ def drift(drifts: Sequence[DriftRow]) -> str:
             errors = [_error(stage) for stage in found.stages]
             places = range(len(errors))
             colour, mark = _SERIES[index % 4], _MARKS[index % 4]
-            axes.plot(places, errors, f"{mark}-", color=colour, markersize=4, label=found.candidate)
+            axes.plot(
+                places, errors, f"{mark}-", color=colour, markersize=4, label=short(found.candidate)
+            )
             # infinite where nothing was measured that could limit it
             limits = [
-                math.nan if stage.allowed is None else stage.allowed for stage in found.stages
+                math.inf if stage.own is None else stage.own.allowed for stage in found.stages
             ]
             allowed = [limit if math.isfinite(limit) else math.nan for limit in limits]
             axes.plot(places, allowed, "--", color=colour, linewidth=0.9)
@@ -170,9 +180,9 @@ def drift(drifts: Sequence[DriftRow]) -> str:
     return draw("drift", "Relative error of each block by itself", paint)
 
 
-def _error(stage: Stage) -> float:
+def _error(stage: StageDrift) -> float:
     """Give a stage's own error; one that could not be compared has no place on the axis."""
-    return math.nan if stage.own is None else max(stage.own, _LEAST)
+    return math.nan if stage.own is None else max(stage.own.relative, _LEAST)
 
 
 def _whole_decades(axes: Axes) -> None:
@@ -181,10 +191,10 @@ def _whole_decades(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def headroom(found: DriftRow) -> str:
+def headroom(found: Drift) -> str:
     """Draw how often each stage's largest value fits below fp16's largest number."""
-    values = [stage.headroom or 0.0 for stage in found.stages]
-    colours = [_SERIES[0] if value >= found.needed else _WARN for value in values]
+    values = [stage.headroom for stage in found.stages]
+    colours = [_SERIES[0] if value >= HEADROOM else _WARN for value in values]
 
     def paint(axes: Axes) -> None:
         # zeros fit any number of times, a peak that is no number or infinite not even once
@@ -192,7 +202,7 @@ def headroom(found: DriftRow) -> str:
         axes.bar(range(len(heights)), heights, color=colours, width=0.7)
         axes.set_yscale("log")
         axes.set_ylim(bottom=min(0.5, *heights))
-        axes.axhline(found.needed, color=_WARN, linewidth=0.9, linestyle="--")
+        axes.axhline(HEADROOM, color=_WARN, linewidth=0.9, linestyle="--")
         axes.set_ylabel("65504 / largest value")
         axes.grid(axis="y")
         axes.set_axisbelow(True)
@@ -201,7 +211,7 @@ def headroom(found: DriftRow) -> str:
     return draw("headroom", "fp16 headroom of each block", paint, (10.4, 2.2))
 
 
-def _stage_names(axes: Axes, found: DriftRow) -> None:
+def _stage_names(axes: Axes, found: Drift) -> None:
     names = [stage.name.removeprefix("block ") for stage in found.stages]
     axes.set_xticks(
         range(len(names)), [name.replace("patch embedding", "patches") for name in names]
@@ -213,10 +223,10 @@ def _stage_names(axes: Axes, found: DriftRow) -> None:
     axes.set_xlabel("block")
 
 
-def kinds(artifact: ArtifactRow) -> str:
+def kinds(artifact: ReportedArtifact) -> str:
     """Draw an engine's kernels by what they do."""
-    assert artifact.engine is not None
-    counts = dict(reversed(list(artifact.engine.kinds.items())))
+    assert artifact.census is not None
+    counts = dict(reversed(roles(artifact.census).items()))
     title = f"Kernels of {artifact.name} by kind"
     return draw(
         f"kinds-{_slug(artifact.name)}",
@@ -226,15 +236,15 @@ def kinds(artifact: ArtifactRow) -> str:
     )
 
 
-def per_block(artifact: ArtifactRow) -> str:
+def per_block(artifact: ReportedArtifact) -> str:
     """Draw how many kernels each block takes."""
-    assert artifact.engine is not None
-    counts = artifact.engine.per_block
+    assert artifact.census is not None
+    counts = artifact.census.kernels_per_block
 
     def paint(axes: Axes) -> None:
         bars = axes.bar(range(len(counts)), list(counts.values()), color=_SERIES[0], width=0.7)
         axes.bar_label(bars, color=_SOFT, fontsize=8)
-        axes.set_xticks(range(len(counts)), list(counts))
+        axes.set_xticks(range(len(counts)), list(map(str, counts)))
         axes.tick_params(length=0)
         axes.set_xlabel("block")
         axes.set_ylabel("kernels")
@@ -244,9 +254,9 @@ def per_block(artifact: ArtifactRow) -> str:
     )
 
 
-def sizes(artifacts: Sequence[ArtifactRow]) -> str:
+def sizes(artifacts: Sequence[ReportedArtifact]) -> str:
     """Draw the artifacts' sizes."""
-    known = {a.name: a.bytes / 1e6 for a in reversed(artifacts) if a.bytes is not None}
+    known = {a.name: a.inspection.bytes / 1e6 for a in reversed(artifacts)}
     height = 0.25 + 0.27 * len(known)
     return draw(
         "sizes", "Size of each artifact in MB", lambda axes: _bars(axes, known, "{:.1f} MB"),
@@ -254,9 +264,9 @@ def sizes(artifacts: Sequence[ArtifactRow]) -> str:
     )  # fmt: skip
 
 
-def latency(found: Latency) -> str:
+def latency(found: Bench) -> str:
     """Draw a benchmark's medians."""
-    bars = dict(reversed(found.bars))
+    bars = {f"{t.contender}, batch {t.batch}": t.median_ms for t in reversed(found.timings)}
     height = 0.25 + 0.27 * len(bars)
     return draw(
         "latency", "Median time of one call", lambda axes: _bars(axes, bars, "{:.2f} ms"),
@@ -282,7 +292,7 @@ def html(page: Page) -> str:
     """Render the page with its plots: one file that loads nothing."""
     drawn = {name: Markup(svg) for name, svg in _plots(page).items()}  # noqa: S704  ours
     template = _environment(autoescape=True).get_template("report.html.j2")
-    return template.render(page=replace(page, plots=drawn)).lstrip()
+    return template.render(page=page, plots=drawn).lstrip()
 
 
 def markdown(page: Page) -> str:
@@ -299,14 +309,18 @@ def _environment(*, autoescape: bool) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["cell"] = _cell
-    environment.filters["line"] = _line
+    environment.filters |= {"cell": _cell, "line": _line, "short": short, "spelled": spelled}
+    environment.globals |= {
+        "file_rows": file_rows, "fused": fused, "multiplied": multiplied, "strips": strips,
+        "timed_on": timed_on, "timing_columns": timing_columns, "timing_rows": timing_rows,
+        "PARTS": PARTS, "HEADROOM": HEADROOM,
+    }  # fmt: skip
     return environment
 
 
 def _plots(page: Page) -> dict[str, str]:
     drawn = {}
-    sized = [artifact for artifact in page.artifacts if artifact.bytes is not None]
+    sized = [artifact for artifact in page.artifacts if artifact.is_file]
     if sized:
         drawn["sizes"] = sizes(sized)
     shown = [
@@ -320,10 +334,10 @@ def _plots(page: Page) -> dict[str, str]:
         drawn["drift"] = drift(page.drifts)
         drawn["headroom"] = headroom(page.drifts[0])
     for artifact in page.artifacts:
-        if artifact.engine is not None:
+        if artifact.census is not None:
             drawn[f"kinds {artifact.name}"] = kinds(artifact)
             drawn[f"blocks {artifact.name}"] = per_block(artifact)
-    if page.latency is not None and page.latency.bars:
+    if page.latency is not None:
         drawn["latency"] = latency(page.latency)
     return drawn
 
