@@ -1,21 +1,34 @@
 """What ``msn-export calibrate`` was asked for."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from msn_export.artifact import GraphFile
-from msn_export.calibration.observers import Observer
-from msn_export.calibration.products import Role
-from msn_export.calibration.qdq import FORMATS, Scheme
+from msn_export import options
 from msn_export.errors import SpecError
-from msn_export.metrics.tolerances import Gate, quality_gate
-from msn_export.preprocessing import Exif
+from msn_export.options import DTYPES, Opt
 from msn_export.schema import Count, Index, Job, Within
-from msn_export.spec import ComputeCapability, Dtype, Target
+from msn_export.spec import ComputeCapability, Dtype, Observer, Target
+
+if TYPE_CHECKING:
+    from msn_export.artifact import GraphFile
+    from msn_export.calibration.products import Role
+    from msn_export.calibration.qdq import Scheme
+    from msn_export.metrics.tolerances import Gate
 
 AUTO = "auto"
 OFF = "off"
+
+
+def _strength(text: str) -> str | float:
+    if text in {AUTO, OFF}:
+        return text
+    strength = float(text)
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength {text} is not from 0 to 1")
+    return strength
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,33 +36,68 @@ class CalibrateJob(Job):
     """Options as the command line names them.
 
     ``dtype`` is int8 or fp8, ``base`` the type of the rest: fp32 beside int8 is for onnxruntime;
-    None chooses by what the graph was exported for, and so does ``target`` None.
-    ``smooth`` is ``auto``, ``off``, a strength from 0 to 1, or None: not said, which is ``auto``,
-    or what ``ranges`` say. ``capability`` is the GPU generation that the verdict compiles for; None
-    is this machine's.
+    None chooses by what the graph was exported for, and so does ``target`` None. ``smooth`` None
+    is ``auto``, or what ``ranges`` say.
     """
 
     model: Path
-    dtype: Dtype
-    images: Path
-    output: Path | None = None
-    preprocess: str | None = None
-    exif: Exif | None = None
-    base: Dtype | None = None
+    dtype: Annotated[
+        Dtype,
+        Opt(
+            each={
+                "int8": "8-bit integers, 127 even steps.",
+                "fp8": "8-bit floats (E4M3), for SM 8.9 and later.",
+            }
+        ),
+    ]
+    images: Annotated[Path, Opt("Pictures like those to come.", exists=True)]
+    output: options.Output = None
+    preprocess: options.Preprocess = None
+    exif: options.Exif = None
+    limit: Annotated[
+        Count, Opt("Images to calibrate on at most; one in four is held out besides.")
+    ] = 512
+    seed: Annotated[Index, Opt("Which images.")] = 0
+    observer: Annotated[Observer, Opt("How a range is chosen from what was seen.")] = Observer.MSE
+    ranges: Annotated[Path | None, Opt("Ranges taken before, instead of taking them again.")] = None
+    smooth: Annotated[
+        Literal["auto", "off"] | Annotated[float, Within(0, 1)] | None,
+        Opt(
+            "Move channel outliers into the weights; default auto, the measured best.",
+            read=_strength,
+            form="auto|0..1|off",
+        ),
+    ] = None
+    quantize_attention: Annotated[bool, Opt("Attention's own products too.")] = False
+    quantize_patch: Annotated[bool, Opt("The patch convolution too.")] = False
+    quantize_head: Annotated[bool, Opt("The classifier too.")] = False
+    bias_correction: Annotated[bool, Opt("Take the mean error out of the biases.")] = False
+    base: Annotated[
+        Dtype | None,
+        Opt(
+            "The type of all that is not 8-bit; auto: fp32 for int8 graphs of --target onnxruntime,"
+            " else fp16.",
+            words=DTYPES,
+            none="auto",
+        ),
+    ] = None
+    gate_cosine: Annotated[
+        Annotated[float, Within(0, 1)] | None,
+        Opt(
+            "First-percentile cosine with the fp32 graph on held-out images; blocks stay until"
+            " then. Default: the gate of the format, docs/tolerances.md."
+        ),
+    ] = None
+    capability: Annotated[
+        ComputeCapability | None,
+        Opt(
+            "GPU generation to compile for, to count kernels. Default: this machine's, else 8.9.",
+            "--compute-capability",
+        ),
+    ] = None
+    compile: Annotated[bool, Opt("Do not compile it to count kernels; time nothing.")] = True
+    force: options.Force = False
     target: Target | None = None
-    limit: Count = 512
-    seed: Index = 0
-    observer: Observer = Observer.MSE
-    ranges: Path | None = None
-    smooth: Literal["auto", "off"] | Annotated[float, Within(0, 1)] | None = None
-    quantize_attention: bool = False
-    quantize_patch: bool = False
-    quantize_head: bool = False
-    bias_correction: bool = False
-    gate_cosine: Annotated[float, Within(0, 1)] | None = None
-    compile: bool = True
-    capability: ComputeCapability | None = None
-    force: bool = False
     command: str = ""
 
     def require_consistent(self) -> None:
@@ -62,11 +110,15 @@ class CalibrateJob(Job):
     @property
     def gate(self) -> Gate:
         """What the quantised graph must reach: that of its format, or what was asked for."""
+        from msn_export.metrics.tolerances import quality_gate
+
         return quality_gate(self.dtype, self.gate_cosine)
 
     @property
     def scheme(self) -> Scheme:
         """The 8-bit format, the type of the rest, and what the graph is for."""
+        from msn_export.calibration.qdq import FORMATS, Scheme
+
         return Scheme(FORMATS[self.dtype], self.rest, runs_on=self.target)
 
     @property
@@ -78,6 +130,8 @@ class CalibrateJob(Job):
     @property
     def extra(self) -> tuple[Role, ...]:
         """What is quantised besides the blocks' projections."""
+        from msn_export.calibration.products import Role
+
         asked = ((Role.PATCH, self.quantize_patch), (Role.HEAD, self.quantize_head))
         return tuple(role for role, wanted in asked if wanted)
 

@@ -7,28 +7,19 @@ they choose bin edges by the first batch, so that their ranges depend on the ord
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
 from msn_export.calibration.qdq import INT8, Format
 from msn_export.errors import SpecError
+from msn_export.spec import Observer
 
 BINS = 4096
 # The share of values inside the range: pytorch-quantization's and TensorRT's examples use 99.99.
 PERCENTILE = 99.99
 # Where the histogram's upper edge starts: BINS / limit must be a float32 too.
 _FIRST_LIMIT = 2.0**-100
-
-
-class Observer(StrEnum):
-    """How a range is chosen from a histogram."""
-
-    MAX = "max"
-    PERCENTILE = "percentile"
-    ENTROPY = "entropy"
-    MSE = "mse"
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from msn_export.calibration.collect import Watch, finite
-from msn_export.calibration.observers import Histogram, Observer, threshold
+from msn_export.calibration.observers import Histogram, threshold
 from msn_export.calibration.products import Projection, Role, find_cores, find_projections
 from msn_export.calibration.qdq import (
     Operands,
@@ -29,7 +29,7 @@ from msn_export.errors import FusionError, GraphError
 from msn_export.graph.builder import Patch
 from msn_export.graph.fuse import fuse_attention
 from msn_export.graph.opset import lower_opset
-from msn_export.spec import AttentionForm, Dtype, Target
+from msn_export.spec import AttentionForm, Dtype, Observer, Target
 
 
 def corrections(

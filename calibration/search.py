@@ -14,7 +14,7 @@ from msn_export.calibration import ranges as ranges_file
 from msn_export.calibration.collect import Watch, channel_maxima, histograms, require_finite
 from msn_export.calibration.images import Pictures
 from msn_export.calibration.job import AUTO, OFF, CalibrateJob
-from msn_export.calibration.observers import Histogram, Observer
+from msn_export.calibration.observers import Histogram
 from msn_export.calibration.plan import Plan, corrections
 from msn_export.calibration.ranges import ImagesRecord, Ranges, SmoothingRecord, TensorRange
 from msn_export.calibration.smoothquant import factors, find_smoothing_sites, fold
@@ -26,7 +26,7 @@ from msn_export.metrics.samples import Sample
 from msn_export.metrics.tolerances import Gate
 from msn_export.mixed_precision import MEASURED, choose_fp32_islands
 from msn_export.progress import Progress
-from msn_export.spec import Dtype
+from msn_export.spec import Dtype, Observer
 
 # Strengths that --smooth auto tries beside none; SmoothQuant's own default is 0.5 (arXiv
 # 2211.10438, section 5.1).

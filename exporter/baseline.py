@@ -18,7 +18,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from msn_export.calibration.collect import Watch, histograms
-from msn_export.calibration.observers import Observer, threshold
+from msn_export.calibration.observers import threshold
 from msn_export.calibration.qdq import FORMATS
 from msn_export.calibration.quantise_like import Measure, quantise_like, rest_of
 from msn_export.errors import GraphError
@@ -39,7 +39,7 @@ from msn_export.metrics.tolerances import MARGIN
 from msn_export.mixed_precision import MEASURED, choose_fp32_islands, cpu_runner
 from msn_export.preprocessing import Preprocessing
 from msn_export.runtime.onnxruntime import OrtRunner
-from msn_export.spec import AttentionForm, Dtype, InputFormat
+from msn_export.spec import AttentionForm, Dtype, InputFormat, Observer
 
 RANGED = 8  # pictures that ranges are measured anew on
 

@@ -166,13 +166,18 @@ def _short(plain: Any) -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Within:
-    """The bounds of a number; both may be taken."""
+    """The bounds of a number; both may be taken, the lower not where it is to be ``above`` it."""
 
     least: float
     most: float = math.inf
+    above: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return self.least <= value <= self.most and not (self.above and value == self.least)
 
     def __str__(self) -> str:
-        return f"from {self.least:g}" + (f" to {self.most:g}" if self.most < math.inf else "")
+        least = f"{'above' if self.above else 'from'} {self.least}"
+        return least + (f" to {self.most}" if self.most < math.inf else "")
 
 
 Count = Annotated[int, Within(1)]
@@ -218,7 +223,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in _UNIONS:
         return any(_fits(value, one) for one in of)
     if origin is Annotated:
-        return _fits(value, of[0]) and of[1].least <= value <= of[1].most
+        bounds = (told for told in of[1:] if isinstance(told, Within))
+        return _fits(value, of[0]) and all(value in each for each in bounds)
     if origin is Literal:
         return value in of
     if origin is tuple:  # of any length
@@ -237,7 +243,7 @@ def _told(hint: Any) -> str:
     if origin is Literal:
         return " or ".join(map(repr, of))
     if origin is Annotated:
-        return f"{_told(of[0])} {of[1]}"
+        return " ".join([_told(of[0]), *(str(told) for told in of[1:] if isinstance(told, Within))])
     if origin is tuple:
         return f"a tuple of {_told(of[0])}"
     if origin is Mapping:

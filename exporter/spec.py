@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Self
+from typing import ClassVar, Self
 
 from msn_export.errors import SpecError
 
@@ -21,6 +21,15 @@ class Dtype(StrEnum):
     def is_quantised(self) -> bool:
         """Whether it is an 8-bit type, written as QuantizeLinear and DequantizeLinear."""
         return self in {Dtype.INT8, Dtype.FP8}
+
+
+class Observer(StrEnum):
+    """How the range of an 8-bit tensor is chosen from a histogram."""
+
+    MAX = "max"
+    PERCENTILE = "percentile"
+    ENTROPY = "entropy"
+    MSE = "mse"
 
 
 class Head(StrEnum):
@@ -111,6 +120,7 @@ _ATTENTION_FORMS = {
 class BatchRange:
     """Batch sizes an artifact accepts. ``opt`` is the one TensorRT tunes for."""
 
+    form: ClassVar[str] = "N or MIN:OPT:MAX"  # what ``parse`` reads, in a few words
     min: int = 1
     opt: int = 8
     max: int = 32
@@ -172,6 +182,7 @@ class Scores(StrEnum):
 class ImageSize:
     """Height and width of what the model receives, in pixels."""
 
+    form: ClassVar[str] = "N or HxW"
     height: int
     width: int
 
@@ -199,6 +210,7 @@ class ImageSize:
 class ComputeCapability:
     """An NVIDIA GPU generation, such as 8.9 (Ada)."""
 
+    form: ClassVar[str] = "M.m"
     major: int
     minor: int
 

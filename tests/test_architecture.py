@@ -16,9 +16,9 @@ PACKAGE = Path(msn_export.__file__).parent
 # functions too
 ORDER = (
     "errors", "spec", "progress", "schema", "host", "preprocessing", "manifest", "files", "images",
-    "image_folder", "engine_header", "golden", "models", "processor_config", "metrics", "graph",
-    "runtime", "mixed_precision", "artifact", "feed", "engine", "bench", "calibration", "baseline",
-    "compare", "report", "embed", "cluster", "triton", "commands", "cli",
+    "image_folder", "engine_header", "golden", "models", "processor_config", "options", "metrics",
+    "graph", "runtime", "mixed_precision", "artifact", "feed", "engine", "bench", "calibration",
+    "baseline", "compare", "report", "embed", "cluster", "triton", "commands", "cli",
 )  # fmt: skip
 HEAVY = frozenset(
     {"torch", "onnx", "onnx_ir", "onnxscript", "onnxsim", "onnxruntime", "transformers",

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from msn_export.cli.options import (
-    FILE,
-    IMAGES,
-    SIZE,
-    flag_off,
-    force_option,
-    json_option,
-    picture_options,
-    runner_options,
-)
+from msn_export.cli.options import FILE, IMAGES, JobCommand, json_option
 
 if TYPE_CHECKING:
     from msn_export.cli.console import Console
@@ -35,47 +25,11 @@ class PicturesParam(click.ParamType[Any]):
         return IMAGES.convert(value, param, ctx)
 
 
-def _ending(ctx: click.Context, param: click.Parameter, value: Path) -> Path:  # noqa: ARG001
-    if value.parts[:1] and value.parts[0] in {"s3:", "gs:", "gcs:"}:
-        raise click.BadParameter("the output is a file here; write one and copy it to the bucket")
-    if value.suffix not in {".npy", ".parquet"}:
-        raise click.BadParameter(f"{value} ends in neither .npy nor .parquet")
-    return value
-
-
-@click.command()
+@click.command(cls=JobCommand, job="msn_export.embed.job:EmbedJob")
 @click.argument("model", type=FILE)
 @click.argument("images", type=PicturesParam())
-@click.option(
-    "-o",
-    "--output",
-    type=FILE,
-    required=True,
-    callback=_ending,
-    help="The .npy or .parquet file to write.",
-)
-@click.option("--batch", type=click.IntRange(min=1), help="Default: what the model is tuned for.")
-@click.option("--workers", type=click.IntRange(1, 256), help="Processes that decode pictures.")
-@click.option(
-    "--threads", type=click.IntRange(min=1), help="Of the model, on a CPU. Default: physical cores."
-)
-@click.option("--output-name", help="Output to keep. Default: embedding, or what comes nearest.")
-@picture_options
-@click.option("--image-size", type=SIZE, help="For a graph that leaves height and width open.")
-@runner_options
-@flag_off("--no-check", "check", help="Do not run the model's golden input first.")
-@click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
-@click.option(
-    "--ray",
-    is_flag=False,
-    flag_value="",
-    metavar="[ADDRESS|local]",
-    help="Run on a Ray cluster: HOST:PORT, auto, or one of this machine's own.",
-)
-@click.option("--actors", type=click.IntRange(min=1), help="--ray: how many hold the model.")
-@force_option
 @json_option
-def embed(model: Path, images: Path | str, **options: Any) -> None:
+def embed(as_json: bool, **options: Any) -> None:
     """Run the pictures of the folder IMAGES through MODEL, an .onnx or .engine file.
 
     With --ray, IMAGES may be s3://BUCKET/FOLDER or gs://BUCKET/FOLDER.
@@ -83,12 +37,11 @@ def embed(model: Path, images: Path | str, **options: Any) -> None:
     Rows are in the order of the sorted paths. A picture that cannot be read is a row with an error.
     """
     from msn_export.cli.console import Console
-    from msn_export.commands.embed import run_embed
-    from msn_export.embed.job import EmbedJob
+    from msn_export.commands.embed import EmbedJob, run_embed
 
-    console = Console(as_json=options.pop("as_json"))
+    console = Console(as_json=as_json)
     with console.progress() as progress:
-        embedded = run_embed(EmbedJob(model, images, **options), progress)
+        embedded = run_embed(EmbedJob(**options), progress)
     _show(console, embedded)
 
 

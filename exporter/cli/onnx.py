@@ -6,61 +6,13 @@ from typing import Any
 
 import click
 
-from msn_export.cli.options import (
-    BATCH,
-    FILE,
-    SIZE,
-    artifact_options,
-    checkpoint_options,
-    choice,
-    command_line,
-    exif_option,
-    flag_off,
-    preprocess_option,
-)
-from msn_export.spec import Dtype, Head, InputFormat, Target
+from msn_export.cli.options import JobCommand, command_line, json_option
 
 
-@click.command()
+@click.command(cls=JobCommand, job="msn_export.commands.jobs:OnnxJob")
 @click.argument("checkpoint")
-@click.option("-o", "--output", type=FILE, help="The .onnx file to write.")
-@checkpoint_options
-@click.option(
-    "--head",
-    "heads",
-    type=choice(Head),
-    multiple=True,
-    help="Output; repeatable. Default: logits for a classifier, else cls.",
-)
-@click.option(
-    "--input",
-    "input_format",
-    type=click.Choice(["float", "uint8"]),
-    default="float",
-    show_default=True,
-    help="Normalised planes, or bytes [b, h, w, 3].",
-)
-@click.option(
-    "--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True
-)
-@click.option("--batch", type=BATCH, default="1:8:32", show_default=True)
-@click.option("--image-size", type=SIZE, help="Interpolate the position embedding to this size.")
-@click.option(
-    "--target",
-    type=choice(Target),
-    default="tensorrt",
-    show_default=True,
-    help="Form of attention and opset.",
-)
-@preprocess_option(
-    default="auto",
-    show_default=True,
-    help="How its pictures are made; auto: as the checkpoint's own file says, else hf.",
-)
-@exif_option
-@flag_off("--no-simplify", "simplify", help="Keep the graph as it was traced and fused.")
-@artifact_options
-def onnx(checkpoint: str, **options: Any) -> None:
+@json_option
+def onnx(as_json: bool, **options: Any) -> None:
     """Export CHECKPOINT to a checked ONNX graph.
 
     CHECKPOINT is a hub id, a Hugging Face folder, a weights file, or random:VARIANT[:SEED].
@@ -69,16 +21,8 @@ def onnx(checkpoint: str, **options: Any) -> None:
     from msn_export.cli.tables import show_artifact
     from msn_export.commands.jobs import OnnxJob
 
-    console = Console(as_json=options.pop("as_json"))
-    job = OnnxJob(
-        checkpoint,
-        command=command_line(),
-        heads=tuple(Head(head) for head in options.pop("heads")),
-        input_format=InputFormat(options.pop("input_format")),
-        dtype=Dtype(options.pop("dtype")),
-        target=Target(options.pop("target")),
-        **options,
-    )
+    console = Console(as_json=as_json)
+    job = OnnxJob(command=command_line(), **options)
     job.judge()
     from msn_export.commands.onnx import run_onnx  # torch: seconds, which no mistake is to wait for
 

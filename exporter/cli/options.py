@@ -1,171 +1,200 @@
-"""What the commands' options have in common: values read by a noun of ``spec``, shared options."""
+"""Options of commands: those made of a job's fields, and what commands ask for besides."""
 
 from __future__ import annotations
 
+import math
+import pkgutil
 import shlex
 import sys
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import MISSING, Field, fields
+from enum import Enum, EnumType
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import click
+from click.core import ParameterSource
 
 from msn_export.errors import SpecError
-from msn_export.spec import BatchRange, ComputeCapability, ImageSize, parse_bytes
+from msn_export.options import Opt
+from msn_export.schema import Within
+
+IMAGES = click.Path(exists=True, path_type=Path)
+FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 class Parsed(click.ParamType[Any]):
-    """A value that a noun of ``spec`` reads from text."""
+    """A value that a function reads from text, or from what another type makes of it."""
 
-    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
-        self.name = name
-        self.parse = parse
+    def __init__(
+        self, form: str, read: Callable[[Any], Any], base: click.ParamType[Any] = click.STRING
+    ) -> None:
+        self.name = form or base.name
+        self.read = read
+        self.base = base
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Read the text, or name the option that is wrong."""
         if not isinstance(value, str):
             return value
         try:
-            return self.parse(value)
+            return self.read(self.base.convert(value, param, ctx))
         except (SpecError, ValueError) as error:
             self.fail(str(error), param, ctx)
 
 
-BATCH = Parsed("N or MIN:OPT:MAX", BatchRange.parse)
-SIZE = Parsed("N or HxW", ImageSize.parse)
-MEMORY = Parsed("bytes, as in 4GiB", parse_bytes)
-CAPABILITY = Parsed("M.m", ComputeCapability.parse)
+class Words(click.Choice[str]):
+    """Words, each of which means a value."""
+
+    def __init__(self, meanings: Mapping[str, Any]) -> None:
+        super().__init__(list(meanings))
+        self.meanings = meanings
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Give what the word means."""
+        return self.meanings[super().convert(value, param, ctx)]
 
 
-def _limit(text: str) -> int | None:
-    """Read ``N``, or ``all``, which is None."""
-    if text == "all":
-        return None
-    if not text.isascii() or not text.isdigit() or not int(text):
-        raise SpecError(f"{text!r} is no number of pictures; expected 1 or more, or all")
-    return int(text)
+class One(NamedTuple):
+    """One value of a field: its type, its bounds, and whether there may be several."""
+
+    kind: Any
+    within: Within | None = None
+    several: bool = False
+
+    @classmethod
+    def of(cls, hint: Any) -> One:
+        """Find it in a field's annotation; of a union it is the first."""
+        origin, inner = get_origin(hint), get_args(hint)
+        if origin is Annotated:
+            inside = cls.of(inner[0])
+            bounds = (told for told in inner[1:] if isinstance(told, Within))
+            return inside._replace(within=next(bounds, inside.within))
+        if origin is tuple:
+            return cls.of(inner[0])._replace(several=True)
+        if origin is Mapping:
+            return cls.of(inner[1])
+        return cls.of(inner[0]) if origin in {typing.Union, UnionType} else cls(hint)
+
+    @property
+    def is_enum(self) -> bool:
+        """Whether it is one of an enumeration's members."""
+        return isinstance(self.kind, EnumType)
+
+    def type(self, opt: Opt) -> click.ParamType[Any]:
+        """Give click's type for it."""
+        kind, within = self.kind, self.within
+        if opt.read is not None:
+            return Parsed(opt.form, opt.read, FILE if kind is Path else click.STRING)
+        if kind is Path:
+            return IMAGES if opt.exists else FILE
+        if hasattr(kind, "parse"):
+            return Parsed(kind.form, kind.parse)
+        if within is not None:
+            of: Any = click.IntRange if kind is int else click.FloatRange
+            most = within.most if within.most < math.inf else None
+            return of(within.least, most, min_open=within.above)  # type: ignore[no-any-return]
+        words = opt.words
+        if get_origin(kind) is Literal:
+            words = get_args(kind)
+        elif self.is_enum:
+            words = words or tuple(member.value for member in kind)
+        if not words:
+            return click.STRING
+        meanings = {word: kind(word) if self.is_enum else word for word in words}
+        return Words({**({opt.none: None} if opt.none else {}), **meanings})
 
 
-LIMIT = Parsed("N|all", _limit)
-IMAGES = click.Path(exists=True, path_type=Path)
-FILE = click.Path(dir_okay=False, path_type=Path)
+class JobCommand(click.Command):
+    """A command whose options are its job's fields; the job is loaded when they are asked for.
 
-
-def choice(kind: Any) -> click.Choice[str]:
-    """Offer the values of an enumeration."""
-    return click.Choice([member.value for member in kind])
-
-
-def flag_off(*names: str, help: str | None = None) -> Callable[..., Any]:
-    """Make an option that is on unless it is given, as ``--no-check`` is."""
-    return click.option(*names, is_flag=True, default=True, flag_value=False, help=help)
-
-
-def flags_of(*values: str, **help: str) -> Callable[..., Any]:
-    """Offer a flag for each of some values, of which one may be given: ``--fp16``, ``--bf16``.
-
-    The command gets them as booleans; ``the_one`` says which it was.
+    Its function gets the arguments and those options that were given: the defaults are the job's.
     """
 
-    def add(command: Callable[..., Any]) -> Callable[..., Any]:
-        for value in reversed(values):
-            command = click.option(f"--{value}", is_flag=True, help=help.get(value))(command)
-        return command
+    def __init__(self, *args: Any, job: str, **attributes: Any) -> None:
+        self._job = job
+        self._opts: dict[str, tuple[One, Opt]] | None = None
+        self._params: list[click.Parameter] = []
+        super().__init__(*args, **attributes)
 
-    return add
+    @property
+    def params(self) -> list[click.Parameter]:
+        """The arguments, the job's options, and ``--json``."""
+        if self._opts is None:
+            self._opts = {}
+            job = pkgutil.resolve_name(self._job)
+            hints = typing.get_type_hints(job, include_extras=True)
+            last = [param for param in self._params if param.name == "as_json"]
+            self._params = [param for param in self._params if param not in last]
+            for field in fields(job):
+                for opt in getattr(hints[field.name], "__metadata__", ()):
+                    if isinstance(opt, Opt):
+                        self._opts[field.name] = One.of(hints[field.name]), opt
+                        self._params += _options(field, *self._opts[field.name])
+            self._params += last
+        return self._params
+
+    @params.setter
+    def params(self, params: list[click.Parameter]) -> None:
+        self._params = params
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Call the function with what was given."""
+        for name, (one, opt) in (self._opts or {}).items():
+            values = {key: ctx.params.pop(key) for key in opt.each or [name]}
+            given = {key: value for key, value in values.items() if _is_given(ctx, key)}
+            if opt.each and given:
+                ctx.params[name] = one.kind(_only(given, ctx)) if one.is_enum else given
+            else:
+                ctx.params |= given
+        return super().invoke(ctx)
 
 
-def the_one(options: dict[str, Any], *values: str) -> str | None:
-    """Take the flags of ``flags_of`` out of a command's options: the one that is set, or None."""
-    given = [value for value in values if options.pop(value)]
-    if len(given) > 1:
-        told = " and ".join(f"--{value}" for value in given)
-        raise click.UsageError(f"{told} contradict each other; give one")
-    return given[0] if given else None
+def _is_given(ctx: click.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
+
+
+def _only(flags: Iterable[str], ctx: click.Context) -> str:
+    first, *others = flags
+    if others:
+        told = " and ".join(f"--{flag}" for flag in (first, *others))
+        raise click.UsageError(f"{told} contradict each other; give one", ctx)
+    return first
+
+
+def _options(field: Field[Any], one: One, opt: Opt) -> Iterator[click.Option]:
+    """Make a field's option, or its several."""
+    for key, text in opt.each.items():
+        kind: dict[str, Any] = {"is_flag": True} if one.is_enum else {"type": one.type(opt)}
+        yield click.Option([f"--{_dashed(key)}", key], help=text, **kind)
+    if opt.each:
+        return
+    names, default = opt.flag.split() or [f"--{_dashed(field.name)}"], field.default
+    attributes: dict[str, Any] = {"help": opt.help, "metavar": opt.metavar}
+    if one.kind is bool:
+        names = [f"--no-{_dashed(field.name)}"] if default else names
+        attributes |= {"is_flag": True, "default": default, "flag_value": not default}
+    else:
+        attributes |= {"type": one.type(opt), "multiple": one.several and opt.read is None}
+    if default is MISSING:
+        attributes["required"] = True
+    elif opt.none or not isinstance(default, NoneType | bool | tuple):
+        word = default.value if isinstance(default, Enum) else default
+        attributes |= {"default": opt.none if word is None else word, "show_default": True}
+    if opt.bare is not None:
+        attributes |= {"is_flag": False, "flag_value": opt.bare}
+    yield click.Option([*names, field.name], **attributes)
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
 
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on stdout."
 )
-force_option = click.option("--force", is_flag=True, help="Replace an existing output.")
-images_option = click.option(
-    "--images", type=IMAGES, help="Pictures to check on; without, seeded noise."
-)
-islands_option = click.option(
-    "--islands",
-    default="measured",
-    show_default=True,
-    metavar="measured|none|FILE",
-    help="fp16: which tensors stay fp32.",
-)
-exif_option = click.option(
-    "--exif",
-    type=click.Choice(["apply", "ignore"]),
-    help="Turn pictures by their EXIF orientation? Default: as the manifest says, else apply.",
-)
-
-
-def preprocess_option(**options: Any) -> Callable[..., Any]:
-    """Make ``--preprocess``, which takes a preset or a JSON file."""
-    kind = Parsed("hf|msn-eval|raw|FILE.json", _preprocess)
-    return click.option("--preprocess", type=kind, **options)
-
-
-def _preprocess(text: str) -> str:
-    from msn_export.processor_config import require_choice
-
-    require_choice(text)
-    return text
-
-
-def picture_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that say how pictures become a model's input."""
-    help_text = "How pictures are made into its input. Default: as its manifest says, else hf."
-    for option in (exif_option, preprocess_option(help=help_text)):
-        command = option(command)
-    return command
-
-
-check_option = flag_off(
-    "--no-check", "check", help="Write without comparing; the manifest says so."
-)
-
-
-def artifact_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that every command that writes a checked artifact has."""
-    for option in (json_option, force_option, check_option, islands_option, images_option):
-        command = option(command)
-    return command
-
-
-variant_option = click.option(
-    "--variant", help="Published shape, where a weights file does not say."
-)
-weights_option = click.option(
-    "--weights", metavar="KEY", help="Which of several weights in one file, as model_ema."
-)
-
-
-def checkpoint_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add what every command that takes a checkpoint asks where it does not say."""
-    labels = click.option("--labels", type=FILE, help="Names of the classes: a line each, or JSON.")
-    return variant_option(weights_option(labels(command)))
-
-
-def runner_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that say where an artifact runs."""
-    for option in (
-        click.option("--trust", is_flag=True, help="Run an engine that has no manifest."),
-        click.option("--device", type=click.IntRange(min=0), help="GPU to run on."),
-        click.option(
-            "--providers",
-            type=Parsed("NAME,…", lambda text: tuple(filter(None, text.split(",")))),
-            default=(),
-            help="onnxruntime's, in order: cpu, cuda, tensorrt, … Default: cuda, else cpu.",
-        ),
-    ):
-        command = option(command)
-    return command
 
 
 def command_line() -> str:

@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from msn_export.cli.options import (
-    FILE,
-    IMAGES,
-    checkpoint_options,
-    command_line,
-    force_option,
-    picture_options,
-)
+from msn_export.cli.options import JobCommand, command_line
 
 
-@click.command()
+@click.command(cls=JobCommand, job="msn_export.commands.jobs:ReportJob")
 @click.argument("artifacts", nargs=-1, required=True, metavar="ARTIFACT…")
-@click.option("-o", "--output", type=FILE, default=Path("report.html"), show_default=True)
-@click.option("--markdown", type=FILE, help="Write a model card here too.")
-@click.option("--images", type=IMAGES, help="Pictures to run on; without, nothing runs.")
-@picture_options
-@click.option("--limit", type=click.IntRange(3), default=64, show_default=True, help="Pictures.")
-@click.option("--bench", type=FILE, help="What 'msn-export bench --json' wrote.")
-@checkpoint_options
-@click.option("--title", help="Default: the checkpoint's name.")
-@force_option
 @click.pass_context
-def report(ctx: click.Context, /, artifacts: tuple[str, ...], **options: Any) -> None:
+def report(ctx: click.Context, /, **options: Any) -> None:
     """Write one page of all that is known of ARTIFACT… and was measured.
 
     With --images every artifact that runs here is compared with the first, block by block too.
@@ -41,7 +24,7 @@ def report(ctx: click.Context, /, artifacts: tuple[str, ...], **options: Any) ->
     from msn_export.commands.report import ReportJob, run_report
 
     console = Console(as_json=False)
-    job = ReportJob(artifacts, command=command_line(), **options)
+    job = ReportJob(command=command_line(), **options)
     with console.progress() as progress:
         page = run_report(job, progress)
     console.print(escape(f"{job.output}: {page.headline}"))

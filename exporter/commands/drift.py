@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from msn_export.commands.jobs import DriftJob
 from msn_export.compare.drift import Costs, Drift, Matched, match, open_costs, smoothing, suspect_of
 from msn_export.compare.sides import Artifact, Pair, open_pair
 from msn_export.compare.streams import open_blocks, open_stream, what_is_shown
@@ -32,43 +33,20 @@ from msn_export.metrics.evaluate import Reference, Verified
 from msn_export.metrics.samples import Sample, batches, draw
 from msn_export.metrics.tolerances import DRIFT, DRIFT_OF_ENGINES, GATES, coarsest
 from msn_export.models.named import Choices
-from msn_export.preprocessing import Exif
 from msn_export.processor_config import choose
 from msn_export.progress import SILENT, Progress
-from msn_export.schema import Count, Job, Within
 from msn_export.spec import Dtype
 
 if TYPE_CHECKING:
     from msn_export.metrics.block_errors import StreamLike, Tensors
 
 
+__all__ = ["DriftJob", "run_drift"]  # the two that docs/python.md speaks of
+
 # what a tensor may differ by between two batch sizes where no precision's cost was measured: two
 # kernels of a size each add in another order
 UNMEASURED = 1e-4
-LIMIT = 16  # pictures: the stages of a ViT-S are 4 MB each, and one look needs no percentile
-AT_ONCE = 4
 LARGEST_SECOND = 8  # pictures of the second batch: a graph that mixes its images does so in any
-
-
-@dataclass(frozen=True, slots=True)
-class DriftJob(Job):
-    """What ``msn-export drift`` was asked for; ``tolerance`` None is measured.
-
-    ``seed`` draws the second batch size.
-    """
-
-    reference: str | Path
-    candidate: str | Path
-    images: Path | None = None
-    limit: Count = LIMIT
-    batch: Count = AT_ONCE
-    preprocess: str | None = None
-    exif: Exif | None = None
-    variant: str | None = None
-    weights: str | None = None
-    labels: Path | None = None
-    tolerance: Annotated[float, Within(0)] | None = None
-    seed: int = 0
 
 
 def run_drift(job: DriftJob, progress: Progress = SILENT) -> Drift:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
+from msn_export import options
 from msn_export.errors import SpecError
 from msn_export.files import require_writable
 from msn_export.manifest import manifest_path
 from msn_export.models.named import WEIGHTS, Choices, files_of, kind_of
-from msn_export.preprocessing import Exif
+from msn_export.options import DTYPES, OUTPUT, Opt
 from msn_export.processor_config import require_choice
-from msn_export.schema import Count, Index, Job, Within
+from msn_export.schema import Count, Job, Within
 from msn_export.spec import (
     BatchRange,
     ComputeCapability,
@@ -21,33 +23,58 @@ from msn_export.spec import (
     ImageSize,
     InputFormat,
     Target,
+    parse_bytes,
 )
 
 FIRST_BF16 = 22  # the first opset whose Conv takes bfloat16: onnx/onnx docs/Changelog.md, Conv-22
+_MEMORY = "bytes, as in 4GiB"
+GATE_NUMBERS = {
+    "relative": "Largest relative error, of all images and of the worst one; replaces the measured "
+    "limit, as --max-abs and --cosine do.",
+    "max_abs": "Largest absolute difference, times the reference's RMS where that is above 1.",
+    "cosine": "Least cosine: of every image in fp32, else of the first percentile.",
+    "cls_cosine": "Least cosine of [CLS], where an output has tokens.",
+    "norm_ratio": "Largest distance from 1 of the candidate's norm over the reference's.",
+    "neighbours": "Least share of images whose nearest neighbour is the reference's.",
+    "classes": "Least share of images whose class is the reference's.",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class OnnxJob(Job):
-    """Options as the command line names them."""
+    """What ``msn-export onnx`` was asked for."""
 
     checkpoint: str
-    output: Path | None = None
-    variant: str | None = None
-    weights: str | None = None
-    labels: Path | None = None
-    heads: tuple[Head, ...] = ()
-    input_format: InputFormat = InputFormat.FLOAT
-    dtype: Dtype = Dtype.FP32
-    batch: BatchRange = BatchRange()
-    image_size: ImageSize | None = None
-    target: Target = Target.TENSORRT
-    preprocess: str = "auto"
-    exif: Exif | None = None
-    images: Path | None = None
-    islands: str = "measured"
-    simplify: bool = True
-    check: bool = True
-    force: bool = False
+    output: options.Output = None
+    variant: options.Variant = None
+    weights: options.Weights = None
+    labels: options.Labels = None
+    heads: Annotated[
+        tuple[Head, ...],
+        Opt("Output; repeatable. Default: logits for a classifier, else cls.", "--head"),
+    ] = ()
+    input_format: Annotated[
+        InputFormat,
+        Opt("Normalised planes, or bytes [b, h, w, 3].", "--input", words=("float", "uint8")),
+    ] = InputFormat.FLOAT
+    dtype: Annotated[Dtype, Opt(words=DTYPES)] = Dtype.FP32
+    batch: Annotated[BatchRange, Opt()] = BatchRange()
+    image_size: Annotated[
+        ImageSize | None, Opt("Interpolate the position embedding to this size.")
+    ] = None
+    target: Annotated[Target, Opt("Form of attention and opset.")] = Target.TENSORRT
+    preprocess: Annotated[
+        str,
+        options.preprocess(
+            "How its pictures are made; auto: as the checkpoint's own file says, else hf."
+        ),
+    ] = "auto"
+    exif: options.Exif = None
+    simplify: Annotated[bool, Opt("Keep the graph as it was traced and fused.")] = True
+    images: options.Images = None
+    islands: options.Islands = "measured"
+    check: options.Check = True
+    force: options.Force = False
     command: str = ""
 
     @property
@@ -100,33 +127,145 @@ class OnnxJob(Job):
 
 @dataclass(frozen=True, slots=True)
 class TrtJob(Job):
-    """What ``msn-export trt`` was asked for; ``precision`` None is as the graph is typed."""
+    """What ``msn-export trt`` was asked for; ``precision`` None is as the graph is typed.
+
+    ``bf16_attention`` names nodes to begin with; those that need it are found. ``stages`` shows the
+    residual stream as outputs: for drift, not for production.
+    """
 
     model: Path
-    output: Path | None = None
-    precision: Dtype | None = None
-    backend: str = "auto"
-    capabilities: tuple[ComputeCapability, ...] = ()
-    profiles: tuple[BatchRange, ...] = ()
-    islands: str = "measured"
-    workspace: Count | None = None
-    optimization_level: Annotated[int, Within(0, 5)] | None = None
-    timing_cache: Path | None = None
-    version_compatible: bool = False
-    hardware_compatible: bool = False
-    tf32: bool = False
-    timeout: Annotated[float, Within(1)] | None = None
-    memory_limit: Count | None = None
-    images: Path | None = None
-    preprocess: str | None = None
-    exif: Exif | None = None
-    allow_unfused: bool = False
-    allow_fp32: bool = False
-    check: bool = True
-    bf16_attention: tuple[str, ...] = ()  # nodes to begin with; those that need it are found
-    stages: bool = False  # show the residual stream as outputs; for drift, not for production
-    log: Path | None = None
-    force: bool = False
+    output: Annotated[Path | None, Opt("The .engine file to write.", OUTPUT)] = None
+    precision: Annotated[
+        Dtype | None,
+        Opt(each={"fp32": "Default: as the graph is typed.", "fp16": None, "bf16": None}),
+    ] = None
+    backend: Annotated[str, Opt(words=("auto", "tensorrt", "tensorrt-rtx"))] = "auto"
+    capabilities: Annotated[
+        tuple[ComputeCapability, ...],
+        Opt(
+            "GPU generation to compile for, as in 8.9; repeatable (tensorrt-rtx).",
+            "--compute-capability",
+        ),
+    ] = ()
+    profiles: Annotated[
+        tuple[BatchRange, ...],
+        Opt("Repeatable: one profile each. Default: the graph's.", "--batch"),
+    ] = ()
+    workspace: Annotated[
+        Count | None, Opt("Scratch memory a kernel may use.", read=parse_bytes, form=_MEMORY)
+    ] = None
+    optimization_level: Annotated[Annotated[int, Within(0, 5)] | None, Opt()] = None
+    timing_cache: Annotated[Path | None, Opt()] = None
+    version_compatible: Annotated[bool, Opt("Loads in the lean runtime of others.")] = False
+    hardware_compatible: Annotated[bool, Opt("For any GPU from Ampere on (tensorrt).")] = False
+    tf32: Annotated[bool, Opt("Let fp32 products round to TF32, 10 bits of mantissa.")] = False
+    timeout: Annotated[
+        Annotated[float, Within(1)] | None, Opt("Seconds the compiler may take.")
+    ] = None
+    memory_limit: Annotated[
+        Count | None,
+        Opt("Resident memory the compiler may take.", read=parse_bytes, form=_MEMORY),
+    ] = None
+    allow_unfused: Annotated[bool, Opt("Accept attention that is not fused.")] = False
+    allow_fp32: Annotated[
+        bool, Opt("Accept fp32 products in a typed graph that its manifest does not declare.")
+    ] = False
+    log: Annotated[Path | None, Opt("Write everything TensorRT says here.")] = None
+    preprocess: options.Preprocess = None
+    exif: options.Exif = None
+    images: options.Images = None
+    islands: options.Islands = "measured"
+    check: options.Check = True
+    force: options.Force = False
+    bf16_attention: tuple[str, ...] = ()
+    stages: bool = False
+    command: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ValidateJob(Job):
+    """What ``msn-export validate`` was asked for.
+
+    ``limit`` None is all pictures. ``exif`` is for both sides. ``gate`` None is that of the coarser
+    dtype; ``numbers`` replace some of the gate's.
+    """
+
+    reference: str | Path
+    candidate: str | Path
+    images: options.Images = None
+    limit: Annotated[
+        Count | None,
+        Opt("Pictures that are run.", read=options.number_or_all, form="N|all"),
+    ] = 64  # enough for a first percentile, seconds of a ViT-S on two cores
+    batch: Annotated[
+        BatchRange | None, Opt("Batch sizes to run. Default: the candidate's own.")
+    ] = None
+    preprocess: Annotated[
+        str | None,
+        options.preprocess(
+            "How the candidate is fed in production. Default: as its manifest says."
+        ),
+    ] = None
+    exif: options.Exif = None
+    variant: options.Variant = None
+    weights: options.Weights = None
+    labels: options.Labels = None
+    gate: Annotated[
+        Dtype | None, Opt("Whose gate to judge by. Default: the coarser side's dtype.")
+    ] = None
+    numbers: Annotated[Mapping[str, Annotated[float, Within(0)]], Opt(each=GATE_NUMBERS)] = field(
+        default_factory=dict
+    )
+    numbers_only: Annotated[
+        bool,
+        Opt("Judge by outputs alone, not by epsilons and activations the graphs name."),
+    ] = False
+
+
+@dataclass(frozen=True, slots=True)
+class DriftJob(Job):
+    """What ``msn-export drift`` was asked for; ``seed`` draws the second batch size."""
+
+    reference: str | Path
+    candidate: str | Path
+    images: options.Images = None
+    # the stages of a ViT-S are 4 MB a picture, and one look needs no percentile
+    limit: Annotated[Count, Opt("Pictures.")] = 16
+    batch: Annotated[Count, Opt("Pictures at a time.")] = 4
+    preprocess: Annotated[
+        str | None,
+        options.preprocess("What makes the pixels both are given. Default: the reference's own."),
+    ] = None
+    exif: options.Exif = None
+    variant: options.Variant = None
+    weights: options.Weights = None
+    labels: options.Labels = None
+    tolerance: Annotated[
+        Annotated[float, Within(0)] | None,
+        Opt("Relative error from which a block has parted. Default: measured."),
+    ] = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ReportJob(Job):
+    """What ``msn-export report`` was asked for; the first artifact is the others' reference."""
+
+    artifacts: tuple[str, ...]
+    output: Annotated[Path, Opt(flag=OUTPUT)] = Path("report.html")
+    markdown: Annotated[Path | None, Opt("Write a model card here too.")] = None
+    images: Annotated[
+        Path | None, Opt("Pictures to run on; without, nothing runs.", exists=True)
+    ] = None
+    preprocess: options.Preprocess = None
+    exif: options.Exif = None
+    limit: Annotated[int, Within(3), Opt("Pictures.")] = 64
+    bench: Annotated[Path | None, Opt("What 'msn-export bench --json' wrote.")] = None
+    variant: options.Variant = None
+    weights: options.Weights = None
+    labels: options.Labels = None
+    title: Annotated[str | None, Opt("Default: the checkpoint's name.")] = None
+    force: options.Force = False
     command: str = ""
 
 
@@ -134,35 +273,95 @@ Against = Literal["eager", "sdpa", "compile", "onnxruntime"]
 AGAINST: tuple[Against, ...] = get_args(Against)
 
 
+def _against(text: str) -> tuple[str, ...]:
+    names = options.names(text)
+    unknown = [name for name in names if name not in (*AGAINST, "none")]
+    if unknown:
+        raise SpecError(f"{unknown[0]!r} is none of {', '.join(AGAINST)}, none")
+    return tuple(dict.fromkeys(name for name in names if name != "none"))
+
+
 @dataclass(frozen=True, slots=True)
 class BenchJob(Job):
-    """What ``msn-export bench`` was asked for; ``seconds`` is for each contender at each batch."""
+    """What ``msn-export bench`` was asked for."""
 
     artifacts: tuple[Path, ...]
-    against: tuple[Against, ...] = ("sdpa",)
-    batches: tuple[Count, ...] = (1, 8)
-    checkpoint: str | None = None
-    variant: str | None = None
-    weights: str | None = None
-    rounds: Count = 10
-    seconds: float = 10.0
-    threads: Count | None = None
-    images: Path | None = None
-    image_size: ImageSize | None = None
-    preprocess: str | None = None
-    exif: Exif | None = None
-    dtype: Dtype | None = None
-    device: Index | None = None
-    providers: tuple[str, ...] = ()
-    trust: bool = False
-    resident: bool = False
-    cuda_graphs: bool = True
-    report: Path | None = None
-    force: bool = False
-    preset: str | None = None
+    against: Annotated[
+        tuple[Against, ...],
+        Opt(
+            "What to compare with, the first being the measure; or none. Default: sdpa.",
+            read=_against,
+            form="eager,sdpa,compile,onnxruntime",
+        ),
+    ] = ("sdpa",)
+    batches: Annotated[tuple[Count, ...], Opt("Repeatable. Default: 1, 8.", "--batch")] = (1, 8)
+    checkpoint: Annotated[
+        str | None, Opt("Of the PyTorch model. Default: what the manifest names.")
+    ] = None
+    variant: options.Variant = None
+    weights: options.Weights = None
+    rounds: Annotated[Count, Opt()] = 10
+    seconds: Annotated[float, Within(0, above=True), Opt("For each contender at each batch.")] = (
+        10.0
+    )
+    threads: Annotated[Count | None, Opt("Of each contender. Default: physical cores.")] = None
+    dtype: Annotated[
+        Dtype | None, Opt("Of PyTorch. Default: fp32; on a GPU, as ARTIFACT.", words=DTYPES)
+    ] = None
+    preset: Annotated[str | None, Opt("eager, sdpa; batches 1, 2, 4, 8.", words=("paper",))] = None
+    images: Annotated[Path | None, Opt("Pictures to run; without, seeded noise.", exists=True)] = (
+        None
+    )
+    preprocess: options.Preprocess = None
+    exif: options.Exif = None
+    image_size: options.OpenSize = None
+    resident: Annotated[bool, Opt("GPU: data stays there, copies are not counted.")] = False
+    cuda_graphs: Annotated[bool, Opt("Engines: launch kernel by kernel.")] = True
+    report: Annotated[Path | None, Opt("Write a page with plots here.")] = None
+    providers: options.Providers = ()
+    device: options.Device = None
+    trust: options.Trust = False
+    force: options.Force = False
     command: str = ""
 
     def require_consistent(self) -> None:
         """Refuse to time nothing."""
         if not self.artifacts or not self.batches:
             raise SpecError("a BenchJob takes at least one artifact and one batch size")
+
+
+@dataclass(frozen=True, slots=True)
+class TritonJob(Job):
+    """What ``msn-export triton`` was asked for."""
+
+    artifacts: tuple[Path, ...]
+    output: Path
+    name: Annotated[
+        str | None, Opt("The model's name. Default: the artifact's, without its ending.")
+    ] = None
+    version: Annotated[Count, Opt(flag="--model-version")] = 1
+    release: Annotated[
+        str | None, Opt("Triton's release. Default: one that fits.", metavar="YY.MM")
+    ] = None
+    max_batch: Annotated[
+        Annotated[int, Within(1, 4096)] | None, Opt("Default: the largest profile's.")
+    ] = None
+    instances: Annotated[int, Within(1, 64), Opt()] = 1
+    queue_delay: Annotated[
+        int, Within(0, 1_000_000), Opt("Microseconds a request may wait for others.")
+    ] = 500
+    ensemble: Annotated[bool, Opt("Also take bytes, and normalise them in Triton.")] = False
+    warmup: Annotated[bool, Opt("Run a picture through each instance first.")] = False
+    response_cache: Annotated[bool, Opt("Answer repeated requests from a cache.")] = False
+    cuda_graphs: Annotated[bool, Opt("Engines: a GPU variant that captures graphs.")] = False
+    images: Annotated[
+        Path | None, Opt("Pictures to warm up with; without, noise.", exists=True)
+    ] = None
+    preprocess: options.Preprocess = None
+    exif: options.Exif = None
+    force: options.Force = False
+
+    def require_consistent(self) -> None:
+        """Refuse a model without an artifact."""
+        if not self.artifacts:
+            raise SpecError("a TritonJob takes at least one artifact")

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
 
 from msn_export import __version__
 from msn_export import manifest as manifests
 from msn_export.bench.results import Bench, read_bench
-from msn_export.commands.drift import DriftJob, run_drift
-from msn_export.commands.validate import ValidateJob, validate_in_full
+from msn_export.commands.drift import run_drift
+from msn_export.commands.jobs import DriftJob, ReportJob, ValidateJob
+from msn_export.commands.validate import validate_in_full
 from msn_export.compare.drift import Drift
 from msn_export.compare.sides import ENGINES, is_checkpoint, open_engine
 from msn_export.errors import (
@@ -26,32 +26,12 @@ from msn_export.errors import (
 from msn_export.files import placing, require_writable, staging
 from msn_export.manifest import CheckpointRecord, Manifest, manifest_path, sha256_of
 from msn_export.models.named import Choices
-from msn_export.preprocessing import Exif
 from msn_export.progress import SILENT, Progress
 from msn_export.report import gather
 from msn_export.report.describe import origin_of
 from msn_export.report.gather import Page, ReportedAgreement
-from msn_export.schema import Job, Within
 
-
-@dataclass(frozen=True, slots=True)
-class ReportJob(Job):
-    """What ``msn-export report`` was asked for; the first artifact is the others' reference."""
-
-    artifacts: tuple[str, ...]
-    output: Path = Path("report.html")
-    markdown: Path | None = None
-    images: Path | None = None
-    preprocess: str | None = None
-    exif: Exif | None = None
-    limit: Annotated[int, Within(3)] = 64
-    bench: Path | None = None
-    variant: str | None = None
-    weights: str | None = None
-    labels: Path | None = None
-    title: str | None = None
-    force: bool = False
-    command: str = ""
+__all__ = ["ReportJob", "run_report"]  # the two that docs/python.md speaks of
 
 
 @dataclass(frozen=True, slots=True)

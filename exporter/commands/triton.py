@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from msn_export.commands.jobs import TritonJob
 from msn_export.errors import OutputError, SpecError
 from msn_export.files import staging
 from msn_export.metrics.samples import draw
-from msn_export.preprocessing import MODES, Exif, Preprocessing
+from msn_export.preprocessing import MODES, Preprocessing
 from msn_export.processor_config import choose
 from msn_export.progress import SILENT, Progress
-from msn_export.schema import Count, Index, Job
 from msn_export.spec import InputFormat, Targets
 from msn_export.triton import config as messages
 from msn_export.triton.check_artifacts import RTX
@@ -28,6 +28,8 @@ from msn_export.triton.repository import (
     require_room,
     write,
 )
+
+__all__ = ["TritonJob", "run_triton"]  # the two that docs/python.md speaks of
 
 
 def require_one_model(artifacts: Sequence[ServedArtifact]) -> None:
@@ -76,33 +78,6 @@ def _require_same_facts(artifact: ServedArtifact, first: ServedArtifact) -> None
                 f"{artifact.path} and {first.path} differ in their {fact.replace('_', ' ')}; "
                 "one model's engines are built from one graph by one TensorRT"
             )
-
-
-@dataclass(frozen=True, slots=True)
-class TritonJob(Job):
-    """What ``msn-export triton`` was asked for; ``queue_delay`` in microseconds."""
-
-    artifacts: tuple[Path, ...]
-    output: Path
-    name: str | None = None
-    version: Count = 1
-    release: str | None = None
-    max_batch: Count | None = None
-    instances: Count = 1
-    queue_delay: Index = 500
-    ensemble: bool = False
-    warmup: bool = False
-    images: Path | None = None
-    preprocess: str | None = None
-    exif: Exif | None = None
-    response_cache: bool = False
-    cuda_graphs: bool = False
-    force: bool = False
-
-    def require_consistent(self) -> None:
-        """Refuse a model without an artifact."""
-        if not self.artifacts:
-            raise SpecError("a TritonJob takes at least one artifact")
 
 
 # what is said in a model's configuration, and so with its first version

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
 
 from msn_export import baseline, image_folder
-from msn_export.calibration.observers import Observer
+from msn_export.commands.jobs import ValidateJob
 from msn_export.compare.sides import Artifact, Pair, open_pair
 from msn_export.compare.validation import Measured, Validation, judge
 from msn_export.errors import GraphError, ImageError
@@ -45,40 +45,16 @@ from msn_export.metrics.tolerances import (
     gate_of,
 )
 from msn_export.models.named import Choices
-from msn_export.preprocessing import Exif, Preprocessing
+from msn_export.preprocessing import Preprocessing
 from msn_export.processor_config import choose
 from msn_export.progress import SILENT, Progress
 from msn_export.runtime.onnxruntime import OrtRunner
-from msn_export.schema import Count, Job
-from msn_export.spec import AttentionForm, BatchRange, Dtype, Head, InputFormat
+from msn_export.spec import AttentionForm, BatchRange, Dtype, Head, InputFormat, Observer
+
+__all__ = ["ValidateJob", "run_validate"]  # the two that docs/python.md speaks of
 
 EXACT = 16  # pictures that an fp32 reference computes in fp64 too
 SEED = 0  # of the batch sizes that are drawn
-LIMIT = 64  # pictures: enough for a first percentile, seconds of a ViT-S on two cores
-
-
-@dataclass(frozen=True, slots=True)
-class ValidateJob(Job):
-    """What ``msn-export validate`` was asked for.
-
-    ``limit`` is how many pictures are run, None all. ``preprocess`` says how the candidate is fed
-    in production, where that is not what its manifest says; ``exif`` is for both sides. ``gate``
-    None is that of the coarser dtype; ``numbers`` replace some of the gate's.
-    """
-
-    reference: str | Path
-    candidate: str | Path
-    images: Path | None = None
-    limit: Count | None = LIMIT
-    batch: BatchRange | None = None
-    preprocess: str | None = None
-    exif: Exif | None = None
-    variant: str | None = None
-    weights: str | None = None
-    labels: Path | None = None
-    gate: Dtype | None = None
-    numbers: Mapping[str, float] = field(default_factory=dict)
-    numbers_only: bool = False
 
 
 def run_validate(job: ValidateJob, progress: Progress = SILENT) -> Validation:

@@ -8,14 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Protocol
 
-from msn_export import image_folder
-from msn_export.preprocessing import Exif, Preprocessing
-from msn_export.schema import Count, Index, Job, Within
-from msn_export.spec import ImageSize, Scores
+from msn_export import options
+from msn_export.errors import SpecError
+from msn_export.options import Opt
+from msn_export.schema import Count, Job, Within
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
+
+    from msn_export.preprocessing import Exif, Preprocessing
+    from msn_export.spec import Scores
 
 
 class PictureList(Protocol):
@@ -71,6 +73,8 @@ def list_pictures(folder: Path) -> Listing:
     Raises:
         ImageError: there is none.
     """
+    from msn_export import image_folder  # numpy, which --help is not to wait for
+
     found = image_folder.find(folder)
     digest = hashlib.sha256()
     for path in found.paths:
@@ -86,34 +90,54 @@ def _name(folder: Path, path: Path) -> bytes:
     return os.fsencode(path.relative_to(folder) if path != folder else path.name)
 
 
+def _ending(path: Path) -> Path:
+    if path.parts[:1] and path.parts[0] in {"s3:", "gs:", "gcs:"}:
+        raise SpecError("the output is a file here; write one and copy it to the bucket")
+    if path.suffix not in {".npy", ".parquet"}:
+        raise SpecError(f"{path} ends in neither .npy nor .parquet")
+    return path
+
+
 @dataclass(frozen=True, slots=True)
 class EmbedJob(Job):
     """What ``msn-export embed`` was asked for; None leaves a choice to the model or the machine.
 
-    ``images`` is a folder, or the URI of a bucket. ``threads`` are those an .onnx file computes
-    with on a CPU: no number in the rows depends on how many (tests/test_run_embed.py). ``ray`` None
-    runs on this machine; else it is a cluster's address, ``local``, or empty for the cluster that
-    the command was submitted to.
+    ``images`` is a folder, or the URI of a bucket. No number in the rows depends on how many
+    ``threads`` there are (tests/test_run_embed.py). ``ray`` None runs on this machine; else it is a
+    cluster's address, ``local``, or empty for the cluster that the command was submitted to.
     """
 
     model: Path
     images: Path | str
-    output: Path
-    batch: Count | None = None
-    workers: Annotated[int, Within(1, 256)] | None = None
-    threads: Count | None = None
-    output_name: str | None = None
-    providers: tuple[str, ...] = ()
-    device: Index | None = None
-    trust: bool = False
-    preprocess: str | None = None
-    exif: Exif | None = None
-    image_size: ImageSize | None = None
-    check: bool = True
-    resume: bool = False
-    force: bool = False
-    ray: str | None = None
-    actors: Count | None = None
+    output: Annotated[
+        Path, Opt("The .npy or .parquet file to write.", options.OUTPUT, read=_ending)
+    ]
+    batch: Annotated[Count | None, Opt("Default: what the model is tuned for.")] = None
+    workers: Annotated[
+        Annotated[int, Within(1, 256)] | None, Opt("Processes that decode pictures.")
+    ] = None
+    threads: Annotated[Count | None, Opt("Of the model, on a CPU. Default: physical cores.")] = None
+    output_name: Annotated[
+        str | None, Opt("Output to keep. Default: embedding, or what comes nearest.")
+    ] = None
+    preprocess: options.Preprocess = None
+    exif: options.Exif = None
+    image_size: options.OpenSize = None
+    providers: options.Providers = ()
+    device: options.Device = None
+    trust: options.Trust = False
+    check: Annotated[bool, Opt("Do not run the model's golden input first.")] = True
+    resume: Annotated[bool, Opt("Go on where an interrupted run stopped.")] = False
+    ray: Annotated[
+        str | None,
+        Opt(
+            "Run on a Ray cluster: HOST:PORT, auto, or one of this machine's own.",
+            metavar="[ADDRESS|local]",
+            bare="",
+        ),
+    ] = None
+    actors: Annotated[Count | None, Opt("--ray: how many hold the model.")] = None
+    force: options.Force = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,117 @@
+"""Options of jobs: how the command line asks for a field, and the fields that several jobs have.
+
+A field whose annotation holds an ``Opt`` is an option of its command. ``cli/options.py`` makes it
+of the field's name, type, bounds and default, and of what the ``Opt`` says besides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from msn_export import preprocessing
+from msn_export.errors import SpecError
+from msn_export.schema import Index
+from msn_export.spec import ImageSize
+
+
+@dataclass(frozen=True, slots=True)
+class Opt:
+    """What an option has that its field does not say.
+
+    Args:
+        help: its line of the help.
+        flag: its names, with spaces between them, where the field's name is not the one.
+        read: makes the value of text, or of the path; raises SpecError or ValueError.
+        form: what ``read`` takes, in a few words.
+        words: those of its type's values that may be given; ``none`` is one more, for None.
+        exists: it is a file or a folder that is there.
+        metavar: what stands for its value in the help.
+        bare: the value where the flag has none behind it.
+        each: an option apart for each key, with its help: a flag for each value of the field, or a
+            number for each key of a mapping.
+    """
+
+    help: str | None = None
+    flag: str = ""
+    read: Callable[[Any], Any] | None = None
+    form: str = ""
+    words: tuple[str, ...] = ()
+    none: str | None = None
+    exists: bool = False
+    metavar: str | None = None
+    bare: str | None = None
+    each: Mapping[str, str | None] = field(default_factory=dict)
+
+
+def preprocess(help: str) -> Opt:
+    """Give the option that takes a preset of preprocessing or a JSON file."""
+    return Opt(help, read=_preprocess, form="hf|msn-eval|raw|FILE.json")
+
+
+def _preprocess(text: str) -> str:
+    from msn_export.processor_config import require_choice
+
+    require_choice(text)
+    return text
+
+
+def number_or_all(text: str) -> int | None:
+    """Read ``N``, or ``all``, which is None.
+
+    Raises:
+        SpecError: it is neither.
+    """
+    if text == "all":
+        return None
+    if not text.isascii() or not text.isdigit() or not int(text):
+        raise SpecError(f"{text!r} is no number of pictures; expected 1 or more, or all")
+    return int(text)
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Read words with commas between them."""
+    return tuple(filter(None, text.split(",")))
+
+
+OUTPUT = "-o --output"
+DTYPES = ("fp32", "fp16", "bf16")  # those that are no matter of calibration
+
+# how pictures become a model's input
+Preprocess = Annotated[
+    str | None,
+    preprocess("How pictures are made into its input. Default: as its manifest says, else hf."),
+]
+Exif = Annotated[
+    preprocessing.Exif | None,
+    Opt("Turn pictures by their EXIF orientation? Default: as the manifest says, else apply."),
+]
+OpenSize = Annotated[ImageSize | None, Opt("For a graph that leaves height and width open.")]
+
+# what a checkpoint may not say of itself
+Variant = Annotated[str | None, Opt("Published shape, where a weights file does not say.")]
+Weights = Annotated[
+    str | None, Opt("Which of several weights in one file, as model_ema.", metavar="KEY")
+]
+Labels = Annotated[Path | None, Opt("Names of the classes: a line each, or JSON.")]
+
+# where an artifact runs
+Providers = Annotated[
+    tuple[str, ...],
+    Opt(
+        "onnxruntime's, in order: cpu, cuda, tensorrt, … Default: cuda, else cpu.",
+        read=names,
+        form="NAME,…",
+    ),
+]
+Device = Annotated[Index | None, Opt("GPU to run on.")]
+Trust = Annotated[bool, Opt("Run an engine that has no manifest.")]
+
+# what is written, and how it is checked
+Output = Annotated[Path | None, Opt("The .onnx file to write.", OUTPUT)]
+Images = Annotated[Path | None, Opt("Pictures to check on; without, seeded noise.", exists=True)]
+Islands = Annotated[str, Opt("fp16: which tensors stay fp32.", metavar="measured|none|FILE")]
+Check = Annotated[bool, Opt("Write without comparing; the manifest says so.")]
+Force = Annotated[bool, Opt("Replace an existing output.")]
