@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from msn_export import preprocessing
 from msn_export.errors import SpecError
-from msn_export.schema import Index
+from msn_export.schema import Index, Job, annotated_hints
 from msn_export.spec import ImageSize
 
 
@@ -32,6 +32,7 @@ class Opt:
         bare: the value where the flag has none behind it.
         each: an option apart for each key, with its help: a flag for each value of the field, or a
             number for each key of a mapping.
+        kept: the manifest keeps it, where it is set.
     """
 
     help: str | None = None
@@ -44,6 +45,23 @@ class Opt:
     metavar: str | None = None
     bare: str | None = None
     each: Mapping[str, str | None] = field(default_factory=dict)
+    kept: bool = False
+
+
+def opts_of(job: Any) -> dict[str, Opt]:
+    """List a job's options by the names of their fields."""
+    return {
+        name: told
+        for name, hint in annotated_hints(job).items()
+        for told in getattr(hint, "__metadata__", ())
+        if isinstance(told, Opt)
+    }
+
+
+def kept(job: Job) -> dict[str, Any]:
+    """Give the options that are set and that a manifest is to keep."""
+    given = {name: getattr(job, name) for name, opt in opts_of(type(job)).items() if opt.kept}
+    return {name: value for name, value in given.items() if value}
 
 
 def preprocess(help: str) -> Opt:

@@ -17,6 +17,7 @@ import typing
 from collections.abc import Mapping
 from enum import Enum
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from msn_export.errors import ManifestError, SpecError
@@ -38,6 +39,8 @@ def to_plain(value: Any) -> Any:
         return [to_plain(item) for item in value]
     if isinstance(value, Enum):
         return value.value
+    if isinstance(value, Path):
+        return str(value)
     if isinstance(value, str):
         return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     if isinstance(value, float) and not math.isfinite(value):
@@ -72,7 +75,7 @@ def _read(kind: Any, plain: Any, where: str) -> Any:
         if plain not in get_args(kind):
             raise ManifestError(f"{where} is {_short(plain)}; expected one of {get_args(kind)}")
         return plain
-    if origin in {typing.Union, types.UnionType}:
+    if origin in _UNIONS:
         return _read_union(kind, plain, where)
     if origin is tuple:
         item = get_args(kind)[0]
@@ -89,6 +92,8 @@ def _read(kind: Any, plain: Any, where: str) -> Any:
             return kind(plain)
         except ValueError as error:
             raise ManifestError(f"{where} is {plain!r}, which is no {kind.__name__}") from error
+    if kind is Path:
+        return Path(_expect(str, plain, where))
     if kind is float:
         return _read_float(plain, where)
     if kind is int:
@@ -197,7 +202,7 @@ class Job:
 
     def __post_init__(self) -> None:
         kind: Any = type(self)
-        hints = _annotated_hints(kind)
+        hints = annotated_hints(kind)
         for name, hint in hints.items():
             value = getattr(self, name)
             if not _fits(value, hint):
@@ -213,7 +218,8 @@ class Job:
 
 
 @cache
-def _annotated_hints(kind: Any) -> dict[str, Any]:
+def annotated_hints(kind: Any) -> dict[str, Any]:
+    """Give each field's annotation, with what is said of it besides its type."""
     hints = typing.get_type_hints(kind, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 

@@ -48,6 +48,6 @@ def spec_of(
 def built(
     vit: Vit, capabilities: str = "8.9", profiles: str = "1:8:32", decompose: bool = False
 ) -> BuildResult:
-    spec = spec_of(vit, capabilities, profiles, decompose_attention=decompose)
+    spec = spec_of(vit, capabilities, profiles, allow_unfused=decompose)
     name = abs(hash((vit, capabilities, profiles, decompose)))
     return build_engine(spec, rtx(), Path(FOLDER.name) / f"{name}.engine")

@@ -199,7 +199,7 @@ def test_an_engine_of_full_tensorrt_is_for_the_gpus_its_manifest_names(
         backend="tensorrt",
         version="11.4.0.106",
         compute_capabilities=("8.0",),
-        options={"hardware_compatible": True, "version_compatible": True},
+        options={"version_compatible": True, "hardware_compatible": True},
     )
     described = replace(
         known, sha256=sha256_of(path), bytes=path.stat().st_size, engine=replace(ampere, later=True)
@@ -235,7 +235,14 @@ def test_a_quantised_graph_says_its_own_precision() -> None:
 
 
 def test_the_command_that_rebuilds_does_nothing_else() -> None:
-    hostile = replace(example(), source=SourceRecord("m; rm -rf ~ #.onnx", "ef" * 32))
+    engine = example().engine
+    assert engine is not None
+    hostile = replace(
+        example(),
+        source=SourceRecord("m; rm -rf ~ #.onnx", "ef" * 32),
+        engine=replace(engine, options={"tf32": True, "x; rm -rf ~ #": True, "force\n": True}),
+    )
     assert rebuild(hostile).startswith(
         "rebuild it with: msn-export trt 'm; rm -rf ~ #.onnx' --fp16 --backend "
     )
+    assert rebuild(hostile).endswith(" --tf32 --force")

@@ -11,6 +11,8 @@ import pytest
 from engine_builds import graph, rtx, spec_of
 from engine_graphs import Vit
 
+from msn_export.schema import to_plain
+
 DEEP = Vit(depth=24)
 
 
@@ -36,7 +38,7 @@ def run(job: dict[str, Any], *, listening: bool = True, **environment: str):
 
 def job(vit: Vit, output: Path, **changes: Any) -> dict[str, Any]:
     rtx()
-    plain = {**spec_of(vit).to_json(), "model": str(graph(vit))}
+    plain = {**to_plain(spec_of(vit)), "model": str(graph(vit))}
     return {
         "module": "tensorrt_rtx",
         "spec": plain,

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from msn_export.engine.options import BuildSpec, BuildStep, Phases
 from msn_export.errors import SpecError
+from msn_export.schema import from_plain, to_plain
 from msn_export.spec import BatchRange, ComputeCapability, Dtype
 
 
@@ -21,10 +22,13 @@ from msn_export.spec import BatchRange, ComputeCapability, Dtype
             {"capabilities": (ComputeCapability(8, 9),) * 2},
             r"--compute-capability 8\.9 is given tw",
         ),
-        ({"optimization_level": 6}, "optimization level 6 is not one of 0 to 5"),
-        ({"workspace": 0}, "workspace 0 must be above zero"),
-        ({"timeout": float("nan")}, "timeout nan must be above zero"),
-        ({"memory_limit": -1}, "memory limit -1 must be above zero"),
+        (
+            {"optimization_level": 6},
+            "BuildSpec.optimization_level is 6; expected int from 0 to 5 or None",
+        ),
+        ({"workspace": 0}, "BuildSpec.workspace is 0; expected int from 1 or None"),
+        ({"timeout": float("nan")}, "BuildSpec.timeout is nan; expected float above 0 or None"),
+        ({"memory_limit": -1}, "BuildSpec.memory_limit is -1; expected int from 1 or None"),
     ],
 )
 def test_a_spec_that_makes_no_sense(options: dict[str, object], message: str) -> None:
@@ -35,11 +39,12 @@ def test_a_spec_that_makes_no_sense(options: dict[str, object], message: str) ->
 def test_a_spec_survives_json() -> None:
     spec = BuildSpec(
         Path("x.onnx"), (BatchRange(), BatchRange(64, 64, 64)), (ComputeCapability(8, 9),),
-        Dtype.FP16, 1 << 30, 3, Path("t.cache"), True, True, 60.0, 1 << 32,
+        Dtype.FP16, 1 << 30, 3, Path("t.cache"), True, True, timeout=60.0,
+        memory_limit=1 << 32,
     )  # fmt: skip
-    assert BuildSpec.from_json(spec.to_json()) == spec
+    assert from_plain(BuildSpec, to_plain(spec), "spec") == spec
     bare = BuildSpec(Path("x.onnx"), (BatchRange(),))
-    assert BuildSpec.from_json(bare.to_json()) == bare
+    assert from_plain(BuildSpec, to_plain(bare), "spec") == bare
     assert bare.options_set() == {}
     assert len(spec.options_set()) == 9
 
@@ -65,7 +70,7 @@ specs = st.builds(
     version_compatible=st.booleans(),
     hardware_compatible=st.booleans(),
     tf32=st.booleans(),
-    decompose_attention=st.booleans(),
+    allow_unfused=st.booleans(),
     timeout=st.none() | st.floats(0.1, 1e6),
     memory_limit=st.none() | st.integers(1, 1 << 40),
 )
@@ -73,7 +78,7 @@ specs = st.builds(
 
 @given(specs)
 def test_every_spec_reaches_the_compilers_process_as_it_is(spec) -> None:
-    assert BuildSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+    assert from_plain(BuildSpec, json.loads(json.dumps(to_plain(spec))), "spec") == spec
 
 
 def test_nested_phases_are_one_fraction() -> None:

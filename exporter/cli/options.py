@@ -18,8 +18,8 @@ import click
 from click.core import ParameterSource
 
 from msn_export.errors import SpecError
-from msn_export.options import Opt
-from msn_export.schema import Within
+from msn_export.options import Opt, opts_of
+from msn_export.schema import Within, annotated_hints
 
 IMAGES = click.Path(exists=True, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -125,14 +125,12 @@ class JobCommand(click.Command):
         if self._opts is None:
             self._opts = {}
             job = pkgutil.resolve_name(self._job)
-            hints = typing.get_type_hints(job, include_extras=True)
             last = [param for param in self._params if param.name == "as_json"]
             self._params = [param for param in self._params if param not in last]
-            for field in fields(job):
-                for opt in getattr(hints[field.name], "__metadata__", ()):
-                    if isinstance(opt, Opt):
-                        self._opts[field.name] = One.of(hints[field.name]), opt
-                        self._params += _options(field, *self._opts[field.name])
+            by_name = {field.name: field for field in fields(job)}
+            for name, opt in opts_of(job).items():
+                self._opts[name] = One.of(annotated_hints(job)[name]), opt
+                self._params += _options(by_name[name], *self._opts[name])
             self._params += last
         return self._params
 

@@ -152,13 +152,20 @@ class TrtJob(Job):
         Opt("Repeatable: one profile each. Default: the graph's.", "--batch"),
     ] = ()
     workspace: Annotated[
-        Count | None, Opt("Scratch memory a kernel may use.", read=parse_bytes, form=_MEMORY)
+        Count | None,
+        Opt("Scratch memory a kernel may use.", read=parse_bytes, form=_MEMORY, kept=True),
     ] = None
-    optimization_level: Annotated[Annotated[int, Within(0, 5)] | None, Opt()] = None
+    optimization_level: Annotated[Annotated[int, Within(0, 5)] | None, Opt(kept=True)] = None
     timing_cache: Annotated[Path | None, Opt()] = None
-    version_compatible: Annotated[bool, Opt("Loads in the lean runtime of others.")] = False
-    hardware_compatible: Annotated[bool, Opt("For any GPU from Ampere on (tensorrt).")] = False
-    tf32: Annotated[bool, Opt("Let fp32 products round to TF32, 10 bits of mantissa.")] = False
+    version_compatible: Annotated[bool, Opt("Loads in the lean runtime of others.", kept=True)] = (
+        False
+    )
+    hardware_compatible: Annotated[
+        bool, Opt("For any GPU from Ampere on (tensorrt).", kept=True)
+    ] = False
+    tf32: Annotated[
+        bool, Opt("Let fp32 products round to TF32, 10 bits of mantissa.", kept=True)
+    ] = False
     timeout: Annotated[
         Annotated[float, Within(1)] | None, Opt("Seconds the compiler may take.")
     ] = None
@@ -166,9 +173,10 @@ class TrtJob(Job):
         Count | None,
         Opt("Resident memory the compiler may take.", read=parse_bytes, form=_MEMORY),
     ] = None
-    allow_unfused: Annotated[bool, Opt("Accept attention that is not fused.")] = False
+    allow_unfused: Annotated[bool, Opt("Accept attention that is not fused.", kept=True)] = False
     allow_fp32: Annotated[
-        bool, Opt("Accept fp32 products in a typed graph that its manifest does not declare.")
+        bool,
+        Opt("Accept fp32 products in a typed graph that its manifest does not declare.", kept=True),
     ] = False
     log: Annotated[Path | None, Opt("Write everything TensorRT says here.")] = None
     preprocess: options.Preprocess = None

@@ -1,7 +1,7 @@
 """The story of ``msn-export trt``: graph, precision, check, compile in a child, census, engine."""
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from msn_export.metrics.evaluate import Reference, measure_rounding, run_referen
 from msn_export.metrics.samples import Sample, draw, require_different
 from msn_export.metrics.tolerances import GATES, ROUNDED_MARGIN
 from msn_export.mixed_precision import cpu_runner
+from msn_export.options import kept
 from msn_export.progress import SILENT, Progress
 from msn_export.runtime.opening import VerifiedEngine, open_engine
 from msn_export.runtime.runner import Outputs
@@ -132,19 +133,6 @@ PACKAGES = ("onnx", "onnx-ir", "onnxsim", "onnxruntime-gpu", "onnxruntime")
 
 def _engine_record(job: TrtJob, graph: Compilable, result: BuildResult) -> EngineRecord:
     figures = summary(result.census)
-    options = {
-        name: getattr(job, name)
-        for name in (
-            "workspace",
-            "optimization_level",
-            "version_compatible",
-            "hardware_compatible",
-            "tf32",
-            "allow_unfused",
-            "allow_fp32",
-        )
-        if getattr(job, name) not in {None, False}
-    }
     return EngineRecord(
         backend=result.backend.name,
         version=result.backend.version,
@@ -160,7 +148,7 @@ def _engine_record(job: TrtJob, graph: Compilable, result: BuildResult) -> Engin
         reason="compiled",
         later=result.targets.later,
         census=[to_plain(census) for census in result.censuses],
-        options=options,
+        options=kept(job),
     )
 
 
@@ -430,20 +418,11 @@ def _compile(
 
 def _spec(job: TrtJob, profiles: tuple[BatchRange, ...], backend: Backend) -> BuildSpec:
     """Say what to compile, as far as it is known before the graph is typed."""
-    return BuildSpec(
-        model=job.model,
-        profiles=profiles,
-        capabilities=job.capabilities,
-        workspace=job.workspace,
-        optimization_level=job.optimization_level,
-        timing_cache=job.timing_cache or _default_timing_cache(backend),
-        version_compatible=job.version_compatible,
-        hardware_compatible=job.hardware_compatible,
-        tf32=job.tf32,
-        decompose_attention=job.allow_unfused,
-        timeout=job.timeout,
-        memory_limit=job.memory_limit,
-    )
+    shared = [field.name for field in fields(BuildSpec) if hasattr(job, field.name)]
+    asked: dict[str, Any] = {name: getattr(job, name) for name in shared}
+    asked |= {"profiles": profiles}
+    asked |= {"timing_cache": job.timing_cache or _default_timing_cache(backend)}
+    return BuildSpec(**asked)
 
 
 def _default_timing_cache(backend: Backend) -> Path | None:

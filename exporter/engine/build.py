@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +21,7 @@ from msn_export.engine.versions import Backend
 from msn_export.engine_header import read_header
 from msn_export.errors import BuildError, OutputError
 from msn_export.host import Driver, NoDriver, find_driver, peak_rss, signal_name
-from msn_export.schema import from_plain
+from msn_export.schema import from_plain, to_plain
 from msn_export.spec import AMPERE, Targets
 
 _POLL = 0.05  # seconds between two looks at clock and memory
@@ -237,11 +237,11 @@ def _ignore(_progress: BuildStep) -> None:
 
 
 def _job(spec: BuildSpec, backend: Backend, output: Path) -> dict[str, Any]:
-    plain = spec.to_json()
-    for option in backend.flavour.ignored.keys() & spec.options_set().keys():
-        plain[option] = None  # told above; TensorRT is not even asked
-    plain["model"] = str(spec.model.absolute())
-    return {"module": backend.flavour.module, "spec": plain, "output": str(output.absolute())}
+    # told above; TensorRT is not even asked
+    idle: dict[str, Any] = dict.fromkeys(backend.flavour.ignored)
+    asked = replace(spec, model=spec.model.absolute(), **idle)
+    module = backend.flavour.module
+    return {"module": module, "spec": to_plain(asked), "output": str(output.absolute())}
 
 
 def _targets(spec: BuildSpec, backend: Backend, output: Path, driver: Driver | NoDriver) -> Targets:

@@ -330,7 +330,7 @@ def compile_engine(
     network: INetworkDefinition = builder.create_network(flags)
     parser: OnnxParser = trt.OnnxParser(network, log)  # owns the weights: lives until the end
     _parse(parser, spec.model)
-    if spec.decompose_attention and flavour.has_attention:
+    if spec.allow_unfused and flavour.has_attention:
         _decompose_attention(trt, network)
     config: IBuilderConfig = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # kernels are told one by one

@@ -1,25 +1,26 @@
 """What is to be compiled, and which options can be had with which backend on which GPU."""
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any
 
 from msn_export.engine.versions import Backend, require_buildable
 from msn_export.engine_header import CAPABILITIES, may_target
 from msn_export.errors import BuildError, SpecError
 from msn_export.host import Device, Driver, NoDriver
+from msn_export.schema import Count, Job, Within
 from msn_export.spec import AMPERE, BatchRange, ComputeCapability, Dtype
 
 
 @dataclass(frozen=True, slots=True)
-class BuildSpec:
+class BuildSpec(Job):
     """What to compile, for which GPUs and within which limits.
 
     ``profiles`` are the batch ranges to tune for, in order. No ``capabilities``: TensorRT-RTX
     then claims every GPU from Ampere on. ``precision`` matters only where the network is not
     strongly typed. ``workspace`` (a kernel's scratch memory) and ``memory_limit`` (of the compiler
-    process, resident) are in bytes, ``timeout`` is in seconds. ``decompose_attention`` lets
+    process, resident) are in bytes, ``timeout`` is in seconds. ``allow_unfused`` lets
     TensorRT take an Attention operator apart where it has no fused kernel for it; without it such
     a graph does not compile, so that a build proves the fusion. ``tf32`` lets fp32 products round
     their inputs to 10 bits of mantissa, which TensorRT does by default and this package does not.
@@ -30,17 +31,18 @@ class BuildSpec:
     profiles: tuple[BatchRange, ...]
     capabilities: tuple[ComputeCapability, ...] = ()
     precision: Dtype | None = None
-    workspace: int | None = None
-    optimization_level: int | None = None
+    workspace: Count | None = None
+    optimization_level: Annotated[int, Within(0, 5)] | None = None
     timing_cache: Path | None = None
     version_compatible: bool = False
     hardware_compatible: bool = False
     tf32: bool = False
-    decompose_attention: bool = False
-    timeout: float | None = None
-    memory_limit: int | None = None
+    allow_unfused: bool = False
+    timeout: Annotated[float, Within(0, above=True)] | None = None
+    memory_limit: Count | None = None
 
-    def __post_init__(self) -> None:
+    def require_consistent(self) -> None:
+        """Refuse to build for nothing, and for one thing twice."""
         if not self.profiles:
             raise SpecError("no batch range; give at least one --batch")
         for option, items in (("batch", self.profiles), ("compute-capability", self.capabilities)):
@@ -48,15 +50,6 @@ class BuildSpec:
             for text in texts:
                 if texts.count(text) > 1:
                     raise SpecError(f"--{option} {text} is given twice")
-        if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
-            raise SpecError(f"optimization level {self.optimization_level} is not one of 0 to 5")
-        for option, value in (
-            ("workspace", self.workspace),
-            ("memory limit", self.memory_limit),
-            ("timeout", self.timeout),
-        ):
-            if value is not None and not value > 0:
-                raise SpecError(f"{option} {value} must be above zero")
 
     def options_set(self) -> dict[str, Any]:
         """List the options that differ from their default."""
@@ -66,28 +59,6 @@ class BuildSpec:
             for field in fields(self)
             if field.name not in required and getattr(self, field.name) != field.default
         }
-
-    def to_json(self) -> dict[str, Any]:
-        """Give plain JSON values; ``from_json`` reads them back."""
-        plain = {field.name: getattr(self, field.name) for field in fields(self)}
-        plain["model"] = str(self.model)
-        plain["timing_cache"] = self.timing_cache and str(self.timing_cache)
-        plain["profiles"] = [str(profile) for profile in self.profiles]
-        plain["capabilities"] = [str(capability) for capability in self.capabilities]
-        return plain
-
-    @classmethod
-    def from_json(cls, plain: Mapping[str, Any]) -> Self:
-        """Read what ``to_json`` gave."""
-        values = dict(plain)
-        values["model"] = Path(plain["model"])
-        values["timing_cache"] = plain["timing_cache"] and Path(plain["timing_cache"])
-        values["profiles"] = tuple(BatchRange.parse(text) for text in plain["profiles"])
-        values["capabilities"] = tuple(
-            ComputeCapability.parse(text) for text in plain["capabilities"]
-        )
-        values["precision"] = plain["precision"] and Dtype(plain["precision"])
-        return cls(**values)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from msn_export.engine.options import BuildSpec, BuildStep
 from msn_export.engine.versions import flavour_for
 from msn_export.errors import BuildError, MsnExportError
 from msn_export.host import end_with, peak_rss
-from msn_export.schema import to_plain
+from msn_export.schema import from_plain, to_plain
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def _run(job: dict[str, Any], send: Callable[[dict[str, Any]], bool]) -> dict[st
     def report(progress: BuildStep) -> bool:
         return send({"progress": to_plain(progress)})
 
-    spec = BuildSpec.from_json(job["spec"])
+    spec = from_plain(BuildSpec, job["spec"], "spec")
     compiled = compile_engine(trt, flavour, spec, log, heard, report)
     Path(job["output"]).write_bytes(memoryview(compiled.plan))
     return {

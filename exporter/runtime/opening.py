@@ -155,15 +155,9 @@ def rebuild(manifest: Manifest | None, capability: ComputeCapability | None = No
         words += ["--compute-capability", str(capability)]
     for profile in manifest.profiles:
         words += ["--batch", str(profile)]
-    for option in (
-        "version_compatible",
-        "hardware_compatible",
-        "tf32",
-        "allow_unfused",
-        "allow_fp32",
-    ):
-        if manifest.engine.options.get(option) is True:
-            words.append(f"--{option.replace('_', '-')}")
+    flags = (name for name, value in manifest.engine.options.items() if value is True)
+    # a name is a stranger's word, which is not to become another command
+    words += [f"--{name.replace('_', '-')}" for name in flags if name.isidentifier()]
     return "rebuild it with: " + " ".join([*words, "--force"])
 
 
