@@ -34,10 +34,10 @@ def test_the_examples_run_one_after_the_other(photographs, tmp_path, monkeypatch
 
 def test_every_command_is_in_the_table_and_the_table_names_what_exists() -> None:
     text = DOCUMENT.read_text()
-    rows = dict(re.findall(r"^\| `(msn_export\.run_\w+)` \| `(\w+)` \|", text, re.MULTILINE))
-    commands = set(main.commands) - OTHERWISE
-    assert set(rows) == {f"msn_export.run_{command}" for command in commands}
-    for module, job in rows.items():
-        found = importlib.import_module(module)
-        assert callable(getattr(found, module.rpartition(".")[2]))
+    row = r"^\| `msn_export\.commands\.(\w+)` \| `(\w+)` \|"
+    rows = dict(re.findall(row, text, re.MULTILINE))
+    assert set(rows) == set(main.commands) - OTHERWISE
+    for command, job in rows.items():
+        found = importlib.import_module(f"msn_export.commands.{command}")
+        assert callable(getattr(found, f"run_{command}"))
         assert getattr(found, job).__dataclass_fields__
