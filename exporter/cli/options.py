@@ -7,7 +7,7 @@ import pkgutil
 import shlex
 import sys
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, fields
 from enum import Enum, EnumType
 from pathlib import Path
@@ -44,17 +44,13 @@ class Parsed(click.ParamType[Any]):
         except (SpecError, ValueError) as error:
             self.fail(str(error), param, ctx)
 
+    def get_metavar(self, *args: Any, **named: Any) -> str | None:
+        """Show what the other type shows."""
+        return self.base.get_metavar(*args, **named)
 
-class Words(click.Choice[str]):
-    """Words, each of which means a value."""
-
-    def __init__(self, meanings: Mapping[str, Any]) -> None:
-        super().__init__(list(meanings))
-        self.meanings = meanings
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Give what the word means."""
-        return self.meanings[super().convert(value, param, ctx)]
+    def shell_complete(self, *args: Any) -> list[Any]:
+        """Complete as the other type does."""
+        return self.base.shell_complete(*args)
 
 
 class One(NamedTuple):
@@ -104,7 +100,8 @@ class One(NamedTuple):
         if not words:
             return click.STRING
         meanings = {word: kind(word) if self.is_enum else word for word in words}
-        return Words({**({opt.none: None} if opt.none else {}), **meanings})
+        meanings = {**({opt.none: None} if opt.none else {}), **meanings}
+        return Parsed("", meanings.__getitem__, click.Choice(list(meanings)))
 
 
 class JobCommand(click.Command):
@@ -142,24 +139,16 @@ class JobCommand(click.Command):
         """Call the function with what was given."""
         for name, (one, opt) in (self._opts or {}).items():
             values = {key: ctx.params.pop(key) for key in opt.each or [name]}
-            given = {key: value for key, value in values.items() if _is_given(ctx, key)}
+            default = ParameterSource.DEFAULT
+            given = {k: v for k, v in values.items() if ctx.get_parameter_source(k) is not default}
+            if opt.each and one.is_enum and len(given) > 1:
+                told = " and ".join(f"--{key}" for key in given)
+                raise click.UsageError(f"{told} contradict each other; give one", ctx)
             if opt.each and given:
-                ctx.params[name] = one.kind(_only(given, ctx)) if one.is_enum else given
+                ctx.params[name] = one.kind(*given) if one.is_enum else given
             else:
                 ctx.params |= given
         return super().invoke(ctx)
-
-
-def _is_given(ctx: click.Context, name: str) -> bool:
-    return ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
-
-
-def _only(flags: Iterable[str], ctx: click.Context) -> str:
-    first, *others = flags
-    if others:
-        told = " and ".join(f"--{flag}" for flag in (first, *others))
-        raise click.UsageError(f"{told} contradict each other; give one", ctx)
-    return first
 
 
 def _options(field: Field[Any], one: One, opt: Opt) -> Iterator[click.Option]:
