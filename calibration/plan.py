@@ -26,7 +26,7 @@ from msn_export.calibration.qdq import (
     scales,
 )
 from msn_export.errors import FusionError, GraphError
-from msn_export.graph.builder import Patch
+from msn_export.graph.builder import GraphBuilder, array_of, operand
 from msn_export.graph.fuse import fuse_attention
 from msn_export.graph.opset import lower_opset
 from msn_export.spec import AttentionForm, Dtype, Observer, Target
@@ -55,9 +55,8 @@ def corrections(
     exact, rounded = _means(steps, scheme, watch, batches)
     found = {}
     for projection in linear:
-        weight = model.graph.initializers[projection.weight].const_value
-        assert weight is not None
-        columns = np.moveaxis(weight.numpy(), projection.axis, -1)  # [in, out]
+        weight = array_of(model.graph.initializers[projection.weight])
+        columns = np.moveaxis(weight, projection.axis, -1)  # [in, out]
         held = scales(np.abs(columns).max(axis=0), scheme.weights, scheme.base)
         carried = scheme.weights.carry(columns, held).astype(np.float64)
         error = rounded[projection.x] @ carried - exact[projection.x] @ columns
@@ -106,12 +105,9 @@ def _bias_index(node: ir.Node) -> int | None:
 
 
 def _subtract(model: ir.Model, node: ir.Node, index: int, error: NDArray[np.float32]) -> None:
-    value = node.inputs[index]
-    assert value is not None
-    assert value.const_value is not None
-    corrected = value.const_value.numpy() - error
-    patch = Patch(model.graph, node)
-    node.replace_input_with(index, patch.constant(corrected, f"{value.name}.corrected"))
+    value, builder = operand(node, index), GraphBuilder(model.graph)
+    corrected = builder.constant(array_of(value) - error, f"{value.name}.corrected")
+    node.replace_input_with(index, corrected)
 
 
 BLOCK_ROLES = frozenset({Role.QKV, Role.OUT, Role.FC1, Role.FC2})

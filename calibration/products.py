@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from msn_export.errors import GraphError
 from msn_export.graph.attention import AttentionCore, match
+from msn_export.graph.builder import array_of, operand
 
 # Operators between a projection and an attention core: they move, scale or shift elements.
 _MOVES = ("Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
@@ -128,9 +129,8 @@ def find_by_weight(
 
 def _signs(model: ir.Model, projection: Projection) -> NDArray[np.float32]:
     """Give the signs of a weight, [output channels, some 64 of the rest]."""
-    held = model.graph.initializers[projection.weight].const_value
-    assert held is not None
-    weight: NDArray[np.float32] = np.moveaxis(held.numpy(), projection.axis, 0)
+    held = array_of(model.graph.initializers[projection.weight])
+    weight: NDArray[np.float32] = np.moveaxis(held, projection.axis, 0)
     rows = weight.reshape(len(weight), -1)
     return np.sign(rows[:, :: max(1, rows.shape[1] // 64)])
 
@@ -202,9 +202,7 @@ def _constant(value: ir.Value) -> bool:
 
 
 def _describe(node: ir.Node, role: Role, block: int | None) -> Projection:
-    x, weight = node.inputs[:2]
-    assert x is not None
-    assert weight is not None
+    x, weight = operand(node, 0), operand(node, 1)
     axis = 0 if node.op_type == "Conv" else 1
     if node.op_type == "Gemm":
         transposed = node.attributes.get("transB")

@@ -24,7 +24,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from msn_export.calibration.products import Projection, find_cores
 from msn_export.errors import GraphError
-from msn_export.graph.builder import Patch
+from msn_export.graph.builder import GraphBuilder, array_of, operand, producer
 from msn_export.graph.io import infer_shapes
 from msn_export.spec import AttentionForm, Dtype, Target
 
@@ -154,23 +154,11 @@ def find_operands(model: ir.Model) -> tuple[Operands, ...]:
     """Name the operands of each attention core; the graph's attention is in its plain form."""
     found = []
     for block, core in enumerate(find_cores(model)):
-        probabilities, v = core.node.inputs[:2]
-        assert probabilities is not None
-        assert v is not None
-        scores = _producer(_producer(probabilities).inputs[0])
-        q, k = scores.inputs[:2]
-        assert q is not None
-        assert k is not None
-        names = [value.name or "" for value in (q, k, probabilities, v)]
-        found.append(Operands(block, *names))
+        probabilities, v = operand(core.node, 0), operand(core.node, 1)
+        scores = producer(producer(probabilities).inputs[0])
+        values = (operand(scores, 0), operand(scores, 1), probabilities, v)
+        found.append(Operands(block, *(value.name or "" for value in values)))
     return tuple(found)
-
-
-def _producer(value: ir.Value | None) -> ir.Node:
-    assert value is not None
-    node = value.producer()
-    assert node is not None  # operands of a matched core are computed
-    return node
 
 
 def require_fusable(tokens: int, scheme: Scheme) -> None:
@@ -232,21 +220,19 @@ def quantise_attention(
 
 def _pair(model: ir.Model, node: ir.Node, index: int, limit: float, scheme: Scheme) -> ir.Value:
     """Quantise and dequantise what ``node`` reads."""
-    x = node.inputs[index]
-    assert x is not None
-    patch = Patch(model.graph, node)
-    step = _constant(patch, scales(limit, scheme.form, scheme.scale), f"{x.name}.scale")
-    zero = _zero(patch, scheme.form)
-    quantised = patch.op("QuantizeLinear", [x, step, zero])
-    return patch.op("DequantizeLinear", [quantised, step, zero])
+    x = operand(node, index)
+    builder = GraphBuilder(model.graph, node)
+    step = builder.constant(scales(limit, scheme.form, scheme.scale), f"{x.name}.scale")
+    nothing = scheme.form.encode(np.zeros((), np.float32))
+    zero = builder.constant(nothing, f"zero.{scheme.form.dtype}")
+    quantised = builder.op("QuantizeLinear", [x, step, zero])
+    return builder.op("DequantizeLinear", [quantised, step, zero])
 
 
 def _weight(model: ir.Model, node: ir.Node, projection: Projection, scheme: Scheme) -> ir.Value:
     """Store a weight in 8 bits and dequantise it."""
-    value = node.inputs[1]
-    assert value is not None
-    assert value.const_value is not None
-    weight = value.const_value.numpy()
+    value = operand(node, 1)
+    weight = array_of(value)
     others = tuple(axis for axis in range(weight.ndim) if axis != projection.axis)
     limits = np.abs(weight).max(axis=others)
     if not np.isfinite(limits).all():
@@ -254,19 +240,8 @@ def _weight(model: ir.Model, node: ir.Node, projection: Projection, scheme: Sche
     steps = scales(limits, scheme.weights, scheme.scale)
     shape = [1] * weight.ndim
     shape[projection.axis] = -1
-    patch = Patch(model.graph, node)
-    held = _constant(
-        patch,
-        scheme.weights.encode(weight / steps.reshape(shape)),
-        f"{value.name}.{scheme.form.dtype}",
-    )
-    step = _constant(patch, steps, f"{value.name}.scale")
-    return patch.op("DequantizeLinear", [held, step], {"axis": projection.axis})
-
-
-def _zero(patch: Patch, form: Format) -> ir.Value:
-    return _constant(patch, form.encode(np.zeros((), np.float32)), f"zero.{form.dtype}")
-
-
-def _constant(patch: Patch, array: NDArray[Any], name: str) -> ir.Value:
-    return patch.constant(np.asarray(array), name)
+    builder = GraphBuilder(model.graph, node)
+    encoded = scheme.weights.encode(weight / steps.reshape(shape))
+    held = builder.constant(encoded, f"{value.name}.{scheme.form.dtype}")
+    step = builder.constant(steps, f"{value.name}.scale")
+    return builder.op("DequantizeLinear", [held, step], {"axis": projection.axis})

@@ -24,6 +24,7 @@ from msn_export.calibration.qdq import (
 )
 from msn_export.calibration.smoothquant import find_smoothing_sites, fold
 from msn_export.errors import GraphError
+from msn_export.graph.builder import array_of, operand, producer
 from msn_export.graph.emulate import widen
 from msn_export.graph.fuse import attention_form, fuse_attention
 from msn_export.graph.quantised import is_quantised_core, quantised_dtype, quantised_products
@@ -169,10 +170,8 @@ def _lengths(model: ir.Model, readers: Mapping[str, int]) -> NDArray[np.float64]
     nodes = {node.name: node for node in model.graph}
     total: NDArray[np.float64] = np.zeros(1)
     for name, axis in readers.items():
-        value = nodes[name].inputs[1]
-        assert value is not None
-        assert value.const_value is not None
-        weight = np.moveaxis(value.const_value.numpy().astype(np.float64), axis, 0)
+        held = array_of(operand(nodes[name], 1)).astype(np.float64)
+        weight = np.moveaxis(held, axis, 0)
         total = total + np.square(weight.reshape(len(weight), -1)).sum(axis=0)
     return np.sqrt(total)
 
@@ -201,8 +200,7 @@ def _quantised_cores(model: ir.Model, candidate: ir.Model) -> list[tuple[Operand
 
 def _core_scales(softmax: ir.Node) -> Iterator[float]:
     """Read the scales of a quantised core's operands: q, k, probabilities, v."""
-    scores = softmax.inputs[0].producer() if softmax.inputs[0] is not None else None
-    assert scores is not None  # it is a quantised core
+    scores = producer(softmax.inputs[0])
     product = softmax
     for _ in range(3):  # QuantizeLinear, DequantizeLinear, the product
         product = next(iter(product.outputs[0].uses())).node

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from msn_export.calibration.products import Projection, Role, find_cores
 from msn_export.errors import GraphError
 from msn_export.graph.attention import AttentionCore
-from msn_export.graph.builder import Patch
+from msn_export.graph.builder import GraphBuilder, array_of, operand
 
 # b batch, n tokens, c channels
 
@@ -290,7 +290,7 @@ def factors(
     nodes = {node.name: node for node in model.graph}
     weights = np.zeros(len(maxima), np.float32)
     for (name, index), axis in zip(site.read, site.axis, strict=True):
-        rows = np.moveaxis(_constant(nodes[name], index), axis, 0)
+        rows = np.moveaxis(array_of(operand(nodes[name], index)), axis, 0)
         weights = np.maximum(weights, np.abs(rows).reshape(len(rows), -1).max(axis=1))
     moved = (maxima > 0) & (weights > 0)
     exponents = np.zeros(len(maxima))
@@ -312,29 +312,21 @@ def fold(model: ir.Model, site: SmoothingSite, scale: NDArray[np.float32]) -> No
     if len(site.columns) != len(scale):
         raise GraphError(f"{len(scale)} factors do not fit {site.name!r}; collect the ranges again")
     for name, index in site.written:
-        array = _constant(nodes[name], index).copy()
+        array = array_of(operand(nodes[name], index)).copy()
         array[..., list(site.columns)] /= scale
         _set(model, nodes[name], index, array)
     for (name, index), axis in zip(site.read, site.axis, strict=True):
-        array = _constant(nodes[name], index)
+        array = array_of(operand(nodes[name], index))
         shape = [1] * array.ndim
         shape[axis] = -1
         _set(model, nodes[name], index, array * scale.reshape(shape))
 
 
-def _constant(node: ir.Node, index: int) -> NDArray[Any]:
-    value = node.inputs[index]
-    assert value is not None
-    assert value.const_value is not None
-    return value.const_value.numpy()
-
-
 def _set(model: ir.Model, node: ir.Node, index: int, array: NDArray[Any]) -> None:
     """Give a node another constant; one that other nodes read too stays theirs."""
-    value = node.inputs[index]
-    assert value is not None
+    value = operand(node, index)
     if len(value.uses()) == 1:
         value.const_value = ir.tensor(np.ascontiguousarray(array))
         return
-    own = Patch(model.graph, node).constant(array, f"{node.name}.{index}.smooth")
+    own = GraphBuilder(model.graph).constant(array, f"{node.name}.{index}.smooth")
     node.replace_input_with(index, own)

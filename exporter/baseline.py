@@ -25,7 +25,7 @@ from msn_export.errors import GraphError
 from msn_export.files import apart
 from msn_export.graph import io
 from msn_export.graph.blocks import PRODUCTS, find_stream
-from msn_export.graph.builder import Patch
+from msn_export.graph.builder import GraphBuilder
 from msn_export.graph.builder import replace as replace_value
 from msn_export.graph.cls_only import narrow_to_first_token
 from msn_export.graph.emulate import in_fp64, round_values, widen
@@ -120,7 +120,7 @@ def _take(model: ir.Model, input_format: InputFormat, preprocessing: Preprocessi
     kernel = weight.numpy().astype(np.float64)
     bias = conv.inputs[2] if len(conv.inputs) > 2 else None
     shift = bias.const_value.numpy().astype(np.float64) if bias and bias.const_value else 0.0
-    patch = Patch(model.graph, model.graph[0])
+    builder = GraphBuilder(model.graph, model.graph[0])
     batch, *sizes = images.shape
     if input_format is InputFormat.UINT8:
         shift = shift - (kernel * mean / std).sum(axis=(1, 2, 3))
@@ -130,8 +130,8 @@ def _take(model: ir.Model, input_format: InputFormat, preprocessing: Preprocessi
             name=f"{images.name}.bytes", type=ir.TensorType(ir.DataType.UINT8),
             shape=ir.Shape([batch, height, width, channels]),
         )  # fmt: skip
-        floats = patch.op("Cast", [taken], {"to": int(ir.DataType.FLOAT)})
-        planes = patch.op("Transpose", [floats], {"perm": [0, 3, 1, 2]})
+        floats = builder.op("Cast", [taken], {"to": int(ir.DataType.FLOAT)})
+        planes = builder.op("Transpose", [floats], {"perm": [0, 3, 1, 2]})
     else:
         kernel = kernel * std / preprocessing.scale
         shift = shift + (kernel * mean / std).sum(axis=(1, 2, 3))
@@ -140,7 +140,7 @@ def _take(model: ir.Model, input_format: InputFormat, preprocessing: Preprocessi
             name=f"{images.name}.planes", type=ir.TensorType(ir.DataType.FLOAT),
             shape=ir.Shape([batch, channels, height, width]),
         )  # fmt: skip
-    before = Patch(model.graph, conv)
+    before = GraphBuilder(model.graph, conv)
     constants = [
         before.constant(kernel.astype(np.float32), "patch.folded.weight"),
         before.constant(np.asarray(shift, np.float32), "patch.folded.bias"),

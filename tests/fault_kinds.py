@@ -11,7 +11,7 @@ import onnx_ir as ir
 from faults import Weights, addition, array, edit, mix, node, toward
 from numpy.typing import NDArray
 
-from msn_export.graph.builder import Patch
+from msn_export.graph.builder import GraphBuilder
 
 TOKENS, LOGITS = "last_hidden_state", "logits"
 
@@ -103,7 +103,7 @@ def _scale_of_attention(graph: Graph, rng: np.random.Generator) -> Fault:
 
 
 def _at_attention(
-    name: str, block: int, place: str, faulty: Callable[[Patch, ir.Value], ir.Value]
+    name: str, block: int, place: str, faulty: Callable[[GraphBuilder, ir.Value], ir.Value]
 ) -> Fault:
     def plant(model: ir.Model, size: float) -> None:
         mix(model, node(model, f"blocks.{block}.attn.Attention").outputs[0], size, faulty)
@@ -125,8 +125,10 @@ def _heads_swapped(graph: Graph, rng: np.random.Generator) -> Fault | None:
     )
 
 
-def _gathered(patch: Patch, value: ir.Value, *, order: NDArray[Any], axis: int) -> ir.Value:
-    return patch.op("Gather", [value, patch.constant(order, "fault.order")], {"axis": axis})
+def _gathered(
+    builder: GraphBuilder, value: ir.Value, *, order: NDArray[Any], axis: int
+) -> ir.Value:
+    return builder.op("Gather", [value, builder.constant(order, "fault.order")], {"axis": axis})
 
 
 @kind("a head zeroed")
@@ -136,8 +138,8 @@ def _head_zeroed(graph: Graph, rng: np.random.Generator) -> Fault:
     head = int(rng.integers(heads))
     mask = (np.arange(heads) != head).reshape(1, heads, 1, 1)
 
-    def zeroed(patch: Patch, value: ir.Value) -> ir.Value:
-        return patch.op("Mul", [value, array(patch, value, mask, "fault.mask")])
+    def zeroed(builder: GraphBuilder, value: ir.Value) -> ir.Value:
+        return builder.op("Mul", [value, array(builder, value, mask, "fault.mask")])
 
     return _at_attention("a head zeroed", block, f", head {head}", zeroed)
 
@@ -149,16 +151,18 @@ def _wrong_axis(graph: Graph, rng: np.random.Generator) -> Fault | None:
         return None
     block = int(rng.choice(whole))
 
-    def over_queries(patch: Patch, value: ir.Value) -> ir.Value:
+    def over_queries(builder: GraphBuilder, value: ir.Value) -> ir.Value:
         attention = value.producer()
         assert attention is not None
         q, k, v = attention.inputs[:3]
         assert q is not None
         assert q.shape is not None
         root = float(q.shape[-1]) ** -0.5  # type: ignore[arg-type]
-        turned = patch.op("Transpose", [k], {"perm": [0, 1, 3, 2]})
-        scores = patch.op("Mul", [patch.op("MatMul", [q, turned]), faults.number(patch, q, root)])
-        return patch.op("MatMul", [patch.op("Softmax", [scores], {"axis": -2}), v])
+        turned = builder.op("Transpose", [k], {"perm": [0, 1, 3, 2]})
+        scores = builder.op(
+            "Mul", [builder.op("MatMul", [q, turned]), faults.number(builder, q, root)]
+        )
+        return builder.op("MatMul", [builder.op("Softmax", [scores], {"axis": -2}), v])
 
     return _at_attention("softmax over the wrong axis", block, "", over_queries)
 
@@ -169,11 +173,11 @@ def _exchanged(graph: Graph, rng: np.random.Generator) -> Fault | None:
     if not whole:
         return None
 
-    def exchanged(patch: Patch, value: ir.Value) -> ir.Value:
+    def exchanged(builder: GraphBuilder, value: ir.Value) -> ir.Value:
         attention = value.producer()
         assert attention is not None
         q, k, v = attention.inputs[:3]
-        return patch.op("Attention", [k, q, v], dict(attention.attributes))
+        return builder.op("Attention", [k, q, v], dict(attention.attributes))
 
     return _at_attention("queries and keys exchanged", int(rng.choice(whole)), "", exchanged)
 
@@ -209,7 +213,7 @@ def _norm_missing(graph: Graph, rng: np.random.Generator) -> Fault:
     def plant(model: ir.Model, size: float) -> None:
         norm = node(model, f"blocks.{block}.{leaf}.LayerNormalization")
         stream = norm.inputs[0]
-        mix(model, norm.outputs[0], size, lambda patch, _: patch.op("Identity", [stream]))
+        mix(model, norm.outputs[0], size, lambda builder, _: builder.op("Identity", [stream]))
 
     return Fault("a norm missing", f"block {block}, {leaf}", f"block {block}", plant)
 
@@ -282,17 +286,17 @@ def _bias_dropped(graph: Graph, rng: np.random.Generator) -> Fault:
 def _activation(graph: Graph, rng: np.random.Generator) -> Fault:
     block, name = _block(graph, rng), rng.choice(["QuickGELU", "tanh GELU", "ReLU"])
 
-    def other(patch: Patch, value: ir.Value) -> ir.Value:
+    def other(builder: GraphBuilder, value: ir.Value) -> ir.Value:
         gelu = value.producer()
         assert gelu is not None
         x = gelu.inputs[0]
         assert x is not None
         if name == "ReLU":
-            return patch.op("Relu", [x])
+            return builder.op("Relu", [x])
         if name == "tanh GELU":
-            return patch.op("Gelu", [x], {"approximate": "tanh"})
-        part = patch.op("Sigmoid", [patch.op("Mul", [x, faults.number(patch, x, 1.702)])])
-        return patch.op("Mul", [x, part])
+            return builder.op("Gelu", [x], {"approximate": "tanh"})
+        part = builder.op("Sigmoid", [builder.op("Mul", [x, faults.number(builder, x, 1.702)])])
+        return builder.op("Mul", [x, part])
 
     def plant(model: ir.Model, size: float) -> None:
         mix(model, node(model, f"blocks.{block}.mlp.Gelu").outputs[0], size, other)
@@ -307,7 +311,7 @@ def _residual(graph: Graph, rng: np.random.Generator) -> Fault:
     def plant(model: ir.Model, size: float) -> None:
         added = addition(model, block, mlp=mlp)
         alone = added.inputs[kept]
-        mix(model, added.outputs[0], size, lambda patch, _: patch.op("Identity", [alone]))
+        mix(model, added.outputs[0], size, lambda builder, _: builder.op("Identity", [alone]))
 
     place = f"block {block}, {'MLP' if mlp else 'attention'}, {('stream', 'branch')[kept]} alone"
     return Fault("a residual missing", place, f"block {block}", plant)
@@ -583,8 +587,8 @@ def _rescale(
     assert value.const_value is not None
     held = value.const_value.numpy()
     scale = toward(held.astype(np.float32), change, size).astype(held.dtype)
-    patch = Patch(model.graph, half)
-    half.replace_input_with(index, patch.constant(np.asarray(scale), f"{half.name}.other"))
+    builder = GraphBuilder(model.graph, half)
+    half.replace_input_with(index, builder.constant(np.asarray(scale), f"{half.name}.other"))
 
 
 def _stage_of(name: str) -> str:

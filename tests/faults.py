@@ -12,7 +12,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from msn_export import manifest
 from msn_export.graph import io
-from msn_export.graph.builder import Patch, replace
+from msn_export.graph.builder import GraphBuilder, replace
 from msn_export.manifest import Manifest, sha256_of
 
 Weights = NDArray[np.float32]
@@ -117,9 +117,9 @@ def larger_gain(model: ir.Model, block: int = BLOCK, factor: float = 1.01) -> No
 def quick_gelu(model: ir.Model, block: int = BLOCK) -> None:
     """x * sigmoid(1.702 x) for GELU."""
     gelu = node(model, f"blocks.{block}.mlp.Gelu")
-    patch = Patch(model.graph, gelu)
-    scaled = patch.op("Mul", [gelu.inputs[0], patch.constant(np.float32(1.702), "quick")])
-    result = patch.op("Mul", [gelu.inputs[0], patch.op("Sigmoid", [scaled])])
+    builder = GraphBuilder(model.graph, gelu)
+    scaled = builder.op("Mul", [gelu.inputs[0], builder.constant(np.float32(1.702), "quick")])
+    result = builder.op("Mul", [gelu.inputs[0], builder.op("Sigmoid", [scaled])])
     replace(gelu.outputs[0], result)
     tidy(model)
 
@@ -168,9 +168,9 @@ def tail(model: ir.Model, size: float = 0.1) -> None:
     assert isinstance(width, int)
     producer = output.producer()
     assert producer is not None
-    patch = Patch(model.graph, producer)
+    builder = GraphBuilder(model.graph, producer)
     drawn = np.random.default_rng(0).standard_normal((width, width)) * size / width**0.5
-    held = patch.constant(drawn.astype(np.float32), "tail.weight")
+    held = builder.constant(drawn.astype(np.float32), "tail.weight")
     product = ir.node("MatMul", [output, held], name="tail.MatMul")
     total = ir.node("Add", [output, product.outputs[0]], name="tail.Add")
     model.graph.insert_after(producer, [product, total])
@@ -184,14 +184,14 @@ def tail(model: ir.Model, size: float = 0.1) -> None:
 def mixed_batch(model: ir.Model, block: int = BLOCK, size: float = 0.1) -> None:
     """A block's MLP is given a little of the batch's mean: right where there is one image."""
     norm = node(model, f"blocks.{block}.norm2.LayerNormalization")
-    patch = Patch(model.graph, norm)
+    builder = GraphBuilder(model.graph, norm)
     x = norm.inputs[0]
-    axes = patch.constant(np.array([0]), "batch.axis")
+    axes = builder.constant(np.array([0]), "batch.axis")
     assert x is not None
-    mean = patch.op("ReduceMean", [x, axes], {"keepdims": 1})
-    apart = patch.op("Sub", [mean, x])
-    part = patch.op("Mul", [apart, number(patch, x, size)])
-    norm.replace_input_with(0, patch.op("Add", [x, part]))
+    mean = builder.op("ReduceMean", [x, axes], {"keepdims": 1})
+    apart = builder.op("Sub", [mean, x])
+    part = builder.op("Mul", [apart, number(builder, x, size)])
+    norm.replace_input_with(0, builder.op("Add", [x, part]))
     tidy(model)
 
 
@@ -199,32 +199,32 @@ def mix(
     model: ir.Model,
     value: ir.Value,
     size: float,
-    faulty: Callable[[Patch, ir.Value], ir.Value],
+    faulty: Callable[[GraphBuilder, ir.Value], ir.Value],
 ) -> None:
     """Let what reads ``value`` inside the graph read ``value + size (faulty - value)``."""
     readers = list(value.uses())
     first = next(node for node in model.graph if any(use.node is node for use in readers))
-    patch = Patch(model.graph, first)
-    mixed = _moved(patch, value, size, faulty(patch, value))
+    builder = GraphBuilder(model.graph, first)
+    mixed = _moved(builder, value, size, faulty(builder, value))
     for use in readers:
         use.node.replace_input_with(use.idx, mixed)
     tidy(model)
 
 
-def _moved(patch: Patch, value: ir.Value, size: float, faulty: ir.Value) -> ir.Value:
-    part = patch.op("Mul", [patch.op("Sub", [faulty, value]), number(patch, value, size)])
-    return patch.op("Add", [value, part])
+def _moved(builder: GraphBuilder, value: ir.Value, size: float, faulty: ir.Value) -> ir.Value:
+    part = builder.op("Mul", [builder.op("Sub", [faulty, value]), number(builder, value, size)])
+    return builder.op("Add", [value, part])
 
 
-def number(patch: Patch, like: ir.Value, x: float) -> ir.Value:
+def number(builder: GraphBuilder, like: ir.Value, x: float) -> ir.Value:
     """Add a number of the type that a value has."""
-    return array(patch, like, np.asarray(x), "fault.number")
+    return array(builder, like, np.asarray(x), "fault.number")
 
 
-def array(patch: Patch, like: ir.Value, values: NDArray[Any], name: str) -> ir.Value:
+def array(builder: GraphBuilder, like: ir.Value, values: NDArray[Any], name: str) -> ir.Value:
     """Add an array of the type that a value has."""
     assert like.dtype is not None
-    return patch.constant(values.astype(like.dtype.numpy()), name)
+    return builder.constant(values.astype(like.dtype.numpy()), name)
 
 
 def addition(model: ir.Model, block: int, *, mlp: bool = False) -> ir.Node:
@@ -262,7 +262,7 @@ def shifted_classes(model: ir.Model) -> None:
 def _through(
     model: ir.Model,
     output: str,
-    change: Callable[[Patch, ir.Value], ir.Value],
+    change: Callable[[GraphBuilder, ir.Value], ir.Value],
     size: float = 1.0,
 ) -> None:
     """Let a graph give one of its outputs ``size`` of the way to what ``change`` makes of it."""
@@ -272,10 +272,10 @@ def _through(
     end = ir.node("Identity", [value])
     end.name = end.outputs[0].name = f"{output}.end"
     model.graph.insert_after(last, [end])
-    patch = Patch(model.graph, end)
-    changed = change(patch, value)
+    builder = GraphBuilder(model.graph, end)
+    changed = change(builder, value)
     if size != 1:
-        changed = _moved(patch, value, size, changed)
+        changed = _moved(builder, value, size, changed)
     changed.shape, changed.type = value.shape, value.type
     value.name, changed.name = f"{output}.before", output
     model.graph.outputs[index] = changed
@@ -285,8 +285,8 @@ def _through(
 def scaled(output: str, factor: float) -> Callable[[ir.Model], None]:
     """Multiply an output."""
 
-    def change(patch: Patch, value: ir.Value) -> ir.Value:
-        return patch.op("Mul", [value, patch.constant(np.float32(factor), "fault.factor")])
+    def change(builder: GraphBuilder, value: ir.Value) -> ir.Value:
+        return builder.op("Mul", [value, builder.constant(np.float32(factor), "fault.factor")])
 
     return lambda model: _through(model, output, change)
 
@@ -294,9 +294,11 @@ def scaled(output: str, factor: float) -> Callable[[ir.Model], None]:
 def constant(output: str, vector: Weights) -> Callable[[ir.Model], None]:
     """Give the same for every image."""
 
-    def change(patch: Patch, value: ir.Value) -> ir.Value:
-        nothing = patch.op("Mul", [value, patch.constant(np.float32(0), "fault.zero")])
-        return patch.op("Add", [nothing, patch.constant(vector.astype(np.float32), "fault.same")])
+    def change(builder: GraphBuilder, value: ir.Value) -> ir.Value:
+        nothing = builder.op("Mul", [value, builder.constant(np.float32(0), "fault.zero")])
+        return builder.op(
+            "Add", [nothing, builder.constant(vector.astype(np.float32), "fault.same")]
+        )
 
     return lambda model: _through(model, output, change)
 
@@ -304,23 +306,23 @@ def constant(output: str, vector: Weights) -> Callable[[ir.Model], None]:
 def changed_cls(output: str, kind: str, size: float = 1.0) -> Callable[[ir.Model], None]:
     """Change the [CLS] row of tokens [b, n, dim] alone: halved, negated, zeroed, or rolled by 1."""
 
-    def change(patch: Patch, value: ir.Value) -> ir.Value:
+    def change(builder: GraphBuilder, value: ir.Value) -> ir.Value:
         def rows(start: int, end: int) -> ir.Value:
             numbers = [np.asarray([x], np.int64) for x in (start, end, 1)]
             names = [f"fault.{x}.{i}" for i, x in enumerate((start, end, 1))]
-            bounds = [patch.constant(x, n) for x, n in zip(numbers, names, strict=True)]
-            return patch.op("Slice", [value, *bounds])
+            bounds = [builder.constant(x, n) for x, n in zip(numbers, names, strict=True)]
+            return builder.op("Slice", [value, *bounds])
 
         first, rest = rows(0, 1), rows(1, 1 << 30)
         if kind == "rolled":
             assert value.shape is not None
             order = np.roll(np.arange(int(value.shape[2])), 1)  # type: ignore[call-overload]
-            turned = patch.constant(order, "fault.order")
-            first = patch.op("Gather", [first, turned], {"axis": 2})
+            turned = builder.constant(order, "fault.order")
+            first = builder.op("Gather", [first, turned], {"axis": 2})
         else:
             factor = {"halved": 0.5, "negated": -1.0, "zeroed": 0.0}[kind]
-            first = patch.op("Mul", [first, patch.constant(np.float32(factor), "fault.factor")])
-        return patch.op("Concat", [first, rest], {"axis": 1})
+            first = builder.op("Mul", [first, builder.constant(np.float32(factor), "fault.factor")])
+        return builder.op("Concat", [first, rest], {"axis": 1})
 
     return lambda model: _through(model, output, change, size)
 
@@ -328,20 +330,20 @@ def changed_cls(output: str, kind: str, size: float = 1.0) -> Callable[[ir.Model
 def brightest_negated(output: str, above: float, size: float = 1.0) -> Callable[[ir.Model], None]:
     """Negate an output [b, ...] for images [b, c, h, w] whose mean is above a number."""
 
-    def change(patch: Patch, value: ir.Value) -> ir.Value:
-        pixels = patch.graph.inputs[0]
-        shape = patch.constant(np.asarray([0, -1], np.int64), "fault.shape")
-        axes = patch.constant(np.asarray([1], np.int64), "fault.axes")
-        mean = patch.op("ReduceMean", [patch.op("Reshape", [pixels, shape]), axes])
-        limit = patch.constant(np.float32(above), "fault.limit")
-        two = patch.constant(np.float32(2), "fault.two")
-        one = patch.constant(np.float32(1), "fault.one")
-        bright = patch.op("Cast", [patch.op("Greater", [mean, limit])], {"to": 1})
-        sign = patch.op("Sub", [one, patch.op("Mul", [bright, two])])
+    def change(builder: GraphBuilder, value: ir.Value) -> ir.Value:
+        pixels = builder.graph.inputs[0]
+        shape = builder.constant(np.asarray([0, -1], np.int64), "fault.shape")
+        axes = builder.constant(np.asarray([1], np.int64), "fault.axes")
+        mean = builder.op("ReduceMean", [builder.op("Reshape", [pixels, shape]), axes])
+        limit = builder.constant(np.float32(above), "fault.limit")
+        two = builder.constant(np.float32(2), "fault.two")
+        one = builder.constant(np.float32(1), "fault.one")
+        bright = builder.op("Cast", [builder.op("Greater", [mean, limit])], {"to": 1})
+        sign = builder.op("Sub", [one, builder.op("Mul", [bright, two])])
         if value.shape is not None and len(value.shape) > 2:
-            behind = patch.constant(np.asarray([-1, 1, 1], np.int64), "fault.behind")
-            sign = patch.op("Reshape", [sign, behind])
-        return patch.op("Mul", [value, sign])
+            behind = builder.constant(np.asarray([-1, 1, 1], np.int64), "fault.behind")
+            sign = builder.op("Reshape", [sign, behind])
+        return builder.op("Mul", [value, sign])
 
     return lambda model: _through(model, output, change, size)
 

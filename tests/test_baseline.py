@@ -19,7 +19,7 @@ from msn_export.commands.calibrate import CalibrateJob, run_calibrate
 from msn_export.commands.onnx import OnnxJob, run_onnx
 from msn_export.errors import GraphError
 from msn_export.graph import io
-from msn_export.graph.builder import Patch
+from msn_export.graph.builder import GraphBuilder
 from msn_export.graph.emulate import widen
 from msn_export.graph.fuse import attention_form, fuse_attention
 from msn_export.manifest import read
@@ -196,9 +196,9 @@ def test_no_fault_of_the_candidate_is_in_its_baseline(
 def test_a_fault_that_hides_the_structure_leaves_the_baseline_as_it_is(
     quantised, export, sample
 ) -> None:
-    def exchanged(patch: Patch, value: ir.Value) -> ir.Value:
+    def exchanged(builder: GraphBuilder, value: ir.Value) -> ir.Value:
         q, k, v = attention.inputs[:3]
-        return patch.op("Attention", [k, q, v], dict(attention.attributes))
+        return builder.op("Attention", [k, q, v], dict(attention.attributes))
 
     sound, faulty = io.load(quantised("int8-")), io.load(quantised("int8-"))
     attention = next(node for node in faulty.graph if node.op_type == "Attention")

@@ -95,12 +95,7 @@ def translated(function: Any) -> ir.Model:
     images = ir.Value(
         name="x", shape=ir.Shape((batch, 3, 4, 6)), type=ir.TensorType(ir.DataType.FLOAT)
     )
-    draft, outputs = translate(fx.symbolic_trace(module).graph, module, images)
-    graph = ir.Graph(
-        [images], outputs, nodes=draft.nodes, initializers=tuple(draft.initializers.values()),
-        opset_imports={"": 23},
-    )  # fmt: skip
-    return ir.Model(graph, ir_version=10)
+    return ir.Model(translate(fx.symbolic_trace(module).graph, module, images), ir_version=10)
 
 
 FUNCTIONS = {

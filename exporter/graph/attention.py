@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from msn_export.graph.builder import operand, producer
+
 HEADS_FIRST = (0, 2, 1, 3)  # [b, n, h, d] -> [b, h, n, d]
 KEYS_TRANSPOSED = (0, 1, 3, 2)  # [b, h, n, d] -> [b, h, d, n]
 KEYS_FROM_TOKENS = (0, 2, 3, 1)  # [b, n, h, d] -> [b, h, d, n]
@@ -40,9 +42,7 @@ class AttentionCore:
     @property
     def node(self) -> ir.Node:
         """The node that computes the core's result."""
-        node = self.output.producer()
-        assert node is not None  # a core's output is computed
-        return node
+        return producer(self.output)
 
 
 def match(node: ir.Node) -> AttentionCore | str:
@@ -78,17 +78,17 @@ def _of_softmax(softmax: ir.Node) -> AttentionCore | str:
     axis = softmax.attributes.get("axis")
     if axis is not None and axis.as_int() not in {-1, 3}:
         return f"softmax runs over axis {axis.as_int()}; expected the last"
-    scores, scale = _unscaled(_without_mask(_uncast(softmax.inputs[0])))
+    scores, scale = _unscaled(_without_mask(_uncast(operand(softmax, 0))))
     scores, outer = _unscaled(_uncast(scores))  # the scale before the Cast, where there is one
     product = scores.producer()
     if product is not None and product.op_type == "DequantizeLinear":
         return f"its scores {scores.name!r} are quantised, which no fused kernel takes"
     if product is None or product.op_type != "MatMul":
         return f"scores {scores.name!r} are not a MatMul's, scaled or masked by constants"
-    q, q_scale = _unscaled(product.inputs[0])
+    q, q_scale = _unscaled(operand(product, 0))
     if _is_learned(q):
         return _POOLING.format(q=q.name)
-    keys, k_scale = _unscaled(product.inputs[1])
+    keys, k_scale = _unscaled(operand(product, 1))
     found = _untransposed(keys)
     transposed = found is None and _is_dequantised(keys)
     if found is None and not transposed:
@@ -97,8 +97,7 @@ def _of_softmax(softmax: ir.Node) -> AttentionCore | str:
     result = _weighted_sum(softmax.outputs[0])
     if result is None:
         return f"probabilities {softmax.outputs[0].name!r} are not multiplied with values once"
-    v = result.inputs[1]
-    assert v is not None  # MatMul has two inputs
+    v = operand(result, 1)
     if len({value.dtype for value in (q, k, v)}) != 1:
         return f"its operands are {q.dtype}, {k.dtype} and {v.dtype}; expected one type"
     return AttentionCore(
@@ -131,13 +130,10 @@ def _is_learned(query: ir.Value) -> bool:
     return True
 
 
-def _uncast(value: ir.Value | None) -> ir.Value:
+def _uncast(value: ir.Value) -> ir.Value:
     """Step over Casts between fp32 and half precision."""
-    assert value is not None  # operands of arithmetic are never left out
     while (node := value.producer()) is not None and _is_cast(node):
-        source = node.inputs[0]
-        assert source is not None  # a Cast has one input
-        value = source
+        value = operand(node, 0)
     return value
 
 
@@ -149,9 +145,8 @@ def _is_cast(node: ir.Node) -> bool:
     )
 
 
-def _without_mask(value: ir.Value | None) -> ir.Value:
+def _without_mask(value: ir.Value) -> ir.Value:
     """Step over the addition of a mask that lets every token through."""
-    assert value is not None  # Softmax has one input
     node = value.producer()
     if node is not None and node.op_type == "Add":
         left, right = node.inputs
@@ -185,14 +180,11 @@ def _lets_all_through(mask: ir.Value) -> bool:
     return False
 
 
-def _unscaled(value: ir.Value | None) -> tuple[ir.Value, float]:
+def _unscaled(value: ir.Value) -> tuple[ir.Value, float]:
     """Step over multiplications and divisions by a constant, and collect their factor."""
-    assert value is not None  # operands of arithmetic are never left out
     factor = 1.0
     while (node := value.producer()) is not None and node.op_type in {"Mul", "Div"}:
-        left, right = node.inputs
-        assert left is not None
-        assert right is not None
+        left, right = operand(node, 0), operand(node, 1)
         if (constant := _scalar(right)) is not None:
             value, factor = left, factor * (constant if node.op_type == "Mul" else 1 / constant)
         elif node.op_type == "Mul" and (constant := _scalar(left)) is not None:

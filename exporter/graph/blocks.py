@@ -21,6 +21,7 @@ from itertools import pairwise
 import onnx_ir as ir
 
 from msn_export.errors import GraphError
+from msn_export.graph.builder import producer
 
 ENTRY = "patch embedding"  # what the stream is before the first block
 PRODUCTS = frozenset({"Gemm", "MatMul"})
@@ -157,8 +158,7 @@ class _Flow:
         if self._goes_around(stream, core):
             return stream if stream in self.cuts else nearest
         for value in reversed(before):  # no addition: over the projection and the norm
-            node = value.producer()
-            assert node is not None  # a cut is computed
+            node = producer(value)
             if node.op_type == "LayerNormalization" and node.inputs[0] in self.cuts:
                 return node.inputs[0]
             if self._joins(node):
@@ -197,7 +197,7 @@ class _Flow:
 
     def _with_norm(self, entry: ir.Value, core: ir.Node, found: ir.Value) -> ir.Value:
         """Count a norm behind the addition to a block that begins with none, or is named alike."""
-        first = self.place[_node(entry)] + 1 if entry.producer() is not None else 0
+        first = self.place[producer(entry)] + 1 if entry.producer() is not None else 0
         ahead = self.nodes[first : self.place[core]]
         begins = any(node.op_type == "LayerNormalization" for node in ahead)
         for use in found.uses():
@@ -220,7 +220,7 @@ class _Flow:
         """Describe what lies between two cuts."""
         nodes = between(entry, output)
         assert nodes is not None  # both are cuts
-        order = {node: index for index, node in enumerate(_node(output).graph or ())}
+        order = {node: index for index, node in enumerate(producer(output).graph or ())}
         inside = tuple(sorted(nodes, key=order.__getitem__))
         streams, branches = [], []
         for node in inside:
@@ -286,12 +286,6 @@ def _behind(output: ir.Value, images: set[ir.Value]) -> set[ir.Node]:
 
 def _operands(node: ir.Node) -> list[ir.Value]:
     return [value for value in node.inputs if value is not None]
-
-
-def _node(value: ir.Value) -> ir.Node:
-    node = value.producer()
-    assert node is not None  # asked of computed values alone
-    return node
 
 
 def _numbers(cores: list[ir.Node]) -> list[int]:
@@ -424,9 +418,7 @@ def parts_of(block: Block) -> dict[str, ir.Value]:
 
 def halves(block: Block) -> tuple[tuple[ir.Node, ...], tuple[ir.Node, ...]]:
     """Split a block's nodes at the stream between attention and MLP."""
-    middle = block.streams[0].producer()
-    assert middle is not None  # an addition computes it
-    index = block.nodes.index(middle)
+    index = block.nodes.index(producer(block.streams[0]))
     return block.nodes[:index], block.nodes[index + 1 :]
 
 

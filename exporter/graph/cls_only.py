@@ -9,12 +9,11 @@ Shapes: ``b`` batch, ``n`` tokens, ``h`` heads, ``d`` head size, ``c`` channels.
 
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from msn_export.graph.attention import HEADS_FIRST
-from msn_export.graph.builder import Patch
+from msn_export.graph.builder import GraphBuilder, array_of, operand, producer_of
 from msn_export.graph.io import infer_shapes
 
 # b batch, n tokens, h heads, d head size, dim hidden size
@@ -33,9 +32,7 @@ class PackedProjection:
     @property
     def weight(self) -> ir.Value:
         """The weight, [dim, 3 * h * d]."""
-        weight = self.product.inputs[1]
-        assert weight is not None
-        return weight
+        return operand(self.product, 1)
 
 
 def find_packed(split: ir.Node | None) -> PackedProjection | None:
@@ -78,33 +75,27 @@ def split_queries(graph: ir.Graph) -> bool:
 
 
 def _rewrite(graph: ir.Graph, packed: PackedProjection, sliced: ir.Node) -> None:
-    assert packed.weight.const_value is not None
-    assert packed.reshape.inputs[1] is not None
-    weight = packed.weight.const_value.numpy()
+    weight = array_of(packed.weight)
     bias = None
     if packed.bias is not None and packed.bias.const_value is not None:
         bias = packed.bias.const_value.numpy()
-    target = packed.reshape.inputs[1].const_value
-    assert target is not None
-    tokens, rows, size = (int(number) for number in target.numpy().tolist()[1:])
+    tokens, rows, size = array_of(operand(packed.reshape, 1)).tolist()[1:]
     dim, heads = weight.shape[1] // 3, rows // 3
-    patch = Patch(graph, packed.product)
-    zero, one = patch.constant(np.array([0]), "index.0"), patch.constant(np.array([1]), "index.1")
-    first = patch.op("Slice", [packed.x, zero, one, one])
+    builder = GraphBuilder(graph, packed.product)
+    zero, one = builder.constant([0], "index.0"), builder.constant([1], "index.1")
+    first = builder.op("Slice", [packed.x, zero, one, one])
     stem = (packed.weight.name or "qkv").removesuffix(".weight")
 
-    def project(x: ir.Value, columns: slice, name: str, shape: list[int]) -> ir.Value:
-        held = patch.constant(np.asarray(weight[:, columns], order="C"), f"{stem}.{name}.weight")
-        y = patch.op("MatMul", [x, held])
+    def project(x: ir.Value, columns: slice, name: str, shape: tuple[int, ...]) -> ir.Value:
+        held = builder.constant(weight[:, columns], f"{stem}.{name}.weight")
+        y = builder.op("MatMul", [x, held])
         if bias is not None:
-            y = patch.op("Add", [y, patch.constant(bias[columns], f"{stem}.{name}.bias")])
-        label = "x".join(str(number) for number in shape).replace("-1", "b")
-        y = patch.op("Reshape", [y, patch.constant(np.array(shape), f"shape.{label}")])
-        return patch.op("Transpose", [y], {"perm": HEADS_FIRST})
+            y = builder.op("Add", [y, builder.constant(bias[columns], f"{stem}.{name}.bias")])
+        return builder.op("Transpose", [builder.reshape(y, *shape)], {"perm": HEADS_FIRST})
 
-    q = project(first, slice(0, dim), "q", [-1, 1, heads, size])
-    kv = project(packed.x, slice(dim, 3 * dim), "kv", [-1, tokens, 2 * heads, size])
-    k, v = patch.ops("Split", [kv], {"axis": 1, "num_outputs": 2}, outputs=2)
+    q = project(first, slice(0, dim), "q", (1, heads, size))
+    kv = project(packed.x, slice(dim, 3 * dim), "kv", (tokens, 2 * heads, size))
+    k, v = builder.ops("Split", [kv], {"axis": 1, "num_outputs": 2}, outputs=2)
     for old, new in ((sliced.outputs[0], q), (packed.split.outputs[1], k),
                      (packed.split.outputs[2], v)):  # fmt: skip
         new.type = old.type
@@ -112,10 +103,8 @@ def _rewrite(graph: ir.Graph, packed: PackedProjection, sliced: ir.Node) -> None
 
 
 def _only_producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    node = None if value is None else value.producer()
-    if node is None or node.op_type != op_type or value is None or len(value.uses()) != 1:
-        return None
-    return node
+    node = producer_of(value, op_type)
+    return node if node is not None and len(node.outputs[0].uses()) == 1 else None
 
 
 def _constant_of(added: ir.Node | None) -> ir.Value | None:
@@ -266,14 +255,10 @@ def _narrow(
         if position >= 0 and shape[position] != 1 and value.name not in _constants(node, value):
             node.replace_input_with(index, _cut(graph, node, value, position, cut))
     if node.op_type == "Reshape":
-        target = node.inputs[1]
-        assert target is not None
-        assert target.const_value is not None
-        wanted = target.const_value.numpy().copy()
+        wanted = array_of(operand(node, 1)).copy()
         wanted[axis] = 1
-        patch = Patch(graph, node)
         name = "x".join(str(size) for size in wanted.tolist()).replace("-1", "b")
-        node.replace_input_with(1, patch.constant(wanted, f"shape.{name}"))
+        node.replace_input_with(1, GraphBuilder(graph).constant(wanted, f"shape.{name}"))
 
 
 def _constants(node: ir.Node, value: ir.Value) -> tuple[str | None, ...]:
@@ -291,9 +276,7 @@ def _cut(
 ) -> ir.Value:
     """Take row 0 of ``value`` along ``axis``, keeping the axis; once per value."""
     if (value, axis) not in cut:
-        patch = Patch(graph, node)
-        zero = patch.constant(np.array([0]), "index.0")
-        one = patch.constant(np.array([1]), "index.1")
-        along = patch.constant(np.array([axis]), f"index.{axis}")
-        cut[value, axis] = patch.op("Slice", [value, zero, one, along])
+        builder = GraphBuilder(graph, node)
+        bounds = [builder.constant([number], f"index.{number}") for number in (0, 1, axis)]
+        cut[value, axis] = builder.op("Slice", [value, *bounds])
     return cut[value, axis]

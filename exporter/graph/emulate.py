@@ -17,7 +17,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from msn_export.errors import GraphError
-from msn_export.graph.builder import Names, Patch, replace
+from msn_export.graph.builder import GraphBuilder, operand, producer, replace
 from msn_export.graph.io import infer_shapes
 from msn_export.spec import Dtype
 
@@ -49,7 +49,7 @@ def has_bf16(model: ir.Model) -> bool:
 def emulate_bf16(model: ir.Model) -> ir.Model:
     """Copy a bf16 graph as an fp32 one whose every value is rounded to bf16."""
     copy = model.clone()
-    names = Names(copy.graph)
+    builder = GraphBuilder(copy.graph)
     for value in copy.graph.initializers.values():
         if value.dtype == _BF16 and value.const_value is not None:
             _store(value, value.const_value.numpy().astype(np.float32))
@@ -61,7 +61,7 @@ def emulate_bf16(model: ir.Model) -> ir.Model:
             node.attributes["to"] = ir.AttrInt64("to", int(_FLOAT))
         if node.op_type not in _MOVES:
             for value in rounded:
-                _round(copy.graph, names, node, value, _BF16)
+                _round(builder, node, value, _BF16)
     infer_shapes(copy)
     return copy
 
@@ -79,7 +79,7 @@ def round_values(model: ir.Model, dtype: Dtype, kept: Collection[str] = ()) -> i
     """
     copy = model.clone()
     infer_shapes(copy)
-    names = Names(copy.graph)
+    builder = GraphBuilder(copy.graph)
     for name, value in copy.graph.initializers.items():
         if value.dtype == _FLOAT and value.const_value is not None and name not in kept:
             with np.errstate(over="ignore"):
@@ -90,20 +90,15 @@ def round_values(model: ir.Model, dtype: Dtype, kept: Collection[str] = ()) -> i
             continue
         for value in list(node.outputs):
             if value.dtype == _FLOAT and value.name not in kept:
-                _round(copy.graph, names, node, value, _HALVES[dtype])
+                _round(builder, node, value, _HALVES[dtype])
     return copy
 
 
-def _round(
-    graph: ir.Graph, names: Names, node: ir.Node, value: ir.Value, dtype: ir.DataType
-) -> None:
-    down = ir.node("Cast", [value], {"to": int(dtype)})
-    up = ir.node("Cast", down.outputs, {"to": int(_FLOAT)})
-    for cast, ending in ((down, "half"), (up, "rounded")):
-        cast.name = cast.outputs[0].name = names.free(f"{value.name}.{ending}")
-    graph.insert_after(node, [down, up])
-    replace(value, up.outputs[0])
-    down.replace_input_with(0, value)
+def _round(builder: GraphBuilder, node: ir.Node, value: ir.Value, dtype: ir.DataType) -> None:
+    builder.after(node)
+    half = builder.cast(value, dtype, f"{value.name}.half")
+    replace(value, builder.cast(half, _FLOAT, f"{value.name}.rounded"))
+    producer(half).replace_input_with(0, value)
 
 
 def widen(model: ir.Model) -> ir.Model:
@@ -125,7 +120,8 @@ def _strip_quantisation(model: ir.Model) -> None:
             continue
         held, written = node.inputs[0], node.inputs[0].producer()
         if held.is_initializer() and held.const_value is not None:
-            weight = Patch(model.graph, node).constant(_dequantised(node), f"{held.name}.widened")
+            builder = GraphBuilder(model.graph)
+            weight = builder.constant(_dequantised(node), f"{held.name}.widened")
             replace(node.outputs[0], weight)
             weight.type = ir.TensorType(_FLOAT)
         elif written is not None and written.op_type == "QuantizeLinear" and written.inputs[0]:
@@ -167,42 +163,39 @@ def in_fp64(model: ir.Model) -> ir.Model:
     _retype(copy, {_FLOAT}, _DOUBLE)
     images.type = ir.TensorType(taken) if taken is not None else None
     if taken == _FLOAT:
-        first = copy.graph[0]
-        widened = Patch(copy.graph, first).op("Cast", [images], {"to": int(_DOUBLE)})
-        widened.shape, widened.type = images.shape, ir.TensorType(_DOUBLE)
+        widened = GraphBuilder(copy.graph, copy.graph[0]).cast(images, _DOUBLE)
         cast = widened.producer()
         for use in list(images.uses()):
             if use.node is not cast:
                 use.node.replace_input_with(use.idx, widened)
     for node in list(copy.graph):
-        patch = Patch(copy.graph, node)
+        builder = GraphBuilder(copy.graph, node)
         if node.op_type == "Conv":
-            replace(node.outputs[0], _as_product(patch, node))
+            replace(node.outputs[0], _as_product(builder, node))
         elif node.op_type == "Gelu" and node.attributes.get_string("approximate", "none") == "none":
-            replace(node.outputs[0], _exact_gelu(patch, node.inputs[0]))
+            replace(node.outputs[0], _exact_gelu(builder, operand(node, 0)))
         elif node.op_type == "Erf":
-            replace(node.outputs[0], _erf(patch, node.inputs[0]))
+            replace(node.outputs[0], _erf(builder, operand(node, 0)))
     RemoveUnusedNodesPass()(copy)
     infer_shapes(copy)
     return copy
 
 
-def _erf(patch: Patch, x: ir.Value | None) -> ir.Value:
-    narrow = patch.op("Cast", [x], {"to": int(_FLOAT)})
-    return patch.op("Cast", [patch.op("Erf", [narrow])], {"to": int(_DOUBLE)})
+def _erf(builder: GraphBuilder, x: ir.Value) -> ir.Value:
+    return builder.cast(builder.op("Erf", [builder.cast(x, _FLOAT)]), _DOUBLE)
 
 
-def _exact_gelu(patch: Patch, x: ir.Value | None) -> ir.Value:
+def _exact_gelu(builder: GraphBuilder, x: ir.Value) -> ir.Value:
     """Gelu as onnx.ai operators, Gelu, writes it: x / 2 * (1 + erf(x / sqrt(2)))."""
     root, one, half = (
-        patch.constant(np.asarray(number, np.float64), f"fp64.{name}")
+        builder.constant(np.asarray(number, np.float64), f"fp64.{name}")
         for number, name in ((np.sqrt(0.5), "sqrt_half"), (1.0, "one"), (0.5, "half"))
     )
-    bend = patch.op("Add", [_erf(patch, patch.op("Mul", [x, root])), one])
-    return patch.op("Mul", [patch.op("Mul", [x, half]), bend])
+    bend = builder.op("Add", [_erf(builder, builder.op("Mul", [x, root])), one])
+    return builder.op("Mul", [builder.op("Mul", [x, half]), bend])
 
 
-def _as_product(patch: Patch, node: ir.Node) -> ir.Value:
+def _as_product(builder: GraphBuilder, node: ir.Node) -> ir.Value:
     """Write a convolution [b, c, h, w] to [b, dim, rows, columns] as a product over its patches."""
     x, weight = node.inputs[:2]
     kernel = weight.const_value.numpy() if weight is not None and weight.const_value else None
@@ -217,16 +210,16 @@ def _as_product(patch: Patch, node: ir.Node) -> ir.Value:
 
     def reshaped(value: ir.Value, *sizes: int) -> ir.Value:
         name = "fp64.shape." + ".".join(map(str, sizes)).replace("-", "m")
-        return patch.op("Reshape", [value, patch.constant(np.asarray(sizes, np.int64), name)])
+        return builder.op("Reshape", [value, builder.constant(np.asarray(sizes, np.int64), name)])
 
     split = reshaped(x, -1, channels, rows, high, columns, wide)  # type: ignore[arg-type]
-    moved = patch.op("Transpose", [split], {"perm": [0, 2, 4, 1, 3, 5]})
+    moved = builder.op("Transpose", [split], {"perm": [0, 2, 4, 1, 3, 5]})
     patches = reshaped(moved, -1, rows * columns, channels * high * wide)
-    matrix = patch.constant(kernel.reshape(dim, -1).T, f"{node.name}.fp64.weight")
-    product = patch.op("MatMul", [patches, matrix])
+    matrix = builder.constant(kernel.reshape(dim, -1).T, f"{node.name}.fp64.weight")
+    product = builder.op("MatMul", [patches, matrix])
     if len(node.inputs) > 2 and node.inputs[2] is not None:
-        product = patch.op("Add", [product, node.inputs[2]])
-    return reshaped(patch.op("Transpose", [product], {"perm": [0, 2, 1]}), -1, dim, rows, columns)
+        product = builder.op("Add", [product, node.inputs[2]])
+    return reshaped(builder.op("Transpose", [product], {"perm": [0, 2, 1]}), -1, dim, rows, columns)
 
 
 def _is_patching(node: ir.Node, kernel: np.ndarray) -> bool:

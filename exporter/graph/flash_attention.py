@@ -10,7 +10,7 @@ additions inside 16, is fp32 here. In bf16 the kernel rounds what it multiplies 
 b images, h heads, m queries, n keys, d head size.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from msn_export.errors import GraphError
 from msn_export.graph.attention import AttentionCore, match
-from msn_export.graph.builder import Names
+from msn_export.graph.builder import GraphBuilder, producer
 from msn_export.graph.io import infer_shapes
 from msn_export.spec import Dtype
 
@@ -60,7 +60,7 @@ def emulate_attention(
     """
     copy = model.clone()
     infer_shapes(copy)
-    names = Names(copy.graph)
+    builder = GraphBuilder(copy.graph)
     nodes = {node.name: node for node in copy.graph if node.op_type == "Attention"}
     peaks = []
     for name in (*fp16, *bf16):
@@ -69,17 +69,19 @@ def emulate_attention(
         core = match(nodes[name])
         if isinstance(core, str):
             raise GraphError(f"attention {name!r} cannot be emulated: {core}")
-        call = _call(copy, names, core, name in bf16)
+        call = _call(copy, builder, core, name in bf16)
         if name not in bf16:
-            peaks.append(call.outputs[1])
+            peaks.append(call[1])
     if peaks:
-        _show(copy.graph, names, peaks)
+        _show(builder.after(copy.graph[-1]), peaks)
     if fp16 or bf16:
         copy.graph.opset_imports[_DOMAIN] = 1
     return Emulated(copy, tuple(fp16))
 
 
-def _call(model: ir.Model, names: Names, core: AttentionCore, is_bf16: bool) -> ir.Node:
+def _call(
+    model: ir.Model, builder: GraphBuilder, core: AttentionCore, is_bf16: bool
+) -> Sequence[ir.Value]:
     """Put a call of an emulating function in the place of an Attention node."""
     *_, keys, size = core.k.shape or (None, None)
     if not isinstance(keys, int) or not isinstance(size, int):
@@ -93,27 +95,27 @@ def _call(model: ir.Model, names: Names, core: AttentionCore, is_bf16: bool) -> 
     )
     function = ir.from_proto(onnx.parser.parse_function(text))
     model.functions[function.identifier()] = function
-    call = ir.node(name, [core.q, core.k, core.v], domain=_DOMAIN, num_outputs=1 if is_bf16 else 2)
-    call.name = names.free(f"{core.node.name}.emulated")
-    result = call.outputs[0]
+    outputs = builder.before(core.node).ops(
+        name, [core.q, core.k, core.v], outputs=1 if is_bf16 else 2,
+        name=f"{core.node.name}.emulated",
+    )  # fmt: skip
+    result = outputs[0]
+    producer(result).domain = _DOMAIN
     result.type, result.shape = core.output.type, core.output.shape
-    model.graph.insert_before(core.node, call)
     core.output.replace_all_uses_with(result, replace_graph_outputs=True)
     result.name, core.output.name = core.output.name, None
     if not is_bf16:
-        call.outputs[1].name = names.free(f"{core.node.name}.peaks")
+        outputs[1].name = builder.free(f"{core.node.name}.peaks")
     model.graph.remove(core.node, safe=True)
-    return call
+    return outputs
 
 
-def _show(graph: ir.Graph, names: Names, peaks: list[ir.Value]) -> None:
-    node = ir.node("Concat", peaks, {"axis": 1}, name=names.free(PEAKS))
-    output = node.outputs[0]
-    output.name, output.type = PEAKS, ir.TensorType(ir.DataType.FLOAT)
-    output.shape = ir.Shape([graph.inputs[0].shape[0] if graph.inputs[0].shape else None,
-                             2 * len(peaks)])  # fmt: skip
-    graph.append(node)
-    graph.outputs.append(output)
+def _show(builder: GraphBuilder, peaks: list[ir.Value]) -> None:
+    images = builder.graph.inputs[0]
+    shape = [images.shape[0] if images.shape else None, 2 * len(peaks)]
+    output = builder.op("Concat", peaks, {"axis": 1}, name=PEAKS)
+    output.type, output.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
+    builder.graph.outputs.append(output)
 
 
 def peaks_of(emulated: Emulated, outputs: Mapping[str, np.ndarray]) -> np.ndarray:

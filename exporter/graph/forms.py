@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from msn_export.graph.builder import Patch, replace
+from msn_export.graph.builder import GraphBuilder, producer_of, replace
 from msn_export.graph.io import infer_shapes
 
 # b batch, h heads, n tokens, d head size
@@ -46,34 +45,34 @@ def _softmax_of_rows(graph: ir.Graph, softmax: ir.Node) -> bool:
     same = before == after and before.count(None) <= 1 and len(before) > 2
     if not same or before[-1] is None or before[-1] != columns[-1]:
         return False
-    patch = Patch(graph, softmax)
-    replace(back.outputs[0], patch.op("Softmax", [scores], {"axis": -1}))
+    builder = GraphBuilder(graph, softmax)
+    replace(back.outputs[0], builder.op("Softmax", [scores], {"axis": -1}))
     return True
 
 
 def _softmax_of_parts(graph: ir.Graph, division: ir.Node) -> bool:
     """exp(x - max x) / sum, or without the maximum, over the last axis."""
     powers, total = division.inputs[:2]
-    exp, add_up = _producer(powers, "Exp"), _producer(total, "ReduceSum")
+    exp, add_up = producer_of(powers, "Exp"), producer_of(total, "ReduceSum")
     if exp is None or add_up is None or add_up.inputs[0] is not powers or not _over_last(add_up):
         return False
     scores = exp.inputs[0]
-    shifted = _producer(scores, "Sub")
+    shifted = producer_of(scores, "Sub")
     if shifted is not None:
-        largest = _producer(shifted.inputs[1], "ReduceMax")
+        largest = producer_of(shifted.inputs[1], "ReduceMax")
         if largest is not None and largest.inputs[0] is shifted.inputs[0] and _over_last(largest):
             scores = shifted.inputs[0]
-    patch = Patch(graph, division)
-    replace(division.outputs[0], patch.op("Softmax", [scores], {"axis": -1}))
+    builder = GraphBuilder(graph, division)
+    replace(division.outputs[0], builder.op("Softmax", [scores], {"axis": -1}))
     return True
 
 
 def _keys_of_three_axes(graph: ir.Graph, reshape: ir.Node) -> bool:
     """[.., n, d] as [b * h, n, d], transposed to [b * h, d, n], as [b, h, d, n]."""
-    transpose = _producer(reshape.inputs[0], "Transpose")
+    transpose = producer_of(reshape.inputs[0], "Transpose")
     if transpose is None or tuple(transpose.attributes["perm"].as_ints()) != (0, 2, 1):
         return False
-    merged = _producer(transpose.inputs[0], "Reshape")
+    merged = producer_of(transpose.inputs[0], "Reshape")
     if merged is None or merged.inputs[0] is None:
         return False
     keys, sizes = merged.inputs[0], _sizes(reshape.outputs[0])
@@ -82,53 +81,50 @@ def _keys_of_three_axes(graph: ir.Graph, reshape: ir.Node) -> bool:
     heads, size, tokens = sizes[1:]
     if heads is None or size is None or tokens is None:
         return False
-    patch = Patch(graph, reshape)
+    builder = GraphBuilder(graph, reshape)
     if _sizes(keys)[1:] != [heads, tokens, size]:
-        name = f"shape.bx{heads}x{tokens}x{size}"
-        target = patch.constant(np.array([-1, heads, tokens, size]), name)
-        keys = patch.op("Reshape", [keys, target])
-        keys.shape = ir.Shape([sizes[0], heads, tokens, size])
-        keys.type = reshape.outputs[0].type
-    replace(reshape.outputs[0], patch.op("Transpose", [keys], {"perm": (0, 1, 3, 2)}))
+        shape = (sizes[0], heads, tokens, size)
+        keys = builder.reshape(keys, heads, tokens, size, shape=shape)
+    replace(reshape.outputs[0], builder.op("Transpose", [keys], {"perm": (0, 1, 3, 2)}))
     return True
 
 
 def _layer_norm(graph: ir.Graph, shift: ir.Node) -> bool:
     """(x - mean) / sqrt(mean((x - mean)^2) + epsilon) * gain + bias, over the last axis."""
     scaled, bias = _with_vector(shift)
-    if scaled is None or (gained := _producer(scaled, "Mul")) is None:
+    if scaled is None or (gained := producer_of(scaled, "Mul")) is None:
         return False
     quotient, gain = _with_vector(gained)
-    division = _producer(quotient, "Div")
+    division = producer_of(quotient, "Div")
     if division is None:
         return False
     centred, deviation = division.inputs[:2]
-    subtraction, root = _producer(centred, "Sub"), _producer(deviation, "Sqrt")
-    added = None if root is None else _producer(root.inputs[0], "Add")
+    subtraction, root = producer_of(centred, "Sub"), producer_of(deviation, "Sqrt")
+    added = None if root is None else producer_of(root.inputs[0], "Add")
     if subtraction is None or added is None:
         return False
-    x, average = subtraction.inputs[0], _producer(subtraction.inputs[1], "ReduceMean")
+    x, average = subtraction.inputs[0], producer_of(subtraction.inputs[1], "ReduceMean")
     variance, epsilon = _with_number(added)
-    mean = _producer(variance, "ReduceMean")
+    mean = producer_of(variance, "ReduceMean")
     if x is None or average is None or average.inputs[0] is not x or not _over_last(average):
         return False
     if mean is None or epsilon is None or not _over_last(mean):
         return False
     if not _is_square(mean.inputs[0], centred):
         return False
-    patch = Patch(graph, shift)
+    builder = GraphBuilder(graph, shift)
     attributes = {"axis": -1, "epsilon": epsilon}
-    replace(shift.outputs[0], patch.op("LayerNormalization", [x, gain, bias], attributes))
+    replace(shift.outputs[0], builder.op("LayerNormalization", [x, gain, bias], attributes))
     return True
 
 
 def _is_square(value: ir.Value | None, of: ir.Value | None) -> bool:
-    power = _producer(value, "Pow")
+    power = producer_of(value, "Pow")
     if power is not None:
         exponent = power.inputs[1]
         held = None if exponent is None else exponent.const_value
         return power.inputs[0] is of and held is not None and (held.numpy() == 2).all()
-    product = _producer(value, "Mul")
+    product = producer_of(value, "Mul")
     return product is not None and all(operand is of for operand in product.inputs)
 
 
@@ -171,11 +167,6 @@ def _over_last(reduction: ir.Node) -> bool:
         axes = reduction.attributes["axes"].as_ints()
     rank = _rank(reduction.inputs[0])
     return len(axes) == 1 and (axes[0] == -1 or (rank is not None and axes[0] == rank - 1))
-
-
-def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    node = None if value is None else value.producer()
-    return node if node is not None and node.op_type == op_type else None
 
 
 def _only_user(value: ir.Value) -> ir.Node | None:

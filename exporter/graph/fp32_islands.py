@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from msn_export.graph.builder import Names
+from msn_export.graph.builder import GraphBuilder, producer
 from msn_export.graph.io import infer_shapes
 from msn_export.graph.precision import LARGEST
 from msn_export.spec import Dtype
@@ -33,37 +33,27 @@ def observe(model: ir.Model) -> Observed:
     infer_shapes(copy)
     graph = copy.graph
     watched = [value for node in graph for value in node.outputs if value.dtype in _WATCHED]
-    names = Names(graph)
-    scalars = [_peak(graph, names, value) for value in watched]
-    node = ir.node("Concat", scalars, {"axis": 0}, name=names.free(MAXIMA))
-    graph.append(node)
-    (joined,) = node.outputs
-    joined.name = node.name
+    builder = GraphBuilder(graph)
+    peaks = [_peak(builder, value) for value in watched]
+    joined = builder.after(graph[-1]).op("Concat", peaks, {"axis": 0}, name=MAXIMA)
     joined.type, joined.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([len(watched)])
     graph.outputs.clear()
     graph.outputs.append(joined)
     return Observed(copy, tuple(value.name or "" for value in watched))
 
 
-def _peak(graph: ir.Graph, names: Names, value: ir.Value) -> ir.Value:
+def _peak(builder: GraphBuilder, value: ir.Value) -> ir.Value:
     """Take the largest absolute value [1] right where ``value`` is computed.
 
     Right there, for onnxruntime takes nodes in the order of the file where it can: at the end of
     the graph they would keep every value of it in memory.
     """
-    producer = value.producer()
-    assert producer is not None
-    largest = ir.node("Abs", [value])
-    scalar = ir.node("ReduceMax", largest.outputs, {"keepdims": 0})
-    axes = ir.Value(name=names.free(f"{value.name}.axes"), const_value=ir.tensor(np.array([0])))
-    graph.register_initializer(axes)
-    vector = ir.node("Unsqueeze", [*scalar.outputs, axes])
-    wide = ir.node("Cast", vector.outputs, {"to": int(ir.DataType.FLOAT)})
-    nodes = (largest, scalar, vector, wide)
-    for node, ending in zip(nodes, ("abs", "max", "vector", "peak"), strict=True):
-        node.name = node.outputs[0].name = names.free(f"{value.name}.{ending}")
-    graph.insert_after(producer, nodes)
-    return wide.outputs[0]
+    builder.after(producer(value))
+    axes = builder.initializer(ir.tensor(np.array([0])), builder.free(f"{value.name}.axes"))
+    largest = builder.op("Abs", [value], name=f"{value.name}.abs")
+    scalar = builder.op("ReduceMax", [largest], {"keepdims": 0}, name=f"{value.name}.max")
+    vector = builder.op("Unsqueeze", [scalar, axes], name=f"{value.name}.vector")
+    return builder.cast(vector, ir.DataType.FLOAT, f"{value.name}.peak")
 
 
 def choose(

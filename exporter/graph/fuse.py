@@ -18,7 +18,7 @@ from msn_export.graph.attention import (
     AttentionCore,
     match,
 )
-from msn_export.graph.builder import Patch, replace
+from msn_export.graph.builder import GraphBuilder, producer_of, replace
 from msn_export.graph.forms import write_plainly
 from msn_export.graph.io import infer_shapes
 from msn_export.graph.quantised import is_quantised_core
@@ -46,9 +46,9 @@ def attention_3d_to_4d(model: ir.Model) -> None:
 def _rewrite(graph: ir.Graph, node: ir.Node, operands: Sequence[ir.Value], heads: int) -> None:
     sizes = [_tokens_and_width(value) for value in operands]
     tokens, width = sizes[0]
-    patch = Patch(graph, node)
-    apart = _packed_apart(patch, operands, heads) or [
-        _apart(patch, value, n, heads, w // heads)
+    builder = GraphBuilder(graph, node)
+    apart = _packed_apart(builder, operands, heads) or [
+        _apart(builder, value, n, heads, w // heads)
         for value, (n, w) in zip(operands, sizes, strict=True)
     ]
     scale = node.attributes.get("scale")
@@ -59,14 +59,14 @@ def _rewrite(graph: ir.Graph, node: ir.Node, operands: Sequence[ir.Value], heads
         for name, attribute in node.attributes.items()
         if name not in {"q_num_heads", "kv_num_heads", "scale"}
     }
-    attended = patch.op("Attention", [*apart, *node.inputs[3:]], attributes)
-    tokens_first = patch.op("Transpose", [attended], {"perm": HEADS_FIRST})
+    attended = builder.op("Attention", [*apart, *node.inputs[3:]], attributes)
+    tokens_first = builder.op("Transpose", [attended], {"perm": HEADS_FIRST})
     width = sizes[2][1]
-    replace(node.outputs[0], patch.op("Reshape", [tokens_first, _shape(patch, tokens, width)]))
+    replace(node.outputs[0], builder.reshape(tokens_first, tokens, width))
 
 
 def _packed_apart(
-    patch: Patch, operands: Sequence[ir.Value], heads: int
+    builder: GraphBuilder, operands: Sequence[ir.Value], heads: int
 ) -> Sequence[ir.Value] | None:
     """Split [b, 3 * h, n, d] where q, k and v are thirds of one [b, n, 3 * h * d] projection."""
     split = operands[0].producer()
@@ -81,19 +81,14 @@ def _packed_apart(
         _tokens_and_width(value) != (tokens, width) for value in operands
     ):
         return None
-    apart = _apart(patch, packed, tokens, 3 * heads, width // heads)
-    return patch.ops("Split", [apart], {"axis": 1, "num_outputs": 3}, outputs=3)
+    apart = _apart(builder, packed, tokens, 3 * heads, width // heads)
+    return builder.ops("Split", [apart], {"axis": 1, "num_outputs": 3}, outputs=3)
 
 
-def _apart(patch: Patch, value: ir.Value, tokens: int, rows: int, size: int) -> ir.Value:
+def _apart(builder: GraphBuilder, value: ir.Value, tokens: int, rows: int, size: int) -> ir.Value:
     """[b, n, rows * size] -> [b, rows, n, size]."""
-    reshaped = patch.op("Reshape", [value, _shape(patch, tokens, rows, size)])
-    return patch.op("Transpose", [reshaped], {"perm": HEADS_FIRST})
-
-
-def _shape(patch: Patch, *sizes: int) -> ir.Value:
-    name = "x".join(str(size) for size in sizes)
-    return patch.constant(np.array([-1, *sizes]), f"shape.bx{name}")
+    reshaped = builder.reshape(value, tokens, rows, size)
+    return builder.op("Transpose", [reshaped], {"perm": HEADS_FIRST})
 
 
 def _count(node: ir.Node, name: str) -> int:
@@ -195,35 +190,35 @@ def _write_heads(graph: ir.Graph, core: AttentionCore) -> None:
     """One Attention over q, k, v [b, h, n, d]."""
     if core.node.op_type == "Attention" and len(core.node.inputs) == 3:
         return
-    patch = Patch(graph, core.node)
+    builder = GraphBuilder(graph, core.node)
     keys = core.k
     if core.tokens_first or core.transposed:
         swap = HEADS_FIRST if core.tokens_first else KEYS_TRANSPOSED
-        keys = patch.op("Transpose", [core.k], {"perm": swap})
-    _replace(core, patch, patch.op("Attention", [core.q, keys, core.v], {"scale": core.scale}))
+        keys = builder.op("Transpose", [core.k], {"perm": swap})
+    _replace(core, builder, builder.op("Attention", [core.q, keys, core.v], {"scale": core.scale}))
 
 
 def _write_plain(graph: ir.Graph, core: AttentionCore) -> None:
     """MatMul, Softmax, MatMul; half of the scale on q and half on k, so that fp16 has room."""
-    patch = Patch(graph, core.node)
+    builder = GraphBuilder(graph, core.node)
     dtype = core.q.dtype.numpy() if core.q.dtype is not None else np.float32
-    half = patch.constant(np.asarray(np.sqrt(core.scale), dtype), "attention.scale")
+    half = builder.constant(np.asarray(np.sqrt(core.scale), dtype), "attention.scale")
     keys = core.k
     if not core.transposed:
         swap = KEYS_FROM_TOKENS if core.tokens_first else KEYS_TRANSPOSED
-        keys = patch.op("Transpose", [core.k], {"perm": swap})
-    keys = patch.op("Mul", [keys, half])
-    scores = patch.op("MatMul", [patch.op("Mul", [core.q, half]), keys])
-    probabilities = patch.op("Softmax", [scores], {"axis": -1})
-    _replace(core, patch, patch.op("MatMul", [probabilities, core.v]))
+        keys = builder.op("Transpose", [core.k], {"perm": swap})
+    keys = builder.op("Mul", [keys, half])
+    scores = builder.op("MatMul", [builder.op("Mul", [core.q, half]), keys])
+    probabilities = builder.op("Softmax", [scores], {"axis": -1})
+    _replace(core, builder, builder.op("MatMul", [probabilities, core.v]))
 
 
-def _replace(core: AttentionCore, patch: Patch, result: ir.Value) -> None:
+def _replace(core: AttentionCore, builder: GraphBuilder, result: ir.Value) -> None:
     """Put ``result``, which is of the operands' type, in place of what the core gave."""
     wanted = core.output.dtype
     if core.q.dtype is not None and wanted is not None and wanted != core.q.dtype:
         result.type, result.shape = ir.TensorType(core.q.dtype), core.output.shape
-        result = patch.op("Cast", [result], {"to": int(wanted)})
+        result = builder.cast(result, wanted)
     replace(core.output, result)
 
 
@@ -238,9 +233,9 @@ def _write_packed(graph: ir.Graph, core: AttentionCore) -> None:
     """
     merged = _merged_heads(core.output)
     heads = core.q.shape[1] if core.q.shape is not None else None
-    patch = Patch(graph, core.node)
+    builder = GraphBuilder(graph, core.node)
     splits: dict[ir.Value, Sequence[ir.Value]] = {}
-    operands = [_heads_together(patch, value, splits) for value in (core.q, core.k, core.v)]
+    operands = [_heads_together(builder, value, splits) for value in (core.q, core.k, core.v)]
     if (
         core.tokens_first
         or core.transposed
@@ -253,14 +248,14 @@ def _write_packed(graph: ir.Graph, core: AttentionCore) -> None:
             "choose --target tensorrt"
         )
     attributes = {"q_num_heads": heads, "kv_num_heads": heads, "scale": core.scale}
-    replace(merged, patch.op("Attention", operands, attributes))
+    replace(merged, builder.op("Attention", operands, attributes))
 
 
 def _heads_together(
-    patch: Patch, value: ir.Value, splits: dict[ir.Value, Sequence[ir.Value]]
+    builder: GraphBuilder, value: ir.Value, splits: dict[ir.Value, Sequence[ir.Value]]
 ) -> ir.Value | None:
     """Find the [b, n, h * d] tensor whose heads were set apart to give ``value`` [b, h, n, d]."""
-    split = _producer(value, "Split")
+    split = producer_of(value, "Split")
     if split is None:
         return _before_heads(value)
     packed = _before_heads(split.inputs[0])
@@ -269,15 +264,15 @@ def _heads_together(
     if packed not in splits:
         parts = len(split.outputs)
         attributes = {"axis": -1, "num_outputs": parts}
-        splits[packed] = patch.ops("Split", [packed], attributes, outputs=parts)
+        splits[packed] = builder.ops("Split", [packed], attributes, outputs=parts)
     return splits[packed][list(split.outputs).index(value)]
 
 
 def _before_heads(value: ir.Value | None) -> ir.Value | None:
-    transpose = _producer(value, "Transpose")
+    transpose = producer_of(value, "Transpose")
     if transpose is None or tuple(transpose.attributes["perm"].as_ints()) != HEADS_FIRST:
         return None
-    reshape = _producer(transpose.inputs[0], "Reshape")
+    reshape = producer_of(transpose.inputs[0], "Reshape")
     return None if reshape is None else reshape.inputs[0]
 
 
@@ -288,11 +283,6 @@ def _merged_heads(output: ir.Value) -> ir.Value | None:
         return None
     reshape = _only_user(transpose.outputs[0], "Reshape")
     return None if reshape is None else reshape.outputs[0]
-
-
-def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    node = None if value is None else value.producer()
-    return node if node is not None and node.op_type == op_type else None
 
 
 def _only_user(value: ir.Value, op_type: str) -> ir.Node | None:

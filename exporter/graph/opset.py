@@ -6,7 +6,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from msn_export.errors import GraphError
-from msn_export.graph.builder import Patch, replace
+from msn_export.graph.builder import GraphBuilder, replace
 from msn_export.graph.io import infer_shapes, refill, skeleton
 
 NEWEST = 23  # the opset every step here reads and writes
@@ -95,23 +95,23 @@ def raise_opset(model: ir.Model, opset: int = NEWEST) -> ir.Model:
 
 def _write_gelu(graph: ir.Graph, node: ir.Node) -> None:
     """Gelu as operators of opset 17: onnx.ai operators, Gelu, its function body."""
-    patch = Patch(graph, node)
+    builder = GraphBuilder(graph, node)
     x = node.inputs[0]
     dtype = x.dtype.numpy() if x is not None and x.dtype is not None else np.float32
-    half = patch.constant(np.asarray(0.5, dtype), "gelu.half")
-    one = patch.constant(np.asarray(1.0, dtype), "gelu.one")
+    half = builder.constant(np.asarray(0.5, dtype), "gelu.half")
+    one = builder.constant(np.asarray(1.0, dtype), "gelu.one")
     approximate = node.attributes.get("approximate")
     if approximate is not None and approximate.as_string() == "tanh":
-        cubic = patch.constant(np.asarray(0.044715, dtype), "gelu.cubic")
-        factor = patch.constant(np.asarray(np.sqrt(2 / np.pi), dtype), "gelu.factor")
-        cube = patch.op("Mul", [patch.op("Mul", [x, x]), x])
-        inner = patch.op("Add", [x, patch.op("Mul", [cube, cubic])])
-        bend = patch.op("Tanh", [patch.op("Mul", [inner, factor])])
+        cubic = builder.constant(np.asarray(0.044715, dtype), "gelu.cubic")
+        factor = builder.constant(np.asarray(np.sqrt(2 / np.pi), dtype), "gelu.factor")
+        cube = builder.op("Mul", [builder.op("Mul", [x, x]), x])
+        inner = builder.op("Add", [x, builder.op("Mul", [cube, cubic])])
+        bend = builder.op("Tanh", [builder.op("Mul", [inner, factor])])
     else:
-        root = patch.constant(np.asarray(np.sqrt(2), dtype), "gelu.sqrt2")
-        bend = patch.op("Erf", [patch.op("Div", [x, root])])
-    halved = patch.op("Mul", [x, half])
-    replace(node.outputs[0], patch.op("Mul", [halved, patch.op("Add", [bend, one])]))
+        root = builder.constant(np.asarray(np.sqrt(2), dtype), "gelu.sqrt2")
+        bend = builder.op("Erf", [builder.op("Div", [x, root])])
+    halved = builder.op("Mul", [x, half])
+    replace(node.outputs[0], builder.op("Mul", [halved, builder.op("Add", [bend, one])]))
 
 
 def _write_reduce_mean(node: ir.Node) -> None:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from msn_export.errors import GraphError
-from msn_export.graph.builder import Names
+from msn_export.graph.builder import GraphBuilder, array_of, operand, producer
 from msn_export.graph.io import infer_shapes
 from msn_export.graph.quantised import quantised_dtype
 from msn_export.spec import Dtype
@@ -87,31 +87,25 @@ def attention_in_bf16(model: ir.Model, nodes: Collection[str]) -> None:
     Raises:
         GraphError: the graph has no Attention node of a name.
     """
-    names = Names(model.graph)
+    builder = GraphBuilder(model.graph)
     found = {node.name: node for node in model.graph if node.op_type == "Attention"}
     for name in nodes:
         if name not in found:
             raise GraphError(f"the graph has no Attention node {name!r}")
         node = found[name]
-        for index, value in enumerate(node.inputs[:3]):
-            assert value is not None  # an attention core has q, k and v
-            cast = _cast_node(names, value, ir.DataType.BFLOAT16)
-            model.graph.insert_before(node, cast)
-            node.replace_input_with(index, cast.outputs[0])
+        builder.before(node)
+        for index in range(3):
+            cast = _cast(builder, operand(node, index), ir.DataType.BFLOAT16)
+            node.replace_input_with(index, cast)
         result = node.outputs[0]
-        back = _cast_node(names, result, result.dtype or _FLOAT)
-        result.replace_all_uses_with(back.outputs[0], replace_graph_outputs=True)
-        back.replace_input_with(0, result)
-        model.graph.insert_after(node, back)
+        back = _cast(builder.after(node), result, result.dtype or _FLOAT)
+        result.replace_all_uses_with(back, replace_graph_outputs=True)
+        producer(back).replace_input_with(0, result)
         result.type = ir.TensorType(ir.DataType.BFLOAT16)
 
 
-def _cast_node(names: Names, value: ir.Value, target: ir.DataType) -> ir.Node:
-    node = ir.node("Cast", [value], {"to": int(target)})
-    node.name = names.free(f"{value.name}.to_{target.name.lower()}")
-    casted = node.outputs[0]
-    casted.name, casted.shape, casted.type = node.name, value.shape, ir.TensorType(target)
-    return node
+def _cast(builder: GraphBuilder, value: ir.Value, target: ir.DataType) -> ir.Value:
+    return builder.cast(value, target, f"{value.name}.to_{target.name.lower()}")
 
 
 def overflowing_weights(model: ir.Model, dtype: Dtype) -> dict[str, float]:
@@ -199,7 +193,7 @@ class _Typing:
         self.fp32_nodes: list[str] = []
         self.casted: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
         self.outputs = [value.dtype for value in model.graph.outputs]
-        self.names = Names(model.graph)
+        self.builder = GraphBuilder(model.graph)
 
     def type_node(self, node: ir.Node) -> None:
         floats = [value for value in node.outputs if value.dtype == _FLOAT]
@@ -229,25 +223,17 @@ class _Typing:
         key = (value, target)
         if key not in self.casted:
             weight = value.is_initializer()
-            self.casted[key] = self._weight(value) if weight else self._cast(value, target, reader)
+            self.casted[key] = (
+                self._weight(value) if weight else _cast(self.builder.before(reader), value, target)
+            )
         return self.casted[key]
 
     def _weight(self, value: ir.Value) -> ir.Value:
         """Round a weight; the fp32 original goes once nobody reads it."""
-        assert value.const_value is not None  # initializers have values
-        array = value.const_value.numpy().astype(self.dtype.numpy())
+        array = array_of(value).astype(self.dtype.numpy())
         short = "fp16" if self.dtype == ir.DataType.FLOAT16 else "bf16"
-        name = self.names.free(f"{value.name}.{short}")
-        typed = ir.Value(name=name, type=ir.TensorType(self.dtype))
-        typed.shape = value.shape
-        typed.const_value = ir.tensor(array, name=typed.name)
-        self.graph.register_initializer(typed)
-        return typed
-
-    def _cast(self, value: ir.Value, target: ir.DataType, reader: ir.Node) -> ir.Value:
-        node = _cast_node(self.names, value, target)
-        self.graph.insert_before(reader, node)
-        return node.outputs[0]
+        name = self.builder.free(f"{value.name}.{short}")
+        return self.builder.initializer(ir.tensor(array, name=name), name)
 
     def restore_outputs(self) -> None:
         """Cast the graph's outputs back to the types they had."""
@@ -256,10 +242,7 @@ class _Typing:
             if wanted is None or value.dtype == wanted:
                 continue
             name = value.name or ""
-            value.name = self.names.free(f"{name}.typed")
-            node = ir.node("Cast", [value], {"to": int(wanted)})
-            casted = node.outputs[0]
-            node.name, casted.name = self.names.free(f"{name}.Cast"), name
-            casted.type, casted.shape = ir.TensorType(wanted), value.shape
-            self.graph.append(node)
+            value.name = self.builder.free(f"{name}.typed")
+            casted = self.builder.after(self.graph[-1]).cast(value, wanted, f"{name}.Cast")
+            casted.name = name
             self.graph.outputs[index] = casted

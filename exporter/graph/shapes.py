@@ -23,7 +23,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from msn_export.graph.builder import Names
+from msn_export.graph.builder import GraphBuilder
 from msn_export.graph.quantised import PRODUCTS
 from msn_export.spec import ImageSize
 
@@ -79,9 +79,9 @@ def resolve_shapes(model: ir.Model) -> int:
     batches = _BATCHES if dynamic else _BATCHES[:1]
     walks = [_walk(model, batch, weights, done) for batch in batches]
     _write_types(model.graph, walks, shape[0] if shape is not None and dynamic else None)
-    names = Names(model.graph)
-    written = _write_constants(model.graph, walks, names)
-    _write_targets(model.graph, names)
+    builder = GraphBuilder(model.graph)
+    written = _write_constants(builder, walks)
+    _write_targets(builder)
     RemoveUnusedNodesPass()(model)
     return written
 
@@ -275,9 +275,9 @@ def _dim(sizes: tuple[int | None, ...], batch: Any) -> Any:
     return batch if sizes == _BATCHES else ir.SymbolicDim(None)
 
 
-def _write_constants(graph: ir.Graph, walks: Sequence[_Walk], names: Names) -> int:
+def _write_constants(builder: GraphBuilder, walks: Sequence[_Walk]) -> int:
     written = 0
-    for node in graph:
+    for node in builder.graph:
         for value in node.outputs:
             arrays = [walk.constants.get(value) for walk in walks]
             first = arrays[0]
@@ -285,14 +285,9 @@ def _write_constants(graph: ir.Graph, walks: Sequence[_Walk], names: Names) -> i
                 continue
             if not all(a is first or _same(a, first) for a in arrays[1:]):
                 continue
-            name = names.free(f"{value.name}.constant")
+            name = builder.free(f"{value.name}.constant")
             tensor = ir.tensor(np.asarray(first, order="C"), name=name)
-            constant = ir.Value(
-                name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(first.shape)
-            )
-            constant.const_value = tensor
-            graph.register_initializer(constant)
-            value.replace_all_uses_with(constant)
+            value.replace_all_uses_with(builder.initializer(tensor, name))
             written += 1
     return written
 
@@ -301,9 +296,9 @@ def _same(one: NDArray[Any] | None, other: NDArray[Any]) -> bool:
     return one is not None and one.dtype == other.dtype and np.array_equal(one, other)
 
 
-def _write_targets(graph: ir.Graph, names: Names) -> None:
+def _write_targets(builder: GraphBuilder) -> None:
     """Give each Reshape to one open size, the rest known, a constant target."""
-    for node in graph:
+    for node in builder.graph:
         target = node.inputs[1] if node.op_type == "Reshape" and len(node.inputs) > 1 else None
         shape = node.outputs[0].shape
         if target is None or target.const_value is not None or shape is None:
@@ -311,13 +306,8 @@ def _write_targets(graph: ir.Graph, names: Names) -> None:
         sizes = [size if isinstance(size, int) else -1 for size in shape]
         if sizes.count(-1) > 1 or 0 in sizes:
             continue
-        name = names.free(f"{target.name}.constant")
-        constant = ir.Value(
-            name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([len(sizes)])
-        )
-        constant.const_value = ir.tensor(np.array(sizes, np.int64))
-        graph.register_initializer(constant)
-        node.replace_input_with(1, constant)
+        name = builder.free(f"{target.name}.constant")
+        node.replace_input_with(1, builder.initializer(ir.tensor(np.array(sizes)), name))
 
 
 def fix_image_size(model: ir.Model) -> ImageSize | None:

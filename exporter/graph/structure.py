@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from msn_export.graph.blocks import PRODUCTS, Block, between, find_stream, handed_on, parts_of
+from msn_export.graph.builder import producer
 
 Structure = Mapping[str, float | str]
 
@@ -90,9 +91,8 @@ def _layout(block: Block) -> dict[str, float | str]:
     order = ", ".join(name for _, name in events) if norms else ""
     added = [False, False]
     for stream, branch in zip(block.streams, block.branches, strict=True):
-        node = stream.producer()
-        assert node is not None  # an addition
-        before = next(value for value in node.inputs if value is not None and value is not branch)
+        added_to = producer(stream).inputs
+        before = next(value for value in added_to if value is not None and value is not branch)
         attends = block.core in (between(handed_on(before), branch) or ())
         added[0 if attends else 1] = True
     attention, mlp = (_PRESENT if there else _MISSING for there in added)

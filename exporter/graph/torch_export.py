@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from msn_export.errors import GraphError
-from msn_export.graph.torch_ops import CALLS, MODULES, Draft
+from msn_export.graph.builder import GraphBuilder
+from msn_export.graph.torch_ops import CALLS, MODULES, weight_of
 from msn_export.graph.torch_reference import read_head, require_readable
 from msn_export.models.vit import VitMsn
 from msn_export.preprocessing import Preprocessing
@@ -97,35 +98,38 @@ class ExportedModule(nn.Module):
 _WRAPPERS = re.compile(r"^model(\.|$)")
 
 
-def translate(traced: fx.Graph, root: nn.Module, images: ir.Value) -> tuple[Draft, list[ir.Value]]:
+def translate(traced: fx.Graph, root: nn.Module, images: ir.Value) -> ir.Graph:
     """Write a trace of ``root``, whose one input is ``images``.
-
-    Returns:
-        The graph's nodes and weights, and its outputs.
 
     Raises:
         GraphError: the module calls something that has no ONNX form here.
     """
-    draft = Draft()
+    graph = ir.Graph([images], [], nodes=[], opset_imports={"": TRACE_OPSET}, name="main_graph")
+    builder = GraphBuilder(graph)
     known: dict[fx.Node, Any] = {}
     for node in traced.nodes:
         args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
-        draft.scope = _scope(node) or draft.scope  # what no module does follows its neighbour
+        builder.scope = _scope(node) or builder.scope  # what no module does follows its neighbour
         match node.op:
             case "placeholder":
                 known[node] = images
             case "get_attr":
                 parameter = root.get_parameter(node.target)
-                known[node] = draft.weight(_WRAPPERS.sub("", node.target), parameter)
+                known[node] = weight_of(builder, _WRAPPERS.sub("", node.target), parameter)
             case "output":
-                return draft, list(args[0])
+                graph.outputs.extend(args[0])
+                return graph
             case _:
-                known[node] = _call(draft, root, node, args, kwargs)
+                known[node] = _call(builder, root, node, args, kwargs)
     raise GraphError("the trace has no output")
 
 
 def _call(
-    draft: Draft, root: nn.Module, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]
+    builder: GraphBuilder,
+    root: nn.Module,
+    node: fx.Node,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
     name = str(node.target) if isinstance(node.target, str) else node.target.__name__
     write: Callable[..., Any] | None
@@ -140,7 +144,7 @@ def _call(
     if write is None:
         raise GraphError(f"the model calls {name}, which has no ONNX form here")
     try:
-        return write(draft, *args, **kwargs)
+        return write(builder, *args, **kwargs)
     except (KeyError, TypeError, ValueError) as error:
         reason = str(error) or type(error).__name__
         raise GraphError(f"the model's {name} has no ONNX form here: {reason}") from error
@@ -184,18 +188,9 @@ def trace(
     except (fx.proxy.TraceError, TypeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise GraphError(f"torch {torch.__version__} cannot trace the model: {reason}") from error
-    images = _images(model, input_format, batch)
-    draft, outputs = translate(traced, wrapped, images)
-    for head, value in zip(heads, outputs, strict=True):
+    graph = translate(traced, wrapped, _images(model, input_format, batch))
+    for head, value in zip(heads, graph.outputs, strict=True):
         value.name = head.output
-    graph = ir.Graph(
-        [images],
-        outputs,
-        nodes=draft.nodes,
-        initializers=tuple(draft.initializers.values()),
-        opset_imports={"": TRACE_OPSET},
-        name="main_graph",
-    )
     return ir.Model(graph, ir_version=IR_VERSION)
 
 
