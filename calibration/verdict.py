@@ -212,7 +212,7 @@ def compile_both(
     try:
         backend = find_backend("auto")
         told: dict[str, Any] = {"compiler": f"{backend}"}
-        capabilities = (capability or _own(),) if backend.flavour.targets_capabilities else ()
+        capabilities = (capability or _own(),) if backend.row.targets_capabilities else ()
         if capabilities:
             told["compiler"] += f" for SM {capabilities[0]}"
         for name, twin in twins.items():

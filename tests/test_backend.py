@@ -10,14 +10,13 @@ import pytest
 
 from msn_export.engine import versions as subject
 from msn_export.engine.versions import (
-    FLAVOURS,
     Backend,
     find_backend,
-    flavour_for,
     require_buildable,
 )
 from msn_export.errors import BuildError, MissingPackageError, SpecError
 from msn_export.host import Device, Driver, NoDriver
+from msn_export.runtime.versions import VERSIONS, row_for
 from msn_export.spec import ComputeCapability
 
 CARD = Driver("13.0", (Device(0, "NVIDIA H200", ComputeCapability(9, 0), 150 << 30),))
@@ -38,7 +37,7 @@ def test_rtx_is_found_with_its_version() -> None:
     found = find_backend("tensorrt-rtx")
     assert found.version == importlib.metadata.version("tensorrt-rtx")
     assert str(found) == f"tensorrt-rtx {found.version}"
-    assert found.flavour.builds_without_gpu
+    assert found.row.builds_without_gpu
 
 
 def test_finding_loads_no_tensorrt_into_this_process() -> None:
@@ -128,14 +127,15 @@ def test_auto_with_nothing_installed_names_both(monkeypatch: pytest.MonkeyPatch)
     ("module", "version", "since"),
     [
         ("tensorrt", "8.6.1", (8, 6)),
-        ("tensorrt", "10.9.0.34", (10, 0)),
+        ("tensorrt", "10.0.1", (10, 0)),
+        ("tensorrt", "10.9.0.34", (10, 2)),
         ("tensorrt", "10.14.1.48", (10, 14)),
         ("tensorrt", "11.4.0.106", (10, 14)),
         ("tensorrt_rtx", "1.7.1.116", (1, 5)),
     ],
 )
 def test_version_chooses_the_row(module: str, version: str, since: tuple[int, int]) -> None:
-    row = flavour_for(module, version)
+    row = row_for(module, version)
     assert row is not None
     assert row.since == since
 
@@ -149,18 +149,20 @@ def test_what_the_rows_say() -> None:
             row.targets_capabilities,
             row.has_attention,
         )
-        for row in FLAVOURS
+        for row in VERSIONS
+        if not row.only_compatible  # the lean runtime compiles nothing
     }
     assert table == {
         ("tensorrt-rtx", (1, 5)): (True, False, True, True, True),
         ("tensorrt", (10, 14)): (True, False, False, False, True),
+        ("tensorrt", (10, 2)): (True, False, False, False, False),
         ("tensorrt", (10, 0)): (True, False, False, False, False),
         ("tensorrt", (8, 6)): (False, True, False, False, False),
     }
 
 
 def test_full_tensorrt_without_a_driver_is_refused_before_it_ends_the_process() -> None:
-    row = flavour_for("tensorrt", "11.4.0.106")
+    row = row_for("tensorrt", "11.4.0.106")
     assert row is not None
     with pytest.raises(
         BuildError,

@@ -10,10 +10,13 @@ from real_bindings import RELEASES, module_of, names_in
 
 import msn_export
 from msn_export.engine import compile
-from msn_export.engine.versions import FLAVOURS, Flavour, flavour_for
+from msn_export.runtime import versions
+from msn_export.runtime.versions import VERSIONS, TensorRTVersion, row_for
 
 PACKAGE = Path(msn_export.__file__).parent
-CLASSES = declared_classes(Path(compile.__file__).read_text())
+CLASSES = frozenset().union(
+    *(declared_classes(Path(module.__file__).read_text()) for module in (compile, versions))
+)
 DATA = Path(__file__).parent / "data"
 
 
@@ -23,7 +26,7 @@ def code() -> Names:
     return names_in(PACKAGE / "engine", CLASSES)
 
 
-def required(names: Names, row: Flavour) -> set[str]:
+def required(names: Names, row: TensorRTVersion) -> set[str]:
     return (names.used - row.lacks) | row.named_members()
 
 
@@ -46,7 +49,7 @@ def test_the_code_names_what_it_is_known_to_use(code: Names) -> None:
 def test_real_module_has_every_name(
     distribution: str, version: str, code: Names, stubs: Path
 ) -> None:
-    row = flavour_for("tensorrt", version)
+    row = row_for("tensorrt", version)
     assert row is not None
     folder = module_of(distribution, version)
     found = look_up(required(code, row) | row.lacks, folder, "tensorrt_bindings", stubs)
@@ -59,7 +62,7 @@ def test_installed_rtx_module_has_every_name(code: Names) -> None:
     if importlib.util.find_spec("tensorrt_rtx") is None:
         pytest.skip("tensorrt-rtx is not installed")
     found = look_up(code.used, Path(), "tensorrt_rtx")
-    row = flavour_for("tensorrt_rtx", found["version"])
+    row = row_for("tensorrt_rtx", found["version"])
     assert row is not None
     assert look_up(required(code, row), Path(), "tensorrt_rtx")["missing"] == []
 
@@ -67,7 +70,7 @@ def test_installed_rtx_module_has_every_name(code: Names) -> None:
 def test_8_6_has_every_name(code: Names) -> None:
     facts = json.loads((DATA / "tensorrt_8_6_members.json").read_text())
     classes = {name: set(members.split()) for name, members in facts["members"].items()}
-    row = flavour_for("tensorrt", facts["version"])
+    row = row_for("tensorrt", facts["version"])
     assert row is not None
     there = set(classes) | {f"{name}.{one}" for name, members in classes.items() for one in members}
     assert required(code, row) - there == set()
@@ -75,7 +78,7 @@ def test_8_6_has_every_name(code: Names) -> None:
 
 
 def test_rows_declare_no_name_that_nothing_uses(code: Names) -> None:
-    for row in FLAVOURS:
+    for row in VERSIONS:
         assert row.lacks - code.used == set()
 
 
@@ -91,7 +94,7 @@ def test_rows_declare_no_name_that_nothing_uses(code: Names) -> None:
     ],
 )
 def test_a_removed_member_is_found(snippet: str, removed: str, stubs: Path) -> None:
-    row = flavour_for("tensorrt", "11.4.0.106")
+    row = row_for("tensorrt", "11.4.0.106")
     assert row is not None
     names = collect(snippet, CLASSES)
     assert names.unclear == []
@@ -114,5 +117,5 @@ def test_an_object_without_a_class_is_told(snippet: str) -> None:
 
 
 def test_only_the_8_6_row_names_removed_flags() -> None:
-    naming = [row.since for row in FLAVOURS if "BuilderFlag.FP16" in row.named_members()]
+    naming = [row.since for row in VERSIONS if "BuilderFlag.FP16" in row.named_members()]
     assert naming == [(8, 6)]

@@ -265,7 +265,7 @@ def test_a_crash_is_told(
 ) -> None:
     (tmp_path / "crashing.py").write_text(source)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    backend = Backend(replace(rtx().flavour, module="crashing"), "1.7")
+    backend = Backend(replace(rtx().row, module="crashing"), "1.7")
     for log in (None, tmp_path / "raw.log"):
         with pytest.raises(BuildError, match=message):
             build_engine(spec_of(Vit()), backend, tmp_path / "x.engine", log)

@@ -8,8 +8,8 @@ import pytest
 
 from msn_export.engine.compile import BuilderLog, compile_engine
 from msn_export.engine.options import BuildSpec
-from msn_export.engine.versions import flavour_for
 from msn_export.errors import BuildError
+from msn_export.runtime.versions import row_for
 from msn_export.spec import BatchRange, Dtype
 
 
@@ -38,7 +38,7 @@ def named(name: str) -> SimpleNamespace:
 
 
 def compile_with(trt: MagicMock, version: str, **options: object) -> tuple[object, MagicMock]:
-    row = flavour_for("tensorrt", version)
+    row = row_for("tensorrt", version)
     assert row is not None
     spec = BuildSpec(Path("x.onnx"), (BatchRange(),), **options)
     done = compile_engine(trt, row, spec, MagicMock(), BuilderLog(), lambda _progress: True)

@@ -7,7 +7,7 @@ import pytest
 
 from msn_export.errors import DeviceError
 from msn_export.runtime.engine import Engine
-from msn_export.runtime.versions import LOADERS, LoadedTensorRT
+from msn_export.runtime.versions import VERSIONS, LoadedTensorRT
 
 
 class Runtime:
@@ -23,7 +23,7 @@ class Runtime:
 
 
 def test_the_last_eight_errors_are_quoted() -> None:
-    loaded = LoadedTensorRT(SimpleNamespace(ILogger=object, Runtime=Runtime), LOADERS[0], "1.7")
+    loaded = LoadedTensorRT(SimpleNamespace(ILogger=object, Runtime=Runtime), VERSIONS[0], "1.7")
     quoted = "; ".join(f"error {number}" for number in range(2, 10))
     with pytest.raises(DeviceError, match=re.escape(f"{loaded} refuses m.engine: {quoted}") + "$"):
         Engine(loaded, b"", "m.engine", compatible=False)

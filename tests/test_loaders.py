@@ -9,7 +9,7 @@ from msn_export.errors import (
     RunnerError,
 )
 from msn_export.runtime import versions
-from msn_export.runtime.versions import LOADERS, LoadedTensorRT, load, may_run
+from msn_export.runtime.versions import VERSIONS, LoadedTensorRT, load, may_run
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, **modules: str) -> None:
@@ -91,5 +91,5 @@ def test_a_module_that_does_not_import_says_why(monkeypatch) -> None:
     ],
 )
 def test_which_versions_load_an_engine(here, built, compatible, expected) -> None:
-    loaded = LoadedTensorRT(None, LOADERS[1], here)
+    loaded = LoadedTensorRT(None, VERSIONS[1], here)
     assert may_run(loaded, built, compatible=compatible) is expected

@@ -9,9 +9,10 @@ from engine_graphs import Vit
 from msn_export.engine import build
 from msn_export.engine.build import build_engine
 from msn_export.engine.options import BuildSpec, check_options
-from msn_export.engine.versions import Backend, flavour_for
+from msn_export.engine.versions import Backend
 from msn_export.errors import BuildError
 from msn_export.host import Device, Driver, NoDriver
+from msn_export.runtime.versions import row_for
 from msn_export.spec import ComputeCapability, Targets
 
 pytestmark = NEEDS_RTX
@@ -67,7 +68,7 @@ def test_several_targets_are_told_to_share_their_kernels() -> None:
 
 def tensorrt_on(monkeypatch: pytest.MonkeyPatch, card: str, capability: str) -> Backend:
     """Have full TensorRT and a GPU found, neither of which is here."""
-    row = flavour_for("tensorrt", "11.4.0")
+    row = row_for("tensorrt", "11.4.0")
     assert row is not None
     device = Device(0, card, ComputeCapability.parse(capability), 1)
     monkeypatch.setattr(build, "find_driver", lambda: Driver("13.0", (device,)))
@@ -75,7 +76,7 @@ def tensorrt_on(monkeypatch: pytest.MonkeyPatch, card: str, capability: str) -> 
 
 
 def test_full_tensorrt_needs_its_gpu() -> None:
-    row = flavour_for("tensorrt", "11.4.0")
+    row = row_for("tensorrt", "11.4.0")
     assert row is not None
     with pytest.raises(BuildError, match="use --backend tensorrt-rtx, which needs none"):
         check_options(spec_of(Vit(), ""), Backend(row, "11.4.0"), NoDriver("no NVIDIA driver"))

@@ -20,10 +20,11 @@ from msn_export.artifact import read_source
 from msn_export.cli import main
 from msn_export.commands.trt import TrtJob, run_trt
 from msn_export.commands.trt_graph import written_for
-from msn_export.engine.versions import Backend, flavour_for
+from msn_export.engine.versions import Backend
 from msn_export.errors import GraphError
 from msn_export.graph import io
 from msn_export.host import NoDriver, find_driver
+from msn_export.runtime.versions import row_for
 from msn_export.spec import AttentionForm, Dtype
 
 pytestmark = NEEDS_RTX
@@ -120,7 +121,7 @@ def test_a_graph_for_another_target_compiles_into_as_few_kernels(graph, target, 
     [("8.6.1", 17, {"Attention", "Gelu"}), ("10.9.0", 20, {"Attention"}), ("10.16.1", 23, set())],
 )
 def test_a_graph_is_written_as_an_older_parser_reads_it(graph, version, opset, missing) -> None:
-    row = flavour_for("tensorrt", version)
+    row = row_for("tensorrt", version)
     assert row is not None
     source = read_source(graph)
     feeds = {"pixel_values": np.random.default_rng(0).random((2, 3, 32, 32), np.float32)}

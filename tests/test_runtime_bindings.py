@@ -21,7 +21,7 @@ from tensorrt_stand_in import ROWS, Runtime
 
 import msn_export
 from msn_export.runtime import versions
-from msn_export.runtime.versions import LOADERS, TensorRTVersion, row_for
+from msn_export.runtime.versions import VERSIONS, TensorRTVersion, row_for
 
 CLASSES = declared_classes(Path(versions.__file__).read_text())
 DATA = Path(__file__).parent / "data"
@@ -102,7 +102,7 @@ def test_the_real_lean_runtime_has_every_name(code: Names, stubs: Path) -> None:
 def test_the_installed_rtx_module_has_every_name(code: Names) -> None:
     if importlib.util.find_spec("tensorrt_rtx") is None:
         pytest.skip("tensorrt-rtx is not installed")
-    (row,) = (row for row in LOADERS if row.module == "tensorrt_rtx")
+    (row,) = (row for row in VERSIONS if row.module == "tensorrt_rtx")
     assert look_up(required(code, row), Path(), "tensorrt_rtx")["missing"] == []
 
 

@@ -26,11 +26,11 @@ from msn_export.errors import MissingPackageError
 from msn_export.host import Device, Driver, NoDriver, find_driver
 from msn_export.runtime import tensor as libraries
 from msn_export.runtime.tensorrt import EngineFile, EngineHost, TrtRunner
-from msn_export.runtime.versions import LOADERS, LoadedTensorRT, row_for
+from msn_export.runtime.versions import VERSIONS, LoadedTensorRT, row_for
 from msn_export.spec import BatchRange, ComputeCapability
 
 DEVICE = Device(0, "Stand-in GPU", ComputeCapability(8, 9), 1 << 30)
-ROWS = {row.contexts: row for row in reversed(LOADERS) if not row.only_compatible}
+ROWS = {row.contexts: row for row in reversed(VERSIONS) if row.contexts and not row.only_compatible}
 AMPERE = ComputeCapability(8, 0)
 BENCHES = [*ROWS, pytest.param("gpu", marks=pytest.mark.gpu)]
 
@@ -52,7 +52,7 @@ class Bench:
     @property
     def captures(self) -> bool:
         """Whether CUDA graphs are captured by the runner."""
-        return self.machine.loaded.loader.captures
+        return self.machine.loaded.row.captures
 
     def plan(self, network: Network) -> bytes:
         return plan_of(network, self.machine.loaded.version)
@@ -93,15 +93,15 @@ class GpuBench(Bench):
         loaded, device = _loaded(), driver.devices[0]
         if obstacle := _obstacle(device.capability):
             pytest.skip(obstacle)
-        self.contexts = loaded.loader.contexts
+        self.contexts = loaded.row.contexts
         self.cuda = pytest.importorskip("cuda.bindings.driver")
-        wrapped = LoadedTensorRT(self.recorder.tensorrt(loaded.trt), loaded.loader, loaded.version)
+        wrapped = LoadedTensorRT(self.recorder.tensorrt(loaded.trt), loaded.row, loaded.version)
         self.machine = EngineHost(self.recorder.cuda(self.cuda), wrapped, device)
 
     def plan(self, network: Network) -> bytes:
         half = {kind for _, kind, _ in network.outputs} | {network.dtype}
         capability = self.machine.device.capability
-        typed = _backend().flavour.strongly_typed
+        typed = _backend().row.strongly_typed
         if "bfloat16" in half and (capability < AMPERE or not typed):
             pytest.skip(f"{_backend()} has no bf16 on SM {capability}")
         return _compiled(network, capability)
@@ -202,7 +202,7 @@ def _backend() -> Backend:
 @cache
 def _loaded() -> LoadedTensorRT:
     """Import what the commands take too, so that a process has one TensorRT."""
-    module = importlib.import_module(_backend().flavour.module)
+    module = importlib.import_module(_backend().row.module)
     row = row_for(module.__name__, module.__version__)
     assert row is not None, module.__version__
     return LoadedTensorRT(module, row, module.__version__)
@@ -210,7 +210,7 @@ def _loaded() -> LoadedTensorRT:
 
 def _obstacle(capability: ComputeCapability) -> str:
     """Say why nothing of these tests can run on a GPU; empty where it must."""
-    if not _backend().flavour.targets_capabilities or tries_any_gpu():
+    if not _backend().row.targets_capabilities or tries_any_gpu():
         return ""
     if not may_target(capability):
         return (
@@ -227,7 +227,7 @@ _FOLDER = tempfile.TemporaryDirectory(prefix="msn-export-networks-")
 def _compiled(network: Network, capability: ComputeCapability) -> bytes:
     folder = Path(_FOLDER.name) / str(abs(hash(network)))
     folder.mkdir(exist_ok=True)
-    named = _backend().flavour.targets_capabilities and may_target(capability)
+    named = _backend().row.targets_capabilities and may_target(capability)
     spec = BuildSpec(
         network.graph(folder / "m.onnx"),
         tuple(BatchRange(*profile) for profile in network.profiles),

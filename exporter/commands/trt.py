@@ -357,7 +357,7 @@ def _run_given(
 
 def _targets(spec: BuildSpec, backend: Backend) -> tuple[ComputeCapability, ...]:
     """Name the GPU generations that are compiled for; none where it is all from Ampere on."""
-    if backend.flavour.targets_capabilities:
+    if backend.row.targets_capabilities:
         return spec.capabilities
     driver = find_driver()
     return () if isinstance(driver, NoDriver) else (driver.devices[0].capability,)
@@ -428,7 +428,7 @@ def _spec(job: TrtJob, profiles: tuple[BatchRange, ...], backend: Backend) -> Bu
 def _default_timing_cache(backend: Backend) -> Path | None:
     """Name the user's cache for this TensorRT and GPU; None where the backend keeps no timings."""
     driver = find_driver()
-    if isinstance(driver, NoDriver) or "timing_cache" in backend.flavour.ignored:
+    if isinstance(driver, NoDriver) or "timing_cache" in backend.row.ignored:
         return None
     device = driver.devices[0]
     return compile.default_path(backend.version, device.name, device.capability)

@@ -65,7 +65,7 @@ def prepare(
         GraphError: the graph cannot be had in the precision asked for, or not by this backend.
     """
     dtype, rest = _types(job, source)
-    if dtype.is_quantised and backend.flavour.opset < 19:
+    if dtype.is_quantised and backend.row.opset < 19:
         raise GraphError(
             f"{source.path} is quantised with {source.dtype} weights and half-precision scales, "
             f"which {backend} cannot read; it takes TensorRT 10 or later"
@@ -187,9 +187,9 @@ def written_for(
     Raises:
         FusionError: without it, attention is not recognised.
     """
-    flavour = backend.flavour
+    row = backend.row
     # an fp32 Attention operator has no kernel: "not supported by a dedicated kernel"
-    plain = dtype is Dtype.FP32 or not flavour.has_attention
+    plain = dtype is Dtype.FP32 or not row.has_attention
     form = AttentionForm.PLAIN if plain else AttentionForm.HEADS
     model = source.model if plain else raise_opset(source.model)
     try:
@@ -198,8 +198,8 @@ def written_for(
         raise FusionError(
             f"{source.path}: {error}; --allow-unfused compiles them unfused"
         ) from error
-    if model.graph.opset_imports[""] > flavour.opset:
-        lower_opset(model, flavour.opset)
+    if model.graph.opset_imports[""] > row.opset:
+        lower_opset(model, row.opset)
     return model, form, cores
 
 

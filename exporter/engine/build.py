@@ -238,9 +238,9 @@ def _ignore(_progress: BuildStep) -> None:
 
 def _job(spec: BuildSpec, backend: Backend, output: Path) -> dict[str, Any]:
     # told above; TensorRT is not even asked
-    idle: dict[str, Any] = dict.fromkeys(backend.flavour.ignored)
+    idle: dict[str, Any] = dict.fromkeys(backend.row.ignored)
     asked = replace(spec, model=spec.model.absolute(), **idle)
-    module = backend.flavour.module
+    module = backend.row.module
     return {"module": module, "spec": to_plain(asked), "output": str(output.absolute())}
 
 
@@ -250,7 +250,7 @@ def _targets(spec: BuildSpec, backend: Backend, output: Path, driver: Driver | N
     Raises:
         BuildError: it claims others than were asked for.
     """
-    if not backend.flavour.targets_capabilities:
+    if not backend.row.targets_capabilities:
         if spec.hardware_compatible:
             return Targets((AMPERE,), later=True)
         return Targets((driver.devices[0].capability,) if isinstance(driver, Driver) else ())

@@ -20,21 +20,17 @@ from typing import Any, TextIO, TypeAlias
 from msn_export.engine.failures import explain_or_quote
 from msn_export.engine.kernels import Kernel, read_inspector, read_log, with_accumulators
 from msn_export.engine.options import BuildSpec, BuildStep, Phases, no_kernels, require_capable
-from msn_export.engine.versions import Flavour
 from msn_export.errors import BuildError
+from msn_export.runtime.versions import ICudaEngine, ILogger, Runtime, TensorRT, TensorRTVersion
 from msn_export.spec import BatchRange, ComputeCapability, Dtype
-
-TensorRT: TypeAlias = Any  # the module: tensorrt or tensorrt_rtx
 
 Builder: TypeAlias = Any
 EngineInspector: TypeAlias = Any
 IAttention: TypeAlias = Any
 IAttentionInputLayer: TypeAlias = Any
 IBuilderConfig: TypeAlias = Any
-ICudaEngine: TypeAlias = Any
 IHostMemory: TypeAlias = Any
 ILayer: TypeAlias = Any
-ILogger: TypeAlias = Any
 INetworkDefinition: TypeAlias = Any
 IOptimizationProfile: TypeAlias = Any
 IProgressMonitor: TypeAlias = Any
@@ -42,7 +38,6 @@ ITensor: TypeAlias = Any
 ITimingCache: TypeAlias = Any
 OnnxParser: TypeAlias = Any
 ParserError: TypeAlias = Any
-Runtime: TypeAlias = Any
 
 
 _ERRORS = frozenset({"ERROR", "INTERNAL_ERROR"})
@@ -220,25 +215,25 @@ def _require_static(name: str, shape: tuple[int, ...], profiles: tuple[BatchRang
 
 def set_types(
     trt: TensorRT,
-    flavour: Flavour,
+    row: TensorRTVersion,
     config: IBuilderConfig,
     network: INetworkDefinition,
     spec: BuildSpec,
 ) -> None:
-    """Set what the flavour always wants, and precision flags where types are not the graph's."""
+    """Set what the row always wants, and precision flags where types are not the graph's."""
     dtypes = _dtypes(network)
-    for feature in flavour.preview_features:
+    for feature in row.preview_features:
         config.set_preview_feature(getattr(trt.PreviewFeature, feature), True)
-    if flavour.targets_capabilities:
+    if row.targets_capabilities:
         require_capable(dtypes, spec.capabilities)
         _set_capabilities(trt, config, spec.capabilities)
-    if flavour.strongly_typed:
+    if row.strongly_typed:
         return
     if spec.precision is Dtype.BF16:
         raise BuildError("this TensorRT has no bf16; use --fp16, or TensorRT 10 or later")
     if spec.precision is Dtype.FP16:
         dtypes.add("HALF")
-    for dtype, flag in flavour.precision_flags.items():
+    for dtype, flag in row.precision_flags.items():
         if dtype in dtypes:
             config.set_flag(getattr(trt.BuilderFlag, flag))
 
@@ -276,7 +271,7 @@ def _set_capabilities(
 def set_options(trt: TensorRT, config: IBuilderConfig, spec: BuildSpec) -> tuple[str, ...]:
     """Set what the user asked for, and give notes on it.
 
-    What the flavour ignores or refuses does not get here.
+    What the row ignores or refuses does not get here.
     """
     if spec.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, spec.workspace)
@@ -304,7 +299,7 @@ class Compiled:
 
 def compile_engine(
     trt: TensorRT,
-    flavour: Flavour,
+    row: TensorRTVersion,
     spec: BuildSpec,
     log: ILogger,
     heard: BuilderLog,
@@ -313,8 +308,8 @@ def compile_engine(
     """Compile ``spec.model``.
 
     Args:
-        trt: the module that ``flavour`` describes.
-        flavour: the row of the table that says how it is told.
+        trt: the module that ``row`` describes.
+        row: the row of the table that says how it is told.
         spec: what to compile.
         log: a logger that fills ``heard``.
         heard: what the builder logs.
@@ -325,25 +320,25 @@ def compile_engine(
     """
     builder: Builder = trt.Builder(log)
     flags = sum(
-        1 << int(getattr(trt.NetworkDefinitionCreationFlag, flag)) for flag in flavour.network_flags
+        1 << int(getattr(trt.NetworkDefinitionCreationFlag, flag)) for flag in row.network_flags
     )
     network: INetworkDefinition = builder.create_network(flags)
     parser: OnnxParser = trt.OnnxParser(network, log)  # owns the weights: lives until the end
     _parse(parser, spec.model)
-    if spec.allow_unfused and flavour.has_attention:
+    if spec.allow_unfused and row.has_attention:
         _decompose_attention(trt, network)
     config: IBuilderConfig = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # kernels are told one by one
     add_profiles(builder, config, network, spec)
-    set_types(trt, flavour, config, network, spec)
+    set_types(trt, row, config, network, spec)
     notes = set_options(trt, config, spec)
-    if flavour.reports_progress:
+    if row.reports_progress:
         config.progress_monitor = make_monitor(trt, report)
     plan: IHostMemory = builder.build_serialized_network(network, config)
     if plan is None:
         raise BuildError(f"cannot compile {spec.model.name}: {explain_or_quote(heard.errors)}")
     unkept = store(config, spec.timing_cache) if spec.timing_cache else None
-    from_log = flavour.kernels_from == "log"
+    from_log = row.kernels_from == "log"
     kernels = read_log(heard.records) if from_log else _inspect(trt, plan, log)
     kernels = with_accumulators(kernels, memoryview(plan))
     return Compiled(plan, kernels, (*notes, unkept) if unkept else notes)

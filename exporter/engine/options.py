@@ -141,18 +141,18 @@ def check_options(spec: BuildSpec, backend: Backend, driver: Driver | NoDriver) 
             no kernels for a target.
     """
     require_buildable(backend, driver)
-    flavour, options = backend.flavour, spec.options_set()
-    for option in options.keys() & flavour.refused.keys():
-        raise BuildError(f"{backend} cannot take {_flag(option)}: {flavour.refused[option]}")
+    row, options = backend.row, spec.options_set()
+    for option in options.keys() & row.refused.keys():
+        raise BuildError(f"{backend} cannot take {_flag(option)}: {row.refused[option]}")
     for capability in spec.capabilities:
         if not may_target(capability):
             raise no_kernels(capability, CAPABILITIES)
     if spec.hardware_compatible and isinstance(driver, Driver):
         _require_ampere(driver.devices[0])
     notes = [
-        f"{_flag(option)} has no effect: {flavour.ignored[option]}"
+        f"{_flag(option)} has no effect: {row.ignored[option]}"
         for option in options
-        if option in flavour.ignored
+        if option in row.ignored
     ]
     if len(spec.capabilities) > 1:
         # measured: an engine for 8.9 and 12.0 has the kernels of the one for 8.9 alone

@@ -18,9 +18,9 @@ from typing import Any
 
 from msn_export.engine.compile import BuilderLog, compile_engine, make_log
 from msn_export.engine.options import BuildSpec, BuildStep
-from msn_export.engine.versions import flavour_for
 from msn_export.errors import BuildError, MsnExportError
 from msn_export.host import end_with, peak_rss
+from msn_export.runtime.versions import row_for
 from msn_export.schema import from_plain, to_plain
 
 
@@ -48,8 +48,8 @@ def main() -> None:
 
 def _run(job: dict[str, Any], send: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
     trt = importlib.import_module(job["module"])
-    flavour = flavour_for(job["module"], trt.__version__)
-    if flavour is None:
+    row = row_for(job["module"], trt.__version__)
+    if row is None:
         raise BuildError(f"{job['module']} {trt.__version__} is not supported")
     heard = BuilderLog()
     log = make_log(trt, heard, sys.stdout)
@@ -58,7 +58,7 @@ def _run(job: dict[str, Any], send: Callable[[dict[str, Any]], bool]) -> dict[st
         return send({"progress": to_plain(progress)})
 
     spec = from_plain(BuildSpec, job["spec"], "spec")
-    compiled = compile_engine(trt, flavour, spec, log, heard, report)
+    compiled = compile_engine(trt, row, spec, log, heard, report)
     Path(job["output"]).write_bytes(memoryview(compiled.plan))
     return {
         "version": trt.__version__,

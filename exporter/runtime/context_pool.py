@@ -51,7 +51,7 @@ class ExecutionSlot:
         owned.callback(self.ready.close)
         self._eager = engine.context(scratch, graphs=graphs)
         owned.callback(self._eager.close)
-        captures = graphs and engine.loaded.loader.captures
+        captures = graphs and engine.loaded.row.captures
         self.graphs = Graphs(gpu, engine, scratch, self.stream) if captures else None
         if self.graphs is not None:
             owned.callback(self.graphs.close)

@@ -128,7 +128,7 @@ class Engine:
         self._heard: deque[str] = deque(maxlen=_KEPT)
         self._log: ILogger = _make_log(trt, self._heard)  # the runtime does not keep it alive
         runtime: Runtime = trt.Runtime(self._log)
-        if compatible and not loaded.loader.only_compatible:
+        if compatible and not loaded.row.only_compatible:
             runtime.engine_host_code_allowed = True
         engine: ICudaEngine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
@@ -147,7 +147,7 @@ class Engine:
     def scratch(self) -> int:
         """Bytes of the GPU that a context needs while it runs, whichever the profile."""
         engine: ICudaEngine = self._engine
-        kind = self.loaded.loader.contexts
+        kind = self.loaded.row.contexts
         if kind == "config":
             return 0
         return int(
@@ -178,7 +178,7 @@ class Engine:
     def _make_context(self, scratch: Handle | None, *, graphs: bool) -> IExecutionContext:
         trt: TensorRT = self.loaded.trt
         engine: ICudaEngine = self._engine
-        kind = self.loaded.loader.contexts
+        kind = self.loaded.row.contexts
         if kind == "config":
             config: IRuntimeConfig = engine.create_runtime_config()
             if config is None:

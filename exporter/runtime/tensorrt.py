@@ -234,7 +234,7 @@ class TrtRunner(Runner):
         """Say how runs are replayed, for reports: ``off``, or by whom and how many are kept."""
         if not self._cuda_graphs:
             return "off"
-        if not self._engine.loaded.loader.captures:
+        if not self._engine.loaded.row.captures:
             return "TensorRT-RTX's own"
         graphs = [lane.graphs for lane in self._pool.free() if lane.graphs is not None]
         refusals = {one.refusal for one in graphs if one.refusal}

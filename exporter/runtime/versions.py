@@ -1,17 +1,20 @@
-"""One row a module that runs engines: all that differs between them.
+"""One row a TensorRT: all that differs between them, for compiling and for running engines.
+
+Nothing elsewhere asks for a version: a row is chosen by module and version, and the compiler and
+the runtime follow its fields. Facts: the members of the real modules (tests/test_bindings.py and
+tests/test_runtime_bindings.py), TensorRT-RTX's builds, and NVIDIA's documentation of engine
+compatibility.
 
 The convention of ``msn_export.engine.compile``, with two additions: the CUDA driver API
 (``cuda.bindings.driver``) is a variable annotated ``CudaDriver``, and an attribute that a class
 annotates counts like a variable. tests/test_runtime_bindings.py looks every name up.
-
-The counterpart of ``msn_export.engine.versions`` for running. Facts: the members of the real
-modules (tests/test_runtime_bindings.py), and NVIDIA's documentation of engine compatibility.
 """
 
 import importlib
 import importlib.util
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 from msn_export.errors import MissingPackageError, RunnerError
@@ -34,33 +37,136 @@ TensorIOMode: TypeAlias = Any
 Contexts = Literal["strategy", "bare", "config"]
 
 
+_TARGETS = frozenset(
+    {
+        "ComputeCapability",
+        "IBuilderConfig.num_compute_capabilities",
+        "IBuilderConfig.set_compute_capability",
+    }
+)
+_ATTENTION = frozenset(
+    {
+        "IAttention.decomposable",
+        "IAttentionInputLayer",
+        "IAttentionInputLayer.attention",
+        "LayerType.ATTENTION_INPUT",
+    }
+)
+_MONITOR = frozenset(
+    {
+        "IBuilderConfig.progress_monitor",
+        "IProgressMonitor",
+        "IProgressMonitor.phase_finish",
+        "IProgressMonitor.phase_start",
+        "IProgressMonitor.step_complete",
+    }
+)
+_OWN_GPU_ONLY = "TensorRT compiles for the GPU it runs on; --backend tensorrt-rtx takes a target"
+
+
 @dataclass(frozen=True, slots=True)
 class TensorRTVersion:
-    """What one range of a module's versions can run, and how it is told."""
+    """What one range of a module's versions can do and how it is told.
 
-    backend: str
+    ``since`` is the first version of the row, ``lacks`` the names the compiler's code uses that the
+    row's modules do not have (each guarded by a field here), ``ignored`` and ``refused`` the
+    options of a build that do nothing or cannot be had, with the reason. ``contexts`` is None where
+    engines are not run.
+    """
+
+    backend: Literal["tensorrt", "tensorrt-rtx"]
     module: str
     since: tuple[int, int]
-    contexts: Contexts
-    only_compatible: bool = False  # runs engines built with --version-compatible alone
+    contexts: Contexts | None
+    only_compatible: bool = False  # the lean runtime: runs --version-compatible engines alone
+    opset: int = 23  # the newest its ONNX parser reads, of those written here
+    network_flags: tuple[str, ...] = ("STRONGLY_TYPED",)
+    # dtype found in the network -> BuilderFlag it needs; where networks are strongly typed: none
+    precision_flags: Mapping[str, str] = field(default_factory=dict)
+    preview_features: tuple[str, ...] = ()
+    builds_without_gpu: bool = False
+    targets_capabilities: bool = False
+    reports_progress: bool = True
+    has_attention: bool = True
+    kernels_from: Literal["log", "inspector"] = "inspector"
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+    lacks: frozenset[str] = frozenset()
+
+    @property
+    def strongly_typed(self) -> bool:
+        """Whether the graph's types are the engine's types."""
+        return "STRONGLY_TYPED" in self.network_flags
 
     @property
     def captures(self) -> bool:
         """Whether CUDA graphs are ours to capture."""
         return self.contexts != "config"
 
+    def named_members(self) -> frozenset[str]:
+        """List the enum members that this row names as text."""
+        flags = {f"NetworkDefinitionCreationFlag.{flag}" for flag in self.network_flags}
+        flags |= {f"BuilderFlag.{flag}" for flag in self.precision_flags.values()}
+        return frozenset(flags | {f"PreviewFeature.{name}" for name in self.preview_features})
 
-LOADERS = (
-    TensorRTVersion("tensorrt-rtx", "tensorrt_rtx", (1, 5), "config"),
-    TensorRTVersion("tensorrt", "tensorrt", (10, 2), "strategy"),
-    TensorRTVersion("tensorrt", "tensorrt", (8, 6), "bare"),
+
+_RTX_IGNORES = "TensorRT-RTX accepts it and does nothing: it chooses its kernels on the user's GPU"
+_RTX_PORTABLE = "without --compute-capability its engines are for any GPU from Ampere on"
+_TENSORRT_REFUSES = {"capabilities": _OWN_GPU_ONLY}
+
+_TENSORRT_10 = TensorRTVersion(
+    "tensorrt",
+    "tensorrt",
+    (10, 2),
+    "strategy",
+    opset=20,
+    has_attention=False,
+    refused=_TENSORRT_REFUSES,
+    lacks=_TARGETS | _ATTENTION,
+)
+# Of one backend the full module stands first: it compiles, and is the first choice to run.
+VERSIONS = (
+    TensorRTVersion(
+        "tensorrt-rtx",
+        "tensorrt_rtx",
+        (1, 5),
+        "config",
+        builds_without_gpu=True,
+        targets_capabilities=True,
+        kernels_from="log",
+        ignored={"timing_cache": _RTX_IGNORES, "optimization_level": _RTX_IGNORES},
+        refused={
+            "version_compatible": "TensorRT-RTX ships without the lean runtime it needs",
+            "hardware_compatible": _RTX_PORTABLE,
+        },
+    ),
+    TensorRTVersion(
+        "tensorrt", "tensorrt", (10, 14), "strategy", refused=_TENSORRT_REFUSES, lacks=_TARGETS
+    ),
+    _TENSORRT_10,
+    replace(_TENSORRT_10, since=(10, 0), contexts=None),  # running 10.0 and 10.1 is untested
+    TensorRTVersion(
+        "tensorrt",
+        "tensorrt",
+        (8, 6),
+        "bare",
+        opset=17,
+        network_flags=("EXPLICIT_BATCH",),
+        precision_flags={"HALF": "FP16", "INT8": "INT8"},
+        # several contexts run one profile at the same time; from 10 on they always may
+        preview_features=("PROFILE_SHARING_0806",),
+        reports_progress=False,
+        has_attention=False,
+        refused=_TENSORRT_REFUSES,
+        lacks=_TARGETS | _ATTENTION | _MONITOR,
+    ),
     TensorRTVersion("tensorrt", "tensorrt_lean", (10, 2), "strategy", only_compatible=True),
 )
 INSTALL = {
     "tensorrt": "pip install 'msn-export[tensorrt]'",
     "tensorrt-rtx": "pip install 'msn-export[rtx]'",
 }
-_PREVIEW = ((9, 0), (10, 2))  # 9.x was a preview for language models; 10.0 and 10.1 are untested
+_PREVIEW = ((9, 0), (10, 0))  # 9.x was a preview for language models
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +174,12 @@ class LoadedTensorRT:
     """A module that was imported, with its row."""
 
     trt: TensorRT
-    loader: TensorRTVersion
+    row: TensorRTVersion
     version: str
 
     def __str__(self) -> str:
-        lean = " (lean)" if self.loader.only_compatible else ""
-        return f"{self.loader.backend}{lean} {self.version}"
+        lean = " (lean)" if self.row.only_compatible else ""
+        return f"{self.row.backend}{lean} {self.version}"
 
 
 def load(backend: str, *, compatible: bool) -> LoadedTensorRT:
@@ -91,7 +197,7 @@ def load(backend: str, *, compatible: bool) -> LoadedTensorRT:
     """
     modules = dict.fromkeys(
         row.module
-        for row in LOADERS
+        for row in VERSIONS
         if row.backend == backend and compatible >= row.only_compatible
     )
     if not modules:
@@ -106,9 +212,9 @@ def load(backend: str, *, compatible: bool) -> LoadedTensorRT:
 def row_for(module: str, version: str) -> TensorRTVersion | None:
     """Choose the row for a version of a module, or None where no row fits."""
     found = numbers(version)[:2]
-    if len(found) < 2 or (module != "tensorrt_rtx" and _PREVIEW[0] <= found < _PREVIEW[1]):
+    if len(found) < 2 or (module == "tensorrt" and _PREVIEW[0] <= found < _PREVIEW[1]):
         return None
-    rows = [row for row in LOADERS if row.module == module and row.since <= found]
+    rows = [row for row in VERSIONS if row.module == module and row.since <= found]
     return max(rows, key=lambda row: row.since, default=None)
 
 
@@ -139,7 +245,7 @@ def _import(module: str) -> LoadedTensorRT:
         raise RunnerError(
             f"{module} is installed but does not import ({error}); see 'msn-export doctor'"
         ) from error
-    loader = row_for(module, trt.__version__)
-    if loader is None:
+    row = row_for(module, trt.__version__)
+    if row is None or row.contexts is None:
         raise RunnerError(f"{module} {trt.__version__} is not supported; see docs/runtime.md")
-    return LoadedTensorRT(trt, loader, trt.__version__)
+    return LoadedTensorRT(trt, row, trt.__version__)

@@ -173,11 +173,11 @@ class Card(Bare):
         if first is not None and self.device.capability < first:
             return f"SM {self.device.capability} has no {dtype}: that begins with {first}"
         turing = self.device.capability < FIRST[Dtype.BF16]
-        if self.backend.flavour.targets_capabilities and turing and dtype is Dtype.FP32:
+        if self.backend.row.targets_capabilities and turing and dtype is Dtype.FP32:
             return f"{self.backend} has no fp32 products on SM {self.device.capability}"
-        if self.backend.flavour.targets_capabilities and dtype is Dtype.FP8 and not self.target():
+        if self.backend.row.targets_capabilities and dtype is Dtype.FP8 and not self.target():
             return f"{self.backend} compiles fp8 for a named target, of which this GPU is none"
-        if not self.backend.flavour.strongly_typed and (dtype.is_quantised or dtype is Dtype.BF16):
+        if not self.backend.row.strongly_typed and (dtype.is_quantised or dtype is Dtype.BF16):
             return f"{self.backend} builds nothing in {dtype}"
         return ""
 
@@ -192,7 +192,7 @@ class Card(Bare):
     def target(self) -> tuple[str, ...]:
         """Name this card to a compiler that would else write for any, where it knows the card."""
         known = may_target(self.device.capability)
-        if not self.backend.flavour.targets_capabilities or not known:
+        if not self.backend.row.targets_capabilities or not known:
             return ()
         return "--compute-capability", str(self.device.capability)
 
@@ -222,7 +222,7 @@ def no_engines(device: Device) -> str:
         backend = find_backend()
     except MissingPackageError as error:
         return str(error)
-    unknown = backend.flavour.targets_capabilities and not may_target(device.capability)
+    unknown = backend.row.targets_capabilities and not may_target(device.capability)
     if unknown and not tries_any_gpu():
         return (
             f"{backend} is for no GPU of SM {device.capability}; {ANY_GPU}=1 tries engines that "

@@ -24,7 +24,7 @@ def engine(place: Place, tmp_path):
 
 
 def test_an_engine_for_another_generation_is_refused_with_the_command(place, tmp_path) -> None:
-    if not place.backend.flavour.targets_capabilities:
+    if not place.backend.row.targets_capabilities:
         pytest.skip(f"{place.backend} compiles for the card it runs on")
     ada, turing = ComputeCapability(8, 9), ComputeCapability(7, 5)
     other = ada if place.device.capability == turing else turing

@@ -95,7 +95,7 @@ def test_tensors_on_the_card_are_read_and_written_where_they_lie(place, monkeypa
 
     def watched(*arguments: Any, **options: Any) -> LoadedTensorRT:
         found = load(*arguments, **options)
-        return LoadedTensorRT(recorder.tensorrt(found.trt), found.loader, found.version)
+        return LoadedTensorRT(recorder.tensorrt(found.trt), found.row, found.version)
 
     monkeypatch.setattr(opening, "load", watched)
     monkeypatch.setattr(opening, "load_cuda", lambda name: recorder.cuda(load_cuda(name)))
