@@ -12,7 +12,8 @@ from checkpoints import hugging_face, processor
 from fault_kinds import Graph, widen_range
 from tiny_artifacts import pictures
 
-from msn_export import baseline, quantise_like
+from msn_export import baseline
+from msn_export.calibration import quantise_like
 from msn_export.calibration.observers import Observer
 from msn_export.calibration.products import find_projections
 from msn_export.commands.calibrate import CalibrateJob, run_calibrate
