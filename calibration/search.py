@@ -79,15 +79,15 @@ class SensitivitySample:
             errors.append(float(np.sqrt(difference / np.square(want, dtype=np.float64).sum())))
         return float(np.nan_to_num(np.max(errors), nan=np.inf))
 
-    def passes(self, model: ir.Model, gate: Gate) -> bool:
-        """Whether a candidate reaches ``gate`` on these images."""
+    def failures(self, model: ir.Model, gate: Gate) -> list[str]:
+        """Name each output of a candidate that does not reach ``gate`` on these images, and why."""
         outputs = _outputs(model, self.images, self.stage)
+        failures = []
         for name, want in self.reference.items():
             comparison = Comparison()
             comparison.add(want, outputs[name])
-            if gate.failures(comparison.agreement()):
-                return False
-        return True
+            failures += [f"output {name!r}: {why}" for why in gate.failures(comparison.agreement())]
+        return failures
 
 
 def _outputs(model: ir.Model, images: NDArray[Any], stage: Path) -> dict[str, NDArray[np.float32]]:
@@ -173,7 +173,7 @@ def choices(
     time; they are kept in the order of the error that each brings alone. At least one block is
     quantised.
     """
-    if probe.passes(plan.quantised(), gate):
+    if not probe.failures(plan.quantised(), gate):
         yield EVERYTHING
     drift = {}
     blocks = range(plan.depth)
@@ -183,7 +183,7 @@ def choices(
     order = sorted(blocks, key=lambda block: -drift[block])
     for count in range(1, plan.depth):
         kept = tuple(sorted(order[:count]))
-        if probe.passes(plan.quantised(kept), gate):
+        if not probe.failures(plan.quantised(kept), gate):
             yield Exclusion(kept, drift)
 
 

@@ -71,8 +71,8 @@ def test_what_is_not_a_number_is_infinitely_wrong_and_passes_nothing(tmp_path) -
     weight = broken.graph.initializers["norm.bias"]
     weight.const_value = ir.tensor(np.full(32, np.nan, np.float32), name=weight.name)
     assert probe.error(broken) == np.inf
-    assert not probe.passes(broken, Gate(cosine_p1=-1.0))
-    assert probe.passes(plan.model, Gate(cosine_p1=1.0 - 1e-6))
+    assert probe.failures(broken, Gate(cosine_p1=-1.0))
+    assert not probe.failures(plan.model, Gate(cosine_p1=1.0 - 1e-6))
 
 
 def test_a_reference_that_is_not_finite_is_refused_with_its_image(tmp_path) -> None:
@@ -159,7 +159,7 @@ def test_the_block_that_costs_most_is_kept_first(tmp_path, sick) -> None:
     plan = with_outliers(planned(tmp_path), f"blocks.{sick}.norm1_out", f"blocks.{sick}.norm2_out")
     plan = measured(plan, tmp_path)
     probe = probe_of(plan, tmp_path)
-    assert not probe.passes(plan.quantised(), Gate(cosine_p1=0.999))
+    assert probe.failures(plan.quantised(), Gate(cosine_p1=0.999))
     found = list(choices(plan, probe, Gate(cosine_p1=0.999), Silent()))
     assert [choice.kept for choice in found] == [(sick,)]
     drift = found[0].drift

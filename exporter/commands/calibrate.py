@@ -329,6 +329,7 @@ def _choose(
         ToleranceError: no choice of blocks does.
     """
     failures: tuple[str, ...] = ()
+    where = "held-out"
     with progress.step(f"quantise to {job.dtype} and judge"):
         for choice in choices(ranged.plan, ranged.probe, job.gate, progress):
             model = ranged.plan.quantised(choice.kept)
@@ -338,10 +339,12 @@ def _choose(
             if not judged.failures:
                 return Candidate(path, model, judged, choice)
             failures = judged.failures
+        if not failures:
+            where = "calibration"
+            failures = tuple(ranged.probe.failures(ranged.plan.quantised(), job.gate))
     raise ToleranceError(
-        f"no choice of blocks reaches --gate-cosine {job.gate.cosine_p1} in {job.dtype}"
-        + (f" on held-out images ({failures[0]})" if failures else " on calibration images")
-        + f"; keep {job.rest}, or lower the gate"
+        f"no choice of blocks reaches --gate-cosine {job.gate.cosine_p1} in {job.dtype} on {where} "
+        f"images ({failures[0]}); keep {job.rest}, or lower the gate"
     )
 
 
