@@ -41,7 +41,10 @@ from msn_export.preprocessing import Preprocessing
 from msn_export.runtime.onnxruntime import OrtRunner
 from msn_export.spec import AttentionForm, Dtype, InputFormat, Observer
 
-RANGED = 8  # pictures that ranges are measured anew on
+# Pictures that ranges are measured anew on, and the fewest that are judged by them. On 4 pictures
+# one whose attention flips decides: with q and k times 30 and 100 sound int8 graphs err 3 and 19
+# times this baseline, on 8 and 16 less than 2 times.
+RANGED = 8
 
 
 def add_baseline(

@@ -218,6 +218,20 @@ def test_a_set_that_is_run_part_by_part_gives_the_same_figures(
     assert parts.check.neighbours == whole.check.neighbours
 
 
+@pytest.mark.parametrize(("limit", "bounded"), [(4, False), (8, True)])
+def test_ranges_are_bounded_by_pictures_enough_and_else_that_is_noted(
+    limit, bounded, models
+) -> None:
+    validation = validated(
+        models.graph("plain", Dtype.FP32), models.graph("plain", Dtype.INT8), models.images,
+        limit=limit,
+    )  # fmt: skip
+    assert validation.passed
+    assert ("ranges of" in validation.check.limits_from) is bounded
+    noted = "ranges of activations were not bounded: that takes 8 pictures" in validation.notes
+    assert noted is not bounded
+
+
 # --- nothing to judge by --------------------------------------------------------------------------
 
 

@@ -175,7 +175,11 @@ class _Trials:
         """Open them; give why there are none."""
         pair = self.pair
         # ranges of noise say nothing of a candidate that was calibrated on pictures
-        ranged = self.job.images is not None
+        ranged = self.job.images is not None and len(sample) >= baseline.RANGED
+        if self.dtype.is_quantised and self.job.images is not None and not ranged:
+            self.notes.append(
+                f"ranges of activations were not bounded: that takes {baseline.RANGED} pictures"
+            )
         try:
             for made in _open_baselines(pair, self.dtype, sample, self.stage, ranged=ranged):
                 self.opened.enter_context(made.runner)
@@ -281,8 +285,7 @@ def _open_baselines(
         known = candidate.manifest.quantization if candidate.manifest is not None else None
         named, images = (known.observer, known.calibration_images) if known else ("", 0)
         observer = next((one for one in Observer if one == named), Observer.MSE)
-        enough = images >= ENOUGH and len(sample) >= baseline.RANGED
-        margins = MARGIN, RANGES_MARGIN if enough else FEW_RANGES_MARGIN
+        margins = MARGIN, RANGES_MARGIN if images >= ENOUGH else FEW_RANGES_MARGIN
         runners = baseline.open_quantised(
             model, graph, sample, taken, stage, observer if ranged else None
         )

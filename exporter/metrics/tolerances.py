@@ -26,7 +26,7 @@ ROUNDED_MARGIN = 2.5
 
 # How many times the error of the reference with ranges of the check's own images an 8-bit candidate
 # may err over all images together. Sound candidates reach 1.3, one 1.47; 1.84 where fewer than
-# ENOUGH images were calibrated on, or compared are fewer than the ranges are measured on.
+# ENOUGH images were calibrated on.
 RANGES_MARGIN = 1.5
 FEW_RANGES_MARGIN = 2.0
 ENOUGH = 24
