@@ -1,6 +1,6 @@
 """What quantising a graph costs and what it saves, on images it was not calibrated on."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,27 +22,12 @@ from msn_export.errors import BuildError, MissingPackageError
 from msn_export.files import apart
 from msn_export.graph.quantised import quantised_products
 from msn_export.host import NoDriver, find_driver
-from msn_export.manifest import CheckRecord
-from msn_export.metrics.evaluate import OutputsOf, Reference, verify
-from msn_export.metrics.tolerances import Gate
+from msn_export.metrics.evaluate import Evaluation
 from msn_export.progress import Progress
-from msn_export.spec import BatchRange, ComputeCapability, Dtype, Head, InputFormat
+from msn_export.spec import BatchRange, ComputeCapability, Dtype, Head
 
 # Saving less than this of the twin's bytes is not worth another artifact.
 WORTHWHILE = 0.10
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """How a graph agrees with the fp32 graph on held-out images; shares from 0 to 1, None unknown.
-
-    ``failures`` says what its gate asks and it does not reach.
-    """
-
-    record: CheckRecord
-    failures: tuple[str, ...]
-    neighbours: float | None
-    classes: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,35 +40,9 @@ class Candidate:
     choice: Exclusion = EVERYTHING
 
 
-def evaluate(
-    runner: OutputsOf,
-    reference: Reference,
-    gate: Gate,
-    input_format: InputFormat,
-    fixed: int | None,
-) -> Evaluation:
-    """Run a candidate over the reference's images and compare.
-
-    Raises:
-        ToleranceError: it has other outputs.
-    """
-    size = fixed or min(8, reference.sample.max_batch, len(reference.sample))
-    verified = verify(runner, reference, input_format, (size,))
-    failures = verified.failures(gate)
-    return Evaluation(
-        verified.record(gate, passed=not failures),
-        tuple(failures),
-        _least(
-            agreement.neighbours
-            for name, agreement in verified.outputs.items()
-            if name != Head.LOGITS.output
-        ),
-        _least(agreement.classes for agreement in verified.outputs.values()),
-    )
-
-
-def _least(shares: Iterable[float | None]) -> float | None:
-    """Give the share of the output that agrees least."""
+def neighbours_of(found: Evaluation) -> float | None:
+    """Give the share of images whose nearest neighbour is the same, of the worst embedding."""
+    shares = [one.neighbours for name, one in found.outputs.items() if name != Head.LOGITS.output]
     return min((share for share in shares if share is not None), default=None)
 
 
@@ -128,8 +87,8 @@ def summary(
     change = f"{1 - share:.0%} smaller" if share <= 1 else f"{share - 1:.0%} larger"
     saved = f"the {savings.form} {what} is {change} than the {savings.base} one"
     cost = "; ".join(
-        f"{what} {_figure(getattr(judged.record, name), form)} "
-        f"({savings.base}: {_figure(getattr(twin.record, name), form)})"
+        f"{what} {_figure(getattr(judged.check, name), form)} "
+        f"({savings.base}: {_figure(getattr(twin.check, name), form)})"
         for what, name, form in (
             ("relative error", "relative", ".2%"),
             ("p1 cosine", "cosine_p1", ".5f"),
@@ -137,7 +96,10 @@ def summary(
     )
     shares = [
         f"{share:.0%} of {named} agree"
-        for share, named in ((judged.neighbours, "neighbours"), (judged.classes, "classes"))
+        for share, named in (
+            (neighbours_of(judged), "neighbours"),
+            (judged.check.classes, "classes"),
+        )
         if share is not None
     ]
     if kept:

@@ -24,9 +24,9 @@ from msn_export.graph.builder import GraphBuilder
 from msn_export.graph.emulate import widen
 from msn_export.graph.fuse import attention_form, fuse_attention
 from msn_export.manifest import read
-from msn_export.metrics.evaluate import Reference, run_reference, verify
+from msn_export.metrics.evaluate import Reference, evaluate, run_reference
 from msn_export.metrics.samples import Sample, draw
-from msn_export.metrics.tolerances import MARGIN
+from msn_export.metrics.tolerances import MARGIN, Gate
 from msn_export.mixed_precision import cpu_runner
 from msn_export.runtime.onnxruntime import OrtRunner
 from msn_export.spec import AttentionForm, Dtype, Head, InputFormat, Target
@@ -85,7 +85,7 @@ def reference(export, sample) -> Reference:
 
 def errors(runner, reference: Reference, input_format: InputFormat) -> dict[str, float]:
     with runner:
-        outputs = verify(runner, reference, input_format, (3,)).outputs
+        outputs = evaluate(runner, reference, input_format, (3,), Gate()).outputs
     return {name: agreement.relative for name, agreement in outputs.items()}
 
 

@@ -139,7 +139,7 @@ def test_pytorch_holds_no_weights_while_the_graph_is_checked(
 ) -> None:
     storages: list[StorageWeakRef] = []
     expired: list[bool] = []
-    load, verify = run_onnx.load_checkpoint, run_onnx.verify
+    load, evaluate = run_onnx.load_checkpoint, run_onnx.evaluate
 
     def loaded(*arguments, **options):
         found = load(*arguments, **options)
@@ -147,12 +147,12 @@ def test_pytorch_holds_no_weights_while_the_graph_is_checked(
         storages.extend(StorageWeakRef(weight.untyped_storage()) for weight in weights)
         return found
 
-    def verified(*arguments):
+    def evaluated(*arguments):
         expired.extend(storage.expired() for storage in storages)
-        return verify(*arguments)
+        return evaluate(*arguments)
 
     monkeypatch.setattr(run_onnx, "load_checkpoint", loaded)
-    monkeypatch.setattr(run_onnx, "verify", verified)
+    monkeypatch.setattr(run_onnx, "evaluate", evaluated)
     assert export(checkpoint, tmp_path / "m.onnx").exit_code == 0
     assert expired == [True] * len(storages)
     assert storages

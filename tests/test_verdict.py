@@ -1,11 +1,12 @@
 """A verdict says what quantising costs and saves, and plainly where nothing is gained."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from msn_export.calibration.verdict import CostBenefit, Evaluation, evaluate, summary
-from msn_export.manifest import CheckRecord
-from msn_export.metrics.evaluate import Reference
+from msn_export.calibration.verdict import CostBenefit, neighbours_of, summary
+from msn_export.metrics.evaluate import Evaluation, Reference, evaluate
 from msn_export.metrics.samples import Sample
 from msn_export.metrics.tolerances import Gate
 from msn_export.preprocessing import preset
@@ -31,32 +32,32 @@ class Runner:
 def judged(**outputs: np.ndarray) -> Evaluation:
     reference = Reference({"embedding": EMBEDDING, "logits": LOGITS}, SAMPLE, "reference")
     runner = Runner(**{"embedding": EMBEDDING, "logits": LOGITS, **outputs})
-    return evaluate(runner, reference, Gate(cosine_p1=0.99), InputFormat.UINT8, None)
+    return evaluate(runner, reference, InputFormat.UINT8, (4,), Gate(cosine_p1=0.99))
 
 
 def test_what_agrees_passes_with_all_neighbours_and_classes() -> None:
     found = judged()
-    assert (found.failures, found.neighbours, found.classes) == ((), 1.0, 1.0)
-    assert found.record.cosine_p1 == pytest.approx(1)
+    assert (found.failures, neighbours_of(found), found.check.classes) == ((), 1.0, 1.0)
+    assert found.check.cosine_p1 == pytest.approx(1)
 
 
 def test_classes_are_counted_where_there_are_logits() -> None:
-    assert judged(logits=np.roll(LOGITS, 1, axis=1)).classes == 0.0
-    assert judged(logits=LOGITS[[0, 1, 3, 2]]).classes == 0.5
+    assert judged(logits=np.roll(LOGITS, 1, axis=1)).check.classes == 0.0
+    assert judged(logits=LOGITS[[0, 1, 3, 2]]).check.classes == 0.5
 
 
 def test_nan_is_no_agreement() -> None:
     logits = LOGITS.copy()
     logits[0, 3] = np.nan  # argmax of a row with NaN is the NaN: no class
     found = judged(logits=logits)
-    assert found.classes == 0.75
+    assert found.check.classes == 0.75
     assert found.failures[0].startswith("output 'logits': 1 NaN")
 
 
 def test_the_worst_output_is_told() -> None:
     found = judged(embedding=EMBEDDING[::-1].copy())
     assert any(failure.startswith("output 'embedding': cosine_p1 ") for failure in found.failures)
-    assert found.record.passed is False
+    assert found.check.passed is False
 
 
 ALIKE = judged()
@@ -113,6 +114,8 @@ def test_blocks_that_stay_are_told() -> None:
 
 
 def test_a_single_image_has_no_neighbours() -> None:
-    record: CheckRecord = ALIKE.record
-    alone = Evaluation(record, (), None, None)
+    agreements = {
+        name: replace(one, neighbours=None, classes=None) for name, one in ALIKE.outputs.items()
+    }
+    alone = replace(ALIKE, outputs=agreements)
     assert "agree" not in summary(savings(), alone, alone, kept=0, depth=12)

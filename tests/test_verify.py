@@ -11,9 +11,9 @@ from msn_export.metrics.evaluate import (
     Reference,
     Trial,
     add_rounding,
+    evaluate,
     measure_rounding,
     run_reference,
-    verify,
 )
 from msn_export.metrics.metrics import Errors
 from msn_export.metrics.samples import Sample, draw
@@ -37,6 +37,9 @@ class Doubling:
         self.batches.append(len(images))
         flat = images.reshape(len(images), -1).astype(np.float32)
         return dict.fromkeys(self.outputs, flat * 2 + self.shift)
+
+
+GATE = Gate(max_abs=1e-4)
 
 
 @pytest.fixture
@@ -71,11 +74,11 @@ def test_the_rounding_is_that_of_the_run_that_rounds_most(sample) -> None:
 
 def test_a_candidate_runs_every_size_and_is_compared_image_by_image(sample) -> None:
     runner = Doubling()
-    verified = verify(runner, reference_of(sample), InputFormat.FLOAT, [1, 4, 8])
+    found = evaluate(runner, reference_of(sample), InputFormat.FLOAT, [1, 4, 8], GATE)
     assert runner.batches == [1, 4, 8, 8]  # 19 images, and two that start over
-    assert verified.sizes == (1, 4, 8)
-    assert verified.outputs.keys() == {"a", "b"}
-    for agreement in verified.outputs.values():
+    assert found.sizes == (1, 4, 8)
+    assert found.outputs.keys() == {"a", "b"}
+    for agreement in found.outputs.values():
         assert agreement.images == 19  # pictures, however often each was run
         assert agreement.max_abs == 0
 
@@ -118,9 +121,9 @@ def test_only_pictures_that_were_computed_in_fp64_are_judged_as_such(sample) -> 
     reference = reference_of(sample)
     exact = reference.outputs["a"][:3].astype(np.float64) + 1
     reference = replace(reference, exact={"a": exact})
-    verified = verify(Doubling(), reference, InputFormat.FLOAT, [1]).outputs
-    assert verified["a"].relative == pytest.approx(np.sqrt(3 * 48 / np.square(exact).sum()))
-    assert (verified["a"].others, verified["b"].others) == (0, None)
+    found = evaluate(Doubling(), reference, InputFormat.FLOAT, [1], GATE).outputs
+    assert found["a"].relative == pytest.approx(np.sqrt(3 * 48 / np.square(exact).sum()))
+    assert (found["a"].others, found["b"].others) == (0, None)
 
 
 def test_images_in_another_order_do_not_agree(sample) -> None:
@@ -128,8 +131,8 @@ def test_images_in_another_order_do_not_agree(sample) -> None:
         def __call__(self, images):
             return {name: output[::-1] for name, output in super().__call__(images).items()}
 
-    verified = verify(Reversing(), reference_of(sample), InputFormat.FLOAT, [4])
-    assert verified.outputs["a"].max_abs > 0.1
+    found = evaluate(Reversing(), reference_of(sample), InputFormat.FLOAT, [4], GATE)
+    assert found.outputs["a"].max_abs > 0.1
 
 
 def test_the_record_has_the_worst_figures_and_each_outputs_own(sample) -> None:
@@ -138,8 +141,8 @@ def test_the_record_has_the_worst_figures_and_each_outputs_own(sample) -> None:
             outputs = super().__call__(images)
             return {**outputs, "b": outputs["b"] + 0.5, "extra": outputs["a"]}
 
-    verified = verify(Uneven(), reference_of(sample), InputFormat.FLOAT, [2])
-    record = verified.require(Gate(max_abs=1.0), "the graph")
+    found = evaluate(Uneven(), reference_of(sample), InputFormat.FLOAT, [2], Gate(max_abs=1.0))
+    record = found.require("the graph")
     assert record.passed
     assert record.max_abs == pytest.approx(0.5)
     assert record.outputs["a"]["max_abs"] == 0
@@ -150,9 +153,12 @@ def test_the_record_has_the_worst_figures_and_each_outputs_own(sample) -> None:
 
 
 def test_a_gate_that_does_not_hold_names_the_output(sample) -> None:
-    verified = verify(Doubling(0.5), reference_of(sample), InputFormat.FLOAT, [8])
+    found = evaluate(
+        Doubling(0.5), reference_of(sample), InputFormat.FLOAT, [8], Gate(max_abs=1e-4)
+    )
+    assert not found.check.passed
     with pytest.raises(ToleranceError) as raised:
-        verified.require(Gate(max_abs=1e-4), "the fp32 graph")
+        found.require("the fp32 graph")
     assert str(raised.value).startswith(
         "the fp32 graph, output 'a', does not agree with its reference: max_abs 5.00e-01, "
     )
@@ -160,11 +166,11 @@ def test_a_gate_that_does_not_hold_names_the_output(sample) -> None:
 
 def test_a_missing_output_and_a_shape_of_its_own_are_told(sample) -> None:
     with pytest.raises(ToleranceError, match="the candidate has no output 'b'; it has a, c"):
-        verify(Doubling(outputs=("a", "c")), reference_of(sample), InputFormat.FLOAT, [8])
+        evaluate(Doubling(outputs=("a", "c")), reference_of(sample), InputFormat.FLOAT, [8], GATE)
 
     class Short(Doubling):
         def __call__(self, images):
             return {name: x[:, :-1] for name, x in super().__call__(images).items()}
 
     with pytest.raises(ToleranceError, match=r"output has shape \[8, 47\] and its reference"):
-        verify(Short(), reference_of(sample), InputFormat.FLOAT, [8])
+        evaluate(Short(), reference_of(sample), InputFormat.FLOAT, [8], GATE)

@@ -23,8 +23,8 @@ from msn_export.calibration.verdict import (
     Calibrated,
     Candidate,
     CostBenefit,
-    evaluate,
     measure,
+    neighbours_of,
     require_target,
     summary,
 )
@@ -47,9 +47,9 @@ from msn_export.manifest import (
     sha256_of,
     versions_of,
 )
-from msn_export.metrics.evaluate import Reference, run_reference
+from msn_export.metrics.evaluate import Evaluation, OutputsOf, Reference, evaluate, run_reference
 from msn_export.metrics.samples import Sample
-from msn_export.metrics.tolerances import GATES
+from msn_export.metrics.tolerances import GATES, Gate
 from msn_export.mixed_precision import cpu_runner
 from msn_export.progress import SILENT, Progress
 from msn_export.runtime.onnxruntime import OrtRunner
@@ -85,7 +85,7 @@ def to_manifest(
         nodes=facts.nodes,
         ops=facts.ops,
         attention=AttentionRecord(cores, cores, _form(job, done)),
-        check=done.chosen.judged.record,
+        check=done.chosen.judged.check,
         opset=facts.opset,
         target=job.scheme.target,
         labels=known.labels if known else (),
@@ -142,9 +142,9 @@ def _quantization(
         limit=taken.images.limit,
         ranges=SourceRecord(ranges.name, sha256_of(ranges)),
         sizes={"fp32": done.source.path.stat().st_size, **both},
-        twin=twin.record,
-        neighbours={base: twin.neighbours, form: judged.neighbours},
-        classes={base: twin.classes, form: judged.classes},
+        twin=twin.check,
+        neighbours={base: neighbours_of(twin), form: neighbours_of(judged)},
+        classes={base: twin.check.classes, form: judged.check.classes},
         compiled=compiled,
         latency=latency,
         worthwhile=savings.worthwhile,
@@ -186,7 +186,7 @@ def _notes(done: Calibrated) -> Iterator[str]:
         yield f"{len(dealt.broken)} broken images skipped"
     yield from notes_on(tuple(dealt.broken.values()), dealt.skipped, len(dealt.turned))
     if done.twin.judged.failures:
-        yield f"the {done.twin.judged.record.executed_on} twin misses its own gate: " + "; ".join(
+        yield f"the {done.twin.judged.check.executed_on} twin misses its own gate: " + "; ".join(
             done.twin.judged.failures
         )
 
@@ -250,7 +250,7 @@ def _golden(job: CalibrateJob, source: GraphFile, chosen: Candidate, stage: Path
         known = golden.record(
             runner, runner.name, source.preprocessing, source.input_format, max_batch
         )
-    costs = [figures["image"] or 0.0 for figures in chosen.judged.record.outputs.values()]
+    costs = [figures["image"] or 0.0 for figures in chosen.judged.check.outputs.values()]
     return replace(known, limit=golden.MARGIN * max(costs))
 
 
@@ -335,7 +335,7 @@ def _choose(
             model = ranged.plan.quantised(choice.kept)
             _write(model, ranged, job.rest, path)
             runner = cpu_runner(path, job.dtype, path.parent)
-            judged = evaluate(runner, reference, job.gate, source.input_format, source.fixed)
+            judged = _evaluate(runner, reference, source, job.gate)
             if not judged.failures:
                 return Candidate(path, model, judged, choice)
             failures = judged.failures
@@ -346,6 +346,11 @@ def _choose(
         f"no choice of blocks reaches --gate-cosine {job.gate.cosine_p1} in {job.dtype} on {where} "
         f"images ({failures[0]}); keep {job.rest}, or lower the gate"
     )
+
+
+def _evaluate(runner: OutputsOf, reference: Reference, source: GraphFile, gate: Gate) -> Evaluation:
+    size = source.fixed or min(8, reference.sample.max_batch, len(reference.sample))
+    return evaluate(runner, reference, source.input_format, (size,), gate)
 
 
 def _twin(
@@ -362,7 +367,7 @@ def _twin(
         model = ranged.plan.unquantised()
         _write(model, ranged, job.rest, path)
         runner = cpu_runner(path, job.rest, stage)
-        judged = evaluate(runner, reference, GATES[job.rest], source.input_format, source.fixed)
+        judged = _evaluate(runner, reference, source, GATES[job.rest])
     return Candidate(path, model, judged)
 
 

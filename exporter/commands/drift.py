@@ -29,7 +29,7 @@ from msn_export.metrics.block_errors import (
     own_errors,
     stages_of,
 )
-from msn_export.metrics.evaluate import Reference, Verified
+from msn_export.metrics.evaluate import Evaluation, Reference
 from msn_export.metrics.samples import Sample, batches, draw
 from msn_export.metrics.tolerances import DRIFT, DRIFT_OF_ENGINES, GATES, coarsest
 from msn_export.models.named import Choices
@@ -397,11 +397,9 @@ class _Look:
     def check(self, dtype: Dtype, second: _Second | None) -> CheckRecord:
         """Judge the outputs."""
         outputs = {name: self.alone[name].comparison.agreement() for name in self.pair.outputs}
-        gate = GATES[dtype]
         reference = Reference({}, self.sample, self.pair.reference.name)
         sizes = (self.batch,) if second is None else (self.batch, second.size)
-        verified = Verified(outputs, sizes, self.ran_on, reference)
-        return verified.record(gate, passed=not verified.failures(gate))
+        return Evaluation(outputs, sizes, self.ran_on, reference, GATES[dtype]).check
 
     def notes(self, second: _Second | None) -> Iterator[str]:
         """Say what was chosen, and what was left out."""

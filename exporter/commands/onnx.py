@@ -32,13 +32,13 @@ from msn_export.manifest import (
     versions_of,
 )
 from msn_export.metrics.evaluate import (
+    Evaluation,
     OutputsOf,
     Reference,
-    Verified,
     add_rounding,
+    evaluate,
     measure_rounding,
     run_reference,
-    verify,
 )
 from msn_export.metrics.samples import (
     Sample,
@@ -222,8 +222,8 @@ def _check_fp32(
     fixed = job.batch.max if job.batch.is_static else None
     with OrtRunner(path) as runner:
         size = fixed or min(8, reference.sample.max_batch, len(reference.sample))
-        verified = _verify_fp32(job, runner, reference, heads, (size,))
-        verified.require(GATES[Dtype.FP32], f"the fp32 graph, before it was typed {job.dtype}")
+        found = _evaluate_fp32(job, runner, reference, heads, (size,))
+        found.require(f"the fp32 graph, before it was typed {job.dtype}")
     path.unlink()
     rough = replace(reference, exact={}, rounding={})  # the errors to come are far above fp32's
     with open_rounded(model, job.dtype, reference.sample, job.input_format, stage) as runner:
@@ -239,22 +239,23 @@ def _metadata(checkpoint: Checkpoint, sample: Sample) -> dict[str, str]:
     }
 
 
-def _verify_fp32(
+def _evaluate_fp32(
     job: OnnxJob,
     runner: OutputsOf,
     reference: Reference,
     heads: tuple[Head, ...],
     sizes: tuple[int, ...],
-) -> Verified:
+) -> Evaluation:
     """Compare an fp32 graph; where it does not agree, measure the rounding more thoroughly.
 
     Where attention is sharp a few pictures do not tell how far fp32 is from what is right, and few
     numbers may be rounded well by chance: fp64 says on every picture which side errs, and the
     reference runs again with other roundings.
     """
-    verified = verify(runner, reference, job.input_format, sizes)
-    if not verified.failures(GATES[Dtype.FP32]):
-        return verified
+    gate = GATES[Dtype.FP32]
+    found = evaluate(runner, reference, job.input_format, sizes, gate)
+    if not found.failures:
+        return found
     model = sized(load_checkpoint(job.checkpoint, job.choices), job.image_size).model
     if len(reference.sample) > EXACT:
         exact = TorchRunner(model, heads, exact=True)
@@ -262,7 +263,7 @@ def _verify_fp32(
         del exact
     for seed in range(SHAKEN):
         reference = add_rounding(reference, TorchRunner(shaken(model, seed), heads))
-    return verify(runner, reference, job.input_format, sizes)
+    return evaluate(runner, reference, job.input_format, sizes, gate)
 
 
 def _check(
@@ -281,10 +282,10 @@ def _check(
     ):
         sizes = batch_sizes(job.batch, reference.sample.max_batch)
         if job.dtype is Dtype.FP32:
-            verified = _verify_fp32(job, runner, reference, heads, sizes)
+            found = _evaluate_fp32(job, runner, reference, heads, sizes)
         else:
-            verified = verify(runner, reference, job.input_format, sizes)
-        record = verified.require(GATES[job.dtype], f"the {job.dtype} graph")
+            found = evaluate(runner, reference, job.input_format, sizes, GATES[job.dtype])
+        record = found.require(f"the {job.dtype} graph")
         least = record.limits[known.output]["image"] or 0.0
         made = reference.sample.preprocessing
         known = golden.with_limit(known, runner, made, job.input_format, least)

@@ -112,8 +112,8 @@ def _measure(job: ReportJob, progress: Progress) -> MeasuredSide:
     for candidate in runnable[1:]:
         assert reference is not None  # it is the first
         asked, walked = _jobs(job, reference, candidate)
-        validation, verified = validate_in_full(asked, progress)
-        agreements[candidate] = gather.live_agreement(validation, verified)
+        validation, ran = validate_in_full(asked, progress)
+        agreements[candidate] = gather.live_agreement(validation, ran)
         try:
             drifts.append(run_drift(walked, progress))
         except (GraphError, ImageError) as error:

@@ -35,7 +35,7 @@ from msn_export.manifest import (
     sha256_of,
     versions_of,
 )
-from msn_export.metrics.evaluate import Reference, measure_rounding, run_reference, verify
+from msn_export.metrics.evaluate import Reference, evaluate, measure_rounding, run_reference
 from msn_export.metrics.samples import Sample, draw, require_different
 from msn_export.metrics.tolerances import GATES, ROUNDED_MARGIN
 from msn_export.mixed_precision import cpu_runner
@@ -119,10 +119,8 @@ def _check_profiles(
     for index, profile in enumerate(runner.profiles):
         sizes = sorted({profile.min, profile.opt, profile.max})
         on_profile = _OnProfile(runner, index, f"{runner.name}, profile {profile}")
-        verified = verify(on_profile, reference, input_format, sizes)
-        records.append(
-            verified.require(GATES[manifest.rounds_as], f"the engine, run in profile {profile}")
-        )
+        found = evaluate(on_profile, reference, input_format, sizes, GATES[manifest.rounds_as])
+        records.append(found.require(f"the engine, run in profile {profile}"))
     worst = min(records, key=lambda record: record.cosine_min or 0.0)
     every = sorted({size for record in records for size in record.batches})
     return replace(worst, batches=tuple(every))
@@ -328,8 +326,9 @@ def _check(
         progress.step("compare the typed graph"),
         cpu_runner(graph.path, graph.dtype, graph.path.parent) as runner,
     ):
-        verified = verify(runner, reference, source.input_format, sorted(sizes))
-        record = verified.require(GATES[graph.dtype], f"the {graph.dtype} graph")
+        gate = GATES[graph.dtype]
+        found = evaluate(runner, reference, source.input_format, sorted(sizes), gate)
+        record = found.require(f"the {graph.dtype} graph")
         if known.output in record.limits:
             least = record.limits[known.output]["image"] or 0.0
             known = golden.with_limit(

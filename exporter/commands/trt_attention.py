@@ -23,7 +23,7 @@ from msn_export.graph import io
 from msn_export.graph.flash_attention import Emulated, emulate_attention, peaks_of
 from msn_export.graph.precision import LARGEST, attention_in_bf16
 from msn_export.manifest import Manifest, SumsRecord
-from msn_export.metrics.evaluate import Reference, verify
+from msn_export.metrics.evaluate import Reference, evaluate
 from msn_export.metrics.tolerances import HEADROOM, Gate
 from msn_export.progress import Progress
 from msn_export.runtime.onnxruntime import OrtRunner
@@ -145,20 +145,19 @@ def check_sums(
         runner = _Watched(OrtRunner(path), emulated, len(bf16))
     # the emulation holds each step's scores in five forms
     size = against.fixed or max(1, min(4, few.sample.max_batch // 4, len(few.sample)))
-    verified = verify(runner, few, against.input_format, [size])
+    found = evaluate(runner, few, against.input_format, [size], against.gate)
     peaks = {
         name: (float(pair[0]), float(pair[1]))
         for name, pair in zip(fp16, runner.peaks, strict=True)
     }
     over = tuple(name for name, pair in peaks.items() if not all(x <= _LIMIT for x in pair))
-    failures = tuple(verified.failures(against.gate))
     record = replace(
         record,
         scores={name: score for name, (score, _) in peaks.items()},
         sums={name: total for name, (_, total) in peaks.items()},
-        check=verified.record(against.gate, passed=not failures),
+        check=found.check,
     )
-    return AttentionVerdict(record, failures, over)
+    return AttentionVerdict(record, found.failures, over)
 
 
 class _Watched:

@@ -13,16 +13,16 @@ import onnx_ir as ir
 from msn_export import baseline, image_folder
 from msn_export.commands.jobs import ValidateJob
 from msn_export.compare.sides import Artifact, Pair, open_pair
-from msn_export.compare.validation import Measured, Validation, judge
+from msn_export.compare.validation import Validation, judge
 from msn_export.errors import GraphError, ImageError
 from msn_export.graph.fuse import attention_form
 from msn_export.metrics.diagnose import diagnose
 from msn_export.metrics.evaluate import (
+    Evaluation,
     OutputsOf,
     Recalibrated,
     Reference,
     Trial,
-    Verified,
     measure_rounding,
     run_reference,
 )
@@ -67,7 +67,7 @@ def run_validate(job: ValidateJob, progress: Progress = SILENT) -> Validation:
     return validate_in_full(job, progress)[0]
 
 
-def validate_in_full(job: ValidateJob, progress: Progress) -> tuple[Validation, Verified]:
+def validate_in_full(job: ValidateJob, progress: Progress) -> tuple[Validation, Evaluation]:
     """Compare two artifacts; give also what was compared: vectors, pictures' names.
 
     Raises:
@@ -87,14 +87,19 @@ def validate_in_full(job: ValidateJob, progress: Progress) -> tuple[Validation, 
         for sample in _read(parts, progress):
             trials.run(sample, runner, progress)
         with progress.step("compare"):
-            reference, same = trials.reference, trials.verified(trials.same, runner)
-            mine = trials.verified(trials.mine, runner) if trials.mine.names else None
+            reference, sizes = trials.reference, trials.sizes
+            same = trials.same.evaluation(reference, sizes, runner.name, gate)
+            fed = None
+            if own is not None:
+                sample = replace(reference.sample, preprocessing=own)
+                shared = replace(reference, sample=sample)
+                fed = trials.mine.evaluation(shared, sizes, runner.name, gate)
             cause = None
-            if same.failures(gate):
+            if same.failures:
                 side = pair.candidate
                 cause = diagnose(runner, reference, side.input_format, gate, fixed=side.fixed_batch)
-    measured = Measured(same, mine, cause, tuple(trials.notes))
-    return judge(pair, measured, gate, name, own, numbers_only=job.numbers_only), same
+    found = judge(pair, name, same, fed, trials.notes, numbers_only=job.numbers_only)
+    return replace(found, cause=cause), same
 
 
 def _read(parts: Iterator[Sample], progress: Progress) -> Iterator[Sample]:
@@ -166,10 +171,6 @@ class _Trials:
             self.same.run(runner, reference, side.input_format, self.sizes)
             if self.own is not None:
                 self._run_own(reference, self.own, runner)
-
-    def verified(self, trial: Trial, runner: OutputsOf) -> Verified:
-        """Sum a trial up."""
-        return trial.verified(self.reference, self.sizes, runner.name)
 
     def _open_baselines(self, sample: Sample) -> str:
         """Open them; give why there are none."""

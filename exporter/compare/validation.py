@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ from msn_export.compare.sides import Artifact, Pair
 from msn_export.graph.structure import differences
 from msn_export.manifest import CheckRecord
 from msn_export.metrics.diagnose import label_faults
-from msn_export.metrics.evaluate import Verified
+from msn_export.metrics.evaluate import Evaluation
 from msn_export.metrics.tolerances import Gate
 from msn_export.preprocessing import Preprocessing
 from msn_export.spec import Dtype
@@ -46,22 +47,12 @@ class Validation:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """Both runs of a candidate, and what its disagreement is put down to."""
-
-    same: Verified
-    own: Verified | None
-    cause: str | None
-    notes: tuple[str, ...]
-
-
 def judge(
     pair: Pair,
-    measured: Measured,
-    gate: Gate,
     name: Dtype,
-    own: Preprocessing | None,
+    same: Evaluation,
+    mine: Evaluation | None,
+    notes: Sequence[str],
     *,
     numbers_only: bool = False,
 ) -> Validation:
@@ -69,16 +60,15 @@ def judge(
 
     Args:
         pair: what was compared.
-        measured: both runs of the candidate.
-        gate: what is asked of each, named ``name``.
-        name: see ``gate``.
-        own: how the candidate is fed in production, where that differs from the reference's.
+        name: whose gate it was.
+        same: the candidate on the reference's pixels.
+        mine: the candidate on the same pictures as it is fed in production, where that differs.
+        notes: what else is to be said of the runs.
         numbers_only: contradictions between the graphs, and outputs that only one of them has, are
             notes, not reasons.
     """
-    same, mine = measured.same, measured.own
-    model, fed = same.failures(gate), mine.failures(gate) if mine is not None else []
-    reasons, notes = list(model), [*pair.notes, *measured.notes]
+    model, fed = same.failures, mine.failures if mine is not None else ()
+    reasons, notes = list(model), [*pair.notes, *notes]
     if mine is not None:
         shown = (
             f"with the same pixels cosine {_least(same)}, each with its own preprocessing "
@@ -101,20 +91,20 @@ def judge(
         reasons += told
     return Validation(
         reference=_side(pair.reference, same.reference.sample.preprocessing),
-        candidate=_side(pair.candidate, own or same.reference.sample.preprocessing),
+        candidate=_side(pair.candidate, (mine or same).reference.sample.preprocessing),
         passed=not reasons,
-        check=same.record(gate, passed=not model),
-        own=mine.record(gate, passed=not fed) if mine is not None else None,
-        gate=gate,
+        check=same.check,
+        own=mine.check if mine is not None else None,
+        gate=same.gate,
         gate_name=name,
         reasons=tuple(reasons),
-        cause=measured.cause,
+        cause=None,
         notes=tuple(dict.fromkeys(notes)),
     )
 
 
-def _least(verified: Verified) -> str:
-    return f"{np.min([agreement.cosine_min for agreement in verified.outputs.values()]):.6f}"
+def _least(found: Evaluation) -> str:
+    return f"{np.min([agreement.cosine_min for agreement in found.outputs.values()]):.6f}"
 
 
 def _side(artifact: Artifact, used: Preprocessing) -> Side:

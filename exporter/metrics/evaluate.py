@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -213,10 +213,10 @@ def _rounding(
 
 
 @dataclass(frozen=True, slots=True)
-class Verified:
-    """How a candidate agreed with its reference, output by output, at the sizes that ran.
+class Evaluation:
+    """How a candidate agreed with its reference at the sizes that ran, output by output.
 
-    ``vectors`` are the candidate's embeddings and ``wanted`` the reference's, [count, dim] by
+    ``gate`` is what was asked of each. ``vectors`` are the candidate's embeddings, [count, dim] by
     output.
     """
 
@@ -224,60 +224,50 @@ class Verified:
     sizes: tuple[int, ...]
     executed_on: str
     reference: Reference
+    gate: Gate
     per_image: tuple[ImageRecord, ...] = ()
     vectors: Mapping[str, NDArray[Any]] = field(default_factory=dict)
-    wanted: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
-    def failures(self, gate: Gate) -> list[str]:
-        """Name the outputs that do not reach ``gate``, and why."""
-        return [
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """The outputs that do not reach the gate, and why."""
+        return tuple(
             f"output {name!r}: {failure}"
             for name, agreement in self.outputs.items()
-            for failure in gate.failures(agreement, self.reference.limit(name))
-        ]
+            for failure in self.gate.failures(agreement, self.reference.limit(name))
+        )
 
-    def require(self, gate: Gate, what: str) -> CheckRecord:
-        """Pass every output through ``gate``.
+    def require(self, what: str) -> CheckRecord:
+        """Pass every output through the gate.
 
         Raises:
             ToleranceError: an output does not reach it; the message names output and figures.
         """
         for name, agreement in self.outputs.items():
-            gate.require(agreement, f"{what}, output {name!r},", self.reference.limit(name))
-        return self.record(gate, passed=True)
+            self.gate.require(agreement, f"{what}, output {name!r},", self.reference.limit(name))
+        return self.check
 
-    def record(self, gate: Gate, *, passed: bool) -> CheckRecord:
-        """Write down the figures: those of the worst output, and each output's own."""
-        worst = worst_of(list(self.outputs.values()))
-        reference = self.reference
+    @property
+    def check(self) -> CheckRecord:
+        """What is stored: the figures of the worst output, and each output's own."""
+        worst, reference, gate = worst_of(list(self.outputs.values())), self.reference, self.gate
         limits = {}
         if gate.is_measured:
             found = {name: reference.limit(name) for name in self.outputs}
             limits = {name: limit.errors for name, limit in found.items() if limit is not None}
         baseline = [errors.relative for errors in reference.baseline.values()]
+        stored = {part.name for part in fields(CheckRecord)}
         return CheckRecord(
-            images=worst.images,
+            **{name: value for name, value in worst.to_json().items() if name in stored},
             source=reference.sample.source,
             batches=self.sizes,
-            max_abs=worst.max_abs,
-            mean_abs=worst.mean_abs,
-            cosine_min=worst.cosine_min,
-            cosine_p1=worst.cosine_p1,
-            cosine_median=worst.cosine_median,
-            passed=passed,
+            passed=not self.failures,
             executed_on=self.executed_on,
             reference=reference.name,
             outputs={name: agreement.to_json() for name, agreement in self.outputs.items()},
-            neighbours=worst.neighbours,
-            classes=worst.classes,
             per_image=self.per_image,
             gate={name: getattr(gate, name) for name in gate.asked} if limits else gate.numbers,
             given=max(reference.sample.given, worst.images),
-            relative=worst.relative,
-            norm_ratio_min=worst.norm_ratio_min,
-            norm_ratio_max=worst.norm_ratio_max,
-            cls=worst.cls,
-            worst_token=worst.worst_token,
             twin_error=float(np.max(baseline)) if baseline else None,
             limits={name: errors.to_json() for name, errors in limits.items()},
             limits_from=reference.limits_from if gate.is_measured else "",
@@ -358,13 +348,14 @@ class Trial:
         """Give the relative errors so far, by output."""
         return {name: found.agreement().errors for name, found in self.comparisons.items()}
 
-    def verified(self, reference: Reference, sizes: Sequence[int], executed_on: str) -> Verified:
+    def evaluation(
+        self, reference: Reference, sizes: Sequence[int], executed_on: str, gate: Gate
+    ) -> Evaluation:
         """Sum up, for the limits that ``reference`` has."""
         vectors = {name: np.stack(rows) for name, rows in self.vectors.items()}
-        wanted = {name: np.stack(rows) for name, rows in self.wanted.items()}
         agreements = {}
         for name, comparison in self.comparisons.items():
-            agreement = comparison.agreement()
+            agreement, wanted = comparison.agreement(), np.stack(self.wanted[name])
             floor = reference.rounding.get(name)
             if len(self.names) < 2:  # one picture in several rows is nowhere apart from itself
                 agreement = replace(agreement, spread=None, centred=None)
@@ -372,25 +363,24 @@ class Trial:
                 agreement,
                 images=len(self.names),
                 rounding=None if floor is None else agreement.relative / floor.relative,
-                neighbours=neighbour_agreement(wanted[name], vectors[name]),
-                classes=class_agreement(wanted[name], vectors[name])
+                neighbours=neighbour_agreement(wanted, vectors[name]),
+                classes=class_agreement(wanted, vectors[name])
                 if name == Head.LOGITS.output
                 else None,
             )
-        return Verified(
-            agreements,
-            tuple(sizes),
-            executed_on,
-            reference,
-            _per_image(self.comparisons, self.rows, self.names),
-            vectors,
-            wanted,
+        per_image = _per_image(self.comparisons, self.rows, self.names)
+        return Evaluation(
+            agreements, tuple(sizes), executed_on, reference, gate, per_image, vectors
         )
 
 
-def verify(
-    runner: OutputsOf, reference: Reference, input_format: InputFormat, sizes: Sequence[int]
-) -> Verified:
+def evaluate(
+    runner: OutputsOf,
+    reference: Reference,
+    input_format: InputFormat,
+    sizes: Sequence[int],
+    gate: Gate,
+) -> Evaluation:
     """Run a candidate over the reference's pictures at each batch size and compare.
 
     Raises:
@@ -398,7 +388,7 @@ def verify(
     """
     trial = Trial()
     trial.run(runner, reference, input_format, sizes)
-    return trial.verified(reference, sizes, runner.name)
+    return trial.evaluation(reference, sizes, runner.name, gate)
 
 
 def _per_image(

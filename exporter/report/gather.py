@@ -19,7 +19,7 @@ from msn_export.engine.census import Census
 from msn_export.graph import io
 from msn_export.graph.summary import BlockPrecision, precision_map
 from msn_export.manifest import CheckRecord, ImageRecord, Manifest
-from msn_export.metrics.evaluate import Verified
+from msn_export.metrics.evaluate import Evaluation
 from msn_export.metrics.metrics import embedding_of, nearest
 from msn_export.metrics.tolerances import GATES, in_words
 from msn_export.report.describe import multiplied, short
@@ -167,7 +167,7 @@ def _verdict(manifest: Manifest | None, live: bool | None) -> VerdictWord:
     return "not checked" if passed is None else "passed"
 
 
-def live_agreement(validation: Validation, verified: Verified) -> ReportedAgreement:
+def live_agreement(validation: Validation, ran: Evaluation) -> ReportedAgreement:
     """Show a comparison that ran for the report."""
     return ReportedAgreement(
         short(validation.candidate.name),
@@ -175,20 +175,20 @@ def live_agreement(validation: Validation, verified: Verified) -> ReportedAgreem
         validation.check,
         f"{validation.gate_name}: {validation.gate}, because {validation.gate.reason}",
         validation,
-        _worst(validation, verified),
+        _worst(validation, ran),
     )
 
 
-def _worst(validation: Validation, verified: Verified) -> tuple[Worst, ...]:
+def _worst(validation: Validation, ran: Evaluation) -> tuple[Worst, ...]:
     """Show the images that agree least with the neighbours that either side finds for them."""
-    sample, records = verified.reference.sample, validation.check.per_image
+    sample, records = ran.reference.sample, validation.check.per_image
     if len(sample) < 3:
         return ()
     from msn_export.report.render import thumbnail
 
-    name = next(iter(verified.vectors))
-    theirs = nearest(embedding_of(verified.reference.outputs[name]))
-    mine = nearest(verified.vectors[name])
+    name = next(iter(ran.vectors))
+    theirs = nearest(embedding_of(ran.reference.outputs[name]))
+    mine = nearest(ran.vectors[name])
     cosines = [-2.0 if i.cosine is None else i.cosine for i in records]
     order = np.argsort(np.nan_to_num(cosines, nan=-2.0), kind="stable")[:WORST]
 

@@ -9,7 +9,7 @@ import torch
 from places import CARD, SHAPES, TINY, Built, Place
 
 from msn_export.graph.torch_reference import read_head
-from msn_export.metrics.evaluate import Reference, run_reference, verify
+from msn_export.metrics.evaluate import Reference, evaluate, run_reference
 from msn_export.metrics.samples import draw, with_ragged
 from msn_export.metrics.tolerances import GATES
 from msn_export.spec import Dtype, Head, InputFormat
@@ -48,13 +48,13 @@ def test_an_engine_agrees_with_torch_on_the_same_card(place, shape, dtype) -> No
         pytest.skip(obstacle)
     built = place.build(shape, dtype)
     profile = built.manifest.profiles[0]
-    sizes = with_ragged([profile.min, profile.opt, profile.max], 16)
+    # more than one call takes, too: the runner splits it
+    sizes = (*with_ragged([profile.min, profile.opt, profile.max], 16), profile.max + 3)
     with place.open(built) as runner:
         reference = reference_of(built, place)
-        # more than one call takes, too: the runner splits it
-        verified = verify(runner, reference, InputFormat.FLOAT, [*sizes, profile.max + 3])
-    assert set(verified.outputs) == {head.output for head in HEADS}
-    assert verified.failures(GATES[dtype]) == []
+        found = evaluate(runner, reference, InputFormat.FLOAT, sizes, GATES[dtype])
+    assert set(found.outputs) == {head.output for head in HEADS}
+    assert found.failures == ()
 
 
 @pytest.mark.parametrize("place", [CARD], indirect=True)
@@ -75,8 +75,9 @@ def test_the_gate_on_the_card_can_fail(place, shape) -> None:
     spoiled = {name: output.copy() for name, output in reference.outputs.items()}
     spoiled["embedding"][0] *= -1
     with place.open(built) as runner:
-        verified = verify(runner, replace(reference, outputs=spoiled), InputFormat.FLOAT, [1])
-    assert "cosine_p1" in verified.failures(GATES[Dtype.FP16])[0]
+        given = replace(reference, outputs=spoiled)
+        found = evaluate(runner, given, InputFormat.FLOAT, [1], GATES[Dtype.FP16])
+    assert "cosine_p1" in found.failures[0]
 
 
 @pytest.mark.parametrize(("place", "shape"), [("rehearsal", TINY), SHAPES[1]], indirect=["place"])
