@@ -10,7 +10,7 @@ import pytest
 from benches import made_up
 from pages import read
 
-from msn_export.bench.page import write_page
+from msn_export.report.bench_page import write_page
 from msn_export.schema import to_plain
 
 
@@ -24,7 +24,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_fetches_nothing_and_is_small(page) -> None:
     text = page.read_text()
     assert all(target.startswith("#") for target in read(page).fetched)
-    assert not re.search(r"https?://|@import|url\((?!#)", text)
+    assert not re.search(r"https?://(?!www\.w3\.org/)|@import|url\((?!#)", text)
     assert page.stat().st_size < 1_000_000
 
 
@@ -43,7 +43,7 @@ def test_colours_are_those_of_the_page(page) -> None:
     assert "prefers-color-scheme: dark" in text
     assert "@media print" in text
     assert "var(--ink)" in text
-    assert "#010203" not in text
+    assert not re.search(r"#0[1-9]0[1-9]0[1-9]", text)
 
 
 def test_its_data_is_inside(page) -> None:

@@ -4,18 +4,22 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import pytest
 from manifests import example
 from test_plots import agreement, artifact, drift, stage
 
 from msn_export.compare.validation import Side, Validation
-from msn_export.manifest import CheckRecord
-from msn_export.metrics.tolerances import GATES
+from msn_export.manifest import CheckRecord, ImageRecord
+from msn_export.metrics.evaluate import Evaluation, Reference
+from msn_export.metrics.samples import Sample
+from msn_export.metrics.tolerances import GATES, Gate
 from msn_export.preprocessing import preset
 from msn_export.report import gather
 from msn_export.report.describe import origin_of
 from msn_export.spec import Dtype, ImageSize
 
+PREPROCESSING = preset("hf", ImageSize(32, 32))
 AGREES = agreement(0.9999)
 FAILED = replace(AGREES, check=replace(AGREES.check, passed=False))
 IDLE = artifact(name="m.engine", verdict="compiled, not run")
@@ -45,10 +49,7 @@ def test_the_headline_is_the_worst_that_is_known(artifacts, agreements, expected
 
 
 def failed(check: CheckRecord, reasons: tuple[str, ...], cause: str) -> Validation:
-    sides = [
-        Side(name, "onnx", Dtype.FP32, preset("hf", ImageSize(32, 32)))
-        for name in ("a.onnx", "b.onnx")
-    ]
+    sides = [Side(name, "onnx", Dtype.FP32, PREPROCESSING) for name in ("a.onnx", "b.onnx")]
     gate = GATES[Dtype.FP32]
     return Validation(*sides, False, check, None, gate, Dtype.FP32, reasons, cause, ())
 
@@ -60,6 +61,19 @@ def test_each_comparison_is_a_sentence_with_its_reasons_and_cause() -> None:
     assert said.endswith(". cosine_p1 0.5. BGR")
     spoiled = replace(AGREES, check=replace(AGREES.check, cosine_min=None))
     assert gather.sentences([], [spoiled], [])[0].endswith("least cosine none")
+
+
+def test_of_a_large_set_the_worst_images_are_those_of_its_first_part() -> None:
+    sample = Sample(np.zeros((4, 8, 8, 3), np.uint8), tuple("abcd"), "here", PREPROCESSING)
+    rows = np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32)
+    per_image = tuple(ImageRecord(name, 1 - at / 10, 0.0) for at, name in enumerate("abcdef"))
+    ran = Evaluation(
+        {}, (1,), "here", Reference({"embedding": rows[:4]}, sample, "a.onnx"), Gate(), per_image,
+        {"embedding": rows},
+    )  # fmt: skip
+    worst = gather._worst(ran)
+    assert [one.record.name for one in worst] == ["d", "c", "b"]
+    assert all(one.same for one in worst)
 
 
 def test_where_they_part_is_said() -> None:

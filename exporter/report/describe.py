@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from msn_export.bench.results import Bench
 from msn_export.compare.inspection import Inspection
 from msn_export.compare.sides import is_checkpoint
 from msn_export.compare.validation import Side, Validation
-from msn_export.engine.census import Census
-from msn_export.engine.kernels import (
-    Kernel,
-    gemm_dtype,
-    is_convolution,
-    is_fused_attention,
-    is_gemm,
-    is_layout_only,
-)
 from msn_export.manifest import (
     CheckRecord,
     EngineRecord,
@@ -60,32 +49,18 @@ def origin_of(manifest: Manifest | None) -> list[tuple[str, str]]:
 def quantization_rows(record: QuantizationRecord) -> Iterator[tuple[str, str]]:
     """Describe a quantisation in lines of a name and a text."""
     yield "quantised", f"{record.products} of {record.expected} products to {record.format}"
-    what = ", ".join(
-        name
-        for name, used in (
-            (f"ranges by {record.observer}", True),
-            (
-                "smoothing off" if record.smoothing is None else f"smoothing {record.smoothing:g}",
-                True,
-            ),
-            ("attention too", record.attention),
-            ("biases corrected", record.bias_correction),
-        )
-        if used
-    )
+    smoothing = "off" if record.smoothing is None else f"{record.smoothing:g}"
+    what = f"ranges by {record.observer}, smoothing {smoothing}"
+    what += ", attention too" if record.attention else ""
+    what += ", biases corrected" if record.bias_correction else ""
     yield "", f"{what}; the rest in {record.base}"
     if record.smoothing_errors:
         errors = ", ".join(f"{name} {error:.2%}" for name, error in record.smoothing_errors.items())
         yield "", f"error by smoothing: {errors}"
     for name, reason in record.kept.items():
         yield "kept", f"{name} in {reason}"
-    yield (
-        "images",
-        (
-            f"{record.calibration_images} calibrated on, {len(record.held_out)} held out "
-            f"(seed {record.seed}); {record.ranges.file}"
-        ),
-    )
+    images = f"{record.calibration_images} calibrated on, {len(record.held_out)} held out"
+    yield "images", f"{images} (seed {record.seed}); {record.ranges.file}"
     yield "sizes", ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in record.sizes.items())
     for title, shares in (("neighbours", record.neighbours), ("classes", record.classes)):
         known = {name: share for name, share in shares.items() if share is not None}
@@ -105,14 +80,9 @@ def _compiled(record: QuantizationRecord) -> Iterator[tuple[str, str]]:
     for name in (record.base, record.format):
         one = told[name]
         eight = f", {one['multiplied']} of {one['products']} in {name}" if one["products"] else ""
-        gemms = ", ".join(f"{count} {dtype}" for dtype, count in one["gemm_dtypes"].items())
-        yield (
-            "",
-            (
-                f"{name}: {one['kernels']} kernels, {one['fused_attention']} fused attention, "
-                f"products {gemms}{eight}, {one['bytes'] / 1e6:.1f} MB"
-            ),
-        )
+        kernels = f"{one['kernels']} kernels, {one['fused_attention']} fused attention"
+        products = f"products {counted_by(one['gemm_dtypes'])}{eight}"
+        yield "", f"{name}: {kernels}, {products}, {one['bytes'] / 1e6:.1f} MB"
     yield "timed", _timed(record)
 
 
@@ -307,10 +277,9 @@ def _engine_rows(engine: EngineRecord) -> Iterator[tuple[str, str]]:
     blocks = sorted(set(engine.kernels_per_block.values()))
     span = f"{blocks[0]}" if len(blocks) == 1 else f"{blocks[0]} to {blocks[-1]}" if blocks else "?"
     yield "kernels", f"{engine.kernels} in all, {span} a block"
-    gemms = ", ".join(f"{count} in {dtype}" for dtype, count in engine.gemm_dtypes.items())
+    gemms, sums = counted_by(engine.gemm_dtypes, " in "), counted_by(engine.accumulators, " in ")
     eight = f"; {engine.quantised_products} of {engine.quantised_products} quantised ones so"
     yield "matrix products", gemms + (eight if engine.quantised_products else "")
-    sums = ", ".join(f"{count} in {dtype}" for dtype, count in engine.accumulators.items())
     yield "fused attention", f"{engine.fused_attention} kernels{f'; sums: {sums}' if sums else ''}"
     if engine.attention is not None:
         yield from _attention_rows(engine.attention)
@@ -319,10 +288,8 @@ def _engine_rows(engine: EngineRecord) -> Iterator[tuple[str, str]]:
 
 def _attention_rows(sums: SumsRecord) -> Iterator[tuple[str, str]]:
     if sums.bf16:
-        yield (
-            "bf16 attention",
-            f"{len(sums.bf16)}, which fp16 does not hold: {', '.join(sums.bf16)}",
-        )
+        names = ", ".join(sums.bf16)
+        yield "bf16 attention", f"{len(sums.bf16)}, which fp16 does not hold: {names}"
     check = sums.check
     if check is None:
         return
@@ -377,7 +344,7 @@ def inspection_rows(found: Inspection) -> Iterator[tuple[str, str]]:
     yield "profiles", ", ".join(map(str, found.profiles)) or "unknown"
     yield "runs on", found.runs_on
     yield "precision", found.precision or "unknown"
-    yield "matrix products", _counts(found.gemm_dtypes)
+    yield "matrix products", counted_by(found.gemm_dtypes) or "unknown"
     yield "fused attention", fused(found)
     if found.islands:
         yield "fp32 islands", ", ".join(found.islands)
@@ -387,8 +354,8 @@ def inspection_rows(found: Inspection) -> Iterator[tuple[str, str]]:
     if found.kind == "engine":
         yield "kernels", str(found.kernels or "unknown")
         yield "kernels a block", _per_block(found.kernels_per_block)
-        yield "attention sums in", _counts(found.accumulators)
-        yield "kinds of kernel", _counts(found.kernel_kinds)
+        yield "attention sums in", counted_by(found.accumulators) or "unknown"
+        yield "kinds of kernel", counted_by(found.kernel_kinds) or "unknown"
         yield "layout only", _layout(found)
     yield "check", found.check
     yield "executed", found.executed
@@ -411,8 +378,9 @@ def _tensors(specs: tuple[TensorSpec, ...]) -> str:
     ) or "unknown"  # fmt: skip
 
 
-def _counts(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "unknown"
+def counted_by(counts: Mapping[str, int], joint: str = " ") -> str:
+    """List counts, each with what was counted."""
+    return ", ".join(f"{count}{joint}{name}" for name, count in counts.items())
 
 
 def fused(found: Inspection) -> str:
@@ -432,75 +400,6 @@ def _layout(found: Inspection) -> str:
     places = found.layout_only[:4]
     more = f"; and {len(found.layout_only) - 4} more" if len(found.layout_only) > 4 else ""
     return f"{len(found.layout_only)} kernels ({'; '.join(places)}{more})"
-
-
-def role_of(kernel: Kernel) -> str:
-    """Say in the field's words what a kernel does."""
-    if is_fused_attention(kernel):
-        return "attention"
-    if is_convolution(kernel):
-        return "convolution"
-    if is_gemm(kernel):
-        return "matrix product"
-    return "layout only" if is_layout_only(kernel) else "norm and element-wise"
-
-
-def roles(census: Census) -> dict[str, int]:
-    """Count kernels by what they do, the most frequent first."""
-    return dict(Counter(map(role_of, census.kernels)).most_common())
-
-
-def multiplied(census: Census, joint: str = " in ") -> str:
-    """Count matrix products by what they multiply in."""
-    return ", ".join(f"{n}{joint}{spelled(name)}" for name, n in census.gemm_dtypes.items())
-
-
-def strips(census: Census) -> list[tuple[str, list[tuple[str, str, str]]]]:
-    """Line the kernels up by block, in order of their execution: role, dtype and title of each."""
-    lines: dict[int, list[tuple[str, str, str]]] = {}
-    for kernel in census.kernels:
-        role = role_of(kernel)
-        computes = role in {"attention", "convolution", "matrix product"}
-        dtype = gemm_dtype(kernel) if computes else (*kernel.outputs, "")[0]
-        title = f"{role} in {dtype}: {', '.join(kernel.layers) or kernel.name}"
-        block = -1 if kernel.block is None else kernel.block
-        lines.setdefault(block, []).append((role, spelled(dtype), title))
-    return [("outside" if n < 0 else f"block {n}", lines[n]) for n in sorted(lines)]
-
-
-# TensorRT's spelling to the project's
-_DTYPES = {
-    "Float": "fp32", "Half": "fp16", "BFloat16": "bf16", "Int8": "int8", "FP8": "fp8",
-    "UInt8": "uint8",
-}  # fmt: skip
-
-
-def spelled(dtype: str) -> str:
-    """Give the project's name of a dtype that TensorRT names."""
-    return _DTYPES.get(dtype, dtype)
-
-
-_COLUMNS = ("what", "batch", "median ms", "p90 ms", "p99 ms", "images/s", "time / baseline")
-
-
-def timing_columns(bench: Bench) -> tuple[str, ...]:
-    """Name the columns of ``timing_rows``."""
-    return (*_COLUMNS, "cosine min") if bench.timings[0].agreement is not None else _COLUMNS
-
-
-def timing_rows(bench: Bench) -> Iterator[list[str]]:
-    """Lay a benchmark out in cells; a figure that was not measured is an empty one."""
-    for one in bench.timings:
-        figures = [one.median_ms, one.p90_ms, one.p99_ms, one.images_per_second, one.ratio.median]
-        agreed = [one.agreement.cosine_min if one.agreement is not None else None]
-        shown = ["" if x is None else f"{x:.5g}" for x in figures + agreed]
-        yield [one.contender, str(one.batch), *shown][: len(timing_columns(bench))]
-
-
-def timed_on(bench: Bench) -> str:
-    """Say where a benchmark ran, what its ratios are to, and when it was."""
-    where = ", ".join((bench.machine.cpu, *bench.machine.gpus))
-    return "; ".join((where, f"times over {bench.baseline}", bench.created))
 
 
 def short(name: str) -> str:

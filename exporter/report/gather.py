@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,13 +17,21 @@ from msn_export.compare.drift import Drift
 from msn_export.compare.inspection import Inspection, believed, inspect
 from msn_export.compare.validation import Validation
 from msn_export.engine.census import Census
+from msn_export.engine.kernels import (
+    Kernel,
+    gemm_dtype,
+    is_convolution,
+    is_fused_attention,
+    is_gemm,
+    is_layout_only,
+)
 from msn_export.graph import io
 from msn_export.graph.summary import BlockPrecision, precision_map
 from msn_export.manifest import CheckRecord, ImageRecord, Manifest
 from msn_export.metrics.evaluate import Evaluation
 from msn_export.metrics.metrics import embedding_of, nearest
 from msn_export.metrics.tolerances import GATES, in_words
-from msn_export.report.describe import multiplied, short
+from msn_export.report.describe import counted_by, short
 
 State = Literal["passed", "partial", "failed"]
 VerdictWord = Literal[
@@ -175,20 +184,24 @@ def live_agreement(validation: Validation, ran: Evaluation) -> ReportedAgreement
         validation.check,
         f"{validation.gate_name}: {validation.gate}, because {validation.gate.reason}",
         validation,
-        _worst(validation, ran),
+        _worst(ran),
     )
 
 
-def _worst(validation: Validation, ran: Evaluation) -> tuple[Worst, ...]:
-    """Show the images that agree least with the neighbours that either side finds for them."""
-    sample, records = ran.reference.sample, validation.check.per_image
+def _worst(ran: Evaluation) -> tuple[Worst, ...]:
+    """Show the images that agree least with the neighbours that either side finds for them.
+
+    Of a large set the first part, whose pixels are still in memory.
+    """
+    sample = ran.reference.sample
     if len(sample) < 3:
         return ()
     from msn_export.report.render import thumbnail
 
     name = next(iter(ran.vectors))
     theirs = nearest(embedding_of(ran.reference.outputs[name]))
-    mine = nearest(ran.vectors[name])
+    mine = nearest(ran.vectors[name][: len(sample)])
+    records = ran.per_image[: len(sample)]
     cosines = [-2.0 if i.cosine is None else i.cosine for i in records]
     order = np.argsort(np.nan_to_num(cosines, nan=-2.0), kind="stable")[:WORST]
 
@@ -305,3 +318,72 @@ def now() -> str:
     epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
     at = datetime.fromtimestamp(int(epoch), UTC) if epoch.isdigit() else datetime.now(UTC)
     return at.strftime("%d %B %Y, %H:%M UTC")
+
+
+def role_of(kernel: Kernel) -> str:
+    """Say in the field's words what a kernel does."""
+    if is_fused_attention(kernel):
+        return "attention"
+    if is_convolution(kernel):
+        return "convolution"
+    if is_gemm(kernel):
+        return "matrix product"
+    return "layout only" if is_layout_only(kernel) else "norm and element-wise"
+
+
+def roles(census: Census) -> dict[str, int]:
+    """Count kernels by what they do, the most frequent first."""
+    return dict(Counter(map(role_of, census.kernels)).most_common())
+
+
+def multiplied(census: Census, joint: str = " in ") -> str:
+    """Count matrix products by what they multiply in."""
+    return counted_by({spelled(name): n for name, n in census.gemm_dtypes.items()}, joint)
+
+
+def strips(census: Census) -> list[tuple[str, list[tuple[str, str, str]]]]:
+    """Line the kernels up by block, in order of their execution: role, dtype and title of each."""
+    lines: dict[int, list[tuple[str, str, str]]] = {}
+    for kernel in census.kernels:
+        role = role_of(kernel)
+        computes = role in {"attention", "convolution", "matrix product"}
+        dtype = gemm_dtype(kernel) if computes else (*kernel.outputs, "")[0]
+        title = f"{role} in {dtype}: {', '.join(kernel.layers) or kernel.name}"
+        block = -1 if kernel.block is None else kernel.block
+        lines.setdefault(block, []).append((role, spelled(dtype), title))
+    return [("outside" if n < 0 else f"block {n}", lines[n]) for n in sorted(lines)]
+
+
+# TensorRT's spelling to the project's
+_DTYPES = {
+    "Float": "fp32", "Half": "fp16", "BFloat16": "bf16", "Int8": "int8", "FP8": "fp8",
+    "UInt8": "uint8",
+}  # fmt: skip
+
+
+def spelled(dtype: str) -> str:
+    """Give the project's name of a dtype that TensorRT names."""
+    return _DTYPES.get(dtype, dtype)
+
+
+_COLUMNS = ("what", "batch", "median ms", "p90 ms", "p99 ms", "images/s", "time / baseline")
+
+
+def timing_columns(bench: Bench) -> tuple[str, ...]:
+    """Name the columns of ``timing_rows``."""
+    return (*_COLUMNS, "cosine min") if bench.timings[0].agreement is not None else _COLUMNS
+
+
+def timing_rows(bench: Bench) -> Iterator[list[str]]:
+    """Lay a benchmark out in cells; a figure that was not measured is an empty one."""
+    for one in bench.timings:
+        figures = [one.median_ms, one.p90_ms, one.p99_ms, one.images_per_second, one.ratio.median]
+        agreed = [one.agreement.cosine_min if one.agreement is not None else None]
+        shown = ["" if x is None else f"{x:.5g}" for x in figures + agreed]
+        yield [one.contender, str(one.batch), *shown][: len(timing_columns(bench))]
+
+
+def timed_on(bench: Bench) -> str:
+    """Say where a benchmark ran, what its ratios are to, and when it was."""
+    where = ", ".join((bench.machine.cpu, *bench.machine.gpus))
+    return "; ".join((where, f"times over {bench.baseline}", bench.created))

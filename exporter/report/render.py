@@ -23,19 +23,20 @@ from msn_export.compare.drift import Drift
 from msn_export.graph.summary import PARTS
 from msn_export.metrics.block_errors import StageDrift
 from msn_export.metrics.tolerances import HEADROOM
-from msn_export.report.describe import (
-    file_rows,
-    fused,
+from msn_export.report.describe import file_rows, fused, short
+from msn_export.report.gather import (
+    Page,
+    PageImage,
+    ReportedAgreement,
+    ReportedArtifact,
     multiplied,
     roles,
-    short,
     spelled,
     strips,
     timed_on,
     timing_columns,
     timing_rows,
 )
-from msn_export.report.gather import Page, PageImage, ReportedAgreement, ReportedArtifact
 
 if TYPE_CHECKING:
     import numpy as np
@@ -291,31 +292,32 @@ def _slug(name: str) -> str:
 def html(page: Page) -> str:
     """Render the page with its plots: one file that loads nothing."""
     drawn = {name: Markup(svg) for name, svg in _plots(page).items()}  # noqa: S704  ours
-    template = _environment(autoescape=True).get_template("report.html.j2")
+    template = environment(autoescape=True).get_template("report.html.j2")
     return template.render(page=page, plots=drawn).lstrip()
 
 
 def markdown(page: Page) -> str:
     """Render the same figures as Markdown, without plots and pictures."""
-    text = _environment(autoescape=False).get_template("model_card.md.j2").render(page=page)
+    text = environment(autoescape=False).get_template("model_card.md.j2").render(page=page)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-def _environment(*, autoescape: bool) -> Environment:
-    environment = Environment(
+def environment(*, autoescape: bool) -> Environment:
+    """Open the templates; a figure that is not there is an error."""
+    made = Environment(
         loader=PackageLoader("msn_export.report", "."),
         autoescape=autoescape,  # noqa: S701  Markdown has its own escapes: _cell
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"cell": _cell, "line": _line, "short": short, "spelled": spelled}
-    environment.globals |= {
+    made.filters |= {"cell": _cell, "line": _line, "short": short, "spelled": spelled}
+    made.globals |= {
         "file_rows": file_rows, "fused": fused, "multiplied": multiplied, "strips": strips,
         "timed_on": timed_on, "timing_columns": timing_columns, "timing_rows": timing_rows,
         "PARTS": PARTS, "HEADROOM": HEADROOM,
     }  # fmt: skip
-    return environment
+    return made
 
 
 def _plots(page: Page) -> dict[str, str]:

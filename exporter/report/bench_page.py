@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
-import re
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from matplotlib import rc_context, rcdefaults, rcParams
-from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator, ScalarFormatter
 
 from msn_export.bench.results import footnotes
+from msn_export.report.render import draw, environment
 from msn_export.schema import to_plain
 
 if TYPE_CHECKING:
@@ -28,37 +25,27 @@ if TYPE_CHECKING:
 # Okabe and Ito, "Color Universal Design" (2008): told apart by the colour-blind, on light and dark
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
-# Stand-ins that become the page's own colours
-_INK, _LINE = "#010203", "#040506"
-_STYLE: Any = {
-    "text.parse_math": False,  # a "$" in a file's name is a "$"
-    "svg.fonttype": "none",  # text stays text, in the page's font
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _LINE,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "grid.color": _LINE,
-    "axes.grid": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
 
 
 def plots(bench: Bench) -> dict[str, str]:
     """Draw every plot; SVG by caption."""
+    captions: dict[str, tuple[str, Callable[[Axes, Bench], None]]] = {
+        "Time per image, median of all calls; whiskers reach to p90": ("time", _times),
+        f"Time over that of {bench.baseline} in the same round; one point a round": (
+            "ratio",
+            _ratios,
+        ),
+        "Highest memory of the contender's own process": ("memory", _memory),
+    }
+
+    def paint(axes: Axes, contenders: Callable[[Axes, Bench], None]) -> None:
+        axes.grid()
+        contenders(axes, bench)
+        axes.figure.legend(loc="outside upper left", ncols=4)
+
     return {
-        "Time per image, median of all calls; whiskers reach to p90": _draw(
-            "time", lambda axes: _times(axes, bench)
-        ),
-        f"Time over that of {bench.baseline} in the same round; one point a round": _draw(
-            "ratio", lambda axes: _ratios(axes, bench)
-        ),
-        "Highest memory of the contender's own process": _draw(
-            "memory", lambda axes: _memory(axes, bench)
-        ),
+        caption: draw(name, caption, partial(paint, contenders=contenders), (7.2, 3.6))
+        for caption, (name, contenders) in captions.items()
     }
 
 
@@ -129,43 +116,12 @@ def _logarithmic(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _draw(name: str, draw: Callable[[Axes], None]) -> str:
-    with rc_context():
-        rcdefaults()  # nobody's matplotlibrc, which may lie in the current folder, has a say
-        rcParams.update({**_STYLE, "svg.hashsalt": name})
-        figure = Figure(figsize=(7.2, 3.6), layout="constrained")
-        axes = figure.add_subplot()
-        draw(axes)
-        figure.legend(loc="outside upper left", ncols=4, frameon=False)
-        written = io.StringIO()
-        # all None: the metadata block, full of addresses, is left out
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(written, format="svg", transparent=True, metadata=nothing)
-    return _at_home(name, written.getvalue())
-
-
-def _at_home(name: str, svg: str) -> str:
-    """Make an SVG file part of a page: its names unique, its colours and font the page's."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
-    svg = re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\g<1>{name}-", svg)
-    svg = re.sub(r'<svg ([^>]*?)width="[^"]*"', r'<svg role="img" \1', svg, count=1)
-    svg = re.sub(r'(<svg [^>]*?)height="[^"]*" ', r"\1", svg, count=1)
-    return svg.replace(_INK, "var(--ink)").replace(_LINE, "var(--line)")
-
-
 def write_page(bench: Bench, path: Path) -> None:
     """Write the page.
 
     Raises:
         OSError: the file system refused.
     """
-    environment = Environment(
-        loader=PackageLoader("msn_export.bench", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
     artifacts = [one.name for one in bench.timed if one.file is not None]
     fastest = {
         batch: min(one.median_ms for one in bench.timings if one.batch == batch)
@@ -173,12 +129,16 @@ def write_page(bench: Bench, path: Path) -> None:
     }
     # "</script>" inside a name would end the element
     data = json.dumps(to_plain(bench), allow_nan=False).replace("<", "\\u003c")
-    page = environment.get_template("page.html.j2").render(
-        bench=bench,
-        title=f"Benchmark of {', '.join(artifacts)}",
-        said=footnotes(bench),
-        fastest=fastest,
-        plots=plots(bench),
-        data=Markup(data),  # noqa: S704  JSON with every "<" escaped
+    page = (
+        environment(autoescape=True)
+        .get_template("bench.html.j2")
+        .render(
+            bench=bench,
+            title=f"Benchmark of {', '.join(artifacts)}",
+            said=footnotes(bench),
+            fastest=fastest,
+            plots=plots(bench),
+            data=Markup(data),  # noqa: S704  JSON with every "<" escaped
+        )
     )
     path.write_text(page, encoding="utf-8")
