@@ -15,10 +15,11 @@ PACKAGE = Path(msn_export.__file__).parent
 # from the bottom up: folders and the modules beside them; each may import those before it, in its
 # functions too
 ORDER = (
-    "errors", "spec", "progress", "schema", "host", "preprocessing", "manifest", "files", "images",
-    "image_folder", "engine_header", "golden", "models", "processor_config", "options", "metrics",
-    "graph", "runtime", "mixed_precision", "artifact", "feed", "engine", "bench", "calibration",
-    "baseline", "compare", "report", "embed", "cluster", "triton", "commands", "cli",
+    "errors", "spec", "progress", "schema", "host", "child_process", "preprocessing", "manifest",
+    "files", "images", "image_folder", "engine_header", "golden", "models", "processor_config",
+    "options", "metrics", "graph", "runtime", "mixed_precision", "artifact", "feed", "engine",
+    "bench", "calibration", "baseline", "compare", "report", "embed", "cluster", "triton",
+    "commands", "cli",
 )  # fmt: skip
 HEAVY = frozenset(
     {"torch", "onnx", "onnx_ir", "onnxscript", "onnxsim", "onnxruntime", "transformers",

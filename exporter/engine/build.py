@@ -5,8 +5,6 @@ import json
 import os
 import selectors
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+from msn_export.child_process import ChildProcess, last_line
 from msn_export.engine.census import Census, by_profile
 from msn_export.engine.kernels import Kernel
 from msn_export.engine.options import BuildSpec, BuildStep, check_options
@@ -25,7 +24,6 @@ from msn_export.schema import from_plain, to_plain
 from msn_export.spec import AMPERE, Targets
 
 _POLL = 0.05  # seconds between two looks at clock and memory
-_TAIL = 4096  # bytes of the raw log that are searched for a crash's reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +56,9 @@ def run_child(
         BuildError: the job failed, the child crashed, or a limit was reached.
         OSError: the engine could not be written.
     """
-    with _child(raw) as (child, events):
-        with contextlib.suppress(BrokenPipeError):  # it died at its start: its exit code tells
-            _send(child, {**job, "parent": os.getpid()})
-        for event in _events(child, events, limits):
+    with ChildProcess("msn_export.engine.worker", raw) as child:
+        child.send(job)
+        for event in _events(child, limits):
             if "progress" in event:
                 progress(BuildStep(**event["progress"]))
             elif "done" in event:
@@ -72,55 +69,20 @@ def run_child(
                 raise BuildError(event["failed"])
             elif "os_error" in event:
                 raise OSError(*event["os_error"])
-        raise BuildError(_describe_end(child.wait(), raw))
+        raise BuildError(_describe_end(child.process.wait(), raw))
 
 
-@contextlib.contextmanager
-def _child(raw: IO[bytes]) -> Iterator[tuple["subprocess.Popen[bytes]", int]]:
-    """Start the child and the pipe of its events; on the way out it is dead, whatever happened."""
-    reading, writing = os.pipe()
-    try:
-        try:
-            # this interpreter and a module of this package; the job itself travels on stdin
-            child = subprocess.Popen(  # noqa: S603
-                [sys.executable, "-P", "-m", "msn_export.engine.worker", str(writing)],
-                stdin=subprocess.PIPE,
-                stdout=raw,
-                stderr=subprocess.STDOUT,
-                pass_fds=(writing,),
-                start_new_session=True,  # Ctrl-C reaches this process only, which ends the child
-            )
-        finally:
-            os.close(writing)
-        try:
-            yield child, reading
-        finally:
-            child.kill()
-            with contextlib.suppress(BrokenPipeError):  # unsent bytes of the job
-                child.communicate()
-    finally:
-        os.close(reading)
-
-
-def _send(child: "subprocess.Popen[bytes]", job: Mapping[str, Any]) -> None:
-    if child.stdin is not None:
-        child.stdin.write(json.dumps(job).encode() + b"\n")
-        child.stdin.flush()
-
-
-def _events(
-    child: "subprocess.Popen[bytes]", events: int, limits: Limits
-) -> Iterator[dict[str, Any]]:
+def _events(child: ChildProcess, limits: Limits) -> Iterator[dict[str, Any]]:
     """Give the child's events until it closes the pipe, watching clock and memory."""
     started = time.monotonic()
     pending = b""
     with selectors.DefaultSelector() as selector:
-        selector.register(events, selectors.EVENT_READ)
+        selector.register(child.messages, selectors.EVENT_READ)
         while True:
-            _check(limits, child.pid, time.monotonic() - started)
+            _check(limits, child.id, time.monotonic() - started)
             if not selector.select(_POLL):
                 continue
-            chunk = os.read(events, 1 << 16)
+            chunk = os.read(child.messages.fileno(), 1 << 16)
             if not chunk:
                 return
             *lines, pending = (pending + chunk).split(b"\n")
@@ -142,10 +104,8 @@ def _check(limits: Limits, process: int, seconds: float) -> None:
 
 def _describe_end(code: int, raw: IO[bytes]) -> str:
     """Say how a child ended that said neither done nor failed."""
-    raw.seek(0, os.SEEK_END)
-    raw.seek(max(0, raw.tell() - _TAIL))
-    lines = raw.read().decode("utf-8", "replace").strip().splitlines()
-    last = f" Its last line: {lines[-1].strip()[:200]}" if lines else ""
+    line = last_line(raw)
+    last = f" Its last line: {line}" if line else ""
     if code == -signal.SIGKILL:
         return (
             "the TensorRT compiler was killed (SIGKILL), most likely because memory ran out; build "

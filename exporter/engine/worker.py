@@ -1,4 +1,4 @@
-"""The compiler's process: ``python -m msn_export.engine.worker``; ``supervise.py`` starts it.
+"""The compiler's process: ``python -m msn_export.engine.worker``; ``build.py`` starts it.
 
 A job comes in as one line of JSON on stdin; events go out as lines of JSON on a pipe of their own,
 because TensorRT writes to stdout and stderr as it likes (both are the raw log). After some failures
