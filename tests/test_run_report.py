@@ -24,6 +24,7 @@ from tiny_artifacts import pictures
 from msn_export import manifest as manifests
 from msn_export.cli import main
 from msn_export.manifest import CheckpointRecord, manifest_path
+from msn_export.metrics import samples
 from msn_export.schema import to_plain
 
 ENGINE_KINDS = 2  # plots of an engine: its kernels by kind, and by block
@@ -110,6 +111,16 @@ def test_it_shows_agreement_with_the_worst_images_beside_their_neighbours(page) 
     assert "first-percentile cosine at least 0.999" in text
     assert "same neighbour image a/" in text or "same neighbour image b/" in text
     assert text.count("reference&#39;s neighbour") == text.count("candidate&#39;s neighbour") == 3
+    assert "The images that agree least" in text
+
+
+def test_of_a_large_set_it_says_which_images_the_worst_are_of(
+    folder, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setitem(samples.draw_parts.__kwdefaults__, "part", 4)
+    given = (folder / "m.onnx", folder / "half.onnx", "--images", folder / "images")
+    report(*given, "-o", tmp_path / "report.html")
+    assert "The images of the first 4 that agree least" in text_of(tmp_path / "report.html")
 
 
 def test_an_engine_that_did_not_run_is_never_said_to_agree(page) -> None:

@@ -99,7 +99,10 @@ class Worst:
 
 @dataclass(frozen=True, slots=True)
 class ReportedAgreement:
-    """A comparison that ran for this report, or without ``validation`` what a manifest has."""
+    """A comparison that ran for this report, or without ``validation`` what a manifest has.
+
+    ``worst`` are the images that agree least of the first ``looked_at``.
+    """
 
     candidate: str
     reference: str
@@ -107,6 +110,7 @@ class ReportedAgreement:
     gate: str
     validation: Validation | None = None
     worst: tuple[Worst, ...] = ()
+    looked_at: int = 0
 
     @property
     def passed(self) -> bool:
@@ -185,6 +189,7 @@ def live_agreement(validation: Validation, ran: Evaluation) -> ReportedAgreement
         f"{validation.gate_name}: {validation.gate}, because {validation.gate.reason}",
         validation,
         _worst(ran),
+        len(ran.reference.sample),
     )
 
 
