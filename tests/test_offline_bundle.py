@@ -110,7 +110,7 @@ def test_what_a_suite_needs_is_pinned_as_it_was_tested() -> None:
 def test_the_tree_is_copied_without_its_traces(tmp_path) -> None:
     offline_bundle.copy((*SUITE, *PACKAGE), tmp_path / "suite")
     copied = {path.name for path in (tmp_path / "suite").rglob("*")}
-    assert {"conftest.py", "gpu.py", "pyproject.toml", "vit_msn.py", "py.typed"} <= copied
+    assert {"conftest.py", "gpu.py", "pyproject.toml", "vit.py", "py.typed"} <= copied
     assert "__pycache__" not in copied
 
 
