@@ -77,10 +77,10 @@ def build(master: Path, engine: Path, images: Path) -> None:
     """
     driver = find_driver()
     assert isinstance(driver, Driver)
-    flavour, card = find_backend().flavour, driver.devices[0].capability
+    row, card = find_backend().row, driver.devices[0].capability
     command = [sys.executable, "-P", "-m", "msn_export.cli", "trt", master, "-o", engine, "--fp16"]
     run = subprocess.run(
-        [*command, "--images", images, *target(flavour.targets_capabilities, card)],
+        [*command, "--images", images, *target(row.targets_capabilities, card)],
         capture_output=True,
         text=True,
         check=False,

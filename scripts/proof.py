@@ -29,12 +29,11 @@ from fault_kinds import Fault
 from fault_table import BATCH, Candidate, Row, Subject
 from tolerances import replace_part
 
-from msn_export.calibration.observers import Observer
 from msn_export.commands.calibrate import CalibrateJob, run_calibrate
 from msn_export.commands.drift import DriftJob, run_drift
 from msn_export.commands.onnx import OnnxJob, run_onnx
 from msn_export.commands.validate import ValidateJob, run_validate
-from msn_export.spec import Dtype, InputFormat, Target
+from msn_export.spec import Dtype, InputFormat, Observer, Target
 
 PROOF, CURVE = Path("docs/proof.md"), Path("docs/images/proof.svg")
 WANTED = (0.5, 1.0, 2.0, 4.0, 16.0)

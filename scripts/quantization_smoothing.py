@@ -11,12 +11,11 @@ import digits
 import numpy as np
 from quantization_bench import FORMS, Bench, row
 
-from msn_export.calibration.observers import Observer
 from msn_export.calibration.plan import Plan
 from msn_export.calibration.qdq import FORMATS, Scheme
 from msn_export.calibration.search import PROBED, STRENGTHS, SensitivitySample, smooth
 from msn_export.graph import io
-from msn_export.spec import Dtype
+from msn_export.spec import Dtype, Observer
 
 DRAWS = 8
 
