@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -187,29 +187,37 @@ def wait_until(true: Callable[[], bool], seconds: float = 20.0) -> None:
         time.sleep(0.01)
 
 
+@pytest.fixture
+def no_child_stays() -> Iterator[None]:
+    """Another test's child, as multiprocessing's tracker of resources, may be there before."""
+    before = set(children_of(os.getpid()))
+    yield
+    assert set(children_of(os.getpid())) <= before
+
+
+@pytest.mark.usefixtures("no_child_stays")
 def test_a_timeout_ends_the_build(tmp_path: Path) -> None:
     started = time.monotonic()
     with pytest.raises(BuildError, match=r"^the build took longer than its limit of 0\.2 s$"):
         build_engine(spec_of(DEEP, timeout=0.2), rtx(), tmp_path / "x.engine")
     assert time.monotonic() - started < 5
-    assert children_of(os.getpid()) == []
 
 
+@pytest.mark.usefixtures("no_child_stays")
 def test_a_memory_limit_ends_the_build(tmp_path: Path) -> None:
     with pytest.raises(
         BuildError, match=r"^the build needs more than its memory limit of 0\.10 GiB \(it was at "
     ):
         build_engine(spec_of(Vit(), memory_limit=100 << 20), rtx(), tmp_path / "x.engine")
-    assert children_of(os.getpid()) == []
 
 
+@pytest.mark.usefixtures("no_child_stays")
 def test_an_error_in_the_progress_display_ends_the_build(tmp_path: Path) -> None:
     def interrupt(_progress: BuildStep) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         build_engine(spec_of(DEEP), rtx(), tmp_path / "x.engine", progress=interrupt)
-    assert children_of(os.getpid()) == []
     assert list(tmp_path.iterdir()) == []
 
 
