@@ -2,7 +2,7 @@
 
 Manifests are hostile input and the runtime reads them with the standard library alone.
 
-The command line and a type checker never come to it. Python code that neither has read would else
+A job's fields are checked as it is made. Python code that no type checker has read would otherwise
 learn of ``output="model.onnx"`` from an AttributeError minutes later.
 """
 

@@ -13,8 +13,8 @@ from msn_export.bench.results import Rounds, figures, ratio_of, rotated
 from msn_export.engine_header import parse_header
 from msn_export.errors import DeviceError, MissingPackageError, RunnerError
 from msn_export.host import NoDriver, find_driver
+from msn_export.runtime.engine_opening import VerifiedEngine, open_engine
 from msn_export.runtime.onnxruntime import OrtRunner
-from msn_export.runtime.opening import VerifiedEngine, open_engine
 from msn_export.runtime.runner import Runner
 
 

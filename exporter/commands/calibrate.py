@@ -55,6 +55,8 @@ from msn_export.progress import SILENT, Progress
 from msn_export.runtime.onnxruntime import OrtRunner
 from msn_export.spec import Dtype, InputFormat
 
+__all__ = ["CalibrateJob", "run_calibrate"]  # the two that docs/python.md speaks of
+
 PACKAGES = ("onnx", "onnx-ir", "onnxsim", "onnxruntime-gpu", "onnxruntime", "tensorrt-rtx")
 
 
@@ -189,9 +191,6 @@ def _notes(done: Calibrated) -> Iterator[str]:
         yield f"the {done.twin.judged.check.executed_on} twin misses its own gate: " + "; ".join(
             done.twin.judged.failures
         )
-
-
-__all__ = ["CalibrateJob", "run_calibrate"]  # the two that docs/python.md speaks of
 
 
 def run_calibrate(job: CalibrateJob, progress: Progress = SILENT) -> tuple[Path, Manifest]:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from msn_export.feed import Feed
     from msn_export.progress import Progress
 
+__all__ = ["EmbedJob", "run_embed"]  # the two that docs/python.md speaks of
+
 
 class Executor(Protocol):
     """Where a job runs: the pictures it found there, the model that is open there."""
@@ -135,9 +137,6 @@ def _clock_time(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}"
-
-
-__all__ = ["EmbedJob", "run_embed"]  # the two that docs/python.md speaks of
 
 
 def run_embed(job: EmbedJob, progress: Progress = SILENT) -> Embedded:

@@ -41,11 +41,13 @@ from msn_export.metrics.tolerances import GATES, ROUNDED_MARGIN
 from msn_export.mixed_precision import cpu_runner
 from msn_export.options import kept
 from msn_export.progress import SILENT, Progress
-from msn_export.runtime.opening import VerifiedEngine, open_engine
+from msn_export.runtime.engine_opening import VerifiedEngine, open_engine
 from msn_export.runtime.runner import Outputs
 from msn_export.runtime.tensorrt import TrtRunner
 from msn_export.schema import to_plain
 from msn_export.spec import BatchRange, ComputeCapability, Dtype, InputFormat
+
+__all__ = ["TrtJob", "run_trt"]  # the two that docs/python.md speaks of
 
 
 @dataclass(slots=True)
@@ -204,9 +206,6 @@ def to_manifest(
         command=job.command,
         versions=versions_of(*PACKAGES, engine.backend),
     )
-
-
-__all__ = ["TrtJob", "run_trt"]  # the two that docs/python.md speaks of
 
 
 EXACT = 4  # pictures that an fp32 graph computes in fp64 too

@@ -29,9 +29,9 @@ from msn_export.metrics.samples import max_batch_in_memory
 from msn_export.mixed_precision import cpu_runner
 from msn_export.models.named import AS_IT_SAYS, Choices
 from msn_export.preprocessing import Preprocessing, assumed
-from msn_export.runtime import opening
+from msn_export.runtime import engine_opening
 from msn_export.runtime.batching import combine
-from msn_export.runtime.opening import verify_engine_file
+from msn_export.runtime.engine_opening import verify_engine_file
 from msn_export.spec import BatchRange, Dtype, ImageSize, InputFormat
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def open_engine(path: Path) -> OpenSide:
             f"{path} cannot run here: {driver.reason}; run this command on the machine that has "
             "its GPU, or compare the graph it was built from"
         )
-    return opening.open_engine(verify_engine_file(path, trust=False), eager_kernels=True)
+    return engine_opening.open_engine(verify_engine_file(path, trust=False), eager_kernels=True)
 
 
 def _room(manifest: Manifest | None) -> int | None:
