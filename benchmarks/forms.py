@@ -21,8 +21,7 @@ import onnx_ir as ir
 import onnxruntime
 
 from msn_export.engine.build import build_engine
-from msn_export.engine.options import BuildSpec
-from msn_export.engine.versions import find_backend
+from msn_export.engine.options import BuildSpec, find_backend
 from msn_export.errors import BuildError
 from msn_export.graph import io
 from msn_export.graph.cls_only import narrow_to_first_token

@@ -36,7 +36,7 @@ from gpu_timing import calls_of_a_burst, ceilings, time_all
 
 from msn_export import manifest
 from msn_export.commands.onnx import OnnxJob, run_onnx
-from msn_export.engine.versions import find_backend
+from msn_export.engine.options import find_backend
 from msn_export.engine_header import may_target
 from msn_export.errors import BuildError, MsnExportError
 from msn_export.graph import io

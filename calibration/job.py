@@ -14,8 +14,7 @@ from msn_export.spec import ComputeCapability, Dtype, Observer, Target
 
 if TYPE_CHECKING:
     from msn_export.artifact import GraphFile
-    from msn_export.calibration.products import Role
-    from msn_export.calibration.qdq import Scheme
+    from msn_export.calibration.qdq import Role, Scheme
     from msn_export.metrics.tolerances import Gate
 
 AUTO = "auto"
@@ -130,7 +129,7 @@ class CalibrateJob(Job):
     @property
     def extra(self) -> tuple[Role, ...]:
         """What is quantised besides the blocks' projections."""
-        from msn_export.calibration.products import Role
+        from msn_export.calibration.qdq import Role
 
         asked = ((Role.PATCH, self.quantize_patch), (Role.HEAD, self.quantize_head))
         return tuple(role for role, wanted in asked if wanted)

@@ -13,18 +13,21 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from msn_export.calibration.collect import Watch, finite
 from msn_export.calibration.observers import Histogram, threshold
-from msn_export.calibration.products import Projection, Role, find_cores, find_projections
 from msn_export.calibration.qdq import (
     Operands,
+    Projection,
+    Role,
     Scheme,
+    find_cores,
     find_operands,
+    find_projections,
     quantise_attention,
     quantise_projections,
     require_fusable,
     scales,
 )
+from msn_export.calibration.ranges import Watch, finite
 from msn_export.errors import FusionError, GraphError
 from msn_export.graph.builder import GraphBuilder, array_of, operand
 from msn_export.graph.fuse import fuse_attention

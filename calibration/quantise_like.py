@@ -13,12 +13,14 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from msn_export.calibration.products import Projection, find_by_weight, find_projections
 from msn_export.calibration.qdq import (
     FORMATS,
     Operands,
+    Projection,
     Scheme,
+    find_by_weight,
     find_operands,
+    find_projections,
     quantise_attention,
     quantise_projections,
 )
@@ -27,7 +29,7 @@ from msn_export.errors import GraphError
 from msn_export.graph.builder import array_of, operand, producer
 from msn_export.graph.emulate import widen
 from msn_export.graph.fuse import attention_form, fuse_attention
-from msn_export.graph.quantised import is_quantised_core, quantised_dtype, quantised_products
+from msn_export.graph.precision import is_quantised_core, quantised_dtype, quantised_products
 from msn_export.spec import AttentionForm, Dtype
 
 # Gives each named value of a graph the largest absolute value that 8 bits are to represent.

@@ -11,12 +11,20 @@ from numpy.typing import NDArray
 
 from msn_export.artifact import GraphFile, max_batch_of
 from msn_export.calibration import ranges as ranges_file
-from msn_export.calibration.collect import Watch, channel_maxima, histograms, require_finite
 from msn_export.calibration.images import Pictures
 from msn_export.calibration.job import AUTO, OFF, CalibrateJob
 from msn_export.calibration.observers import Histogram
 from msn_export.calibration.plan import Plan, corrections
-from msn_export.calibration.ranges import ImagesRecord, Ranges, SmoothingRecord, TensorRange
+from msn_export.calibration.ranges import (
+    ImagesRecord,
+    Ranges,
+    SmoothingRecord,
+    TensorRange,
+    Watch,
+    channel_maxima,
+    histograms,
+    require_finite,
+)
 from msn_export.calibration.smoothquant import factors, find_smoothing_sites, fold
 from msn_export.errors import GraphError
 from msn_export.graph.opset import raise_opset

@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from msn_export.calibration.products import Projection, Role, find_cores
+from msn_export.calibration.qdq import Projection, Role, find_cores
 from msn_export.errors import GraphError
 from msn_export.graph.attention import AttentionCore
 from msn_export.graph.builder import GraphBuilder, array_of, operand

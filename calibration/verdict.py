@@ -10,17 +10,16 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from msn_export.artifact import GraphFile
-from msn_export.bench.latency import time_engines, time_graphs
+from msn_export.benchmark.session import time_engines, time_graphs
 from msn_export.calibration.images import Split
 from msn_export.calibration.job import CalibrateJob
 from msn_export.calibration.search import EVERYTHING, Exclusion, Ranged
 from msn_export.engine.build import build_engine
 from msn_export.engine.census import ALLOWED, not_multiplied_in
-from msn_export.engine.options import BuildSpec, check_options, require_capable
-from msn_export.engine.versions import find_backend
+from msn_export.engine.options import BuildSpec, check_options, find_backend, require_capable
 from msn_export.errors import BuildError, MissingPackageError
 from msn_export.files import apart
-from msn_export.graph.quantised import quantised_products
+from msn_export.graph.precision import quantised_products
 from msn_export.host import NoDriver, find_driver
 from msn_export.metrics.evaluate import Evaluation
 from msn_export.progress import Progress

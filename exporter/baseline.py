@@ -17,10 +17,10 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from msn_export.calibration.collect import Watch, histograms
 from msn_export.calibration.observers import threshold
 from msn_export.calibration.qdq import FORMATS
 from msn_export.calibration.quantise_like import Measure, quantise_like, rest_of
+from msn_export.calibration.ranges import Watch, histograms
 from msn_export.errors import GraphError
 from msn_export.files import apart
 from msn_export.graph import io
@@ -31,8 +31,7 @@ from msn_export.graph.cls_only import narrow_to_first_token
 from msn_export.graph.emulate import in_fp64, round_values, widen
 from msn_export.graph.fuse import fuse_attention
 from msn_export.graph.opset import raise_opset
-from msn_export.graph.precision import overflowing_weights, type_graph
-from msn_export.graph.quantised import quantised_dtype
+from msn_export.graph.precision import overflowing_weights, quantised_dtype, type_graph
 from msn_export.metrics.evaluate import OutputsOf, Reference, Trial
 from msn_export.metrics.samples import Sample
 from msn_export.metrics.tolerances import MARGIN

@@ -21,8 +21,7 @@ import torch
 from transformers import ViTMSNConfig, ViTMSNModel
 
 from msn_export.engine.build import BuildResult, build_engine
-from msn_export.engine.options import BuildSpec
-from msn_export.engine.versions import find_backend
+from msn_export.engine.options import BuildSpec, find_backend
 from msn_export.models.config import VARIANTS, VitConfig
 from msn_export.spec import BatchRange, ComputeCapability
 
@@ -50,7 +49,7 @@ def ours(variant: str, dtype: str, folder: Path) -> Path:
     """Export a shape in half precision."""
     path = folder / f"{variant}-{dtype}.onnx"
     command = [
-        sys.executable, "-m", "msn_export.cli", "onnx", f"random:{variant}:0", "--head", "tokens", "--dtype", dtype,
+        sys.executable, "-m", "msn_export", "onnx", f"random:{variant}:0", "--head", "tokens", "--dtype", dtype,
         "--islands", "none", "--no-check", "-o", str(path), "--force", "--json",
     ]  # fmt: skip
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

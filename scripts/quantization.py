@@ -107,7 +107,7 @@ def console(bench: Bench) -> str:
             shutil.copy(bench.folder / file, demo / file)
         (demo / "photographs").symlink_to(bench.images.resolve())
         done = subprocess.run(
-            [sys.executable, "-m", "msn_export.cli", *words], check=True, cwd=name, text=True,
+            [sys.executable, "-m", "msn_export", *words], check=True, cwd=name, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "COLUMNS": "100"},
         )  # fmt: skip
     lines = [line.rstrip() for line in done.stdout.splitlines()]

@@ -11,11 +11,9 @@ import engine_graphs
 from quantization_bench import Bench, row
 
 from msn_export.calibration.plan import BLOCK_ROLES, Plan
-from msn_export.calibration.products import find_projections
-from msn_export.calibration.qdq import FORMATS, Scheme, find_operands
+from msn_export.calibration.qdq import FORMATS, Scheme, find_operands, find_projections
 from msn_export.engine.build import build_engine
-from msn_export.engine.options import BuildSpec
-from msn_export.engine.versions import find_backend
+from msn_export.engine.options import BuildSpec, find_backend
 from msn_export.graph import io
 from msn_export.graph.fuse import fuse_attention
 from msn_export.graph.precision import type_graph

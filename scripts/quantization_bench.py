@@ -26,7 +26,7 @@ class Bench:
             command = [
                 sys.executable,
                 "-m",
-                "msn_export.cli",
+                "msn_export",
                 *arguments,
                 "-o",
                 str(path),

@@ -4,7 +4,7 @@ Ray adds 420 MB to what the tests need, so it lies apart: an environment that se
 this one, and Ray. Its control plane listens on every interface, whatever address it is given; so
 the commands run in a network namespace that has nothing but its loopback.
 
-    python scripts/ray_cluster.py -m msn_export.cli embed MODEL IMAGES -o OUT.parquet --ray local
+    python scripts/ray_cluster.py -m msn_export embed MODEL IMAGES -o OUT.parquet --ray local
 
 makes the environment on its first run and hands its Python the arguments.
 """

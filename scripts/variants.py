@@ -27,7 +27,7 @@ TARGET = ("--backend", "tensorrt-rtx", "--compute-capability", "8.9")
 
 def run(*arguments: str) -> dict[str, Any]:
     """Run one command with --json and give what it printed."""
-    command = [sys.executable, "-m", "msn_export.cli", *arguments, "--json"]
+    command = [sys.executable, "-m", "msn_export", *arguments, "--json"]
     print(" ".join(("msn-export", *arguments)), flush=True)
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     parsed: dict[str, Any] = json.loads(done.stdout)

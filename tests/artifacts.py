@@ -20,7 +20,7 @@ from msn_export.cli import main
 from msn_export.commands import trt
 from msn_export.compare import sides
 from msn_export.host import Driver, NoDriver, find_driver
-from msn_export.runtime import engine_opening
+from msn_export.runtime import opening
 from msn_export.runtime.versions import LoadedTensorRT
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="msn-export-artifacts-")
@@ -75,11 +75,11 @@ def pretend(
         recorder.tensorrt(module), ROWS[contexts], version or module.__version__
     )
     wrapped = recorder.cuda(cuda)
-    monkeypatch.setattr(engine_opening, "find_driver", lambda: one_device(DEVICE))
+    monkeypatch.setattr(opening, "find_driver", lambda: one_device(DEVICE))
     for module in (trt, sides):
         monkeypatch.setattr(module, "find_driver", lambda: one_device(DEVICE))
-    monkeypatch.setattr(engine_opening, "load", lambda _backend, compatible: loaded)
-    monkeypatch.setattr(engine_opening, "load_cuda", lambda _backend: wrapped)
+    monkeypatch.setattr(opening, "load", lambda _backend, compatible: loaded)
+    monkeypatch.setattr(opening, "load_cuda", lambda _backend: wrapped)
     return recorder
 
 
@@ -93,7 +93,7 @@ def no_driver() -> str:
 
 def found(monkeypatch: pytest.MonkeyPatch, driver: Driver | NoDriver) -> None:
     """Have these GPUs found, or none."""
-    monkeypatch.setattr(engine_opening, "find_driver", lambda: driver)
+    monkeypatch.setattr(opening, "find_driver", lambda: driver)
 
 
 def rewrite(artifact: Path, **changes: object) -> None:

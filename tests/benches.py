@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from msn_export.bench.results import Agreed, Bench, Contender, Timing, figures, ratio_of
+from msn_export.benchmark.results import Agreed, Bench, Contender, Timing, figures, ratio_of
 from msn_export.host import Machine
 
 NAMES = ("eager", "sdpa", "model.onnx")

@@ -9,8 +9,7 @@ import pytest
 from engine_graphs import Vit, save
 
 from msn_export.engine.build import BuildResult, build_engine
-from msn_export.engine.options import BuildSpec
-from msn_export.engine.versions import Backend, find_backend
+from msn_export.engine.options import Backend, BuildSpec, find_backend
 from msn_export.spec import BatchRange, ComputeCapability
 
 # found, not imported: these tests are collected with those that run another TensorRT on a GPU

@@ -13,7 +13,7 @@ import numpy as np
 from graphs import parse
 
 from msn_export.graph import io
-from msn_export.runtime.dtypes import OF_ONNX
+from msn_export.runtime.dlpack import OF_ONNX
 
 
 @dataclass(frozen=True)

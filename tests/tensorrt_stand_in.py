@@ -18,7 +18,7 @@ import numpy as np
 from cuda_stand_in import CudaStandIn
 from networks import Network, compute
 
-from msn_export.runtime.dtypes import OF_ONNX
+from msn_export.runtime.dlpack import OF_ONNX
 
 SCRATCH = 1024
 HEADER = 64

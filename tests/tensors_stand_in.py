@@ -13,7 +13,7 @@ import numpy as np
 from cuda_stand_in import CudaStandIn, Memory
 
 from msn_export.runtime import dlpack
-from msn_export.runtime.dtypes import OF_NUMPY, TensorType
+from msn_export.runtime.dlpack import OF_NUMPY, TensorType
 
 NAME = "tensors_stand_in_module"
 

@@ -18,8 +18,8 @@ from msn_export.engine_header import EngineHeader
 from msn_export.errors import EngineFileError, ManifestError, RunnerError
 from msn_export.host import Device, Driver
 from msn_export.manifest import EngineRecord, SourceRecord, manifest_path, sha256_of
-from msn_export.runtime import engine_opening, open_runner
-from msn_export.runtime.engine_opening import VerifiedEngine, rebuild, verify_engine_file
+from msn_export.runtime import open_runner, opening
+from msn_export.runtime.opening import VerifiedEngine, rebuild, verify_engine_file
 from msn_export.runtime.versions import LoadedTensorRT
 from msn_export.schema import from_plain, to_plain
 from msn_export.spec import ComputeCapability, Dtype
@@ -160,9 +160,9 @@ def test_the_first_gpu_that_fits_is_taken(monkeypatch) -> None:
     found(monkeypatch, Driver("13.0", (HOPPER, second)))
     version = importlib.import_module("tensorrt_rtx").__version__
     monkeypatch.setattr(
-        engine_opening,
+        opening,
         "load",
-        _with_version(engine_opening.load("tensorrt-rtx", compatible=False), version),
+        _with_version(opening.load("tensorrt-rtx", compatible=False), version),
     )
     with open_runner(engine()) as runner:
         assert runner.name.endswith("NVIDIA L4")

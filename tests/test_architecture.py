@@ -17,9 +17,9 @@ PACKAGE = Path(msn_export.__file__).parent
 ORDER = (
     "errors", "spec", "progress", "schema", "host", "child_process", "preprocessing", "manifest",
     "files", "images", "image_folder", "engine_header", "golden", "models", "processor_config",
-    "options", "metrics", "graph", "runtime", "mixed_precision", "artifact", "feed", "engine",
-    "bench", "calibration", "baseline", "compare", "report", "embed", "cluster", "triton",
-    "commands", "cli",
+    "options", "metrics", "graph", "runtime", "mixed_precision", "artifact", "engine",
+    "benchmark", "calibration", "baseline", "compare", "reporting", "embedding", "cluster",
+    "triton_server", "commands", "cli", "__main__",
 )  # fmt: skip
 HEAVY = frozenset(
     {"torch", "onnx", "onnx_ir", "onnxscript", "onnxsim", "onnxruntime", "transformers",
@@ -33,13 +33,13 @@ MAY_IMPORT = {
     "graph": ({"numpy", "onnx", "onnx_ir", "onnxscript", "onnxsim", "ml_dtypes"}, set()),
     "runtime": ({"numpy"}, set()),
     "engine": ({"numpy"}, set()),
-    "bench": ({"numpy"}, {"torch"}),
+    "benchmark": ({"numpy"}, {"torch"}),
     "calibration": ({"numpy", "onnxruntime", "onnx_ir", "onnx"}, set()),
     "compare": ({"numpy", "onnx_ir"}, set()),
-    "report": ({"numpy"}, set()),
-    "embed": ({"numpy"}, {"PIL", "pyarrow"}),
+    "reporting": ({"numpy"}, set()),
+    "embedding": ({"numpy"}, {"PIL", "pyarrow"}),
     "cluster": ({"numpy"}, {"pyarrow"}),
-    "triton": ({"numpy", "onnx", "onnx_ir"}, set()),
+    "triton_server": ({"numpy", "onnx", "onnx_ir"}, set()),
     "commands": ({"numpy", "onnx_ir"}, {"jinja2", "matplotlib"}),
     "cli": ({"click", "rich"}, set()),
 }
@@ -48,14 +48,13 @@ EXCEPTIONS = {
     "graph/torch_export.py": {"torch"},  # walks the module and shares its weights
     "graph/torch_ops.py": {"torch"},
     "graph/torch_reference.py": {"torch"},
-    "graph/simplify.py": {"onnxruntime"},  # runs what came of it
-    "graph/shapes.py": {"onnxruntime"},  # computes constants
-    "triton/config.py": {"tritonclient"},
+    "graph/simplify.py": {"onnxruntime"},  # computes constants, and runs what came of it
+    "triton_server/config.py": {"tritonclient"},
     "cluster/cluster.py": {"ray"},  # inside its functions: loaded when a cluster is joined
     "cluster/embed.py": {"ray"},
     "cluster/serve.py": {"ray", "starlette"},
-    "bench/torch_reference.py": {"torch"},  # the model beside its artifacts
-    "report/render.py": {"PIL"},
+    "benchmark/torch_reference.py": {"torch"},  # the model beside its artifacts
+    "reporting/render.py": {"PIL"},
     "runtime/onnxruntime.py": {"onnxruntime"},
     "runtime/runner.py": {"PIL"},  # named in annotations
 }

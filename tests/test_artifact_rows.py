@@ -8,7 +8,7 @@ from manifests import check, engine, example
 
 from msn_export.cli.console import Console
 from msn_export.cli.tables import show_artifact
-from msn_export.report.describe import artifact_rows
+from msn_export.reporting.describe import artifact_rows
 
 
 def test_every_row_says_what_the_manifest_says() -> None:

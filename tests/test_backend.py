@@ -8,12 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from msn_export.engine import versions as subject
-from msn_export.engine.versions import (
-    Backend,
-    find_backend,
-    require_buildable,
-)
+from msn_export.engine import options as subject
+from msn_export.engine.options import Backend, find_backend, require_buildable
 from msn_export.errors import BuildError, MissingPackageError, SpecError
 from msn_export.host import Device, Driver, NoDriver
 from msn_export.runtime.versions import VERSIONS, row_for
@@ -42,7 +38,7 @@ def test_rtx_is_found_with_its_version() -> None:
 
 def test_finding_loads_no_tensorrt_into_this_process() -> None:
     code = (
-        "import sys; from msn_export.engine.versions import find_backend; "
+        "import sys; from msn_export.engine.options import find_backend; "
         "find_backend('tensorrt-rtx'); print([m for m in sys.modules if m.startswith('tensorrt')])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -211,7 +211,7 @@ def test_a_variant_where_the_shape_is_said_is_refused(tiny, outputs) -> None:
 
 def offline(home: Path, folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "-m", "msn_export.cli", "onnx", *arguments],
+        [sys.executable, "-m", "msn_export", "onnx", *arguments],
         env={
             **os.environ,
             "HF_HOME": str(home),

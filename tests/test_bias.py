@@ -9,9 +9,9 @@ import pytest
 from calibrated_graphs import feeds, planned
 from graphs import parse, run
 
-from msn_export.calibration.collect import Watch, histograms
 from msn_export.calibration.observers import Observer
 from msn_export.calibration.plan import Plan, correct, corrections
+from msn_export.calibration.ranges import Watch, histograms
 from msn_export.spec import Dtype
 
 IMAGES = feeds(8)["x"]

@@ -20,8 +20,7 @@ from onnx import numpy_helper
 
 from msn_export.engine import build as subject
 from msn_export.engine.build import build_engine
-from msn_export.engine.options import BuildStep
-from msn_export.engine.versions import Backend
+from msn_export.engine.options import Backend, BuildStep
 from msn_export.errors import BuildError, OutputError
 from msn_export.spec import ComputeCapability, Targets
 
@@ -224,7 +223,7 @@ def test_an_error_in_the_progress_display_ends_the_build(tmp_path: Path) -> None
 SCRIPT = """
 import sys
 from pathlib import Path
-from msn_export.engine.versions import find_backend
+from msn_export.engine.options import find_backend
 from msn_export.engine.build import build_engine
 from msn_export.engine.options import BuildSpec
 from msn_export.spec import BatchRange

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from msn_export.cluster.cluster import Node, blocks_of, crew_for, crew_of, describe
-from msn_export.embed.job import EmbedJob
+from msn_export.embedding.job import EmbedJob
 from msn_export.errors import ClusterError, SpecError
 
 

@@ -5,7 +5,7 @@ import pytest
 from calibrated_graphs import PACKINGS, block, vit
 from graphs import parse
 
-from msn_export.calibration.products import Role, find_cores, find_projections
+from msn_export.calibration.qdq import Role, find_cores, find_projections
 from msn_export.calibration.smoothquant import columns_behind, keeps_channels
 from msn_export.graph.attention import AttentionCore
 

@@ -47,7 +47,7 @@ def test_our_errors_are_one_line_and_exit_with_1(tmp_path) -> None:
 
 
 def test_verbose_shows_the_traceback(tmp_path) -> None:
-    command = [sys.executable, "-m", "msn_export.cli"]
+    command = [sys.executable, "-m", "msn_export"]
     run = subprocess.run(
         [*command, "-v", "trt", "none.onnx"],
         cwd=tmp_path,

@@ -9,9 +9,9 @@ import pytest
 from calibrated_graphs import feeds, planned, vit
 from graphs import parse, run
 
-from msn_export.calibration import collect
-from msn_export.calibration.collect import Watch, channel_maxima, finite, histograms, require_finite
+from msn_export.calibration import ranges
 from msn_export.calibration.observers import Histogram
+from msn_export.calibration.ranges import Watch, channel_maxima, finite, histograms, require_finite
 from msn_export.errors import GraphError
 
 IMAGES = feeds(10)["x"]
@@ -96,20 +96,20 @@ def test_the_batch_depends_on_the_graph_alone(tmp_path, monkeypatch) -> None:
     model = vit(tmp_path)
     assert Watch(model, ["x"], tmp_path).batch == 8
     # one image's gelu is 5 x 128 floats
-    monkeypatch.setattr(collect, "_BATCH_BYTES", 3 * 4 * 5 * 128 + 1)
+    monkeypatch.setattr(ranges, "_BATCH_BYTES", 3 * 4 * 5 * 128 + 1)
     assert Watch(model, ["blocks.0.gelu_out"], tmp_path).batch == 3
-    monkeypatch.setattr(collect, "_BATCH_BYTES", 3 * 4 * 5 * 128 - 1)
+    monkeypatch.setattr(ranges, "_BATCH_BYTES", 3 * 4 * 5 * 128 - 1)
     assert Watch(model, ["blocks.0.gelu_out"], tmp_path).batch == 2
-    monkeypatch.setattr(collect, "_BATCH_BYTES", 1)
+    monkeypatch.setattr(ranges, "_BATCH_BYTES", 1)
     assert Watch(model, ["blocks.0.gelu_out"], tmp_path).batch == 1
 
 
 def test_the_batch_leaves_room_for_scores_and_probabilities(tmp_path, monkeypatch) -> None:
     model = parse("g (float[b,2,5,4] x) => (float[b,2,5,4] y) { y = Attention (x, x, x) }")
     each = 2 * 4 * 2 * 5 * 5  # two of float32 [2, 5, 5]
-    monkeypatch.setattr(collect, "_BATCH_BYTES", 3 * each)
+    monkeypatch.setattr(ranges, "_BATCH_BYTES", 3 * each)
     assert Watch(model, ["y"], tmp_path).batch == 3
-    monkeypatch.setattr(collect, "_BATCH_BYTES", 3 * each - 1)
+    monkeypatch.setattr(ranges, "_BATCH_BYTES", 3 * each - 1)
     assert Watch(model, ["y"], tmp_path).batch == 2
 
 

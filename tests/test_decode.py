@@ -13,7 +13,7 @@ from decoders import deadly, marking, slow_when_early
 from tiny_artifacts import pictures
 
 from msn_export import image_folder, images
-from msn_export.embed.decode import decode, read
+from msn_export.embedding.decode import decode, read
 from msn_export.preprocessing import preset
 from msn_export.spec import ImageSize
 
@@ -83,7 +83,7 @@ SCRIPT = """
 import sys
 from functools import partial
 from pathlib import Path
-from msn_export.embed.decode import decode, read
+from msn_export.embedding.decode import decode, read
 from msn_export.preprocessing import preset
 from msn_export.spec import ImageSize
 print("the script runs")

@@ -10,7 +10,7 @@ from triton_faults import FAULTS
 
 from msn_export.cli import main
 from msn_export.cluster.replica import Serving
-from msn_export.triton.releases import RELEASES, for_tensorrt, parse_release
+from msn_export.triton_server.config import RELEASES, for_tensorrt, parse_release
 
 DOCUMENT = Path(__file__).parent.parent / "docs/deploy.md"
 

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from msn_export.errors import InputError
 from msn_export.runtime import dlpack
-from msn_export.runtime.dtypes import ELEMENTS, OF_NUMPY, OF_ONNX, widen
-from msn_export.runtime.tensor import Tensor
+from msn_export.runtime.dlpack import ELEMENTS, OF_NUMPY, OF_ONNX, Tensor, widen
 
 
 class Owner:

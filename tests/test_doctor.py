@@ -211,7 +211,7 @@ def test_the_release_of_the_driver_is_read(text, release, tmp_path) -> None:
 def run_doctor(site: Path | None, *options: str) -> "subprocess.CompletedProcess[str]":
     environment = {**os.environ, "PYTHONPATH": str(site)} if site else dict(os.environ)
     return subprocess.run(
-        [sys.executable, "-m", "msn_export.cli", "doctor", *options],
+        [sys.executable, "-m", "msn_export", "doctor", *options],
         env=environment,
         capture_output=True,
         text=True,

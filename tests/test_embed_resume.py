@@ -11,7 +11,7 @@ import pytest
 from embeds import BROKEN, COUNT, embed
 from tiny_artifacts import classifier, pictures
 
-from msn_export.embed.local import LocalExecutor
+from msn_export.embedding.inference import LocalExecutor
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 SCRIPT = """
 import sys
-from msn_export.embed import journal
+from msn_export.embedding import journal
 journal.SECONDS = 0.0  # each batch a part: a tiny run would be over before its first
 from msn_export.cli import main
 if __name__ == "__main__":

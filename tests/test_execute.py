@@ -21,7 +21,7 @@ from msn_export.cli import main
 from msn_export.commands import trt
 from msn_export.errors import MissingPackageError
 from msn_export.host import Device, NoDriver
-from msn_export.runtime import engine_opening, open_runner
+from msn_export.runtime import open_runner, opening
 from msn_export.spec import ComputeCapability
 
 pytestmark = NEEDS_RTX
@@ -78,9 +78,9 @@ def use_installed_version(monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
     from importlib.metadata import version
 
-    loaded = engine_opening.load("tensorrt-rtx", compatible=False)
+    loaded = opening.load("tensorrt-rtx", compatible=False)
     same = replace(loaded, version=version("tensorrt-rtx"))
-    monkeypatch.setattr(engine_opening, "load", lambda _backend, compatible: same)
+    monkeypatch.setattr(opening, "load", lambda _backend, compatible: same)
 
 
 @pytest.mark.parametrize(
@@ -130,8 +130,8 @@ def test_why_it_was_not_run_is_told(tmp_path, monkeypatch) -> None:
     def missing(_backend: str) -> None:
         raise MissingPackageError("cuda-bindings is not installed; pip install …")
 
-    monkeypatch.setattr(engine_opening, "find_driver", one_device)
-    monkeypatch.setattr(engine_opening, "load_cuda", missing)
+    monkeypatch.setattr(opening, "find_driver", one_device)
+    monkeypatch.setattr(opening, "load_cuda", missing)
     assert reason(tmp_path, "--force") == (
         "compiled, not executed: cuda-bindings is not installed; pip install …"
     )

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from msn_export import images
+from msn_export.artifact import feed_of
 from msn_export.errors import GraphError, SpecError
-from msn_export.feed import feed_of
 from msn_export.preprocessing import preset
 from msn_export.spec import ImageSize, InputFormat, TensorSpec
 

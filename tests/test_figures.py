@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msn_export.bench.results import figures, medians, ratio_of, rotated
+from msn_export.benchmark.results import figures, medians, ratio_of, rotated
 
 MS = 1_000_000
 

@@ -5,7 +5,7 @@ import pytest
 from graphs import op_types, parse, random_feeds, run
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
-from msn_export.graph.forms import write_plainly
+from msn_export.graph.opset import write_plainly
 
 HEAD = "g (float[b,5,5,5] s) => (float[b,5,5,5] y) <int64[1] last = {-1}, int64[2] rows = {-1, 5}, "
 HEAD += "int64[4] back = {-1, 5, 5, 5}> "

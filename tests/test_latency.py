@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 from benches import made_up
 
-from msn_export.bench.results import Contender, read_bench
+from msn_export.benchmark.results import Contender, read_bench
 from msn_export.errors import SpecError
-from msn_export.report.gather import timed_on, timing_columns, timing_rows
+from msn_export.reporting.gather import timed_on, timing_columns, timing_rows
 from msn_export.schema import to_plain
 
 

@@ -111,7 +111,7 @@ def test_the_tests_of_a_module_are_its_own_then_its_importers_then_their_own() -
     assert tests[0] == "test_fuse.py"
     assert 0 < tests.index("test_attention.py") < tests.index("test_run_onnx.py")
     assert len(set(tests)) == len(tests)
-    assert mutants.tests_of("triton/preprocess.py")[0] == "test_triton_preprocess.py"
+    assert mutants.tests_of("triton_server/repository.py")[0] == "test_triton_preprocess.py"
 
 
 def test_what_is_no_module_is_refused() -> None:

@@ -9,9 +9,8 @@ import pytest
 from networks import Network, compute
 
 from msn_export.engine.build import build_engine
-from msn_export.engine.options import BuildSpec
-from msn_export.engine.versions import find_backend
-from msn_export.runtime.dtypes import OF_ONNX
+from msn_export.engine.options import BuildSpec, find_backend
+from msn_export.runtime.dlpack import OF_ONNX
 from msn_export.spec import BatchRange
 
 NETWORKS = {

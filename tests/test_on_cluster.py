@@ -9,7 +9,7 @@ import pytest
 
 from msn_export.cluster.cluster import Node
 from msn_export.cluster.storage import list_sources
-from msn_export.embed.job import EmbedJob
+from msn_export.embedding.job import EmbedJob
 from msn_export.errors import ClusterError
 
 

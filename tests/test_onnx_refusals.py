@@ -132,7 +132,7 @@ def test_a_kill_leaves_nothing_at_the_output_and_the_next_run_cleans_up(
     checkpoint, tmp_path
 ) -> None:
     output = tmp_path / "m.onnx"
-    command = [sys.executable, "-m", "msn_export.cli", "onnx", str(checkpoint), "-o", str(output)]
+    command = [sys.executable, "-m", "msn_export", "onnx", str(checkpoint), "-o", str(output)]
     run = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while not list(tmp_path.iterdir()):
         assert run.poll() is None
@@ -146,7 +146,7 @@ def test_a_kill_leaves_nothing_at_the_output_and_the_next_run_cleans_up(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_exits_with_130_and_leaves_nothing(checkpoint, tmp_path, number) -> None:
-    command = [sys.executable, "-m", "msn_export.cli", "onnx", str(checkpoint), "-o", "m.onnx"]
+    command = [sys.executable, "-m", "msn_export", "onnx", str(checkpoint), "-o", "m.onnx"]
     run = subprocess.Popen(command, stderr=subprocess.PIPE, cwd=tmp_path, text=True)
     while not list(tmp_path.iterdir()):
         assert run.poll() is None

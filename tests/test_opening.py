@@ -20,7 +20,7 @@ from msn_export.errors import (
 )
 from msn_export.host import Device
 from msn_export.manifest import manifest_path, sha256_of
-from msn_export.runtime import engine_opening, onnxruntime, open_runner
+from msn_export.runtime import onnxruntime, open_runner, opening
 from msn_export.spec import BatchRange, ComputeCapability
 
 ADA = Device(0, "NVIDIA L4", ComputeCapability(8, 9), 24 << 30)
@@ -68,13 +68,11 @@ def test_every_option_arrives_where_an_engine_is_opened(monkeypatch) -> None:
         given.append(("device", device))
         return ADA
 
-    monkeypatch.setattr(engine_opening, "require_device", require_device)
-    monkeypatch.setattr(engine_opening, "load_cuda", given.append)
-    monkeypatch.setattr(engine_opening, "load", lambda backend, **told: given.append(told))
-    monkeypatch.setattr(engine_opening, "require_version", lambda *_: None)
-    monkeypatch.setattr(
-        engine_opening, "TrtRunner", lambda plan, machine, **told: (plan, machine, told)
-    )
+    monkeypatch.setattr(opening, "require_device", require_device)
+    monkeypatch.setattr(opening, "load_cuda", given.append)
+    monkeypatch.setattr(opening, "load", lambda backend, **told: given.append(told))
+    monkeypatch.setattr(opening, "require_version", lambda *_: None)
+    monkeypatch.setattr(opening, "TrtRunner", lambda plan, machine, **told: (plan, machine, told))
     known = manifests.read(engine())
     plan, machine, told = open_runner(
         engine(), device=3, contexts=5, cuda_graphs=False, eager_kernels=True
@@ -121,11 +119,11 @@ def test_missing_packages_are_told_with_the_line_that_installs_them(monkeypatch)
             raise ImportError(name)
         return real(name)
 
-    monkeypatch.setattr(engine_opening.importlib, "import_module", without)
+    monkeypatch.setattr(opening.importlib, "import_module", without)
     with pytest.raises(
         MissingPackageError, match=r"^cuda-bindings is not installed; pip install 'msn-export\[rtx"
     ):
-        engine_opening.load_cuda("tensorrt-rtx")
+        opening.load_cuda("tensorrt-rtx")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     for name in ("onnxruntime",):
         monkeypatch.delitem(sys.modules, f"msn_export.runtime.{name}", raising=False)

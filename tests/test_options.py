@@ -8,8 +8,7 @@ from engine_graphs import Vit
 
 from msn_export.engine import build
 from msn_export.engine.build import build_engine
-from msn_export.engine.options import BuildSpec, check_options
-from msn_export.engine.versions import Backend
+from msn_export.engine.options import Backend, BuildSpec, check_options
 from msn_export.errors import BuildError
 from msn_export.host import Device, Driver, NoDriver
 from msn_export.runtime.versions import row_for

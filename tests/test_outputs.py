@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from msn_export.runtime import Outputs
-from msn_export.runtime import tensor as library
+from msn_export.runtime import dlpack as library
 
 
 def test_by_name_and_by_attribute() -> None:

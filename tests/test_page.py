@@ -10,7 +10,7 @@ import pytest
 from benches import made_up
 from pages import read
 
-from msn_export.report.bench_page import write_page
+from msn_export.reporting.bench_page import write_page
 from msn_export.schema import to_plain
 
 

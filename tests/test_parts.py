@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from msn_export.embed import journal as module
-from msn_export.embed.inference import BEST, Rows
-from msn_export.embed.journal import Journal
+from msn_export.embedding import outputs as module
+from msn_export.embedding.inference import BEST, Rows
+from msn_export.embedding.outputs import Journal
 from msn_export.errors import OutputError
 
 ORIGIN = {"model": "abc", "listing": "6 pictures", "preprocessing": {"name": "hf", "mean": (0.5,)}}

@@ -7,9 +7,9 @@ from graphs import op_types, run
 
 from msn_export.calibration.observers import Histogram, Observer, threshold
 from msn_export.calibration.plan import Plan
-from msn_export.calibration.products import Role
+from msn_export.calibration.qdq import Role
 from msn_export.errors import GraphError
-from msn_export.graph.quantised import quantised_products
+from msn_export.graph.precision import quantised_products
 from msn_export.spec import Dtype
 
 

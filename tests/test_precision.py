@@ -7,12 +7,12 @@ from graphs import op_types, parse, random_feeds, run
 
 from msn_export.errors import GraphError
 from msn_export.graph.emulate import emulate_bf16
-from msn_export.graph.fp32_islands import observe
 from msn_export.graph.precision import (
     attention_in_bf16,
     fp32_nodes,
     fp32_products,
     graph_dtype,
+    observe,
     overflowing_weights,
     type_graph,
 )

@@ -6,7 +6,7 @@ import pytest
 from calibrated_graphs import PACKINGS, block, vit
 from graphs import parse
 
-from msn_export.calibration.products import (
+from msn_export.calibration.qdq import (
     Projection,
     Role,
     find_by_weight,

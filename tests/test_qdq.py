@@ -15,7 +15,7 @@ from msn_export.calibration.qdq import (
     require_fusable,
 )
 from msn_export.errors import GraphError
-from msn_export.graph.quantised import quantised_dtype, quantised_products
+from msn_export.graph.precision import quantised_dtype, quantised_products
 from msn_export.spec import Dtype
 
 RANGE = 6.0
@@ -126,7 +126,7 @@ g (float[b,5,4] x) => (float[b,5,12] y)
 
 
 def test_projections_of_one_value_share_its_pair() -> None:
-    from msn_export.calibration.products import Projection, Role
+    from msn_export.calibration.qdq import Projection, Role
 
     model = parse(SEPARATE)
     found = [Projection(Role.QKV, 0, f"MatMul{i}", "x", f"w{i}", 1) for i in range(3)]

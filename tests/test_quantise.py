@@ -9,10 +9,9 @@ import pytest
 from calibrated_graphs import feeds, planned
 from graphs import run
 
-from msn_export.calibration.collect import Watch, histograms
 from msn_export.calibration.observers import Observer
 from msn_export.calibration.plan import Plan
-from msn_export.calibration.ranges import SmoothingRecord
+from msn_export.calibration.ranges import SmoothingRecord, Watch, histograms
 from msn_export.calibration.search import (
     STRENGTHS,
     Exclusion,
@@ -23,7 +22,7 @@ from msn_export.calibration.search import (
 )
 from msn_export.calibration.smoothquant import find_smoothing_sites, fold
 from msn_export.errors import GraphError
-from msn_export.graph.quantised import quantised_products
+from msn_export.graph.precision import quantised_products
 from msn_export.metrics.tolerances import Gate
 from msn_export.progress import Silent
 

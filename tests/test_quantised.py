@@ -7,7 +7,7 @@ from graphs import parse
 from msn_export.calibration.observers import Histogram, Observer
 from msn_export.errors import GraphError
 from msn_export.graph.fuse import fuse_attention
-from msn_export.graph.quantised import (
+from msn_export.graph.precision import (
     is_quantised_core,
     quantised_dtype,
     quantised_products,

@@ -60,7 +60,7 @@ def require_rows(output: Path) -> None:
 
 def test_a_folder_gives_the_same_table_as_on_one_machine(model, folder, wanted, tmp_path) -> None:
     output = tmp_path / "out.parquet"
-    run = drill("-m", "msn_export.cli", "embed", model, folder, "-o", output, "--json", "--ray",
+    run = drill("-m", "msn_export", "embed", model, folder, "-o", output, "--json", "--ray",
                 "local")  # fmt: skip
     assert run.returncode == 0, run.stderr
     require_rows(output)

@@ -19,8 +19,8 @@ from onnx import numpy_helper
 from tiny_artifacts import classifier, foreign
 
 from msn_export import manifest
-from msn_export.bench import process as bench_process
-from msn_export.bench.contenders import (
+from msn_export.benchmark import worker as bench_process
+from msn_export.benchmark.contenders import (
     ContenderSpec,
     Placement,
     artifact,
@@ -30,8 +30,8 @@ from msn_export.bench.contenders import (
     torch_dtype,
     torch_entry,
 )
-from msn_export.bench.process import Process
-from msn_export.bench.session import BenchSession
+from msn_export.benchmark.session import BenchSession
+from msn_export.benchmark.worker import Process
 from msn_export.cli import main
 from msn_export.errors import BenchError, GraphError
 from msn_export.manifest import CheckpointRecord
@@ -316,7 +316,7 @@ def test_a_process_that_dies_is_described(model, tmp_path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_no_process_outlives_the_run(model, tmp_path, number) -> None:
-    command = [sys.executable, "-m", "msn_export.cli", "bench", str(model), "--against", "none"]
+    command = [sys.executable, "-m", "msn_export", "bench", str(model), "--against", "none"]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     with subprocess.Popen(
         [*command, "--seconds", "60"],

@@ -14,9 +14,9 @@ from msn_export import manifest as manifests
 from msn_export.calibration import verdict
 from msn_export.cli import main
 from msn_export.graph import io
-from msn_export.graph.quantised import quantised_products
-from msn_export.report.describe import file_rows
-from msn_export.report.gather import report_file
+from msn_export.graph.precision import quantised_products
+from msn_export.reporting.describe import file_rows
+from msn_export.reporting.gather import report_file
 from msn_export.runtime import open_runner
 
 

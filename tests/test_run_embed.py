@@ -22,8 +22,8 @@ from msn_export import golden, images, manifest
 from msn_export.commands import embed as embed_place
 from msn_export.commands.jobs import OnnxJob
 from msn_export.commands.onnx import run_onnx
-from msn_export.embed.inference import Reading, Rows, read_rows
-from msn_export.embed.journal import Journal
+from msn_export.embedding.inference import Reading, Rows, read_rows
+from msn_export.embedding.outputs import Journal
 from msn_export.errors import GraphError
 from msn_export.preprocessing import assumed
 from msn_export.runtime import Runner, open_runner

@@ -12,7 +12,7 @@ from triton_artifacts import GRAPH, LABELS, graph, plan
 from triton_runs import config_of, invoke, refused
 
 from msn_export import image_folder, images, manifest
-from msn_export.triton import config as messages
+from msn_export.triton_server import config as messages
 
 pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed")
 

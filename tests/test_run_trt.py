@@ -20,7 +20,7 @@ from msn_export.artifact import read_source
 from msn_export.cli import main
 from msn_export.commands.trt import TrtJob, run_trt
 from msn_export.commands.trt_graph import written_for
-from msn_export.engine.versions import Backend
+from msn_export.engine.options import Backend
 from msn_export.errors import GraphError
 from msn_export.graph import io
 from msn_export.host import NoDriver, find_driver
@@ -353,7 +353,7 @@ def test_an_existing_engine_is_kept_unless_forced(graph, tmp_path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_ending_the_command_ends_the_compiler_and_leaves_no_engine(graph, tmp_path, number) -> None:
-    command = [sys.executable, "-m", "msn_export.cli", "trt", str(graph), "--fp16", *RTX]
+    command = [sys.executable, "-m", "msn_export", "trt", str(graph), "--fp16", *RTX]
     run = subprocess.Popen(command, stderr=subprocess.PIPE, cwd=tmp_path, text=True)
     compiler = None
     deadline = time.monotonic() + 60

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from msn_export.errors import InputError
-from msn_export.runtime.batching import element_of, pad, require_fit
+from msn_export.runtime.runner import element_of, pad, require_fit
 from msn_export.spec import TensorSpec
 
 PLANES = TensorSpec("x", "float", ("b", 3, 4, 6))

@@ -4,8 +4,8 @@ import numpy as np
 from graphs import op_types, parse, random_feeds, run
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
-from msn_export.graph import shapes
-from msn_export.graph.shapes import resolve_shapes
+from msn_export.graph import simplify
+from msn_export.graph.simplify import resolve_shapes
 
 
 def lifted(text: str, *, opset: int = 17):
@@ -73,9 +73,9 @@ g (float[b,4] x) => (float[b,4] y)
 
 
 def test_operators_on_constants_are_computed_once(monkeypatch) -> None:
-    computed, compute = [], shapes._compute
+    computed, compute = [], simplify._compute
     monkeypatch.setattr(
-        shapes, "_compute", lambda node, *rest: computed.append(node) or compute(node, *rest)
+        simplify, "_compute", lambda node, *rest: computed.append(node) or compute(node, *rest)
     )
     model = lifted(RESIZE)
     feeds = random_feeds(model)

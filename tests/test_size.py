@@ -4,7 +4,7 @@ import onnx_ir as ir
 import pytest
 from graphs import parse
 
-from msn_export.graph.shapes import fix_image_size
+from msn_export.graph.simplify import fix_image_size
 from msn_export.spec import ImageSize
 
 STEM = """

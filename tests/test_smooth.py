@@ -10,7 +10,7 @@ from graphs import parse, random_feeds, run
 
 from msn_export.calibration import smoothquant
 from msn_export.calibration.plan import Plan
-from msn_export.calibration.products import Role, find_projections
+from msn_export.calibration.qdq import Role, find_projections
 from msn_export.calibration.smoothquant import (
     LARGEST_EXPONENT,
     SmoothingSite,

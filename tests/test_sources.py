@@ -9,7 +9,7 @@ from tiny_artifacts import pictures
 
 from msn_export import images
 from msn_export.cluster.storage import PictureAddress, Store, list_sources, read_source
-from msn_export.embed.job import list_pictures
+from msn_export.embedding.job import list_pictures
 from msn_export.errors import ClusterError, ImageError, MissingPackageError
 from msn_export.preprocessing import preset
 from msn_export.spec import ImageSize

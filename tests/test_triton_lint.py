@@ -18,8 +18,8 @@ from triton_faults import FAULTS, write_base
 from msn_export.cli import main
 from msn_export.commands.triton import run_lint
 from msn_export.errors import SpecError
-from msn_export.triton import config as messages
-from msn_export.triton.lint import lint
+from msn_export.triton_server import config as messages
+from msn_export.triton_server.lint import lint
 
 pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed")
 
@@ -203,7 +203,7 @@ def test_a_deeply_nested_configuration_is_refused() -> None:
 
 def test_each_artifact_is_read_once_for_all_its_configurations(tmp_path) -> None:
     write_base("graph", "model", tmp_path / "repo", tmp_path / "work")
-    from msn_export.triton.model import read_artifact
+    from msn_export.triton_server.model import read_artifact
 
     seen = []
 

@@ -15,16 +15,17 @@ from msn_export import manifest
 from msn_export.artifact import read_source
 from msn_export.cli import main
 from msn_export.commands.jobs import TrtJob
-from msn_export.commands.trt_attention import (
+from msn_export.commands.trt_graph import (
     AttentionGate,
     AttentionVerdict,
+    Compilable,
     check_sums,
     first_bf16,
     in_bf16,
     more_bf16,
+    prepare,
     sums_in_fp16,
 )
-from msn_export.commands.trt_graph import Compilable, prepare
 from msn_export.engine.census import Census
 from msn_export.errors import GraphError, ToleranceError
 from msn_export.graph import io
@@ -161,7 +162,7 @@ def test_a_fixed_batch_is_emulated_at_it(plain, tmp_path) -> None:
 
 @pytest.fixture
 def typed(plain, tmp_path) -> Compilable:
-    from msn_export.engine.versions import find_backend
+    from msn_export.engine.options import find_backend
 
     source = read_source(plain)
     sample = draw(None, source.preprocessing)
@@ -206,7 +207,7 @@ def test_scores_and_sums_have_the_headroom_of_any_tensor(
 ) -> None:
     """A quarter of 65504 is 16376."""
     monkeypatch.setattr(
-        "msn_export.commands.trt_attention.peaks_of",
+        "msn_export.commands.trt_graph.peaks_of",
         lambda *_: np.array([(1.0, 1.0), pair], np.float32),
     )
     judged = check_sums(typed, CORES, (), against(plain, GATES[Dtype.FP16]))
@@ -216,12 +217,12 @@ def test_scores_and_sums_have_the_headroom_of_any_tensor(
 def test_the_number_of_images_follows_their_cost(plain, typed, monkeypatch) -> None:
     reference = against(plain, GATES[Dtype.FP16])
     monkeypatch.setattr(
-        "msn_export.commands.trt_attention._WORK", 2 * 2 * 2 * 17 * 17
+        "msn_export.commands.trt_graph._WORK", 2 * 2 * 2 * 17 * 17
     )  # two images of it
     judged = check_sums(typed, CORES, (), reference)
     assert judged.record.check is not None
     assert judged.record.check.images == 2
-    monkeypatch.setattr("msn_export.commands.trt_attention._WORK", 1)
+    monkeypatch.setattr("msn_export.commands.trt_graph._WORK", 1)
     judged = check_sums(typed, CORES, (), reference)
     assert judged.record.check is not None
     assert judged.record.check.images == 1

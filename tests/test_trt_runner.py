@@ -11,8 +11,8 @@ from networks import Network, compute
 from trt_bench import BENCHES, Bench, make_bench
 
 from msn_export.errors import DeviceError, GraphError, InputError, RunnerError
-from msn_export.runtime.cuda_graphs import LIMIT
-from msn_export.runtime.output_memory import _IDLE as IDLE
+from msn_export.runtime.context_pool import _IDLE as IDLE
+from msn_export.runtime.context_pool import LIMIT
 
 NETWORK = Network()
 TWO = Network(profiles=((1, 1, 1), (4, 8, 16)))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from msn_export.cluster.storage import decode_rows, encode, failure_to, pixels_from, pixels_to
-from msn_export.embed.inference import BEST, Rows
+from msn_export.embedding.inference import BEST, Rows
 from msn_export.errors import ClusterError, DeviceError
 
 

@@ -38,7 +38,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def invoke(place: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     """Run a command, and whatever it starts, without them."""
     return subprocess.run(
-        [sys.executable, "-m", "msn_export.cli", *arguments],
+        [sys.executable, "-m", "msn_export", *arguments],
         env=os.environ | {"PYTHONPATH": str(place / "absent")},
         capture_output=True, text=True, check=False,
     )  # fmt: skip

@@ -15,8 +15,8 @@ from msn_export.metrics.evaluate import Evaluation, Reference
 from msn_export.metrics.samples import Sample
 from msn_export.metrics.tolerances import GATES, Gate
 from msn_export.preprocessing import preset
-from msn_export.report import gather
-from msn_export.report.describe import origin_of
+from msn_export.reporting import gather
+from msn_export.reporting.describe import origin_of
 from msn_export.spec import Dtype, ImageSize
 
 PREPROCESSING = preset("hf", ImageSize(32, 32))

@@ -10,13 +10,12 @@ import pytest
 from tiny_artifacts import classifier, pictures
 
 from msn_export import __version__, runtime
-from msn_export.cluster import workers
+from msn_export.artifact import feed_of
+from msn_export.cluster import cluster
+from msn_export.cluster.cluster import Embedder, Opening, Reader, explore, require_same
 from msn_export.cluster.storage import decode_rows, list_sources, pack, pixels_from
-from msn_export.cluster.workers import Embedder, Opening, Reader, explore, require_same
-from msn_export.embed.inference import reading_of
-from msn_export.embed.local import LocalExecutor
+from msn_export.embedding.inference import LocalExecutor, reading_of
 from msn_export.errors import ClusterError, RunnerError, ToleranceError
-from msn_export.feed import feed_of
 
 COUNT, BATCH = 6, 4
 OPENING = Opening(providers=("cpu",), threads=1)
@@ -50,7 +49,7 @@ def test_it_is_opened_with_kernels_that_stay_as_on_one_machine(model, monkeypatc
         asked.update(options)
         return runtime.open_runner(path, **options)
 
-    monkeypatch.setattr(workers, "open_runner", opened)
+    monkeypatch.setattr(cluster, "open_runner", opened)
     explore(pack(model), OPENING)
     assert asked["eager_kernels"] is True
 

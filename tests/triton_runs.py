@@ -6,7 +6,7 @@ from typing import Any
 from click.testing import CliRunner, Result
 
 from msn_export.cli import main
-from msn_export.triton import config
+from msn_export.triton_server import config
 
 
 def invoke(*arguments: object) -> Result:

@@ -19,12 +19,11 @@ from tensorrt_stand_in import plan_of, tensorrt_stand_in
 from tensors_stand_in import NAME, Library
 
 from msn_export.engine.build import build_engine
-from msn_export.engine.options import BuildSpec
-from msn_export.engine.versions import Backend, find_backend
+from msn_export.engine.options import Backend, BuildSpec, find_backend
 from msn_export.engine_header import ANY_GPU, may_target, tries_any_gpu
 from msn_export.errors import MissingPackageError
 from msn_export.host import Device, Driver, NoDriver, find_driver
-from msn_export.runtime import tensor as libraries
+from msn_export.runtime import dlpack as libraries
 from msn_export.runtime.tensorrt import EngineFile, EngineHost, TrtRunner
 from msn_export.runtime.versions import VERSIONS, LoadedTensorRT, row_for
 from msn_export.spec import BatchRange, ComputeCapability

@@ -10,17 +10,19 @@ from typing import Any
 import click
 
 from msn_export import __version__
-from msn_export.cli.bench import bench
-from msn_export.cli.calibrate import calibrate
-from msn_export.cli.doctor import doctor
-from msn_export.cli.drift import drift
-from msn_export.cli.embed import embed
-from msn_export.cli.inspect import inspect
-from msn_export.cli.onnx import onnx
-from msn_export.cli.report import report
-from msn_export.cli.triton import triton
-from msn_export.cli.trt import trt
-from msn_export.cli.validate import validate
+from msn_export.cli.commands import (
+    bench,
+    calibrate,
+    doctor,
+    drift,
+    embed,
+    inspect,
+    onnx,
+    report,
+    triton,
+    trt,
+    validate,
+)
 from msn_export.errors import MsnExportError
 
 _LONGEST = 2000  # characters of a message

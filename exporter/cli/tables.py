@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from msn_export.bench.results import footnotes
+from msn_export.benchmark.results import footnotes
 from msn_export.cli.console import Console
 from msn_export.commands.triton import Written
 from msn_export.compare.drift import Drift
@@ -19,12 +19,12 @@ from msn_export.compare.inspection import Inspection
 from msn_export.compare.validation import Validation
 from msn_export.manifest import Manifest
 from msn_export.metrics.block_errors import StageDrift, TensorDrift
-from msn_export.report.describe import artifact_rows, inspection_rows, validation_rows
+from msn_export.reporting.describe import artifact_rows, inspection_rows, validation_rows
 from msn_export.schema import to_plain
-from msn_export.triton.checks import Issue
+from msn_export.triton_server.checks import Issue
 
 if TYPE_CHECKING:
-    from msn_export.bench.results import Bench, Timing
+    from msn_export.benchmark.results import Bench, Timing
     from msn_export.cli.console import Console
 
 

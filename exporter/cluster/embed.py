@@ -16,20 +16,28 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
-from msn_export.cluster.cluster import blocks_of, crew_for, describe, failures_in_one_line
+from msn_export.cluster.cluster import (
+    Embedder,
+    Opening,
+    Reader,
+    blocks_of,
+    crew_for,
+    describe,
+    explore,
+    failures_in_one_line,
+    require_same,
+)
 from msn_export.cluster.storage import decode_rows, failure_to, pack
-from msn_export.cluster.workers import Embedder, Opening, Reader, explore, require_same
 from msn_export.errors import ClusterError, MsnExportError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from msn_export.cluster.cluster import Node
+    from msn_export.artifact import Feed
+    from msn_export.cluster.cluster import Known, Node
     from msn_export.cluster.storage import Record, Store
-    from msn_export.cluster.workers import Known
-    from msn_export.embed.inference import Reading, Rows
-    from msn_export.embed.job import EmbedJob, PictureList
-    from msn_export.feed import Feed
+    from msn_export.embedding.inference import Reading, Rows
+    from msn_export.embedding.job import EmbedJob, PictureList
 
 _FIND_PLACE = 600.0  # seconds until a worker has a place and the model is open
 _STALLED = 900.0  # seconds without any batch: the cluster has no room for the job any more

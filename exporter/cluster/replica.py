@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any, Self, get_args
 import numpy as np
 
 from msn_export import images
-from msn_export.embed.decode import Decoder
-from msn_export.embed.inference import read_rows, reading_of
-from msn_export.embed.local import require_selftest
+from msn_export.artifact import feed_of
+from msn_export.embedding.decode import Decoder
+from msn_export.embedding.inference import read_rows, reading_of, require_selftest
 from msn_export.errors import ImageError, SpecError
-from msn_export.feed import feed_of
 from msn_export.preprocessing import Exif
 from msn_export.processor_config import require_choice
 from msn_export.runtime import open_runner
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from msn_export.embed.decode import Decoded
+    from msn_export.embedding.decode import Decoded
     from msn_export.preprocessing import Preprocessing
 
 

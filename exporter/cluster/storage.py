@@ -19,8 +19,8 @@ import numpy as np
 
 from msn_export import errors as failures
 from msn_export import image_folder, images
-from msn_export.embed.inference import BEST, Rows
-from msn_export.embed.job import list_pictures
+from msn_export.embedding.inference import BEST, Rows
+from msn_export.embedding.job import list_pictures
 from msn_export.errors import (
     ClusterError,
     ImageError,
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from msn_export.embed.decode import Decoded
-    from msn_export.embed.job import PictureList
+    from msn_export.embedding.decode import Decoded
+    from msn_export.embedding.job import PictureList
     from msn_export.preprocessing import Preprocessing
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msn_export import __version__
-from msn_export.bench.contenders import (
+from msn_export.benchmark.contenders import (
     TORCH,
     ContenderSpec,
     Placement,
@@ -21,9 +21,17 @@ from msn_export.bench.contenders import (
     torch_dtype,
     torch_entry,
 )
-from msn_export.bench.reference import find_reference
-from msn_export.bench.results import Bench, Contender, Rounds, Timing, figures, ratio_of, rotated
-from msn_export.bench.session import BenchSession, OpenContender
+from msn_export.benchmark.reference import find_reference
+from msn_export.benchmark.results import (
+    Bench,
+    Contender,
+    Rounds,
+    Timing,
+    figures,
+    ratio_of,
+    rotated,
+)
+from msn_export.benchmark.session import BenchSession, OpenContender
 from msn_export.commands.jobs import BenchJob
 from msn_export.errors import BenchError, MissingPackageError, SpecError
 from msn_export.files import placing, require_writable, staging
@@ -34,7 +42,7 @@ from msn_export.models.named import Choices
 from msn_export.progress import SILENT
 
 if TYPE_CHECKING:
-    from msn_export.bench.reference import BenchReference
+    from msn_export.benchmark.reference import BenchReference
     from msn_export.metrics.samples import Sample
     from msn_export.progress import Progress
     from msn_export.spec import Dtype
@@ -212,7 +220,7 @@ def _summary(
 
 def _require_page() -> None:
     try:
-        import msn_export.report.bench_page  # noqa: F401
+        import msn_export.reporting.bench_page  # noqa: F401
     except ModuleNotFoundError as error:
         raise MissingPackageError(
             f"--report needs the package {error.name}; pip install 'msn-export[report]'"
@@ -220,7 +228,7 @@ def _require_page() -> None:
 
 
 def _write_page(bench: Bench, report: Path, progress: Progress, *, force: bool) -> None:
-    from msn_export.report.bench_page import write_page
+    from msn_export.reporting.bench_page import write_page
 
     with progress.step(f"write {report}"), staging(report.parent) as stage:
         write_page(bench, stage / "page.html")

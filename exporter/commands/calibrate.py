@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from msn_export import __version__, golden
 from msn_export.artifact import GraphFile, max_batch_of, read_source
 from msn_export.calibration import ranges as ranges_file
-from msn_export.calibration.collect import require_finite
 from msn_export.calibration.images import FEW, Split, split
 from msn_export.calibration.job import CalibrateJob, settled
 from msn_export.calibration.observers import require_meaning
 from msn_export.calibration.qdq import FORMATS
+from msn_export.calibration.ranges import require_finite
 from msn_export.calibration.search import Ranged, choices, known_ranges, take_ranges
 from msn_export.calibration.verdict import (
     Calibrated,
@@ -31,8 +31,7 @@ from msn_export.calibration.verdict import (
 from msn_export.errors import GraphError, SpecError, ToleranceError
 from msn_export.files import apart, publish, require_writable, staging
 from msn_export.graph import io
-from msn_export.graph.precision import type_graph
-from msn_export.graph.quantised import quantised_products
+from msn_export.graph.precision import quantised_products, type_graph
 from msn_export.graph.summary import GraphSummary
 from msn_export.host import peak_rss
 from msn_export.image_folder import notes_on

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from msn_export import __version__
+from msn_export.artifact import Feed, feed_of
 from msn_export.cluster.cluster import LOCAL, address_of, connected
 from msn_export.cluster.storage import list_sources
-from msn_export.embed import outputs
-from msn_export.embed.inference import Reading, reading_of
-from msn_export.embed.job import Embedded, EmbedJob, list_pictures
-from msn_export.embed.journal import Journal
-from msn_export.embed.local import LocalExecutor, require_selftest
+from msn_export.embedding import outputs
+from msn_export.embedding.inference import LocalExecutor, Reading, reading_of, require_selftest
+from msn_export.embedding.job import Embedded, EmbedJob, list_pictures
+from msn_export.embedding.outputs import Journal
 from msn_export.errors import ClusterError, ImageError, MsnExportError, SpecError
-from msn_export.feed import Feed, feed_of
 from msn_export.files import no_room_reported, placing, require_writable, staging
 from msn_export.host import peak_rss
 from msn_export.manifest import sha256_of
@@ -28,10 +27,9 @@ from msn_export.schema import to_plain
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from msn_export.embed.inference import Reading, Rows
-    from msn_export.embed.job import EmbedJob, PictureList
-    from msn_export.embed.local import OpenModel
-    from msn_export.feed import Feed
+    from msn_export.artifact import Feed
+    from msn_export.embedding.inference import OpenModel, Reading, Rows
+    from msn_export.embedding.job import EmbedJob, PictureList
     from msn_export.progress import Progress
 
 __all__ = ["EmbedJob", "run_embed"]  # the two that docs/python.md speaks of

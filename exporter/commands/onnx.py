@@ -10,7 +10,7 @@ import onnx_ir as ir
 from msn_export import __version__, golden
 from msn_export.baseline import add_baseline, open_rounded
 from msn_export.commands.jobs import OnnxJob
-from msn_export.compare.checkpoint import preprocessing_of, require_one_size, sized
+from msn_export.compare.sides import preprocessing_of, require_one_size, sized
 from msn_export.files import apart, publish, staging
 from msn_export.graph import io
 from msn_export.graph.cls_only import narrow_to_first_token

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from msn_export import __version__
 from msn_export import manifest as manifests
-from msn_export.bench.results import Bench, read_bench
+from msn_export.benchmark.results import Bench, read_bench
 from msn_export.commands.drift import run_drift
 from msn_export.commands.jobs import DriftJob, ReportJob, ValidateJob
 from msn_export.commands.validate import validate_in_full
@@ -27,9 +27,9 @@ from msn_export.files import placing, require_writable, staging
 from msn_export.manifest import CheckpointRecord, Manifest, manifest_path, sha256_of
 from msn_export.models.named import Choices
 from msn_export.progress import SILENT, Progress
-from msn_export.report import gather
-from msn_export.report.describe import origin_of
-from msn_export.report.gather import Page, ReportedAgreement
+from msn_export.reporting import gather
+from msn_export.reporting.describe import origin_of
+from msn_export.reporting.gather import Page, ReportedAgreement
 
 __all__ = ["ReportJob", "run_report"]  # the two that docs/python.md speaks of
 
@@ -55,7 +55,7 @@ def run_report(job: ReportJob, progress: Progress = SILENT) -> Page:
     """
     _require_outputs(job)
     require_packages()
-    from msn_export.report.render import html, markdown
+    from msn_export.reporting.render import html, markdown
 
     hashes = _hashes(job.artifacts)
     latency = read_bench(job.bench, hashes) if job.bench is not None else None

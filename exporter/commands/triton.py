@@ -12,14 +12,13 @@ from msn_export.preprocessing import MODES, Preprocessing
 from msn_export.processor_config import choose
 from msn_export.progress import SILENT, Progress
 from msn_export.spec import InputFormat, Targets
-from msn_export.triton import config as messages
-from msn_export.triton.check_artifacts import RTX
-from msn_export.triton.checks import Issue
-from msn_export.triton.config import Settings
-from msn_export.triton.lint import lint
-from msn_export.triton.model import Platform, ServedArtifact, read_artifact
-from msn_export.triton.releases import Release, for_onnx, for_tensorrt, parse_release
-from msn_export.triton.repository import (
+from msn_export.triton_server import config as messages
+from msn_export.triton_server.check_artifacts import RTX
+from msn_export.triton_server.checks import Issue
+from msn_export.triton_server.config import Release, Settings, for_onnx, for_tensorrt, parse_release
+from msn_export.triton_server.lint import lint
+from msn_export.triton_server.model import Platform, ServedArtifact, read_artifact
+from msn_export.triton_server.repository import (
     Served,
     join_version,
     model_folders,

@@ -9,14 +9,19 @@ from msn_export import golden
 from msn_export.artifact import GraphFile, max_batch_of, read_graph, read_source
 from msn_export.baseline import add_baseline, open_exact, open_rounded, open_widened
 from msn_export.commands.jobs import TrtJob
-from msn_export.commands.trt_attention import AttentionGate, first_bf16, settle, with_sums
-from msn_export.commands.trt_graph import Compilable, prepare
+from msn_export.commands.trt_graph import (
+    AttentionGate,
+    Compilable,
+    first_bf16,
+    prepare,
+    settle,
+    with_sums,
+)
 from msn_export.engine import compile
 from msn_export.engine.build import BuildResult, build_engine
 from msn_export.engine.census import require, summary
-from msn_export.engine.options import BuildSpec, check_options
+from msn_export.engine.options import Backend, BuildSpec, check_options, find_backend
 from msn_export.engine.options import BuildStep as BuildProgress
-from msn_export.engine.versions import Backend, find_backend
 from msn_export.engine_header import parse_header
 from msn_export.errors import GraphError, MissingPackageError, SpecError
 from msn_export.files import publish, require_writable, same_file, staging
@@ -41,7 +46,7 @@ from msn_export.metrics.tolerances import GATES, ROUNDED_MARGIN
 from msn_export.mixed_precision import cpu_runner
 from msn_export.options import kept
 from msn_export.progress import SILENT, Progress
-from msn_export.runtime.engine_opening import VerifiedEngine, open_engine
+from msn_export.runtime.opening import VerifiedEngine, open_engine
 from msn_export.runtime.runner import Outputs
 from msn_export.runtime.tensorrt import TrtRunner
 from msn_export.schema import to_plain

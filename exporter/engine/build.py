@@ -15,8 +15,7 @@ from typing import IO, Any
 from msn_export.child_process import ChildProcess, last_line
 from msn_export.engine.census import Census, by_profile
 from msn_export.engine.kernels import Kernel
-from msn_export.engine.options import BuildSpec, BuildStep, check_options
-from msn_export.engine.versions import Backend
+from msn_export.engine.options import Backend, BuildSpec, BuildStep, check_options
 from msn_export.engine_header import read_header
 from msn_export.errors import BuildError, OutputError
 from msn_export.host import Driver, NoDriver, find_driver, peak_rss, signal_name

@@ -4,7 +4,7 @@ A core is ``softmax(q @ k.T * scale) @ v`` with q, k, v of shape [b, h, n, d] (b
 n tokens, d head size). Three forms occur: the Attention operator of opset 23; MatMul, Softmax,
 MatMul with the scale applied to the scores or to q and k; and either with a mask that lets
 everything through. In a half precision graph of another tool, softmax may compute in fp32 between
-two Casts. Other forms of softmax and keys are rewritten before (msn_export.graph.forms).
+two Casts. Other forms of softmax and keys are rewritten before (msn_export.graph.opset).
 """
 
 from __future__ import annotations

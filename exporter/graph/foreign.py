@@ -12,11 +12,9 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from msn_export.errors import GraphError
-from msn_export.graph.forms import write_plainly
-from msn_export.graph.opset import NEWEST, lower_opset, raise_opset
+from msn_export.graph.opset import NEWEST, lower_opset, raise_opset, write_plainly
 from msn_export.graph.precision import graph_dtype
-from msn_export.graph.shapes import fix_image_size, resolve_shapes
-from msn_export.graph.simplify import simplify
+from msn_export.graph.simplify import fix_image_size, resolve_shapes, simplify
 
 
 @dataclass(frozen=True, slots=True)

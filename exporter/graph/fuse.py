@@ -19,9 +19,9 @@ from msn_export.graph.attention import (
     match,
 )
 from msn_export.graph.builder import GraphBuilder, producer_of, replace
-from msn_export.graph.forms import write_plainly
 from msn_export.graph.io import infer_shapes
-from msn_export.graph.quantised import is_quantised_core
+from msn_export.graph.opset import write_plainly
+from msn_export.graph.precision import is_quantised_core
 from msn_export.spec import AttentionForm
 
 

@@ -1,21 +1,253 @@
-"""What one call at a time runs in, and a bounded number of these, lent to one thread at a time."""
+"""Memory of the GPU for outputs that callers keep, used again once they let go of it.
+
+A caller's last use may still be waiting in its stream when it lets go, and a stream that is not
+ours may be gone by then: it cannot be asked. So a block goes back only to calls that are ordered
+after that stream, because they name it as theirs; other blocks are freed, for which CUDA waits.
+
+A graph holds shapes and addresses as they were when it was captured, and the state of its execution
+context: so each has a context of its own, which nothing else touches, over the lane's memory. It is
+captured the second time a run comes up, after that run was done eagerly in the new context, as
+TensorRT asks; a run that never comes again costs nothing.
+"""
 
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from msn_export.errors import RunnerError
+from msn_export.errors import DeviceError, RunnerError
 from msn_export.runtime.cuda import Gpu, Handle, bytes_of
-from msn_export.runtime.cuda_graphs import Graphs, Run
 from msn_export.runtime.engine import Engine, row_bytes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from msn_export.runtime.cuda import Gpu, Graph, Handle
+    from msn_export.runtime.engine import Engine, Execution
+
+
+_IDLE = 8  # blocks kept for later
+
+
+class MemoryBlock:
+    """Memory with the event that says when what was written last is there.
+
+    ``streams`` are those of callers that were given it.
+    """
+
+    def __init__(self, size: int, memory: Handle, event: Handle) -> None:
+        self.size = size
+        self.memory = memory
+        self.event = event
+        self.streams: set[int] = set()
+
+    def close(self) -> None:
+        """Free it."""
+        with ExitStack() as owned:
+            owned.callback(self.memory.close)
+            owned.callback(self.event.close)
+
+
+class Lease:
+    """A block as long as an output in it is used; then the arena has it back."""
+
+    def __init__(self, arena: OutputMemory, block: MemoryBlock) -> None:
+        self._arena = arena
+        self._block = block
+        self.pointer = int(block.memory)
+
+    def written(self, stream: Handle) -> None:
+        """Note that what ``stream`` was given so far writes the block."""
+        self._arena.gpu.record(self._block.event, stream)
+
+    def give_to(self, stream: int) -> None:
+        """Make a caller's stream wait for what is written, and remember it."""
+        self._block.streams.add(stream)
+        with self._arena.gpu.current():
+            self._arena.gpu.wait(stream, self._block.event)
+
+    def __del__(self) -> None:
+        # anywhere: in another thread, in the garbage collector, while a graph is captured. So
+        # nothing of CUDA here, and no lock, unless the runner is gone.
+        self._arena.give_back(self._block)
+
+
+class OutputMemory:
+    """Lends blocks. Its memory may outlive the runner: the last block that comes back ends it."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu = gpu
+        self._returned: deque[MemoryBlock] = deque()
+        self._idle: list[MemoryBlock] = []
+        self._lent = 0
+        self._is_open = True
+        self._lock = threading.RLock()  # __del__ may come while this thread holds it
+
+    def lend(self, size: int, stream: int | None) -> Lease:
+        """Lend a block of at least ``size`` bytes.
+
+        Args:
+            size: bytes.
+            stream: the caller's, which the run is ordered after; None where it has none.
+        """
+        capacity = 1 << max(size - 1, 255).bit_length()
+        with self._lock:
+            self._collect()
+            block = self._reuse(capacity, stream) or self._allocate(capacity)
+            self._lent += 1
+        return Lease(self, block)
+
+    def give_back(self, block: MemoryBlock) -> None:
+        """Take a block back."""
+        self._returned.append(block)
+        if not self._is_open:
+            self.close()
+
+    def close(self) -> None:
+        """Free what is not lent, and once nothing is, let go of the GPU."""
+        self._is_open = False
+        with self._lock, ExitStack() as owned:
+            self._collect()
+            if self._lent == 0:
+                owned.callback(self.gpu.close)
+            if self._idle:
+                self.gpu.release(self._free_idle)
+
+    def _free_idle(self) -> None:
+        with ExitStack() as owned:
+            while self._idle:
+                owned.callback(self._idle.pop().close)
+
+    def _collect(self) -> None:
+        while self._returned:
+            self._idle.append(self._returned.popleft())
+            self._lent -= 1
+
+    def _reuse(self, capacity: int, stream: int | None) -> MemoryBlock | None:
+        for index, block in enumerate(self._idle):
+            if block.size == capacity and block.streams <= {stream}:
+                return self._idle.pop(index)
+        while len(self._idle) >= _IDLE:
+            self._idle.pop(0).close()
+        return None
+
+    def _allocate(self, capacity: int) -> MemoryBlock:
+        with ExitStack() as owned:
+            memory = self.gpu.memory(capacity)
+            owned.callback(memory.close)
+            event = self.gpu.event()
+            owned.pop_all()
+        return MemoryBlock(capacity, memory, event)
+
+
+LIMIT = 8  # graphs a lane keeps; each holds a context (host memory, little of the GPU's)
+_REMEMBERED = 64  # runs that were seen once
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a graph is for: a profile, a batch and the addresses of every tensor."""
+
+    profile: int
+    batch: int
+    addresses: tuple[tuple[str, int], ...]
+
+    @classmethod
+    def of(cls, profile: int, batch: int, addresses: Mapping[str, int]) -> Run:
+        """Make the key of a run."""
+        return cls(profile, batch, tuple(addresses.items()))
+
+
+class _Captured:
+    """A graph with the context it was captured from, and when it was launched last."""
+
+    def __init__(self, graph: Graph, owned: ExitStack, now: int) -> None:
+        self.graph = graph
+        self.close = owned.close
+        self.used = now
+
+
+class Graphs:
+    """The graphs of one lane. ``refusal`` says why nothing more is captured, where that is so."""
+
+    def __init__(self, gpu: Gpu, engine: Engine, scratch: Handle | None, stream: Handle) -> None:
+        self._gpu, self._engine, self._scratch, self._stream = gpu, engine, scratch, stream
+        self._captured: OrderedDict[Run, _Captured] = OrderedDict()
+        self._seen: OrderedDict[Run, int] = OrderedDict()
+        self._now = 0
+        self.refusal = ""
+
+    def __len__(self) -> int:
+        return len(self._captured)
+
+    def run(self, run: Run) -> bool:
+        """Replay a run, or do it in a new context and capture it; False: the caller shall do it.
+
+        Raises:
+            DeviceError: a launch failed, or the new context did not run.
+        """
+        self._now += 1
+        found = self._captured.get(run)
+        if found is not None:
+            found.used = self._now
+            self._captured.move_to_end(run)
+            self._gpu.launch(found.graph, self._stream)
+            return True
+        first = self._seen.pop(run, None)
+        if first is None or self.refusal or not self._has_room(first):
+            self._seen[run] = self._now
+            if len(self._seen) > _REMEMBERED:
+                self._seen.popitem(last=False)
+            return False
+        return self._capture(run)
+
+    def close(self) -> None:
+        """Free every graph and its context."""
+        with ExitStack() as owned:
+            while self._captured:
+                owned.callback(self._captured.popitem()[1].close)
+
+    def _has_room(self, first: int) -> bool:
+        """Make room; a graph goes only for a run that came up twice since it was launched last.
+
+        So addresses that rotate among more than fit do not push each other out at every turn.
+        """
+        if len(self._captured) < LIMIT:
+            return True
+        oldest, captured = next(iter(self._captured.items()))
+        if captured.used > first:
+            return False
+        del self._captured[oldest]
+        captured.close()
+        return True
+
+    def _capture(self, run: Run) -> bool:
+        with ExitStack() as owned:
+            try:
+                execution = self._engine.context(self._scratch, graphs=False)
+            except DeviceError as error:
+                self.refusal = str(error)
+                return False
+            owned.callback(execution.close)
+            owned.callback(self._gpu.synchronize, self._stream)  # before the context goes
+            self._enqueue(execution, run)  # the run itself
+            try:
+                graph = self._gpu.capture(self._stream, lambda: self._enqueue(execution, run))
+            except DeviceError as error:
+                self.refusal = str(error)
+                return True
+            owned.callback(graph.close)
+            self._captured[run] = _Captured(graph, owned.pop_all(), self._now)
+            return True
+
+    def _enqueue(self, execution: Execution, run: Run) -> None:
+        execution.enqueue(run.profile, run.batch, dict(run.addresses), self._stream)
 
 
 class ExecutionSlot:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from msn_export.errors import DeviceError
 from msn_export.runtime import dlpack
-from msn_export.runtime.dtypes import OF_ONNX
+from msn_export.runtime.dlpack import OF_ONNX
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

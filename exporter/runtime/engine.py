@@ -7,7 +7,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from msn_export.errors import DeviceError, GraphError
-from msn_export.runtime.dtypes import OF_ONNX, OF_TENSORRT
+from msn_export.runtime.dlpack import OF_ONNX, OF_TENSORRT
 from msn_export.spec import BatchRange, TensorSpec
 
 if TYPE_CHECKING:

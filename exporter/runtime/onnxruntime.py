@@ -14,11 +14,18 @@ import onnxruntime
 from msn_export.errors import DeviceError, GraphError, InputError, MsnExportError
 from msn_export.host import find_driver
 from msn_export.runtime import dlpack
-from msn_export.runtime.batching import Chunk, combine, element_of, pad, require_fit, split_batch
-from msn_export.runtime.dtypes import OF_ONNX
+from msn_export.runtime.dlpack import OF_ONNX, Tensor, finish, take_back
 from msn_export.runtime.providers import CPU, ON_GPU, choose, require_obtained
-from msn_export.runtime.runner import Outputs, Runner
-from msn_export.runtime.tensor import Tensor, finish, take_back
+from msn_export.runtime.runner import (
+    Chunk,
+    Outputs,
+    Runner,
+    combine,
+    element_of,
+    pad,
+    require_fit,
+    split_batch,
+)
 from msn_export.spec import BatchRange, TensorSpec
 
 if TYPE_CHECKING:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
+from msn_export import golden
 from msn_export.errors import InputError, ManifestError, RunnerError
-from msn_export.spec import Scores
+from msn_export.manifest import Manifest
+from msn_export.metrics.metrics import Agreement, Comparison, Errors
+from msn_export.metrics.tolerances import GATES, Gate, Limit
+from msn_export.runtime.dlpack import OF_NUMPY, OF_ONNX, TensorType
+from msn_export.spec import BatchRange, InputFormat, Scores, TensorSpec
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -19,7 +26,6 @@ if TYPE_CHECKING:
 
     from msn_export.images import Picture
     from msn_export.manifest import Manifest
-    from msn_export.runtime.selftest import SelfTest
     from msn_export.spec import BatchRange, TensorSpec
 
 
@@ -164,8 +170,6 @@ class Runner(ABC):
     @property
     def batch(self) -> BatchRange:
         """The batches accepted, all profiles together; others are split or padded."""
-        from msn_export.runtime.batching import combine
-
         return combine(self.profiles)
 
     @abstractmethod
@@ -264,7 +268,6 @@ class Runner(ABC):
         Raises:
             ManifestError: there is no golden input.
         """
-        from msn_export.runtime.selftest import selftest
         from msn_export.spec import InputFormat
 
         input_format = InputFormat.of(self.inputs[0].dtype)
@@ -284,3 +287,176 @@ def _is_one(images: object) -> bool:
     if isinstance(images, np.ndarray):
         return images.ndim < 4
     return isinstance(images, str | os.PathLike) or not isinstance(images, Iterable)
+
+
+def require_fit(shape: Sequence[int], element: TensorType, spec: TensorSpec) -> None:
+    """Require a batch's dtype and shape to be the artifact's.
+
+    The number of images is free, and so is a size that a graph of another tool leaves open.
+
+    Raises:
+        InputError: they are not.
+    """
+    wanted = OF_ONNX[spec.dtype]
+    if element is not wanted:
+        raise InputError(
+            f"images are {element}; input {spec.name!r} takes {wanted}{_remedy(element, wanted)}"
+        )
+    sizes = zip(shape[1:], spec.shape[1:], strict=False)
+    fits = all(isinstance(wants, str) or size == wants for size, wants in sizes)
+    if not fits or len(shape) != len(spec.shape):
+        expected = ", ".join(str(size) for size in ("b", *spec.shape[1:]))
+        hint = "; give one image as images[None]" if tuple(shape) == spec.shape[1:] else ""
+        raise InputError(
+            f"images have shape {list(shape)}; input {spec.name!r} takes [{expected}]{hint}"
+        )
+
+
+def element_of(array: NDArray[Any]) -> TensorType:
+    """Find the dtype of a NumPy array.
+
+    Raises:
+        InputError: no artifact takes it.
+    """
+    element = OF_NUMPY.get(array.dtype)
+    if element is None:
+        raise InputError(f"images are {array.dtype}; expected a plain float, integer or bool")
+    return element
+
+
+def pad(images: NDArray[Any], size: int) -> NDArray[Any]:
+    """Fill a batch up to ``size`` with zeros."""
+    if len(images) == size:
+        return images
+    padded = np.zeros((size, *images.shape[1:]), images.dtype)
+    padded[: len(images)] = images
+    return padded
+
+
+def _remedy(element: TensorType, wanted: TensorType) -> str:
+    if wanted.numpy is None:
+        return "; NumPy has no bfloat16, give a torch tensor"
+    if element.numpy == "uint8":
+        return "; runner.preprocess() gives what it takes, normalised"
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One run: ``count`` images from ``start`` on, padded to a batch of ``size``."""
+
+    start: int
+    count: int
+    size: int
+    profile: int
+
+
+def split_batch(
+    count: int, profiles: Sequence[BatchRange], profile: int | None = None
+) -> tuple[Chunk, ...]:
+    """Cut ``count`` images into runs: above the largest batch split, below the smallest padded.
+
+    Each run takes the profile that accepts its size and was tuned nearest to it; where none
+    accepts it, the one whose smallest batch is the least too large.
+
+    Args:
+        count: number of images.
+        profiles: the batches accepted.
+        profile: the only profile to use.
+
+    Raises:
+        InputError: there is no image, or no such profile.
+    """
+    if count < 1:
+        raise InputError("there is no image in the batch; give at least one")
+    if profile is not None and not 0 <= profile < len(profiles):
+        raise InputError(f"profile {profile} does not exist; there are {len(profiles)}, from 0 on")
+    usable = range(len(profiles)) if profile is None else (profile,)
+    most = max(profiles[index].max for index in usable)
+    pieces = []
+    for start in range(0, count, most):
+        left = min(most, count - start)
+        index = min(usable, key=lambda index: _misfit(left, profiles[index]))
+        pieces.append(Chunk(start, left, max(left, profiles[index].min), index))
+    return tuple(pieces)
+
+
+def _misfit(size: int, profile: BatchRange) -> tuple[bool, int, int]:
+    """Order profiles for a run of ``size``, the best first."""
+    if size > profile.max:
+        return True, 1 << 30, 0
+    padding = max(0, profile.min - size)
+    return padding > 0, padding, abs(size - profile.opt)
+
+
+def combine(profiles: Sequence[BatchRange]) -> BatchRange:
+    """Give the smallest and the largest batch that any profile accepts."""
+    return BatchRange(
+        min(profile.min for profile in profiles),
+        profiles[0].opt,
+        max(profile.max for profile in profiles),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SelfTest:
+    """How an artifact did on its golden input; ``failures`` is empty where it passed.
+
+    ``limit`` is what its relative error may be, as it was measured when the artifact was made; None
+    holds the gate's own numbers against it.
+    """
+
+    output: str
+    agreement: Agreement
+    gate: Gate
+    failures: tuple[str, ...]
+    executed_on: str
+    reference: str
+    limit: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether every figure reached its gate."""
+        return not self.failures
+
+    def __str__(self) -> str:
+        word = "passed" if self.passed else f"failed ({'; '.join(self.failures)})"
+        found = self.agreement
+        allowed = "" if self.limit is None else f" ({self.limit:.1e} allowed)"
+        return (
+            f"selftest {word}: output {self.output!r} of {found.images} seeded images on "
+            f"{self.executed_on}, relative error {found.relative:.1e}{allowed}, cosine "
+            f"{found.cosine_min:.6f}, against {self.reference}"
+        )
+
+
+def selftest(
+    run: Callable[[Any], Mapping[str, Any]],
+    name: str,
+    manifest: Manifest | None,
+    input_format: InputFormat,
+) -> SelfTest:
+    """Run the manifest's golden input and compare with the golden values.
+
+    Raises:
+        ManifestError: there is no manifest, or none with a golden input, or it is damaged.
+    """
+    record = manifest.golden if manifest is not None else None
+    if manifest is None or record is None or manifest.preprocessing is None:
+        raise ManifestError(
+            f"{'there is no manifest with a' if manifest is None else manifest.output + ' has no'} "
+            "golden input to test with; export again, without --no-check"
+        )
+    wanted = golden.values_of(record)
+    outputs = run(golden.input_of(record, manifest.preprocessing, input_format))
+    if record.output not in outputs:
+        raise ManifestError(
+            f"the manifest's golden output {record.output!r} is none of the artifact's; "
+            "export it again"
+        )
+    comparison = Comparison()
+    comparison.add(wanted, golden.vectors(np.asarray(outputs[record.output])))
+    agreement, gate = comparison.agreement(), GATES[manifest.rounds_as]
+    limit = None if record.limit is None else Limit(Errors.uniform(record.limit))
+    failures = tuple(gate.failures(agreement, limit))
+    return SelfTest(record.output, agreement, gate, failures, name, record.reference, record.limit)

@@ -16,25 +16,21 @@ import numpy as np
 
 from msn_export.errors import DeviceError, InputError, MsnExportError
 from msn_export.runtime import dlpack
-from msn_export.runtime import tensor as library
-from msn_export.runtime.batching import element_of, require_fit, split_batch
-from msn_export.runtime.context_pool import ExecutionSlot, SlotPool
+from msn_export.runtime import dlpack as library
+from msn_export.runtime.context_pool import ExecutionSlot, OutputMemory, SlotPool
 from msn_export.runtime.cuda import Gpu
-from msn_export.runtime.dtypes import OF_ONNX, widen
+from msn_export.runtime.dlpack import OF_ONNX, Tensor, widen
 from msn_export.runtime.engine import Engine
-from msn_export.runtime.output_memory import OutputMemory
-from msn_export.runtime.runner import Outputs, Runner
-from msn_export.runtime.tensor import Tensor
+from msn_export.runtime.runner import Outputs, Runner, element_of, require_fit, split_batch
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from msn_export.host import Device
     from msn_export.manifest import Manifest
-    from msn_export.runtime.batching import Chunk
-    from msn_export.runtime.context_pool import ExecutionSlot
+    from msn_export.runtime.context_pool import ExecutionSlot, Lease, OutputMemory
     from msn_export.runtime.dlpack import Borrowed
-    from msn_export.runtime.output_memory import Lease, OutputMemory
+    from msn_export.runtime.runner import Chunk
     from msn_export.runtime.versions import CudaDriver, LoadedTensorRT
     from msn_export.spec import TensorSpec
 

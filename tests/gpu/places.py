@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from msn_export import manifest as manifests
 from msn_export.cli import main
-from msn_export.engine.versions import Backend, find_backend
+from msn_export.engine.options import Backend, find_backend
 from msn_export.engine_header import ANY_GPU, may_target, tries_any_gpu
 from msn_export.errors import MissingPackageError
 from msn_export.host import Device, NoDriver, find_driver

@@ -11,7 +11,7 @@ from recorder import Recorder
 
 from msn_export.errors import RunnerError
 from msn_export.metrics.metrics import Comparison
-from msn_export.runtime import engine_opening, open_runner
+from msn_export.runtime import open_runner, opening
 from msn_export.runtime.versions import LoadedTensorRT
 from msn_export.spec import Dtype
 
@@ -91,14 +91,14 @@ def test_cuda_graphs_on_and_off_give_the_same_bytes(place) -> None:
 @ON_A_CARD
 def test_tensors_on_the_card_are_read_and_written_where_they_lie(place, monkeypatch) -> None:
     recorder = Recorder()
-    load, load_cuda = engine_opening.load, engine_opening.load_cuda
+    load, load_cuda = opening.load, opening.load_cuda
 
     def watched(*arguments: Any, **options: Any) -> LoadedTensorRT:
         found = load(*arguments, **options)
         return LoadedTensorRT(recorder.tensorrt(found.trt), found.row, found.version)
 
-    monkeypatch.setattr(engine_opening, "load", watched)
-    monkeypatch.setattr(engine_opening, "load_cuda", lambda name: recorder.cuda(load_cuda(name)))
+    monkeypatch.setattr(opening, "load", watched)
+    monkeypatch.setattr(opening, "load_cuda", lambda name: recorder.cuda(load_cuda(name)))
     given = torch.from_numpy(pixels(place, "vit-msn-small", 8)).cuda()
     with place.open(place.build("vit-msn-small", Dtype.FP16), cuda_graphs=False) as runner:
         outputs = runner(given)

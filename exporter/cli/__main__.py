@@ -1,5 +1,0 @@
-"""``python -m msn_export.cli``."""
-
-from msn_export.cli import main
-
-main(prog_name="msn-export")

@@ -1,0 +1,305 @@
+"""Pictures through a model: a batch of decoded pictures in, a batch of rows out."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from msn_export.embedding.decode import decode, read
+from msn_export.errors import GraphError, SpecError, ToleranceError
+from msn_export.host import usable_cores
+from msn_export.runtime.runner import scores_of
+from msn_export.spec import Scores
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from msn_export.artifact import Feed
+    from msn_export.embedding.decode import Decoded
+    from msn_export.embedding.job import Listing
+    from msn_export.manifest import Manifest
+    from msn_export.runtime import Runner
+    from msn_export.spec import BatchRange, ImageSize, TensorSpec
+
+
+BEST = np.dtype([("class", "<i4"), ("score", "<f4")])
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What one batch gave.
+
+    ``vectors`` is float32 [k, ...], NaN where ``errors`` (by position) says why; ``best`` is the
+    best class of each and its score, [k] of ``BEST``, where the model has a classifier. ``turned``
+    counts the pictures that their EXIF orientation turned.
+    """
+
+    vectors: NDArray[np.float32]
+    best: NDArray[Any] | None = None
+    errors: Mapping[int, str] = field(default_factory=dict)
+    turned: int = 0
+
+
+def joined(batches: Iterable[tuple[int, Rows]]) -> Iterator[tuple[int, Rows]]:
+    """Join batches that follow each other: each one written is a wait for the disk."""
+    ordered = sorted(batches, key=lambda batch: batch[0])
+    run: list[Rows] = []
+    begin = end = 0
+    for start, rows in ordered:
+        if run and start != end:
+            yield begin, _concatenated(run)
+            run = []
+        if not run:
+            begin = end = start
+        run.append(rows)
+        end += len(rows.vectors)
+    yield begin, _concatenated(run)
+
+
+def _concatenated(batches: list[Rows]) -> Rows:
+    errors: dict[int, str] = {}
+    row = 0
+    for rows in batches:
+        errors |= {row + index: text for index, text in rows.errors.items()}
+        row += len(rows.vectors)
+    bests = [rows.best for rows in batches if rows.best is not None]
+    best = np.concatenate(bests) if bests else None
+    vectors = np.concatenate([rows.vectors for rows in batches])
+    return Rows(vectors, best, errors, sum(rows.turned for rows in batches))
+
+
+# What an image's vector is read from, best first; the last is what other exporters give
+_PREFERRED = ("embedding", "mean_embedding", "pooler_output", "logits", "last_hidden_state")
+_LOGITS = "logits"
+_FLOATS = ("float", "float16", "bfloat16", "double")
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Which outputs are read: the vector's, and the classifier's where there is one.
+
+    ``scores`` says what the logits become; None decides by the number of classes.
+    """
+
+    vector: str
+    logits: str | None
+    scores: Scores | None = None
+
+
+def reading_of(
+    model: str,
+    outputs: Sequence[TensorSpec],
+    wanted: str | None,
+    scores: Scores | None = None,
+) -> Reading:
+    """Choose what to read off a model; ``scores`` is what its manifest says of its logits.
+
+    Raises:
+        SpecError: it has no output of the name asked for, or several and none that is known.
+        GraphError: the output that is read has no row of floats for each image.
+    """
+    names = [spec.name for spec in outputs]
+    if wanted is not None and wanted not in names:
+        raise SpecError(
+            f"--output-name {wanted!r}: {model} has no such output; it has {', '.join(names)}"
+        )
+    known = [name for name in _PREFERRED if name in names]
+    vector = wanted or (known[0] if known else names[0] if len(names) == 1 else None)
+    if vector is None:
+        raise SpecError(
+            f"{model} has the outputs {', '.join(names)}; choose one with --output-name"
+        )
+    _require_rows(model, outputs[names.index(vector)])
+    if _LOGITS not in names:
+        return Reading(vector, None)
+    shape = outputs[names.index(_LOGITS)].shape
+    if scores is None and len(shape) == 2 and isinstance(shape[1], int):
+        scores = Scores.of(None, shape[1])
+    return Reading(vector, _LOGITS, scores)
+
+
+def _require_rows(model: str, spec: TensorSpec) -> None:
+    """Refuse now what no batch could be read from; a shape that is not known has no axes here."""
+    if len(spec.shape) == 1 or spec.dtype not in _FLOATS:
+        raise GraphError(
+            f"{model}: output {spec.name!r} is {spec.dtype}{list(spec.shape)}; expected floats of "
+            "two axes or more, a row for each image; choose another with --output-name, or export "
+            "the scores before argmax or squeeze"
+        )
+
+
+def batches(
+    decoded: Iterable[Decoded],
+    size: ImageSize,
+    channels: int,
+    count: int,
+    run: Callable[[NDArray[np.uint8]], Mapping[str, Any]],
+    reading: Reading,
+) -> Iterator[Rows]:
+    """Run pictures ``count`` at a time.
+
+    A picture that could not be decoded goes in as a black one and its row is thrown away: every
+    batch but the last has the same size, so what a picture gives does not depend on whether its
+    neighbours are broken.
+    """
+    pictures = iter(decoded)
+    while chunk := list(islice(pictures, count)):
+        pixels, errors, turned = stack(chunk, size, channels)
+        yield read_rows(run(pixels), reading, len(chunk), errors, turned)
+
+
+def stack(
+    chunk: Sequence[Decoded], size: ImageSize, channels: int
+) -> tuple[NDArray[np.uint8], dict[int, str], int]:
+    """Stack decoded pictures to [b, h, w, c], black where one is broken.
+
+    Returns:
+        The stack, by position why a picture is broken, and how many EXIF turned.
+    """
+    pixels = np.zeros((len(chunk), size.height, size.width, channels), np.uint8)
+    errors: dict[int, str] = {}
+    turned = 0
+    for index, picture in enumerate(chunk):
+        if isinstance(picture, str):
+            errors[index] = picture
+        else:
+            pixels[index] = picture.pixels
+            turned += picture.turned
+    return pixels, errors, turned
+
+
+def read_rows(
+    outputs: Mapping[str, Any],
+    reading: Reading,
+    count: int,
+    errors: dict[int, str],
+    turned: int = 0,
+) -> Rows:
+    """Read a batch's rows off the model's outputs.
+
+    NaN or infinity in a vector or in the logits is an error, as a broken picture is.
+
+    Raises:
+        GraphError: an output has another number of rows than pictures went in, or the logits are
+            not a row of classes each.
+    """
+    vectors = np.array(outputs[reading.vector], np.float32)
+    if vectors.ndim < 2 or len(vectors) != count:
+        raise GraphError(
+            f"output {reading.vector!r} is {list(vectors.shape)} for {count} images; expected "
+            "a row for each"
+        )
+    _note_infinite(reading.vector, vectors, errors)
+    best = None
+    if reading.logits is not None:
+        logits = np.asarray(outputs[reading.logits], np.float64)
+        if logits.ndim != 2 or len(logits) != count or not logits.shape[1]:
+            raise GraphError(
+                f"output {reading.logits!r} is {list(logits.shape)} for {count} images; expected "
+                "[images, classes]"
+            )
+        _note_infinite(reading.logits, logits, errors)
+        best = _best_of(logits, reading.scores)
+    vectors[list(errors)] = np.nan
+    return Rows(vectors, best, errors, turned)
+
+
+def _note_infinite(name: str, values: NDArray[Any], errors: dict[int, str]) -> None:
+    finite = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
+    for index in np.flatnonzero(~finite):
+        errors.setdefault(int(index), f"the model's {name} has NaN or infinity")
+
+
+def _best_of(logits: NDArray[np.float64], scores: Scores | None) -> NDArray[Any]:
+    """Find the best class of each row [k, classes] and its score."""
+    best = np.zeros(len(logits), BEST)
+    best["class"] = logits.argmax(axis=1)
+    with np.errstate(invalid="ignore", over="ignore"):
+        scored = scores_of(logits, scores)
+        best["score"] = np.take_along_axis(scored, best["class"][:, None], 1)[:, 0]
+    return best
+
+
+class OpenModel(Protocol):
+    """What is known of an open model; a ``Runner`` is one."""
+
+    @property
+    def name(self) -> str:
+        """What runs it, and on what."""
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """What is known of the artifact; None where there is no manifest."""
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """The tensors it takes."""
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """The tensors it gives."""
+
+    @property
+    def batch(self) -> BatchRange:
+        """The batches it accepts."""
+
+
+def require_selftest(runner: Runner, *, check: bool) -> str:
+    """Run the manifest's golden input, before a night is spent on a model that is wrong here.
+
+    Raises:
+        ToleranceError: this machine does not reproduce it.
+    """
+    if not check:
+        return "none (--no-check)"
+    if runner.manifest is None or runner.manifest.golden is None:
+        return "none: no golden input came with the model"
+    found = runner.selftest()
+    if not found.passed:
+        raise ToleranceError(
+            f"{found}: this machine does not compute what the model was checked for; export it "
+            "here, or run it all the same with --no-check"
+        )
+    return str(found)
+
+
+class LocalExecutor:
+    """Pictures of a folder and a runner that is open here."""
+
+    def __init__(
+        self, listing: Listing, runner: Runner, selftest: str, workers: int | None
+    ) -> None:
+        self.pictures, self.model, self.selftest = listing, runner, selftest
+        # one a core: decoders that are ahead of the model wait, and leave the core to it
+        self.workers = workers or min(16, len(usable_cores()))
+        self.cluster: str | None = None
+
+    def rows(
+        self, feed: Feed, reading: Reading, batch: int, missing: Sequence[range]
+    ) -> Iterator[tuple[int, Rows]]:
+        """Make the rows of each batch of ``missing``, in order; give them with the first's number.
+
+        Raises:
+            MsnExportError: the model failed.
+        """
+        paths = chain.from_iterable(self.pictures.paths[one.start : one.stop] for one in missing)
+        decoded = decode(
+            paths,
+            partial(read, preprocessing=feed.preprocessing),
+            workers=self.workers,
+            ahead=2 * batch + self.workers,
+        )
+        size, channels = feed.preprocessing.size, feed.preprocessing.channels
+        with closing(decoded):
+            run = batches(
+                decoded, size, channels, batch, lambda pixels: self.model(feed(pixels)), reading
+            )
+            for one, rows in zip(missing, run, strict=True):
+                yield one.start, rows

@@ -1,0 +1,482 @@
+"""Rows that are done, kept beside the output until all are: what ``--resume`` goes on from.
+
+A folder ``<output>.parts``: the arrays, and a journal that says which of their rows count. A part
+is what a line of the journal says is done; its rows are on the disk before its line is, so a run
+that is killed at any moment loses the part it was in and nothing else. Rows come in any order: here
+they are made from the first to the last, on a cluster as its machines finish them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.lib import format as npy
+
+from msn_export.embedding.inference import joined
+from msn_export.errors import MissingPackageError, OutputError
+from msn_export.manifest import manifest_path
+from msn_export.schema import to_json, to_plain
+from msn_export.spec import Scores
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from msn_export.embedding.inference import Rows
+    from msn_export.embedding.job import PictureList
+
+
+class GrowingArray:
+    """Rows on disk under a header that promises ``total`` of them from the start.
+
+    When all are written the file is, byte for byte, what ``numpy.save`` would have written. Written
+    with plain writes: the pages of a mapped file would count as this process' memory.
+    """
+
+    def __init__(self, path: Path, total: int) -> None:
+        self.path, self.total = path, total
+
+    def write(self, start: int, rows: NDArray[Any]) -> None:
+        """Put rows [k, ...] at ``start`` and see them to the disk; what is skipped is zeros so far.
+
+        Raises:
+            OutputError: rows of another shape or type are there already.
+        """
+        if not self.path.exists():
+            self._begin(rows)
+        offset, shape, dtype = self._layout()
+        if (shape[1:], dtype) != (rows.shape[1:], rows.dtype):
+            raise OutputError(
+                f"{self.path} holds rows of {dtype}{list(shape[1:])}, these are "
+                f"{rows.dtype}{list(rows.shape[1:])}; start over with --force"
+            )
+        size = dtype.itemsize * math.prod(shape[1:])
+        with self.path.open("r+b") as file:
+            file.seek(offset + start * size)
+            file.write(np.ascontiguousarray(rows).data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Give rows ``start`` to ``stop``."""
+        offset, shape, dtype = self._layout()
+        row = math.prod(shape[1:])
+        with self.path.open("rb") as file:
+            file.seek(offset + start * row * dtype.itemsize)
+            rows = np.fromfile(file, dtype, (stop - start) * row)
+        return rows.reshape(-1, *shape[1:])
+
+    def holds(self, rows: int) -> bool:
+        """Say whether the file reaches over the first ``rows`` rows."""
+        if not self.path.exists():
+            return rows == 0
+        offset, shape, dtype = self._layout()
+        size = dtype.itemsize * math.prod(shape[1:])
+        return shape[0] == self.total and self.path.stat().st_size >= offset + rows * size
+
+    def _begin(self, rows: NDArray[Any]) -> None:
+        header = {
+            "descr": npy.dtype_to_descr(rows.dtype),
+            "fortran_order": False,
+            "shape": (self.total, *rows.shape[1:]),
+        }
+        with self.path.open("xb") as file:
+            npy.write_array_header_1_0(file, header)
+
+    def _layout(self) -> tuple[int, tuple[int, ...], np.dtype[Any]]:
+        """Read the header: where the rows begin, the promised shape, the type of a number."""
+        try:
+            with self.path.open("rb") as file:
+                npy.read_magic(file)
+                shape, _, dtype = npy.read_array_header_1_0(file)
+                return file.tell(), shape, dtype
+        except ValueError as error:
+            raise OutputError(
+                f"{self.path} is damaged ({error}); start over with --force"
+            ) from error
+
+
+# What a line of a journal that is none raises: JSON has infinity, and lists as deep as they like
+_MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
+# A part ends with whichever comes first: what a killed run may lose, and what waits in memory
+SECONDS = 10.0
+BYTES = 8 * 2**20
+
+
+class Journal:
+    """The finished parts of an output of ``total`` rows.
+
+    ``errors`` is by row; ``turned`` counts the pictures that their EXIF orientation turned.
+    """
+
+    def __init__(self, folder: Path, total: int) -> None:
+        self.folder, self.total = folder, total
+        self.vectors = GrowingArray(folder / "vectors.npy", total)
+        self.best = GrowingArray(folder / "best.npy", total)
+        self.journal = folder / "parts.jsonl"
+        self.errors: dict[int, str] = {}
+        self.turned = 0
+        self._is_done = np.zeros(total, np.bool_)
+        self._open: list[tuple[int, Rows]] = []
+        self._begun = time.monotonic()
+        self._lock = -1
+
+    @classmethod
+    def begin(
+        cls, folder: Path, total: int, origin: Mapping[str, Any], *, resume: bool, force: bool
+    ) -> Self:
+        """Start an output, or go on with one that was begun.
+
+        Args:
+            folder: where the parts are kept.
+            total: rows of the whole output.
+            origin: all that the rows follow from, by name; parts of another origin are refused.
+            resume: go on with what is there.
+            force: throw away what is there, unless it is to be resumed.
+
+        Raises:
+            OutputError: parts are there and may not be touched, are of another origin, or damaged.
+        """
+        parts = cls(folder, total)
+        folder.mkdir(exist_ok=True)
+        parts._claim()
+        try:
+            if resume or not force:
+                parts._continue(json.loads(json.dumps(origin)), resume=resume)
+            if not parts.done:  # nothing worth keeping: a header alone, or less
+                parts._clear()
+                parts._note({"origin": origin, "total": total})
+        except BaseException:
+            parts.close()
+            raise
+        return parts
+
+    @property
+    def done(self) -> int:
+        """How many rows are on the disk."""
+        return int(np.count_nonzero(self._is_done))
+
+    def missing(self, count: int) -> Iterator[range]:
+        """Give the batches of ``count`` rows that are not done, each as its rows' numbers."""
+        for start in range(0, self.total, count):
+            rows = range(start, min(start + count, self.total))
+            if not self._is_done[rows.start : rows.stop].all():
+                yield rows
+
+    @property
+    def has_best(self) -> bool:
+        """Whether rows have a likeliest class."""
+        return self.best.path.exists()
+
+    @property
+    def broken(self) -> int:
+        """How many rows have an error so far, those of the open part among them."""
+        return len(self.errors) + sum(len(rows.errors) for _, rows in self._open)
+
+    def add(self, start: int, rows: Rows) -> None:
+        """Take a batch whose first row is ``start``; ends the part when it is old or large."""
+        self._open.append((start, rows))
+        size = sum(one.vectors.nbytes for _, one in self._open)
+        if size >= BYTES or time.monotonic() - self._begun >= SECONDS:
+            self.end_part()
+
+    def end_part(self) -> None:
+        """Write what was added since the last part; after an interruption it may be called again.
+
+        Raises:
+            OutputError: rows of another shape were written before.
+        """
+        self._begun = time.monotonic()
+        if not self._open:
+            return
+        errors: dict[int, str] = {}
+        spans: list[tuple[int, int]] = []
+        turned = sum(rows.turned for _, rows in self._open)
+        for start, rows in joined(self._open):
+            self.vectors.write(start, rows.vectors)
+            if rows.best is not None:
+                self.best.write(start, rows.best)
+            errors |= {start + index: text for index, text in rows.errors.items()}
+            spans.append((start, start + len(rows.vectors)))
+        count = self.done + sum(self._new_in(*span) for span in spans)
+        self._note({"done": count, "rows": spans, "errors": errors, "turned": turned})
+        self._take(spans, errors, turned)
+        self._open = []
+
+    def remove(self) -> None:
+        """Delete them: the output is in place, or there will be none."""
+        self._clear()
+        with suppress(OSError):  # someone keeps files of his own in it
+            self.folder.rmdir()
+
+    def close(self) -> None:
+        """Let another run have them; those without a row are of no use to one."""
+        if self._lock >= 0:
+            if not self.done:
+                self.remove()
+            os.close(self._lock)
+            self._lock = -1
+
+    def _claim(self) -> None:
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._lock)
+            self._lock = -1
+            raise OutputError(
+                f"another run is writing {self.folder}; wait for it or choose another -o"
+            ) from error
+
+    def _clear(self) -> None:
+        for path in (self.vectors.path, self.best.path, self.journal):
+            path.unlink(missing_ok=True)
+
+    def _continue(self, origin: Mapping[str, Any], *, resume: bool) -> None:
+        """Read the journal up to its last whole line, and require that its rows are these."""
+        text = self.journal.read_bytes() if self.journal.exists() else b""
+        whole = text[: text.rfind(b"\n") + 1]
+        if not whole:
+            return
+        held = 0
+        try:
+            first, *lines = [json.loads(line) for line in whole.splitlines()]
+            began, total = dict(first["origin"]), int(first["total"])
+            for line in lines:
+                held = int(line["done"])
+                if total != self.total:  # of another listing, which will be refused
+                    continue
+                spans = [(int(start), int(stop)) for start, stop in line["rows"]]
+                errors = {int(row): str(text) for row, text in line["errors"].items()}
+                self._take(spans, errors, int(line["turned"]))
+        except _MALFORMED as error:
+            raise OutputError(
+                f"{self.journal} is damaged ({error!r}); --force without --resume starts over"
+            ) from error
+        if not held:
+            return
+        if not resume:
+            raise OutputError(
+                f"{self.folder} holds {held} of {total} rows of an interrupted run; --resume "
+                "goes on from there, --force starts over"
+            )
+        self._require_same(began, origin)
+        self._require_rows(held)
+        self.journal.write_bytes(whole)
+
+    def _require_same(self, began: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
+        for name, now in origin.items():
+            before = began.get(name)
+            if before != now:
+                raise OutputError(
+                    f"{self.folder} was begun with another {name.replace('_', ' ')} "
+                    f"({_short(before)}, now {_short(now)}); --force without --resume starts over"
+                )
+
+    def _require_rows(self, held: int) -> None:
+        last = int(np.flatnonzero(self._is_done).max(initial=-1)) + 1
+        best = not self.has_best or self.best.holds(last)
+        if self.done != held or not self.vectors.holds(last) or not best:
+            raise OutputError(
+                f"{self.folder} is damaged: its journal counts {held} rows and the arrays "
+                "have fewer; --force without --resume starts over"
+            )
+
+    def _new_in(self, start: int, stop: int) -> int:
+        return stop - start - int(np.count_nonzero(self._is_done[start:stop]))
+
+    def _take(
+        self, spans: Iterable[tuple[int, int]], errors: Mapping[int, str], turned: int
+    ) -> None:
+        for start, stop in spans:
+            if not 0 <= start < stop <= self.total:
+                raise ValueError(f"rows {start} to {stop} of {self.total}")
+            self._is_done[start:stop] = True
+        self.errors |= errors
+        self.turned += turned
+
+    def _note(self, line: Mapping[str, Any]) -> None:
+        with self.journal.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+ENDINGS = (".npy", ".parquet")
+_CHUNK = 8 * 2**20  # bytes of vectors that are in memory at once
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """All that is known of one picture besides its vector."""
+
+    path: str
+    error: str | None
+    best: tuple[str, float] | None  # label, score
+
+
+def files_of(output: Path) -> tuple[Path, ...]:
+    """Name every file of an output, the array or table last."""
+    if output.suffix == ".parquet":
+        return (output,)
+    return (manifest_path(output), output.with_name(output.name + ".rows.jsonl"), output)
+
+
+def require_parquet() -> None:
+    """Require the library, before any work is done.
+
+    Raises:
+        MissingPackageError: pyarrow is not installed.
+    """
+    try:
+        import pyarrow.parquet  # noqa: F401
+    except ImportError as error:
+        raise MissingPackageError(
+            f"a .parquet output needs pyarrow ({error}); pip install 'msn-export[parquet]', or "
+            "write .npy"
+        ) from error
+
+
+def require_fit(output: Path, row: Sequence[int]) -> None:
+    """Require that rows of a shape can be written.
+
+    Raises:
+        OutputError: a table is to hold what is no vector.
+    """
+    if output.suffix == ".parquet" and len(row) != 1:
+        raise OutputError(
+            f"an image gives {list(row)} numbers and a .parquet row holds one vector; write .npy, "
+            "or export the model with --head cls"
+        )
+
+
+def write_npy(
+    parts: Journal,
+    listing: PictureList,
+    labels: Sequence[str],
+    about: Mapping[str, Any],
+    stage: Path,
+) -> tuple[Path, ...]:
+    """Write the sidecars; the array itself is already whole and only has to be moved.
+
+    Returns:
+        The files in the order of ``files_of``.
+    """
+    described, lines = stage / "about.json", stage / "rows.jsonl"
+    described.write_text(to_json(about), encoding="utf-8")
+    with lines.open("w", encoding="utf-8") as file:
+        for number, row in enumerate(rows_of(parts, listing, labels)):
+            line: dict[str, Any] = {"row": number, "path": row.path, "error": row.error}
+            if row.best is not None:
+                line["label"], line["score"] = row.best
+                line["probability"] = _probability(row.best[1], about)
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    return described, lines, parts.vectors.path
+
+
+def write_parquet(
+    parts: Journal,
+    listing: PictureList,
+    labels: Sequence[str],
+    about: Mapping[str, Any],
+    stage: Path,
+) -> tuple[Path, ...]:
+    """Write one table, row group by row group.
+
+    Columns: ``path``, ``embedding`` (list of a fixed size, float32; null where there is an error),
+    ``error``, and for a classifier ``label``, ``score`` and ``probability`` (null where the score
+    is none). What it was made from stands in the schema's metadata under ``msn-export``.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    (size,) = parts.vectors.read(0, 1).shape[1:]
+    fields = [("path", pa.string()), ("embedding", pa.list_(pa.float32(), size))]
+    fields.append(("error", pa.string()))
+    if parts.has_best:
+        fields += [
+            ("label", pa.string()), ("score", pa.float32()), ("probability", pa.float32()),
+        ]  # fmt: skip
+    schema = pa.schema(fields, metadata={"msn-export": json.dumps(about)})
+    table = stage / "table.parquet"
+    step = max(1, _CHUNK // (4 * size))
+    rows = rows_of(parts, listing, labels)
+    # vectors are noise to a dictionary, and nothing reads their least and greatest number
+    texts = ["path", "error", "label"]
+    with parquet.ParquetWriter(
+        table, schema, use_dictionary=["label"], write_statistics=texts, compression="zstd"
+    ) as writer:
+        for start in range(0, parts.total, step):
+            chunk = list(islice(rows, step))
+            vectors = parts.vectors.read(start, start + len(chunk))
+            broken = pa.array([row.error is not None for row in chunk])
+            columns = [
+                pa.array([row.path for row in chunk]),
+                pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), size, mask=broken),
+                pa.array([row.error for row in chunk], pa.string()),
+            ]
+            if parts.has_best:
+                best = [row.best or (None, None) for row in chunk]
+                columns.append(pa.array([label for label, _ in best], pa.string()))
+                scores = [number for _, number in best]
+                columns.append(pa.array(scores, pa.float32()))
+                columns.append(pa.array([_probability(x, about) for x in scores], pa.float32()))
+            writer.write_batch(pa.record_batch(columns, schema=schema), row_group_size=step)
+    return (table,)
+
+
+def _probability(score: float | None, about: Mapping[str, Any]) -> float | None:
+    """Give a score that is a probability; a regression's is none."""
+    return None if about.get("scores") == Scores.RAW else score
+
+
+def rows_of(parts: Journal, listing: PictureList, labels: Sequence[str]) -> Iterator[Row]:
+    """Give each row's path, error, and likeliest class where the model has a classifier."""
+    step = 1 << 16
+    names = listing.names()
+    for start in range(0, parts.total, step):
+        stop = min(start + step, parts.total)
+        best = parts.best.read(start, stop) if parts.has_best else None
+        for row in range(start, stop):
+            error = to_plain(parts.errors.get(row))  # it has the path, whose bytes may be no text
+            found = None
+            if best is not None and error is None:
+                number = int(best["class"][row - start])
+                label = labels[number] if number < len(labels) else str(number)
+                # nine digits give a float32 back exactly
+                found = label, float(np.format_float_positional(best["score"][row - start]))
+            yield Row(next(names), error, found)
+
+
+def place(made: Sequence[Path], output: Path) -> None:
+    """Move finished files to their places.
+
+    The old array goes first and the new one comes last: at no moment does one lie beside sidecars
+    that are not its own.
+
+    Raises:
+        OutputError: the file system refused.
+    """
+    places = files_of(output)
+    try:
+        places[-1].unlink(missing_ok=True)
+        for path, target in zip(made, places, strict=True):
+            path.replace(target)
+    except OSError as error:
+        raise OutputError(f"cannot write {output}: {error.strerror}") from error

@@ -1,0 +1,353 @@
+"""Turn what a report shows into one HTML page, or into Markdown for a model card."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter
+from PIL import Image
+
+from msn_export.benchmark.results import Bench
+from msn_export.compare.drift import Drift
+from msn_export.graph.summary import PARTS
+from msn_export.metrics.block_errors import StageDrift
+from msn_export.metrics.tolerances import HEADROOM
+from msn_export.reporting.describe import file_rows, fused, short
+from msn_export.reporting.gather import (
+    Page,
+    PageImage,
+    ReportedAgreement,
+    ReportedArtifact,
+    multiplied,
+    roles,
+    spelled,
+    strips,
+    timed_on,
+    timing_columns,
+    timing_rows,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+SIDE = 144  # pixels: shown at half of that, sharp on dense screens, some 6 kB each
+
+
+def thumbnail(name: str, pixels: NDArray[np.uint8]) -> PageImage:
+    """Make a small JPEG of decoded pixels [h, w, c] as a data URI."""
+    channels = pixels.shape[-1]
+    picture = Image.fromarray(pixels[..., 0] if channels == 1 else pixels[..., :3])
+    picture.thumbnail((SIDE, SIDE))
+    packed = io.BytesIO()
+    picture.save(packed, "JPEG", quality=80)
+    return PageImage(name, f"data:image/jpeg;base64,{base64.b64encode(packed.getvalue()).decode()}")
+
+
+def inline(svg: str, prefix: str, title: str) -> str:
+    """Make a stand-alone SVG part of a page: named for those who do not see it, ids its own.
+
+    Two figures on one page must not share ids, and an XML prologue has no place in HTML.
+    """
+    body = svg[svg.index("<svg") :]
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(r'\bid="', f'id="{prefix}-', body)
+    body = re.sub(r"url\(#", f"url(#{prefix}-", body)
+    body = re.sub(r'href="#', f'href="#{prefix}-', body)
+    # a font of the page, not of the machine that drew it
+    body = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font: \1 var(--sans)", body)
+    return body.replace("<svg ", f'<svg role="img" aria-label="{_quoted(title)}" ', 1)
+
+
+def _quoted(text: str) -> str:
+    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+
+
+# Colours that stand for the page's: matplotlib writes them, and they become its variables
+_INK, _SOFT, _LINE = "#010101", "#020202", "#030303"
+_SERIES = ("#040404", "#050505", "#060606", "#070707")
+_WARN, _PAPER = "#080808", "#090909"
+_NAMES = {
+    _INK: "--ink", _SOFT: "--soft", _LINE: "--line", _WARN: "--bad", _PAPER: "--paper",
+    **{colour: f"--series-{index}" for index, colour in enumerate(_SERIES)},
+}  # fmt: skip
+_STYLE: Any = {  # matplotlib types its settings one by one
+    "text.parse_math": False,  # a "$" in a file's name is a "$"
+    "svg.fonttype": "none",  # text stays text: selectable, searchable, small
+    "svg.hashsalt": "msn-export",  # the same figures give the same bytes
+    "font.size": 10,
+    "text.color": _INK,
+    "axes.labelcolor": _SOFT,
+    "axes.edgecolor": _LINE,
+    "axes.facecolor": "none",
+    "xtick.color": _SOFT,
+    "ytick.color": _SOFT,
+    "grid.color": _LINE,
+    "grid.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
+_MARKS = "osD^"
+_LEAST_HEADROOM = 0.6  # a stump of a bar
+_LEAST = 1e-16  # below fp64's rounding of a cosine nothing is told apart
+
+
+def draw(
+    prefix: str, title: str, paint: Callable[[Axes], None], size: tuple[float, float] = (10.4, 3.0)
+) -> str:
+    """Draw one figure as SVG for a page; ``size`` in inches."""
+    with mpl.rc_context():
+        mpl.rcdefaults()  # nobody's matplotlibrc, which may lie in the current folder, has a say
+        mpl.rcParams.update(_STYLE)
+        figure = Figure(figsize=size, layout="constrained")
+        figure.patch.set_alpha(0)
+        paint(figure.add_subplot())
+        packed = io.StringIO()
+        figure.savefig(packed, format="svg", metadata=dict.fromkeys(("Creator", "Date")))
+    svg = packed.getvalue()
+    for colour, name in _NAMES.items():
+        svg = svg.replace(colour, f"var({name})")
+    return inline(svg, prefix, title)
+
+
+def histogram(agreements: Sequence[ReportedAgreement]) -> str:
+    """Draw how far each image's cosine is from 1, on a logarithmic axis."""
+    gaps = []
+    for agreement in agreements:
+        cosines = [image.cosine for image in agreement.check.per_image]
+        known = [cosine for cosine in cosines if cosine is not None and math.isfinite(cosine)]
+        gaps.append(np.maximum(1 - np.asarray(known, float), _LEAST))
+    every = np.concatenate(gaps)
+    low, high = math.floor(np.log10(every.min())), math.ceil(np.log10(every.max()) + 1e-9)
+    bins = np.logspace(low, max(high, low + 1), 4 * (max(high, low + 1) - low) + 1)
+
+    def paint(axes: Axes) -> None:
+        colours = [_SERIES[index % 4] for index in range(len(gaps))]
+        names = [agreement.candidate for agreement in agreements]
+        axes.hist(gaps, bins.tolist(), color=colours, label=names)
+        axes.set_xscale("log")
+        axes.set_xlabel("1 - cosine with the reference (further left is closer)")
+        axes.set_ylabel("images")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(axis="y")
+        axes.set_axisbelow(True)
+        axes.legend(loc="best")
+
+    return draw("cosines", "Histogram of one minus the cosine of each image", paint)
+
+
+def drift(drifts: Sequence[Drift]) -> str:
+    """Draw the relative error that each stage makes by itself."""
+
+    def paint(axes: Axes) -> None:
+        for index, found in enumerate(drifts):
+            errors = [_error(stage) for stage in found.stages]
+            places = range(len(errors))
+            colour, mark = _SERIES[index % 4], _MARKS[index % 4]
+            axes.plot(
+                places, errors, f"{mark}-", color=colour, markersize=4, label=short(found.candidate)
+            )
+            # infinite where nothing was measured that could limit it
+            limits = [
+                math.inf if stage.own is None else stage.own.allowed for stage in found.stages
+            ]
+            allowed = [limit if math.isfinite(limit) else math.nan for limit in limits]
+            axes.plot(places, allowed, "--", color=colour, linewidth=0.9)
+            for place, stage in enumerate(found.stages):
+                if stage.name == found.parted:
+                    axes.plot(
+                        place, errors[place], "o", color=_WARN, markersize=10, fillstyle="none"
+                    )
+        axes.set_yscale("log")
+        _whole_decades(axes)
+        axes.set_ylabel("relative error")
+        axes.grid(axis="y")
+        _stage_names(axes, drifts[0])
+        axes.legend(loc="best", title="dashed: allowed", alignment="left")
+
+    return draw("drift", "Relative error of each block by itself", paint)
+
+
+def _error(stage: StageDrift) -> float:
+    """Give a stage's own error; one that could not be compared has no place on the axis."""
+    return math.nan if stage.own is None else max(stage.own.relative, _LEAST)
+
+
+def _whole_decades(axes: Axes) -> None:
+    low, high = axes.get_ylim()
+    axes.set_ylim(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def headroom(found: Drift) -> str:
+    """Draw how often each stage's largest value fits below fp16's largest number."""
+    values = [stage.headroom for stage in found.stages]
+    colours = [_SERIES[0] if value >= HEADROOM else _WARN for value in values]
+
+    def paint(axes: Axes) -> None:
+        # zeros fit any number of times, a peak that is no number or infinite not even once
+        heights = [min(value, 65504.0) if value > 0 else _LEAST_HEADROOM for value in values]
+        axes.bar(range(len(heights)), heights, color=colours, width=0.7)
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=min(0.5, *heights))
+        axes.axhline(HEADROOM, color=_WARN, linewidth=0.9, linestyle="--")
+        axes.set_ylabel("65504 / largest value")
+        axes.grid(axis="y")
+        axes.set_axisbelow(True)
+        _stage_names(axes, found)
+
+    return draw("headroom", "fp16 headroom of each block", paint, (10.4, 2.2))
+
+
+def _stage_names(axes: Axes, found: Drift) -> None:
+    names = [stage.name.removeprefix("block ") for stage in found.stages]
+    axes.set_xticks(
+        range(len(names)), [name.replace("patch embedding", "patches") for name in names]
+    )
+    axes.tick_params(axis="x", length=0)
+    if len(names) > 20:  # of many blocks each second number is enough
+        for label in axes.get_xticklabels()[2::2]:
+            label.set_visible(label.get_text() == names[-1])
+    axes.set_xlabel("block")
+
+
+def kinds(artifact: ReportedArtifact) -> str:
+    """Draw an engine's kernels by what they do."""
+    assert artifact.census is not None
+    counts = dict(reversed(roles(artifact.census).items()))
+    title = f"Kernels of {artifact.name} by kind"
+    return draw(
+        f"kinds-{_slug(artifact.name)}",
+        title,
+        lambda axes: _bars(axes, counts, "{:.0f}"),
+        (5.1, 2.3),
+    )
+
+
+def per_block(artifact: ReportedArtifact) -> str:
+    """Draw how many kernels each block takes."""
+    assert artifact.census is not None
+    counts = artifact.census.kernels_per_block
+
+    def paint(axes: Axes) -> None:
+        bars = axes.bar(range(len(counts)), list(counts.values()), color=_SERIES[0], width=0.7)
+        axes.bar_label(bars, color=_SOFT, fontsize=8)
+        axes.set_xticks(range(len(counts)), list(map(str, counts)))
+        axes.tick_params(length=0)
+        axes.set_xlabel("block")
+        axes.set_ylabel("kernels")
+
+    return draw(
+        f"blocks-{_slug(artifact.name)}", f"Kernels of {artifact.name} by block", paint, (5.1, 2.3)
+    )
+
+
+def sizes(artifacts: Sequence[ReportedArtifact]) -> str:
+    """Draw the artifacts' sizes."""
+    known = {a.name: a.inspection.bytes / 1e6 for a in reversed(artifacts)}
+    height = 0.25 + 0.27 * len(known)
+    return draw(
+        "sizes", "Size of each artifact in MB", lambda axes: _bars(axes, known, "{:.1f} MB"),
+        (10.4, height),
+    )  # fmt: skip
+
+
+def latency(found: Bench) -> str:
+    """Draw a benchmark's medians."""
+    bars = {f"{t.contender}, batch {t.batch}": t.median_ms for t in reversed(found.timings)}
+    height = 0.25 + 0.27 * len(bars)
+    return draw(
+        "latency", "Median time of one call", lambda axes: _bars(axes, bars, "{:.2f} ms"),
+        (10.4, height),
+    )  # fmt: skip
+
+
+def _bars(axes: Axes, values: Mapping[str, float], form: str) -> None:
+    bars = axes.barh(range(len(values)), list(values.values()), color=_SERIES[0], height=0.62)
+    axes.bar_label(bars, fmt=form, color=_INK, padding=4)
+    axes.set_yticks(range(len(values)), list(values))
+    axes.tick_params(length=0)
+    axes.set_xticks([])
+    axes.spines["bottom"].set_visible(False)
+    axes.margins(x=0.16)
+
+
+def _slug(name: str) -> str:
+    return "".join(char if char.isalnum() else "-" for char in name)
+
+
+def html(page: Page) -> str:
+    """Render the page with its plots: one file that loads nothing."""
+    drawn = {name: Markup(svg) for name, svg in _plots(page).items()}  # noqa: S704  ours
+    template = environment(autoescape=True).get_template("report.html.j2")
+    return template.render(page=page, plots=drawn).lstrip()
+
+
+def markdown(page: Page) -> str:
+    """Render the same figures as Markdown, without plots and pictures."""
+    text = environment(autoescape=False).get_template("model_card.md.j2").render(page=page)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def environment(*, autoescape: bool) -> Environment:
+    """Open the templates; a figure that is not there is an error."""
+    made = Environment(
+        loader=PackageLoader("msn_export.reporting", "."),
+        autoescape=autoescape,  # noqa: S701  Markdown has its own escapes: _cell
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {"cell": _cell, "line": _line, "short": short, "spelled": spelled}
+    made.globals |= {
+        "file_rows": file_rows, "fused": fused, "multiplied": multiplied, "strips": strips,
+        "timed_on": timed_on, "timing_columns": timing_columns, "timing_rows": timing_rows,
+        "PARTS": PARTS, "HEADROOM": HEADROOM,
+    }  # fmt: skip
+    return made
+
+
+def _plots(page: Page) -> dict[str, str]:
+    drawn = {}
+    sized = [artifact for artifact in page.artifacts if artifact.is_file]
+    if sized:
+        drawn["sizes"] = sizes(sized)
+    shown = [
+        found
+        for found in page.agreements
+        if any(image.cosine is not None for image in found.check.per_image)
+    ]
+    if shown:
+        drawn["cosines"] = histogram(shown)
+    if page.drifts:
+        drawn["drift"] = drift(page.drifts)
+        drawn["headroom"] = headroom(page.drifts[0])
+    for artifact in page.artifacts:
+        if artifact.census is not None:
+            drawn[f"kinds {artifact.name}"] = kinds(artifact)
+            drawn[f"blocks {artifact.name}"] = per_block(artifact)
+    if page.latency is not None:
+        drawn["latency"] = latency(page.latency)
+    return drawn
+
+
+def _cell(text: str) -> str:
+    """Keep a file's name or a note from being Markdown."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", _line(text))
+
+
+def _line(text: str) -> str:
+    return " ".join(str(text).split())
