@@ -115,7 +115,7 @@ def draw(where: Sequence[str], kind: str | None, count: int, seed: int) -> list[
 def imported_by(path: Path) -> set[str]:
     """List the modules of the package that a file imports, as paths below it.
 
-    A test imports what the modules beside it import, too.
+    A test imports what its builders and fakes import, too.
     """
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -125,11 +125,11 @@ def imported_by(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         for name in names:
-            beside = path.with_name(f"{name}.py")
+            shared = ROOT / (name.replace(".", "/") + ".py")
             if name.startswith("msn_export."):
                 found.add(name.removeprefix("msn_export.").replace(".", "/") + ".py")
-            elif path.parent == TESTS and beside.is_file() and beside != path:
-                found |= imported_by(beside)
+            elif name.startswith("tests.") and shared.is_file():
+                found |= imported_by(shared)
     return found
 
 
@@ -140,17 +140,18 @@ def tests_of(module: str) -> list[str]:
     Its own and those that import it; then the same of its importers, and of theirs. Of each, the
     tests of whole commands come last: they take longest.
     """
-    files = sorted(TESTS.glob("test_*.py"))
+    files = sorted(TESTS.rglob("test_*.py"))
     near: dict[str, None] = {}
     modules = {module}
     for _ in range(3):
         paths = [Path(one) for one in sorted(modules)]
-        stems = [f"test_{path.parent.name}_{path.stem}_" for path in paths]
-        stems += [f"test_{path.stem}_" for path in paths]
-        own = [path for stem in stems for path in files if f"{path.stem}_".startswith(stem)]
+        stems = [str(TESTS / path.parent / f"test_{path.stem}_") for path in paths]
+        own = [
+            path for stem in stems for path in files if f"{path.with_suffix('')}_".startswith(stem)
+        ]
         found = [*own, *(path for path in files if modules & imported_by(path))]
-        found.sort(key=lambda path: path.name.startswith("test_run_"))
-        near |= dict.fromkeys(path.name for path in found)
+        found.sort(key=lambda path: path.parent.name in {"commands", "contracts"})
+        near |= dict.fromkeys(str(path.relative_to(TESTS)) for path in found)
         modules = {user for one in modules for user in importers(one)}
     return list(near)
 

@@ -13,7 +13,7 @@ import tarfile
 from pathlib import Path
 from typing import IO, Any
 
-SUITE = "tests/gpu tests/test_trt_runner.py"  # all tests that need a card
+SUITE = "tests/gpu tests/runtime/test_tensorrt.py"  # all tests that need a card
 
 
 def verify(here: Path) -> tuple[dict[str, Any], list[Path]]:

@@ -2,7 +2,7 @@
 
     python scripts/proof.py --seed 20261129 --minutes 20
 
-Each kind of tests/fault_kinds.py is drawn by the seed in graphs of two checkpoints, in each
+Each kind of tests/contracts/fault_kinds.py is drawn by the seed in graphs of two checkpoints, in each
 precision, and made as large as to move the outputs by 0.5, 1, 2, 4 and 16 times what the precision
 itself does. All of them take hours; ``--minutes`` bounds it, and the page says how many there were.
 """
@@ -17,16 +17,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import digits
-import fault_table
 import matplotlib.pyplot as plt
 import numpy as np
 import photographs
 import torch
-from fault_kinds import Fault
-from fault_table import BATCH, Candidate, Row, Subject
 from tolerances import replace_part
 
 from msn_export.commands.calibrate import CalibrateJob, run_calibrate
@@ -34,6 +30,10 @@ from msn_export.commands.drift import DriftJob, run_drift
 from msn_export.commands.onnx import OnnxJob, run_onnx
 from msn_export.commands.validate import ValidateJob, run_validate
 from msn_export.spec import Dtype, InputFormat, Observer, Target
+from tests.builders import digits
+from tests.contracts import fault_table
+from tests.contracts.fault_kinds import Fault
+from tests.contracts.fault_table import BATCH, Candidate, Row, Subject
 
 PROOF, CURVE = Path("docs/proof.md"), Path("docs/images/proof.svg")
 WANTED = (0.5, 1.0, 2.0, 4.0, 16.0)

@@ -3,7 +3,7 @@
     python scripts/quantization.py demo/photographs
 
 What was made is kept in demo/quantization and not made again: remove that to measure anew. About
-half an hour on two cores. The classifier is the one that tests/digits.py trains; the memory figures are
+half an hour on two cores. The classifier is the one that tests/builders/digits.py trains; the memory figures are
 those of benchmarks/calibration_memory.py.
 """
 

@@ -5,9 +5,8 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import engine_graphs
 from quantization_bench import Bench, row
 
 from msn_export.calibration.plan import BLOCK_ROLES, Plan
@@ -18,6 +17,7 @@ from msn_export.graph import io
 from msn_export.graph.fuse import fuse_attention
 from msn_export.graph.precision import type_graph
 from msn_export.spec import AttentionForm, BatchRange, ComputeCapability, Dtype
+from tests.builders import engine_graphs
 
 TOKENS = ((32, 8), (56, 8), (64, 8), (224, 16), (352, 16), (368, 16), (512, 16))
 

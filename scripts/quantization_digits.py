@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import digits
 from quantization_bench import FORMS, Bench, Told, row, strength
 
 from msn_export.runtime import open_runner
+from tests.builders import digits
 
 DIGITS: tuple[tuple[str, ...], ...] = (
     ("--observer", "max"),

@@ -5,9 +5,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import digits
 import numpy as np
 from quantization_bench import FORMS, Bench, row
 
@@ -16,6 +15,7 @@ from msn_export.calibration.qdq import FORMATS, Scheme
 from msn_export.calibration.search import PROBED, STRENGTHS, SensitivitySample, smooth
 from msn_export.graph import io
 from msn_export.spec import Dtype, Observer
+from tests.builders import digits
 
 DRAWS = 8
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from browser import chromium, look_at
+from tests.fakes.browser import chromium, look_at
 
 WIDTH, HEIGHT = 1180, 2190  # pixels: down to the images that agree least
 COLOURS = 128  # a palette: a quarter of the size, and nothing to be seen of it

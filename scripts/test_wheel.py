@@ -23,8 +23,10 @@ SOURCES = {"exporter": "msn_export", "models": "msn_export/models",
            "calibration": "msn_export/calibration"}  # fmt: skip
 # What the wheel could get wrong although its files are the tree's: entry point, extras, imports
 # under their installed names, data files
-PACKAGED = ("tests/test_architecture.py", "tests/test_cli.py", "tests/test_run_embed.py",
-            "tests/test_embed_resume.py", "tests/test_embed_refusals.py", "tests/test_run_triton.py", "tests/test_page.py")  # fmt: skip
+PACKAGED = ("tests/contracts/test_architecture.py", "tests/cli/test_commands.py",
+            "tests/commands/test_embed.py", "tests/commands/test_embed_resume.py",
+            "tests/commands/test_embed_refusals.py", "tests/commands/test_triton.py",
+            "tests/reporting/test_bench_page.py")  # fmt: skip
 
 
 def differences(wheel: Path) -> list[str]:

@@ -14,10 +14,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import faults
-from checkpoints import small
 from safetensors.torch import save_file
 
 from msn_export import manifest
@@ -31,6 +29,8 @@ from msn_export.compare.validation import Validation
 from msn_export.models.checkpoint import load_checkpoint
 from msn_export.progress import Silent
 from msn_export.spec import BatchRange, Dtype, Head
+from tests.builders.checkpoints import small
+from tests.contracts import faults
 
 TOLERANCES, PROOF = Path("docs/tolerances.md"), Path("docs/proof.md")
 BATCH = BatchRange(1, 2, 4)

@@ -3,27 +3,22 @@
 A fixture that needs torch imports it: with transformers it takes seconds of every pytest process.
 """
 
-import sys
 from pathlib import Path
 
+import photographs as photographs_script
 import pytest
+from click.testing import CliRunner
 from hypothesis import settings
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-
-import photographs as photographs_script
-import real_bindings
-from click.testing import CliRunner
-from on_a_card import (  # noqa: F401  hooks of pytest
+from msn_export.cli import main
+from tests.contracts.on_a_card import (  # noqa: F401  hooks of pytest
     pytest_addoption,
     pytest_collection_modifyitems,
     pytest_runtest_logreport,
     pytest_runtest_setup,
     pytest_sessionstart,
 )
-
-from msn_export.cli import main
+from tests.fakes import real_bindings
 
 # the same examples each time, and no clock: the machine may be busy
 settings.register_profile("seeded", derandomize=True, deadline=None)
@@ -47,7 +42,7 @@ def stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with vit-msn-small for images of 64 pixels, and a classifier."""
-    from checkpoints import small
+    from tests.builders.checkpoints import small
 
     return small(tmp_path_factory.mktemp("small") / "checkpoint")
 
@@ -65,7 +60,7 @@ def small_graph(small_checkpoint: Path, photographs: Path) -> Path:
 @pytest.fixture(scope="session")
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the trained classifier of digits; not to be changed."""
-    import digits
+    from tests.builders import digits
 
     cache = getattr(request.config, "cache", None)
     folder = cache.mkdir("digits") if cache is not None else tmp_path_factory.mktemp("digits")

@@ -4,13 +4,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import faults
 import numpy as np
 import onnx_ir as ir
 import pytest
-from checkpoints import hugging_face, processor
-from fault_kinds import Graph, widen_range
-from tiny_artifacts import pictures
 
 from msn_export import baseline
 from msn_export.calibration import quantise_like
@@ -30,6 +26,10 @@ from msn_export.metrics.tolerances import MARGIN, Gate
 from msn_export.mixed_precision import cpu_runner
 from msn_export.runtime.onnxruntime import OrtRunner
 from msn_export.spec import AttentionForm, Dtype, Head, InputFormat, Target
+from tests.builders.checkpoints import hugging_face, processor
+from tests.builders.tiny_artifacts import pictures
+from tests.contracts import faults
+from tests.contracts.fault_kinds import Graph, widen_range
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_builds import built, rtx
-from engine_graphs import Vit
 
 from msn_export.engine_header import EngineHeader, read_header
 from msn_export.errors import EngineFileError
 from msn_export.spec import ComputeCapability
+from tests.builders.engine_builds import built, rtx
+from tests.builders.engine_graphs import Vit
 
 
 @pytest.fixture

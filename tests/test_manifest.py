@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from manifests import example
 
 import msn_export
 from msn_export import manifest
 from msn_export.errors import ManifestError
 from msn_export.manifest import Manifest, sha256_of
 from msn_export.spec import Dtype
+from tests.builders.manifests import example
 
 
 @pytest.fixture

@@ -103,8 +103,8 @@ class EmbedJob(Job):
     """What ``msn-export embed`` was asked for; None leaves a choice to the model or the machine.
 
     ``images`` is a folder, or the URI of a bucket. No number in the rows depends on how many
-    ``threads`` there are (tests/test_run_embed.py). ``ray`` None runs on this machine; else it is a
-    cluster's address, ``local``, or empty for the cluster that the command was submitted to.
+    ``threads`` there are. ``ray`` None runs on this machine; else it is a cluster's address,
+    ``local``, or empty for the cluster that the command was submitted to.
     """
 
     model: Path

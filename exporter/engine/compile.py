@@ -1,8 +1,8 @@
 """From an ONNX file to a serialised engine, in TensorRT's own calls. Runs in the child process.
 
 Convention: the module is a parameter called ``trt``; every object it gives is bound to a variable
-annotated with one of these names. tests/test_bindings.py collects ``trt.X.y`` and each member used
-on such a variable from the source and looks them up in the real 10.x and 11.x modules.
+annotated with one of these names. tests/engine/test_build_bindings.py collects ``trt.X.y`` and each
+member used on such a variable from the source and looks them up in the real 10.x and 11.x modules.
 """
 
 import contextlib

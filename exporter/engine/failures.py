@@ -1,7 +1,7 @@
 """What the builder's and the parser's errors mean, in one sentence that says what to do.
 
 The raw text stays in the log (``--log``). The texts are those of TensorRT 8.6 to 11.4 and
-TensorRT-RTX 1.5 to 1.7; tests/test_build.py provokes each that can be had without a GPU.
+TensorRT-RTX 1.5 to 1.7; tests/engine/test_build.py provokes each that can be had without a GPU.
 """
 
 import re

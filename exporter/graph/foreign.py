@@ -1,6 +1,6 @@
 """Read a graph that another tool wrote: which forms are taken, and how each becomes one of ours.
 
-``FORMS`` is the list of them; every row has a test in tests/test_foreign_graphs.py.
+``FORMS`` is the list of them; every row has a test in tests/graph/test_foreign_commands.py.
 """
 
 from __future__ import annotations

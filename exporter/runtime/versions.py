@@ -1,13 +1,13 @@
 """One row a TensorRT: all that differs between them, for compiling and for running engines.
 
 Nothing elsewhere asks for a version: a row is chosen by module and version, and the compiler and
-the runtime follow its fields. Facts: the members of the real modules (tests/test_bindings.py and
-tests/test_runtime_bindings.py), TensorRT-RTX's builds, and NVIDIA's documentation of engine
+the runtime follow its fields. Facts: the members of the real modules (test_build_bindings.py and
+test_tensorrt_bindings.py), TensorRT-RTX's builds, and NVIDIA's documentation of engine
 compatibility.
 
 The convention of ``msn_export.engine.compile``, with two additions: the CUDA driver API
 (``cuda.bindings.driver``) is a variable annotated ``CudaDriver``, and an attribute that a class
-annotates counts like a variable. tests/test_runtime_bindings.py looks every name up.
+annotates counts like a variable. tests/runtime/test_tensorrt_bindings.py looks every name up.
 """
 
 import importlib

@@ -1,13 +1,10 @@
 """A place to run: an NVIDIA card (``-m gpu``), or a rehearsal of this suite on the CPU."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from places import FOUND, Place, Rehearsal
+from tests.gpu.places import FOUND, Place, Rehearsal
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import hugging_face, processor
 from click.testing import CliRunner
 
 from msn_export import manifest as manifests
@@ -25,6 +24,7 @@ from msn_export.models.checkpoint import Checkpoint, load_checkpoint
 from msn_export.models.config import VARIANTS
 from msn_export.runtime import Runner, open_runner
 from msn_export.spec import ComputeCapability, Dtype
+from tests.builders.checkpoints import hugging_face, processor
 
 TINY = "tiny"
 HEADS = ("--head", "cls", "--head", "mean")

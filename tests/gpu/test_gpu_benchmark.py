@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from places import BARE, TINY, Place, no_engines
-from trt_bench import one_device
 
 from msn_export.errors import MissingPackageError, MsnExportError
 from msn_export.runtime import open_runner
 from msn_export.spec import ComputeCapability
+from tests.builders.trt_bench import one_device
+from tests.gpu.places import BARE, TINY, Place, no_engines
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 MODULES = ("gpu", "gpu_contenders", "gpu_timing", "gpu_table")

@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from places import TINY
 
 from msn_export.spec import Dtype
+from tests.gpu.places import TINY
 
 pytestmark = pytest.mark.parametrize(
     ("place", "shape"),

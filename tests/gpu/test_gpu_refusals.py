@@ -4,12 +4,12 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from places import CARD, Place
 
 from msn_export import manifest
 from msn_export.errors import ManifestError, MsnExportError, RunnerError
 from msn_export.runtime import open_runner
 from msn_export.spec import ComputeCapability, Dtype
+from tests.gpu.places import CARD, Place
 
 pytestmark = pytest.mark.parametrize("place", [CARD], indirect=True)
 

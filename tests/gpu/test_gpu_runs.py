@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from places import BARE, CARD, TINY, Place
-from recorder import Recorder
 
 from msn_export.errors import RunnerError
 from msn_export.metrics.metrics import Comparison
 from msn_export.runtime import open_runner, opening
 from msn_export.runtime.versions import LoadedTensorRT
 from msn_export.spec import Dtype
+from tests.fakes.recorder import Recorder
+from tests.gpu.places import BARE, CARD, TINY, Place
 
 EVERYWHERE = pytest.mark.parametrize(
     ("place", "shape"),

@@ -1,0 +1,99 @@
+"""An artifact that was just written, as a person reads it, or a program."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from msn_export.cli.console import Console
+from msn_export.cli.tables import show_artifact
+from msn_export.reporting.describe import artifact_rows
+from tests.builders.manifests import check, engine, example
+
+
+def test_every_row_says_what_the_manifest_says() -> None:
+    assert list(artifact_rows(example())) == [
+        ("file", "12.3 MB, sha256 abababababababab…"),
+        ("checkpoint", "facebook/tiny@0123"),
+        ("", "weights were float16"),
+        ("input", "pixel_values: float [batch, 3, 32, 32]"),
+        ("output", "logits: float [batch, 3]"),
+        ("classes", "3, scores: softmax"),
+        ("batch", "1:1:1, 2:4:8"),
+        (
+            "preprocessing",
+            "msn-eval: short side to 37 (bilinear), centre 32x32, EXIF orientation applied",
+        ),
+        ("", "scale 1/255, mean 0.485, 0.456, 0.406, std 0.229, 0.224, 0.225"),
+        ("graph", "61 nodes, opset 23, fp16"),
+        ("attention", "2 of 2 fused (kernel)"),
+        ("fp32 islands", "2, up to 99999.5: blocks.0.Add, norm.bias"),
+        ("engine", "tensorrt_rtx 1.7.1 for SM 8.9, 12.0"),
+        ("kernels", "22 in all, 8 to 9 a block"),
+        ("matrix products", "8 in Half"),
+        ("fused attention", "2 kernels; sums: 1 in fp16, 1 in fp32"),
+        ("executed", "no: compiled, not executed: no NVIDIA driver"),
+        ("check", "16 images: photographs; batches 1, 4, 8"),
+        ("", "against m.onnx in onnxruntime 1.31"),
+        ("", "on onnxruntime 1.31"),
+        ("max_abs", "1.25e-03 (mean 2.00e-04)"),
+        ("cosine", "min 0.99991000, p1 0.99992000, median 0.99999000"),
+        ("verdict", "passed on 16 images"),
+        ("note", "skipped: a.png"),
+        ("took", "1.5 s, peak memory 2.00 GB"),
+    ]
+
+
+def row(name: str, **changes: object) -> str:
+    return dict(artifact_rows(example(**changes)))[name]
+
+
+def test_noise_is_not_called_images() -> None:
+    noise = check(source="seeded noise (no --images given)", images=4)
+    assert row("check", check=noise).startswith("4 inputs: seeded noise (no --images given)")
+
+
+def test_many_islands_are_counted_and_a_few_named() -> None:
+    many = {f"blocks.{i}.Add": 2e4 + i for i in range(9)}
+    assert row("fp32 islands", islands=many) == (
+        "9, up to 20008: blocks.0.Add, blocks.1.Add, blocks.2.Add, blocks.3.Add, blocks.4.Add, "
+        "blocks.5.Add and 3 more in the manifest"
+    )
+    assert row("fp32 islands", islands={"gain": None}) == "1: gain"
+
+
+def test_what_was_not_checked_or_has_no_engine_says_so() -> None:
+    assert row("check", check=None) == "none (--no-check)"
+    names = [name for name, _ in artifact_rows(example(engine=None, islands={}, checkpoint=None))]
+    assert not {"engine", "executed", "fp32 islands", "checkpoint"} & set(names)
+
+
+def test_a_figure_that_is_none_is_called_so() -> None:
+    broken = check(max_abs=None, cosine_min=None, passed=False)
+    assert row("max_abs", check=broken) == "not a number (mean 2.00e-04)"
+    assert row("cosine", check=broken).startswith("min not a number, p1 0.9")
+    assert row("verdict", check=broken) == "failed on 16 images"
+
+
+@pytest.mark.parametrize(
+    ("blocks", "shown"), [({"0": 9, "1": 9}, "22 in all, 9 a block"), ({}, "22 in all, ? a block")]
+)
+def test_kernels_a_block_are_a_number_a_span_or_unknown(blocks, shown) -> None:
+    assert row("kernels", engine=engine(kernels_per_block=blocks)) == shown
+
+
+def test_the_table_shows_names_as_they_are(capsys) -> None:
+    # a path or a label that looks like rich's markup is text all the same
+    hostile = example(notes=("skipped: [/bold] [red].png",))
+    show_artifact(Console(as_json=False), Path("out[/x].engine"), hostile)
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].strip() == "out[/x].engine"
+    assert "skipped: [/bold] [red].png" in out
+
+
+def test_json_is_the_manifest_with_the_path_that_was_written(capsys) -> None:
+    show_artifact(Console(as_json=True), Path("deep/m.engine"), example())
+    told = json.loads(capsys.readouterr().out)
+    assert told["output"] == "deep/m.engine"
+    assert told["engine"]["gemm_dtypes"] == {"Half": 8}
+    assert told["labels"] == ["cat", "dög", "[bird]"]

@@ -1,0 +1,395 @@
+"""``msn-export validate``: the exit code is the verdict, and what is no agreement never passes."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from msn_export import manifest
+from msn_export.cli import main
+from msn_export.graph import io
+from msn_export.preprocessing import assumed
+from msn_export.runtime import open_runner
+from msn_export.spec import ImageSize
+from tests.builders.artifacts import classifier, copy_of, engine, no_driver, pretend
+from tests.builders.checkpoints import hugging_face
+from tests.builders.networks import Network
+from tests.builders.tiny_artifacts import foreign, pictures
+from tests.contracts import faults
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pictures(tmp_path_factory.mktemp("images"), 5)
+
+
+def checkpoint() -> str:
+    return str(classifier().parent / "hf")
+
+
+def validate(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["validate", *map(str, arguments)])
+
+
+def told(*arguments: object) -> dict[str, Any]:
+    """Validate as a script does: one JSON object, and the exit code that goes with its verdict."""
+    result = validate(*arguments, "--json")
+    assert result.exit_code in {0, 1}, result.output
+    found: dict[str, Any] = json.loads(result.stdout)
+    assert found["passed"] is (result.exit_code == 0)
+    assert found["passed"] is (found["reasons"] == [])
+    return found
+
+
+def refused(*arguments: object) -> str:
+    result = validate(*arguments)
+    assert result.exit_code == 1, result.output
+    assert result.stdout == ""
+    return result.stderr.strip().splitlines()[-1]
+
+
+def with_fault(folder: Path, fault: Any) -> Path:
+    return faults.plant(classifier(), folder / "m.onnx", fault)
+
+
+# --- what agrees ----------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_and_its_graph_agree_at_every_size_and_a_ragged_one(images) -> None:
+    found = told(checkpoint(), classifier(), "--images", images)
+    assert found["passed"]
+    # 5 pictures: the last batch of a folder; two sizes are drawn
+    assert found["check"]["batches"] == [1, 5, 8, 15, 30, 32]
+    assert "batch 15 and 30 drawn by seed 0" in found["notes"]
+    assert (found["check"]["images"], found["check"]["given"]) == (5, 5)
+    assert found["check"]["executed_on"].startswith("onnxruntime")
+    assert found["gate_name"] == "fp32"
+    figures = found["check"]["outputs"]["logits"]
+    assert (figures["nan"], figures["inf"], figures["classes"]) == (0, 0, 1.0)
+    assert figures["rounding"] < 3  # of the reference's own, which fp64 tells
+    limits = found["check"]["limits"]["logits"]
+    assert figures["relative"] <= limits["relative"] < 1e-5
+    assert figures["image"] <= limits["image"]
+    assert "the reference as a graph in fp32" in found["check"]["limits_from"]
+    assert [image["name"] for image in found["check"]["per_image"]] == [
+        "a/000.png", "a/002.png", "a/004.png", "b/001.png", "b/003.png"
+    ]  # fmt: skip
+
+
+def test_the_table_has_the_verdict_first_then_reasons_and_worst_images(images) -> None:
+    result = validate(checkpoint(), classifier(), "--images", images)
+    assert result.exit_code == 0
+    text = " ".join(result.stdout.replace("│", " ").split())
+    assert "verdict passed on 5 images limits fp32 1.5 times the errors of the reference as" in text
+    assert "allowed" in text
+    assert "classes agree 100.0%" in text
+    assert "worst " in text
+    assert ".png: cosine 1.0" in text
+
+
+def test_two_graphs_are_judged_by_the_coarser_of_their_dtypes(images, tmp_path) -> None:
+    half = tmp_path / "half.onnx"
+    exported = CliRunner().invoke(main, ["onnx", checkpoint(), "-o", str(half), "--dtype", "fp16"])
+    assert exported.exit_code == 0, exported.output
+    found = told(classifier(), half, "--images", images)
+    assert found["passed"]
+    assert found["gate_name"] == "fp16"
+    assert "the reference as a graph in fp16" in found["check"]["limits_from"]
+    assert found["check"]["twin_error"] == pytest.approx(found["check"]["relative"], rel=0.2)
+    strict = told(classifier(), half, "--images", images, "--gate", "fp32")
+    assert not strict["passed"]
+    assert strict["reasons"][0].startswith("output 'logits': relative error ")
+
+
+def test_numbers_asked_for_replace_the_gates_and_are_printed_as_such(images) -> None:
+    found = told(checkpoint(), classifier(), "--images", images, "--max-abs", 1e-12)
+    assert not found["passed"]
+    assert re.search(r"max_abs .*, 1\.\de-12 allowed", found["reasons"][0])
+    assert found["gate"]["reason"] == "max_abs as asked for, not this gate's own"
+    result = validate(checkpoint(), classifier(), "--images", images, "--cosine", 0.5)
+    assert "because cosine_min as asked for, not this gate's own" in result.stdout
+
+
+def test_without_pictures_the_noise_is_called_noise() -> None:
+    assert told(checkpoint(), classifier())["check"]["source"].startswith("seeded noise")
+
+
+# --- what never passes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_output_that_is_not_finite_never_passes(value, images, tmp_path) -> None:
+    def spoil(model: ir.Model) -> None:
+        faults.edit(model, "classifier.bias", lambda bias: np.r_[bias[:-1], np.float32(value)])
+
+    found = told(checkpoint(), with_fault(tmp_path, spoil), "--images", images)
+    assert not found["passed"]
+    assert not found["check"]["passed"]
+    figures = found["check"]["outputs"]["logits"]
+    assert figures["nan"] + figures["inf"] > 0
+    # nor where everything else is allowed
+    generous = ("--max-abs", 1e30, "--cosine", 0, "--relative", 1e30)
+    assert not told(checkpoint(), tmp_path / "m.onnx", "--images", images, *generous)["passed"]
+    table = validate(checkpoint(), tmp_path / "m.onnx", "--images", images)
+    assert "FAILED" in table.stdout
+    assert "not a number" in table.stdout
+
+
+def test_a_reference_that_is_not_finite_never_passes_either(images, tmp_path) -> None:
+    def spoil(model: ir.Model) -> None:
+        faults.edit(model, "classifier.bias", lambda bias: bias * np.float32(np.nan))
+
+    spoiled = with_fault(tmp_path, spoil)
+    assert "the reference itself is not finite: output 'logits' of " in refused(
+        spoiled, spoiled, "--images", images
+    )
+
+
+def test_no_picture_is_no_pass(tmp_path) -> None:
+    assert "holds no picture" in refused(checkpoint(), classifier(), "--images", tmp_path)
+    broken = pictures(tmp_path / "broken", 2, (0, 1))
+    message = refused(checkpoint(), classifier(), "--images", broken)
+    assert "all 2 pictures of " in message
+
+
+def test_a_broken_picture_is_left_out_and_named(tmp_path) -> None:
+    found = told(checkpoint(), classifier(), "--images", pictures(tmp_path, 4, (2,)))
+    assert found["passed"]
+    assert found["check"]["images"] == 3
+    assert any("002.png is not a readable picture" in note for note in found["notes"])
+
+
+def test_another_shape_is_an_error_and_never_broadcast(images, tmp_path) -> None:
+    hugging_face(tmp_path / "hf", labels=4)
+    other = tmp_path / "four.onnx"
+    exported = CliRunner().invoke(main, ["onnx", str(tmp_path / "hf"), "-o", str(other)])
+    assert exported.exit_code == 0, exported.output
+    assert refused(classifier(), other, "--images", images) == (
+        "error: output has shape [1, 4] and its reference [1, 3]; they must be the same"
+    )
+
+
+def test_outputs_of_fewer_images_than_were_given_are_refused(images, tmp_path) -> None:
+    """A graph that forgot its batch agrees at batch 1 alone."""
+
+    def first_only(model: ir.Model) -> None:
+        (output,) = model.graph.outputs
+        start, end = (ir.tensor(np.array([i], np.int64)) for i in (0, 1))
+        values = [
+            ir.Value(name=name, const_value=tensor, shape=ir.Shape([1]))
+            for name, tensor in (("start", start), ("end", end))
+        ]
+        for value, tensor in zip(values, (start, end), strict=True):
+            value.type, value.dtype = ir.TensorType(tensor.dtype), tensor.dtype
+            model.graph.register_initializer(value)
+        cut = ir.node("Slice", [output, *values])
+        output.name, cut.outputs[0].name = "every", output.name
+        cut.outputs[0].dtype = ir.DataType.FLOAT
+        cut.outputs[0].shape = ir.Shape([1, 3])
+        model.graph.append(cut)
+        model.graph.outputs[0] = cut.outputs[0]
+
+    planted = with_fault(tmp_path, first_only)
+    message = refused(classifier(), planted, "--images", images)
+    assert "output has shape [1, 3] and its reference [5, 3]" in message
+
+
+# --- preprocessing, both ways ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_picture_that_one_preprocessing_alone_reads_is_left_out(tmp_path, turned) -> None:
+    folder = pictures(tmp_path / "images", 5)
+    Image.fromarray(np.zeros((1, 70_000, 3), np.uint8)).save(folder / "a" / "000-long.png")
+    reference, candidate = checkpoint(), str(classifier())
+    if turned:
+        evaluated = tmp_path / "eval.onnx"
+        made = CliRunner().invoke(
+            main, ["onnx", reference, "-o", str(evaluated), "--preprocess", "msn-eval"]
+        )
+        assert made.exit_code == 0, made.output
+        reference = str(evaluated)
+    options = () if turned else ("--preprocess", "msn-eval")
+    found = told(reference, candidate, "--images", folder, *options)
+    assert ("5 pictures can be read with both preprocessings" in found["notes"]) is not turned
+    assert found["own"]["images"] == 5
+    assert [one["name"] for one in found["own"]["per_image"]] == sorted(
+        str(path.relative_to(folder)) for path in folder.rglob("*.png") if "long" not in path.name
+    )
+
+
+def test_pictures_that_no_two_preprocessings_read_are_told(tmp_path) -> None:
+    (tmp_path / "images").mkdir()
+    for shade, name in enumerate(("long", "longer")):
+        strip = np.full((1, 70_000, 3), 90 * shade, np.uint8)
+        Image.fromarray(strip).save(tmp_path / "images" / f"{name}.png")
+    message = refused(
+        checkpoint(), classifier(), "--images", tmp_path / "images", "--preprocess", "msn-eval"
+    )
+    assert "long.png" in message
+
+
+def test_another_preprocessing_of_the_candidate_is_a_mismatch_and_no_model_error(images) -> None:
+    found = told(checkpoint(), classifier(), "--images", images, "--preprocess", "hf")
+    assert not found["passed"]
+    assert found["check"]["passed"]  # given the same pixels
+    assert not found["own"]["passed"]
+    (reason,) = found["reasons"]
+    assert reason.startswith("a preprocessing mismatch, the model itself agrees: with the same")
+    assert found["candidate"]["preprocessing"]["name"] == "hf"
+
+
+def test_a_file_says_how_the_candidate_is_fed(images, tmp_path) -> None:
+    same = Path(checkpoint()) / "preprocessor_config.json"
+    found = told(checkpoint(), classifier(), "--images", images, "--preprocess", same)
+    assert found["passed"]
+    assert found["own"] is None
+    missing = validate(checkpoint(), classifier(), "--preprocess", tmp_path / "none.json")
+    assert missing.exit_code == 2
+    assert f"preprocessing {tmp_path / 'none.json'} does not exist; expected a" in missing.output
+    (tmp_path / "p.json").write_text("[]")
+    message = refused(checkpoint(), classifier(), "--preprocess", tmp_path / "p.json")
+    assert "p.json is not a JSON object" in message
+
+
+def test_both_faults_at_once_are_both_told(images, tmp_path) -> None:
+    def swap(model: ir.Model) -> None:
+        faults.edit(model, "classifier.weight", lambda w: w[:, ::-1])
+
+    planted = with_fault(tmp_path, swap)
+    found = told(checkpoint(), planted, "--images", images, "--preprocess", "msn-eval")
+    assert not found["check"]["passed"]
+    assert found["reasons"][-1].startswith("the preprocessing differs too: ")
+
+
+# --- what cannot be compared ----------------------------------------------------------------------
+
+
+def test_what_does_not_exist_is_named(tmp_path) -> None:
+    assert f"{tmp_path / 'a.onnx'}" in refused(tmp_path / "a.onnx", classifier())
+    assert refused(classifier(), tmp_path / "a.engine") == (
+        f"error: {tmp_path / 'a.engine'} does not exist; give an .engine file"
+    )
+    result = validate(checkpoint(), classifier(), "--images", tmp_path / "none")
+    assert result.exit_code == 2
+    assert "--images" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--preprocess", "squash", "'squash' is unknown; expected hf, msn-eval, "),
+        ("--gate", "fp64", "'fp64' is not one of"),
+        ("--cosine", "-1", "x>=0"),
+        ("--limit", "0", "'0' is no number of pictures; expected 1 or more, or all"),
+        ("--limit", "some", "'some' is no number of pictures"),
+        ("--batch", "8:1:2", "expected 1 <= MIN <= OPT <= MAX"),
+    ],
+)
+def test_a_bad_option_is_named(option, value, message) -> None:
+    result = validate(checkpoint(), classifier(), option, value)
+    assert result.exit_code == 2
+    assert option in result.stderr
+    assert message in " ".join(result.stderr.split())
+
+
+def test_images_of_another_size_or_kind_are_refused(tmp_path) -> None:
+    larger = tmp_path / "larger.onnx"
+    options = ["onnx", checkpoint(), "-o", str(larger), "--image-size", "48"]
+    assert CliRunner().invoke(main, options).exit_code == 0
+    assert refused(classifier(), larger) == (
+        f"error: {classifier()} takes images of 32x32 and {larger} of 48x48; export one of them "
+        "again with the other's --image-size"
+    )
+    grey = foreign(tmp_path / "grey.onnx", ["b", 1, 32, 32], {"logits": 3})
+    assert "takes 3 channels and" in refused(classifier(), grey)
+
+
+def test_outputs_without_a_counterpart_are_refused_and_others_noted(images, tmp_path) -> None:
+    odd = foreign(tmp_path / "odd.onnx", ["b", 3, 32, 32], {"something": 6})
+    assert refused(classifier(), odd) == (
+        f"error: nothing to compare: {classifier()} has logits, {odd} has something; export one "
+        "of them again with the other's --head"
+    )
+    both = foreign(tmp_path / "both.onnx", ["b", 3, 32, 32], {"logits": 3, "more": 6})
+    notes = told(both, both, "--images", images)["notes"]
+    assert set(assumed(ImageSize(32, 32)).notes) <= set(notes)
+    alone = f"not compared, only {both} has it: more"
+    found = told(classifier(), both)
+    assert not found["passed"]
+    assert alone in found["reasons"]
+    assert alone in told(classifier(), both, "--numbers-only")["notes"]
+
+
+def test_a_graph_that_is_not_the_one_its_manifest_describes_is_refused(tmp_path) -> None:
+    copy = copy_of(classifier(), tmp_path)
+    model = io.load(copy)
+    faults.edit(model, "classifier.bias", lambda bias: bias + 1)
+    io.save(model, copy)
+    assert "is not the file" in refused(checkpoint(), copy)
+
+
+def test_a_batch_that_memory_does_not_afford_is_refused(monkeypatch) -> None:
+    from msn_export.metrics import samples
+
+    monkeypatch.setattr(samples, "available_memory", lambda: 1 << 20)
+    message = refused(checkpoint(), classifier(), "--batch", "4096")
+    assert message.startswith("error: batch 4096:4096:4096: memory affords a check of about ")
+    assert message.endswith("choose a smaller batch, or a machine with more memory")
+
+
+# --- engines --------------------------------------------------------------------------------------
+
+
+def test_an_engine_without_a_gpu_or_a_manifest_is_refused(tmp_path) -> None:
+    assert refused(classifier(), engine()) == (
+        f"error: {engine()} cannot run here: {no_driver()}; run this command on the machine that "
+        "has its GPU, or compare the graph it was built from"
+    )
+    shutil.copy(engine(), tmp_path / "m.engine")
+    assert refused(classifier(), tmp_path / "m.engine") == (
+        f"error: {tmp_path / 'm.engine'} has no manifest beside it that says what it takes; "
+        "compare the graph it was built from, or build it with msn-export trt"
+    )
+    copy = copy_of(engine(), tmp_path)
+    copy.write_bytes(engine().read_bytes()[:-1] + b"?")
+    assert "is not the file" in refused(classifier(), copy)
+
+
+@pytest.mark.parametrize("spoiled", [False, True])
+def test_an_engine_is_run_where_its_gpu_is_and_its_outputs_judged(
+    spoiled, images, monkeypatch
+) -> None:
+    graph = open_runner(classifier())
+
+    def compute(_network: Network, batch: np.ndarray) -> dict[str, np.ndarray]:
+        logits = graph(np.array(batch))["logits"]
+        return {"logits": logits[:, ::-1] if spoiled else logits}
+
+    profiles = tuple((p.min, p.opt, p.max) for p in manifest.read(engine()).profiles)
+    network = Network(profiles=profiles, outputs=(("logits", "float", 3),), sizes=(3, 32, 32))
+    recorder = pretend(monkeypatch, "config", network, compute)
+    found = told(checkpoint(), engine(), "--images", images)
+    assert found["passed"] is not spoiled
+    assert found["candidate"]["kind"] == "engine"
+    assert "Stand-in GPU" in found["check"]["executed_on"]
+    assert found["check"]["batches"] == [1, 5, 8, 15, 30, 32]
+    assert recorder.live() == {}  # nothing of the GPU is kept
+
+
+def test_a_graph_whose_blocks_are_not_found_says_that_its_structure_was_not_compared(
+    images, tmp_path
+) -> None:
+    graph = foreign(tmp_path / "means.onnx", ["b", 3, 32, 32], {"logits": 3})
+    assert (
+        "means.onnx: its epsilons, activations and additions were not compared: the graph has no "
+        "residual stream with attention in its branches: it is no transformer, or was fused into "
+        "operators of one runtime; export it again without"
+    ) in told(graph, graph, "--images", images)["notes"]

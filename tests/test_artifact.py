@@ -1,0 +1,218 @@
+"""An ONNX file as a command takes it: ours by its manifest, another tool's if it is understood."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+from click.testing import CliRunner
+
+from msn_export import manifest
+from msn_export.artifact import DYNAMIC, read_source
+from msn_export.cli import main
+from msn_export.errors import GraphError, ManifestError
+from msn_export.graph import io
+from msn_export.preprocessing import assumed, preset
+from msn_export.spec import BatchRange, Dtype, ImageSize, InputFormat
+from tests.builders.checkpoints import hugging_face, processor
+from tests.builders.graphs import parse
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ours")
+    hugging_face(folder / "hf", labels=3)
+    processor(folder / "hf", size=32, resample=3)
+    for name, options in {
+        "m.onnx": ["--batch", "2:3:5"],
+        "bytes.onnx": ["--input", "uint8", "--dtype", "fp16"],
+    }.items():
+        arguments = ["onnx", str(folder / "hf"), "-o", str(folder / name), "--no-check", *options]
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, result.output
+    return folder
+
+
+def test_our_own_file_is_what_its_manifest_says(ours) -> None:
+    source = read_source(ours / "m.onnx")
+    assert source.manifest is not None
+    assert source.manifest.labels == ("class 0", "class 1", "class 2")
+    assert source.preprocessing == source.manifest.preprocessing
+    assert source.preprocessing.resample == "bicubic"
+    assert (source.input_format, source.dtype, source.size) == (
+        InputFormat.FLOAT,
+        Dtype.FP32,
+        ImageSize(32, 32),
+    )
+    assert source.batch == BatchRange(2, 3, 5)
+    assert source.notes == ()
+
+
+def test_bytes_and_half_precision_are_told_apart(ours) -> None:
+    source = read_source(ours / "bytes.onnx")
+    assert (source.input_format, source.dtype) == (InputFormat.UINT8, Dtype.FP16)
+
+
+def test_without_its_manifest_it_is_read_as_anyones(ours, tmp_path) -> None:
+    path = tmp_path / "theirs.onnx"
+    path.write_bytes((ours / "bytes.onnx").read_bytes())
+    source = read_source(path)
+    assert source.manifest is None
+    assert (source.input_format, source.dtype, source.batch) == (
+        InputFormat.UINT8,
+        Dtype.FP16,
+        DYNAMIC,
+    )
+    assert source.preprocessing == assumed(ImageSize(32, 32))
+    assert source.notes == (
+        "theirs.onnx has no manifest; simplification nothing left to simplify",
+        *source.preprocessing.notes,
+    )
+    chosen = read_source(path, "raw", "ignore")
+    assert chosen.preprocessing == replace(preset("raw", ImageSize(32, 32)), exif="ignore")
+    assert len(chosen.notes) == 1
+
+
+def test_a_file_that_is_not_its_manifests_is_refused(ours, tmp_path) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes((ours / "bytes.onnx").read_bytes())
+    beside = manifest.manifest_path(path)
+    beside.write_bytes(manifest.manifest_path(ours / "m.onnx").read_bytes())
+    with pytest.raises(ManifestError, match="is not the file its manifest describes"):
+        read_source(path)
+
+
+def test_a_manifest_without_profiles_does_not_keep_the_file_from_being_read(ours, tmp_path) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes((ours / "m.onnx").read_bytes())
+    written = manifest.read(ours / "m.onnx")
+    assert written is not None
+    manifest.manifest_path(path).write_text(manifest.seal(replace(written, profiles=())))
+    assert read_source(path).batch == DYNAMIC
+
+
+# --- graphs of other tools ------------------------------------------------------------------------
+
+
+def save(text: str, path: Path, *, opset: int = 23) -> Path:
+    io.save(parse(text, opset=opset), path)
+    return path
+
+
+def test_an_older_opset_is_raised(tmp_path) -> None:
+    text = "g (float[b,3,8,8] x) => (float[b,3,8,8] y) { y = Relu (x) }"
+    source = read_source(save(text, tmp_path / "m.onnx", opset=17))
+    assert source.model.graph.opset_imports[""] == 23
+
+
+def test_a_fixed_batch_is_the_only_one(tmp_path) -> None:
+    text = "g (float[4,1,8,16] x) => (float[4,1,8,16] y) { y = Relu (x) }"
+    source = read_source(save(text, tmp_path / "m.onnx"))
+    assert source.batch == BatchRange(4, 4, 4)
+    assert source.size == ImageSize(8, 16)
+    assert source.preprocessing.channels == 1
+
+
+FOREIGN = {
+    "two inputs": (
+        "g (float[b,3,8,8] x, float[b,3,8,8] z) => (float[b,3,8,8] y) { y = Add (x, z) }",
+        "takes 'x', 'z'; expected one image input",
+    ),
+    "no input": (
+        "g () => (float[2] y) { y = Constant <value = float[2] {1, 2}> () }",
+        "takes none; expected one image input",
+    ),
+    "tokens": (
+        "g (int64[b,3] x) => (int64[b,3] y) { y = Neg (x) }",
+        "input 'x' is INT64[b,3]; expected float32 or float16 [b, c, h, w] or uint8 [b, h, w, "
+        "c] images",
+    ),
+    "double": (
+        "g (double[b,3,8,8] x) => (double[b,3,8,8] y) { y = Neg (x) }",
+        "input 'x' is DOUBLE[b,3,8,8]; expected float32 or float16 [b, c, h, w] or uint8 "
+        "[b, h, w, c] images",
+    ),
+    "uint8 planes": (
+        "g (uint8[b,3,8,8] x) => (float[b,3,8,8] y) { y = Cast <to = 1> (x) }",
+        "input 'x' is UINT8[b,3,8,8], which is uint8 [b, c, h, w]; uint8 images are taken as "
+        "[b, h, w, c]: export it again with the Transpose inside, or with a float32 [b, c, h, w] "
+        "input",
+    ),
+    "floats with the channels last": (
+        "g (float[b,8,8,3] x) => (float[b,8,8,3] y) { y = Neg (x) }",
+        "input 'x' is FLOAT[b,8,8,3], which is float [b, h, w, c]; float images are taken as "
+        "[b, c, h, w]: export it again for that layout, or with a uint8 [b, h, w, c] input",
+    ),
+    "classes": (
+        "g (float[b,3,8,8] x) => (int64[b,8,8] y) { y = ArgMax <axis = 1, keepdims = 0> (x) }",
+        "output 'y' is int64[b,8,8]; a check compares floats of two axes or more, such as "
+        "[b, classes] or [b, n, dim]; export the scores before argmax or squeeze",
+    ),
+    "one number an image": (
+        "g (float[b,3,8,8] x) => (float[b] y) <int64[3] axes = {1, 2, 3}> "
+        "{ y = ReduceMean <keepdims = 0> (x, axes) }",
+        "output 'y' is float[b]; a check compares floats of two axes or more",
+    ),
+    "dynamic": (
+        "g (float[b,3,h,8] x) => (float[b,3,h,8] y) { y = Relu (x) }",
+        "input 'x' is FLOAT[b,3,h,8]; height, width and channels must be fixed, batch alone may be "
+        "dynamic; export it again for one image size",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), FOREIGN.values(), ids=FOREIGN.keys())
+def test_what_is_not_understood_says_what_it_would_have_to_be(tmp_path, text, message) -> None:
+    path = save(text, tmp_path / "m.onnx")
+    with pytest.raises(GraphError) as raised:
+        read_source(path)
+    assert message in str(raised.value)
+    assert str(raised.value).startswith(str(path))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ("b,2,8,8", "pictures have no 2 channels; expected 1, 3 or 4"),
+        ("b,1000000000,8,8", "pictures have no 1000000000 channels"),
+        ("b,3,0,8", "image size 0x8 is out of range; expected 1 to 16384 pixels a side"),
+        ("0,3,8,8", "batch range 0:0:0 is not ordered"),
+    ],
+)
+def test_an_input_that_no_picture_fits_is_refused(tmp_path, shape, message) -> None:
+    text = f"g (float[{shape}] x) => (float[{shape}] y) {{ y = Relu (x) }}"
+    with pytest.raises(GraphError) as raised:
+        read_source(save(text, tmp_path / "m.onnx"))
+    assert str(raised.value).startswith(f"{tmp_path / 'm.onnx'}: input 'x' is FLOAT[{shape}]; ")
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("domain", "hint"),
+    [
+        ("com.microsoft", "it was optimised by onnxruntime; export it again without"),
+        ("my.plugins", "no TensorRT parser reads it; export it again from the checkpoint"),
+    ],
+)
+def test_an_operator_that_no_parser_has_is_named(tmp_path, domain, hint) -> None:
+    model = parse("g (float[b,3,8,8] x) => (float[b,3,8,8] y) { y = Relu (x) }")
+    node = next(iter(model.graph))
+    node.domain, node.op_type = domain, "BiasGelu"
+    model.graph.opset_imports[domain] = 1
+    path = tmp_path / "m.onnx"
+    path.write_bytes(ir.to_proto(model).SerializeToString())
+    with pytest.raises(GraphError) as raised:
+        read_source(path)
+    assert str(raised.value) == f"{path}: node 'Relu0' is {domain}.BiasGelu: {hint}"
+
+
+def test_preprocessing_that_the_manifest_lacks_is_the_default(ours, tmp_path) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes((ours / "m.onnx").read_bytes())
+    written = manifest.read(ours / "m.onnx")
+    assert written is not None
+    bare = manifest.seal(replace(written, preprocessing=None))
+    manifest.manifest_path(path).write_text(bare)
+    assert json.loads(bare)["preprocessing"] is None
+    assert read_source(path).preprocessing == assumed(ImageSize(32, 32))
