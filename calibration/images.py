@@ -110,9 +110,6 @@ def split(
         limit: how many to calibrate on at most.
         seed: the same seed and files give the same split.
         taken: hashes of images that were calibrated on before: none of them is held out.
-
-    Raises:
-        ImageError: there are not two readable images, or none that was not calibrated on before.
     """
     found = image_folder.find(folder)
     order = [found.paths[i] for i in np.random.default_rng(seed).permutation(len(found.paths))]

@@ -140,9 +140,6 @@ def settled(job: CalibrateJob, source: GraphFile) -> CalibrateJob:
 
     A graph of opset 17 stays one: its Q/DQ take fp32 scales only, so the rest is fp32, which trt
     types itself. Another tool's of an older opset does too, unless a half precision is asked for.
-
-    Raises:
-        SpecError: opset 17 has no such format or no such type of scales.
     """
     known = source.manifest.target if source.manifest is not None else None
     target = job.target or next((one for one in Target if one == known), None)

@@ -64,22 +64,14 @@ class Histogram:
 
 
 def threshold(histogram: Histogram, observer: Observer, form: Format) -> float:
-    """Choose the largest absolute value that is still represented.
-
-    Raises:
-        SpecError: the observer has no meaning for this format.
-    """
+    """Choose the largest absolute value that is still represented."""
     if not histogram.peak > 0:
         return 0.0
     return min(_CHOOSERS[observer](histogram, form), histogram.peak)
 
 
 def require_meaning(observer: Observer, form: Format) -> None:
-    """Refuse an observer that a format has no use for.
-
-    Raises:
-        SpecError: it is entropy and the format is not int8.
-    """
+    """Refuse an observer that a format has no use for."""
     if observer is Observer.ENTROPY and form is not INT8:
         raise SpecError(
             f"observer entropy compares with int8's even steps, which {form.dtype} does not have; "

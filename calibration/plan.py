@@ -142,9 +142,6 @@ class Plan:
             scheme: format and base type.
             attention: quantise attention's own products too.
             extra: what to quantise besides the blocks' projections: PATCH, HEAD.
-
-        Raises:
-            GraphError: it is no ViT, or its attention would not be fused if it were quantised.
         """
         fuse_attention(model, AttentionForm.PLAIN if attention else AttentionForm.HEADS)
         chosen = BLOCK_ROLES | set(extra)
@@ -206,11 +203,7 @@ class Plan:
         return model
 
     def _fuse(self, model: ir.Model) -> None:
-        """Write attention, and the whole graph, as the target runs it.
-
-        Raises:
-            GraphError: the graph was exported for another target, and cannot be written so.
-        """
+        """Write attention, and the whole graph, as the target runs it."""
         try:
             fuse_attention(model, self.scheme.attention, expected=self.depth)
         except FusionError as error:

@@ -75,11 +75,7 @@ def find_cores(model: ir.Model) -> list[AttentionCore]:
 
 
 def find_projections(model: ir.Model) -> tuple[Projection, ...]:
-    """Name every product with a constant weight, in the order of the graph.
-
-    Raises:
-        GraphError: a block has not the four projections of a ViT; the message says which.
-    """
+    """Name every product with a constant weight, in the order of the graph."""
     cores = find_cores(model)
     if not cores:
         raise GraphError("the graph has no attention core; expected a ViT")
@@ -119,9 +115,6 @@ def find_by_weight(
 
     Returns:
         Each of ``known`` that is there, with what it is in ``other``.
-
-    Raises:
-        GraphError: a chosen product has no weight of ``model``.
     """
     products = [
         _describe(node, Role.HEAD, None)
@@ -265,9 +258,6 @@ def scales(thresholds: NDArray[Any] | float, form: Format, base: Dtype) -> NDArr
     Every scale is a number that ``base`` holds exactly, for the graph is typed afterwards and what
     was rounded with one scale must be multiplied with the same; rounding goes up, so that nothing
     more is cut off. A threshold of zero (a channel that is zero for every image) has scale 1.
-
-    Raises:
-        GraphError: a scale is larger than ``base`` can hold.
     """
     exact = np.asarray(thresholds, np.float64) / form.largest
     kind = _TYPES[base]
@@ -363,9 +353,6 @@ def require_fusable(tokens: int, scheme: Scheme) -> None:
 
     onnxruntime, which a scheme beside fp32 is for, multiplies each product by itself: it has no
     such limit.
-
-    Raises:
-        GraphError: there are too many tokens.
     """
     fused = scheme.target is not Target.ONNXRUNTIME and scheme.form.dtype is Dtype.INT8
     if fused and tokens > INT8_ATTENTION_TOKENS:

@@ -46,10 +46,6 @@ def quantise_like(
         candidate: where Q/DQ is, with which scales of activations.
         rest: the type of what is not quantised: scales are numbers that it holds.
         measure: gives the ranges of activations in place of the candidate's.
-
-    Raises:
-        GraphError: the candidate has no Q/DQ, quantises what the reference has not, or its weights
-            have one scale a tensor.
     """
     dtype = quantised_dtype(candidate)
     if dtype is None:
@@ -179,11 +175,7 @@ def _lengths(model: ir.Model, readers: Mapping[str, int]) -> NDArray[np.float64]
 
 
 def _quantised_cores(model: ir.Model, candidate: ir.Model) -> list[tuple[Operands, ir.Node]]:
-    """Pair the operands of attention with the candidate's softmax where it quantises them.
-
-    Raises:
-        GraphError: the two have other attention cores.
-    """
+    """Pair the operands of attention with the candidate's softmax where it quantises them."""
     cores = [
         node
         for node in candidate.graph

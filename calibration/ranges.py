@@ -68,11 +68,7 @@ class Watch:
 
 
 def finite(seen: Seen, labels: Sequence[str]) -> Seen:
-    """Require finite values; give them back.
-
-    Raises:
-        GraphError: one is NaN or infinite; the message names the tensor and the image.
-    """
+    """Require finite values; give them back."""
     for name, values in seen.items():
         good = np.isfinite(values).reshape(len(values), -1).all(axis=1)
         if not good.all():
@@ -99,10 +95,6 @@ def require_finite(
         labels: the images' names.
         image: gives the image of an index, as a batch of one.
         stage: a folder for what has to be run again.
-
-    Raises:
-        GraphError: one is not; the message names the first tensor of the graph that is not, and
-            the image.
     """
     try:
         finite(outputs, labels)
@@ -255,11 +247,7 @@ class Ranges:
     schema: int = SCHEMA
 
     def require(self, graph: str, preprocessing: Preprocessing, path: Path) -> None:
-        """Require that these are the ranges of a graph.
-
-        Raises:
-            GraphError: they are another's, or its images were preprocessed differently.
-        """
+        """Require that these are the ranges of a graph."""
         if self.graph != graph:
             raise GraphError(
                 f"--ranges {path} were taken of another graph (sha256 {self.graph[:12]}…, this one "
@@ -272,11 +260,7 @@ class Ranges:
             )
 
     def histograms(self, names: Mapping[str, str], path: Path) -> dict[str, Histogram]:
-        """Give the histograms of the tensors called ``names`` (name to the option that asks).
-
-        Raises:
-            GraphError: one is not there.
-        """
+        """Give the histograms of the tensors called ``names`` (name to the option that asks)."""
         for name, option in names.items():
             if name not in self.tensors:
                 raise GraphError(
@@ -292,11 +276,7 @@ def write(ranges: Ranges, path: Path) -> None:
 
 
 def read(path: Path) -> Ranges:
-    """Read a ranges file.
-
-    Raises:
-        ManifestError: it is none, or of a later schema.
-    """
+    """Read a ranges file."""
     try:
         if path.stat().st_size > _LARGEST_FILE:
             raise ManifestError(f"{path} is larger than a ranges file can be")

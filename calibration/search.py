@@ -60,11 +60,7 @@ class SensitivitySample:
     def of(
         cls, model: ir.Model, images: NDArray[Any], names: Sequence[str], stage: Path
     ) -> "SensitivitySample":
-        """Run the fp32 graph.
-
-        Raises:
-            GraphError: a value is not finite; the tensor and the image are named.
-        """
+        """Run the fp32 graph."""
         reference = _outputs(model, images, stage)
         require_finite(model, reference, names, lambda at: images[at : at + 1], stage)
         return cls(images, tuple(names), reference, stage)
@@ -110,9 +106,6 @@ def smooth(
     """Smooth a plan's graph; ``strength`` None takes the best of ``STRENGTHS``, or none.
 
     None where the best leaves no ``GAIN`` less error: what is no better needs no changed weights.
-
-    Raises:
-        GraphError: a value is not finite.
     """
     sites = find_smoothing_sites(plan.model, plan.projections)
     watch = probe.watch(plan.model, [site.name for site in sites])
@@ -138,11 +131,7 @@ def smooth(
 
 
 def replay(plan: Plan, record: SmoothingRecord) -> Plan:
-    """Smooth a plan's graph as a record says.
-
-    Raises:
-        GraphError: the record is of another graph.
-    """
+    """Smooth a plan's graph as a record says."""
     if not record.exponents:
         return plan
     model = plan.model.clone()
@@ -211,12 +200,7 @@ class Ranged:
 
 
 def known_ranges(job: CalibrateJob, source: GraphFile) -> Ranges | None:
-    """Read the ranges that were given.
-
-    Raises:
-        ManifestError: the file is none.
-        GraphError: they are another graph's, or were taken after another smoothing.
-    """
+    """Read the ranges that were given."""
     if job.ranges is None:
         return None
     known = ranges_file.read(job.ranges)
@@ -238,11 +222,7 @@ def take_ranges(
     stage: Path,
     progress: Progress,
 ) -> Ranged:
-    """Find what to quantise and measure its ranges, smoothing, corrections and islands.
-
-    Raises:
-        GraphError: the graph is no ViT, or a value is not finite; the tensor is named.
-    """
+    """Find what to quantise and measure its ranges, smoothing, corrections and islands."""
     plan = Plan.of(
         raise_opset(source.model), job.scheme, attention=job.quantize_attention, extra=job.extra
     )

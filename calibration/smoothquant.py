@@ -303,11 +303,7 @@ def factors(
 
 
 def fold(model: ir.Model, site: SmoothingSite, scale: NDArray[np.float32]) -> None:
-    """Divide what is written by ``scale`` and multiply what reads it, in place.
-
-    Raises:
-        GraphError: the factors are for another number of channels.
-    """
+    """Divide what is written by ``scale`` and multiply what reads it, in place."""
     nodes = {node.name: node for node in model.graph}
     if len(site.columns) != len(scale):
         raise GraphError(f"{len(scale)} factors do not fit {site.name!r}; collect the ranges again")

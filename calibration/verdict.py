@@ -140,10 +140,6 @@ def require_target(capability: ComputeCapability, dtypes: Sequence[Dtype]) -> No
     Args:
         capability: the generation.
         dtypes: what the graphs to compile compute in.
-
-    Raises:
-        BuildError: TensorRT does not compile for it here, or it does not compute in a dtype.
-        MissingPackageError: there is no TensorRT.
     """
     check_options(
         BuildSpec(Path(), (BatchRange(),), (capability,)), find_backend("auto"), find_driver()

@@ -68,11 +68,6 @@ def read_source(path: Path, preprocess: str | None = None, exif: Exif | None = N
         path: of the file.
         preprocess: a preset or JSON file, instead of what the manifest says.
         exif: instead of what the manifest says.
-
-    Raises:
-        GraphError: it is not; the message says what it would have to be.
-        ManifestError: it is not the file its manifest describes.
-        SpecError: ``preprocess`` is unknown, or not what is inside the graph.
     """
     model, manifest, told = read_graph(path)
     with named(path):
@@ -116,10 +111,6 @@ def read_graph(path: Path) -> tuple[ir.Model, Manifest | None, tuple[str, ...]]:
     Returns:
         The graph, of another tool with its image size and shapes written out; its manifest; notes
         on what was decided for a graph of another tool.
-
-    Raises:
-        GraphError: it is not an ONNX file, or one whose weights lie elsewhere.
-        ManifestError: it is not the file its manifest describes.
     """
     model = io.load(path)
     manifest = manifests.read(path)
@@ -142,11 +133,7 @@ _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.Data
 
 
 def require_comparable(model: ir.Model) -> None:
-    """Refuse outputs that no check can judge: those of integers, and of one axis.
-
-    Raises:
-        GraphError: there is one; the message names it.
-    """
+    """Refuse outputs that no check can judge: those of integers, and of one axis."""
     for value in model.graph.outputs:
         axes = None if value.shape is None else len(value.shape)
         if (value.dtype in _FLOATS or value.dtype is None) and (axes is None or axes > 1):
@@ -202,11 +189,7 @@ _STEMS = {
 
 
 def _require_layout(shape: list[Any], input_format: InputFormat, described: str) -> None:
-    """Tell planes from interleaved channels where the sizes leave no doubt.
-
-    Raises:
-        GraphError: the channels lie where the other type of input has them.
-    """
+    """Tell planes from interleaved channels where the sizes leave no doubt."""
     counts = {1, 3, 4}
     first, last = shape[1] in counts, shape[3] in counts
     if first is last:
@@ -297,11 +280,6 @@ def feed_of(
         exif: instead of what the manifest says.
         size: of a graph that leaves height and width open, or its file: its position embedding
             may tell.
-
-    Raises:
-        GraphError: it does not take one image input.
-        SpecError: height and width are open and no ``size`` says them, or another than they are;
-            or ``preprocess`` is unknown.
     """
     if len(inputs) != 1:
         names = ", ".join(repr(spec.name) for spec in inputs) or "nothing"

@@ -54,11 +54,7 @@ def add_baseline(
     margin: float = MARGIN,
     fixed: int | None = None,
 ) -> Reference:
-    """Run a baseline on the reference's pictures: its errors are what the precision costs there.
-
-    Raises:
-        ToleranceError: the baseline has other outputs than the reference.
-    """
+    """Run a baseline on the reference's pictures: its errors are what the precision costs there."""
     size = fixed or min(8, reference.sample.max_batch, len(reference.sample))
     trial = Trial()
     trial.run(runner, reference, input_format, (size,))
@@ -69,9 +65,6 @@ def narrow_like(model: ir.Model, candidate: ir.Model) -> None:
     """Compute the last block for [CLS] alone where the candidate does, in place.
 
     Products of one row add in another order than those of many.
-
-    Raises:
-        GraphError: the candidate is no ViT.
     """
     blocks = find_stream(candidate).blocks
     shape = blocks[-1].output.shape
@@ -94,9 +87,6 @@ def write_like(
         input_format: what the copy takes.
         preprocessing: whose mean and standard deviation bytes are normalised with.
         form: how the copy writes attention; an attention that cannot be matched stays as it is.
-
-    Raises:
-        GraphError: the graph has no patch convolution that normalisation could be folded into.
     """
     model = raise_opset(widen(reference))
     _take(model, input_format, preprocessing)
@@ -194,11 +184,7 @@ def open_widened(model: ir.Model, stage: Path) -> OrtRunner:
 
 
 def open_exact(model: ir.Model, stage: Path) -> OrtRunner:
-    """Open an fp32 graph in fp64: what it computes without fp32's own rounding.
-
-    Raises:
-        GraphError: it has a convolution that fp64 has no form of.
-    """
+    """Open an fp32 graph in fp64: what it computes without fp32's own rounding."""
     runner = _open(in_fp64(model), Dtype.FP32, stage)
     runner.name = f"the graph in fp64, in {runner.name}"
     return runner
@@ -224,9 +210,6 @@ def open_quantised(
 
     Returns:
         The graph with the candidate's scales, and with an observer the one with its own.
-
-    Raises:
-        GraphError: as ``quantise_like``.
     """
     rest = rest_of(candidate)
     dtype = quantised_dtype(candidate) or rest

@@ -80,11 +80,7 @@ class EngineHeader:
 
 
 def read_header(path: Path) -> EngineHeader:
-    """Read an engine's header.
-
-    Raises:
-        EngineFileError: it is no engine, is truncated, or contradicts itself.
-    """
+    """Read an engine's header."""
     try:
         with path.open("rb") as file:
             start = file.read(_SEARCHED)
@@ -101,9 +97,6 @@ def parse_header(start: bytes, path: Path, size: int | None = None) -> EngineHea
         start: the file's first MiB at least, or all of it.
         path: the file it came from.
         size: of the whole file in bytes, where ``start`` is not all of it.
-
-    Raises:
-        EngineFileError: it is no engine, is truncated, or contradicts itself.
     """
     size = len(start) if size is None else size
     if start[:4] == _RTX:

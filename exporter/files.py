@@ -23,11 +23,6 @@ def require_writable(outputs: Sequence[Path], *, force: bool, sources: Sequence[
         outputs: the files that will be written.
         force: whether an existing file may be replaced.
         sources: what the work reads: never replaced.
-
-    Raises:
-        OutputError: an output exists and ``force`` is not set, is no file, is a source or another
-            output, or its folder cannot be written.
-        SpecError: a path is one that no library here can open.
     """
     for path in (*outputs, *sources):
         _require_text(path)
@@ -76,9 +71,6 @@ def staging(folder: Path) -> Iterator[Path]:
     The folder lives on the outputs' file system, so that moving a file out of it is one rename.
     A process that is killed leaves its folder behind; it holds a lock while it lives, so the
     next run knows the folder to be dead and removes it.
-
-    Raises:
-        OutputError: the folder cannot be made, or the disk is full.
     """
     stage = folder / f"{STAGING_PREFIX}{secrets.token_hex(8)}"
     with ExitStack() as last:
@@ -103,11 +95,7 @@ def apart(stage: Path) -> Path:
 
 @contextmanager
 def no_room_reported(folder: Path) -> Iterator[None]:
-    """Report a full disk as one line.
-
-    Raises:
-        OutputError: there is no room in ``folder``.
-    """
+    """Report a full disk as one line."""
     try:
         yield
     except OSError as error:
@@ -157,9 +145,6 @@ def publish(
         manifest: what is written beside it.
         beside: further files of the staging folder, which go to the output's under their names.
         force: whether an existing file may be replaced.
-
-    Raises:
-        OutputError: the file system refused, or another run has written ``output`` meanwhile.
     """
     sidecar = manifest_path(output)
     staged_sidecar = manifest_path(staged)
@@ -178,12 +163,7 @@ def publish(
 
 @contextmanager
 def placing(outputs: Sequence[Path], *, force: bool) -> Iterator[None]:
-    """Have the outputs' folder alone while finished files are moved to their places.
-
-    Raises:
-        OutputError: one exists, which another run has written since the work began.
-        OSError: the folder is gone.
-    """
+    """Have the outputs' folder alone while finished files are moved to their places."""
     with _lock_on(outputs[0].parent):
         for output in outputs:
             if os.path.lexists(output) and not force:

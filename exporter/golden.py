@@ -97,11 +97,7 @@ def vectors(output: NDArray[Any]) -> NDArray[np.float32]:
 def input_of(
     golden: GoldenRecord, preprocessing: Preprocessing, input_format: InputFormat
 ) -> NDArray[Any]:
-    """Draw the golden input again, as the artifact takes it.
-
-    Raises:
-        ManifestError: the recipe is of another version, or does not fit the preprocessing.
-    """
+    """Draw the golden input again, as the artifact takes it."""
     size = preprocessing.size
     one = (size.height, size.width, preprocessing.channels)
     fits = len(golden.shape) == 4 and 1 <= golden.shape[0] <= COUNT and golden.shape[1:] == one
@@ -114,11 +110,7 @@ def input_of(
 
 
 def values_of(golden: GoldenRecord) -> NDArray[np.float32]:
-    """Read the reference's vectors [b, dim].
-
-    Raises:
-        ManifestError: they are damaged.
-    """
+    """Read the reference's vectors [b, dim]."""
     try:
         values = np.frombuffer(base64.b64decode(golden.values, validate=True), "<f4")
         return values.reshape(golden.shape[0], golden.dim).astype(np.float32)

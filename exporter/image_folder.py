@@ -41,9 +41,6 @@ def find(folder: Path) -> Found:
 
     Hidden files and folders are skipped, and so is what is no picture or cannot be read here; links
     to folders are not followed.
-
-    Raises:
-        ImageError: the folder is missing, or holds no picture.
     """
     if folder.is_file():
         return Found((folder,))
@@ -136,11 +133,7 @@ def notes_on(broken: Sequence[str], skipped: Mapping[str, int], turned: int) -> 
 
 
 def load(folder: Path, preprocessing: Preprocessing, limit: int) -> ImageSet:
-    """Decode up to ``limit`` pictures below a folder, evenly spread over its sorted list.
-
-    Raises:
-        ImageError: there is no picture, or none can be decoded.
-    """
+    """Decode up to ``limit`` pictures below a folder, evenly spread over its sorted list."""
     (loaded,) = load_parts(folder, preprocessing, limit, limit)
     return loaded
 
@@ -155,9 +148,6 @@ def load_parts(
         preprocessing: how they are resized.
         limit: how many, evenly spread over the sorted list; None: all.
         part: how many are in memory at once.
-
-    Raises:
-        ImageError: there is no picture, or none of a part can be decoded.
     """
     found = find(folder)
     paths = found.paths if limit is None else spread(found.paths, limit)
@@ -168,11 +158,7 @@ def load_parts(
 
 
 def load_named(folder: Path, names: Sequence[str], preprocessing: Preprocessing) -> ImageSet:
-    """Decode the pictures of a folder that ``load`` gave these names.
-
-    Raises:
-        ImageError: none can be decoded.
-    """
+    """Decode the pictures of a folder that ``load`` gave these names."""
     paths = [folder if folder.is_file() else folder / name for name in names]
     return _decode(folder, paths, preprocessing)
 

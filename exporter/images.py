@@ -99,12 +99,7 @@ def _formats() -> tuple[str, ...]:
 
 
 def fit(picture: Image.Image, preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    """Resize and crop one picture, upright already, to uint8 [h, w, c].
-
-    Raises:
-        ImageError: the picture is too large or too narrow to resize, has more than 8 bits a
-            channel, or has another size and the preprocessing does not resize.
-    """
+    """Resize and crop one picture, upright already, to uint8 [h, w, c]."""
     from PIL import Image  # Pillow only where a picture is at hand
 
     size = preprocessing.size
@@ -151,9 +146,6 @@ def turn(picture: Image.Image, preprocessing: Preprocessing) -> tuple[Image.Imag
 
     Returns:
         The picture, and whether it was turned. The one that was given is not changed.
-
-    Raises:
-        ImageError: it is too large to decode.
     """
     from PIL import ImageOps
 
@@ -228,11 +220,7 @@ Picture: TypeAlias = "Path | str | Image.Image | NDArray[np.uint8]"
 
 
 def decode(pictures: Iterable[Picture], preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    """Turn pictures into pixels [b, h, w, c].
-
-    Raises:
-        ImageError: a picture cannot be read (it is named), or there is none.
-    """
+    """Turn pictures into pixels [b, h, w, c]."""
     pixels = [
         read(Path(picture), preprocessing)
         if isinstance(picture, str | Path)
@@ -261,20 +249,12 @@ def _opened(picture: Any) -> Image.Image:
 
 
 def preprocess(pictures: Iterable[Picture], preprocessing: Preprocessing) -> NDArray[np.float32]:
-    """Turn pictures into a batch [b, c, h, w].
-
-    Raises:
-        ImageError: a picture cannot be read (it is named), or there is none.
-    """
+    """Turn pictures into a batch [b, c, h, w]."""
     return normalize(decode(pictures, preprocessing), preprocessing)
 
 
 def read(path: Path, preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    """Decode one file to uint8 [h, w, c].
-
-    Raises:
-        ImageError: the file is not a picture Pillow can decode, or ``fit`` refuses it.
-    """
+    """Decode one file to uint8 [h, w, c]."""
     return read_file(path, str(path), preprocessing).pixels
 
 
@@ -286,11 +266,7 @@ class Fitted(NamedTuple):
 
 
 def read_file(file: Path | BinaryIO, name: str, preprocessing: Preprocessing) -> Fitted:
-    """Decode one file that is open, or whose path is not what it is called.
-
-    Raises:
-        ImageError: it is not a picture Pillow can decode, or ``fit`` refuses it; it is ``name``.
-    """
+    """Decode one file that is open, or whose path is not what it is called."""
     from PIL import Image
 
     try:

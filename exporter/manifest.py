@@ -303,11 +303,7 @@ def read(artifact: Path, content: bytes | None = None) -> Manifest | None:
 
 
 def read_unverified(path: Path) -> Manifest:
-    """Read a manifest for what it says of itself, as where its artifact is not there.
-
-    Raises:
-        ManifestError: it is malformed, or of a later schema.
-    """
+    """Read a manifest for what it says of itself, as where its artifact is not there."""
     if path.stat().st_size > LIMIT:
         raise ManifestError(f"{path} is larger than a manifest can be; export the artifact again")
     try:

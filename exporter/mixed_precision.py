@@ -41,9 +41,6 @@ def choose_fp32_islands(
         sample: what to measure on.
         input_format: what the graph takes.
         stage: a folder for the instrumented graph.
-
-    Raises:
-        GraphError: the islands file cannot be read.
     """
     if choice == NONE or dtype is not Dtype.FP16:
         return {}
@@ -114,11 +111,7 @@ def convert(
     input_format: InputFormat,
     stage: Path,
 ) -> Fp32Islands:
-    """Type an fp32 graph in place; ``choice`` is ``measured``, ``none`` or an islands file.
-
-    Raises:
-        GraphError: the islands file does not fit, or the graph cannot be typed.
-    """
+    """Type an fp32 graph in place; ``choice`` is ``measured``, ``none`` or an islands file."""
     measured = choose_fp32_islands(model, choice, dtype, sample, input_format, stage)
     typed = type_graph(model, dtype, measured)
     peaks = {**measured, **typed.weights}

@@ -77,11 +77,7 @@ def _preprocess(text: str) -> str:
 
 
 def number_or_all(text: str) -> int | None:
-    """Read ``N``, or ``all``, which is None.
-
-    Raises:
-        SpecError: it is neither.
-    """
+    """Read ``N``, or ``all``, which is None."""
     if text == "all":
         return None
     if not text.isascii() or not text.isdigit() or not int(text):

@@ -125,11 +125,7 @@ class Preprocessing:
 
 
 def preset(name: str, size: ImageSize, channels: int = 3) -> Preprocessing:
-    """Make the preprocessing called ``hf``, ``msn-eval`` or ``raw`` for an image size.
-
-    Raises:
-        SpecError: no preset of that name, or pictures do not come with so many channels.
-    """
+    """Make the preprocessing called ``hf``, ``msn-eval`` or ``raw`` for an image size."""
     if channels not in MODES:
         raise SpecError(f"pictures have no {channels} channels; expected 1, 3 or 4")
     statistics = _statistics(channels)
@@ -152,11 +148,7 @@ def preset(name: str, size: ImageSize, channels: int = 3) -> Preprocessing:
 
 
 def assumed(size: ImageSize, channels: int = 3) -> Preprocessing:
-    """Take ``hf`` for a model of which nothing says how its pictures are made.
-
-    Raises:
-        SpecError: pictures do not come with so many channels.
-    """
+    """Take ``hf`` for a model of which nothing says how its pictures are made."""
     return replace(preset("hf", size, channels), assumed=True)
 
 

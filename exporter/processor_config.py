@@ -121,9 +121,6 @@ def from_processor_config(
             scaled to before a crop is then kept in proportion.
         channels: what the file's mean and std must have.
         file: its name, which the preprocessing is called by.
-
-    Raises:
-        ImageError: the file asks for something that is not done here, or contradicts itself.
     """
     try:
         made = replace(_read(_Known.of(config), size, channels, file), unread=_unread(config, file))
@@ -149,11 +146,7 @@ def _unread(config: Mapping[str, Any], file: str) -> tuple[str, ...]:
 
 
 def size_in(config: Mapping[str, Any]) -> ImageSize | None:
-    """Give the size a configuration makes of pictures; None where it leaves them as they are.
-
-    Raises:
-        ImageError: the configuration is refused.
-    """
+    """Give the size a configuration makes of pictures; None where it leaves them as they are."""
     if config.get("do_resize", True) is None or config.get("do_resize", True) is False:
         return None
     mean = config.get("image_mean")
@@ -294,11 +287,7 @@ def _per_channel(value: Any, name: str, channels: int) -> tuple[float, ...]:
 
 
 def require_choice(preprocess: str | None) -> None:
-    """Refuse, before any work is done, what is neither a preset nor a JSON file that is there.
-
-    Raises:
-        SpecError: it is neither.
-    """
+    """Refuse, before any work is done, what is neither a preset nor a JSON file that is there."""
     if preprocess in {None, "auto", *PRESETS}:
         return
     path = Path(str(preprocess))
@@ -327,11 +316,6 @@ def choose(
         preprocess: a preset or a JSON file, instead of ``known``; None or ``auto`` for none.
         exif: instead of what ``known`` says.
         inside: the graph takes bytes and normalises them itself, as ``known`` says.
-
-    Raises:
-        SpecError: there is no such preset or file, or what is inside the graph is another.
-        CheckpointError: the file is no JSON object.
-        ImageError: the file asks for something that is not done here.
     """
     require_choice(preprocess)
     if preprocess is None or preprocess == "auto":

@@ -60,9 +60,6 @@ def from_plain(kind: type[T], plain: Any, where: str) -> T:
         kind: a dataclass, scalar, ``tuple[X, ...]``, ``dict[str, X]`` or union with None.
         plain: what ``json.loads`` gave.
         where: what to call it in errors.
-
-    Raises:
-        ManifestError: a field is missing, unknown or of another type; the message has its path.
     """
     return typing.cast(T, _read(kind, plain, where))
 
@@ -192,11 +189,7 @@ _UNIONS = (typing.Union, types.UnionType)
 
 
 class Job:
-    """A frozen dataclass whose fields are what they are declared to be, bounds of numbers included.
-
-    Raises:
-        SpecError: one is not; the message names it and what is expected.
-    """
+    """A frozen dataclass whose fields are what they are declared to be, numbers within bounds."""
 
     __slots__ = ()
 
@@ -210,11 +203,7 @@ class Job:
         self.require_consistent()
 
     def require_consistent(self) -> None:
-        """Refuse what the fields' types cannot; a job that has such a thing says what it is.
-
-        Raises:
-            SpecError: the fields cannot be had together, or one of them at all.
-        """
+        """Refuse what the fields' types cannot; a job that has such a thing says what it is."""
 
 
 @cache

@@ -56,10 +56,6 @@ def assemble(tensors: dict[str, Tensor], config: VitConfig, where: str, origin: 
         config: the shape, with the classifier that ``with_classifier`` found among the weights.
         where: what to call the file in errors.
         origin: where the configuration is from, for the error where shapes contradict it.
-
-    Raises:
-        CheckpointError: keys are missing, unknown or mis-shaped (each named), or a weight is not
-            made of finite floating-point numbers.
     """
     keys = rename(tensors, where)
     with torch.device("meta"):
@@ -178,11 +174,7 @@ def _notes(keys: Keys, tensors: Mapping[str, Tensor], config: VitConfig) -> tupl
 
 
 def classes_of(tensors: Mapping[str, Tensor], where: str) -> int:
-    """Count the classifier's rows; 0 without a classifier.
-
-    Raises:
-        CheckpointError: its weight is no matrix, or the file is no ViT-MSN's.
-    """
+    """Count the classifier's rows; 0 without a classifier."""
     known = rename(tensors, where).known
     key = known.get("classifier.weight") or known.get("classifier.linear.weight")
     if key is None:
@@ -196,11 +188,7 @@ def classes_of(tensors: Mapping[str, Tensor], where: str) -> int:
 
 
 def with_classifier(tensors: Mapping[str, Tensor], config: VitConfig, where: str) -> VitConfig:
-    """Give the configuration with what the classifier among the weights reads.
-
-    Raises:
-        CheckpointError: its width is not that of whole blocks.
-    """
+    """Give the configuration with what the classifier among the weights reads."""
     known = rename(tensors, where).known
     probe = known.get("classifier.linear.weight")
     if probe is not None:
@@ -231,9 +219,6 @@ def config_of(tensors: Mapping[str, Tensor], variant: str | None, where: str) ->
 
     A published shape is found by patch, width and depth; the image size is that of the position
     embedding.
-
-    Raises:
-        CheckpointError: ``variant`` is unknown, or no published shape fits.
     """
     known = rename(tensors, where).known
     if not known:
@@ -384,9 +369,6 @@ def _download(name: str, revision: str | None) -> Path:
     """Fetch a hub repository's configuration and weights into the hub's own cache.
 
     HF_HOME, HF_TOKEN and HF_HUB_OFFLINE are honoured by huggingface_hub itself.
-
-    Raises:
-        CheckpointError: there is no such repository or revision, or no network.
     """
     from huggingface_hub import snapshot_download
 

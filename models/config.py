@@ -35,9 +35,6 @@ class VitConfig:
     ``pooling`` is what the classifier reads, ``pooled_blocks`` of how many last blocks where that
     is ``blocks``. A model whose pooling is not ``cls`` has no final LayerNorm. ``problem_type`` is
     transformers' word for what a head's outputs mean; None says nothing.
-
-    Raises:
-        CheckpointError: the numbers contradict each other; the message names them.
     """
 
     image_size: tuple[int, int]
@@ -106,11 +103,7 @@ class VitConfig:
         return self.grid[0] * self.grid[1] + 1
 
     def for_image_size(self, size: tuple[int, int]) -> VitConfig:
-        """Give the same model for another image size.
-
-        Raises:
-            CheckpointError: the patch does not divide it.
-        """
+        """Give the same model for another image size."""
         return replace(self, image_size=size)
 
     def to_json(self) -> dict[str, Any]:
@@ -138,11 +131,7 @@ VARIANTS = {
 
 
 def named_variant(name: str) -> VitConfig:
-    """Look a published shape up.
-
-    Raises:
-        CheckpointError: there is none of that name.
-    """
+    """Look a published shape up."""
     if name not in VARIANTS:
         raise CheckpointError(f"variant {name!r} is unknown; expected one of {', '.join(VARIANTS)}")
     return VARIANTS[name]
@@ -164,11 +153,7 @@ class Processor:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Parse a JSON object from a file.
-
-    Raises:
-        CheckpointError: it is missing, too large, or no JSON object.
-    """
+    """Parse a JSON object from a file."""
     parsed = parse_json(path)
     if not isinstance(parsed, dict):
         raise CheckpointError(f"{path} is not a JSON object")
@@ -176,11 +161,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(path: Path) -> Any:
-    """Parse JSON from a file.
-
-    Raises:
-        CheckpointError: it is missing, too large, or no JSON.
-    """
+    """Parse JSON from a file."""
     try:
         return json.loads(_read_text(path))
     except (ValueError, RecursionError) as error:
@@ -203,9 +184,6 @@ def read_processor(folder: Path) -> Processor | None:
 
     ``processor_config.json`` holds it under ``image_processor`` since transformers 5, and goes
     first; many such files hold none.
-
-    Raises:
-        CheckpointError: a file is no JSON object.
     """
     nested, plain = folder / PROCESSOR, folder / PREPROCESSOR
     if nested.is_file():
@@ -235,9 +213,6 @@ def parse_config(
         where: what to call it in errors.
         classes: rows of the classifier among the weights, 0 without one.
         labels: the classes' names instead of the file's own.
-
-    Raises:
-        CheckpointError: another model's file, a wrong type, or numbers that cannot be.
     """
     model_type = config.get("model_type")
     architectures = config.get("architectures") or []
@@ -311,10 +286,6 @@ def parse_labels(config: Mapping[str, Any], classes: int, where: str) -> tuple[s
     """Give the classifier's labels in the order of its rows, from ``id2label``.
 
     Where that is missing ``label2id`` says them, which transformers would pass over.
-
-    Raises:
-        CheckpointError: the ids are not 0 to n - 1 for n classes, or ``label2id`` has other ids;
-            the message names them.
     """
     if classes == 0:
         return ()
@@ -371,9 +342,6 @@ def read_labels(path: Path, classes: int) -> tuple[str, ...]:
 
     A ``.json`` file holds a list of labels, an object of id to label, or a config.json with one
     under ``id2label``. Any other file is text with one label a line.
-
-    Raises:
-        CheckpointError: it cannot be read, or names other than ``classes`` classes.
     """
     if classes == 0:
         raise CheckpointError(f"--labels {path}: the checkpoint has no classifier")

@@ -89,9 +89,6 @@ def kind_of(source: str, variant: str | None = None) -> Kind:
     Args:
         source: the name, as ``load_checkpoint`` takes it.
         variant: the published shape that was given for a weights file.
-
-    Raises:
-        CheckpointError: there is no such thing, or ``variant`` does not go with it or is unknown.
     """
     kind = _kind_of(source)
     if variant is not None and kind != "file":
@@ -113,10 +110,6 @@ def require_model(folder: Path, source: str) -> None:
     Args:
         folder: where it lies.
         source: what the user called it.
-
-    Raises:
-        CheckpointError: it is an adapter, a training run's, in another format, or incomplete; the
-            message says which, and what to give.
     """
     where = f"checkpoint {source if source.isprintable() else ascii(source)}"
     if not _is_text(source):
@@ -214,11 +207,7 @@ def files_of(source: str) -> list[Path]:
 
 
 def seeded(source: str) -> tuple[str, int]:
-    """Read the variant and the seed out of ``random:VARIANT[:SEED]``.
-
-    Raises:
-        CheckpointError: it is written otherwise.
-    """
+    """Read the variant and the seed out of ``random:VARIANT[:SEED]``."""
     parts = source.split(":")
     if len(parts) not in {2, 3} or (len(parts) == 3 and not re.fullmatch(r"\d{1,9}", parts[2])):
         raise CheckpointError(f"checkpoint {source!r} is malformed; expected random:VARIANT[:SEED]")

@@ -218,11 +218,7 @@ def canonical(key: str) -> str | None:
 
 
 def rename(keys: Iterable[str], where: str) -> Keys:
-    """Sort a file's keys; ``where`` is what to call the file in errors.
-
-    Raises:
-        CheckpointError: two keys are the same weight, or the file is an adapter or quantised.
-    """
+    """Sort a file's keys; ``where`` is what to call the file in errors."""
     keys = tuple(keys)
     known: dict[str, str] = {}
     unread: dict[str, list[str]] = {}
@@ -322,9 +318,6 @@ def unwrap(loaded: Any, where: str, choice: str | None = None) -> Weights:
         loaded: what torch or safetensors read.
         where: what to call the file in errors.
         choice: the container or prefix to take where there are several.
-
-    Raises:
-        CheckpointError: it holds no weights by name, or none under ``choice``.
     """
     taken: list[str] = []
     beside: list[str] = []
@@ -411,9 +404,6 @@ def _without_prefix(
 
     Returns:
         Its weights, the prefix, the prefixes of other whole models, and the keys left outside.
-
-    Raises:
-        CheckpointError: nothing is under ``choice``, or it takes one to tell the models apart.
     """
     groups: dict[Prefix, dict[str, str]] = {}
     fields = _fields(state)

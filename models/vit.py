@@ -79,11 +79,7 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 
 def activation(name: str) -> Activation:
-    """Look an activation up.
-
-    Raises:
-        CheckpointError: it is unknown, or has learned parameters that no ViT-MSN file holds.
-    """
+    """Look an activation up."""
     if name in _LEARNED:
         raise CheckpointError(f"activation {name!r} has learned parameters; it is not supported")
     if name not in _ACTIVATIONS:
@@ -235,11 +231,7 @@ class VitMsn(nn.Module):
         return logits
 
     def for_image_size(self, size: tuple[int, int]) -> VitMsn:
-        """Give the model for images of ``size`` (height, width); weights are shared.
-
-        Raises:
-            CheckpointError: the patch does not divide ``size``.
-        """
+        """Give the model for images of ``size`` (height, width); weights are shared."""
         config = self.config.for_image_size(size)
         with torch.device("meta"):
             model = VitMsn(config, attention=self.attention)

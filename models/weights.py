@@ -37,9 +37,6 @@ def read_folder(folder: Path, choice: str | None = None) -> Weights:
     Args:
         folder: where they lie.
         choice: the container or prefix of the weights to take, as ``unwrap`` takes it.
-
-    Raises:
-        CheckpointError: there are none, or a file cannot be read or lies elsewhere.
     """
     for single, index in zip(SINGLE, INDEX, strict=True):
         if (folder / single).is_file():
@@ -83,9 +80,6 @@ def read_file(path: Path, choice: str | None = None) -> Weights:
     Args:
         path: the file.
         choice: the container or prefix of the weights to take, as ``unwrap`` takes it.
-
-    Raises:
-        CheckpointError: it is damaged, would execute code, or holds no weights.
     """
     weights = unwrap(_read(path), str(path), choice)
     _require_held(weights.tensors, path)
@@ -132,11 +126,7 @@ def _allowed() -> AbstractContextManager[Any]:
 
 
 def _require_stored(path: Path) -> None:
-    """Refuse a file that was packed again: mapped, its compressed bytes would be read as weights.
-
-    Raises:
-        CheckpointError: an entry is compressed, which torch.save does to none.
-    """
+    """Refuse a file that was packed again: mapped, compressed bytes would be read as weights."""
     try:
         with zipfile.ZipFile(path) as archive:
             packed = [entry for entry in archive.infolist() if entry.compress_type]
@@ -150,11 +140,7 @@ def _require_stored(path: Path) -> None:
 
 
 def _require_held(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse weights that are larger than their file: views of a few numbers fill any memory.
-
-    Raises:
-        CheckpointError: they are. Twice the size is allowed, for weights that share numbers.
-    """
+    """Refuse weights that are larger than their file: views of a few numbers fill any memory."""
     plain = [t for t in tensors.values() if t.layout is torch.strided and t.device.type == "cpu"]
     claimed = sum(math.prod(t.shape) * t.element_size() for t in plain if not t.is_nested)
     held = path.stat().st_size

@@ -60,12 +60,7 @@ class Placement:
 
 
 def artifacts(paths: Sequence[Path], where: Placement) -> list[ContenderSpec]:
-    """Enter files under their names, or their paths where names are alike.
-
-    Raises:
-        GraphError: a file does not exist, or is given twice.
-        ManifestError: a manifest is malformed.
-    """
+    """Enter files under their names, or their paths where names are alike."""
     names = Counter(path.name for path in paths)
     found = [
         artifact(path, where, path.name if names[path.name] == 1 else str(path)) for path in paths
@@ -103,11 +98,7 @@ def artifact(path: Path, where: Placement, name: str) -> ContenderSpec:
 
 
 def source_graphs(entries: Sequence[ContenderSpec], where: Placement) -> Iterator[ContenderSpec]:
-    """Enter the graphs that engines were compiled from: ``--against onnxruntime``.
-
-    Raises:
-        BenchError: no engine takes part, or the graph of one is not beside it.
-    """
+    """Enter the graphs that engines were compiled from: ``--against onnxruntime``."""
     engines = [entry for entry in entries if entry.kind == "engine"]
     if not engines:
         raise BenchError("onnxruntime: every artifact here is an .onnx file and runs in it already")
@@ -149,9 +140,6 @@ def origin_of(
     """Find the checkpoint: the one that was named, or the first artifact's own.
 
     It is read as the manifest says it was, unless ``choices`` say otherwise.
-
-    Raises:
-        BenchError: no manifest names one.
     """
     known = [entry.manifest.checkpoint for entry in entries if entry.manifest is not None]
     record = next((one for one in known if one is not None), None)
@@ -327,9 +315,5 @@ class Torch:
 
 
 def open_timed(told: Mapping[str, Any]) -> Timed:
-    """Open what a request describes.
-
-    Raises:
-        MsnExportError: it cannot be opened.
-    """
+    """Open what a request describes."""
     return Torch(told) if told["kind"] == "torch" else ArtifactContender(told)

@@ -139,9 +139,6 @@ def read_bench(path: Path, hashes: Mapping[str, Collection[str]]) -> Bench:
     Args:
         path: the file.
         hashes: the sha256 of each artifact here, by file name.
-
-    Raises:
-        SpecError: it is no benchmark, or timed another file of the same name.
     """
     try:
         if path.stat().st_size > LIMIT:

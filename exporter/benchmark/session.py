@@ -85,9 +85,6 @@ class BenchSession:
         Args:
             entry: what to open.
             tried: a batch size to run once: what torch.compile cannot do fails at its first call.
-
-        Raises:
-            BenchError: it cannot be opened.
         """
         self._started += 1
         log = self.folder / f"{self._started}.log"
@@ -118,9 +115,6 @@ class BenchSession:
             size: of the images, for graphs that leave it open; else that of the others.
             preprocess: a preset or JSON file, instead of what the manifests say.
             exif: instead of what the manifests say.
-
-        Raises:
-            SpecError: they take images of different sizes.
         """
         feeds: dict[str, Feed] = {}
         for one in sorted(self.opened, key=lambda one: one.entry.manifest is None):
@@ -152,22 +146,14 @@ class BenchSession:
             self._give(one, feed)
 
     def outputs(self, one: OpenContender, batch: int) -> tuple[dict[str, NDArray[Any]], float]:
-        """Begin a batch size; give the outputs for every picture, and the seconds it took.
-
-        Raises:
-            BenchError: it failed.
-        """
+        """Begin a batch size; give the outputs for every picture, and the seconds it took."""
         path = self.folder / "outputs.npz"
         told = one.process.ask("begin", batch=batch, outputs=str(path))
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}, float(told["seconds"])
 
     def origin(self, checkpoint: str | None) -> Origin:
-        """Find the checkpoint of the artifacts, and what they put out of it.
-
-        Raises:
-            BenchError: no manifest names one, and none was named.
-        """
+        """Find the checkpoint of the artifacts, and what they put out of it."""
         assert self.feed is not None
         names: dict[str, None] = {}
         for one in self.opened:

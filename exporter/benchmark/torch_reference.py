@@ -37,11 +37,6 @@ def open_reference(
         size: of the images; the position embedding is interpolated to it.
         sha256: that of the weights, where a manifest says it.
         choices: what the checkpoint does not say itself, or holds several of.
-
-    Raises:
-        CheckpointError: it cannot be had, or holds other weights.
-        SpecError: the artifact has none of our outputs.
-        GraphError: logits are asked of a model without a classifier.
     """
     loaded = load_checkpoint(checkpoint, choices)
     if sha256 is not None and loaded.sha256 != sha256:

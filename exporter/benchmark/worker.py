@@ -63,9 +63,6 @@ class Process(ChildProcess):
         """Send a request, let the process run until it has answered, and stop it again.
 
         A thread pool that waits for work spins: it would take the next contender's cores.
-
-        Raises:
-            BenchError: it failed, or the process ended.
         """
         self.process.send_signal(signal.SIGCONT)
         try:

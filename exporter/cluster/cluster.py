@@ -42,11 +42,7 @@ class Opening:
     check: bool = True
 
     def open(self, cargo: ArtifactBytes) -> tuple[Runner, str]:
-        """Open a model that was sent here; give what its selftest said too.
-
-        Raises:
-            MsnExportError: it cannot run here.
-        """
+        """Open a model that was sent here; give what its selftest said too."""
         with unpacked(cargo) as path:
             runner = open_runner(
                 path,
@@ -76,11 +72,7 @@ class Known:
 
 
 def explore(cargo: ArtifactBytes, opening: Opening) -> Known:
-    """Open the model on one worker, before all of them do.
-
-    Raises:
-        MsnExportError: it cannot run there.
-    """
+    """Open the model on one worker, before all of them do."""
     runner, selftest = opening.open(cargo)
     with runner:
         return Known(
@@ -95,11 +87,7 @@ def explore(cargo: ArtifactBytes, opening: Opening) -> Known:
 
 
 def require_same(known: Known) -> None:
-    """Require that a worker is of this msn-export.
-
-    Raises:
-        ClusterError: it is of another.
-    """
+    """Require that a worker is of this msn-export."""
     if known.version != __version__:
         raise ClusterError(
             f"a worker has msn-export {known.version} and this machine {__version__}; install "
@@ -118,11 +106,7 @@ class Reader:
         self._decoder = Decoder(read, workers=workers, ahead=batch)
 
     def __call__(self, record: Record) -> Record:
-        """Decode the sources of one batch.
-
-        Raises:
-            ClusterError: the store of the pictures failed.
-        """
+        """Decode the sources of one batch."""
         sources = [self._store.source(path) for path in record["sources"]]
         known = self._preprocessing
         pixels, errors, turned = stack(list(self._decoder(sources)), known.size, known.channels)
@@ -130,12 +114,7 @@ class Reader:
 
 
 class Embedder:
-    """Holds the open model and runs batches of pixels.
-
-    Raises:
-        ClusterError: this machine runs the model by something else than the first one did.
-        MsnExportError: the model cannot run here.
-    """
+    """Holds the open model and runs batches of pixels."""
 
     def __init__(
         self, cargo: ArtifactBytes, opening: Opening, name: str, feed: Feed, reading: Reading
@@ -150,11 +129,7 @@ class Embedder:
         self._feed, self._reading = feed, reading
 
     def run(self, record: Record) -> Record:
-        """Run one batch.
-
-        Raises:
-            MsnExportError: the model failed.
-        """
+        """Run one batch."""
         start, pixels, errors, turned = pixels_from(record)
         outputs = self._runner(self._feed(pixels))
         return encode(start, read_rows(outputs, self._reading, len(pixels), errors, turned))
@@ -202,12 +177,7 @@ class WorkerLayout:
 
 
 def crew_for(job: EmbedJob, nodes: Sequence[Node]) -> WorkerLayout:
-    """Decide who works on a job.
-
-    Raises:
-        SpecError: the job names a GPU, or a number of threads, which is Ray's to choose.
-        ClusterError: the cluster has no room.
-    """
+    """Decide who works on a job."""
     if job.device is not None:
         raise SpecError("--device is for one machine: on a cluster Ray gives each actor its GPU")
     if job.threads is not None:
@@ -234,9 +204,6 @@ def crew_of(nodes: Sequence[Node], *, needs_gpu: bool | None, actors: int | None
         needs_gpu: True for a model that runs on a GPU alone, False for the CPU; None takes GPUs
             where there are some.
         actors: how many are to hold the model; None is as many as there is room for.
-
-    Raises:
-        ClusterError: the cluster has no room for one, or not for so many.
     """
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     if needs_gpu and not gpus:
@@ -288,11 +255,7 @@ _REMARK = re.compile(r"\nFailed to .* after \d+/\d+ attempts.*", re.DOTALL)
 
 
 def address_of(given: str, variables: Mapping[str, str] = os.environ) -> str:
-    """Read what ``--ray`` was given; nothing is the cluster a submitted job runs in, else local.
-
-    Raises:
-        ClusterError: it is no address, or a Ray Client's, which Ray Data does not run through.
-    """
+    """Read what ``--ray`` was given; nothing is the cluster a submitted job runs in, else local."""
     # never None: Ray would then join whatever cluster was started last, or look for a dead one
     address = given or variables.get("RAY_ADDRESS") or LOCAL
     if "://" in address:
@@ -308,12 +271,7 @@ def address_of(given: str, variables: Mapping[str, str] = os.environ) -> str:
 
 @contextmanager
 def connected(address: str) -> Iterator[tuple[Node, ...]]:
-    """Join a cluster, or start one on this machine; give its nodes. It is left at the end.
-
-    Raises:
-        MissingPackageError: Ray is not installed.
-        ClusterError: there is no cluster at the address, or one of another Ray or Python.
-    """
+    """Join a cluster, or start one on this machine; give its nodes. It is left at the end."""
     # before Ray is imported: it reports its use to its makers unless it is told not to
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -343,11 +301,7 @@ def connected(address: str) -> Iterator[tuple[Node, ...]]:
 
 
 def _require_answer(address: str) -> None:
-    """Look whether anybody listens: Ray asks for minutes.
-
-    Raises:
-        OSError: nobody does.
-    """
+    """Look whether anybody listens: Ray asks for minutes."""
     host, _, port = address.rpartition(":")
     if host:
         socket.create_connection((host.strip("[]"), int(port)), _ANSWER).close()
@@ -360,11 +314,7 @@ def _nodes(found: list[dict[str, Any]]) -> tuple[Node, ...]:
 
 @contextmanager
 def failures_in_one_line() -> Iterator[None]:
-    """Give an error of ours that was raised on another machine as it was raised there.
-
-    Raises:
-        ClusterError: of Ray's own failures.
-    """
+    """Give an error of ours that was raised on another machine as it was raised there."""
     from ray.exceptions import RayError
 
     try:

@@ -98,12 +98,7 @@ class OnCluster:
     def rows(
         self, feed: Feed, reading: Reading, batch: int, missing: Sequence[range]
     ) -> Iterator[tuple[int, Rows]]:
-        """Make the rows of each batch of ``missing``, in any order; give each with its first row.
-
-        Raises:
-            MsnExportError: the model failed.
-            ClusterError: Ray failed, or the pictures' store did.
-        """
+        """Make the rows of each batch of ``missing``, in any order, each with its first row."""
         if not missing:
             return
         _quiet()

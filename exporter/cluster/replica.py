@@ -57,11 +57,7 @@ class Serving:
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:
-        """Read the arguments of ``serve run``, or of a configuration's ``args``.
-
-        Raises:
-            SpecError: an argument is missing, unknown, or no number where one is expected.
-        """
+        """Read the arguments of ``serve run``, or of a configuration's ``args``."""
         known = tuple(cls.__dataclass_fields__)
         unknown = [name for name in arguments if name not in known]
         if unknown:
@@ -122,11 +118,7 @@ def read_posted(posted: Posted, *, preprocessing: Preprocessing) -> Decoded:
 
 
 class Replica:
-    """An open model with decoders in front; ``batch`` is how many pictures to run together.
-
-    Raises:
-        MsnExportError: the model cannot run here, or does not pass its selftest.
-    """
+    """An open model with decoders in front; ``batch`` is how many pictures to run together."""
 
     def __init__(self, serving: Serving) -> None:
         threads = serving.cpus if serving.model.suffix == ".onnx" else None
@@ -166,11 +158,7 @@ class Replica:
         }
 
     async def decode(self, content: bytes) -> NDArray[np.uint8]:
-        """Decode a picture to [h, w, c], in a process that it may end.
-
-        Raises:
-            ImageError: it is none.
-        """
+        """Decode a picture to [h, w, c], in a process that it may end."""
         if len(content) > LARGEST:
             raise ImageError(f"the posted picture has {len(content)} bytes; at most {LARGEST}")
         posted = Posted(content)
@@ -184,11 +172,7 @@ class Replica:
         return decoded.pixels
 
     def run(self, pictures: Sequence[NDArray[np.uint8]]) -> list[dict[str, Any]]:
-        """Run decoded pictures together; give each one's answer.
-
-        Raises:
-            MsnExportError: the model failed.
-        """
+        """Run decoded pictures together; give each one's answer."""
         outputs = self._runner(self._feed(np.stack(pictures)))
         rows = read_rows(outputs, self._reading, len(pictures), {})
         answers: list[dict[str, Any]] = []

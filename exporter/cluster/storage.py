@@ -93,13 +93,7 @@ class Bucket:
 
 
 def list_sources(images_at: Path | str) -> tuple[PictureList, Store]:
-    """List the pictures of a local folder (or one file), or of a bucket's URI.
-
-    Raises:
-        ImageError: there is none.
-        ClusterError: the bucket cannot be listed.
-        MissingPackageError: pyarrow is not installed.
-    """
+    """List the pictures of a local folder (or one file), or of a bucket's URI."""
     if isinstance(images_at, Path):
         return list_pictures(images_at), Store(root=str(Path.cwd()))
     scheme, _, _ = images_at.partition("://")
@@ -148,11 +142,7 @@ def _bucket(uri: str, folder: str, found: list[Any], store: Any) -> Bucket:
 
 
 def _reasons(paths: list[str], folder: str, store: Any) -> dict[str, str]:
-    """Say why objects are no pictures that can be read here; those that are, are left out.
-
-    Raises:
-        ClusterError: the store failed.
-    """
+    """Say why objects are no pictures that can be read here; those that are, are left out."""
     reasons: dict[str, str] = {}
     unsure = []
     for path in paths:
@@ -185,12 +175,7 @@ def _is_of_one(error: OSError) -> bool:
 
 
 def read_source(source: PictureAddress, *, store: Store, preprocessing: Preprocessing) -> Decoded:
-    """Decode one picture with the one preprocessing; say why where it is none.
-
-    Raises:
-        ClusterError: the store failed. That is no picture's fault: as a row with an error it would
-            stay in the output, and an hour without a network would be a million of them.
-    """
+    """Decode one picture with the one preprocessing; say why where it is none."""
     try:
         if store.filesystem is None:
             return images.read_file(Path(source.path), source.name, preprocessing)
@@ -243,11 +228,7 @@ class ArtifactBytes:
 
 
 def pack(model: Path) -> ArtifactBytes:
-    """Read an artifact for sending.
-
-    Raises:
-        RunnerError: it does not exist.
-    """
+    """Read an artifact for sending."""
     if not model.is_file():
         raise RunnerError(f"{model} does not exist; give an .onnx file or an engine")
     sidecar = manifest_path(model)
@@ -324,11 +305,7 @@ def failure_to(error: MsnExportError) -> Record:
 
 
 def decode_rows(record: Record) -> tuple[int, Rows]:
-    """Read what ``rows_to`` wrote.
-
-    Raises:
-        MsnExportError: ``failure_to`` wrote it; of the same type, with the same message.
-    """
+    """Read what ``rows_to`` wrote."""
     if record["failure"]:
         name, text = json.loads(record["failure"])
         kind = getattr(failures, name, None)

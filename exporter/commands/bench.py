@@ -96,11 +96,7 @@ def run_bench(job: BenchJob, progress: Progress = SILENT) -> Bench:
 
 
 def _where(job: BenchJob) -> Placement:
-    """Choose one place for all: the GPU asked for, else the first there is, else the CPU.
-
-    Raises:
-        SpecError: data is to stay on a GPU and there is none.
-    """
+    """Choose one place for all: the GPU asked for, else the first there is, else the CPU."""
     device = job.device
     on_cpu = job.providers and not any(_GPU.search(name) for name in job.providers)
     if device is None and not on_cpu and not isinstance(find_driver(), NoDriver):

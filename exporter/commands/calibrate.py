@@ -253,13 +253,7 @@ def _golden(job: CalibrateJob, source: GraphFile, chosen: Candidate, stage: Path
 
 
 def _require_target(job: CalibrateJob) -> None:
-    """Refuse a GPU generation to compile for where nothing would be compiled.
-
-    Raises:
-        SpecError: the graph is for onnxruntime.
-        BuildError: TensorRT does not compile it for that generation here.
-        MissingPackageError: there is no TensorRT.
-    """
+    """Refuse a GPU generation to compile for where nothing would be compiled."""
     if job.capability is None:
         return
     if job.rest is Dtype.FP32:
@@ -271,11 +265,7 @@ def _require_target(job: CalibrateJob) -> None:
 
 
 def _read(job: CalibrateJob) -> GraphFile:
-    """Read the graph to quantise.
-
-    Raises:
-        GraphError: it is quantised, or typed, already.
-    """
+    """Read the graph to quantise."""
     path = job.model
     source = read_source(path, job.preprocess, job.exif)
     if source.dtype.is_quantised:
@@ -290,11 +280,7 @@ def _read(job: CalibrateJob) -> GraphFile:
 def _run_fp32(
     job: CalibrateJob, source: GraphFile, dealt: Split, stage: Path, progress: Progress
 ) -> Reference:
-    """Run the graph to quantise on the held-out images.
-
-    Raises:
-        GraphError: a value is not finite; the tensor and the image are named.
-    """
+    """Run the graph to quantise on the held-out images."""
     held = dealt.held_out
     sample = Sample(
         held.pixels, held.names, f"held out of {job.images}", source.preprocessing,
@@ -321,11 +307,7 @@ def _choose(
     path: Path,
     progress: Progress,
 ) -> Candidate:
-    """Quantise as many blocks as reach the gate, on calibration images and on held-out ones.
-
-    Raises:
-        ToleranceError: no choice of blocks does.
-    """
+    """Quantise as many blocks as reach the gate, on calibration images and on held-out ones."""
     failures: tuple[str, ...] = ()
     where = "held-out"
     with progress.step(f"quantise to {job.dtype} and judge"):

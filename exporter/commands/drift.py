@@ -118,11 +118,7 @@ def _compare(job: DriftJob, pair: Pair, progress: Progress) -> Drift:
 
 
 def _require_different(sample: Sample) -> None:
-    """Refuse what shows no mixing of images, and no dependence on them.
-
-    Raises:
-        ImageError: there is one picture, or all are alike.
-    """
+    """Refuse what shows no mixing of images, and no dependence on them."""
     count = len(sample)
     if count < 2 or (sample.pixels == sample.pixels[:1]).all():
         found = "holds one readable picture" if count < 2 else f"holds {count} pictures all alike"
@@ -203,11 +199,7 @@ class _Look:
         self._reference = self._candidate = self._blocks = self._costs = None
 
     def compare(self) -> None:
-        """Run everything over the sample once.
-
-        Raises:
-            ToleranceError: an output has another shape on either side.
-        """
+        """Run everything over the sample once."""
         pair = self.pair
         self.ran_on = f"{self._reference.name} | {self._candidate.name}"
         for number, indices in enumerate(self._dealt(self.batch)):
@@ -427,11 +419,7 @@ class _Second:
 
 
 def _require_alike(want: Tensors, have: Tensors, pair: Pair) -> None:
-    """Require outputs of the same sizes.
-
-    Raises:
-        ToleranceError: one has others.
-    """
+    """Require outputs of the same sizes."""
     for name in pair.outputs:
         if want[name].shape != have[name].shape:
             sizes = ("x".join(map(str, tensors[name].shape)) for tensors in (have, want))

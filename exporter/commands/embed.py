@@ -194,13 +194,7 @@ def run_embed(job: EmbedJob, progress: Progress = SILENT) -> Embedded:
 
 
 def require_output(job: EmbedJob) -> None:
-    """Refuse, before any work is done, an output that could not be written.
-
-    Raises:
-        SpecError: its ending names no format.
-        OutputError: it exists, or its folder cannot be written.
-        MissingPackageError: its format needs a package that is not there.
-    """
+    """Refuse, before any work is done, an output that could not be written."""
     if job.output.suffix not in outputs.ENDINGS:
         raise SpecError(f"output {job.output} ends in neither {' nor '.join(outputs.ENDINGS)}")
     require_writable(outputs.files_of(job.output), force=job.force)

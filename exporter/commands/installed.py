@@ -55,11 +55,7 @@ class Wanted:
 
 
 def wanted_packages() -> tuple[Wanted, ...]:
-    """List every package of every extra, in the order of the metadata, with what is installed.
-
-    Raises:
-        MissingPackageError: msn-export itself runs from a folder and was never installed.
-    """
+    """List every package of every extra, in the order of the metadata, with what is installed."""
     extras: dict[str, list[str]] = {}
     ranges: dict[str, Requirement] = {}
     for extra, requirements in requirements_by_extra().items():
@@ -74,9 +70,6 @@ def requirements_by_extra() -> Mapping[str, tuple[Requirement, ...]]:
     """Read what this machine needs for each extra; ``BASE`` holds what is always needed.
 
     An extra that includes another one of ours has that one's packages too.
-
-    Raises:
-        MissingPackageError: msn-export itself runs from a folder and was never installed.
     """
     try:
         own = importlib.metadata.distribution(PRODUCT)

@@ -101,11 +101,6 @@ class OnnxJob(Job):
 
         Returns:
             The path of the file to write.
-
-        Raises:
-            OutputError: the output exists, or its folder cannot be written.
-            CheckpointError: there is no such checkpoint.
-            SpecError: there is no such preprocessing.
         """
         output = self.output or self._default_output()
         kind_of(self.checkpoint, self.variant)

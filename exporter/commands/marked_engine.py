@@ -23,11 +23,6 @@ def build_marked(engine: Path, manifest: Manifest, folder: Path, progress: Progr
     """Compile the graph an engine came from with the stages of its stream as outputs.
 
     The outputs are float32 and named ``seen:block 3``; those of the engine itself stay.
-
-    Raises:
-        ManifestError: the graph is not beside the engine, or is another by now.
-        BuildError: it does not compile.
-        EngineFileError: the engine is damaged.
     """
     record, source = manifest.engine, manifest.source
     if record is None or source is None:

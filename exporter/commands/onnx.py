@@ -212,11 +212,7 @@ def _check_fp32(
     heads: tuple[Head, ...],
     stage: Path,
 ) -> Reference:
-    """Hold the fp32 graph to its own limit before it is typed, and measure what typing may cost.
-
-    Raises:
-        ToleranceError: the fp32 graph does not agree.
-    """
+    """Hold the fp32 graph to its own limit before it is typed, and measure what typing may cost."""
     path = apart(stage) / "fp32.onnx"
     io.save(model, path)
     fixed = job.batch.max if job.batch.is_static else None

@@ -86,11 +86,7 @@ def _require_outputs(job: ReportJob) -> None:
 
 
 def require_packages() -> None:
-    """Require what only a report needs.
-
-    Raises:
-        MissingPackageError: it is not installed; the message has the line that does.
-    """
+    """Require what only a report needs."""
     try:
         import jinja2  # noqa: F401
         import matplotlib as mpl  # noqa: F401
@@ -141,9 +137,6 @@ def _runnable(artifacts: Sequence[str]) -> tuple[list[str], list[str]]:
     """Tell the artifacts that run here from those that do not, with the reasons.
 
     One whose manifest is not believed does not: nothing says how it is fed.
-
-    Raises:
-        DeviceError: an engine is for this GPU, and it does not run.
     """
     runnable, notes = [], []
     for name in artifacts:
@@ -189,11 +182,7 @@ def _stale(
 
 
 def _weights(job: ReportJob, origin: CheckpointRecord) -> set[str]:
-    """Hash the checkpoints' weights as ``origin`` does, where nothing runs to compare them.
-
-    Raises:
-        CheckpointError: one cannot be read.
-    """
+    """Hash the checkpoints' weights as ``origin`` does, where nothing runs to compare them."""
     found = set()
     for name in filter(is_checkpoint, job.artifacts if job.images is None else ()):
         from msn_export.models.checkpoint import load_checkpoint  # torch

@@ -32,11 +32,7 @@ __all__ = ["TritonJob", "run_triton"]  # the two that docs/python.md speaks of
 
 
 def require_one_model(artifacts: Sequence[ServedArtifact]) -> None:
-    """Require one graph, or engines of full TensorRT that are one model for different GPUs.
-
-    Raises:
-        SpecError: they are not; the message says what can be served instead.
-    """
+    """Require one graph, or engines of full TensorRT that are one model for different GPUs."""
     for artifact in artifacts:
         if artifact.platform is Platform.PLAN:
             _require_servable(artifact)
@@ -145,11 +141,7 @@ def run_lint(repository: Path, release: str | None) -> tuple[Issue, ...]:
 
 
 def _is_new_version(job: TritonJob, name: str) -> bool:
-    """Say whether the job adds a version to a model that is there, whose configuration stays.
-
-    Raises:
-        OutputError: it asks for more than that.
-    """
+    """Say whether the job adds a version to a model that is there, whose configuration stays."""
     if job.version == 1 or not (job.output / name).is_dir():
         return False
     given = [
@@ -166,11 +158,7 @@ def _is_new_version(job: TritonJob, name: str) -> bool:
 
 
 def _stated_release(config: Path) -> str | None:
-    """Read for which Triton a model that is there was written.
-
-    Raises:
-        SpecError: its configuration cannot be read.
-    """
+    """Read for which Triton a model that is there was written."""
     try:
         text = config.read_text(encoding="utf-8")
     except (OSError, UnicodeError) as error:
@@ -240,11 +228,7 @@ def _release(asked: str | None, artifact: ServedArtifact) -> Release:
 
 
 def _preprocessing(job: TritonJob, artifact: ServedArtifact) -> Preprocessing:
-    """Settle how pictures are made for the ensemble and the warm-up.
-
-    Raises:
-        SpecError: the model's input is no image of a fixed size.
-    """
+    """Settle how pictures are made for the ensemble and the warm-up."""
     known = artifact.preprocessing
     size, channels = (known.size, known.channels) if known else artifact.image or (None, 0)
     if size is None:
@@ -269,11 +253,7 @@ def _warmup_data(
 
 
 def _require_sound(staged: Path) -> list[str]:
-    """Check what was staged with the checks of ``--lint``; give its notes.
-
-    Raises:
-        SpecError: something is wrong.
-    """
+    """Check what was staged with the checks of ``--lint``; give its notes."""
     findings = lint(staged, read_artifact)
     wrong = [f"{f.model}/{f.where}: {f.what}" for f in findings if f.level == "wrong"]
     if wrong:

@@ -80,10 +80,6 @@ def execute(
 
     Returns:
         The manifest's engine record: executed, with the figures, or not, and why.
-
-    Raises:
-        ToleranceError: the engine ran and does not reach its gate.
-        DeviceError: this GPU is one it is for, and it does not run.
     """
     record = manifest.engine
     assert record is not None
@@ -292,11 +288,7 @@ def _require_outputs(job: TrtJob, output: Path) -> None:
 
 
 def _profiles(job: TrtJob, source: GraphFile) -> tuple[BatchRange, ...]:
-    """Take the batch ranges asked for, or the graph's own.
-
-    Raises:
-        SpecError: the graph's batch is fixed at another size.
-    """
+    """Take the batch ranges asked for, or the graph's own."""
     profiles = job.profiles or (source.batch,)
     for profile in profiles:
         fixed = source.batch.is_static and profile != source.batch

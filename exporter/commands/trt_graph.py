@@ -84,11 +84,7 @@ def prepare(
     stage: Path,
     progress: Progress,
 ) -> Compilable:
-    """Type the graph and write it in the form and opset that the compiler fuses.
-
-    Raises:
-        GraphError: the graph cannot be had in the precision asked for, or not by this backend.
-    """
+    """Type the graph and write it in the form and opset that the compiler fuses."""
     dtype, rest = _types(job, source)
     if dtype.is_quantised and backend.row.opset < 19:
         raise GraphError(
@@ -135,9 +131,6 @@ def _types(job: TrtJob, source: GraphFile) -> tuple[Dtype, Dtype | None]:
 
     No TensorRT fuses attention in fp32, so what is fp32 beside 8 bits becomes fp16 unless another
     type is asked for.
-
-    Raises:
-        GraphError: the graph is typed already, and otherwise.
     """
     held, asked = source.dtype, job.precision or source.dtype
     if asked is held and not held.is_quantised:
@@ -208,9 +201,6 @@ def written_for(
     """Write the graph as this backend reads and fuses it; how many attention cores it has.
 
     With ``partial``, attention that is not recognised stays as it is, which ``told`` receives.
-
-    Raises:
-        FusionError: without it, attention is not recognised.
     """
     row = backend.row
     # an fp32 Attention operator has no kernel: "not supported by a dedicated kernel"
@@ -280,9 +270,6 @@ def settle(
         against: what attention is judged by.
         capabilities: the targets; none where that is every GPU from Ampere on.
         progress: is told of the emulation.
-
-    Raises:
-        ToleranceError: attention does not do, in fp16 nor in bf16.
     """
     while True:
         written = in_bf16(graph, bf16)
@@ -409,11 +396,7 @@ def _images(emulated: Emulated, nodes: Collection[str]) -> int:
 def more_bf16(
     judged: AttentionVerdict, capabilities: Sequence[ComputeCapability]
 ) -> tuple[str, ...]:
-    """Name the nodes to type bf16 beside those that are; nothing where the engine does.
-
-    Raises:
-        ToleranceError: it does not, and no bf16 mends that.
-    """
+    """Name the nodes to type bf16 beside those that are; nothing where the engine does."""
     if not judged.over and not judged.failures:
         return ()
     why = "; ".join((*_overflows(judged), *judged.failures))
@@ -434,9 +417,6 @@ def first_bf16(
 
     No compiler has fused attention in fp32, which is what an island among queries, keys or values
     asks for.
-
-    Raises:
-        ToleranceError: an island needs it and a target has no bf16.
     """
     if graph.dtype is Dtype.FP32:
         return ()

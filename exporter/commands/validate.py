@@ -68,11 +68,7 @@ def run_validate(job: ValidateJob, progress: Progress = SILENT) -> Validation:
 
 
 def validate_in_full(job: ValidateJob, progress: Progress) -> tuple[Validation, Evaluation]:
-    """Compare two artifacts; give also what was compared: vectors, pictures' names.
-
-    Raises:
-        MsnExportError: as ``run_validate``.
-    """
+    """Compare two artifacts; give also what was compared: vectors, pictures' names."""
     choices = Choices(job.variant, job.weights, job.labels)
     with progress.step("read both sides"):
         pair = open_pair(str(job.reference), str(job.candidate), choices)
@@ -260,9 +256,6 @@ def _open_baselines(
     """Open the reference in the candidate's precision; nothing where there is no graph of it.
 
     With ``ranged`` a candidate of 8 bits has a second one, with ranges of the sample.
-
-    Raises:
-        GraphError: the reference's graph cannot be written as the candidate is.
     """
     side, candidate = pair.reference, pair.candidate
     # what is made here takes float32 where the candidate takes float16
@@ -339,11 +332,7 @@ def _preprocessings(job: ValidateJob, pair: Pair) -> tuple[Preprocessing, Prepro
 
 
 def _on_shared(reference: Reference, fed: Sample) -> Reference:
-    """Feed the pictures that both preprocessings could read: another may refuse another one.
-
-    Raises:
-        ImageError: there is none.
-    """
+    """Feed the pictures that both preprocessings could read: another may refuse another one."""
     names = reference.sample.names
     at = {name: index for index, name in enumerate(fed.names)}
     kept = [index for index, name in enumerate(names) if name in at]

@@ -272,11 +272,7 @@ def _written(input_format: InputFormat) -> InputFormat:
 
 
 def _in_precision(pair: Pair, sample: Sample) -> ir.Model:
-    """Type or quantise the reference's fp32 function as the candidate is.
-
-    Raises:
-        GraphError: the candidate is quantised in a way that cannot be repeated.
-    """
+    """Type or quantise the reference's fp32 function as the candidate is."""
     input_format, dtype = _written(pair.candidate.input_format), pair.candidate.dtype
     candidate = _graph_behind(pair.candidate)
     model = _fp32_of(pair, sample).clone()

@@ -96,9 +96,6 @@ def open_artifact(
         name: as the user gave it.
         choices: what a checkpoint does not say itself, or holds several of.
         size: the image size a checkpoint is to be read for; a file has its own.
-
-    Raises:
-        MsnExportError: there is no such thing, or it cannot be compared.
     """
     path = Path(name)
     if path.suffix == ".onnx":
@@ -153,11 +150,7 @@ def _of_graph(path: Path) -> Artifact:
 
 
 def _of_engine(path: Path) -> Artifact:
-    """Describe an engine by its manifest; the file itself is not deserialised here.
-
-    Raises:
-        EngineFileError: it has no manifest to say what it takes, or there is no such file.
-    """
+    """Describe an engine by its manifest; the file itself is not deserialised here."""
     if not path.is_file():
         raise GraphError(f"{path} does not exist; give an .engine file")
     manifest = manifests.read(path)
@@ -189,13 +182,7 @@ def _of_engine(path: Path) -> Artifact:
 
 
 def open_engine(path: Path) -> OpenSide:
-    """Open an engine for running.
-
-    Raises:
-        RunnerError: it cannot run here: there is no GPU, or another than it is for.
-        MissingPackageError: a package is not installed.
-        DeviceError: the GPU or TensorRT failed.
-    """
+    """Open an engine for running."""
     driver = find_driver()
     if isinstance(driver, NoDriver):
         raise RunnerError(
@@ -245,12 +232,7 @@ class Pair:
 
 
 def open_pair(reference: str, candidate: str, choices: Choices = AS_IT_SAYS) -> Pair:
-    """Open both sides; a checkpoint is read for the other side's image size.
-
-    Raises:
-        SpecError: they take images of different sizes, or ``choices`` are for neither.
-        ToleranceError: they have no output in common.
-    """
+    """Open both sides; a checkpoint is read for the other side's image size."""
     if choices and not any(map(is_checkpoint, (reference, candidate))):
         raise SpecError(
             "--variant, --weights and --labels are for a checkpoint, and neither side is one"
@@ -301,9 +283,6 @@ def preprocessing_of(
     """Choose the preprocessing: None and ``auto`` follow the checkpoint's own file.
 
     Where it has none, ``hf`` is assumed.
-
-    Raises:
-        MsnExportError: as ``processor_config.choose``.
     """
     size, channels = ImageSize(*checkpoint.config.image_size), checkpoint.config.channels
     known, own = None, checkpoint.processor
@@ -313,11 +292,7 @@ def preprocessing_of(
 
 
 def sized(checkpoint: Checkpoint, size: ImageSize | None) -> Checkpoint:
-    """Give a checkpoint for images of ``size``, its position embedding interpolated.
-
-    Raises:
-        CheckpointError: the patch does not divide ``size``.
-    """
+    """Give a checkpoint for images of ``size``, its position embedding interpolated."""
     wanted = (size.height, size.width) if size else checkpoint.config.image_size
     if wanted == checkpoint.config.image_size:
         return checkpoint
@@ -333,10 +308,6 @@ def require_one_size(checkpoint: Checkpoint) -> None:
 
     They do not where a model was fine-tuned at another size and one file is of before. transformers
     refuses such a pair when it runs, for it does not know which is meant either.
-
-    Raises:
-        SpecError: they do not.
-        ImageError: the processor's configuration is refused.
     """
     if (difference := size_difference(checkpoint)) is not None:
         raise SpecError(f"{difference}; choose one with --image-size")
@@ -355,11 +326,7 @@ def size_difference(checkpoint: Checkpoint) -> str | None:
 
 
 def checkpoint_artifact(name: str, choices: Choices, size: ImageSize | None) -> Artifact:
-    """Describe a checkpoint: it takes any batch and gives any head it has.
-
-    Raises:
-        CheckpointError: there is no such checkpoint, or it cannot be used.
-    """
+    """Describe a checkpoint: it takes any batch and gives any head it has."""
     from msn_export.graph.torch_reference import TorchRunner, readable_heads
     from msn_export.models.checkpoint import load_checkpoint
 

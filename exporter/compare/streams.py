@@ -174,11 +174,7 @@ def _at(stream: NDArray[np.float32], sizes: tuple[int | None, ...] | None) -> ND
 
 
 def what_is_shown(artifact: Artifact) -> Shown:
-    """List what can be shown of an artifact, without running it.
-
-    Raises:
-        GraphError: its graph has no residual stream, or it is an engine.
-    """
+    """List what can be shown of an artifact, without running it."""
     if artifact.marked is not None:
         manifest = manifests.read(artifact.marked)
         assert manifest is not None  # written with the engine
@@ -214,9 +210,6 @@ def open_stream(
     """Open an artifact with those of the tensors called ``names`` shown that it has.
 
     A checkpoint can be had in fp64 too.
-
-    Raises:
-        GraphError: its graph has no residual stream, or it is an engine.
     """
     if artifact.marked is not None:
         return EngineStream(artifact.marked)
@@ -234,11 +227,7 @@ def open_stream(
 def open_blocks(
     artifact: Artifact, outputs: tuple[str, ...], names: tuple[str, ...], given: tuple[str, ...]
 ) -> StreamLike:
-    """Open an artifact so that each stage reads what is given for the one before it.
-
-    Raises:
-        GraphError: its graph has no residual stream, or it is an engine.
-    """
+    """Open an artifact so that each stage reads what is given for the one before it."""
     if artifact.module is not None:
         return open_stream(artifact, outputs, names)
     return blocks_of(graph_of(artifact), names, given)
@@ -270,11 +259,7 @@ def values_of(model: ir.Model) -> dict[str, ir.Value]:
 
 
 def graph_of(artifact: Artifact) -> ir.Model:
-    """Give an artifact's graph.
-
-    Raises:
-        GraphError: it is an engine.
-    """
+    """Give an artifact's graph."""
     if artifact.graph is None:
         raise GraphError(
             f"{artifact.name}: an engine shows no tensors on its way; compare the graph it was "

@@ -99,12 +99,7 @@ def reading_of(
     wanted: str | None,
     scores: Scores | None = None,
 ) -> Reading:
-    """Choose what to read off a model; ``scores`` is what its manifest says of its logits.
-
-    Raises:
-        SpecError: it has no output of the name asked for, or several and none that is known.
-        GraphError: the output that is read has no row of floats for each image.
-    """
+    """Choose what to read off a model; ``scores`` is what its manifest says of its logits."""
     names = [spec.name for spec in outputs]
     if wanted is not None and wanted not in names:
         raise SpecError(
@@ -185,10 +180,6 @@ def read_rows(
     """Read a batch's rows off the model's outputs.
 
     NaN or infinity in a vector or in the logits is an error, as a broken picture is.
-
-    Raises:
-        GraphError: an output has another number of rows than pictures went in, or the logits are
-            not a row of classes each.
     """
     vectors = np.array(outputs[reading.vector], np.float32)
     if vectors.ndim < 2 or len(vectors) != count:
@@ -252,11 +243,7 @@ class OpenModel(Protocol):
 
 
 def require_selftest(runner: Runner, *, check: bool) -> str:
-    """Run the manifest's golden input, before a night is spent on a model that is wrong here.
-
-    Raises:
-        ToleranceError: this machine does not reproduce it.
-    """
+    """Run the manifest's golden input, before a night is spent on a model that is wrong here."""
     if not check:
         return "none (--no-check)"
     if runner.manifest is None or runner.manifest.golden is None:
@@ -284,11 +271,7 @@ class LocalExecutor:
     def rows(
         self, feed: Feed, reading: Reading, batch: int, missing: Sequence[range]
     ) -> Iterator[tuple[int, Rows]]:
-        """Make the rows of each batch of ``missing``, in order; give them with the first's number.
-
-        Raises:
-            MsnExportError: the model failed.
-        """
+        """Make the rows of each batch of ``missing``, in order, with the first's number."""
         paths = chain.from_iterable(self.pictures.paths[one.start : one.stop] for one in missing)
         decoded = decode(
             paths,

@@ -68,11 +68,7 @@ class Listing:
 
 
 def list_pictures(folder: Path) -> Listing:
-    """List the pictures below a folder, or one file.
-
-    Raises:
-        ImageError: there is none.
-    """
+    """List the pictures below a folder, or one file."""
     from msn_export import image_folder  # numpy, which --help is not to wait for
 
     found = image_folder.find(folder)

@@ -48,11 +48,7 @@ class GrowingArray:
         self.path, self.total = path, total
 
     def write(self, start: int, rows: NDArray[Any]) -> None:
-        """Put rows [k, ...] at ``start`` and see them to the disk; what is skipped is zeros so far.
-
-        Raises:
-            OutputError: rows of another shape or type are there already.
-        """
+        """Put rows [k, ...] at ``start`` and see them to disk; rows skipped are zeros so far."""
         if not self.path.exists():
             self._begin(rows)
         offset, shape, dtype = self._layout()
@@ -144,9 +140,6 @@ class Journal:
             origin: all that the rows follow from, by name; parts of another origin are refused.
             resume: go on with what is there.
             force: throw away what is there, unless it is to be resumed.
-
-        Raises:
-            OutputError: parts are there and may not be touched, are of another origin, or damaged.
         """
         parts = cls(folder, total)
         folder.mkdir(exist_ok=True)
@@ -192,11 +185,7 @@ class Journal:
             self.end_part()
 
     def end_part(self) -> None:
-        """Write what was added since the last part; after an interruption it may be called again.
-
-        Raises:
-            OutputError: rows of another shape were written before.
-        """
+        """Write what was added since the last part; after an interruption, again."""
         self._begun = time.monotonic()
         if not self._open:
             return
@@ -339,11 +328,7 @@ def files_of(output: Path) -> tuple[Path, ...]:
 
 
 def require_parquet() -> None:
-    """Require the library, before any work is done.
-
-    Raises:
-        MissingPackageError: pyarrow is not installed.
-    """
+    """Require the library, before any work is done."""
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError as error:
@@ -354,11 +339,7 @@ def require_parquet() -> None:
 
 
 def require_fit(output: Path, row: Sequence[int]) -> None:
-    """Require that rows of a shape can be written.
-
-    Raises:
-        OutputError: a table is to hold what is no vector.
-    """
+    """Require that rows of a shape can be written."""
     if output.suffix == ".parquet" and len(row) != 1:
         raise OutputError(
             f"an image gives {list(row)} numbers and a .parquet row holds one vector; write .npy, "
@@ -469,9 +450,6 @@ def place(made: Sequence[Path], output: Path) -> None:
 
     The old array goes first and the new one comes last: at no moment does one lie beside sidecars
     that are not its own.
-
-    Raises:
-        OutputError: the file system refused.
     """
     places = files_of(output)
     try:

@@ -50,10 +50,6 @@ def run_child(
         raw: receives all that the child and TensorRT print.
         limits: when to end it.
         progress: is told how far it is.
-
-    Raises:
-        BuildError: the job failed, the child crashed, or a limit was reached.
-        OSError: the engine could not be written.
     """
     with ChildProcess("msn_export.engine.worker", raw) as child:
         child.send(job)
@@ -160,10 +156,6 @@ def build_engine(
         output: where the engine goes; the caller moves it once it has passed its gate.
         log: where all that TensorRT says goes, verbatim; also, and above all, when it fails.
         progress: is told how far the build is.
-
-    Raises:
-        BuildError: TensorRT refused or crashed, or a limit of ``spec`` was reached.
-        OutputError: ``log`` cannot be written.
     """
     driver = find_driver()
     notes = check_options(spec, backend, driver)
@@ -204,11 +196,7 @@ def _job(spec: BuildSpec, backend: Backend, output: Path) -> dict[str, Any]:
 
 
 def _targets(spec: BuildSpec, backend: Backend, output: Path, driver: Driver | NoDriver) -> Targets:
-    """Say which GPUs the engine is for, as its header claims where that can be read.
-
-    Raises:
-        BuildError: it claims others than were asked for.
-    """
+    """Say which GPUs the engine is for, as its header claims where that can be read."""
     if not backend.row.targets_capabilities:
         if spec.hardware_compatible:
             return Targets((AMPERE,), later=True)

@@ -209,11 +209,7 @@ class Census:
 
     @classmethod
     def from_json(cls, plain: Any) -> "Census":
-        """Read what ``to_json`` gave.
-
-        Raises:
-            ManifestError: it is not that.
-        """
+        """Read what ``to_json`` gave."""
         return from_plain(cls, plain, "census")
 
 
@@ -245,9 +241,6 @@ def require(
         allow_unfused: do not ask about attention.
         quantised: ONNX nodes of the products that must multiply in int8 or fp8, each of them.
         asked: what the graph asks of each node; those it computes in fp32 must stay in fp32.
-
-    Raises:
-        BuildError: it is not; the message names the blocks and the ONNX nodes.
     """
     faults = []
     if not allow_unfused:

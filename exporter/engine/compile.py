@@ -314,9 +314,6 @@ def compile_engine(
         log: a logger that fills ``heard``.
         heard: what the builder logs.
         report: receives progress; returning False cancels the build.
-
-    Raises:
-        BuildError: the parser or the builder refused, or the job contradicts the graph.
     """
     builder: Builder = trt.Builder(log)
     flags = sum(

@@ -97,11 +97,7 @@ def block_of(node: str) -> int | None:
 
 
 def read_log(messages: list[str]) -> tuple[Kernel, ...]:
-    """Read the kernel records among a builder's log messages.
-
-    Raises:
-        BuildError: there is none, or one cannot be read: this TensorRT writes them differently.
-    """
+    """Read the kernel records among a builder's log messages."""
     records = [
         line
         for message in messages
@@ -147,11 +143,7 @@ def _split(record: str) -> list[str]:
 
 
 def read_inspector(text: str) -> tuple[Kernel, ...]:
-    """Read ``EngineInspector.get_engine_information(LayerInformationFormat.JSON)``.
-
-    Raises:
-        BuildError: it is no such JSON, or holds names only (an engine built without DETAILED).
-    """
+    """Read ``EngineInspector.get_engine_information(LayerInformationFormat.JSON)``."""
     try:
         layers = json.loads(text)["Layers"]
         named_only = any(isinstance(layer, str) for layer in layers)

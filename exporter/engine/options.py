@@ -45,10 +45,6 @@ def find_backend(name: str = "auto") -> Backend:
 
     ``auto`` is full TensorRT where it imports and a driver exists (it compiles nothing without a
     GPU), else TensorRT-RTX.
-
-    Raises:
-        SpecError: the name is none of auto, tensorrt, tensorrt-rtx.
-        MissingPackageError: it cannot be imported; the message has the line that installs it.
     """
     if name in INSTALL:
         return _require(name)
@@ -66,11 +62,7 @@ def find_backend(name: str = "auto") -> Backend:
 
 
 def require_buildable(backend: Backend, driver: Driver | NoDriver) -> None:
-    """Require what ``backend`` needs to compile: without a driver full TensorRT ends the process.
-
-    Raises:
-        BuildError: it needs a GPU and none can be used here.
-    """
+    """Require what ``backend`` compiles with: without a driver full TensorRT ends the process."""
     if backend.row.builds_without_gpu or isinstance(driver, Driver):
         return
     raise BuildError(
@@ -94,11 +86,7 @@ def _require(name: str) -> Backend:
 
 
 def _import_version(module: str) -> str | None:
-    """Import a module in a process of its own: two TensorRTs cannot share one, and some crash.
-
-    Raises:
-        MissingPackageError: it is installed and does not import.
-    """
+    """Import a module in a process of its own: two TensorRTs cannot share one, and some crash."""
     if importlib.util.find_spec(module) is None:
         return None
     command = [sys.executable, "-P", "-c", f"import {module}; print({module}.__version__)"]
@@ -239,10 +227,6 @@ def check_options(spec: BuildSpec, backend: Backend, driver: Driver | NoDriver) 
     """Refuse what cannot be built here, and tell of the options that do nothing.
 
     It needs no graph, so that a command can ask before it begins its work.
-
-    Raises:
-        BuildError: the backend needs a GPU and there is none, it cannot have an option, or it has
-            no kernels for a target.
     """
     require_buildable(backend, driver)
     row, options = backend.row, spec.options_set()
@@ -277,11 +261,7 @@ def _require_ampere(device: Device) -> None:
 
 
 def require_capable(dtypes: Set[str], capabilities: tuple[ComputeCapability, ...]) -> None:
-    """Refuse targets that do not compute in all of ``dtypes``, in TensorRT's spelling.
-
-    Raises:
-        BuildError: one does not, or none is named and not every one of TensorRT-RTX's does.
-    """
+    """Refuse targets that do not compute in all of ``dtypes``, in TensorRT's spelling."""
     for dtype, first in _FIRST_CAPABILITY.items():
         if dtype not in dtypes:
             continue

@@ -72,21 +72,13 @@ class Stream:
 
 
 def stages_of(model: ir.Model) -> dict[str, ir.Value]:
-    """Name what the stream is before the first block and after each.
-
-    Raises:
-        GraphError: there is no residual stream.
-    """
+    """Name what the stream is before the first block and after each."""
     stream = find_stream(model)
     return {ENTRY: stream.entry} | {f"block {b.number}": b.output for b in stream.blocks}
 
 
 def find_stream(model: ir.Model) -> Stream:
-    """Find the stream and its blocks.
-
-    Raises:
-        GraphError: there is no attention between two cuts of the graph.
-    """
+    """Find the stream and its blocks."""
     flow = _Flow(model.graph)
     entry = flow.entry(flow.cores[0]) if flow.cores else None
     if entry is None:

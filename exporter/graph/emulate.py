@@ -152,9 +152,6 @@ def in_fp64(model: ir.Model) -> ir.Model:
 
     onnxruntime's CPU provider has no fp64 Conv and Erf: a convolution whose patches do not overlap
     is written as a matrix product, and Erf stays fp32, whose error is that of one rounding.
-
-    Raises:
-        GraphError: the graph has another kind of convolution.
     """
     copy = model.clone()
     infer_shapes(copy)

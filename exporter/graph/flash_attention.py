@@ -54,9 +54,6 @@ def emulate_attention(
         model: a graph with every value typed; not changed.
         fp16: nodes whose kernel sums in fp16.
         bf16: nodes whose kernel takes bf16 and sums in fp32.
-
-    Raises:
-        GraphError: a node is not there, or is no attention of q, k, v [b, h, n, d] alone.
     """
     copy = model.clone()
     infer_shapes(copy)

@@ -75,9 +75,6 @@ def tidy(model: ir.Model) -> tuple[ir.Model, str]:
     """Write an understood graph in opset 23 and simplify it; say what simplification did.
 
     A quantised graph is not simplified: it would lose its Q/DQ on constants.
-
-    Raises:
-        GraphError: it is quantised in a way that is not taken, or its opset cannot be converted.
     """
     if model.graph.opset_imports[""] > NEWEST:
         lower_opset(model, NEWEST)
@@ -100,11 +97,7 @@ def raised_where_possible(model: ir.Model) -> ir.Model:
 
 
 def require_plain_operators(model: ir.Model) -> None:
-    """Refuse operators that only one runtime has.
-
-    Raises:
-        GraphError: there is one; the message names it.
-    """
+    """Refuse operators that only one runtime has."""
     for node in model.graph:
         if node.domain in {"", "ai.onnx"}:
             continue

@@ -127,9 +127,6 @@ def fuse_attention(
 
     Returns:
         How many cores there are; with ``partial``, also those that were left.
-
-    Raises:
-        FusionError: a core was missed, or there are other than ``expected``; each miss is named.
     """
     attention_3d_to_4d(model)
     write_plainly(model)
@@ -227,9 +224,6 @@ def _write_packed(graph: ir.Graph, core: AttentionCore) -> None:
 
     The Reshape, Transpose and Split between a projection and the core, and the Transpose and
     Reshape after it, give way to one Split of the projection.
-
-    Raises:
-        FusionError: an operand is not a projection's, or part of one, with its heads apart.
     """
     merged = _merged_heads(core.output)
     heads = core.q.shape[1] if core.q.shape is not None else None

@@ -32,9 +32,6 @@ def load(path: Path) -> ir.Model:
 
     All weights come into memory: the libraries that a graph is handed to would look for them
     beside a file that there is not.
-
-    Raises:
-        GraphError: the file is missing, is not ONNX, or points outside its folder.
     """
     try:
         # absolute: where a path names no folder, onnx-ir follows links out of it
@@ -109,9 +106,6 @@ def save(model: ir.Model, path: Path) -> None:
 
     The graph message is written by hand around weights that are never gathered in memory: first
     the skeleton, then each initializer as one more field, which protobuf reads as appended.
-
-    Raises:
-        GraphError: the file would pass protobuf's 2 GiB.
     """
     with _weights_aside(model, keeps=-1) as weights:
         proto = ir.to_proto(model)
@@ -191,11 +185,7 @@ def skeleton(model: ir.Model) -> onnx.ModelProto:
 
 
 def refill(proto: onnx.ModelProto, source: ir.Model) -> ir.Model:
-    """Make a graph from a processed skeleton and the weights of the graph it came from.
-
-    Raises:
-        GraphError: the skeleton asks for a weight that the source does not have.
-    """
+    """Make a graph from a processed skeleton and the weights of the graph it came from."""
     model = ir.from_proto(proto)
     kept = [value.name for value in source.graph.inputs]
     for value in list(model.graph.inputs):
@@ -213,11 +203,7 @@ def refill(proto: onnx.ModelProto, source: ir.Model) -> ir.Model:
 
 
 def infer_shapes(model: ir.Model) -> None:
-    """Give every value its type and shape, in place.
-
-    Raises:
-        GraphError: the graph contradicts itself.
-    """
+    """Give every value its type and shape, in place."""
     try:
         proto = onnx.shape_inference.infer_shapes(
             skeleton(model), check_type=True, strict_mode=True, data_prop=True
@@ -235,11 +221,7 @@ def infer_shapes(model: ir.Model) -> None:
 
 
 def check(path: Path) -> None:
-    """Run onnx's checker on a file, with strict shape inference.
-
-    Raises:
-        GraphError: the file breaks the ONNX specification.
-    """
+    """Run onnx's checker on a file, with strict shape inference."""
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

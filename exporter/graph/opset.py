@@ -37,11 +37,7 @@ _QUANTISATION = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 
 def lower_opset(model: ir.Model, opset: int) -> None:
-    """Rewrite ``model`` in place to opset 17, 20 or 23; below 23, attention must be plain.
-
-    Raises:
-        GraphError: the graph has an operator that the older opset lacks or means differently.
-    """
+    """Rewrite ``model`` in place to opset 17, 20 or 23; below 23, attention must be plain."""
     strange = {
         node.op_type
         for node in model.graph
@@ -87,11 +83,7 @@ def _is_quantisation(node: ir.Node, opset: int) -> bool:
 
 
 def raise_opset(model: ir.Model, opset: int = NEWEST) -> ir.Model:
-    """Convert a graph to ``opset`` with onnx's version converter; same graph if it is there.
-
-    Raises:
-        GraphError: the converter has no way.
-    """
+    """Convert a graph to ``opset`` with onnx's version converter; same graph if it is there."""
     held = model.graph.opset_imports.get("", 0)
     if held >= opset:
         return model

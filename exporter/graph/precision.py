@@ -31,11 +31,7 @@ WEIGHTED_PRODUCTS = frozenset({"MatMul", "Gemm", "Conv"})
 
 
 def quantised_dtype(model: ir.Model) -> Dtype | None:
-    """Say what a graph's Q/DQ pairs quantise to; None if it has none.
-
-    Raises:
-        GraphError: it is quantised in a way that TensorRT does not compile; the node is named.
-    """
+    """Say what a graph's Q/DQ pairs quantise to; None if it has none."""
     found: dict[Dtype, str] = {}
     for node in model.graph:
         name = node.name or node.outputs[0].name
@@ -172,10 +168,6 @@ def type_graph(model: ir.Model, dtype: Dtype, islands: Collection[str] = ()) -> 
         model: an fp32 graph with every value typed; changed in place.
         dtype: fp16 or bf16.
         islands: names of values that stay fp32.
-
-    Raises:
-        GraphError: an island is no value of this graph, the graph is not fp32, or has an operator
-            whose inputs cannot be retyped.
     """
     infer_shapes(model)
     _require_fp32(model)
@@ -194,11 +186,7 @@ def type_graph(model: ir.Model, dtype: Dtype, islands: Collection[str] = ()) -> 
 
 
 def attention_in_bf16(model: ir.Model, nodes: Collection[str]) -> None:
-    """Cast what the named ``Attention`` nodes read to bf16, and their results back, in place.
-
-    Raises:
-        GraphError: the graph has no Attention node of a name.
-    """
+    """Cast what the named ``Attention`` nodes read to bf16, and their results back, in place."""
     builder = GraphBuilder(model.graph)
     found = {node.name: node for node in model.graph if node.op_type == "Attention"}
     for name in nodes:
@@ -242,11 +230,7 @@ def _products_of(model: ir.Model, weights: Collection[str]) -> set[str]:
 
 
 def graph_dtype(model: ir.Model) -> Dtype:
-    """Say how a graph's weights are typed, by number; one with Q/DQ is of their type.
-
-    Raises:
-        GraphError: it is quantised in a way that TensorRT does not compile.
-    """
+    """Say how a graph's weights are typed, by number; one with Q/DQ is of their type."""
     quantised = quantised_dtype(model)
     if quantised is not None:
         return quantised

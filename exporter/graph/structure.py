@@ -36,11 +36,7 @@ _ACTIVATIONS = {
 
 
 def structure_of(model: ir.Model) -> Structure:
-    """Read a graph's epsilons, activations, additions and norms; the rest is left out.
-
-    Raises:
-        GraphError: its blocks are not found.
-    """
+    """Read a graph's epsilons, activations, additions and norms; the rest is left out."""
     stream = find_stream(model)
     found: dict[str, float | str] = {}
     inside: set[ir.Node] = set()

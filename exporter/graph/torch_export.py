@@ -59,11 +59,7 @@ def _constant(values: Tensor) -> nn.Parameter:
 
 
 class ExportedModule(nn.Module):
-    """Images as the graph takes them, to one tensor a head.
-
-    Raises:
-        GraphError: a head asks for a classifier or a final LayerNorm that the model lacks.
-    """
+    """Images as the graph takes them, to one tensor a head."""
 
     def __init__(
         self,
@@ -99,11 +95,7 @@ _WRAPPERS = re.compile(r"^model(\.|$)")
 
 
 def translate(traced: fx.Graph, root: nn.Module, images: ir.Value) -> ir.Graph:
-    """Write a trace of ``root``, whose one input is ``images``.
-
-    Raises:
-        GraphError: the module calls something that has no ONNX form here.
-    """
+    """Write a trace of ``root``, whose one input is ``images``."""
     graph = ir.Graph([images], [], nodes=[], opset_imports={"": TRACE_OPSET}, name="main_graph")
     builder = GraphBuilder(graph)
     known: dict[fx.Node, Any] = {}
@@ -178,9 +170,6 @@ def trace(
     """Trace ``model`` at opset 23, batch the only dynamic axis.
 
     The graph's initializers share memory with the model's parameters where the layout allows.
-
-    Raises:
-        GraphError: torch cannot export the model, or a head asks for a classifier it lacks.
     """
     wrapped = ExportedModule(model, heads, input_format, preprocessing).eval()
     try:

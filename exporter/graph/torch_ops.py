@@ -29,11 +29,7 @@ def shape_of(value: ir.Value) -> Shape:
 
 
 def require_size(dim: Dim) -> int:
-    """Require a size that is known.
-
-    Raises:
-        ValueError: it is the batch, which no operator may be told.
-    """
+    """Require a size that is known."""
     if not isinstance(dim, int):
         raise ValueError(f"the batch {dim} would become a constant")  # noqa: TRY004
     return dim

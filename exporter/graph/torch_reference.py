@@ -37,12 +37,7 @@ def read_head(model: VitMsn, head: Head, hidden: Hidden) -> Tensor:
 
 
 def require_readable(model: VitMsn, heads: Sequence[Head]) -> None:
-    """Require that a model has what ``heads`` read.
-
-    Raises:
-        GraphError: logits are asked of a model without a classifier, or tokens of one without a
-            final LayerNorm.
-    """
+    """Require that a model has what ``heads`` read."""
     if Head.LOGITS in heads and model.classifier is None:
         raise GraphError("head logits needs a classifier, this checkpoint has none; use cls")
     rest = [head for head in heads if head is not Head.LOGITS]

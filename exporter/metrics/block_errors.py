@@ -138,11 +138,7 @@ class TensorComparison:
     first_token: bool = False
 
     def add(self, reference: NDArray[Any], candidate: NDArray[Any]) -> None:
-        """Compare a batch; where one side has the [CLS] token alone, only that.
-
-        Raises:
-            ToleranceError: the shapes differ otherwise.
-        """
+        """Compare a batch; where one side has the [CLS] token alone, only that."""
         if reference.shape != candidate.shape and first_tokens(reference, candidate):
             self.first_token = True
             reference, candidate = reference[:, :1], candidate[:, :1]
@@ -155,11 +151,7 @@ class TensorComparison:
         return bool(self.comparison.cosines)
 
     def drift(self) -> TensorDrift:
-        """Sum up.
-
-        Raises:
-            ToleranceError: nothing was added.
-        """
+        """Sum up."""
         agreement = self.comparison.agreement()
         return TensorDrift(
             self.name,

@@ -111,11 +111,7 @@ class Reference:
         return np.stack(rows), exact
 
     def require_finite(self) -> Reference:
-        """Require that there is something to compare with.
-
-        Raises:
-            ToleranceError: a value is NaN or infinite; the output and the picture are named.
-        """
+        """Require that there is something to compare with."""
         for name, values in self.outputs.items():
             if not np.issubdtype(values.dtype, np.number):
                 raise ToleranceError(
@@ -238,11 +234,7 @@ class Evaluation:
         )
 
     def require(self, what: str) -> CheckRecord:
-        """Pass every output through the gate.
-
-        Raises:
-            ToleranceError: an output does not reach it; the message names output and figures.
-        """
+        """Pass every output through the gate."""
         for name, agreement in self.outputs.items():
             self.gate.require(agreement, f"{what}, output {name!r},", self.reference.limit(name))
         return self.check
@@ -295,11 +287,7 @@ class Trial:
         input_format: InputFormat,
         sizes: Sequence[int],
     ) -> None:
-        """Run a candidate over the reference's pictures at each batch size and compare.
-
-        Raises:
-            ToleranceError: an output is missing or has another shape than the reference's.
-        """
+        """Run a candidate over the reference's pictures at each batch size and compare."""
         sample = reference.sample
         dealt = list(batches(sizes, len(sample)))
         self._add(
@@ -381,11 +369,7 @@ def evaluate(
     sizes: Sequence[int],
     gate: Gate,
 ) -> Evaluation:
-    """Run a candidate over the reference's pictures at each batch size and compare.
-
-    Raises:
-        ToleranceError: an output is missing or has another shape than the reference's.
-    """
+    """Run a candidate over the reference's pictures at each batch size and compare."""
     trial = Trial()
     trial.run(runner, reference, input_format, sizes)
     return trial.evaluation(reference, sizes, runner.name, gate)

@@ -25,11 +25,7 @@ def embedding_of(output: NDArray[Any]) -> NDArray[Any]:
 
 
 def nearest(embeddings: NDArray[Any]) -> NDArray[np.intp]:
-    """Find each image's nearest other image by cosine, from embeddings [n, dim].
-
-    Raises:
-        ToleranceError: there are fewer than two images.
-    """
+    """Find each image's nearest other image by cosine, from embeddings [n, dim]."""
     if len(embeddings) < 2:
         raise ToleranceError(f"{len(embeddings)} image has no neighbour; give at least two")
     vectors = embeddings.astype(np.float64)
@@ -69,9 +65,6 @@ def neighbour_agreement(reference: NDArray[Any], candidate: NDArray[Any]) -> flo
 
     None of one or two images, whose neighbours always agree. An image whose embedding is not finite
     in either agrees with nothing.
-
-    Raises:
-        ToleranceError: the shapes differ.
     """
     if reference.shape != candidate.shape:
         raise ToleranceError(
@@ -274,9 +267,6 @@ class Comparison:
             reference: what is right.
             candidate: what is asked about.
             exact: which rows of the reference are in fp64; None: all are of one kind.
-
-        Raises:
-            ToleranceError: the shapes differ; nothing is broadcast. Or one side holds integers.
         """
         if reference.shape != candidate.shape:
             raise ToleranceError(
@@ -324,11 +314,7 @@ class Comparison:
 
     @np.errstate(invalid="ignore", divide="ignore")  # what comes of infinity and 0 is meant
     def agreement(self) -> Agreement:
-        """Sum up what was added.
-
-        Raises:
-            ToleranceError: nothing was added; an empty set agrees with nothing.
-        """
+        """Sum up what was added."""
         if not self.cosines:
             raise ToleranceError("no image was compared; an empty set is not a pass")
         cosines, ratios = np.asarray(self.cosines), np.asarray(self.ratios)

@@ -62,11 +62,7 @@ class Sample:
 def draw(
     folder: Path | None, preprocessing: Preprocessing, *, max_batch: int = 8, limit: int = LIMIT
 ) -> Sample:
-    """Decode up to ``limit`` pictures of a folder; without one, seeded noise, named as such.
-
-    Raises:
-        ImageError: the folder has no readable picture.
-    """
+    """Decode up to ``limit`` pictures of a folder; without one, seeded noise, named as such."""
     (sample,) = draw_parts(folder, preprocessing, max_batch=max_batch, limit=limit, part=limit)
     return sample
 
@@ -79,11 +75,7 @@ def draw_parts(
     limit: int | None = LIMIT,
     part: int = PART,
 ) -> Iterator[Sample]:
-    """Decode up to ``limit`` pictures of a folder (None: all), ``part`` of them at a time.
-
-    Raises:
-        ImageError: the folder has no readable picture.
-    """
+    """Decode up to ``limit`` pictures of a folder (None: all), ``part`` of them at a time."""
     if folder is None:
         pixels = images.noise(preprocessing, 4)
         names = tuple(f"noise {i}" for i in range(len(pixels)))
@@ -98,11 +90,7 @@ def draw_parts(
 
 
 def require_different(sample: Sample) -> Sample:
-    """Require pictures that differ: on others a model that ignores its image would pass.
-
-    Raises:
-        ImageError: there is one picture, or all are alike.
-    """
+    """Require pictures that differ: on others a model that ignores its image would pass."""
     if len(sample) < 2:
         raise ImageError(
             f"{sample.source} gives 1 picture; a check needs at least 2 different ones, or a model "
@@ -117,11 +105,7 @@ def require_different(sample: Sample) -> Sample:
 
 
 def batch_sizes(batch: BatchRange, max_batch: int) -> tuple[int, ...]:
-    """Choose the smallest size, the largest that memory affords, and one between.
-
-    Raises:
-        SpecError: not even the smallest fits in memory: ``max_batch`` is a quarter of what is free.
-    """
+    """Choose the smallest size, the largest that memory affords, and one between."""
     if batch.min > 3 * max_batch:
         raise SpecError(
             f"batch {batch}: memory affords a check of about {3 * max_batch} images at once; "

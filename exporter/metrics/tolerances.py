@@ -166,11 +166,7 @@ class Gate:
         return found
 
     def require(self, agreement: Agreement, what: str, limit: Limit | None = None) -> None:
-        """Pass or raise.
-
-        Raises:
-            ToleranceError: something does not hold; the message has every figure that fails.
-        """
+        """Pass or raise."""
         failures = self.failures(agreement, limit)
         if failures:
             raise ToleranceError(
@@ -311,9 +307,6 @@ def gate_of(dtype: Dtype, numbers: Mapping[str, float] | None = None) -> Gate:
 
     ``cosine`` is every image's in fp32 and else the first percentile's. A number for what a
     measured limit bounds stands in place of it, and can be wider; the others are asked beside it.
-
-    Raises:
-        SpecError: there is no number of that name.
     """
     gate = GATES[dtype]
     if not numbers:

@@ -146,12 +146,7 @@ def report_checkpoint(name: str) -> ReportedArtifact:
 
 
 def report_file(path: Path, live: bool | None) -> ReportedArtifact:
-    """Read an exported file; ``live`` is the verdict of a comparison that ran just now.
-
-    Raises:
-        GraphError: there is no such file, or it is none of ours.
-        EngineFileError: an engine is damaged.
-    """
+    """Read an exported file; ``live`` is the verdict of a comparison that ran just now."""
     found = inspect(path)
     manifest, _ = believed(path)
     grid: tuple[BlockPrecision, ...] = ()

@@ -187,11 +187,7 @@ class Graphs:
         return len(self._captured)
 
     def run(self, run: Run) -> bool:
-        """Replay a run, or do it in a new context and capture it; False: the caller shall do it.
-
-        Raises:
-            DeviceError: a launch failed, or the new context did not run.
-        """
+        """Replay a run, or do it in a new context and capture it; False: the caller shall do it."""
         self._now += 1
         found = self._captured.get(run)
         if found is not None:
@@ -297,11 +293,7 @@ class ExecutionSlot:
         return self._staging
 
     def enqueue(self, profile: int, batch: int, addresses: Mapping[str, int]) -> None:
-        """Give a run of the engine to the lane's stream, as a graph where there is one.
-
-        Raises:
-            DeviceError: CUDA or TensorRT refuses.
-        """
+        """Give a run of the engine to the lane's stream, as a graph where there is one."""
         if self.graphs is not None and self.graphs.run(Run.of(profile, batch, addresses)):
             return
         self._eager.enqueue(profile, batch, addresses, self.stream)
@@ -370,11 +362,7 @@ class SlotPool:
 
     @contextmanager
     def lane(self) -> Iterator[ExecutionSlot]:
-        """Lend a lane for the length of a block; one in which an error happened is closed.
-
-        Raises:
-            RunnerError: the pool is closed.
-        """
+        """Lend a lane for the length of a block; one in which an error happened is closed."""
         lane = self._take()
         try:
             yield lane

@@ -30,11 +30,7 @@ _HINTS = {
 
 
 def call(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
-    """Call a function of the driver API and give its value.
-
-    Raises:
-        DeviceError: it gave an error code, or the driver is too old to have it.
-    """
+    """Call a function of the driver API and give its value."""
     try:
         code, *values = function(*arguments)
     except RuntimeError as error:  # cuda-bindings, of what this driver lacks
@@ -158,11 +154,7 @@ class Gpu:
         call(self.cuda.cuMemcpyDtoDAsync, target, source, size, stream.handle)
 
     def capture(self, stream: Handle, enqueue: Callable[[], None]) -> Graph:
-        """Capture what ``enqueue`` gives to a stream as a graph, instead of running it.
-
-        Raises:
-            DeviceError: it cannot be captured; the stream is usable again.
-        """
+        """Capture what ``enqueue`` gives to a stream as a graph, instead of running it."""
         cuda: CudaDriver = self.cuda
         mode = cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         with ExitStack() as owned:

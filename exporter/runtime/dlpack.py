@@ -188,11 +188,7 @@ class Borrowed:
 
 
 def device_of(tensor: Any) -> int | None:
-    """Tell which GPU a DLPack tensor lies on; None for the host.
-
-    Raises:
-        InputError: it is no tensor, or lies on neither.
-    """
+    """Tell which GPU a DLPack tensor lies on; None for the host."""
     if not hasattr(tensor, "__dlpack__") or not hasattr(tensor, "__dlpack_device__"):
         raise InputError(
             f"images are a {type(tensor).__name__}; expected a numpy array or a tensor with "
@@ -221,9 +217,6 @@ def borrow(tensor: Any, stream: int | None = None) -> Borrowed:
         tensor: anything with ``__dlpack__``.
         stream: for a tensor on a GPU, the stream that will read it: its library makes that
             stream wait for what it still computes. 0 is the legacy default stream.
-
-    Raises:
-        InputError: its library does not lend it, or its dtype is none we know.
     """
     device = device_of(tensor)
     # the array API names the legacy default stream 1: 0 would be ambiguous
@@ -436,9 +429,6 @@ class Tensor:
             max_version: the newest DLPack the taker knows.
             dl_device: where the taker wants it; it is lent only where it lies.
             copy: True is refused: nothing is copied.
-
-        Raises:
-            BufferError: a copy, or another device, is asked for.
         """
         if copy or (dl_device is not None and tuple(map(int, dl_device)) != self._device):
             raise BufferError(f"{self!r} is lent where it lies, without a copy")

@@ -56,9 +56,6 @@ class Execution:
             batch: images.
             addresses: of every input and output on the GPU.
             stream: all runs of a context go to one stream.
-
-        Raises:
-            DeviceError: TensorRT refuses; the message has what it says.
         """
         why = ""
         try:
@@ -106,10 +103,6 @@ class Engine:
             code of the host, which is then allowed to run.
         eager_kernels: whether TensorRT-RTX compiles the kernels of a batch size before it first
             runs one, and not behind runs that use general ones.
-
-    Raises:
-        DeviceError: TensorRT refuses it.
-        GraphError: it takes or gives something else than batches of images and vectors.
     """
 
     def __init__(
@@ -160,9 +153,6 @@ class Engine:
         Args:
             scratch: memory of that many bytes, unless it is 0.
             graphs: whether TensorRT-RTX shall replay its own CUDA graphs.
-
-        Raises:
-            DeviceError: TensorRT makes none. It holds no context, which must not outlive the GPU.
         """
         why = ""
         try:

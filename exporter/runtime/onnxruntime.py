@@ -48,11 +48,7 @@ _ANY = BatchRange(1, 8, 65536)
 def open_session(
     model: Path, providers: list[tuple[str, dict[str, Any]]], threads: int | None
 ) -> Any:
-    """Open a session; what a provider needs and cannot load is left out, and told elsewhere.
-
-    Raises:
-        GraphError: onnxruntime refuses the graph.
-    """
+    """Open a session; what a provider needs and cannot load is left out, and told elsewhere."""
     options = onnxruntime.SessionOptions()
     # What fails is raised too, and what cannot be loaded is told by require_obtained; the log would
     # print the names in a hostile file as they are, with the characters that a terminal obeys
@@ -145,10 +141,6 @@ class OrtRunner(Runner):
         device: the GPU's index.
         threads: threads that one call computes with on the CPU; None leaves it to onnxruntime.
         manifest: what is known of the graph; its profiles bound the batch.
-
-    Raises:
-        GraphError: onnxruntime refuses the graph, or it takes something else than images.
-        RunnerError: a provider that was asked for cannot be had.
     """
 
     def __init__(

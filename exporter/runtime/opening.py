@@ -147,13 +147,7 @@ class VerifiedEngine:
 
 
 def verify_engine_file(path: Path, *, trust: bool) -> VerifiedEngine:
-    """Read an engine once, and require it to be what its manifest says.
-
-    Raises:
-        EngineFileError: it is no engine, or damaged.
-        ManifestError: it has no manifest and is not trusted, or is not the one described.
-        RunnerError: it cannot be read.
-    """
+    """Read an engine once, and require it to be what its manifest says."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -178,11 +172,7 @@ def verify_engine_file(path: Path, *, trust: bool) -> VerifiedEngine:
 
 
 def require_device(engine: VerifiedEngine, driver: Driver | NoDriver, device: int | None) -> Device:
-    """Choose the GPU: the one asked for, or the first that the engine is for.
-
-    Raises:
-        RunnerError: there is none, or the engine is for another generation.
-    """
+    """Choose the GPU: the one asked for, or the first that the engine is for."""
     if isinstance(driver, NoDriver):
         raise RunnerError(
             f"engine {engine.path} ({engine}) needs an NVIDIA GPU, and here: {driver.reason}; run "
@@ -202,11 +192,7 @@ def require_device(engine: VerifiedEngine, driver: Driver | NoDriver, device: in
 
 
 def require_version(engine: VerifiedEngine, loaded: LoadedTensorRT, device: Device) -> None:
-    """Require a TensorRT that loads the engine.
-
-    Raises:
-        RunnerError: it was built by another version.
-    """
+    """Require a TensorRT that loads the engine."""
     if not may_run(loaded, engine.version, compatible=engine.compatible):
         raise RunnerError(
             f"engine {engine.path} was built with {engine}; here is {loaded}, which does not load "
@@ -244,13 +230,7 @@ def open_engine(
     cuda_graphs: bool = True,
     eager_kernels: bool = False,
 ) -> TrtRunner:
-    """Load an engine that was admitted.
-
-    Raises:
-        RunnerError: it cannot run here.
-        MissingPackageError: a package is not installed.
-        DeviceError: the GPU or TensorRT failed.
-    """
+    """Load an engine that was admitted."""
     chosen = require_device(engine, find_driver(), device)
     cuda = load_cuda(engine.header.backend)
     loaded = load(engine.header.backend, compatible=engine.compatible)
@@ -263,11 +243,7 @@ def open_engine(
 
 
 def load_cuda(backend: str) -> CudaDriver:
-    """Import the bindings of CUDA's driver API.
-
-    Raises:
-        MissingPackageError: they are not installed.
-    """
+    """Import the bindings of CUDA's driver API."""
     try:
         return importlib.import_module("cuda.bindings.driver")
     except ImportError as error:

@@ -37,9 +37,6 @@ def choose(
         device: the GPU's index.
         available: what this onnxruntime was built with.
         driver: what drives a GPU here.
-
-    Raises:
-        RunnerError: a provider is unknown or cannot be had here; the message says why.
     """
     if isinstance(asked, str):
         raise RunnerError(f"providers is {asked!r}; give a list, as [{asked!r}]")
@@ -65,11 +62,7 @@ def choose(
 
 
 def require_obtained(asked: Sequence[str], obtained: Sequence[str], file: str) -> None:
-    """Require that onnxruntime uses every provider: it leaves out what it fails to load.
-
-    Raises:
-        RunnerError: one is missing.
-    """
+    """Require that onnxruntime uses every provider: it leaves out what it fails to load."""
     for name in asked:
         if name not in obtained:
             raise RunnerError(
@@ -97,11 +90,7 @@ def _require_device(name: str, device: int, driver: Driver | NoDriver) -> None:
 
 
 def require_index(device: int, driver: Driver) -> None:
-    """Require a GPU of that index.
-
-    Raises:
-        RunnerError: there is none.
-    """
+    """Require a GPU of that index."""
     if not 0 <= device < len(driver.devices):
         names = ", ".join(f"{one.index}: {one.name}" for one in driver.devices)
         raise RunnerError(f"device {device} does not exist; here are {names}")

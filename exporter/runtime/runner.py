@@ -116,9 +116,6 @@ def top_k(
         labels: of the classes; without, their numbers.
         scores: as the model's manifest says; None decides by the number of classes.
         k: how many; all of them where there are fewer.
-
-    Raises:
-        InputError: the logits have another shape, do not fit the labels, or are no numbers.
     """
     values = np.asarray(logits, np.float64)
     named = len(labels)
@@ -187,11 +184,6 @@ class Runner(ABC):
 
         Returns:
             The outputs, of the kind that was given.
-
-        Raises:
-            InputError: dtype, shape or device do not fit.
-            DeviceError: the run failed.
-            RunnerError: the runner is closed.
         """
 
     @abstractmethod
@@ -293,9 +285,6 @@ def require_fit(shape: Sequence[int], element: TensorType, spec: TensorSpec) -> 
     """Require a batch's dtype and shape to be the artifact's.
 
     The number of images is free, and so is a size that a graph of another tool leaves open.
-
-    Raises:
-        InputError: they are not.
     """
     wanted = OF_ONNX[spec.dtype]
     if element is not wanted:
@@ -313,11 +302,7 @@ def require_fit(shape: Sequence[int], element: TensorType, spec: TensorSpec) -> 
 
 
 def element_of(array: NDArray[Any]) -> TensorType:
-    """Find the dtype of a NumPy array.
-
-    Raises:
-        InputError: no artifact takes it.
-    """
+    """Find the dtype of a NumPy array."""
     element = OF_NUMPY.get(array.dtype)
     if element is None:
         raise InputError(f"images are {array.dtype}; expected a plain float, integer or bool")
@@ -363,9 +348,6 @@ def split_batch(
         count: number of images.
         profiles: the batches accepted.
         profile: the only profile to use.
-
-    Raises:
-        InputError: there is no image, or no such profile.
     """
     if count < 1:
         raise InputError("there is no image in the batch; give at least one")
@@ -436,11 +418,7 @@ def selftest(
     manifest: Manifest | None,
     input_format: InputFormat,
 ) -> SelfTest:
-    """Run the manifest's golden input and compare with the golden values.
-
-    Raises:
-        ManifestError: there is no manifest, or none with a golden input, or it is damaged.
-    """
+    """Run the manifest's golden input and compare with the golden values."""
     record = manifest.golden if manifest is not None else None
     if manifest is None or record is None or manifest.preprocessing is None:
         raise ManifestError(

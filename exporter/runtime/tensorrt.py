@@ -41,11 +41,7 @@ _ALIGNED = 256  # bytes; what cuMemAlloc gives and TensorRT may count on
 def run_on_host(
     lane: ExecutionSlot, images: NDArray[Any], pieces: Sequence[Chunk]
 ) -> dict[str, NDArray[Any]]:
-    """Run images of the host; bfloat16 comes and goes as its bytes.
-
-    Raises:
-        DeviceError: CUDA or TensorRT refuses.
-    """
+    """Run images of the host; bfloat16 comes and goes as its bytes."""
     engine, staging, stream = lane.engine, lane.staging, lane.stream
     whole = {
         spec.name: np.empty((len(images), *_sizes(spec)), OF_ONNX[spec.dtype].storage)
@@ -76,9 +72,6 @@ def run_on_device(
         images: contiguous.
         pieces: the runs to make.
         caller: the stream on which the images are made and the outputs are used.
-
-    Raises:
-        DeviceError: CUDA or TensorRT refuses.
     """
     rows = max(piece.start + piece.size for piece in pieces)
     offsets, total = _layout(lane, rows)
@@ -178,10 +171,6 @@ class TrtRunner(Runner):
         machine: what to run it with.
         contexts: calls that run at the same time; more wait.
         cuda_graphs: whether runs that come up again are replayed as CUDA graphs.
-
-    Raises:
-        DeviceError: CUDA or TensorRT refuses; nothing stays allocated.
-        GraphError: it is no engine over one image input.
     """
 
     def __init__(

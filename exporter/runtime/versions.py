@@ -190,10 +190,6 @@ def load(backend: str, *, compatible: bool) -> LoadedTensorRT:
     Args:
         backend: as the manifest names it.
         compatible: whether the engine was built with ``--version-compatible``.
-
-    Raises:
-        MissingPackageError: none is installed; the message has the line that does.
-        RunnerError: the one that is installed does not import, or is of an unknown version.
     """
     modules = dict.fromkeys(
         row.module

@@ -86,11 +86,7 @@ ATTENTION_CUDA_SINCE = (1, 25)
 
 
 def parse_release(text: str) -> Release:
-    """Read a release's name, ``YY.MM``; one that is not in the table ships what nobody told us.
-
-    Raises:
-        SpecError: it is no such name.
-    """
+    """Read a release's name, ``YY.MM``; one that is not in the table ships what nobody told us."""
     if re.fullmatch(r"[0-9]{2}\.(0[1-9]|1[0-2])", text) is None:
         raise SpecError(f"Triton release {text!r} is no release; expected YY.MM, as in 25.10")
     known = (release for release in RELEASES if release.name == text)
@@ -98,11 +94,7 @@ def parse_release(text: str) -> Release:
 
 
 def for_tensorrt(version: str) -> Release:
-    """Choose the newest release that ships a TensorRT.
-
-    Raises:
-        SpecError: none is known to; the message names the nearest ones.
-    """
+    """Choose the newest release that ships a TensorRT."""
     found = [release for release in RELEASES if same_tensorrt(release.tensorrt, version)]
     if found:
         return found[0]
@@ -161,11 +153,7 @@ SIZES = {"TYPE_BOOL": 1, "TYPE_UINT8": 1, "TYPE_INT8": 1, "TYPE_FP16": 2, "TYPE_
 
 
 def module() -> Any:
-    """Import the generated module ``model_config_pb2``.
-
-    Raises:
-        MissingPackageError: tritonclient is not installed, or without its grpc part.
-    """
+    """Import the generated module ``model_config_pb2``."""
     try:
         from tritonclient.grpc import model_config_pb2
     except (ModuleNotFoundError, RuntimeError) as error:
@@ -184,11 +172,7 @@ def to_text(config: ModelConfig, comment: str) -> str:
 
 
 def from_text(text: str) -> ModelConfig:
-    """Read a configuration.
-
-    Raises:
-        SpecError: it is none; the message has the line.
-    """
+    """Read a configuration."""
     from google.protobuf import text_format
 
     config = module().ModelConfig()
@@ -224,12 +208,7 @@ class Settings:
 
 
 def model_config(name: str, artifacts: Sequence[ServedArtifact], settings: Settings) -> ModelConfig:
-    """Describe one model: an ONNX graph, or engines of one model for several GPU generations.
-
-    Raises:
-        SpecError: the artifacts cannot be served so.
-        MissingPackageError: tritonclient is not installed.
-    """
+    """Describe one model: an ONNX graph, or engines of one model for several GPU generations."""
     first = artifacts[0]
     config = base_config(name, first.platform, batch_limit(first, settings.max_batch))
     batching = config.max_batch_size > 0
@@ -283,11 +262,7 @@ def gpu_config(config: ModelConfig, artifact: ServedArtifact, *, cuda_graphs: bo
 
 
 def batch_limit(artifact: ServedArtifact, asked: int | None) -> int:
-    """Find ``max_batch_size``; 0 serves a graph of a fixed batch.
-
-    Raises:
-        SpecError: the artifact does not take every batch up to it.
-    """
+    """Find ``max_batch_size``; 0 serves a graph of a fixed batch."""
     name = artifact.path.name
     if artifact.fixed_batch is not None:
         if asked is not None:
@@ -349,11 +324,7 @@ def _fixed(sizes: list[int], artifact: ServedArtifact, *, batching: bool) -> lis
 
 
 def datatype(spec: TensorSpec, artifact: ServedArtifact) -> int:
-    """Give Triton's number for a tensor's dtype.
-
-    Raises:
-        SpecError: Triton has none.
-    """
+    """Give Triton's number for a tensor's dtype."""
     known = DATATYPES.get(spec.dtype)
     if known is None:
         raise SpecError(

@@ -35,10 +35,6 @@ def lint(repository: Path, read: ReadArtifact, release: Release | None = None) -
         repository: the folder that ``tritonserver --model-repository`` takes.
         read: reads one artifact.
         release: the Triton that will serve it; None takes what a configuration states.
-
-    Raises:
-        SpecError: it is no repository: no folder, or a single model's, or empty.
-        MissingPackageError: tritonclient is not installed.
     """
     folders = _model_folders(repository)
     configs: dict[str, ModelConfig] = {}

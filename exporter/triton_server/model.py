@@ -129,11 +129,6 @@ def read_artifact(path: Path, platform: Platform | None = None) -> ServedArtifac
     Args:
         path: the file.
         platform: what it is to be; None goes by the file's ending.
-
-    Raises:
-        GraphError: it is no ONNX file, or its weights lie outside its folder.
-        EngineFileError: it is no engine, or damaged.
-        ManifestError: its manifest is malformed, or describes another file.
     """
     if platform is None:
         platform = Platform.ONNX if path.suffix == ".onnx" else Platform.PLAN

@@ -41,11 +41,7 @@ IR_VERSION = 8
 
 
 def require_floats(artifact: ServedArtifact) -> TensorSpec:
-    """Require that a model has one image input that wants floats, and give it.
-
-    Raises:
-        SpecError: it takes bytes itself, or something that is no image.
-    """
+    """Require that a model has one image input that wants floats, and give it."""
     (spec, *others) = artifact.inputs
     if spec.dtype == "uint8":
         raise SpecError(
@@ -72,9 +68,6 @@ def save_graph(
 
     The operations are those of ``images.normalize``, in its order and its rounding (a byte times
     the scale is a double first): the floats are the same to the last bit.
-
-    Raises:
-        SpecError: the preprocessing is for another number of channels.
     """
     channels, height, width = spec.shape[1:]
     if channels != preprocessing.channels:
@@ -183,11 +176,7 @@ class ModelFolder:
 
 
 def require_name(name: str) -> None:
-    """Require a name that is a folder's and fits in a URL.
-
-    Raises:
-        SpecError: it is not.
-    """
+    """Require a name that is a folder's and fits in a URL."""
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name) is None:
         raise SpecError(
             f"model name {name!r} must be letters, digits, dots, dashes and underscores, and begin "
@@ -196,11 +185,7 @@ def require_name(name: str) -> None:
 
 
 def require_room(repository: Path, names: Sequence[str], *, force: bool) -> None:
-    """Refuse, before any work is done, a repository that the models could not be put into.
-
-    Raises:
-        OutputError: it is no folder, cannot be written, or has a model of that name already.
-    """
+    """Refuse, before any work is done, a repository that the models could not be put into."""
     place = repository if repository.exists() else repository.parent
     if not place.is_dir():
         raise OutputError(f"{place} is no folder; choose another repository with -o")
@@ -241,9 +226,6 @@ def move_in(names: Sequence[str], stage: Path, repository: Path) -> None:
 
     What they replace goes to ``stage``, and back if a later move fails. A model comes before the
     ensemble that names it, so that a server that polls never sees the one without the other.
-
-    Raises:
-        OutputError: the file system refused; the repository is as it was.
     """
     aside = stage / ".replaced"
     moved: list[str] = []
@@ -269,11 +251,7 @@ def move_in(names: Sequence[str], stage: Path, repository: Path) -> None:
 
 
 def join_version(existing: Path, staged: Path, version: int) -> None:
-    """Put a staged version under the configuration that a model is served with already.
-
-    Raises:
-        OutputError: the model has that version.
-    """
+    """Put a staged version under the configuration that a model is served with already."""
     if version in version_folders(existing):
         raise OutputError(
             f"{existing} has a version {version}; give a higher --model-version, or --force "
@@ -318,12 +296,7 @@ class Served:
 
 
 def model_folders(served: Served, stage: Path) -> list[ModelFolder]:
-    """Describe a model's folders; a preprocessing graph is written to ``stage``.
-
-    Raises:
-        SpecError: the artifacts cannot be served so.
-        MissingPackageError: tritonclient is not installed.
-    """
+    """Describe a model's folders; a preprocessing graph is written to ``stage``."""
     first, settings = served.artifacts[0], served.settings
     config = model_config(served.name, served.artifacts, settings)
     if served.ensemble is None:

@@ -196,7 +196,7 @@ def test_every_module_of_60_lines_has_its_tests() -> None:
     without = []
     for name, path in MODULES.items():
         stem = name.removesuffix(".py").removesuffix("/__init__")
-        own = [p for p in TESTS.glob(f"{Path(stem).parent}/test_{Path(stem).name}*.py")]
+        own = list(TESTS.glob(f"{Path(stem).parent}/test_{Path(stem).name}*.py"))
         if len(path.read_text().splitlines()) >= 60 and not own:
             without.append(name)
     assert without == []
