@@ -13,7 +13,6 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from msn_export.calibration.observers import Histogram, threshold
 from msn_export.calibration.qdq import (
     Operands,
     Projection,
@@ -27,7 +26,7 @@ from msn_export.calibration.qdq import (
     require_fusable,
     scales,
 )
-from msn_export.calibration.ranges import Watch, finite
+from msn_export.calibration.ranges import Histogram, Watch, finite, threshold
 from msn_export.errors import FusionError, GraphError
 from msn_export.graph.builder import GraphBuilder, array_of, operand
 from msn_export.graph.fuse import fuse_attention

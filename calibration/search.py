@@ -13,9 +13,9 @@ from msn_export.artifact import GraphFile, max_batch_of
 from msn_export.calibration import ranges as ranges_file
 from msn_export.calibration.images import Pictures
 from msn_export.calibration.job import AUTO, OFF, CalibrateJob
-from msn_export.calibration.observers import Histogram
 from msn_export.calibration.plan import Plan, corrections
 from msn_export.calibration.ranges import (
+    Histogram,
     ImagesRecord,
     Ranges,
     SmoothingRecord,

@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from msn_export.errors import RunnerError
 from msn_export.spec import ComputeCapability
 
 # CUDA driver API, cuda.h: CUdevice_attribute
@@ -44,6 +45,11 @@ class Driver:
 
     cuda: str
     devices: tuple[Device, ...]
+
+    def require_index(self, device: int) -> None:
+        if not 0 <= device < len(self.devices):
+            names = ", ".join(f"{one.index}: {one.name}" for one in self.devices)
+            raise RunnerError(f"device {device} does not exist; here are {names}")
 
 
 @dataclass(frozen=True, slots=True)

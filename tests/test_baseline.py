@@ -9,9 +9,9 @@ import onnx_ir as ir
 import pytest
 
 from msn_export import baseline
-from msn_export.calibration import quantise_like
-from msn_export.calibration.observers import Observer
+from msn_export import baseline as quantise_like
 from msn_export.calibration.qdq import find_projections
+from msn_export.calibration.ranges import Observer
 from msn_export.commands.calibrate import CalibrateJob, run_calibrate
 from msn_export.commands.onnx import OnnxJob, run_onnx
 from msn_export.errors import GraphError

@@ -15,9 +15,8 @@ from msn_export.artifact import GraphFile, max_batch_of, read_source
 from msn_export.calibration import ranges as ranges_file
 from msn_export.calibration.images import FEW, Split, split
 from msn_export.calibration.job import CalibrateJob, settled
-from msn_export.calibration.observers import require_meaning
 from msn_export.calibration.qdq import FORMATS
-from msn_export.calibration.ranges import require_finite
+from msn_export.calibration.ranges import require_finite, require_meaning
 from msn_export.calibration.search import Ranged, choices, known_ranges, take_ranges
 from msn_export.calibration.verdict import (
     Calibrated,

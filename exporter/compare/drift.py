@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msn_export.baseline import narrow_like, write_like
-from msn_export.calibration.quantise_like import quantise_like, rest_of
+from msn_export.baseline import narrow_like, quantise_like, rest_of, write_like
 from msn_export.compare.sides import Artifact, Pair
 from msn_export.compare.streams import Shown, blocks_of, open_stream, what_is_shown
 from msn_export.errors import GraphError

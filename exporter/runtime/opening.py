@@ -17,7 +17,6 @@ from msn_export.engine_header import EngineHeader, may_target, parse_header, tri
 from msn_export.errors import ManifestError, MissingPackageError, RunnerError
 from msn_export.host import Device, Driver, NoDriver, find_driver
 from msn_export.manifest import Manifest, manifest_path
-from msn_export.runtime.providers import require_index
 from msn_export.runtime.tensorrt import EngineFile, EngineHost, TrtRunner
 from msn_export.runtime.versions import INSTALL, LoadedTensorRT, load, may_run
 from msn_export.spec import ComputeCapability, Targets
@@ -179,7 +178,7 @@ def require_device(engine: VerifiedEngine, driver: Driver | NoDriver, device: in
             "its .onnx with providers=['cpu'], or this where the GPU is"
         )
     if device is not None:
-        require_index(device, driver)
+        driver.require_index(device)
     wanted = driver.devices if device is None else (driver.devices[device],)
     fitting = [one for one in wanted if engine.is_for(one)]
     if not fitting:

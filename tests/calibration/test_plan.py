@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from msn_export.calibration.observers import Histogram, Observer, threshold
 from msn_export.calibration.plan import Plan
 from msn_export.calibration.qdq import Role
+from msn_export.calibration.ranges import Histogram, Observer, threshold
 from msn_export.errors import GraphError
 from msn_export.graph.precision import quantised_products
 from msn_export.spec import Dtype

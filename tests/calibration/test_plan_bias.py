@@ -7,9 +7,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from msn_export.calibration.observers import Observer
 from msn_export.calibration.plan import Plan, correct, corrections
-from msn_export.calibration.ranges import Watch, histograms
+from msn_export.calibration.ranges import Observer, Watch, histograms
 from msn_export.spec import Dtype
 from tests.builders.calibrated_graphs import feeds, planned
 from tests.builders.graphs import parse, run

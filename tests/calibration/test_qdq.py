@@ -4,7 +4,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from msn_export.calibration.observers import Histogram, Observer
 from msn_export.calibration.plan import Plan
 from msn_export.calibration.qdq import (
     INT8_ATTENTION_TOKENS,
@@ -12,6 +11,7 @@ from msn_export.calibration.qdq import (
     quantise_projections,
     require_fusable,
 )
+from msn_export.calibration.ranges import Histogram, Observer
 from msn_export.errors import GraphError
 from msn_export.graph.precision import quantised_dtype, quantised_products
 from msn_export.spec import Dtype

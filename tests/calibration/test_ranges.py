@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from msn_export.calibration import ranges as ranges_file
-from msn_export.calibration.observers import BINS, Histogram
 from msn_export.calibration.ranges import (
+    BINS,
+    Histogram,
     ImagesRecord,
     Ranges,
     SmoothingRecord,

@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 
 from msn_export.calibration import ranges
-from msn_export.calibration.observers import Histogram
-from msn_export.calibration.ranges import Watch, channel_maxima, finite, histograms, require_finite
+from msn_export.calibration.ranges import (
+    Histogram,
+    Watch,
+    channel_maxima,
+    finite,
+    histograms,
+    require_finite,
+)
 from msn_export.errors import GraphError
 from tests.builders.calibrated_graphs import feeds, planned, vit
 from tests.builders.graphs import parse, run

@@ -7,9 +7,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from msn_export.calibration.observers import Observer
 from msn_export.calibration.plan import Plan
-from msn_export.calibration.ranges import SmoothingRecord, Watch, histograms
+from msn_export.calibration.ranges import Observer, SmoothingRecord, Watch, histograms
 from msn_export.calibration.search import (
     STRENGTHS,
     Exclusion,

@@ -156,7 +156,7 @@ from pathlib import Path
 from mutants import Mutant, Runner, source_of
 from mutations import Mutation
 
-module = "engine/failures.py"
+module = "engine/compile.py"
 source = source_of(module).read_bytes()
 runner = Runner(Path(sys.argv[1]), 600, 2)
 for old, new in ((b"import", b"import"), (b"return", b"raise")):
@@ -167,10 +167,10 @@ for old, new in ((b"import", b"import"), (b"return", b"raise")):
 
 @pytest.mark.slow
 def test_a_fault_is_killed_in_a_copy_and_none_is_not(tmp_path) -> None:
-    before = mutants.source_of("engine/failures.py").read_bytes()
+    before = mutants.source_of("engine/compile.py").read_bytes()
     run = subprocess.run(
         [sys.executable, "-c", TRY, str(tmp_path)],
         cwd=Path(mutants.__file__).parent.parent, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert run.stdout.split() == ["survived", "killed"], run.stderr
-    assert mutants.source_of("engine/failures.py").read_bytes() == before
+    assert mutants.source_of("engine/compile.py").read_bytes() == before

@@ -2,7 +2,7 @@
 
 import pytest
 
-from msn_export.calibration.observers import Histogram, Observer
+from msn_export.calibration.ranges import Histogram, Observer
 from msn_export.errors import GraphError
 from msn_export.graph.fuse import fuse_attention
 from msn_export.graph.precision import (

@@ -12,8 +12,7 @@ from msn_export.errors import DeviceError, GraphError, InputError, RunnerError
 from msn_export.graph import io
 from msn_export.runtime import dlpack, open_runner
 from msn_export.runtime import onnxruntime as subject
-from msn_export.runtime.onnxruntime import OrtRunner, open_session
-from msn_export.runtime.providers import CPU, CUDA
+from msn_export.runtime.onnxruntime import CPU, CUDA, OrtRunner, open_session
 from tests.builders.artifacts import classifier
 from tests.builders.graphs import parse
 from tests.builders.networks import Network, compute

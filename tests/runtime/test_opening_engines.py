@@ -98,9 +98,9 @@ def test_a_truncated_engine_is_told_even_if_trusted(tmp_path) -> None:
 def test_without_a_driver_nothing_of_tensorrt_is_touched(tmp_path) -> None:
     code = (
         "import sys\n"
-        "from msn_export.runtime import RunnerError, engine_opening, open_runner\n"
+        "from msn_export.runtime import RunnerError, opening, open_runner\n"
         "from msn_export.host import NoDriver\n"
-        "engine_opening.find_driver = lambda: NoDriver('no NVIDIA driver')\n"
+        "opening.find_driver = lambda: NoDriver('no NVIDIA driver')\n"
         f"try: open_runner({str(engine())!r})\n"
         "except RunnerError as error: print(error)\n"
         "print([name for name in sys.modules if name.startswith(('tensorrt', 'cuda'))])\n"

@@ -6,14 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import entropy
 
-from msn_export.calibration.observers import (
-    BINS,
-    Histogram,
-    Observer,
-    require_meaning,
-    threshold,
-)
 from msn_export.calibration.qdq import FP8, INT8, Format
+from msn_export.calibration.ranges import BINS, Histogram, Observer, require_meaning, threshold
 from msn_export.errors import SpecError
 
 COUNT = 1_000_000

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from msn_export.engine import failures
-from msn_export.engine.failures import explain, explain_or_quote
+from msn_export.engine import compile
+from msn_export.engine.compile import explain, explain_or_quote
 
 # what TensorRT says: what of its meaning the user must read
 KNOWN = [
@@ -58,7 +58,7 @@ def test_a_known_error_is_translated_into_one_line(raw, meaning) -> None:
 
 def test_every_meaning_is_tested() -> None:
     said = [raw for raw, _ in KNOWN]
-    for pattern, _ in failures._MEANINGS:
+    for pattern, _ in compile._MEANINGS:
         assert any(re.search(pattern, raw) for raw in said), pattern
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from msn_export.errors import RunnerError
 from msn_export.host import NoDriver
-from msn_export.runtime.providers import CPU, CUDA, choose, require_obtained
+from msn_export.runtime.onnxruntime import CPU, CUDA, choose, require_obtained
 from tests.builders.trt_bench import one_device
 
 CARD, NO_CARD = one_device(), NoDriver("no NVIDIA driver (libcuda.so.1 cannot be loaded)")
