@@ -200,16 +200,23 @@ class VitMsn(nn.Module):
 
     def hidden(self, pixel_values: Tensor) -> Hidden:
         """Turn normalised images [b, c, height, width] into what the heads read."""
-        return self.encode(self.patch(pixel_values))
+        return self.encode(self.patch(pixel_values), self.positions())
 
-    def encode(self, patches: Tensor) -> Hidden:
-        """Run everything behind the patch embedding, [b, dim, rows, columns]."""
-        x = patches.flatten(2).transpose(1, 2)
-        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1) + self.pos_embed
-        return self.transform(x)
+    def positions(self) -> Tensor:  # [1, n, dim]
+        """Give the position embeddings with [CLS] added to its own."""
+        cls, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
+        return torch.cat((cls + self.cls_token, patches), dim=1)
 
-    def transform(self, x: Tensor) -> Hidden:
-        """Run the blocks and the final LayerNorm over tokens [b, n, dim]."""
+    def encode(self, patches: Tensor, positions: Tensor) -> Hidden:
+        """Run everything behind the patch embedding.
+
+        Args:
+            patches: [b, dim, rows, columns].
+            positions: as ``positions`` gives them, [1, n, dim].
+        """
+        # an empty row in front, whose position holds [CLS]: joining a token that is repeated over
+        # the batch would take a kernel that computes the batch's size
+        x = F.pad(patches.flatten(2).transpose(1, 2), (0, 0, 1, 0)) + positions
         kept = self.config.pooled_blocks if self.config.pooling == "blocks" else 0
         cls = []
         for number, block in enumerate(self.blocks):

@@ -10,7 +10,6 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from msn_export.errors import GraphError
@@ -41,16 +40,6 @@ def with_normalisation(patch: nn.Conv2d, preprocessing: Preprocessing) -> nn.Con
     return folded
 
 
-def with_cls_token(pos_embed: Tensor, cls_token: Tensor) -> nn.Parameter:
-    """Give position embeddings [1, n, dim] whose first row holds the [CLS] token too.
-
-    ``[cls; x] + pos`` is ``[0; x] + pos'``, the same sums.
-    """
-    table = pos_embed.detach().clone()
-    table[:, :1] += cls_token.detach()
-    return nn.Parameter(table, requires_grad=False)
-
-
 def _constant(values: Tensor) -> nn.Parameter:
     return nn.Parameter(values.float(), requires_grad=False)
 
@@ -75,18 +64,14 @@ class ExportedModule(nn.Module):
         self.patch = (
             with_normalisation(model.patch, preprocessing) if self.takes_bytes else model.patch
         )
-        self.pos_embed = with_cls_token(model.pos_embed, model.cls_token)
+        self.pos_embed = _constant(model.positions())
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Run planes [b, c, h, w], or bytes [b, h, w, c]."""
         if self.takes_bytes:
             # Cast before Transpose: TensorRT rejects a UINT8 Transpose
             images = images.to(torch.float32).permute(0, 3, 1, 2)
-        x = self.patch(images).flatten(2).transpose(1, 2)
-        # an empty row in front, whose position holds [CLS]: joining a token that is repeated over
-        # the batch would take a kernel that computes the batch's size
-        x = F.pad(x, (0, 0, 1, 0)) + self.pos_embed
-        hidden = self.model.transform(x)
+        hidden = self.model.encode(self.patch(images), self.pos_embed)
         return tuple(read_head(self.model, head, hidden) for head in self.heads)
 
 

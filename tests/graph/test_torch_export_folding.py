@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from msn_export.graph.torch_export import with_cls_token, with_normalisation
+from msn_export.graph.torch_export import with_normalisation
 from msn_export.images import normalize
 from msn_export.preprocessing import preset
 from msn_export.spec import ImageSize
@@ -40,12 +39,3 @@ def test_what_is_folded_is_rounded_once() -> None:
     exact = patch.bias.detach().double().numpy() - (weight * mean / std).sum((1, 2, 3))
     np.testing.assert_array_equal(folded.bias.numpy(), exact.astype(np.float32))
     assert not folded.weight.requires_grad
-    assert not with_cls_token(torch.randn(1, 5, 8), torch.randn(1, 1, 8)).requires_grad
-
-
-def test_the_cls_token_folds_into_its_position() -> None:
-    torch.manual_seed(0)
-    cls, pos, x = torch.randn(1, 1, 8), torch.randn(1, 5, 8), torch.randn(2, 4, 8)
-    wanted = torch.cat((cls.expand(2, -1, -1), x), dim=1) + pos
-    got = F.pad(x, (0, 0, 1, 0)) + with_cls_token(pos, cls)
-    assert torch.equal(got, wanted)

@@ -69,10 +69,23 @@ def test_the_order_of_patches_matters_only_through_their_positions() -> None:
     with torch.no_grad():
         patches = tiny.patch(images)
         tiny.pos_embed[:, 1:] = 0
-        wanted = tiny.encode(patches).tokens
-        got = tiny.encode(patches.flatten(2)[:, :, order].reshape(patches.shape)).tokens
+        wanted = tiny.encode(patches, tiny.positions()).tokens
+        moved = patches.flatten(2)[:, :, order].reshape(patches.shape)
+        got = tiny.encode(moved, tiny.positions()).tokens
     torch.testing.assert_close(got[:, 0], wanted[:, 0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(got[:, 1:], wanted[:, 1:][:, order], atol=1e-5, rtol=1e-5)
+
+
+def test_the_cls_token_stands_in_front_and_has_a_position() -> None:
+    tiny = model()
+    images = torch.randn(2, 3, 16, 24)
+    with torch.no_grad():
+        patches = tiny.patch(images).flatten(2).transpose(1, 2)
+        x = torch.cat((tiny.cls_token.expand(2, -1, -1), patches), dim=1) + tiny.pos_embed
+        for block in tiny.blocks:
+            x = block(x)
+        assert tiny.norm is not None
+        assert torch.equal(tiny(images), tiny.norm(x))
 
 
 def test_images_of_a_batch_do_not_see_each_other() -> None:
