@@ -14,8 +14,11 @@ from msn_export.errors import CheckpointError
 from msn_export.models.config import (
     READS,
     VARIANTS,
+    VIT_MSN,
+    Family,
     Processor,
     VitConfig,
+    family_of,
     named_variant,
     parse_config,
     read_json,
@@ -48,7 +51,13 @@ class Assembled:
     notes: tuple[str, ...]
 
 
-def assemble(tensors: dict[str, Tensor], config: VitConfig, where: str, origin: str) -> Assembled:
+def assemble(
+    tensors: dict[str, Tensor],
+    config: VitConfig,
+    where: str,
+    origin: str,
+    family: Family = VIT_MSN,
+) -> Assembled:
     """Build the model; ``tensors`` is emptied on the way, so that weights are held once.
 
     Args:
@@ -56,8 +65,9 @@ def assemble(tensors: dict[str, Tensor], config: VitConfig, where: str, origin: 
         config: the shape, with the classifier that ``with_classifier`` found among the weights.
         where: what to call the file in errors.
         origin: where the configuration is from, for the error where shapes contradict it.
+        family: says which keys are left unread.
     """
-    keys = rename(tensors, where)
+    keys = rename(tensors, where, family)
     with torch.device("meta"):
         model = VitMsn(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -212,6 +222,7 @@ class Shaped:
     config: VitConfig
     origin: str
     notes: tuple[str, ...] = ()
+    family: Family = VIT_MSN
 
 
 def config_of(tensors: Mapping[str, Tensor], variant: str | None, where: str) -> Shaped:
@@ -330,14 +341,16 @@ def _beside(weights: Weights, beside: Path, source: str, choices: Choices) -> Sh
     """Read the shape off a config.json."""
     classes = classes_of(weights.tensors, f"checkpoint {source}")
     named = read_labels(choices.labels, classes) if choices.labels is not None else None
-    config = parse_config(read_json(beside), str(beside), classes, named)
-    return Shaped(config, str(beside))
+    parsed, where = read_json(beside), str(beside)
+    family = family_of(parsed, where)
+    notes = (family.note,) if family.note else ()
+    return Shaped(parse_config(parsed, where, classes, named), where, notes, family)
 
 
 def _load(weights: Weights, shaped: Shaped, source: str, processor: Processor | None) -> Checkpoint:
     where = f"checkpoint {source}"
     config = with_classifier(weights.tensors, shaped.config, where)
-    made = assemble(weights.tensors, config, where, shaped.origin)
+    made = assemble(weights.tensors, config, where, shaped.origin, shaped.family)
     notes = (*weights.notes, *shaped.notes, *made.notes)
     return Checkpoint(source, made.sha256, config, made.model, processor, notes)
 

@@ -137,7 +137,59 @@ def named_variant(name: str) -> VitConfig:
     return VARIANTS[name]
 
 
-MODEL_TYPE = "vit_msn"
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A family of models with the block of ViT-MSN, and what differs in transformers' files.
+
+    ``prefix`` stands before an encoder's keys in a classifier's file. ``defaults`` are those of
+    config.json. ``ignored`` are beginnings of keys that are left unread, each with what they are.
+    ``note`` is what a user should know of the family.
+    """
+
+    model_type: str
+    prefix: str
+    defaults: Mapping[str, Any]
+    ignored: Mapping[str, str]
+    note: str = ""
+
+
+# transformers models/vit_msn and models/vit. All else of a config.json, and every name of a weight,
+# is the same in both.
+VIT_MSN = Family(
+    "vit_msn",
+    "vit.",
+    {"layer_norm_eps": 1e-6},
+    {"pooler.": "that transformers ignores with a warning"},
+)
+FAMILIES = (
+    VIT_MSN,
+    Family(
+        "vit",
+        "vit.",
+        {"layer_norm_eps": 1e-12},
+        {"pooler.": "of ViTModel's pooler, which no head reads"},
+        "a plain ViT: same architecture, checked, not the product's subject",
+    ),
+)
+
+
+def family_of(config: Mapping[str, Any], where: str) -> Family:
+    """Find the family of a parsed config.json; ``where`` is what to call the file in errors."""
+    model_type = config.get("model_type")
+    for family in FAMILIES:
+        if family.model_type == model_type:
+            return family
+    architectures = config.get("architectures") or []
+    named = isinstance(architectures, list) and any("ViTMSN" in str(x) for x in architectures)
+    if model_type is None and named:
+        return VIT_MSN
+    expected = " or ".join(repr(family.model_type) for family in FAMILIES)
+    raise CheckpointError(
+        f"{where} is of model type {model_type!r}; expected {expected} "
+        "(models with the architecture of ViT-MSN)"
+    )
+
+
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 # transformers configuration_utils.PreTrainedConfig
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
@@ -206,7 +258,7 @@ def parse_config(
     classes: int = 0,
     labels: tuple[str, ...] | None = None,
 ) -> VitConfig:
-    """Make a shape from a parsed config.json; defaults are transformers' ViTMSNConfig's.
+    """Make a shape from a parsed config.json; defaults are those of its family.
 
     Args:
         config: the parsed file.
@@ -214,15 +266,7 @@ def parse_config(
         classes: rows of the classifier among the weights, 0 without one.
         labels: the classes' names instead of the file's own.
     """
-    model_type = config.get("model_type")
-    architectures = config.get("architectures") or []
-    named = isinstance(architectures, list) and any("ViTMSN" in str(x) for x in architectures)
-    if model_type != MODEL_TYPE and not (model_type is None and named):
-        raise CheckpointError(
-            f"{where} is of model type {model_type!r}; expected {MODEL_TYPE!r} "
-            "(this tool exports ViT-MSN only)"
-        )
-
+    config = {**family_of(config, where).defaults, **config}
     quantised = config.get("quantization_config")
     if quantised is not None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else None
@@ -237,7 +281,7 @@ def parse_config(
             raise CheckpointError(f"{where}: {name} is {value!r}; expected an integer")
         return value
 
-    eps = config.get("layer_norm_eps", 1e-6)
+    eps = config["layer_norm_eps"]
     if not isinstance(eps, float):  # no integer lies between 0 and 1
         raise CheckpointError(f"{where}: layer_norm_eps is {eps!r}; expected as in 1e-6")
     activation, bias = config.get("hidden_act", "gelu"), config.get("qkv_bias", True)

@@ -1,5 +1,6 @@
 """Every writer's names for the weights, and what training wrote around them, brought to ours."""
 
+import itertools
 import re
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor
 
 from msn_export.errors import CheckpointError
-from msn_export.models.config import Pooling
+from msn_export.models.config import FAMILIES, VIT_MSN, Family, Pooling
 
-_PREFIX = re.compile(r"(?:vit\.)?")
+_PREFIXES = tuple({family.prefix for family in FAMILIES})
 _BLOCK = re.compile(
     r"(?:encoder\.layer\.|encoder\.layers\.encoder_layer_|layers\.|blocks\.)(\d{1,4})\.(.+)"
 )
@@ -153,7 +154,7 @@ class Foreign:
     example: str
 
 
-# Left unread with a note. "vit." is taken off before.
+# Left unread with a note in every family. "vit." is taken off before.
 SPARE = (
     Foreign(
         # facebookresearch/msn src/msn_train.py, init_model
@@ -162,9 +163,9 @@ SPARE = (
         "fc.fc1.weight, pred.fc1.weight, embeddings.mask_token",
     ),
     Foreign(
-        re.compile(r"pooler\.|(?:embeddings\.)?position_ids"),
+        re.compile(r"(?:embeddings\.)?position_ids"),
         "that transformers ignores with a warning",
-        "pooler.dense.weight, embeddings.position_ids",
+        "embeddings.position_ids",
     ),
 )
 # lightly's masked ViT holds a ViT whose head it never applies: left unread beside its mask token
@@ -217,14 +218,14 @@ def canonical(key: str) -> str | None:
     return None if outside is None or outside in _PARAMETERS else f"{outside}.{leaf}"
 
 
-def rename(keys: Iterable[str], where: str) -> Keys:
+def rename(keys: Iterable[str], where: str, family: Family = VIT_MSN) -> Keys:
     """Sort a file's keys; ``where`` is what to call the file in errors."""
     keys = tuple(keys)
     known: dict[str, str] = {}
     unread: dict[str, list[str]] = {}
     unknown = []
     for key in keys:
-        name, spare = canonical(key), _spare(key, keys)
+        name, spare = canonical(key), _spare(key, keys, family)
         if spare is not None:
             unread.setdefault(spare, []).append(key)
         elif name is None:
@@ -239,19 +240,22 @@ def rename(keys: Iterable[str], where: str) -> Keys:
 
 def bare(key: str) -> str:
     """Take off what transformers writes before an encoder's keys in a classifier."""
-    match = _PREFIX.match(key)
-    return key if match is None else key[match.end() :]
+    prefix = next((prefix for prefix in _PREFIXES if key.startswith(prefix)), "")
+    return key.removeprefix(prefix)
 
 
 def is_weight(key: str) -> bool:
     """Whether a key belongs to a ViT-MSN, be it one that inference does not read."""
-    return canonical(key) is not None or any(f.pattern.match(bare(key)) for f in SPARE)
+    return canonical(key) is not None or any(_spare(key, (), family) for family in FAMILIES)
 
 
-def _spare(key: str, keys: tuple[str, ...]) -> str | None:
+def _spare(key: str, keys: tuple[str, ...], family: Family) -> str | None:
     if _UNUSED_HEAD.match(key) and _MASK_TOKEN in keys:
         return "of a head that lightly's masked ViT does not apply"
-    return next((spare.what for spare in SPARE if spare.pattern.match(bare(key))), None)
+    key = bare(key)
+    ignored = (what for prefix, what in family.ignored.items() if key.startswith(prefix))
+    spare = (spare.what for spare in SPARE if spare.pattern.match(key))
+    return next(itertools.chain(ignored, spare), None)
 
 
 def _require_plain(key: str, where: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from msn_export.graph.foreign import FORMS
-from msn_export.models.config import READS
+from msn_export.models.config import FAMILIES, READS
 from msn_export.models.named import ADAPTER_FOLDER, FOREIGN_FOLDERS, WEIGHTS
 from msn_export.models.state_dict import (
     CLASSIFIERS,
@@ -43,6 +43,18 @@ def checkpoints() -> list[str]:
         f"A Hugging Face folder or hub id, or a file ({', '.join(WEIGHTS)}). Every weight must be there with "
         "its shape, and no other: the message names each that is not.",
         "",
+        "### Families of models",
+        "",
+        "Told by `model_type` in config.json. A field that is absent there has the default of the family. Names of "
+        "weights, block and heads are the same in each.",
+        "",
+        *table(
+            "model_type", "before an encoder's keys", "default", "left unread, with a note", "",
+            rows=((code(one.model_type), code(one.prefix),
+                   ", ".join(f"`{name}` {value:g}" for name, value in one.defaults.items()),
+                   ", ".join(f"`{name}`: keys {what}" for name, what in one.ignored.items()),
+                   one.note or "the product's subject") for one in FAMILIES),
+        ),
         "### Names of weights",
         "",
         *table(

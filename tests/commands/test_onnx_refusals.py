@@ -43,8 +43,8 @@ BAD = {
         "does not exist; expected a folder, a weights file",
     ),
     "another model": (
-        lambda tmp: (changed_config(tmp / "c", model_type="vit"), []),
-        "is of model type 'vit'; expected 'vit_msn'",
+        lambda tmp: (changed_config(tmp / "c", model_type="deit"), []),
+        "is of model type 'deit'; expected 'vit_msn' or 'vit'",
     ),
     "mis-shaped": (
         lambda tmp: (changed_config(tmp / "c", intermediate_size=96), []),

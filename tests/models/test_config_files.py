@@ -65,8 +65,9 @@ def test_an_old_file_without_a_model_type_is_known_by_its_architecture() -> None
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     (
-        {"model_type": "vit"},
-        "c is of model type 'vit'; expected 'vit_msn' (this tool exports ViT-MSN only)",
+        {"model_type": "deit"},
+        "c is of model type 'deit'; expected 'vit_msn' or 'vit' (models with the architecture of "
+        "ViT-MSN)",
     ),
     ({"model_type": None}, "c is of model type None; expected 'vit_msn'"),
     ({"model_type": None, "architectures": ["ViTModel"]}, "c is of model type None"),
