@@ -6,14 +6,18 @@ of the field's name, type, bounds and default, and of what the ``Opt`` says besi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+import typing
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from enum import EnumType
 from pathlib import Path
-from typing import Annotated, Any
+from types import UnionType
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 from msn_export import preprocessing
 from msn_export.errors import SpecError
-from msn_export.schema import Index, Job, annotated_hints
+from msn_export.schema import Index, Job, Within, annotated_hints
 from msn_export.spec import ImageSize
 
 
@@ -48,6 +52,33 @@ class Opt:
     kept: bool = False
 
 
+class One(NamedTuple):
+    """One value of a field: its type, its bounds, and whether there may be several."""
+
+    kind: Any
+    within: Within | None = None
+    several: bool = False
+
+    @classmethod
+    def of(cls, hint: Any) -> One:
+        """Find it in a field's annotation; of a union it is the first."""
+        origin, inner = get_origin(hint), get_args(hint)
+        if origin is Annotated:
+            inside = cls.of(inner[0])
+            bounds = (told for told in inner[1:] if isinstance(told, Within))
+            return inside._replace(within=next(bounds, inside.within))
+        if origin is tuple:
+            return cls.of(inner[0])._replace(several=True)
+        if origin is Mapping:
+            return cls.of(inner[1])
+        return cls.of(inner[0]) if origin in {typing.Union, UnionType} else cls(hint)
+
+    @property
+    def is_enum(self) -> bool:
+        """Whether it is one of an enumeration's members."""
+        return isinstance(self.kind, EnumType)
+
+
 def opts_of(job: Any) -> dict[str, Opt]:
     """List a job's options by the names of their fields."""
     return {
@@ -56,6 +87,32 @@ def opts_of(job: Any) -> dict[str, Opt]:
         for told in getattr(hint, "__metadata__", ())
         if isinstance(told, Opt)
     }
+
+
+def value_of(hint: Any, opt: Opt, value: Any) -> Any:
+    """Make a field's value of what a caller gives: text or a path where the field holds another.
+
+    Args:
+        hint: the field's annotation.
+        opt: what the field's option says besides.
+        value: text, a path, a number, or several of them; what the field holds stays as it is.
+    """
+    one = One.of(hint)
+    if opt.read is not None and isinstance(value, str) and get_origin(one.kind) is not Literal:
+        return opt.read(value)
+    if one.several and isinstance(value, str | Iterable):
+        values = [value] if isinstance(value, str) else value
+        return tuple(value_of(one.kind, Opt(), each) for each in values)
+    if one.kind is Path and isinstance(value, str | os.PathLike):
+        return Path(value)
+    if one.is_enum and isinstance(value, str):
+        words = opt.words or tuple(member.value for member in one.kind)
+        if value not in words:
+            raise SpecError(f"is {value!r}; expected {', '.join(words[:-1])} or {words[-1]}")
+        return one.kind(value)
+    if hasattr(one.kind, "parse") and isinstance(value, str | int | float):
+        return one.kind.parse(str(value))
+    return value
 
 
 def kept(job: Job) -> dict[str, Any]:

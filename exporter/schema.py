@@ -9,6 +9,7 @@ learn of ``output="model.onnx"`` from an AttributeError minutes later.
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import math
 import sys
@@ -185,6 +186,7 @@ class Within:
 Count = Annotated[int, Within(1)]
 Index = Annotated[int, Within(0)]
 
+_SHOWN = 6  # fields of a result on one line
 _UNIONS = (typing.Union, types.UnionType)
 
 
@@ -244,3 +246,31 @@ def _told(hint: Any) -> str:
     if origin is Mapping:
         return f"a mapping to {_told(of[1])}"
     return "None" if hint is types.NoneType else str(hint.__name__)
+
+
+class Result:
+    """A result that shows itself on a line, and as a table in a notebook."""
+
+    __slots__ = ()
+
+    def summary(self) -> dict[str, Any]:
+        """Give its plain fields that are set, and how many its lists hold."""
+        found = {}
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, str | int | float | Path):
+                found[field.name] = value
+            elif isinstance(value, tuple) and value:
+                found[field.name] = value[0] if len(value) == 1 else f"{len(value)} of them"
+        return {name: value for name, value in found.items() if value != ""}
+
+    def __repr__(self) -> str:
+        parts = [f"{name}={_short(value)}" for name, value in self.summary().items()]
+        return f"{type(self).__name__}({', '.join(parts[:_SHOWN])}{', …' * (len(parts) > _SHOWN)})"
+
+    def _repr_html_(self) -> str:
+        rows = (
+            f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>"
+            for name, value in self.summary().items()
+        )
+        return f"<table>{''.join(rows)}</table>"

@@ -30,11 +30,12 @@ from msn_export.models.named import (
     AS_IT_SAYS,
     Choices,
     kind_of,
+    model_in_memory,
     near,
     require_model,
     seeded,
 )
-from msn_export.models.state_dict import Keys, Weights, rename
+from msn_export.models.state_dict import Keys, Weights, rename, unwrap
 from msn_export.models.vit import VitMsn
 from msn_export.models.weights import read_file, read_folder
 
@@ -306,6 +307,8 @@ def load_checkpoint(
                     f"checkpoint {source!r} is drawn: it has no --weights and no --labels to choose"
                 )
             return _random(source)
+        case "memory":
+            return _from_memory(source, choices)
         case "file":
             return _from_file(Path(source), choices)
         case "folder":
@@ -322,6 +325,30 @@ def _from_folder(folder: Path, source: str, choices: Choices) -> Checkpoint:
     parse_config(read_json(beside), str(beside))  # before gigabytes are read
     weights = read_folder(folder, choices.weights)
     return _load(weights, _beside(weights, beside, source, choices), source, read_processor(folder))
+
+
+def _from_memory(source: str, choices: Choices) -> Checkpoint:
+    """Copy a model: what is exported does not change where training goes on."""
+    model = model_in_memory(source)
+    for wrapper in ("_orig_mod", "module"):  # of torch.compile, of DataParallel
+        model = getattr(model, wrapper, model)
+    if choices.weights is not None:
+        raise CheckpointError(f"checkpoint {source!r} is one model: it has no --weights to choose")
+    tensors = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
+    classes = classes_of(tensors, f"checkpoint {source}")
+    named = read_labels(choices.labels, classes) if choices.labels is not None else None
+    if isinstance(model, VitMsn):
+        labels = named if named is not None else model.config.labels
+        shaped = Shaped(replace(model.config, labels=labels), "its own configuration")
+    else:
+        if not hasattr(getattr(model, "config", None), "to_dict"):
+            raise CheckpointError(
+                f"checkpoint {source!r} has no configuration; expected a model of transformers, "
+                "or save it and give the file"
+            )
+        config = parse_config(model.config.to_dict(), source, classes, named)
+        shaped = Shaped(config, "its own configuration")
+    return _load(unwrap(tensors, f"checkpoint {source}"), shaped, source, None)
 
 
 def _from_file(path: Path, choices: Choices) -> Checkpoint:

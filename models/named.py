@@ -5,14 +5,16 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from msn_export.errors import CheckpointError
 from msn_export.models.config import named_variant, read_json
 
-Kind = Literal["random", "file", "folder", "hub"]
+Kind = Literal["random", "memory", "file", "folder", "hub"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,36 @@ FOREIGN_FOLDERS = (
     ),
 )
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}(?:@[\w./-]{1,128})?", re.ASCII)
+
+
+MEMORY = "memory:"
+_models: dict[str, Any] = {}  # by the names of those that ``in_memory`` holds
+
+
+@contextmanager
+def in_memory(model: Any) -> Iterator[str]:
+    """Name a model in memory as a checkpoint, for as long as the context is open.
+
+    Args:
+        model: transformers' ViTMSNModel or ViTMSNForImageClassification, or a ``VitMsn``.
+    """
+    name = f"{MEMORY}{type(model).__name__}"
+    while name in _models:
+        name += "+"
+    _models[name] = model
+    try:
+        yield name
+    finally:
+        del _models[name]
+
+
+def model_in_memory(source: str) -> Any:
+    """Give the model that ``in_memory`` named."""
+    if source not in _models:
+        raise CheckpointError(
+            f"checkpoint {source!r} was a model in memory; give a checkpoint that was saved of it"
+        )
+    return _models[source]
 
 
 def kind_of(source: str, variant: str | None = None) -> Kind:
@@ -217,6 +249,9 @@ def seeded(source: str) -> tuple[str, int]:
 def _kind_of(source: str) -> Kind:
     if source.startswith("random:"):
         return "random"
+    if source.startswith(MEMORY):
+        model_in_memory(source)
+        return "memory"
     try:
         if source and Path(source).is_dir():  # Path("") is the current folder
             return "folder"

@@ -11,7 +11,7 @@ import numpy as np
 
 from msn_export.errors import ManifestError, SpecError
 from msn_export.host import Machine
-from msn_export.schema import from_plain
+from msn_export.schema import Result, from_plain
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -90,8 +90,8 @@ class Timing:
     not_compared: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Bench:
+@dataclass(frozen=True, slots=True, repr=False)
+class Bench(Result):
     """A whole run.
 
     ``baseline`` is the contender whose time is 1, ``reference`` what outputs were compared with.

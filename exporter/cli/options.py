@@ -6,20 +6,19 @@ import math
 import pkgutil
 import shlex
 import sys
-import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, fields
-from enum import Enum, EnumType
+from enum import Enum
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
 import click
 from click.core import ParameterSource
 
 from msn_export.errors import SpecError
-from msn_export.options import Opt, opts_of
-from msn_export.schema import Within, annotated_hints
+from msn_export.options import One, Opt, opts_of
+from msn_export.schema import annotated_hints
 
 IMAGES = click.Path(exists=True, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -53,55 +52,29 @@ class Parsed(click.ParamType[Any]):
         return self.base.shell_complete(*args)
 
 
-class One(NamedTuple):
-    """One value of a field: its type, its bounds, and whether there may be several."""
-
-    kind: Any
-    within: Within | None = None
-    several: bool = False
-
-    @classmethod
-    def of(cls, hint: Any) -> One:
-        """Find it in a field's annotation; of a union it is the first."""
-        origin, inner = get_origin(hint), get_args(hint)
-        if origin is Annotated:
-            inside = cls.of(inner[0])
-            bounds = (told for told in inner[1:] if isinstance(told, Within))
-            return inside._replace(within=next(bounds, inside.within))
-        if origin is tuple:
-            return cls.of(inner[0])._replace(several=True)
-        if origin is Mapping:
-            return cls.of(inner[1])
-        return cls.of(inner[0]) if origin in {typing.Union, UnionType} else cls(hint)
-
-    @property
-    def is_enum(self) -> bool:
-        """Whether it is one of an enumeration's members."""
-        return isinstance(self.kind, EnumType)
-
-    def type(self, opt: Opt) -> click.ParamType[Any]:
-        """Give click's type for it."""
-        kind, within = self.kind, self.within
-        if opt.read is not None:
-            return Parsed(opt.form, opt.read, FILE if kind is Path else click.STRING)
-        if kind is Path:
-            return IMAGES if opt.exists else FILE
-        if hasattr(kind, "parse"):
-            return Parsed(kind.form, kind.parse)
-        if within is not None:
-            of: Any = click.IntRange if kind is int else click.FloatRange
-            most = within.most if within.most < math.inf else None
-            return of(within.least, most, min_open=within.above)  # type: ignore[no-any-return]
-        words = opt.words
-        if get_origin(kind) is Literal:
-            words = get_args(kind)
-        elif self.is_enum:
-            words = words or tuple(member.value for member in kind)
-        if not words:
-            return click.STRING
-        meanings = {word: kind(word) if self.is_enum else word for word in words}
-        meanings = {**({opt.none: None} if opt.none else {}), **meanings}
-        return Parsed("", meanings.__getitem__, click.Choice(list(meanings)))
+def _type_of(one: One, opt: Opt) -> click.ParamType[Any]:
+    """Give click's type for a field's value."""
+    kind, within = one.kind, one.within
+    if opt.read is not None:
+        return Parsed(opt.form, opt.read, FILE if kind is Path else click.STRING)
+    if kind is Path:
+        return IMAGES if opt.exists else FILE
+    if hasattr(kind, "parse"):
+        return Parsed(kind.form, kind.parse)
+    if within is not None:
+        of: Any = click.IntRange if kind is int else click.FloatRange
+        most = within.most if within.most < math.inf else None
+        return of(within.least, most, min_open=within.above)  # type: ignore[no-any-return]
+    words = opt.words
+    if get_origin(kind) is Literal:
+        words = get_args(kind)
+    elif one.is_enum:
+        words = words or tuple(member.value for member in kind)
+    if not words:
+        return click.STRING
+    meanings = {word: kind(word) if one.is_enum else word for word in words}
+    meanings = {**({opt.none: None} if opt.none else {}), **meanings}
+    return Parsed("", meanings.__getitem__, click.Choice(list(meanings)))
 
 
 class JobCommand(click.Command):
@@ -154,7 +127,7 @@ class JobCommand(click.Command):
 def _options(field: Field[Any], one: One, opt: Opt) -> Iterator[click.Option]:
     """Make a field's option, or its several."""
     for key, text in opt.each.items():
-        kind: dict[str, Any] = {"is_flag": True} if one.is_enum else {"type": one.type(opt)}
+        kind: dict[str, Any] = {"is_flag": True} if one.is_enum else {"type": _type_of(one, opt)}
         yield click.Option([f"--{_dashed(key)}", key], help=text, **kind)
     if opt.each:
         return
@@ -164,7 +137,7 @@ def _options(field: Field[Any], one: One, opt: Opt) -> Iterator[click.Option]:
         names = [f"--no-{_dashed(field.name)}"] if default else names
         attributes |= {"is_flag": True, "default": default, "flag_value": not default}
     else:
-        attributes |= {"type": one.type(opt), "multiple": one.several and opt.read is None}
+        attributes |= {"type": _type_of(one, opt), "multiple": one.several and opt.read is None}
     if default is MISSING:
         attributes["required"] = True
     elif opt.none or not isinstance(default, NoneType | bool | tuple):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from msn_export import __version__
 from msn_export.commands.installed import probe_all, wanted_packages
 from msn_export.host import Driver, Machine, NoDriver, find_driver, this_machine, usable_cores
+from msn_export.schema import Result
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -234,8 +235,8 @@ class PackageState:
     detail: str
 
 
-@dataclass(frozen=True, slots=True)
-class Diagnosis:
+@dataclass(frozen=True, slots=True, repr=False)
+class Diagnosis(Result):
     """All that the doctor found; ``healthy`` is that nothing installed is broken."""
 
     healthy: bool

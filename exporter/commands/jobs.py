@@ -11,7 +11,7 @@ from msn_export import options
 from msn_export.errors import SpecError
 from msn_export.files import require_writable
 from msn_export.manifest import manifest_path
-from msn_export.models.named import WEIGHTS, Choices, files_of, kind_of
+from msn_export.models.named import MEMORY, WEIGHTS, Choices, files_of, kind_of
 from msn_export.options import DTYPES, OUTPUT, Opt
 from msn_export.processor_config import require_choice
 from msn_export.schema import Count, Job, Within
@@ -113,7 +113,7 @@ class OnnxJob(Job):
     def _default_output(self) -> Path:
         """Name the file after the checkpoint: ``vit-msn-small.onnx`` in the current folder."""
         source = self.checkpoint.rstrip("/").split("@")[0]
-        stem = source.split(":")[1] if source.startswith("random:") else Path(source).name
+        stem = source.split(":")[1] if source.startswith(("random:", MEMORY)) else Path(source).name
         while stem.endswith(WEIGHTS):  # .pth.tar
             stem = stem.rpartition(".")[0]
         suffix = "" if self.dtype is Dtype.FP32 else f".{self.dtype}"

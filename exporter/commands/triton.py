@@ -11,6 +11,7 @@ from msn_export.metrics.samples import draw
 from msn_export.preprocessing import MODES, Preprocessing
 from msn_export.processor_config import choose
 from msn_export.progress import SILENT, Progress
+from msn_export.schema import Result
 from msn_export.spec import InputFormat, Targets
 from msn_export.triton_server import config as messages
 from msn_export.triton_server.check_artifacts import RTX
@@ -82,8 +83,8 @@ _CONFIGURATION = frozenset({
 })  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
+@dataclass(frozen=True, slots=True, repr=False)
+class Written(Result):
     """A repository's new models: their names, the Triton they are for, and what to know."""
 
     repository: str

@@ -27,6 +27,7 @@ from msn_export.graph.structure import differences_by_block
 from msn_export.manifest import CheckRecord
 from msn_export.metrics.block_errors import StageDrift, TensorDrift, is_block, most_of
 from msn_export.mixed_precision import MEASURED, choose_fp32_islands
+from msn_export.schema import Result
 from msn_export.spec import BatchRange, Dtype, Head, InputFormat
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
     from msn_export.metrics.samples import Sample
 
 
-@dataclass(frozen=True, slots=True)
-class Drift:
+@dataclass(frozen=True, slots=True, repr=False)
+class Drift(Result):
     """Every stage compared; ``parted`` is the first that does not do what the reference's does.
 
     ``suspect`` is the block looked into: the one that parted, else the one whose own error is the

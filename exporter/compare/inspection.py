@@ -21,11 +21,12 @@ from msn_export.graph.precision import graph_dtype
 from msn_export.graph.summary import macs, operators, tensor_specs
 from msn_export.manifest import Manifest, manifest_path, sha256_of
 from msn_export.preprocessing import Preprocessing
+from msn_export.schema import Result
 from msn_export.spec import BatchRange, TensorSpec
 
 
-@dataclass(frozen=True, slots=True)
-class Inspection:
+@dataclass(frozen=True, slots=True, repr=False)
+class Inspection(Result):
     """The facts of one artifact; None where the file does not tell. Sizes in bytes.
 
     ``described`` says whether a manifest vouches for the rest: only one whose hash is that of the

@@ -14,6 +14,7 @@ from msn_export.metrics.diagnose import label_faults
 from msn_export.metrics.evaluate import Evaluation
 from msn_export.metrics.tolerances import Gate
 from msn_export.preprocessing import Preprocessing
+from msn_export.schema import Result
 from msn_export.spec import Dtype
 
 
@@ -27,8 +28,8 @@ class Side:
     preprocessing: Preprocessing
 
 
-@dataclass(frozen=True, slots=True)
-class Validation:
+@dataclass(frozen=True, slots=True, repr=False)
+class Validation(Result):
     """The verdict, the figures behind it, and why.
 
     ``check`` gave both sides the same pixels; ``own``, where preprocessing differs, gave each what

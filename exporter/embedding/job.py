@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Protocol
 from msn_export import options
 from msn_export.errors import SpecError
 from msn_export.options import Opt
-from msn_export.schema import Count, Job, Within
+from msn_export.schema import Count, Job, Result, Within
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -136,8 +136,8 @@ class EmbedJob(Job):
     force: options.Force = False
 
 
-@dataclass(frozen=True, slots=True)
-class Embedded:
+@dataclass(frozen=True, slots=True, repr=False)
+class Embedded(Result):
     """What was written.
 
     ``turned`` counts the pictures that their EXIF orientation turned, ``skipped`` by reason what

@@ -32,6 +32,7 @@ from msn_export.metrics.evaluate import Evaluation
 from msn_export.metrics.metrics import embedding_of, nearest
 from msn_export.metrics.tolerances import GATES, in_words
 from msn_export.reporting.describe import counted_by, short
+from msn_export.schema import Result
 
 State = Literal["passed", "partial", "failed"]
 VerdictWord = Literal[
@@ -118,8 +119,8 @@ class ReportedAgreement:
         return self.check.passed if self.validation is None else self.validation.passed
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
+@dataclass(frozen=True, slots=True, repr=False)
+class Page(Result):
     """A whole report."""
 
     title: str

@@ -265,6 +265,7 @@ class OrtRunner(Runner):
         theirs, is waited for first.
         """
         self._require_open()
+        images = self._pixels(images)
         if isinstance(images, np.ndarray):
             require_fit(images.shape, element_of(images), self.inputs[0])
             if self._through_numpy:

@@ -178,7 +178,8 @@ class Runner(ABC):
 
         Args:
             images: a NumPy array, or a tensor of a library with DLPack (torch, cupy, jax), on
-                the host or on the runner's GPU; of the dtype and shape of ``inputs``.
+                the host or on the runner's GPU; of the dtype and shape of ``inputs``. Or pictures,
+                one or a list, as files or Pillow images: ``preprocess`` makes a batch of them.
             stream: for tensors on the GPU, the CUDA stream (a number, or an object of torch,
                 cupy or cuda-bindings) on which the images are made and the outputs are used.
 
@@ -232,6 +233,12 @@ class Runner(ABC):
         if self._takes_bytes:
             return pictures.decode(several, preprocessing)  # type: ignore[arg-type]
         return pictures.preprocess(several, preprocessing)  # type: ignore[arg-type]
+
+    def _pixels(self, images: Any) -> Any:
+        """Preprocess pictures; arrays and tensors are pixels already."""
+        first = images[0] if isinstance(images, list | tuple) and images else images
+        is_picture = isinstance(first, str | os.PathLike) or hasattr(first, "getexif")
+        return self.preprocess(images) if is_picture else images
 
     @property
     def scores(self) -> Scores | None:

@@ -201,6 +201,7 @@ class TrtRunner(Runner):
             profile: the index of the only profile to use; by default each run's best.
         """
         self._require_open()
+        images = self._pixels(images)
         if isinstance(images, np.ndarray):
             require_fit(images.shape, element_of(images), self.inputs[0])
             made = self._on_host(images, profile)

@@ -19,7 +19,7 @@ ORDER = (
     "files", "images", "image_folder", "engine_header", "golden", "models", "processor_config",
     "options", "metrics", "graph", "runtime", "mixed_precision", "artifact", "engine",
     "benchmark", "calibration", "baseline", "compare", "reporting", "embedding", "cluster",
-    "triton_server", "commands", "cli", "__main__",
+    "triton_server", "commands", "cli", "api", "__main__",
 )  # fmt: skip
 HEAVY = frozenset(
     {"torch", "onnx", "onnx_ir", "onnxscript", "onnxsim", "onnxruntime", "transformers",

@@ -38,6 +38,18 @@ def test_pictures_are_preprocessed_as_the_manifest_says(photographs) -> None:
         assert runner(batch).logits.shape == (3, 3)
 
 
+def test_pictures_themselves_are_run(photographs) -> None:
+    from PIL import Image
+
+    paths = image_folder.find(photographs).paths[:2]
+    with open_runner(classifier()) as runner:
+        wanted = runner(runner.preprocess(paths)).logits
+        np.testing.assert_array_equal(runner(paths).logits, wanted)
+        np.testing.assert_allclose(runner(str(paths[0])).logits, wanted[:1], atol=1e-5)
+        with Image.open(paths[1]) as picture:
+            np.testing.assert_allclose(runner([picture]).logits, wanted[1:], atol=1e-5)
+
+
 def test_a_graph_of_bytes_is_given_bytes(photographs) -> None:
     paths = image_folder.find(photographs).paths[:2]
     with (
