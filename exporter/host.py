@@ -1,4 +1,4 @@
-"""What this machine is, its NVIDIA driver, and what a process knows of itself.
+"""This machine, its NVIDIA driver, and processes on it: their memory, and children that answer.
 
 Constructing ``trt.Runtime`` (or, in full TensorRT, ``trt.Builder``) where no driver is found ends
 the process, so every path that would do so asks here first. The driver API works with any driver
@@ -8,18 +8,22 @@ version; the CUDA runtime library is not needed.
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import platform
 import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable
+import sys
+import traceback
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any, Self, TypeAlias
 
-from msn_export.errors import RunnerError
+from msn_export.errors import MsnExportError, RunnerError
 from msn_export.spec import ComputeCapability
 
 # CUDA driver API, cuda.h: CUdevice_attribute
@@ -269,3 +273,109 @@ def device_bytes(process: int) -> int | None:
         if owner == str(process) and used.isdigit():
             return int(used) * 2**20
     return None
+
+
+_TAIL = 4096  # bytes of a log that are searched for its last line
+
+
+class ChildProcess:
+    """``python -m module PIPE``; on the way out of its ``with`` it is dead, whatever happened.
+
+    Messages to it are lines of JSON on its stdin, those it sends lines of JSON on a pipe of their
+    own, for libraries print on stdout and stderr as they like. Its main function calls ``serve``.
+
+    Args:
+        module: what runs.
+        log: receives all that it and its libraries print.
+        environment: instead of this process' own.
+    """
+
+    def __init__(
+        self, module: str, log: IO[bytes], environment: Mapping[str, str] | None = None
+    ) -> None:
+        reading, writing = os.pipe()
+        self.messages = os.fdopen(reading, "rb")
+        try:
+            # this interpreter and a module of this package; what it works on travels on stdin
+            self.process = subprocess.Popen(  # noqa: S603
+                [sys.executable, "-P", "-m", module, str(writing)],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=(writing,),
+                env=environment,
+                start_new_session=True,  # Ctrl-C reaches this process only, which ends the child
+            )
+        except BaseException:
+            self.messages.close()
+            raise
+        finally:
+            os.close(writing)
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send a message and this process' number; a child that is dead takes none."""
+        assert self.process.stdin is not None
+        line = json.dumps({**message, "parent": os.getpid()}).encode() + b"\n"
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(line)
+            self.process.stdin.flush()
+
+    def close(self) -> None:
+        self.process.kill()
+        with suppress(BrokenPipeError):  # bytes of a message that was not read
+            self.process.communicate()
+        self.messages.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+
+def last_line(log: IO[bytes]) -> str:
+    """Give the last line of a log, 200 characters of it at most."""
+    log.seek(0, os.SEEK_END)
+    log.seek(max(0, log.tell() - _TAIL))
+    lines = log.read().decode("utf-8", "replace").strip().splitlines()
+    return lines[-1].strip()[:200] if lines else ""
+
+
+Send: TypeAlias = Callable[[dict[str, Any]], bool]
+
+
+def serve(
+    answer: Callable[[dict[str, Any], Send], Any], failure: Callable[[Exception], dict[str, Any]]
+) -> None:
+    """Be a ``ChildProcess``: answer each message on stdin until there are no more.
+
+    What ``answer`` returns goes back as ``{"done": …}``, an error of ours as ``{"failed": …}``. It
+    never outlives its parent.
+
+    Args:
+        answer: is given a message and ``send``, which sends others before the answer and is False
+            when nobody listens any more.
+        failure: the message for any other error; the log has its traceback.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and kills
+    pipe = os.fdopen(int(sys.argv[1]), "w", encoding="utf-8")
+
+    def send(message: dict[str, Any]) -> bool:
+        try:
+            pipe.write(json.dumps(message) + "\n")
+            pipe.flush()
+        except BrokenPipeError:
+            return False
+        return True
+
+    for line in sys.stdin:
+        message = json.loads(line)
+        end_with(message["parent"])
+        try:
+            send({"done": answer(message, send)})
+        except MsnExportError as error:
+            send({"failed": str(error)})
+        except Exception as error:  # noqa: BLE001  libraries raise what they like
+            if not isinstance(error, MemoryError):
+                traceback.print_exc()
+            send(failure(error))

@@ -1,37 +1,37 @@
-"""Who takes part in a benchmark, and how each is opened in its own process."""
+"""Contenders of a benchmark: what takes part, and what its process is asked to open."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from msn_export import manifest as manifests
 from msn_export.errors import BenchError, GraphError
 from msn_export.manifest import sha256_of
 from msn_export.models.named import AS_IT_SAYS, Choices
-from msn_export.schema import from_plain, to_plain
-from msn_export.spec import Dtype, ImageSize, InputFormat
+from msn_export.schema import to_plain
+from msn_export.spec import Dtype, ImageSize
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from msn_export.manifest import Manifest
-    from msn_export.preprocessing import Preprocessing
-    from msn_export.spec import ImageSize
+    from msn_export.manifest import CheckpointRecord, Manifest
+    from msn_export.models.vit import AttentionKind
 
 
 # PyTorch contenders: the form of attention, and whether torch.compile gets the model
-TORCH = {"eager": ("eager", False), "sdpa": ("sdpa", False), "compile": ("sdpa", True)}
+TORCH: dict[str, tuple[AttentionKind, bool]] = {
+    "eager": ("eager", False),
+    "sdpa": ("sdpa", False),
+    "compile": ("sdpa", True),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class ContenderSpec:
-    """One that is to be timed: ``opening`` is what its process is asked to open."""
+    """A contender that is to be timed; ``opening`` is what its process is asked to open."""
 
     name: str
     kind: str
@@ -40,6 +40,10 @@ class ContenderSpec:
     manifest: Manifest | None = None
     sha256: str | None = None
     dtype: str | None = None
+
+    @property
+    def checkpoint(self) -> CheckpointRecord | None:
+        return self.manifest.checkpoint if self.manifest is not None else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,6 @@ class Placement:
 
     @property
     def torch_device(self) -> str:
-        """The device as torch calls it."""
         return "cpu" if self.device is None else f"cuda:{self.device}"
 
 
@@ -76,20 +79,11 @@ def artifact(path: Path, where: Placement, name: str) -> ContenderSpec:
     if not path.is_file():
         raise GraphError(f"{path} does not exist; give an .onnx or .engine file")
     manifest = manifests.read(path)
-    opening = {
-        "kind": "artifact",
-        "path": str(path),
-        "device": where.device,
-        "providers": list(where.providers) if path.suffix == ".onnx" else [],
-        "trust": where.trust,
-        "threads": where.threads,
-        "resident": where.resident,
-        "cuda_graphs": where.cuda_graphs,
-    }
+    kind = "onnx" if path.suffix == ".onnx" else "engine"
     return ContenderSpec(
         name,
-        "onnx" if path.suffix == ".onnx" else "engine",
-        opening,
+        kind,
+        {"kind": kind, "path": str(path), "where": to_plain(where)},
         file=path,
         manifest=manifest,
         sha256=manifest.sha256 if manifest is not None else sha256_of(path),
@@ -121,7 +115,7 @@ def source_graphs(entries: Sequence[ContenderSpec], where: Placement) -> Iterato
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The checkpoint that PyTorch contenders load, and what of it the artifacts put out."""
+    """The checkpoint that PyTorch contenders load, and the artifacts' outputs and image size."""
 
     checkpoint: str
     sha256: str | None
@@ -141,17 +135,13 @@ def origin_of(
 
     It is read as the manifest says it was, unless ``choices`` say otherwise.
     """
-    known = [entry.manifest.checkpoint for entry in entries if entry.manifest is not None]
-    record = next((one for one in known if one is not None), None)
-    if record is None and checkpoint is None:
+    record = next((entry.checkpoint for entry in entries if entry.checkpoint is not None), None)
+    if record is not None:
+        choices = choices or Choices(record.variant, record.weights)
+        return Origin(checkpoint or record.source, record.sha256, outputs, size, choices)
+    if checkpoint is None:
         raise BenchError("no manifest names a checkpoint; name it with --checkpoint")
-    sha256 = record.sha256 if record else None
-    if record is not None and not choices:
-        choices = Choices(record.variant, record.weights)
-    if checkpoint is not None:
-        return Origin(checkpoint, sha256, outputs, size, choices)
-    assert record is not None
-    return Origin(record.source, sha256, outputs, size, choices)
+    return Origin(checkpoint, None, outputs, size, choices)
 
 
 def torch_dtype(entry: ContenderSpec, where: Placement) -> Dtype:
@@ -167,153 +157,10 @@ def torch_dtype(entry: ContenderSpec, where: Placement) -> Dtype:
 
 def torch_entry(kind: str, origin: Origin, where: Placement, dtype: Dtype) -> ContenderSpec:
     """Enter the PyTorch reference in one of its forms."""
-    attention, compiled = TORCH[kind]
     opening = {
-        "kind": "torch",
-        "attention": attention,
-        "compile": compiled,
-        "checkpoint": origin.checkpoint,
-        "sha256": origin.sha256,
-        "variant": origin.choices.variant,
-        "weights": origin.choices.weights,
-        "outputs": list(origin.outputs),
-        "size": {"height": origin.size.height, "width": origin.size.width},
+        "kind": kind,
+        "origin": to_plain(origin),
         "dtype": str(dtype),
-        "device": where.torch_device,
-        "threads": where.threads,
-        "resident": where.resident,
+        "where": to_plain(where),
     }
     return ContenderSpec(kind, kind, opening, sha256=origin.sha256, dtype=str(dtype))
-
-
-class Timed(Protocol):
-    """What is timed: ``prepare`` puts a batch where a call takes it from, uncounted."""
-
-    def described(self) -> dict[str, Any]:
-        """Say what was opened."""
-
-    @property
-    def cuda_graphs(self) -> str | None:
-        """How CUDA graphs were used so far."""
-
-    def prepare(self, pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> Any:
-        """Make the input of a call from decoded pictures [b, h, w, c]."""
-
-    def call(self, feed: Any) -> Mapping[str, Any]:
-        """Run it to its end; outputs by name."""
-
-
-class ArtifactContender:
-    """An .onnx or .engine file, through the runtime."""
-
-    def __init__(self, told: Mapping[str, Any]) -> None:
-        from msn_export.runtime import open_runner
-
-        self._runner = open_runner(
-            told["path"],
-            device=told["device"],
-            providers=told["providers"] or None,
-            trust=told["trust"],
-            threads=told["threads"],
-            cuda_graphs=told["cuda_graphs"],
-            eager_kernels=True,  # no kernel changes while it is timed
-        )
-        self._resident = told["resident"]
-        self._device = told["device"] or 0
-
-    def described(self) -> dict[str, Any]:
-        """Say what was opened."""
-        runner = self._runner
-        return {
-            "runs": runner.name,
-            "inputs": to_plain(runner.inputs),
-            "outputs": to_plain(runner.outputs),
-            "batch": str(runner.batch),
-        }
-
-    @property
-    def cuda_graphs(self) -> str | None:
-        """How an engine's kernels are replayed; a graph's runner replays none."""
-        return getattr(self._runner, "cuda_graphs", None)
-
-    def prepare(self, pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> Any:
-        """Make the artifact's own input."""
-        from msn_export.artifact import Feed
-
-        spec = self._runner.inputs[0]
-        feed = Feed(InputFormat.of(spec.dtype), spec.dtype, preprocessing)(pixels)
-        if not self._resident:
-            return feed
-        import torch
-
-        return torch.from_numpy(feed).to(f"cuda:{self._device}")
-
-    def call(self, feed: Any) -> Mapping[str, Any]:
-        """Run it; outputs that stay on the GPU are waited for."""
-        outputs = self._runner(feed)
-        if self._resident:
-            import torch
-
-            torch.cuda.synchronize(self._device)
-        return outputs
-
-
-class Torch:
-    """The PyTorch reference, its attention written out (eager) or fused (sdpa), or compiled."""
-
-    def __init__(self, told: Mapping[str, Any]) -> None:
-        import torch
-
-        from msn_export.benchmark.torch_reference import open_reference
-
-        torch.set_num_threads(told["threads"])
-        self._torch = torch
-        self._device, self._resident = told["device"], told["resident"]
-        self._dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[
-            told["dtype"]
-        ]
-        reference = open_reference(
-            told["checkpoint"],
-            attention=told["attention"],
-            outputs=told["outputs"],
-            size=from_plain(ImageSize, told["size"], "size"),
-            sha256=told["sha256"],
-            choices=Choices(told["variant"], told["weights"]),
-        )
-        self._names = [head.output for head in reference.heads]
-        model = reference.to(self._device, self._dtype)
-        self._model = torch.compile(model, dynamic=False) if told["compile"] else model
-
-    def described(self) -> dict[str, Any]:
-        """Say what was opened."""
-        where = self._device if self._device != "cpu" else "cpu"
-        return {"runs": f"torch {self._torch.__version__}, {where}", "outputs": self._names}
-
-    @property
-    def cuda_graphs(self) -> str | None:
-        """PyTorch launches kernel by kernel here, compiled or not."""
-        return None
-
-    def prepare(self, pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> Any:
-        """Make normalised planes."""
-        from msn_export import images
-
-        planes = self._torch.from_numpy(images.normalize(pixels, preprocessing))
-        return planes.to(self._device, self._dtype) if self._resident else planes.to(self._dtype)
-
-    def call(self, feed: Any) -> Mapping[str, Any]:
-        """Run it; what runs on the GPU is waited for."""
-        with self._torch.inference_mode():
-            found = self._model(feed.to(self._device))
-            if self._resident:
-                self._torch.cuda.synchronize(self._device)
-                return dict(zip(self._names, found, strict=True))
-            return {
-                name: value.float().cpu().numpy()
-                for name, value in zip(self._names, found, strict=True)
-            }
-
-
-def open_timed(told: Mapping[str, Any]) -> Timed:
-    """Open what a request describes."""
-    return Torch(told) if told["kind"] == "torch" else ArtifactContender(told)

@@ -1,61 +1,133 @@
-"""What a benchmark holds while it runs: contenders open in their processes, and the pictures."""
+"""A benchmark while it runs: contenders open in their processes, the pictures, the reference.
+
+``time_engines`` and ``time_graphs`` time files in this process instead: figures of a few calls.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
 import time
-from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from msn_export.artifact import Feed, feed_of
-from msn_export.benchmark.contenders import ContenderSpec, Origin, Placement, origin_of
-from msn_export.benchmark.results import Contender, Rounds, figures, ratio_of, rotated
-from msn_export.benchmark.worker import Process
+from msn_export.benchmark.contenders import Origin, Placement, origin_of, torch_entry
+from msn_export.benchmark.results import Agreed, Contender, figures, ratio_of, rotated
 from msn_export.engine_header import parse_header
-from msn_export.errors import BenchError, DeviceError, MissingPackageError, RunnerError, SpecError
-from msn_export.host import NoDriver, find_driver
+from msn_export.errors import (
+    BenchError,
+    DeviceError,
+    MissingPackageError,
+    RunnerError,
+    SpecError,
+    ToleranceError,
+)
+from msn_export.host import ChildProcess, NoDriver, find_driver, last_line, signal_name
+from msn_export.metrics.metrics import Comparison, worst_of
 from msn_export.models.named import AS_IT_SAYS, Choices
-from msn_export.preprocessing import Exif
 from msn_export.runtime.onnxruntime import OrtRunner
 from msn_export.runtime.opening import VerifiedEngine, open_engine
-from msn_export.runtime.runner import Runner
 from msn_export.schema import from_plain, to_plain
-from msn_export.spec import BatchRange, ImageSize, TensorSpec
+from msn_export.spec import BatchRange, Dtype, ImageSize, TensorSpec
 
 if TYPE_CHECKING:
-    from contextlib import ExitStack
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
 
+    from msn_export.benchmark.contenders import ContenderSpec
+    from msn_export.benchmark.results import Rounds
+    from msn_export.preprocessing import Exif
+    from msn_export.runtime.runner import Runner
+
+CONTENDER = "msn_export.benchmark.worker"
+_ENDING = 10  # seconds a process that closed its pipe may take to end
+# Each library of linear algebra reads a name of its own
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+class ContenderProcess(ChildProcess):
+    """A process that runs ``worker`` and answers one request at a time.
+
+    Args:
+        name: of the contender, for messages.
+        log: receives all that it and its libraries print.
+        threads: it may compute on.
+        offline: it may fetch nothing from the hub.
+    """
+
+    def __init__(self, name: str, log: Path, threads: int, *, offline: bool) -> None:
+        self.name, self._log = name, log
+        environment = {**os.environ, **dict.fromkeys(_THREADS, str(threads))}
+        if offline:
+            environment["HF_HUB_OFFLINE"] = "1"
+        with log.open("wb") as file:
+            super().__init__(CONTENDER, file, environment)
+
+    def ask(self, request: str, **arguments: Any) -> dict[str, Any]:
+        """Send a request, let the process run until it has answered, and stop it again.
+
+        A thread pool that waits for work spins: it would take the next contender's cores.
+        """
+        self.process.send_signal(signal.SIGCONT)
+        try:
+            self.send({"request": request, **arguments})
+            line = self.messages.readline()
+        finally:
+            self.process.send_signal(signal.SIGSTOP)
+        if not line:
+            raise BenchError(f"{self.name}: {self._end()}")
+        message: dict[str, Any] = json.loads(line)
+        if "failed" in message:
+            raise BenchError(f"{self.name}: {message['failed']}")
+        reply: dict[str, Any] = message["done"]
+        return reply
+
+    def _end(self) -> str:
+        # it was stopped, maybe while it was ending: what it does not end by itself is ended
+        self.process.send_signal(signal.SIGCONT)
+        try:
+            code = self.process.wait(timeout=_ENDING)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            return f"its process answered nothing more and did not end in {_ENDING} s"
+        with self._log.open("rb") as file:
+            line = last_line(file)
+        last = f"; its last line: {line}" if line else ""
+        if code == -signal.SIGKILL:
+            return f"its process was killed, most likely because memory ran out{last}"
+        if code < 0:
+            return f"its process crashed ({signal_name(code)}){last}"
+        return f"its process ended (exit {code}){last}"
+
 
 @dataclass(slots=True)
 class OpenContender:
-    """A contender that is open in its process; ``told`` is what it says of itself."""
+    """A contender that is open in its process; ``reply`` is what that answered when it opened it.
+
+    An artifact's reply has its ``inputs`` and ``batch``; PyTorch's has neither.
+    """
 
     entry: ContenderSpec
-    process: Process
-    told: dict[str, Any]
+    process: ContenderProcess
+    reply: dict[str, Any]
     record: Contender
 
     @property
     def name(self) -> str:
-        """The contender's name."""
         return self.entry.name
 
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """What an artifact takes; PyTorch takes normalised planes and does not say."""
-        return from_plain(tuple[TensorSpec, ...], self.told.get("inputs", []), "inputs")
-
     def splits(self, batch: int) -> str | None:
-        """Say that a batch is not run at once, where it is not."""
-        takes = BatchRange.parse(self.told["batch"]) if "batch" in self.told else None
+        """Note that a batch is not run at once, where it is not."""
+        takes = BatchRange.parse(self.reply["batch"]) if "batch" in self.reply else None
         if takes is None or takes.min <= batch <= takes.max:
             return None
         return (
@@ -88,13 +160,13 @@ class BenchSession:
         """
         self._started += 1
         log = self.folder / f"{self._started}.log"
-        process = Process(entry.name, log, self.where.threads, offline=self.offline)
+        process = ContenderProcess(entry.name, log, self.where.threads, offline=self.offline)
         self.stack.enter_context(process)
         try:
-            told = process.ask("open", **entry.opening)
-            one = OpenContender(entry, process, told, self._record(entry, told))
+            reply = process.ask("open", **entry.opening)
+            one = OpenContender(entry, process, reply, self._record(entry, reply))
             if self.feed is not None:
-                self._give(one, self.feed)
+                self._set_images(one, self.feed)
             if tried is not None:
                 self.outputs(one, tried)
         except BenchError:
@@ -103,7 +175,7 @@ class BenchSession:
         return one
 
     def beside(self, where: Placement, stack: ExitStack) -> BenchSession:
-        """Give another arena with the same pictures and no contender yet."""
+        """Begin another session with the same pictures and no contender yet."""
         return BenchSession(where, self.folder, stack, self.offline, feed=self.feed, _started=100)
 
     def agree(
@@ -123,7 +195,7 @@ class BenchSession:
                 own = next(iter(feeds.values())).preprocessing.size
             feeds[one.name] = feed_of(
                 one.name,
-                one.inputs,
+                from_plain(tuple[TensorSpec, ...], one.reply["inputs"], "inputs"),
                 one.entry.manifest,
                 preprocess=preprocess,
                 exif=exif,
@@ -138,27 +210,26 @@ class BenchSession:
         self.notes += chosen.notes
         return chosen
 
-    def show(self, feed: Feed, pixels: NDArray[np.uint8]) -> None:
-        """Give everyone the pictures [count, h, w, c], and whoever comes later."""
+    def set_images(self, feed: Feed, pixels: NDArray[np.uint8]) -> None:
+        """Give every contender the pictures [count, h, w, c], and each that is opened later."""
         self.feed = feed
         np.save(self._pixels, pixels)
         for one in self.opened:
-            self._give(one, feed)
+            self._set_images(one, feed)
 
     def outputs(self, one: OpenContender, batch: int) -> tuple[dict[str, NDArray[Any]], float]:
         """Begin a batch size; give the outputs for every picture, and the seconds it took."""
         path = self.folder / "outputs.npz"
-        told = one.process.ask("begin", batch=batch, outputs=str(path))
+        reply = one.process.ask("warm_up", batch=batch, outputs=str(path))
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}, float(told["seconds"])
+            return dict(file), float(reply["seconds"])
 
     def origin(self, checkpoint: str | None) -> Origin:
-        """Find the checkpoint of the artifacts, and what they put out of it."""
         assert self.feed is not None
         names: dict[str, None] = {}
         for one in self.opened:
-            if "inputs" in one.told:
-                names |= dict.fromkeys(spec["name"] for spec in one.told["outputs"])
+            if "inputs" in one.reply:
+                names |= dict.fromkeys(spec["name"] for spec in one.reply["outputs"])
         entries = [one.entry for one in self.opened]
         size = self.feed.preprocessing.size
         return origin_of(entries, checkpoint, tuple(names), size, self.choices)
@@ -167,26 +238,91 @@ class BenchSession:
     def _pixels(self) -> Path:
         return self.folder / "pixels.npy"
 
-    def _give(self, one: OpenContender, feed: Feed) -> None:
-        told = to_plain(feed.preprocessing)
-        one.process.ask("take", pixels=str(self._pixels), preprocessing=told)
+    def _set_images(self, one: OpenContender, feed: Feed) -> None:
+        preprocessing = to_plain(feed.preprocessing)
+        one.process.ask("set_images", pixels=str(self._pixels), preprocessing=preprocessing)
 
-    def _record(self, entry: ContenderSpec, told: dict[str, Any]) -> Contender:
-        specs = told.get("inputs", [])
+    def _record(self, entry: ContenderSpec, reply: dict[str, Any]) -> Contender:
+        specs = reply.get("inputs", [])
         takes = "; ".join(f"{one['dtype']} [{', '.join(map(str, one['shape']))}]" for one in specs)
         on_gpu = self.where.device is not None
         return Contender(
             name=entry.name,
             kind=entry.kind,
-            runs=told["runs"],
+            runs=reply["runs"],
             file=str(entry.file) if entry.file is not None else None,
             sha256=entry.sha256,
             dtype=entry.dtype,
             takes=takes or f"{entry.dtype} planes",
             threads=self.where.threads,
             transfers=not self.where.resident if on_gpu else None,
-            open_seconds=round(told["seconds"], 3),
+            open_seconds=round(reply["seconds"], 3),
         )
+
+
+_BATCH = 4  # images the reference takes at a time: it is not what is timed
+
+
+@dataclass(frozen=True, slots=True)
+class BenchReference:
+    """Outputs [count, ...] by name; ``checkpoint`` is the sha256 of their weights, if any is known.
+
+    ``name`` says what made them, or why there are none.
+    """
+
+    name: str
+    outputs: Mapping[str, NDArray[Any]]
+    checkpoint: str | None = None
+
+    def compare(
+        self, entry: ContenderSpec, outputs: Mapping[str, NDArray[Any]]
+    ) -> tuple[Agreed | None, str | None]:
+        """Compare every output that both have; or give the reason why none was."""
+        if not self.outputs:
+            return None, self.name
+        own = entry.checkpoint.sha256 if entry.checkpoint is not None else None
+        if own is not None and self.checkpoint is not None and own != self.checkpoint:
+            return None, "it was made from another checkpoint than the reference"
+        shared = [name for name in self.outputs if name in outputs]
+        if not shared:
+            return None, f"it has no output in common with the reference ({self.name})"
+        agreements = []
+        for name in shared:
+            comparison = Comparison()
+            try:
+                comparison.add(self.outputs[name], outputs[name])
+            except ToleranceError as error:
+                return None, f"{name}: {error}"
+            agreements.append(comparison.agreement())
+        worst = worst_of(agreements)
+        return Agreed(**{name: getattr(worst, name) for name in Agreed.__slots__}), None
+
+
+def find_reference(session: BenchSession, checkpoint: str | None) -> BenchReference:
+    """Run the PyTorch model in fp32 on the CPU; its process is gone before anything is timed.
+
+    Where it cannot be had, the first fp32 graph stands in, and says so.
+    """
+    with ExitStack() as stack:
+        try:
+            origin = session.origin(checkpoint)
+            cpu = Placement(session.where.threads)
+            apart = session.beside(cpu, stack)
+            one = apart.start(torch_entry("sdpa", origin, cpu, Dtype.FP32))
+            outputs, _ = apart.outputs(one, _BATCH)
+        except BenchError as error:
+            return _first_fp32(session, str(error).removeprefix("sdpa: "))
+    return BenchReference(f"{origin.checkpoint}, {one.record.runs}, fp32", outputs, origin.sha256)
+
+
+def _first_fp32(session: BenchSession, reason: str) -> BenchReference:
+    for one in session.opened:
+        if one.entry.dtype == Dtype.FP32 and one.entry.kind == "onnx":
+            record = one.entry.checkpoint
+            outputs, _ = session.outputs(one, _BATCH)
+            name = f"{one.name} (no PyTorch reference: {reason})"
+            return BenchReference(name, outputs, record.sha256 if record is not None else None)
+    return BenchReference(f"nothing ({reason})", {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +390,7 @@ def _timed(
 
 
 def _staged(path: Path) -> VerifiedEngine:
-    """Admit an engine that was compiled a moment ago and has no manifest yet."""
+    """Take an engine that was compiled a moment ago and has no manifest yet."""
     content = path.read_bytes()
     return VerifiedEngine(path, content, parse_header(content, path), None)
 

@@ -1,130 +1,198 @@
-"""A contender's process: its own memory, its own threads, and stopped while it is not its turn.
+"""A contender's process: ``python -m msn_export.benchmark.worker``; ``session`` starts it.
 
-A request comes in as a line of JSON on stdin, its answer goes out as one on a pipe of its own:
-libraries print on stdout and stderr as they like. It never outlives its parent.
+It has its own memory and its own threads, and is stopped while it is not its turn.
 """
 
 from __future__ import annotations
 
 import gc
-import json
-import os
-import signal
-import subprocess
-import sys
 import time
-import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from msn_export.benchmark.contenders import open_timed
-from msn_export.child_process import ChildProcess, last_line
-from msn_export.errors import BenchError, MsnExportError
-from msn_export.host import end_with, peak_rss, reset_peak, signal_name
+from msn_export import images
+from msn_export.benchmark.contenders import TORCH, Origin, Placement
+from msn_export.errors import CheckpointError, SpecError
+from msn_export.host import peak_rss, reset_peak, serve
 from msn_export.metrics.samples import Sample
 from msn_export.preprocessing import Preprocessing
-from msn_export.schema import from_plain
-from msn_export.spec import InputFormat
+from msn_export.schema import from_plain, to_plain
+from msn_export.spec import Head, InputFormat
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
+    from collections.abc import Callable, Mapping
 
     from numpy.typing import NDArray
 
-
-CONTENDER = "msn_export.benchmark.worker"
-_ENDING = 10  # seconds a process that closed its pipe may take to end
-# Each library of linear algebra reads a name of its own
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    from msn_export.graph.torch_reference import Heads
+    from msn_export.models.vit import AttentionKind
 
 
-class Process(ChildProcess):
-    """A process that runs ``msn_export.benchmark.worker`` and answers one request at a time.
+class ArtifactContender:
+    """An .onnx or .engine file, through the runtime."""
 
-    Args:
-        name: of the contender, for messages.
-        log: receives all that it and its libraries print.
-        threads: it may compute on.
-        offline: it may fetch nothing from the hub.
-    """
+    def __init__(self, request: Mapping[str, Any], where: Placement) -> None:
+        from msn_export.runtime import open_runner
 
-    def __init__(self, name: str, log: Path, threads: int, *, offline: bool) -> None:
-        self.name, self._log = name, log
-        environment = {**os.environ, **dict.fromkeys(_THREADS, str(threads))}
-        if offline:
-            environment["HF_HUB_OFFLINE"] = "1"
-        with log.open("wb") as file:
-            super().__init__(CONTENDER, file, environment)
+        path = request["path"]
+        self._runner = open_runner(
+            path,
+            device=where.device,
+            providers=where.providers if path.endswith(".onnx") and where.providers else None,
+            trust=where.trust,
+            threads=where.threads,
+            cuda_graphs=where.cuda_graphs,
+            eager_kernels=True,  # no kernel changes while it is timed
+        )
+        self._resident = where.resident
+        self._device = where.device or 0
 
-    def ask(self, request: str, **arguments: Any) -> dict[str, Any]:
-        """Send a request, let the process run until it has answered, and stop it again.
+    def description(self) -> dict[str, Any]:
+        runner = self._runner
+        return {
+            "runs": runner.name,
+            "inputs": to_plain(runner.inputs),
+            "outputs": to_plain(runner.outputs),
+            "batch": str(runner.batch),
+        }
 
-        A thread pool that waits for work spins: it would take the next contender's cores.
-        """
-        self.process.send_signal(signal.SIGCONT)
-        try:
-            self.send({"request": request, **arguments})
-            answer = self.messages.readline()
-        finally:
-            self.process.send_signal(signal.SIGSTOP)
-        if not answer:
-            raise BenchError(f"{self.name}: {self._end()}")
-        found: dict[str, Any] = json.loads(answer)
-        if "failed" in found:
-            raise BenchError(f"{self.name}: {found['failed']}")
-        return found
+    @property
+    def cuda_graphs(self) -> str | None:
+        """How an engine's kernels are replayed; a graph's runner replays none."""
+        return getattr(self._runner, "cuda_graphs", None)
 
-    def _end(self) -> str:
-        # it was stopped, maybe while it was ending: what it does not end by itself is ended
-        self.process.send_signal(signal.SIGCONT)
-        try:
-            code = self.process.wait(timeout=_ENDING)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-            return f"its process answered nothing more and did not end in {_ENDING} s"
-        with self._log.open("rb") as file:
-            line = last_line(file)
-        last = f"; its last line: {line}" if line else ""
-        if code == -signal.SIGKILL:
-            return f"its process was killed, most likely because memory ran out{last}"
-        if code < 0:
-            return f"its process crashed ({signal_name(code)}){last}"
-        return f"its process ended (exit {code}){last}"
+    def prepare(self, pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> Any:
+        """Make the artifact's own input of pictures [b, h, w, c]; this is not timed."""
+        from msn_export.artifact import Feed
+
+        spec = self._runner.inputs[0]
+        batch = Feed(InputFormat.of(spec.dtype), spec.dtype, preprocessing)(pixels)
+        if not self._resident:
+            return batch
+        import torch
+
+        return torch.from_numpy(batch).to(f"cuda:{self._device}")
+
+    def call(self, batch: Any) -> Mapping[str, Any]:
+        """Run it; outputs that stay on the GPU are waited for."""
+        outputs = self._runner(batch)
+        if self._resident:
+            import torch
+
+            torch.cuda.synchronize(self._device)
+        return outputs
 
 
-_FEEDS = 4  # different batches that calls go through in turn: one alone would stay in the caches
+class TorchContender:
+    """The PyTorch reference, its attention written out (eager) or fused (sdpa), or compiled."""
+
+    cuda_graphs = None  # PyTorch launches kernel by kernel here, compiled or not
+
+    def __init__(self, request: Mapping[str, Any], where: Placement) -> None:
+        import torch
+
+        torch.set_num_threads(where.threads)
+        self._torch = torch
+        self._device, self._resident = where.torch_device, where.resident
+        self._dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[
+            request["dtype"]
+        ]
+        attention, compiled = TORCH[request["kind"]]
+        reference = open_reference(from_plain(Origin, request["origin"], "origin"), attention)
+        self._names = [head.output for head in reference.heads]
+        model = reference.to(self._device, self._dtype)
+        self._model = torch.compile(model, dynamic=False) if compiled else model
+
+    def description(self) -> dict[str, Any]:
+        return {
+            "runs": f"torch {self._torch.__version__}, {self._device}",
+            "outputs": self._names,
+        }
+
+    def prepare(self, pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> Any:
+        """Make normalised planes of pictures [b, h, w, c]; this is not timed."""
+        planes = self._torch.from_numpy(images.normalize(pixels, preprocessing))
+        return planes.to(self._device, self._dtype) if self._resident else planes.to(self._dtype)
+
+    def call(self, batch: Any) -> Mapping[str, Any]:
+        """Run it; what runs on the GPU is waited for."""
+        with self._torch.inference_mode():
+            outputs = self._model(batch.to(self._device))
+            if self._resident:
+                self._torch.cuda.synchronize(self._device)
+            else:
+                outputs = [value.float().cpu().numpy() for value in outputs]
+            return dict(zip(self._names, outputs, strict=True))
+
+
+def open_reference(origin: Origin, attention: AttentionKind) -> Heads:
+    """Load a checkpoint as the model whose outputs the artifacts have, at their image size."""
+    import torch
+
+    from msn_export.graph.torch_reference import Heads
+    from msn_export.models.checkpoint import load_checkpoint
+    from msn_export.models.vit import VitMsn
+
+    loaded = load_checkpoint(origin.checkpoint, origin.choices)
+    if origin.sha256 is not None and loaded.sha256 != origin.sha256:
+        raise CheckpointError(
+            f"checkpoint {origin.checkpoint} has other weights ({loaded.sha256[:12]}…) than the "
+            f"artifact was made from ({origin.sha256[:12]}…); name the right one with "
+            "--checkpoint, or what holds its weights with --weights"
+        )
+    heads = [head for head in Head if head.output in origin.outputs]
+    if not heads:
+        raise SpecError(
+            f"the artifact's outputs ({', '.join(origin.outputs)}) are none of "
+            f"{', '.join(head.output for head in Head)}: there is nothing to compare"
+        )
+    model = loaded.model
+    # not compare.sides: that brings onnxruntime, and the memory of this process is measured
+    size = (origin.size.height, origin.size.width)
+    if size != model.config.image_size:
+        model = model.for_image_size(size)
+    if attention != model.attention:
+        with torch.device("meta"):
+            other = VitMsn(model.config, attention=attention)
+        other.load_state_dict(model.state_dict(keep_vars=True), assign=True)  # weights are shared
+        model = other.eval()
+    return Heads(model, heads).eval()
+
+
+Timed: TypeAlias = ArtifactContender | TorchContender
+_INPUTS = 4  # different batches that calls go through in turn: one alone would stay in the caches
 
 
 class Server:
     """Answers requests about one contender."""
 
-    def __init__(self) -> None:
-        self._timed: Any = None
-        self._sample: Sample | None = None
-        self._feeds: list[Any] = []
+    _timed: Timed
+    _sample: Sample
 
-    def open(self, told: Mapping[str, Any]) -> dict[str, Any]:
+    def __init__(self) -> None:
+        self._inputs: list[Any] = []
+
+    def open(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Open what is to be timed."""
         started = time.monotonic()
-        self._timed = open_timed(told)
-        return {**self._timed.described(), "seconds": time.monotonic() - started}
+        where = from_plain(Placement, request["where"], "where")
+        kind = TorchContender if request["kind"] in TORCH else ArtifactContender
+        self._timed = kind(request, where)
+        return {**self._timed.description(), "seconds": time.monotonic() - started}
 
-    def take(self, told: Mapping[str, Any]) -> dict[str, Any]:
+    def set_images(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Take the pictures that are run."""
-        pixels = np.load(told["pixels"], allow_pickle=False)
-        preprocessing = from_plain(Preprocessing, told["preprocessing"], "preprocessing")
+        pixels = np.load(request["pixels"], allow_pickle=False)
+        preprocessing = from_plain(Preprocessing, request["preprocessing"], "preprocessing")
         self._sample = Sample(pixels, (), "", preprocessing)
         return {"pictures": len(pixels)}
 
-    def begin(self, told: Mapping[str, Any]) -> dict[str, Any]:
+    def warm_up(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Begin a batch size: run every picture once (its outputs go to a file), keep inputs."""
-        assert self._sample is not None
         reset_peak()
-        batch, sample = told["batch"], self._sample
+        batch, sample = request["batch"], self._sample
         started = time.monotonic()
         parts = [
             self._outputs(range(start, start + batch)) for start in range(0, len(sample), batch)
@@ -132,41 +200,40 @@ class Server:
         outputs = {
             name: np.concatenate([part[name] for part in parts])[: len(sample)] for name in parts[0]
         }
-        with Path(told["outputs"]).open("wb") as file:
+        with Path(request["outputs"]).open("wb") as file:
             np.savez(file, **outputs)  # type: ignore[arg-type]
-        starts = [start * batch for start in range(_FEEDS)]
-        self._feeds = [self._feed(range(start, start + batch)) for start in starts]
+        starts = [start * batch for start in range(_INPUTS)]
+        self._inputs = [self._input(range(start, start + batch)) for start in starts]
         return {"seconds": time.monotonic() - started}
 
-    def time(self, told: Mapping[str, Any]) -> dict[str, Any]:
+    def time(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Take a turn: one call that is not counted, then calls until the time is spent."""
-        self._timed.call(self._feeds[-1])  # the caches are those of whoever ran before
+        self._timed.call(self._inputs[-1])  # the caches are those of whoever ran before
         times: list[int] = []
         gc.collect()
         gc.disable()
         try:
-            until = time.perf_counter_ns() + int(told["seconds"] * 1e9)
+            until = time.perf_counter_ns() + int(request["seconds"] * 1e9)
             while not times or time.perf_counter_ns() < until:
-                feed = self._feeds[len(times) % len(self._feeds)]
+                batch = self._inputs[len(times) % len(self._inputs)]
                 began = time.perf_counter_ns()
-                self._timed.call(feed)
+                self._timed.call(batch)
                 times.append(time.perf_counter_ns() - began)
         finally:
             gc.enable()
         return {"nanoseconds": times}
 
-    def weigh(self, told: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002  as the others
-        """Say the highest resident memory since ``begin``, and how CUDA graphs were used."""
+    def memory(self, request: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002  as the others
+        """Give the highest resident memory since ``warm_up``, and how CUDA graphs were used."""
         return {"peak_rss_bytes": peak_rss(), "cuda_graphs": self._timed.cuda_graphs}
 
-    def _feed(self, indices: range) -> Any:
-        assert self._sample is not None
+    def _input(self, indices: range) -> Any:
         pixels = self._sample.feed(indices, InputFormat.UINT8)
         return self._timed.prepare(pixels, self._sample.preprocessing)
 
     def _outputs(self, indices: range) -> dict[str, NDArray[Any]]:
-        found = self._timed.call(self._feed(indices))
-        return {name: _on_host(value) for name, value in found.items()}
+        outputs = self._timed.call(self._input(indices))
+        return {name: _on_host(value) for name, value in outputs.items()}
 
 
 def _on_host(value: Any) -> NDArray[Any]:
@@ -175,40 +242,26 @@ def _on_host(value: Any) -> NDArray[Any]:
 
 
 def main() -> None:
-    """Answer until there are no more requests."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and kills
     server = Server()
-    with os.fdopen(int(sys.argv[1]), "w", encoding="utf-8") as answers:
-        for line in sys.stdin:
-            told = json.loads(line)
-            end_with(told["parent"])
-            answers.write(json.dumps(_answer(server, told)) + "\n")
-            answers.flush()
-
-
-def _answer(server: Server, told: dict[str, Any]) -> dict[str, Any]:
-    requests = {
+    requests: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
         "open": server.open,
-        "take": server.take,
-        "begin": server.begin,
+        "set_images": server.set_images,
+        "warm_up": server.warm_up,
         "time": server.time,
-        "weigh": server.weigh,
+        "memory": server.memory,
     }
-    try:
-        return requests[told["request"]](told)
-    except MsnExportError as error:
-        return {"failed": str(error)}
-    except ModuleNotFoundError as error:
-        traceback.print_exc()
+    serve(lambda request, _send: requests[request["request"]](request), _failure)
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    if isinstance(error, ModuleNotFoundError):
         return {
             "failed": f"package {error.name} is not installed; pip install 'msn-export[export]'"
         }
-    except MemoryError:
+    if isinstance(error, MemoryError):
         return {"failed": "there is not enough memory"}
-    except Exception as error:  # noqa: BLE001  torch raises what it likes; the log has it all
-        traceback.print_exc()
-        first = next(iter(str(error).strip().splitlines()), "no message")
-        return {"failed": f"{type(error).__name__}: {first[:300]}"}
+    first = next(iter(str(error).strip().splitlines()), "no message")
+    return {"failed": f"{type(error).__name__}: {first[:300]}"}
 
 
 if __name__ == "__main__":

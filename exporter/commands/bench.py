@@ -21,7 +21,6 @@ from msn_export.benchmark.contenders import (
     torch_dtype,
     torch_entry,
 )
-from msn_export.benchmark.reference import find_reference
 from msn_export.benchmark.results import (
     Bench,
     Contender,
@@ -31,7 +30,7 @@ from msn_export.benchmark.results import (
     ratio_of,
     rotated,
 )
-from msn_export.benchmark.session import BenchSession, OpenContender
+from msn_export.benchmark.session import BenchSession, OpenContender, find_reference
 from msn_export.commands.jobs import BenchJob
 from msn_export.errors import BenchError, MissingPackageError, SpecError
 from msn_export.files import placing, require_writable, staging
@@ -42,7 +41,7 @@ from msn_export.models.named import Choices
 from msn_export.progress import SILENT
 
 if TYPE_CHECKING:
-    from msn_export.benchmark.reference import BenchReference
+    from msn_export.benchmark.session import BenchReference
     from msn_export.metrics.samples import Sample
     from msn_export.progress import Progress
     from msn_export.spec import Dtype
@@ -74,22 +73,22 @@ def run_bench(job: BenchJob, progress: Progress = SILENT) -> Bench:
     with tempfile.TemporaryDirectory(prefix="msn-export-bench-") as folder, ExitStack() as stack:
         choices = Choices(job.variant, job.weights)
         offline = job.checkpoint is None
-        arena = BenchSession(where, Path(folder), stack, offline=offline, choices=choices)
+        session = BenchSession(where, Path(folder), stack, offline=offline, choices=choices)
         for entry in artifacts(job.artifacts, where):
             with progress.step(f"open {entry.name}"):
-                arena.opened.append(arena.start(entry))
-        feed = arena.agree(job.image_size, job.preprocess, job.exif)
+                session.opened.append(session.start(entry))
+        feed = session.agree(job.image_size, job.preprocess, job.exif)
         with progress.step("read images"):
             sample = draw(job.images, feed.preprocessing)
-            arena.notes += sample.notes
-            arena.show(feed, sample.pixels)
+            session.notes += sample.notes
+            session.set_images(feed, sample.pixels)
         with progress.step("run the fp32 reference"):
-            reference = find_reference(arena, job.checkpoint)
-        _enter(job, arena, progress)
+            reference = find_reference(session, job.checkpoint)
+        _enter(job, session, progress)
         timings: list[Timing] = []
         for batch in job.batches:
-            timings += _time_batch(job, arena, reference, batch, progress)
-    bench = _summary(job, arena, sample, reference, timings, load)
+            timings += _time_batch(job, session, reference, batch, progress)
+    bench = _summary(job, session, sample, reference, timings, load)
     if job.report is not None:
         _write_page(bench, job.report, progress, force=job.force)
     return bench
@@ -107,55 +106,56 @@ def _where(job: BenchJob) -> Placement:
     return Placement(threads, device, job.providers, job.trust, job.resident, job.cuda_graphs)
 
 
-def _enter(job: BenchJob, arena: BenchSession, progress: Progress) -> None:
+def _enter(job: BenchJob, session: BenchSession, progress: Progress) -> None:
     """Open what the artifacts are compared with; the first that opens is the baseline."""
-    dtype = job.dtype or torch_dtype(arena.opened[0].entry, arena.where)
+    dtype = job.dtype or torch_dtype(session.opened[0].entry, session.where)
     others: list[OpenContender] = []
     for kind in job.against:
         with progress.step(f"open {kind}"):
             try:
-                for entry in _entries(kind, job, arena, dtype):
-                    others.append(arena.start(entry, job.batches[0] if kind == "compile" else None))
+                tried = job.batches[0] if kind == "compile" else None
+                for entry in _entries(kind, job, session, dtype):
+                    others.append(session.start(entry, tried))
             except BenchError as error:
                 reason = str(error).removeprefix(f"{kind}: ")
-                arena.absent.append(Contender(kind, kind, skipped=reason))
-    arena.opened[:0] = others
+                session.absent.append(Contender(kind, kind, skipped=reason))
+    session.opened[:0] = others
 
 
-def _entries(kind: str, job: BenchJob, arena: BenchSession, dtype: Dtype) -> list[ContenderSpec]:
+def _entries(kind: str, job: BenchJob, session: BenchSession, dtype: Dtype) -> list[ContenderSpec]:
     if kind in TORCH:
-        return [torch_entry(kind, arena.origin(job.checkpoint), arena.where, dtype)]
-    return list(source_graphs([one.entry for one in arena.opened], arena.where))
+        return [torch_entry(kind, session.origin(job.checkpoint), session.where, dtype)]
+    return list(source_graphs([one.entry for one in session.opened], session.where))
 
 
 def _time_batch(
-    job: BenchJob, arena: BenchSession, reference: BenchReference, batch: int, progress: Progress
+    job: BenchJob, session: BenchSession, reference: BenchReference, batch: int, progress: Progress
 ) -> list[Timing]:
     """Time all contenders at one batch size, after their outputs were compared at it."""
     compared = {}
     with progress.step(f"batch {batch}: compare outputs"):
-        for one in arena.opened:
-            outputs, seconds = arena.outputs(one, batch)
+        for one in session.opened:
+            outputs, seconds = session.outputs(one, batch)
             compared[one.name] = (*reference.compare(one.entry, outputs), seconds)
             if (note := one.splits(batch)) is not None:
-                arena.notes.append(note)
+                session.notes.append(note)
     with progress.step(f"batch {batch}: time"):
-        rounds = _run_rounds(job, arena, batch, progress)
+        rounds = _run_rounds(job, session, batch, progress)
     timings = []
-    for one in arena.opened:
+    for one in session.opened:
         agreement, why, seconds = compared[one.name]
-        weighed = one.process.ask("weigh")
-        one.record = replace(one.record, cuda_graphs=weighed["cuda_graphs"])
-        on_gpu = arena.where.device is not None
+        reply = one.process.ask("memory")
+        one.record = replace(one.record, cuda_graphs=reply["cuda_graphs"])
+        on_gpu = session.where.device is not None
         timings.append(
             Timing(
                 contender=one.name,
                 batch=batch,
                 **figures(rounds[one.name], batch),
-                ratio=ratio_of(rounds[one.name], rounds[arena.opened[0].name]),
+                ratio=ratio_of(rounds[one.name], rounds[session.opened[0].name]),
                 warm_up_seconds=round(seconds, 3),
-                peak_rss_bytes=weighed["peak_rss_bytes"],
-                device_bytes=device_bytes(one.process.id) if on_gpu else None,
+                peak_rss_bytes=reply["peak_rss_bytes"],
+                device_bytes=device_bytes(one.process.process.pid) if on_gpu else None,
                 agreement=agreement,
                 not_compared=why,
             )
@@ -164,22 +164,22 @@ def _time_batch(
 
 
 def _run_rounds(
-    job: BenchJob, arena: BenchSession, batch: int, progress: Progress
+    job: BenchJob, session: BenchSession, batch: int, progress: Progress
 ) -> dict[str, Rounds]:
     """Let each contender take its turn in every round, the order moving on by one."""
-    by_name = {one.name: one for one in arena.opened}
+    by_name = {one.name: one for one in session.opened}
     rounds: dict[str, Rounds] = {name: [] for name in by_name}
     turns = [(turn, name) for turn in range(job.rounds) for name in rotated(list(by_name), turn)]
     for done, (turn, name) in enumerate(turns):
         progress.advance(done, len(turns), f"batch {batch}, round {turn + 1}, {name}")
-        told = by_name[name].process.ask("time", seconds=job.seconds / job.rounds)
-        rounds[name].append(told["nanoseconds"])
+        reply = by_name[name].process.ask("time", seconds=job.seconds / job.rounds)
+        rounds[name].append(reply["nanoseconds"])
     return rounds
 
 
 def _summary(
     job: BenchJob,
-    arena: BenchSession,
+    session: BenchSession,
     sample: Sample,
     reference: BenchReference,
     timings: list[Timing],
@@ -187,7 +187,7 @@ def _summary(
 ) -> Bench:
     machine = this_machine()
     if load > _BUSY * machine.cores:
-        arena.notes.append(
+        session.notes.append(
             f"Other processes were using the machine (load average {load:.1f} on {machine.cores} "
             "cores when the run began): compare ratios, not milliseconds."
         )
@@ -200,16 +200,16 @@ def _summary(
         batches=job.batches,
         rounds=job.rounds,
         seconds=job.seconds,
-        threads=arena.where.threads,
+        threads=session.where.threads,
         pictures=len(sample),
         pictures_from=sample.source,
         preprocessing=sample.preprocessing.name,
-        baseline=arena.opened[0].name,
+        baseline=session.opened[0].name,
         reference=reference.name,
         load=round(load, 2),
-        contenders=(*(one.record for one in arena.opened), *arena.absent),
+        contenders=(*(one.record for one in session.opened), *session.absent),
         timings=tuple(timings),
-        notes=tuple(dict.fromkeys(arena.notes)),
+        notes=tuple(dict.fromkeys(session.notes)),
         preset=job.preset,
     )
 

@@ -12,13 +12,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from msn_export.child_process import ChildProcess, last_line
 from msn_export.engine.census import Census, by_profile
 from msn_export.engine.kernels import Kernel
 from msn_export.engine.options import Backend, BuildSpec, BuildStep, check_options
 from msn_export.engine_header import read_header
 from msn_export.errors import BuildError, OutputError
-from msn_export.host import Driver, NoDriver, find_driver, peak_rss, signal_name
+from msn_export.host import (
+    ChildProcess,
+    Driver,
+    NoDriver,
+    find_driver,
+    last_line,
+    peak_rss,
+    signal_name,
+)
 from msn_export.schema import from_plain, to_plain
 from msn_export.spec import AMPERE, Targets
 
@@ -46,7 +53,7 @@ def run_child(
     """Run ``job`` in a child process and give what it says when it is done.
 
     Args:
-        job: what ``child.py`` reads.
+        job: what ``worker.py`` reads.
         raw: receives all that the child and TensorRT print.
         limits: when to end it.
         progress: is told how far it is.
@@ -74,7 +81,7 @@ def _events(child: ChildProcess, limits: Limits) -> Iterator[dict[str, Any]]:
     with selectors.DefaultSelector() as selector:
         selector.register(child.messages, selectors.EVENT_READ)
         while True:
-            _check(limits, child.id, time.monotonic() - started)
+            _check(limits, child.process.pid, time.monotonic() - started)
             if not selector.select(_POLL):
                 continue
             chunk = os.read(child.messages.fileno(), 1 << 16)

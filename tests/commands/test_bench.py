@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,25 +16,8 @@ from click.testing import CliRunner
 from onnx import numpy_helper
 
 from msn_export import manifest
-from msn_export.benchmark import worker as bench_process
-from msn_export.benchmark.contenders import (
-    ContenderSpec,
-    Placement,
-    artifact,
-    artifacts,
-    origin_of,
-    source_graphs,
-    torch_dtype,
-    torch_entry,
-)
-from msn_export.benchmark.session import BenchSession
-from msn_export.benchmark.worker import Process
 from msn_export.cli import main
-from msn_export.errors import BenchError, GraphError
 from msn_export.manifest import CheckpointRecord
-from msn_export.models.named import Choices
-from msn_export.spec import Dtype, ImageSize
-from tests.builders.manifests import example
 from tests.builders.tiny_artifacts import classifier, foreign
 
 
@@ -100,17 +82,6 @@ def test_memory_is_each_contenders_own(measured) -> None:
     told, _ = measured
     peaks = {one["contender"]: one["peak_rss_bytes"] for one in told["timings"]}
     assert 20e6 < peaks["tiny.onnx"] < 0.6 * peaks["sdpa"]  # no torch in its process
-
-
-@pytest.mark.parametrize(
-    ("dtype", "device", "expected"),
-    [("fp16", 0, "fp16"), ("bf16", 0, "bf16"), ("int8", 0, "fp16"), ("fp8", 1, "fp16"),
-     (None, 0, "fp32"), ("int8", None, "fp32")],
-)  # fmt: skip
-def test_pytorch_computes_as_the_artifact_does_where_it_can(dtype, device, expected) -> None:
-    assert (
-        torch_dtype(ContenderSpec("m", "engine", {}, dtype=dtype), Placement(2, device)) == expected
-    )
 
 
 def test_what_was_left_out_says_why(measured) -> None:
@@ -250,70 +221,6 @@ def test_an_artifact_that_is_none_is_an_error(tmp_path, model) -> None:
     assert "tiny.onnx is given twice" in bench(model, model).stderr
 
 
-def test_files_of_one_name_are_called_by_their_paths(model, tmp_path) -> None:
-    other = tmp_path / "tiny.onnx"
-    other.write_bytes(model.read_bytes())
-    assert [entry.name for entry in artifacts([model, other], Placement(1))] == [
-        str(model),
-        str(other),
-    ]
-
-
-def test_the_graph_of_an_engine_must_lie_beside_it(model, tmp_path) -> None:
-    engine = tmp_path / "tiny.engine"
-    engine.write_bytes(b"an engine")
-    with pytest.raises(BenchError, match="has no manifest that names its graph"):
-        list(source_graphs([artifact(engine, Placement(1, 0), "tiny.engine")], Placement(1, 0)))
-    with pytest.raises(BenchError, match="runs in it already"):
-        list(source_graphs([artifact(model, Placement(1), "tiny.onnx")], Placement(1)))
-    with pytest.raises(GraphError, match="does not exist"):
-        artifact(tmp_path / "none.engine", Placement(1), "none.engine")
-
-
-def test_a_process_stands_still_while_it_is_not_its_turn(model, tmp_path) -> None:
-    entry = artifact(model, Placement(1), "tiny.onnx")
-    with Process("tiny.onnx", tmp_path / "log", 1, offline=True) as process:
-        process.ask("open", **entry.opening)
-        time.sleep(0.1)
-        state = Path(f"/proc/{process.id}/stat").read_text().rpartition(")")[2].split()[0]
-        assert state == "T"  # stopped
-        with pytest.raises(BenchError, match=r"tiny\.onnx: KeyError"):
-            process.ask("take")
-    assert not Path(f"/proc/{process.id}").exists()
-
-
-def test_a_process_that_answers_no_more_and_does_not_end_is_ended(tmp_path, monkeypatch) -> None:
-    code = "import os, sys, time; os.close(int(sys.argv[1])); time.sleep(600)"
-    (tmp_path / "dawdler.py").write_text(code)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(bench_process, "CONTENDER", "dawdler")
-    monkeypatch.setattr(bench_process, "_ENDING", 1)
-    with (
-        Process("dawdler", tmp_path / "log", 1, offline=True) as process,
-        pytest.raises(BenchError, match="dawdler: its process answered nothing more and did not"),
-    ):
-        process.ask("open")
-
-
-def test_what_is_left_out_holds_no_memory(model, tmp_path) -> None:
-    with ExitStack() as stack:
-        arena = BenchSession(Placement(1), tmp_path, stack, offline=True)
-        broken = replace(artifact(model, Placement(1), "tiny.onnx"), opening={"kind": "nothing"})
-        with pytest.raises(BenchError):
-            arena.start(broken)
-        children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-        commands = [Path(f"/proc/{child}/cmdline").read_bytes() for child in children]
-        assert not [line for line in commands if b"bench.worker" in line]
-
-
-def test_a_process_that_dies_is_described(model, tmp_path) -> None:
-    with Process("victim", tmp_path / "log", 1, offline=True) as process:
-        process.ask("open", **artifact(model, Placement(1), "tiny.onnx").opening)
-        os.kill(process.id, signal.SIGKILL)
-        with pytest.raises(BenchError, match="victim: its process was killed, most likely because"):
-            process.ask("weigh")
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_no_process_outlives_the_run(model, tmp_path, number) -> None:
     command = [sys.executable, "-m", "msn_export", "bench", str(model), "--against", "none"]
@@ -358,18 +265,3 @@ def test_compile_runs_or_says_what_it_lacks(model, monkeypatch) -> None:
     (absent,) = [one for one in told["contenders"] if one["skipped"]]
     assert absent["name"] == "compile"
     assert "/nowhere/c++" in absent["skipped"]
-
-
-def test_the_checkpoint_is_read_as_the_manifest_says_unless_another_choice_is_made() -> None:
-    record = CheckpointRecord("w.pth", "ab" * 32, variant="vit-msn-small", weights="model_ema")
-    entry = ContenderSpec("m.onnx", "onnx", {}, manifest=example(checkpoint=record))
-    size = ImageSize(32, 32)
-    found = origin_of([entry], None, ("logits",), size)
-    assert (found.checkpoint, found.sha256) == ("w.pth", "ab" * 32)
-    assert found.choices == Choices("vit-msn-small", "model_ema")
-    other = Choices(weights="model")
-    assert origin_of([entry], "other.pth", ("logits",), size, other).choices == other
-    opening = torch_entry("sdpa", found, Placement(1), Dtype.FP32).opening
-    assert (opening["variant"], opening["weights"]) == ("vit-msn-small", "model_ema")
-    with pytest.raises(BenchError, match="no manifest names a checkpoint; name it with --check"):
-        origin_of([ContenderSpec("m.onnx", "onnx", {})], None, ("logits",), size)

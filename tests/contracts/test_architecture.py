@@ -15,7 +15,7 @@ PACKAGE = Path(msn_export.__file__).parent
 # from the bottom up: folders and the modules beside them; each may import those before it, in its
 # functions too
 ORDER = (
-    "errors", "spec", "progress", "schema", "host", "child_process", "preprocessing", "manifest",
+    "errors", "spec", "progress", "schema", "host", "preprocessing", "manifest",
     "files", "images", "image_folder", "engine_header", "golden", "models", "processor_config",
     "options", "metrics", "graph", "runtime", "mixed_precision", "artifact", "engine",
     "benchmark", "calibration", "baseline", "compare", "reporting", "embedding", "cluster",
@@ -53,7 +53,6 @@ EXCEPTIONS = {
     "cluster/cluster.py": {"ray"},  # inside its functions: loaded when a cluster is joined
     "cluster/embed.py": {"ray"},
     "cluster/serve.py": {"ray", "starlette"},
-    "benchmark/torch_reference.py": {"torch"},  # the model beside its artifacts
     "reporting/render.py": {"PIL"},
     "runtime/onnxruntime.py": {"onnxruntime"},
     "runtime/runner.py": {"PIL"},  # named in annotations
