@@ -17,6 +17,7 @@ import pytest
 import msn_export
 from msn_export.runtime import versions
 from msn_export.runtime.versions import VERSIONS, TensorRTVersion, row_for
+from tests.fakes import tensorrt_stand_in
 from tests.fakes.cuda_stand_in import CudaStandIn
 from tests.fakes.engine_bindings import CUDA, Names, collect, declared_classes, look_up
 from tests.fakes.real_bindings import LEAN, RELEASES, module_of, names_in
@@ -184,7 +185,7 @@ def promised(contexts: str) -> set[str]:
     kinds = {"ICudaEngine": row.engine, "IExecutionContext": row.context, "Runtime": Runtime}
     kinds |= {kind.__name__: kind for kind in row.names}
     if contexts == "config":
-        kinds["IRuntimeConfig"] = importlib.import_module("tensorrt_stand_in").IRuntimeConfig
+        kinds["IRuntimeConfig"] = tensorrt_stand_in.IRuntimeConfig
     members = {f"{name}.{one}" for name, kind in kinds.items() for one in public(kind)}
     plain = {f"{name}.{one}" for name in kinds for one in ("name", "value")}
     return members | set(kinds) | {"ILogger"} - plain
