@@ -3,7 +3,7 @@
     python benchmarks/foldings.py
 
 Each folding is done on the exported graph's weights. Kernels: fp16, TensorRT-RTX for SM 8.9. The
-[CLS] token is folded into its position by the exporter itself (msn_export.graph.torch_export).
+[CLS] token is folded into its position by the exporter itself (msn_export.graph.torch_reference).
 """
 
 import json

@@ -28,7 +28,7 @@ from msn_export.graph.cls_only import narrow_to_first_token
 from msn_export.graph.fuse import fuse_attention
 from msn_export.graph.precision import type_graph
 from msn_export.graph.summary import macs
-from msn_export.graph.torch_export import trace
+from msn_export.graph.torch_reference import trace
 from msn_export.host import this_machine
 from msn_export.models.checkpoint import load_checkpoint
 from msn_export.models.vit import VitMsn

@@ -42,8 +42,8 @@ from msn_export.errors import BuildError, MsnExportError
 from msn_export.graph import io
 from msn_export.graph.summary import macs
 from msn_export.host import Driver, NoDriver, find_driver
+from msn_export.metrics.evaluate import Sample, draw
 from msn_export.metrics.metrics import Comparison
-from msn_export.metrics.samples import Sample, draw
 from msn_export.models.checkpoint import load_checkpoint
 from msn_export.progress import Silent
 from msn_export.spec import BatchRange, ComputeCapability, Dtype, Head, InputFormat

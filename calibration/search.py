@@ -29,8 +29,8 @@ from msn_export.calibration.smoothquant import factors, find_smoothing_sites, fo
 from msn_export.errors import GraphError
 from msn_export.graph.opset import raise_opset
 from msn_export.manifest import sha256_of
+from msn_export.metrics.evaluate import Sample
 from msn_export.metrics.metrics import Comparison
-from msn_export.metrics.samples import Sample
 from msn_export.metrics.tolerances import Gate
 from msn_export.mixed_precision import MEASURED, choose_fp32_islands
 from msn_export.progress import Progress

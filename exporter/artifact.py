@@ -15,10 +15,10 @@ from msn_export import images
 from msn_export import manifest as manifests
 from msn_export.errors import GraphError, SpecError
 from msn_export.graph import io
-from msn_export.graph.foreign import require_plain_operators, tidy, understand
+from msn_export.graph.opset import require_plain_operators, tidy, understand
 from msn_export.graph.precision import graph_dtype
 from msn_export.manifest import Manifest
-from msn_export.metrics.samples import max_batch_in_memory
+from msn_export.metrics.evaluate import max_batch_in_memory
 from msn_export.preprocessing import Exif, Preprocessing, preset
 from msn_export.processor_config import choose
 from msn_export.spec import BatchRange, Dtype, ImageSize, InputFormat

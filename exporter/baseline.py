@@ -50,8 +50,7 @@ from msn_export.graph.precision import (
     quantised_products,
     type_graph,
 )
-from msn_export.metrics.evaluate import OutputsOf, Reference, Trial
-from msn_export.metrics.samples import Sample
+from msn_export.metrics.evaluate import OutputsOf, Reference, Sample, Trial
 from msn_export.metrics.tolerances import MARGIN
 from msn_export.mixed_precision import MEASURED, choose_fp32_islands, cpu_runner
 from msn_export.preprocessing import Preprocessing
@@ -115,7 +114,7 @@ def write_like(
 def _take(model: ir.Model, input_format: InputFormat, preprocessing: Preprocessing) -> None:
     """Give a graph another kind of input, in place.
 
-    ``conv((x * scale - mean) / std)`` is a convolution of ``x``: see msn_export.graph.torch_export.
+    ``conv((x * scale - mean) / std)`` is a convolution of ``x``: see ``with_normalisation``.
     """
     images = model.graph.inputs[0]
     held = InputFormat.UINT8 if images.dtype == ir.DataType.UINT8 else InputFormat.FLOAT

@@ -14,7 +14,7 @@ from msn_export.errors import GraphError, ManifestError
 from msn_export.graph import io
 from msn_export.graph.emulate import emulate_bf16, has_bf16
 from msn_export.graph.precision import choose, observe, type_graph
-from msn_export.metrics.samples import Sample
+from msn_export.metrics.evaluate import Sample
 from msn_export.metrics.tolerances import HEADROOM
 from msn_export.runtime.onnxruntime import OrtRunner
 from msn_export.schema import from_plain

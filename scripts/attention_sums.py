@@ -17,7 +17,7 @@ import onnx_ir as ir
 import onnxruntime
 from numpy.typing import NDArray
 
-from msn_export.graph.flash_attention import emulate_attention
+from msn_export.graph.emulate import emulate_attention
 
 TOLERANCES = Path("docs/tolerances.md")
 SIZE, QUERIES = 64, 64  # of a head; enough rows for a figure of two digits

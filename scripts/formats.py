@@ -6,7 +6,7 @@ python scripts/formats.py
 from collections.abc import Iterable
 from pathlib import Path
 
-from msn_export.graph.foreign import FORMS
+from msn_export.graph.opset import FORMS
 from msn_export.models.config import FAMILIES, READS
 from msn_export.models.named import ADAPTER_FOLDER, FOREIGN_FOLDERS, WEIGHTS
 from msn_export.models.state_dict import (

@@ -20,8 +20,7 @@ from msn_export.graph.builder import GraphBuilder
 from msn_export.graph.emulate import widen
 from msn_export.graph.fuse import attention_form, fuse_attention
 from msn_export.manifest import read
-from msn_export.metrics.evaluate import Reference, evaluate, run_reference
-from msn_export.metrics.samples import Sample, draw
+from msn_export.metrics.evaluate import Reference, Sample, draw, evaluate, run_reference
 from msn_export.metrics.tolerances import MARGIN, Gate
 from msn_export.mixed_precision import cpu_runner
 from msn_export.runtime.onnxruntime import OrtRunner

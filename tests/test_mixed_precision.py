@@ -9,7 +9,7 @@ import pytest
 
 from msn_export.errors import GraphError
 from msn_export.graph import io
-from msn_export.metrics.samples import Sample, draw
+from msn_export.metrics.evaluate import Sample, draw
 from msn_export.mixed_precision import Fp32Islands, convert, cpu_runner
 from msn_export.preprocessing import preset
 from msn_export.spec import Dtype, ImageSize, InputFormat

@@ -9,7 +9,7 @@ import pytest
 
 from msn_export.errors import GraphError
 from msn_export.graph.precision import MAXIMA, choose, observe
-from msn_export.metrics.samples import Sample
+from msn_export.metrics.evaluate import Sample
 from msn_export.metrics.tolerances import HEADROOM
 from msn_export.mixed_precision import choose_fp32_islands, measure
 from msn_export.preprocessing import preset

@@ -16,7 +16,7 @@ from msn_export import images
 from msn_export.benchmark.contenders import TORCH, Origin, Placement
 from msn_export.errors import CheckpointError, SpecError
 from msn_export.host import peak_rss, reset_peak, serve
-from msn_export.metrics.samples import Sample
+from msn_export.metrics.evaluate import Sample
 from msn_export.preprocessing import Preprocessing
 from msn_export.schema import from_plain, to_plain
 from msn_export.spec import Head, InputFormat

@@ -18,7 +18,7 @@ from msn_export.compare.drift import Drift
 from msn_export.compare.inspection import Inspection
 from msn_export.compare.validation import Validation
 from msn_export.manifest import Manifest
-from msn_export.metrics.block_errors import StageDrift, TensorDrift
+from msn_export.metrics.diagnose import StageDrift, TensorDrift
 from msn_export.reporting.describe import artifact_rows, inspection_rows, validation_rows
 from msn_export.schema import to_plain
 from msn_export.triton_server.checks import Issue

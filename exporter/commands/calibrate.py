@@ -45,8 +45,14 @@ from msn_export.manifest import (
     sha256_of,
     versions_of,
 )
-from msn_export.metrics.evaluate import Evaluation, OutputsOf, Reference, evaluate, run_reference
-from msn_export.metrics.samples import Sample
+from msn_export.metrics.evaluate import (
+    Evaluation,
+    OutputsOf,
+    Reference,
+    Sample,
+    evaluate,
+    run_reference,
+)
 from msn_export.metrics.tolerances import GATES, Gate
 from msn_export.mixed_precision import cpu_runner
 from msn_export.progress import SILENT, Progress

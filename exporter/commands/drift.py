@@ -18,7 +18,7 @@ from msn_export.compare.sides import Artifact, Pair, open_pair
 from msn_export.compare.streams import open_blocks, open_stream, what_is_shown
 from msn_export.errors import ImageError, ToleranceError
 from msn_export.manifest import CheckRecord
-from msn_export.metrics.block_errors import (
+from msn_export.metrics.diagnose import (
     BRANCHES,
     Gathered,
     OwnError,
@@ -29,8 +29,7 @@ from msn_export.metrics.block_errors import (
     own_errors,
     stages_of,
 )
-from msn_export.metrics.evaluate import Evaluation, Reference
-from msn_export.metrics.samples import Sample, batches, draw
+from msn_export.metrics.evaluate import Evaluation, Reference, Sample, batches, draw
 from msn_export.metrics.tolerances import DRIFT, DRIFT_OF_ENGINES, GATES, coarsest
 from msn_export.models.named import Choices
 from msn_export.processor_config import choose
@@ -38,7 +37,7 @@ from msn_export.progress import SILENT, Progress
 from msn_export.spec import Dtype
 
 if TYPE_CHECKING:
-    from msn_export.metrics.block_errors import StreamLike, Tensors
+    from msn_export.metrics.diagnose import StreamLike, Tensors
 
 
 __all__ = ["DriftJob", "run_drift"]  # the two that docs/python.md speaks of

@@ -18,8 +18,7 @@ from msn_export.graph.fuse import fuse_attention
 from msn_export.graph.opset import lower_opset
 from msn_export.graph.simplify import simplify
 from msn_export.graph.summary import GraphSummary
-from msn_export.graph.torch_export import trace
-from msn_export.graph.torch_reference import TorchRunner, shaken
+from msn_export.graph.torch_reference import TorchRunner, shaken, trace
 from msn_export.host import peak_rss
 from msn_export.manifest import (
     AttentionRecord,
@@ -35,17 +34,15 @@ from msn_export.metrics.evaluate import (
     Evaluation,
     OutputsOf,
     Reference,
-    add_rounding,
-    evaluate,
-    measure_rounding,
-    run_reference,
-)
-from msn_export.metrics.samples import (
     Sample,
+    add_rounding,
     batch_sizes,
     draw,
+    evaluate,
     max_batch_in_memory,
+    measure_rounding,
     require_different,
+    run_reference,
 )
 from msn_export.metrics.tolerances import BYTES_ROUNDING, GATES, ROUNDED_MARGIN
 from msn_export.mixed_precision import Fp32Islands, convert, cpu_runner

@@ -7,7 +7,7 @@ from pathlib import Path
 from msn_export.commands.jobs import TritonJob
 from msn_export.errors import OutputError, SpecError
 from msn_export.files import staging
-from msn_export.metrics.samples import draw
+from msn_export.metrics.evaluate import draw
 from msn_export.preprocessing import MODES, Preprocessing
 from msn_export.processor_config import choose
 from msn_export.progress import SILENT, Progress

@@ -25,7 +25,7 @@ from msn_export.engine.options import BuildStep as BuildProgress
 from msn_export.engine_header import parse_header
 from msn_export.errors import GraphError, MissingPackageError, SpecError
 from msn_export.files import publish, require_writable, same_file, staging
-from msn_export.graph.foreign import raised_where_possible
+from msn_export.graph.opset import raised_where_possible
 from msn_export.graph.summary import tensor_specs
 from msn_export.host import NoDriver, find_driver, peak_rss
 from msn_export.manifest import (
@@ -40,8 +40,15 @@ from msn_export.manifest import (
     sha256_of,
     versions_of,
 )
-from msn_export.metrics.evaluate import Reference, evaluate, measure_rounding, run_reference
-from msn_export.metrics.samples import Sample, draw, require_different
+from msn_export.metrics.evaluate import (
+    Reference,
+    Sample,
+    draw,
+    evaluate,
+    measure_rounding,
+    require_different,
+    run_reference,
+)
 from msn_export.metrics.tolerances import GATES, ROUNDED_MARGIN
 from msn_export.mixed_precision import cpu_runner
 from msn_export.options import kept

@@ -1,7 +1,7 @@
 """The graph that is compiled: an ONNX file typed and written as a compiler reads and fuses it.
 
 Fused attention of TensorRT-RTX keeps scores and sums in fp16, which no run of an fp16 graph on the
-CPU shows: the kernel is emulated (``graph/flash_attention.py``). bf16 has fp32's range and its
+CPU shows: the kernel is emulated (``graph/emulate.py``). bf16 has fp32's range and its
 kernels sum in fp32, but each number that is multiplied has 8 bits: it is for what overflows.
 """
 
@@ -26,7 +26,7 @@ from msn_export.files import apart
 from msn_export.graph import io
 from msn_export.graph.blocks import stages_of
 from msn_export.graph.builder import mark_outputs
-from msn_export.graph.flash_attention import Emulated, emulate_attention, peaks_of
+from msn_export.graph.emulate import Emulated, emulate_attention, peaks_of
 from msn_export.graph.fuse import fuse_attention
 from msn_export.graph.opset import lower_opset, raise_opset
 from msn_export.graph.precision import (
@@ -41,8 +41,7 @@ from msn_export.graph.precision import (
 )
 from msn_export.graph.summary import operators, tensor_specs
 from msn_export.manifest import Manifest, SumsRecord
-from msn_export.metrics.evaluate import Reference, evaluate
-from msn_export.metrics.samples import Sample
+from msn_export.metrics.evaluate import Reference, Sample, evaluate
 from msn_export.metrics.tolerances import HEADROOM, Gate
 from msn_export.mixed_precision import Fp32Islands, convert
 from msn_export.progress import Progress

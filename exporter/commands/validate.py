@@ -22,16 +22,14 @@ from msn_export.metrics.evaluate import (
     OutputsOf,
     Recalibrated,
     Reference,
-    Trial,
-    measure_rounding,
-    run_reference,
-)
-from msn_export.metrics.samples import (
     Sample,
+    Trial,
     batch_sizes,
     draw,
     draw_parts,
+    measure_rounding,
     require_different,
+    run_reference,
     with_drawn,
     with_ragged,
 )
@@ -297,7 +295,7 @@ def _graph_of(
     """Give a side as an fp32 graph; None of an engine."""
     if side.kind != "checkpoint":
         return side.graph
-    from msn_export.graph.torch_export import trace  # torch
+    from msn_export.graph.torch_reference import trace  # torch
 
     heads = [head for output in outputs for head in Head if head.output == output]
     return trace(

@@ -23,9 +23,9 @@ from msn_export.graph.emulate import in_fp64, widen
 from msn_export.graph.fuse import attention_form
 from msn_export.graph.precision import type_graph
 from msn_export.graph.simplify import simplify
-from msn_export.graph.structure import differences_by_block
+from msn_export.graph.summary import differences_by_block
 from msn_export.manifest import CheckRecord
-from msn_export.metrics.block_errors import StageDrift, TensorDrift, is_block, most_of
+from msn_export.metrics.diagnose import StageDrift, TensorDrift, is_block, most_of
 from msn_export.mixed_precision import MEASURED, choose_fp32_islands
 from msn_export.schema import Result
 from msn_export.spec import BatchRange, Dtype, Head, InputFormat
@@ -33,8 +33,8 @@ from msn_export.spec import BatchRange, Dtype, Head, InputFormat
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from msn_export.metrics.block_errors import StreamLike
-    from msn_export.metrics.samples import Sample
+    from msn_export.metrics.diagnose import StreamLike
+    from msn_export.metrics.evaluate import Sample
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -293,7 +293,7 @@ def _fp32_of(pair: Pair, sample: Sample) -> ir.Model:
     reference = pair.reference
     if reference.module is None:
         return _graph_behind(reference)
-    from msn_export.graph.torch_export import trace
+    from msn_export.graph.torch_reference import trace
 
     heads = [head for head in Head if head.output in pair.outputs]
     traced = trace(

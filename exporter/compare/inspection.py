@@ -16,7 +16,7 @@ from msn_export.engine_header import EngineHeader, read_header
 from msn_export.errors import GraphError, ManifestError
 from msn_export.graph import io
 from msn_export.graph.attention import AttentionCore, match
-from msn_export.graph.foreign import raised_where_possible, understand
+from msn_export.graph.opset import raised_where_possible, understand
 from msn_export.graph.precision import graph_dtype
 from msn_export.graph.summary import macs, operators, tensor_specs
 from msn_export.manifest import Manifest, manifest_path, sha256_of

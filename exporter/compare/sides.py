@@ -20,12 +20,11 @@ from msn_export.artifact import (
 )
 from msn_export.errors import EngineFileError, GraphError, RunnerError, SpecError, ToleranceError
 from msn_export.graph import io
-from msn_export.graph.foreign import raised_where_possible
+from msn_export.graph.opset import raised_where_possible
 from msn_export.graph.precision import graph_dtype
-from msn_export.graph.structure import Structure, structure_of, structure_of_module
+from msn_export.graph.summary import Structure, structure_of, structure_of_module
 from msn_export.host import NoDriver, find_driver
-from msn_export.metrics.evaluate import OutputsOf
-from msn_export.metrics.samples import max_batch_in_memory
+from msn_export.metrics.evaluate import OutputsOf, max_batch_in_memory
 from msn_export.mixed_precision import cpu_runner
 from msn_export.models.named import AS_IT_SAYS, Choices
 from msn_export.preprocessing import Exif, Preprocessing, assumed

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from msn_export.metrics.block_errors import StreamLike, Tensors
+    from msn_export.metrics.diagnose import StreamLike, Tensors
 
 
 @dataclass(frozen=True, slots=True)

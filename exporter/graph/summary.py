@@ -1,17 +1,33 @@
-"""What a manifest says of a graph: tensors, operators, size, work, precision of each part."""
+"""What a manifest says of a graph: tensors, operators, size, work, precision of each part.
+
+A LayerNorm's epsilon is lost in fp32 rounding as soon as the stream's variance is some ten thousand
+times larger (docs/tolerances.md), and either form of GELU passes the gate of a half precision
+graph. Both stand in the graph, so they are read there.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
+import numpy as np
 import onnx_ir as ir
 
 from msn_export.errors import GraphError
 from msn_export.graph.attention import AttentionCore, match
-from msn_export.graph.blocks import PRODUCTS, Block, find_stream, halves
+from msn_export.graph.blocks import (
+    PRODUCTS,
+    Block,
+    between,
+    find_stream,
+    halves,
+    handed_on,
+    parts_of,
+)
+from msn_export.graph.builder import producer
 from msn_export.spec import TensorSpec
 
 
@@ -179,3 +195,230 @@ def _of(node: ir.Node | None) -> str:
         return ""
     value = _weight(node) or node.outputs[0]
     return _SHORT.get(value.dtype, value.dtype.name.lower()) if value.dtype is not None else ""
+
+
+Structure = Mapping[str, float | str]
+
+_EPS = 1e-5  # onnx.ai operators, LayerNormalization, attribute epsilon
+_QUICK = 1.702  # hendrycks/GELUs, "x * sigmoid(1.702 x)"
+_ORDER = "norm, attention, norm, MLP"  # of a pre-norm block
+_TAIL = "the tail: number of residual additions"
+_PRESENT, _MISSING = "present", "missing"
+# transformers' activation names by the function they are; others are not told apart here
+_ACTIVATION_NAMES = {
+    "gelu": ("gelu", "gelu_python"),
+    "gelu, tanh form": (
+        "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python_tanh", "gelu_pytorch_tanh",
+    ),
+    "gelu, sigmoid form": ("quick_gelu",),
+    "silu": ("silu", "swish"),
+    "relu": ("relu",),
+}  # fmt: skip
+
+
+def structure_of(model: ir.Model) -> Structure:
+    """Read a graph's epsilons, activations, additions and norms; the rest is left out."""
+    stream = find_stream(model)
+    found: dict[str, float | str] = {}
+    inside: set[ir.Node] = set()
+    for block in stream.blocks:
+        inside.update(block.nodes)
+        for name, value in parts_of(block).items():
+            node = value.producer()
+            if node is not None and node.op_type == "LayerNormalization":
+                found[f"{name}: epsilon"] = _epsilon(node)
+        activation = activation_of(block)
+        if activation:
+            found[f"block {block.number}: activation"] = activation
+        found |= _layout(block)
+    final = [n for n in model.graph if n.op_type == "LayerNormalization" and n not in inside]
+    if len(final) == 1:
+        found["final norm: epsilon"] = _epsilon(final[0])
+    found[_TAIL] = str(len(stream.tail))
+    return found
+
+
+def structure_of_module(model: Any) -> Structure:
+    """Read the same of the PyTorch reference (``VitMsn``)."""
+    # the last LayerNorm is the classifier's own where there is no final one
+    last: Any = model.norm or model.fc_norm or model.classifier.norm
+    found: dict[str, float | str] = {"final norm: epsilon": last.eps, _TAIL: "0"}
+    activation = next(
+        (kind for kind, names in _ACTIVATION_NAMES.items() if model.config.activation in names), ""
+    )
+    for number, block in enumerate(model.blocks):
+        found[f"block {number} norm before attention: epsilon"] = block.norm1.eps
+        found[f"block {number} norm before MLP: epsilon"] = block.norm2.eps
+        if activation:
+            found[f"block {number}: activation"] = activation
+        found |= _described(number, _PRESENT, _PRESENT, _ORDER)
+    return found
+
+
+def _layout(block: Block) -> dict[str, float | str]:
+    """Say which branches are added to the stream, and where the norms are."""
+    place = {node: index for index, node in enumerate(block.nodes)}
+    core = place[block.core]
+    products = [i for i, node in enumerate(block.nodes) if i > core and node.op_type in PRODUCTS]
+    norms = [i for i, node in enumerate(block.nodes) if node.op_type == "LayerNormalization"]
+    if not products:
+        return {}
+    events = sorted([*((i, "norm") for i in norms), (core, "attention"), (products[-1], "MLP")])
+    # a norm that is written out has no operator; nothing is said of its place then
+    order = ", ".join(name for _, name in events) if norms else ""
+    added = [False, False]
+    for stream, branch in zip(block.streams, block.branches, strict=True):
+        added_to = producer(stream).inputs
+        before = next(value for value in added_to if value is not None and value is not branch)
+        attends = block.core in (between(handed_on(before), branch) or ())
+        added[0 if attends else 1] = True
+    attention, mlp = (_PRESENT if there else _MISSING for there in added)
+    return _described(block.number, attention, mlp, order)
+
+
+def _described(number: int, attention: str, mlp: str, order: str) -> dict[str, float | str]:
+    found: dict[str, float | str] = {
+        f"block {number}: addition of attention to the stream": attention,
+        f"block {number}: addition of the MLP to the stream": mlp,
+    }
+    return found | ({f"block {number}: order": order} if order else {})
+
+
+def differences(reference: Structure, candidate: Structure) -> list[str]:
+    """Say where two structures contradict each other; what only one tells is no contradiction."""
+    found: dict[str, list[str]] = {}
+    for where, what in _contradictions(reference, candidate):
+        found.setdefault(what, []).append(where)
+    return [f"{what} in {_some(sorted(where, key=_order))}" for what, where in found.items()]
+
+
+def differences_by_block(reference: Structure, candidate: Structure) -> dict[str, tuple[str, ...]]:
+    """Say the same of each ``block N``, of the ``final norm`` and ``the tail``."""
+    found: dict[str, tuple[str, ...]] = {}
+    for where, what in _contradictions(reference, candidate):
+        stage = " ".join(where.split()[:2]) if where.startswith("block ") else where
+        place = where.removeprefix(stage).strip()
+        found[stage] = (*found.get(stage, ()), f"{what} in {place}" if place else what)
+    return found
+
+
+def _contradictions(reference: Structure, candidate: Structure) -> Iterator[tuple[str, str]]:
+    for name, want in reference.items():
+        have = candidate.get(name, want)
+        if isinstance(want, float) and isinstance(have, float):
+            same = abs(want - have) <= 1e-3 * want  # both went through a float32
+        else:
+            same = want == have
+        if not same:
+            where, _, what = name.partition(": ")
+            shown = (f"{x:g}" if isinstance(x, float) else x for x in (have, want))
+            yield where, "{} is {}, the reference's {}".format(what, *shown)
+
+
+def _order(where: str) -> tuple[int, str]:
+    words = where.split()
+    return (int(words[1]), where) if words[0] == "block" else (1 << 30, where)
+
+
+def _some(places: list[str]) -> str:
+    return ", ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
+
+
+def _epsilon(node: ir.Node) -> float:
+    attribute = node.attributes.get("epsilon")
+    return _EPS if attribute is None else attribute.as_float()
+
+
+def activation_of(block: Block) -> str | None:
+    """Name a block's activation, as an operator or written out; None if it is none of these."""
+    nodes = block.nodes[block.nodes.index(block.core) + 1 :]
+    types = {node.op_type for node in nodes}
+    for node in nodes:
+        if node.op_type == "Gelu":
+            form = node.attributes.get("approximate")
+            tanh = form is not None and form.as_string() == "tanh"
+            return "gelu, tanh form" if tanh else "gelu"
+        factor = _sigmoid_factor(node)
+        if factor is not None:
+            return _sigmoid_unit(factor)
+    if "Erf" in types:
+        return "gelu"
+    if "Tanh" in types:
+        return "gelu, tanh form"
+    return "relu" if "Relu" in types else None
+
+
+def _sigmoid_unit(factor: float) -> str:
+    """Name x * sigmoid(factor * x); half precision stores 1.702 with an error of 0.1 %."""
+    for name, exact in (("gelu, sigmoid form", _QUICK), ("silu", 1.0)):
+        if abs(factor - exact) <= 2e-3 * exact:
+            return name
+    return f"x * sigmoid({factor:.4g} x)"
+
+
+def _sigmoid_factor(node: ir.Node) -> float | None:
+    """Read ``factor`` of x * sigmoid(factor * x), in each form that exporters write.
+
+    One operator; Sigmoid and a product; or 1 / (1 + exp(-factor * x)).
+    """
+    if node.op_type in {"QuickGelu", "Swish"}:
+        alpha = node.attributes.get("alpha")
+        # com.microsoft QuickGelu has 1.702 where nothing is said, onnx.ai Swish 1
+        default = _QUICK if node.op_type == "QuickGelu" else 1.0
+        return default if alpha is None else alpha.as_float()
+    if node.op_type not in {"Exp", "Sigmoid"} or node.inputs[0] is None:
+        return None
+    x, factor = _scaled(node.inputs[0])
+    if node.op_type == "Exp":
+        factor = -factor
+        if not any(map(_adds_one, _readers(node.outputs[0]))):
+            return None  # of a softmax, say
+    reached = {node.outputs[0]}
+    for _ in range(4):  # Cast, 1 + …, 1 / …, then the product
+        for use in [use for value in reached for use in value.uses()]:
+            operands = [handed_on(value) for value in use.node.inputs if value is not None]
+            if use.node.op_type in {"Mul", "Div"} and handed_on(x) in operands:
+                return factor
+            reached.update(use.node.outputs)
+    return None
+
+
+def _readers(value: ir.Value) -> list[ir.Node]:
+    """List what reads a value, behind casts."""
+    found: list[ir.Node] = []
+    for node in [use.node for use in value.uses()]:
+        found += _readers(node.outputs[0]) if node.op_type == "Cast" else [node]
+    return found
+
+
+def _adds_one(node: ir.Node) -> bool:
+    return node.op_type == "Add" and any(_scalar(value) == 1 for value in node.inputs)
+
+
+def _scaled(value: ir.Value) -> tuple[ir.Value, float]:
+    """Step back over products with one number: what is multiplied, and by what."""
+    factor = 1.0
+    while (node := handed_on(value).producer()) is not None:
+        operands = [operand for operand in node.inputs if operand is not None]
+        numbers = [_scalar(operand) for operand in operands]
+        if node.op_type == "Neg":
+            value, factor = operands[0], -factor
+        elif node.op_type == "Mul" and len(numbers) == 2 and (None in numbers):
+            index = numbers.index(None)
+            number = numbers[1 - index]
+            if number is None:
+                break
+            value, factor = operands[index], factor * number
+        elif node.op_type == "Div" and numbers[0] is None and numbers[1]:
+            value, factor = operands[0], factor / numbers[1]
+        else:
+            break
+    return value, factor
+
+
+def _scalar(value: ir.Value | None) -> float | None:
+    """Give a constant of one number, cast or not."""
+    held = None if value is None else handed_on(value).const_value
+    if held is None or held.size != 1:
+        return None
+    return float(np.asarray(held.numpy(), np.float64).reshape(()))

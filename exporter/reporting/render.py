@@ -21,7 +21,7 @@ from PIL import Image
 from msn_export.benchmark.results import Bench
 from msn_export.compare.drift import Drift
 from msn_export.graph.summary import PARTS
-from msn_export.metrics.block_errors import StageDrift
+from msn_export.metrics.diagnose import StageDrift
 from msn_export.metrics.tolerances import HEADROOM
 from msn_export.reporting.describe import file_rows, fused, short
 from msn_export.reporting.gather import (

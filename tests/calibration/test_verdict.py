@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from msn_export.calibration.verdict import CostBenefit, neighbours_of, summary
-from msn_export.metrics.evaluate import Evaluation, Reference, evaluate
-from msn_export.metrics.samples import Sample
+from msn_export.metrics.evaluate import Evaluation, Reference, Sample, evaluate
 from msn_export.metrics.tolerances import Gate
 from msn_export.preprocessing import preset
 from msn_export.spec import ImageSize, InputFormat

@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from msn_export import manifest as manifests
 from msn_export.cli import main
 from msn_export.manifest import CheckpointRecord, manifest_path
-from msn_export.metrics import samples
+from msn_export.metrics import evaluate
 from msn_export.schema import to_plain
 from tests.builders.artifacts import classifier, copy_of, engine, no_driver
 from tests.builders.benches import made_up
@@ -117,7 +117,7 @@ def test_it_shows_agreement_with_the_worst_images_beside_their_neighbours(page) 
 def test_of_a_large_set_it_says_which_images_the_worst_are_of(
     folder, tmp_path, monkeypatch
 ) -> None:
-    monkeypatch.setitem(samples.draw_parts.__kwdefaults__, "part", 4)
+    monkeypatch.setitem(evaluate.draw_parts.__kwdefaults__, "part", 4)
     given = (folder / "m.onnx", folder / "half.onnx", "--images", folder / "images")
     report(*given, "-o", tmp_path / "report.html")
     assert "The images of the first 4 that agree least" in text_of(tmp_path / "report.html")

@@ -29,8 +29,7 @@ from msn_export.errors import GraphError, ToleranceError
 from msn_export.graph import io
 from msn_export.graph.precision import attention_in_bf16
 from msn_export.manifest import SumsRecord
-from msn_export.metrics.evaluate import run_reference
-from msn_export.metrics.samples import draw
+from msn_export.metrics.evaluate import draw, run_reference
 from msn_export.metrics.tolerances import GATES, Gate
 from msn_export.progress import SILENT
 from msn_export.spec import ComputeCapability, Dtype

@@ -337,9 +337,9 @@ def test_a_graph_that_is_not_the_one_its_manifest_describes_is_refused(tmp_path)
 
 
 def test_a_batch_that_memory_does_not_afford_is_refused(monkeypatch) -> None:
-    from msn_export.metrics import samples
+    from msn_export.metrics import evaluate
 
-    monkeypatch.setattr(samples, "available_memory", lambda: 1 << 20)
+    monkeypatch.setattr(evaluate, "available_memory", lambda: 1 << 20)
     message = refused(checkpoint(), classifier(), "--batch", "4096")
     assert message.startswith("error: batch 4096:4096:4096: memory affords a check of about ")
     assert message.endswith("choose a smaller batch, or a machine with more memory")

@@ -45,9 +45,8 @@ MAY_IMPORT = {
 }
 # module -> what it may import beyond its folder's row, each for the reason that is its subject
 EXCEPTIONS = {
-    "graph/torch_export.py": {"torch"},  # walks the module and shares its weights
+    "graph/torch_reference.py": {"torch"},  # walks the module and shares its weights
     "graph/torch_ops.py": {"torch"},
-    "graph/torch_reference.py": {"torch"},
     "graph/simplify.py": {"onnxruntime"},  # computes constants, and runs what came of it
     "triton_server/config.py": {"tritonclient"},
     "cluster/cluster.py": {"ray"},  # inside its functions: loaded when a cluster is joined

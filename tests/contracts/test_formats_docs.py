@@ -7,7 +7,7 @@ import formats
 import pytest
 import torch
 
-from msn_export.graph.foreign import FORMS
+from msn_export.graph.opset import FORMS
 from msn_export.models.checkpoint import with_classifier
 from msn_export.models.config import READS, VARIANTS
 from msn_export.models.state_dict import CLASSIFIERS, LAYOUTS, canonical

@@ -85,7 +85,7 @@ def test_places_are_counted_in_bytes() -> None:
 
 
 def test_a_draw_is_the_seeds_and_has_no_fault_twice() -> None:
-    where = ["metrics/metrics.py", "metrics/samples.py"]
+    where = ["metrics/metrics.py", "metrics/evaluate.py"]
     first, again, other = (mutants.draw(where, None, 30, seed) for seed in (1, 1, 2))
     assert first == again != other
     assert len(set(first)) == 30

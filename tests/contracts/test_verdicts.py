@@ -206,7 +206,7 @@ def test_a_set_that_is_run_part_by_part_gives_the_same_figures(
 ) -> None:
     pair = (models.checkpoint("plain"), models.graph("plain", dtype), models.images)
     whole = validated(*pair, batch=BatchRange(1, 1, 1))
-    monkeypatch.setattr("msn_export.metrics.samples.draw_parts.__kwdefaults__", {
+    monkeypatch.setattr("msn_export.metrics.evaluate.draw_parts.__kwdefaults__", {
         "max_batch": 8, "limit": 16, "part": part
     })  # fmt: skip
     parts = validated(*pair, batch=BatchRange(1, 1, 1))

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from msn_export.graph.torch_reference import read_head
-from msn_export.metrics.evaluate import Reference, evaluate, run_reference
-from msn_export.metrics.samples import draw, with_ragged
+from msn_export.metrics.evaluate import Reference, draw, evaluate, run_reference, with_ragged
 from msn_export.metrics.tolerances import GATES
 from msn_export.spec import Dtype, Head, InputFormat
 from tests.gpu.places import CARD, SHAPES, TINY, Built, Place

@@ -22,13 +22,13 @@ from msn_export.graph.builder import GIVEN, MARK, feed, mark_outputs
 from msn_export.graph.cls_only import narrow_to_first_token
 from msn_export.graph.emulate import emulate_bf16
 from msn_export.graph.precision import type_graph
-from msn_export.graph.structure import (
+from msn_export.graph.summary import (
     differences,
     differences_by_block,
+    precision_map,
     structure_of,
     structure_of_module,
 )
-from msn_export.graph.summary import precision_map
 from msn_export.models.checkpoint import load_checkpoint
 from msn_export.progress import Silent
 from msn_export.spec import Dtype, Head, Target

@@ -6,7 +6,7 @@ import pytest
 from msn_export.graph.cls_only import narrow_to_first_token
 from msn_export.graph.fuse import fuse_attention
 from msn_export.graph.summary import macs
-from msn_export.graph.torch_export import trace
+from msn_export.graph.torch_reference import trace
 from msn_export.models.checkpoint import load_checkpoint
 from msn_export.preprocessing import preset
 from msn_export.spec import AttentionForm, BatchRange, Head, ImageSize, InputFormat

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from msn_export.errors import GraphError
-from msn_export.graph.torch_export import ExportedModule, trace, translate
+from msn_export.graph.torch_reference import ExportedModule, trace, translate
 from msn_export.models.checkpoint import load_checkpoint
 from msn_export.models.vit import VitMsn
 from msn_export.preprocessing import preset

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from msn_export.metrics.diagnose import diagnose
-from msn_export.metrics.evaluate import run_reference
-from msn_export.metrics.samples import Sample
+from msn_export.metrics.evaluate import Sample, run_reference
 from msn_export.metrics.tolerances import GATES
 from msn_export.preprocessing import preset
 from msn_export.spec import Dtype, ImageSize, InputFormat

@@ -9,14 +9,15 @@ from msn_export.errors import ToleranceError
 from msn_export.metrics.evaluate import (
     Recalibrated,
     Reference,
+    Sample,
     Trial,
     add_rounding,
+    draw,
     evaluate,
     measure_rounding,
     run_reference,
 )
 from msn_export.metrics.metrics import Errors
-from msn_export.metrics.samples import Sample, draw
 from msn_export.metrics.tolerances import Gate
 from msn_export.preprocessing import preset
 from msn_export.spec import ImageSize, InputFormat

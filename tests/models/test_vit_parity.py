@@ -12,7 +12,7 @@ from transformers import ViTMSNConfig, ViTMSNModel
 
 from msn_export.graph import io
 from msn_export.graph.fuse import fuse_attention
-from msn_export.graph.torch_export import trace
+from msn_export.graph.torch_reference import trace
 from msn_export.models.checkpoint import load_checkpoint
 from msn_export.models.vit import VitMsn
 from msn_export.models.vit import names as activation_names

@@ -9,8 +9,7 @@ import pytest
 
 from msn_export.compare.validation import Side, Validation
 from msn_export.manifest import CheckRecord, ImageRecord
-from msn_export.metrics.evaluate import Evaluation, Reference
-from msn_export.metrics.samples import Sample
+from msn_export.metrics.evaluate import Evaluation, Reference, Sample
 from msn_export.metrics.tolerances import GATES, Gate
 from msn_export.preprocessing import preset
 from msn_export.reporting import gather

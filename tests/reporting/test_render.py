@@ -12,7 +12,7 @@ from msn_export.compare.inspection import Inspection
 from msn_export.engine.census import Census
 from msn_export.engine.kernels import Kernel
 from msn_export.manifest import ImageRecord
-from msn_export.metrics.block_errors import OwnError, StageDrift, TensorDrift
+from msn_export.metrics.diagnose import OwnError, StageDrift, TensorDrift
 from msn_export.reporting import render
 from msn_export.reporting.gather import ReportedAgreement, ReportedArtifact
 from msn_export.spec import Dtype

@@ -10,8 +10,8 @@ from PIL import Image
 
 from msn_export import images
 from msn_export.errors import ImageError, SpecError
-from msn_export.metrics import samples as subject
-from msn_export.metrics.samples import (
+from msn_export.metrics import evaluate as subject
+from msn_export.metrics.evaluate import (
     batch_sizes,
     batches,
     draw,

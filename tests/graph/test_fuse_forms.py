@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
-from msn_export.graph.opset import write_plainly
+from msn_export.graph.fuse import write_plainly
 from tests.builders.graphs import op_types, parse, random_feeds, run
 
 HEAD = "g (float[b,5,5,5] s) => (float[b,5,5,5] y) <int64[1] last = {-1}, int64[2] rows = {-1, 5}, "

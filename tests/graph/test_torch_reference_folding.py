@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from msn_export.graph.torch_export import with_normalisation
+from msn_export.graph.torch_reference import with_normalisation
 from msn_export.images import normalize
 from msn_export.preprocessing import preset
 from msn_export.spec import ImageSize

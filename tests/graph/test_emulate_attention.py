@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from msn_export.errors import GraphError
-from msn_export.graph.flash_attention import PEAKS, emulate_attention, peaks_of
+from msn_export.graph.emulate import PEAKS, emulate_attention, peaks_of
 from tests.builders.graphs import parse
 
 Array = NDArray[np.floating]

@@ -8,7 +8,7 @@ import pytest
 
 from msn_export.compare.drift import Drift, suspect_of
 from msn_export.errors import ToleranceError
-from msn_export.metrics.block_errors import (
+from msn_export.metrics.diagnose import (
     Gathered,
     OwnError,
     StageDrift,

@@ -8,8 +8,7 @@ import torch
 
 from msn_export.errors import GraphError
 from msn_export.graph.summary import tensor_specs
-from msn_export.graph.torch_export import trace
-from msn_export.graph.torch_reference import TorchRunner
+from msn_export.graph.torch_reference import TorchRunner, trace
 from msn_export.images import normalize
 from msn_export.models.checkpoint import load_checkpoint
 from msn_export.preprocessing import preset

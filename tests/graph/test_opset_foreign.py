@@ -16,8 +16,8 @@ from torch import nn
 from msn_export.artifact import read_source
 from msn_export.cli import main
 from msn_export.graph import io
-from msn_export.graph.foreign import FORMS
 from msn_export.graph.fuse import fuse_attention
+from msn_export.graph.opset import FORMS
 from msn_export.spec import AttentionForm, Dtype, ImageSize, InputFormat
 from tests.builders.checkpoints import randomised
 from tests.builders.foreign import (
