@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,6 +231,55 @@ def physical_cores() -> int:
         except OSError:
             siblings.add(str(core))
     return len(siblings)
+
+
+def available_memory() -> int:
+    """Bytes that can be had without swapping: the system's, or what a container may still take."""
+    return min((_of_system(), *_of_cgroup()))
+
+
+def _of_system() -> int:
+    """MemAvailable of proc(5), else free pages."""
+    for line in _lines(Path("/proc/meminfo")):
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+# Limit, use, and in memory.stat what the kernel gives back under pressure: version 2, version 1
+# (docs.kernel.org, admin-guide, cgroup-v2 and cgroup-v1/memory). A container sees its own here.
+_CGROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    (
+        "/sys/fs/cgroup/memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+)
+
+
+def _of_cgroup() -> Iterator[int]:
+    """The system's figures are those of the whole machine, even in a container with a limit."""
+    for folder, limit, used, cached in _CGROUPS:
+        most, now = (_limit_in(_lines(Path(folder, name))) for name in (limit, used))
+        if most is None or now is None:
+            continue
+        counted = (line.partition(" ") for line in _lines(Path(folder, "memory.stat")))
+        back = next((number for name, _, number in counted if name == cached), "0")
+        yield max(0, most - now + int(back))
+
+
+def _limit_in(lines: list[str]) -> int | None:
+    """Read a file of one number; ``max`` means that there is no limit."""
+    return int(lines[0]) if lines and lines[0].isdigit() else None
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="ascii").splitlines()
+    except OSError:  # another system, another kernel, no right to see it
+        return []
 
 
 def driver_release(path: Path = _NVIDIA) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections import defaultdict
 from dataclasses import dataclass, field, fields, replace
@@ -13,6 +12,7 @@ import numpy as np
 
 from msn_export import image_folder, images
 from msn_export.errors import ImageError, SpecError, ToleranceError
+from msn_export.host import available_memory
 from msn_export.manifest import CheckRecord, ImageRecord
 from msn_export.metrics.metrics import (
     Agreement,
@@ -184,55 +184,6 @@ def max_batch_in_memory(tokens: int, dim: int, mlp_dim: int, heads: int) -> int:
     """
     each = 4 * (2 * heads * tokens * tokens + tokens * (2 * mlp_dim + 8 * dim))
     return max(1, available_memory() // 4 // each)
-
-
-def available_memory() -> int:
-    """Bytes that can be had without swapping: the system's, or what a container may still take."""
-    return min((_of_system(), *_of_cgroup()))
-
-
-def _of_system() -> int:
-    """MemAvailable of proc(5), else free pages."""
-    for line in _lines(Path("/proc/meminfo")):
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-# Limit, use, and in memory.stat what the kernel gives back under pressure: version 2, version 1
-# (docs.kernel.org, admin-guide, cgroup-v2 and cgroup-v1/memory). A container sees its own here.
-_CGROUPS = (
-    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-    (
-        "/sys/fs/cgroup/memory",
-        "memory.limit_in_bytes",
-        "memory.usage_in_bytes",
-        "total_inactive_file",
-    ),
-)
-
-
-def _of_cgroup() -> Iterator[int]:
-    """The system's figures are those of the whole machine, even in a container with a limit."""
-    for folder, limit, used, cached in _CGROUPS:
-        most, now = (_number(_lines(Path(folder, name))) for name in (limit, used))
-        if most is None or now is None:
-            continue
-        counted = (line.partition(" ") for line in _lines(Path(folder, "memory.stat")))
-        back = next((number for name, _, number in counted if name == cached), "0")
-        yield max(0, most - now + int(back))
-
-
-def _number(lines: list[str]) -> int | None:
-    """Read a file of one number; ``max`` means that there is no limit."""
-    return int(lines[0]) if lines and lines[0].isdigit() else None
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="ascii").splitlines()
-    except OSError:  # another system, another kernel, no right to see it
-        return []
 
 
 class OutputsOf(Protocol):
