@@ -4,9 +4,12 @@ A function for each command, ``load`` for a file that was exported, and the jobs
 the options. Each is loaded when it is first asked for: this import takes no time.
 """
 
-from typing import TYPE_CHECKING, Any
+from __future__ import annotations
 
+TYPE_CHECKING = False  # importing typing would take half of the time that this import takes
 if TYPE_CHECKING:
+    from typing import Any
+
     from msn_export.api import (
         BenchJob,
         CalibrateJob,

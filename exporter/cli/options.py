@@ -11,14 +11,15 @@ from dataclasses import MISSING, Field, fields
 from enum import Enum
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import click
 from click.core import ParameterSource
 
 from msn_export.errors import SpecError
-from msn_export.options import One, Opt, opts_of
-from msn_export.schema import annotated_hints
+
+if TYPE_CHECKING:  # a group's help shows no options, and loads nothing that describes them
+    from msn_export.options import One, Opt
 
 IMAGES = click.Path(exists=True, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -93,6 +94,9 @@ class JobCommand(click.Command):
     def params(self) -> list[click.Parameter]:
         """The arguments, the job's options, and ``--json``."""
         if self._opts is None:
+            from msn_export.options import One, opts_of
+            from msn_export.schema import annotated_hints
+
             self._opts = {}
             job = pkgutil.resolve_name(self._job)
             last = [param for param in self._params if param.name == "as_json"]
