@@ -31,8 +31,8 @@ class Pictures:
     """Paths in the order they are used.
 
     ``seen``, ``broken`` and ``turned`` (by their EXIF orientation) fill while they are decoded.
-    ``skipped`` says by reason how many entries of the folder are none of them. ``withheld`` are
-    hashes of images that are passed over: copies of those that are held out.
+    ``skipped`` counts by reason the folder's other entries. ``withheld`` are hashes of images that
+    are passed over: copies of those that are held out.
     """
 
     paths: Sequence[Path]
@@ -74,20 +74,16 @@ class Pictures:
             yield np.stack(pixels), tuple(names)
 
     def feed(self, batch: int) -> Iterator[tuple[NDArray[Any], tuple[str, ...]]]:
-        """Give batches as the graph takes them, with the images' names."""
         for pixels, names in self.decode(batch):
             yield images.model_input(pixels, self.preprocessing, self.input_format), names
 
     def first(self, count: int) -> "Pictures":
-        """The first ``count`` of them."""
         limit = min(count, self.limit)
         return Pictures(self.paths, self.preprocessing, self.input_format, limit, self.withheld)
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Images to calibrate on, decoded when they are needed, and decoded images to judge by."""
-
     calibration: Pictures
     held_out: ImageSet
 
@@ -101,15 +97,10 @@ def split(
     seed: int,
     taken: Container[str] = (),
 ) -> Split:
-    """Deal the pictures of a folder, shuffled by ``seed``, into held-out and calibration images.
+    """Split the pictures of a folder, shuffled by ``seed``, into held-out and calibration images.
 
-    Args:
-        folder: pictures, at any depth.
-        preprocessing: how they are decoded.
-        input_format: what the graph takes.
-        limit: how many to calibrate on at most.
-        seed: the same seed and files give the same split.
-        taken: hashes of images that were calibrated on before: none of them is held out.
+    ``limit`` bounds the calibration images. ``taken`` are hashes of images that were calibrated on
+    before: none of them is held out.
     """
     found = image_folder.find(folder)
     order = [found.paths[i] for i in np.random.default_rng(seed).permutation(len(found.paths))]
@@ -138,8 +129,6 @@ def split(
 
 @dataclass(slots=True)
 class _HeldOut:
-    """Pictures that are held out, decoded, and the paths of the others in their order."""
-
     pixels: list[NDArray[np.uint8]] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     others: list[Path] = field(default_factory=list)
@@ -150,7 +139,7 @@ class _HeldOut:
 def _hold_out(
     order: Sequence[Path], folder: Path, preprocessing: Preprocessing, taken: Container[str]
 ) -> _HeldOut:
-    """Decode pictures until enough are held out; what is ``taken`` is left for the others."""
+    """Decode pictures until enough are held out; ``taken`` ones go to the others."""
     wanted = min(HELD_OUT_MOST, max(1, len(order) // HELD_OUT_SHARE))
     held, hashes = _HeldOut(), set()
     rest = list(order)

@@ -100,7 +100,6 @@ class CalibrateJob(Job):
     command: str = ""
 
     def require_consistent(self) -> None:
-        """Refuse a format that is none of 8 bits, and a base that is one."""
         for name, dtype, quantised in (("dtype", self.dtype, True), ("base", self.base, False)):
             if dtype is not None and dtype.is_quantised is not quantised:
                 wanted = " or ".join(one for one in Dtype if one.is_quantised is quantised)
@@ -108,14 +107,12 @@ class CalibrateJob(Job):
 
     @property
     def gate(self) -> Gate:
-        """What the quantised graph must reach: that of its format, or what was asked for."""
         from msn_export.metrics.tolerances import quality_gate
 
         return quality_gate(self.dtype, self.gate_cosine)
 
     @property
     def scheme(self) -> Scheme:
-        """The 8-bit format, the type of the rest, and what the graph is for."""
         from msn_export.calibration.qdq import FORMATS, Scheme
 
         return Scheme(FORMATS[self.dtype], self.rest, runs_on=self.target)
@@ -128,7 +125,6 @@ class CalibrateJob(Job):
 
     @property
     def extra(self) -> tuple[Role, ...]:
-        """What is quantised besides the blocks' projections."""
         from msn_export.calibration.qdq import Role
 
         asked = ((Role.PATCH, self.quantize_patch), (Role.HEAD, self.quantize_head))

@@ -42,15 +42,10 @@ def corrections(
     watch: Watch,
     batches: Iterable[tuple[NDArray[Any], Sequence[str]]],
 ) -> dict[str, NDArray[np.float32]]:
-    """Measure what each projection's output [.., c] is off by on average, by its node's name.
+    """Measure each projection's mean error of its output [.., c], by its node's name.
 
-    Args:
-        model: the fp32 graph, smoothed.
-        projections: what will be quantised; convolutions are left out.
-        thresholds: the largest value represented, by input.
-        scheme: format and base type.
-        watch: watches the inputs of ``projections``.
-        batches: the images to measure on.
+    ``model`` is fp32 and smoothed; ``watch`` watches the inputs of ``projections``. Convolutions
+    are left out.
     """
     linear = [p for p in projections if p.role is not Role.PATCH]
     steps = {p.x: scales(thresholds[p.x], scheme.form, scheme.base) for p in linear}
@@ -117,7 +112,7 @@ BLOCK_ROLES = frozenset({Role.QKV, Role.OUT, Role.FC1, Role.FC2})
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to quantise in ``model``, an fp32 graph that is never changed.
+    """A choice of what to quantise in ``model``, an fp32 graph that is never changed.
 
     ``thresholds`` are the largest values represented, by tensor; ``corrections`` are subtracted
     from biases, by node. Empty until they were measured.
@@ -134,13 +129,9 @@ class Plan:
     def of(
         cls, model: ir.Model, scheme: Scheme, *, attention: bool, extra: Collection[Role] = ()
     ) -> "Plan":
-        """Find what there is to quantise; ``model`` is changed to the form of attention it takes.
+        """Find what to quantise; ``model`` is changed to the form of attention it takes.
 
-        Args:
-            model: an fp32 graph.
-            scheme: format and base type.
-            attention: quantise attention's own products too.
-            extra: what to quantise besides the blocks' projections: PATCH, HEAD.
+        ``attention`` adds attention's own products, ``extra`` roles outside the blocks.
         """
         fuse_attention(model, AttentionForm.PLAIN if attention else AttentionForm.HEADS)
         chosen = BLOCK_ROLES | set(extra)
@@ -152,12 +143,11 @@ class Plan:
 
     @property
     def depth(self) -> int:
-        """How many blocks there are."""
         return len(find_cores(self.model))
 
     @property
     def watched(self) -> dict[str, str]:
-        """Name the tensors whose range must be known, each with the option that asks for it."""
+        """Tensors whose range must be known, each with the option that asks for it."""
         names = {p.x: "" for p in self.projections if p.role in BLOCK_ROLES}
         names |= {p.x: f"--quantize-{p.role}" for p in self.projections if p.x not in names}
         for core in self.operands:
@@ -169,7 +159,7 @@ class Plan:
 
     @property
     def _probabilities_measured(self) -> bool:
-        """Whether softmax's range is measured.
+        """True where softmax's range is measured.
 
         int8 has 127 even steps and the probabilities of 197 tokens are 0.005 on average: they need
         all steps there are. fp8's steps are relative: 1 is the range, whatever the images.
@@ -177,7 +167,6 @@ class Plan:
         return self.scheme.form.dtype is Dtype.INT8
 
     def measured(self, histograms: Mapping[str, Histogram], observer: Observer) -> "Plan":
-        """Choose a threshold for each tensor."""
         form = self.scheme.form
         found = {name: threshold(seen, observer, form) for name, seen in histograms.items()}
         found |= {core.p: 1.0 for core in self.operands if not self._probabilities_measured}
@@ -196,13 +185,11 @@ class Plan:
         return model
 
     def unquantised(self) -> ir.Model:
-        """Write the fp32 graph as it would be without any Q/DQ."""
         model = self.model.clone()
         self._fuse(model)
         return model
 
     def _fuse(self, model: ir.Model) -> None:
-        """Write attention, and the whole graph, as the target runs it."""
         try:
             fuse_attention(model, self.scheme.attention, expected=self.depth)
         except FusionError as error:

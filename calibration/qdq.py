@@ -43,8 +43,6 @@ _SAME = 0.5
 
 
 class Role(StrEnum):
-    """What a product does in a ViT."""
-
     QKV = "qkv"
     OUT = "out"
     FC1 = "fc1"
@@ -69,7 +67,7 @@ class Projection:
 
 
 def find_cores(model: ir.Model) -> list[AttentionCore]:
-    """List the attention cores in order; the graph's were all matched before (fuse_attention)."""
+    """List the attention cores in order; all must match (fuse_attention)."""
     candidates = [node for node in model.graph if node.op_type in {"Softmax", "Attention"}]
     return [core for core in map(match, candidates) if isinstance(core, AttentionCore)]
 
@@ -102,19 +100,11 @@ def find_projections(model: ir.Model) -> tuple[Projection, ...]:
 def find_by_weight(
     known: Sequence[Projection], model: ir.Model, other: ir.Model, chosen: Collection[str]
 ) -> list[tuple[Projection, Projection]]:
-    """Find the projections of a graph in another one, by the signs of their weights.
+    """Find the projections of a graph of floats in another, by the signs of their weights.
 
     Signs outlast rounding, scales and smoothing, which multiplies whole rows or columns by positive
-    numbers. A packed projection is found in the three of another graph, and they in it.
-
-    Args:
-        known: projections of ``model``.
-        model: a graph of floats.
-        other: the graph to search, of floats too.
-        chosen: names of its products that must all be found.
-
-    Returns:
-        Each of ``known`` that is there, with what it is in ``other``.
+    numbers. A packed projection is found in the three of another graph, and they in it. All
+    products of ``other`` called ``chosen`` must be found.
     """
     products = [
         _describe(node, Role.HEAD, None)
@@ -137,7 +127,7 @@ def find_by_weight(
 
 
 def _signs(model: ir.Model, projection: Projection) -> NDArray[np.float32]:
-    """Give the signs of a weight, [output channels, some 64 of the rest]."""
+    """Signs of a weight, [output channels, some 64 of the rest]."""
     held = array_of(model.graph.initializers[projection.weight])
     weight: NDArray[np.float32] = np.moveaxis(held, projection.axis, 0)
     rows = weight.reshape(len(weight), -1)
@@ -145,7 +135,7 @@ def _signs(model: ir.Model, projection: Projection) -> NDArray[np.float32]:
 
 
 def _agreement(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
-    """Give the mean product of two weights' signs: 1 of the same, about 0 of others.
+    """Mean product of two weights' signs: 1 of the same, about 0 of others.
 
     Packed projections are compared part by part.
     """
@@ -176,7 +166,6 @@ def _name_block(
 
 
 def _sources(core: AttentionCore) -> list[ir.Node]:
-    """Walk back from a core's operands to the products that give them."""
     found: dict[ir.Node, None] = {}
     pending = [core.q, core.k, core.v]
     seen: set[ir.Value] = set()
@@ -228,14 +217,12 @@ class Format:
     largest: float
 
     def encode(self, scaled: NDArray[Any]) -> NDArray[Any]:
-        """Round and saturate values that were divided by their scale."""
         clipped: NDArray[Any] = np.clip(scaled, -self.largest, self.largest)
         if self.dtype is Dtype.INT8:
             clipped = np.rint(clipped)
         return clipped.astype(self.onnx.numpy())
 
     def carry(self, x: NDArray[Any], scale: NDArray[Any] | float) -> NDArray[np.float32]:
-        """Quantise and dequantise, as a Q/DQ pair does."""
         return self.encode(x / scale).astype(np.float32) * np.asarray(scale, np.float32)
 
 
@@ -253,7 +240,7 @@ _TYPES: dict[Dtype, Any] = {
 
 
 def scales(thresholds: NDArray[Any] | float, form: Format, base: Dtype) -> NDArray[np.float32]:
-    """Give the scale that maps each threshold to the format's largest value, as float32.
+    """Scale that maps each threshold to the format's largest value, as float32.
 
     Every scale is a number that ``base`` holds exactly, for the graph is typed afterwards and what
     was rounded with one scale must be multiplied with the same; rounding goes up, so that nothing
@@ -282,10 +269,10 @@ INT8_ATTENTION_TOKENS = 512
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """How ranges become scales: the 8-bit format, and the type that the rest will have.
+    """Rules that make scales of ranges: the 8-bit format, and the type that the rest will have.
 
-    ``reduced`` says whether integer weights end at 64, ``runs_on`` what the graph is for; None
-    leaves either to the type of the rest.
+    ``reduced``: integer weights end at 64. ``runs_on``: the graph's target. None leaves either to
+    the type of the rest.
     """
 
     form: Format
@@ -313,12 +300,11 @@ class Scheme:
 
     @property
     def target(self) -> Target:
-        """What runs it fast: 8-bit beside half precision TensorRT, beside fp32 onnxruntime."""
+        """The target: TensorRT for 8 bits beside half precision, beside fp32 onnxruntime."""
         return self.runs_on or (Target.ONNXRUNTIME if self.base is Dtype.FP32 else Target.TENSORRT)
 
     @property
     def attention(self) -> AttentionForm:
-        """How attention that stays unquantised is written."""
         return self.target.attention
 
 
@@ -338,7 +324,6 @@ class Operands:
 
 
 def find_operands(model: ir.Model) -> tuple[Operands, ...]:
-    """Name the operands of each attention core; the graph's attention is in its plain form."""
     found = []
     for block, core in enumerate(find_cores(model)):
         probabilities, v = operand(core.node, 0), operand(core.node, 1)
@@ -392,7 +377,6 @@ def quantise_attention(
     thresholds: Mapping[str, float],
     scheme: Scheme,
 ) -> None:
-    """Quantise both products of the attention cores, in place."""
     values = {value.name: value for node in model.graph for value in node.outputs}
     for core in operands:
         for name in (core.q, core.k, core.p, core.v):
@@ -403,7 +387,6 @@ def quantise_attention(
 
 
 def _pair(model: ir.Model, node: ir.Node, index: int, limit: float, scheme: Scheme) -> ir.Value:
-    """Quantise and dequantise what ``node`` reads."""
     x = operand(node, index)
     builder = GraphBuilder(model.graph, node)
     step = builder.constant(scales(limit, scheme.form, scheme.scale), f"{x.name}.scale")
@@ -414,7 +397,6 @@ def _pair(model: ir.Model, node: ir.Node, index: int, limit: float, scheme: Sche
 
 
 def _weight(model: ir.Model, node: ir.Node, projection: Projection, scheme: Scheme) -> ir.Value:
-    """Store a weight in 8 bits and dequantise it."""
     value = operand(node, 1)
     weight = array_of(value)
     others = tuple(axis for axis in range(weight.ndim) if axis != projection.axis)

@@ -43,7 +43,7 @@ class Histogram:
 
     A larger value doubles the limit and joins bins in pairs. Bin widths are powers of two, so the
     joined counts are what one pass with the final limit would have given: the result depends
-    neither on the order of the values nor on how they were dealt into batches.
+    neither on the order of the values nor on the batches they came in.
     """
 
     peak: float = 0.0
@@ -51,7 +51,6 @@ class Histogram:
     counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(BINS, np.int64))
 
     def add(self, values: NDArray[np.float32]) -> None:
-        """Count finite values of any shape."""
         magnitudes = np.abs(values).ravel()
         if not magnitudes.size:
             return
@@ -74,19 +73,16 @@ class Histogram:
 
     @property
     def width(self) -> float:
-        """The width of a bin."""
         return self.limit / BINS
 
 
 def threshold(histogram: Histogram, observer: Observer, form: Format) -> float:
-    """Choose the largest absolute value that is still represented."""
     if not histogram.peak > 0:
         return 0.0
     return min(_CHOOSERS[observer](histogram, form), histogram.peak)
 
 
 def require_meaning(observer: Observer, form: Format) -> None:
-    """Refuse an observer that a format has no use for."""
     if observer is Observer.ENTROPY and form is not INT8:
         raise SpecError(
             f"observer entropy compares with int8's even steps, which {form.dtype} does not have; "
@@ -127,7 +123,7 @@ def _mse(histogram: Histogram, form: Format) -> float:
 def _floor(
     centres: NDArray[np.float32], step: float, histogram: Histogram, form: Format
 ) -> NDArray[np.float64]:
-    """The error inside a bin that its centre cannot show: none where bins resolve the steps."""
+    """The error inside a bin that its centre cannot show: 0 where bins resolve the steps."""
     if form is not INT8 or step > 2 * histogram.width:
         return np.zeros(len(centres))
     return np.full(len(centres), step * step / 12)
@@ -162,7 +158,7 @@ def _entropy(histogram: Histogram, form: Format) -> float:
 
 
 def _divergence(reference: NDArray[np.float64], candidate: NDArray[np.float64]) -> float:
-    """Compute KL(reference || candidate); counts only the reference has weigh as one count.
+    """Compute KL(reference || candidate); counts only the reference has count as 1.
 
     A range with no value inside says nothing of the distribution: it is infinitely far.
     """
@@ -192,13 +188,7 @@ _FLOAT = ir.DataType.FLOAT
 
 
 class Watch:
-    """A session over a copy of ``model`` whose outputs are the values called ``names``.
-
-    Args:
-        model: an fp32 graph; not changed.
-        names: its values to watch.
-        stage: a folder for the copy.
-    """
+    """A session over a copy of ``model``, an fp32 graph, whose outputs are the values ``names``."""
 
     def __init__(self, model: ir.Model, names: Sequence[str], stage: Path) -> None:
         copy = model.clone()
@@ -217,7 +207,6 @@ class Watch:
         self._input = self._session.get_inputs()[0].name
 
     def __call__(self, images: NDArray[Any]) -> Seen:
-        """Run up to ``batch`` images in the graph's own input type."""
         count = len(images)
         if self._fixed:
             images = images[np.arange(self._fixed) % count]
@@ -226,7 +215,6 @@ class Watch:
 
 
 def finite(seen: Seen, labels: Sequence[str]) -> Seen:
-    """Require finite values; give them back."""
     for name, values in seen.items():
         good = np.isfinite(values).reshape(len(values), -1).all(axis=1)
         if not good.all():
@@ -247,12 +235,8 @@ def require_finite(
 ) -> None:
     """Require that the outputs of a graph are finite for each image.
 
-    Args:
-        model: the graph that gave ``outputs``.
-        outputs: its outputs for all images, by name.
-        labels: the images' names.
-        image: gives the image of an index, as a batch of one.
-        stage: a folder for what has to be run again.
+    ``image`` gives the image of an index as a batch of one: where a value is not finite, the graph
+    is run on it again to name the first tensor.
     """
     try:
         finite(outputs, labels)
@@ -300,7 +284,7 @@ def _size(value: ir.Value) -> int:
 
 
 def channel_maxima(watch: Watch, batches: Iterable[tuple[NDArray[Any], Sequence[str]]]) -> Seen:
-    """Take the largest absolute value of each channel, the last axis, of every watched value."""
+    """Largest absolute value of each channel, the last axis, of every watched value."""
     maxima: dict[str, NDArray[np.float32]] = {}
     for images, labels in batches:
         for name, values in finite(watch(images), labels).items():
@@ -314,7 +298,7 @@ def histograms(
     batches: Iterable[tuple[NDArray[Any], Sequence[str]]],
     told: Callable[[int], None] | None = None,
 ) -> dict[str, Histogram]:
-    """Count the absolute values of every watched value; ``told`` hears how many images came."""
+    """Count the absolute values of every watched value; ``told`` receives the images so far."""
     found = {name: Histogram() for name in watch.names}
     count = 0
     for images, labels in batches:
@@ -333,7 +317,7 @@ _MOST_VALUES = 2**50  # in one bin: sums of all bins stay below int64's end
 
 @dataclass(frozen=True, slots=True)
 class TensorRange:
-    """The largest absolute value of a tensor, and counts of |x| in equal bins up to ``limit``."""
+    """A histogram as JSON has it, checked."""
 
     peak: float
     limit: float
@@ -349,12 +333,10 @@ class TensorRange:
 
     @classmethod
     def of(cls, histogram: Histogram) -> "TensorRange":
-        """Freeze a histogram."""
         return cls(histogram.peak, histogram.limit, tuple(histogram.counts.tolist()))
 
     @property
     def histogram(self) -> Histogram:
-        """The histogram again."""
         return Histogram(self.peak, self.limit, np.asarray(self.counts, np.int64))
 
 
@@ -405,7 +387,6 @@ class Ranges:
     schema: int = SCHEMA
 
     def require(self, graph: str, preprocessing: Preprocessing, path: Path) -> None:
-        """Require that these are the ranges of a graph."""
         if self.graph != graph:
             raise GraphError(
                 f"--ranges {path} were taken of another graph (sha256 {self.graph[:12]}…, this one "
@@ -418,7 +399,7 @@ class Ranges:
             )
 
     def histograms(self, names: Mapping[str, str], path: Path) -> dict[str, Histogram]:
-        """Give the histograms of the tensors called ``names`` (name to the option that asks)."""
+        """Histograms of the tensors ``names`` (name to the option that asks for it)."""
         for name, option in names.items():
             if name not in self.tensors:
                 raise GraphError(
@@ -429,12 +410,10 @@ class Ranges:
 
 
 def write(ranges: Ranges, path: Path) -> None:
-    """Write the same bytes for the same ranges."""
     path.write_text(json.dumps(to_plain(ranges), separators=(",", ":")) + "\n", encoding="utf-8")
 
 
 def read(path: Path) -> Ranges:
-    """Read a ranges file."""
     try:
         if path.stat().st_size > _LARGEST_FILE:
             raise ManifestError(f"{path} is larger than a ranges file can be")

@@ -60,22 +60,19 @@ class SensitivitySample:
     def of(
         cls, model: ir.Model, images: NDArray[Any], names: Sequence[str], stage: Path
     ) -> "SensitivitySample":
-        """Run the fp32 graph."""
         reference = _outputs(model, images, stage)
         require_finite(model, reference, names, lambda at: images[at : at + 1], stage)
         return cls(images, tuple(names), reference, stage)
 
     def batches(self, size: int) -> Iterator[tuple[NDArray[Any], Sequence[str]]]:
-        """Deal the images out again."""
         for start in range(0, len(self.images), size):
             yield self.images[start : start + size], self.names[start : start + size]
 
     def watch(self, model: ir.Model, names: Sequence[str]) -> Watch:
-        """Open a session that shows some values of a graph."""
         return Watch(model, names, self.stage)
 
     def error(self, model: ir.Model) -> float:
-        """Measure a candidate's relative error (L2) over all images, of its worst output."""
+        """Relative error (L2) of a candidate over all images, of its worst output."""
         outputs = _outputs(model, self.images, self.stage)
         errors = []
         for name, want in self.reference.items():
@@ -84,7 +81,6 @@ class SensitivitySample:
         return float(np.nan_to_num(np.max(errors), nan=np.inf))
 
     def failures(self, model: ir.Model, gate: Gate) -> list[str]:
-        """Name each output of a candidate that does not reach ``gate`` on these images, and why."""
         outputs = _outputs(model, self.images, self.stage)
         failures = []
         for name, want in self.reference.items():
@@ -131,7 +127,6 @@ def smooth(
 
 
 def replay(plan: Plan, record: SmoothingRecord) -> Plan:
-    """Smooth a plan's graph as a record says."""
     if not record.exponents:
         return plan
     model = plan.model.clone()
@@ -164,7 +159,7 @@ EVERYTHING = Exclusion((), {})
 def choices(
     plan: Plan, probe: SensitivitySample, gate: Gate, progress: Progress
 ) -> Iterator[Exclusion]:
-    """Give the choices that reach ``gate`` on the probe's images, the fewest blocks kept first.
+    """Yield the choices that reach ``gate`` on the probe's images, the fewest blocks kept first.
 
     Only when quantising everything does not reach it are the blocks measured, one quantised at a
     time; they are kept in the order of the error that each brings alone. At least one block is
@@ -186,7 +181,7 @@ def choices(
 
 @dataclass(frozen=True, slots=True)
 class Ranged:
-    """A plan with all it takes.
+    """A plan with its ranges and islands.
 
     ``islands`` stay fp32, each with its largest absolute value; ``overflowing`` are projections
     that stay unquantised because they write one.
@@ -200,7 +195,6 @@ class Ranged:
 
 
 def known_ranges(job: CalibrateJob, source: GraphFile) -> Ranges | None:
-    """Read the ranges that were given."""
     if job.ranges is None:
         return None
     known = ranges_file.read(job.ranges)
@@ -222,7 +216,6 @@ def take_ranges(
     stage: Path,
     progress: Progress,
 ) -> Ranged:
-    """Find what to quantise and measure its ranges, smoothing, corrections and islands."""
     plan = Plan.of(
         raise_opset(source.model), job.scheme, attention=job.quantize_attention, extra=job.extra
     )
@@ -320,7 +313,6 @@ def _without_islands(plan: Plan, islands: Mapping[str, float]) -> tuple[Plan, tu
 
 
 def _results(node: ir.Node) -> set[str]:
-    """Name a product's result, before and after its bias."""
     value = node.outputs[0]
     after = [use.node.outputs[0] for use in value.uses() if use.node.op_type == "Add"]
     return {v.name or "" for v in (value, *after)}

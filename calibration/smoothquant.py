@@ -36,13 +36,9 @@ def columns_behind(
 ) -> tuple[ir.Value, NDArray[np.int64]] | None:
     """Find which columns of which product are the channels that ``reader`` reads.
 
-    Args:
-        core: an attention core; it mixes tokens and leaves the heads and channels of v apart.
-        reader: the node whose first input [b, n, c] comes from the core.
-
-    Returns:
-        The value [b, n, columns] that v is a rearrangement of, and for each channel that
-        ``reader`` reads its column there; None where that is not known, or others read it too.
+    ``core`` mixes tokens and leaves the heads and channels of v apart; ``reader``'s first input
+    [b, n, c] comes from it. Returns the value [b, n, columns] that v is a rearrangement of, and for
+    each channel its column there; None where that is not known, or others read it too.
     """
     back, forth = _chain(core.v), _chain(reader.inputs[0])
     if not back or not forth or forth[0].inputs[0] is not core.output:
@@ -69,12 +65,11 @@ def columns_behind(
 
 
 def _sizes(value: ir.Value) -> list[int]:
-    """Give a shape with -1 for what is dynamic."""
+    """A shape with -1 for what is dynamic."""
     return [size if isinstance(size, int) else -1 for size in value.shape or ()]
 
 
 def _chain(value: ir.Value | None) -> list[ir.Node]:
-    """List the moving nodes that lead to a value, the first first."""
     found: list[ir.Node] = []
     while value is not None:
         node = value.producer()
@@ -86,7 +81,7 @@ def _chain(value: ir.Value | None) -> list[ir.Node]:
 
 
 def _only_lead_to(chain: list[ir.Node], value: ir.Value, reader: ir.Node) -> bool:
-    """Whether nothing but the chain and ``reader`` sees the values on the way to ``value``."""
+    """True where only the chain and ``reader`` see the values on the way to ``value``."""
     values = [*(node.inputs[0] for node in chain), value]
     return all(
         seen is not None
@@ -153,7 +148,7 @@ _MOVERS: Mapping[str, Any] = {
 
 
 def keeps_channels(node: ir.Node) -> bool:
-    """Whether a Slice or Gather picks rows (tokens, images) and leaves the last axis whole."""
+    """True where a Slice or Gather picks rows (tokens, images), the last axis whole."""
     value = node.inputs[0]
     rank = len(value.shape) if value is not None and value.shape is not None else 0
     if node.op_type == "Gather":
@@ -170,10 +165,10 @@ LARGEST_EXPONENT = 10
 
 @dataclass(frozen=True, slots=True)
 class SmoothingSite:
-    """A place where channels can be scaled: who writes them and who reads them.
+    """A value whose channels can be scaled: who writes them and who reads them.
 
     ``name`` is the value whose channels (last axis) are divided. ``written`` are (node, input
-    index) of constants, in whose last axis ``columns`` has the place of each channel; ``read`` are
+    index) of constants; in their last axis ``columns`` has the index of each channel. ``read`` are
     those of weights whose rows (input channels, axis ``axis``) are multiplied.
     """
 
@@ -187,7 +182,7 @@ class SmoothingSite:
 def find_smoothing_sites(
     model: ir.Model, projections: Sequence[Projection]
 ) -> tuple[SmoothingSite, ...]:
-    """List the seams of a graph; a value that something else reads too is none."""
+    """List a graph's smoothing sites; a value that something else reads too is none."""
     nodes = {node.name: node for node in model.graph}
     inside = {p.node: p for p in projections if p.role not in {Role.PATCH, Role.HEAD}}
     found = [_behind_norm(node, inside) for node in model.graph]
@@ -231,7 +226,7 @@ def _seam(
 
 
 def _readers(value: ir.Value, inside: Mapping[str, Projection]) -> list[Projection] | None:
-    """Name the projections that read a value, or some of its rows; None if anything else does."""
+    """Projections that read a value, or some of its rows; None if anything else does."""
     found: list[Projection] = []
     for use in value.uses():
         if (use.node.name or "") in inside and use.idx == 0:
@@ -247,7 +242,7 @@ def _readers(value: ir.Value, inside: Mapping[str, Projection]) -> list[Projecti
 
 
 def _affine(value: ir.Value) -> list[tuple[str, int]] | None:
-    """Give the constants of ``x @ weight + bias``; both hold output channels in their last axis.
+    """Constants of ``x @ weight + bias``; both hold output channels in their last axis.
 
     The product itself must lead nowhere else, or another reader would see it scaled.
     """
@@ -267,7 +262,6 @@ def _affine(value: ir.Value) -> list[tuple[str, int]] | None:
 
 
 def _width(value: ir.Value | None) -> int | None:
-    """Give the last size of a constant."""
     if value is None or value.const_value is None or not len(value.const_value.shape):
         return None
     size = value.const_value.shape[-1]
@@ -280,12 +274,8 @@ def factors(
     """Compute s_j = max|X_j| ** strength / max|W_j| ** (1 - strength), as powers of two.
 
     SmoothQuant, equation 4. A channel that is zero in all images, or in the weights, stays.
-
-    Args:
-        model: the graph the seam is of.
-        site: where the factors go.
-        maxima: the largest absolute value of each channel of ``seam.name``.
-        strength: 0 leaves all outliers to the activations, 1 gives all to the weights.
+    ``maxima`` are the largest absolute values of each channel of ``site.name``. ``strength`` 0
+    leaves all outliers to the activations, 1 gives all to the weights.
     """
     nodes = {node.name: node for node in model.graph}
     weights = np.zeros(len(maxima), np.float32)
@@ -303,7 +293,6 @@ def factors(
 
 
 def fold(model: ir.Model, site: SmoothingSite, scale: NDArray[np.float32]) -> None:
-    """Divide what is written by ``scale`` and multiply what reads it, in place."""
     nodes = {node.name: node for node in model.graph}
     if len(site.columns) != len(scale):
         raise GraphError(f"{len(scale)} factors do not fit {site.name!r}; collect the ranges again")

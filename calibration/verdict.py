@@ -31,8 +31,6 @@ WORTHWHILE = 0.10
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A graph written to a staging path, how it was judged, and which blocks it keeps."""
-
     path: Path
     model: ir.Model
     judged: Evaluation
@@ -40,7 +38,7 @@ class Candidate:
 
 
 def neighbours_of(found: Evaluation) -> float | None:
-    """Give the share of images whose nearest neighbour is the same, of the worst embedding."""
+    """Share of images whose nearest neighbour is the same, of the worst embedding."""
     shares = [one.neighbours for name, one in found.outputs.items() if name != Head.LOGITS.output]
     return min((share for share in shares if share is not None), default=None)
 
@@ -63,13 +61,12 @@ class CostBenefit:
 
     @property
     def size_share(self) -> float:
-        """What of the twin's bytes is left, in the engine where it is known."""
         twin, quantised = self.engine or self.file
         return quantised / twin
 
     @property
     def worthwhile(self) -> bool:
-        """Whether anything is gained: bytes, and no time lost where that was measured.
+        """Bytes are gained, and no time is lost where that was measured.
 
         A kernel that was taken apart, or multiplies in another type, loses time on any GPU.
         """
@@ -80,7 +77,6 @@ class CostBenefit:
 def summary(
     savings: CostBenefit, judged: Evaluation, twin: Evaluation, *, kept: int, depth: int
 ) -> str:
-    """Say in one sentence what quantising costs, saves, and whether to."""
     what = "engine" if savings.engine else "file"
     share = savings.size_share
     change = f"{1 - share:.0%} smaller" if share <= 1 else f"{share - 1:.0%} larger"
@@ -135,12 +131,7 @@ class Twin:
 
 
 def require_target(capability: ComputeCapability, dtypes: Sequence[Dtype]) -> None:
-    """Refuse, before any work is done, a GPU generation that nothing compiles for here.
-
-    Args:
-        capability: the generation.
-        dtypes: what the graphs to compile compute in.
-    """
+    """Refuse, before any work is done, a GPU generation that nothing compiles for here."""
     check_options(
         BuildSpec(Path(), (BatchRange(),), (capability,)), find_backend("auto"), find_driver()
     )
@@ -214,7 +205,6 @@ class Calibrated:
 def measure(
     done: Calibrated, job: CalibrateJob, stage: Path, progress: Progress
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Give what both graphs compile into and how long they take, or the reasons why not."""
     if not job.compile:
         reason = {"reason": "not asked for (--no-compile)"}
         return reason, reason
@@ -249,6 +239,5 @@ def _run_in_turns(
 
 
 def _batch(done: Calibrated) -> NDArray[Any]:
-    """Make a batch of the usual size of what was calibrated on."""
     probe = done.ranged.probe.images
     return probe[np.arange(done.source.batch.opt) % len(probe)]

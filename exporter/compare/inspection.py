@@ -21,7 +21,7 @@ from msn_export.graph.precision import graph_dtype
 from msn_export.graph.summary import macs, operators, tensor_specs
 from msn_export.manifest import Manifest, manifest_path, sha256_of
 from msn_export.preprocessing import Preprocessing
-from msn_export.schema import Result
+from msn_export.schema import Result, from_plain
 from msn_export.spec import BatchRange, TensorSpec
 
 
@@ -221,7 +221,7 @@ def _census_facts(manifest: Manifest) -> dict[str, Any]:
         "executed": "yes" if engine.executed else engine.reason,
     }
     if isinstance(engine.census, list) and engine.census:
-        census = Census.from_json(engine.census[0])
+        census = from_plain(Census, engine.census[0], "census")
         figures = summary(census)
         facts["kernel_kinds"] = figures["kinds"]
         facts["layout_only"] = tuple(

@@ -32,35 +32,23 @@ from msn_export.spec import AMPERE, Targets
 _POLL = 0.05  # seconds between two looks at clock and memory
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """When to give up: ``timeout`` in seconds, ``memory`` in bytes of resident memory.
-
-    Resident, not address space (RLIMIT_AS): CUDA reserves hundreds of gigabytes that it never
-    touches. The child is looked at 20 times a second, so it can pass the ceiling for a moment.
-    """
-
-    timeout: float | None = None
-    memory: int | None = None
-
-
 def run_child(
     job: Mapping[str, Any],
     raw: IO[bytes],
-    limits: Limits,
     progress: Callable[[BuildStep], None],
+    *,
+    timeout: float | None = None,
+    memory: int | None = None,
 ) -> dict[str, Any]:
-    """Run ``job`` in a child process and give what it says when it is done.
+    """Run ``job`` in ``worker.py`` and return its result; ``raw`` receives all that is printed.
 
-    Args:
-        job: what ``worker.py`` reads.
-        raw: receives all that the child and TensorRT print.
-        limits: when to end it.
-        progress: is told how far it is.
+    ``timeout`` is in seconds, ``memory`` in bytes of resident memory. Not of address space
+    (RLIMIT_AS): CUDA reserves hundreds of gigabytes that it never touches. The child is looked at
+    20 times a second, so it can pass the limit for a moment.
     """
     with ChildProcess("msn_export.engine.worker", raw) as child:
         child.send(job)
-        for event in _events(child, limits):
+        for event in _events(child, timeout, memory):
             if "progress" in event:
                 progress(BuildStep(**event["progress"]))
             elif "done" in event:
@@ -74,14 +62,21 @@ def run_child(
         raise BuildError(_describe_end(child.process.wait(), raw))
 
 
-def _events(child: ChildProcess, limits: Limits) -> Iterator[dict[str, Any]]:
-    """Give the child's events until it closes the pipe, watching clock and memory."""
+def _events(
+    child: ChildProcess, timeout: float | None, memory: int | None
+) -> Iterator[dict[str, Any]]:
     started = time.monotonic()
     pending = b""
     with selectors.DefaultSelector() as selector:
         selector.register(child.messages, selectors.EVENT_READ)
         while True:
-            _check(limits, child.process.pid, time.monotonic() - started)
+            if timeout is not None and time.monotonic() - started > timeout:
+                raise BuildError(f"the build took longer than its limit of {timeout:g} s")
+            if memory is not None and (used := peak_rss(child.process.pid)) > memory:
+                raise BuildError(
+                    f"the build needs more than its memory limit of {_gib(memory)} "
+                    f"(it was at {_gib(used)}); raise the limit or lower --batch"
+                )
             if not selector.select(_POLL):
                 continue
             chunk = os.read(child.messages.fileno(), 1 << 16)
@@ -91,21 +86,7 @@ def _events(child: ChildProcess, limits: Limits) -> Iterator[dict[str, Any]]:
             yield from map(json.loads, lines)
 
 
-def _check(limits: Limits, process: int, seconds: float) -> None:
-    if limits.timeout is not None and seconds > limits.timeout:
-        raise BuildError(f"the build took longer than its limit of {limits.timeout:g} s")
-    if limits.memory is None:
-        return
-    used = peak_rss(process)
-    if used > limits.memory:
-        raise BuildError(
-            f"the build needs more than its memory limit of {_gib(limits.memory)} "
-            f"(it was at {_gib(used)}); raise the limit or lower --batch"
-        )
-
-
 def _describe_end(code: int, raw: IO[bytes]) -> str:
-    """Say how a child ended that said neither done nor failed."""
     line = last_line(raw)
     last = f" Its last line: {line}" if line else ""
     if code == -signal.SIGKILL:
@@ -142,7 +123,6 @@ class BuildResult:
 
     @property
     def census(self) -> Census:
-        """The kernels of the first profile."""
         return self.censuses[0]
 
 
@@ -156,13 +136,7 @@ def build_engine(
     """Compile ``spec.model`` and write the engine to ``output``, a staging path.
 
     Whatever interrupts this call (Ctrl-C, an error in ``progress``) ends the compiler's process.
-
-    Args:
-        spec: what to compile.
-        backend: what to compile with.
-        output: where the engine goes; the caller moves it once it has passed its gate.
-        log: where all that TensorRT says goes, verbatim; also, and above all, when it fails.
-        progress: is told how far the build is.
+    ``log`` receives all that TensorRT prints, verbatim, also when the build fails.
     """
     driver = find_driver()
     notes = check_options(spec, backend, driver)
@@ -173,8 +147,9 @@ def build_engine(
         done = run_child(
             _job(spec, backend, output),
             raw,
-            Limits(spec.timeout, spec.memory_limit),
-            progress or _ignore,
+            progress or (lambda _step: None),
+            timeout=spec.timeout,
+            memory=spec.memory_limit,
         )
     kernels = from_plain(tuple[Kernel, ...], done["kernels"], "kernels")
     return BuildResult(
@@ -190,12 +165,8 @@ def build_engine(
     )
 
 
-def _ignore(_progress: BuildStep) -> None:
-    """Tell nobody."""
-
-
 def _job(spec: BuildSpec, backend: Backend, output: Path) -> dict[str, Any]:
-    # told above; TensorRT is not even asked
+    # noted by check_options; TensorRT does not get them
     idle: dict[str, Any] = dict.fromkeys(backend.row.ignored)
     asked = replace(spec, model=spec.model.absolute(), **idle)
     module = backend.row.module
@@ -203,7 +174,7 @@ def _job(spec: BuildSpec, backend: Backend, output: Path) -> dict[str, Any]:
 
 
 def _targets(spec: BuildSpec, backend: Backend, output: Path, driver: Driver | NoDriver) -> Targets:
-    """Say which GPUs the engine is for, as its header claims where that can be read."""
+    """The GPUs the engine is for, as its header claims where that can be read."""
     if not backend.row.targets_capabilities:
         if spec.hardware_compatible:
             return Targets((AMPERE,), later=True)

@@ -7,6 +7,7 @@ a weight above 65504 is stored as infinity. Found on SM 8.6, 8.9 and 12.0 with 1
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from msn_export.engine.kernels import (
@@ -22,7 +23,6 @@ from msn_export.engine.kernels import (
     parts,
 )
 from msn_export.errors import BuildError
-from msn_export.schema import from_plain, to_plain
 
 _NARROW = frozenset({"Half", "BFloat16"})
 # A convolution's input channels are padded to a multiple of this, a colour image's 3 to 4.
@@ -31,11 +31,11 @@ _CHANNELS = 4
 
 @dataclass(frozen=True, slots=True)
 class AskedNode:
-    """What a graph asks of one of its nodes.
+    """Requirements of one node of a graph.
 
-    ``fp32`` says that it computes in fp32, ``bf16`` that it computes in bf16 in a graph of fp16,
-    ``moves`` that it only moves or converts elements, ``product`` that it is a matrix product, a
-    convolution or an attention core. ``constants`` are the shapes of the weights it reads.
+    ``fp32``: it computes in fp32. ``bf16``: it computes in bf16 in a graph of fp16. ``moves``: it
+    only moves or converts elements. ``product``: it is a matrix product, a convolution or an
+    attention core. ``constants`` are the shapes of the weights it reads.
     """
 
     fp32: bool
@@ -46,14 +46,9 @@ class AskedNode:
 
 
 def island_faults(kernels: Collection[Kernel], nodes: Mapping[str, AskedNode]) -> list[str]:
-    """Say which nodes that the graph computes in fp32 the engine computes in half precision.
+    """Name the nodes that are fp32 in the graph and half precision in the engine.
 
-    Args:
-        kernels: those of one profile, none of them closed.
-        nodes: every node of the graph that was compiled, by name.
-
-    Returns:
-        A line a fault; it names the node and what the engine makes of it.
+    ``kernels`` are those of one profile, none of them closed; ``nodes`` are all of the graph's.
     """
     wide = {name for name, node in nodes.items() if node.fp32 and not node.moves}
     faults = [
@@ -84,7 +79,7 @@ def _faults_of(kernel: Kernel, wide: list[str], nodes: Mapping[str, AskedNode]) 
 
 
 def _computes_wide(kernel: Kernel) -> bool:
-    """Whether anything of a kernel is fp32: what it reads, writes or holds, or a cast inside it."""
+    """True where a kernel reads, writes or holds anything in fp32, or casts inside."""
     held = (constant.dtype for constant in kernel.constants)
     touched = {*kernel.inputs, *kernel.outputs, *held}
     return not touched <= _NARROW or any(part[:3] == "Cas" for part in parts(kernel))
@@ -98,32 +93,25 @@ def _unexplained(kernel: Kernel, nodes: Mapping[str, AskedNode]) -> Constant | N
         for node in asked
         if not node.fp32
         for shape in node.constants
-        for size in {_elements(shape), _padded(shape)}
+        for size in {prod(shape), _padded(shape)}
     )
     for constant in kernel.constants:
-        if constant.dtype not in _NARROW or _elements(constant.shape) <= 1:
+        if constant.dtype not in _NARROW or prod(constant.shape) <= 1:
             continue
         # queries, keys and values of three products are merged into one
-        size = next((n for n in (1, 2, 3) if sizes[_elements(constant.shape) // n] >= n
-                     and _elements(constant.shape) % n == 0), None)  # fmt: skip
+        size = next((n for n in (1, 2, 3) if sizes[prod(constant.shape) // n] >= n
+                     and prod(constant.shape) % n == 0), None)  # fmt: skip
         if size is None:
             return constant
-        sizes[_elements(constant.shape) // size] -= size
+        sizes[prod(constant.shape) // size] -= size
     return None
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
 
 
 def _padded(shape: tuple[int, ...]) -> int:
     if len(shape) != 4:
-        return _elements(shape)
+        return prod(shape)
     filters, channels, *window = shape
-    return _elements((filters, -(-channels // _CHANNELS) * _CHANNELS, *window))
+    return prod((filters, -(-channels // _CHANNELS) * _CHANNELS, *window))
 
 
 # What a GEMM may multiply in, by the precision asked for; the first must occur.
@@ -148,69 +136,53 @@ class Census:
 
     @property
     def kernels_per_block(self) -> dict[int, int]:
-        """Count kernels by transformer block; those that name no block (embedding) are left out."""
+        """Kernels by transformer block, without those that name no block (embedding)."""
         counts = Counter(kernel.block for kernel in self.kernels if kernel.block is not None)
         return {block: counts[block] for block in sorted(counts)}
 
     @property
     def by_kind(self) -> dict[str, int]:
-        """Count kernels by TensorRT's LayerType, the most frequent first."""
+        """Kernels by TensorRT's LayerType, the most frequent first."""
         return dict(Counter(kernel.kind for kernel in self.kernels).most_common())
 
     @property
     def fused_attention(self) -> tuple[Kernel, ...]:
-        """The kernels that compute softmax(q k) v in one."""
         return tuple(kernel for kernel in self.kernels if is_fused_attention(kernel))
 
     @property
     def accumulators(self) -> dict[str, int]:
-        """Count the fused attention kernels by what they sum in: fp16, fp32, int32 or unknown."""
         return dict(Counter(k.accumulator or UNKNOWN for k in self.fused_attention).most_common())
 
     @property
     def gemms(self) -> tuple[Kernel, ...]:
-        """The matrix products, without those inside fused attention."""
+        """Matrix products, without those inside fused attention."""
         return tuple(kernel for kernel in self.kernels if is_gemm(kernel))
 
     @property
     def gemm_dtypes(self) -> dict[str, int]:
-        """Count matrix products by the dtype they multiply in."""
         return dict(Counter(gemm_dtype(kernel) for kernel in self.gemms).most_common())
 
     @property
     def convolution_dtypes(self) -> dict[str, int]:
-        """Count convolutions (the patch embedding) by the dtype they multiply in."""
         found = (kernel for kernel in self.kernels if is_convolution(kernel))
         return dict(Counter(gemm_dtype(kernel) for kernel in found).most_common())
 
     @property
     def layout_only(self) -> tuple[Kernel, ...]:
-        """The kernels that compute nothing: they move, copy or convert elements."""
         return tuple(kernel for kernel in self.kernels if is_layout_only(kernel))
 
     @property
     def closed(self) -> tuple[Kernel, ...]:
-        """The layers whose kernels TensorRT does not tell."""
         return tuple(kernel for kernel in self.kernels if is_closed(kernel))
 
     @property
     def weight_bytes(self) -> dict[str, int]:
-        """Sum the constants by dtype, in bytes; one that several kernels share counts once."""
+        """Bytes of constants by dtype; one that several kernels share counts once."""
         constants = {c.name: c for kernel in self.kernels for c in kernel.constants}
         sizes: Counter[str] = Counter()
         for constant in constants.values():
             sizes[constant.dtype] += constant.bytes
         return dict(sizes.most_common())
-
-    def to_json(self) -> dict[str, Any]:
-        """Give plain JSON values; ``from_json`` reads them back."""
-        plain: dict[str, Any] = to_plain(self)
-        return plain
-
-    @classmethod
-    def from_json(cls, plain: Any) -> "Census":
-        """Read what ``to_json`` gave."""
-        return from_plain(cls, plain, "census")
 
 
 def by_profile(kernels: tuple[Kernel, ...]) -> tuple[Census, ...]:
@@ -231,16 +203,11 @@ def require(
     quantised: Collection[str] = (),
     asked: Mapping[str, AskedNode] | None = None,
 ) -> None:
-    """Require that an engine is what was asked for.
+    """Require that one profile of an engine is what was asked for.
 
-    Args:
-        census: one profile of the engine.
-        depth: transformer blocks; each must have one fused attention kernel.
-        precision: fp32, fp16, bf16, int8 or fp8: what the matrix products must multiply in
-            (int8 and fp8: those of ``quantised``; the rest in fp16 or bf16).
-        allow_unfused: do not ask about attention.
-        quantised: ONNX nodes of the products that must multiply in int8 or fp8, each of them.
-        asked: what the graph asks of each node; those it computes in fp32 must stay in fp32.
+    ``precision`` is what matrix products must multiply in; for int8 and fp8 those of ``quantised``,
+    ONNX nodes, and the rest in fp16 or bf16. Each of ``depth`` blocks must have one fused attention
+    kernel. ``asked`` has the graph's nodes: what they compute in fp32 must stay in fp32.
     """
     faults = []
     if not allow_unfused:
@@ -308,8 +275,7 @@ def _precision_faults(
 def not_multiplied_in(census: Census, dtype: str, products: Collection[str]) -> dict[str, str]:
     """Find the ONNX products that no kernel multiplies in ``dtype`` (TensorRT's spelling).
 
-    Returns:
-        Each with the dtype it is multiplied in instead; empty where no kernel names it.
+    Each comes with the dtype it is multiplied in instead; empty where no kernel names it.
     """
     kernels = [*census.gemms, *(k for k in census.kernels if is_convolution(k))]
     found = {layer: gemm_dtype(kernel) for kernel in kernels for layer in kernel.layers}
@@ -329,7 +295,6 @@ def _quantisation_faults(census: Census, dtype: str, quantised: Collection[str])
 
 
 def _also_allowed(kernel: Kernel, asked: Mapping[str, AskedNode]) -> list[str]:
-    """Name the dtypes that the graph itself asks of a kernel's products."""
     products = [asked[layer] for layer in kernel.layers if layer in asked and asked[layer].product]
     return ["Float"] * any(node.fp32 for node in products) + ["BFloat16"] * any(
         node.bf16 for node in products
@@ -337,7 +302,7 @@ def _also_allowed(kernel: Kernel, asked: Mapping[str, AskedNode]) -> list[str]:
 
 
 def _sums_faults(census: Census, asked: Mapping[str, AskedNode]) -> list[str]:
-    """Name the attention cores that are typed bf16, for its sums in fp32, and do not have them."""
+    """Name the attention cores that are typed bf16, for its sums in fp32, and sum in fp16."""
     return [
         f"{layer} is typed bf16, and its kernel sums in {kernel.accumulator or UNKNOWN}"
         for kernel in census.fused_attention
@@ -351,7 +316,7 @@ def _layers(kernel: Kernel) -> str:
 
 
 def summary(census: Census) -> Mapping[str, Any]:
-    """Give the figures as ``--json`` and manifests name them."""
+    """Figures as ``--json`` and manifests name them."""
     return {
         "kernels": len(census.kernels),
         "kernels_per_block": {str(k): v for k, v in census.kernels_per_block.items()},

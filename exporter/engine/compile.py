@@ -10,15 +10,14 @@ import fcntl
 import os
 import re
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO, TypeAlias
 
 from msn_export.engine.kernels import Kernel, read_inspector, read_log, with_accumulators
-from msn_export.engine.options import BuildSpec, BuildStep, Phases, no_kernels, require_capable
+from msn_export.engine.options import BuildSpec, no_kernels, require_capable
 from msn_export.errors import BuildError
 from msn_export.runtime.versions import ICudaEngine, ILogger, Runtime, TensorRT, TensorRTVersion
 from msn_export.spec import BatchRange, ComputeCapability, Dtype
@@ -115,7 +114,6 @@ _LONGEST = 300  # characters
 
 
 def explain(raw: str) -> str | None:
-    """Translate an error into a sentence for the user; None where its meaning is not known."""
     for pattern, meaning in _MEANINGS:
         match = re.search(pattern, raw)
         if match:
@@ -124,9 +122,9 @@ def explain(raw: str) -> str | None:
 
 
 def explain_or_quote(raw: Sequence[str]) -> str:
-    """Give TensorRT's own reason, and before it what it means where that is known.
+    """Quote TensorRT's own reason, after its meaning where that is known.
 
-    The reason is the first line that is not about a missing driver, unless nothing else is said.
+    The reason is the first line that is not about a missing driver, unless there is no other.
     """
     lines = [" ".join(line.split()) for text in raw for line in text.splitlines() if line.strip()]
     if not lines:
@@ -140,7 +138,7 @@ def explain_or_quote(raw: Sequence[str]) -> str:
 
 
 def _reasons(lines: Sequence[str]) -> Sequence[str]:
-    """Prefer the lines with an error code: others say where in the graph, which is told anyway."""
+    """Prefer the lines with an error code: others say where in the graph, which is known."""
     return [line for line in lines if "Error Code" in line] or lines
 
 
@@ -162,13 +160,10 @@ ParserError: TypeAlias = Any
 
 _ERRORS = frozenset({"ERROR", "INTERNAL_ERROR"})
 _RECORDS = "Layers:"  # first line of the message that lists the kernels
-_INTERVAL = 0.02  # seconds between two reports of one phase
 
 
 @dataclass(slots=True)
 class BuilderLog:
-    """What is kept of the log: the raw text goes to a file."""
-
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     records: list[str] = field(default_factory=list)
@@ -195,37 +190,8 @@ def make_log(trt: TensorRT, heard: BuilderLog, raw: TextIO) -> ILogger:
     return Log()
 
 
-def make_monitor(trt: TensorRT, report: Callable[[BuildStep], bool]) -> IProgressMonitor:
-    """Make a progress monitor; ``report`` returning False cancels the build."""
-    phases = Phases()
-    last = ("", 0.0)
-
-    def tell(progress: BuildStep | None) -> bool:
-        nonlocal last
-        now = time.monotonic()
-        if progress is None or (progress.phase == last[0] and now - last[1] < _INTERVAL):
-            return True
-        last = (progress.phase, now)
-        return report(progress)
-
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the modules have no types
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            tell(phases.start(phase_name, parent_phase, num_steps))
-
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            return tell(phases.step(phase_name, step))
-
-        def phase_finish(self, phase_name: str) -> None:
-            phases.finish(phase_name)
-
-    return Monitor()
-
-
 def default_path(version: str, gpu: str, capability: ComputeCapability) -> Path | None:
-    """Name the user's cache file for a TensorRT version and a GPU: timings fit no other.
+    """Path of the user's cache for a TensorRT version and a GPU: timings fit no other.
 
     None for a user without a home, as in a container that runs as a number.
     """
@@ -239,7 +205,7 @@ def default_path(version: str, gpu: str, capability: ComputeCapability) -> Path 
 
 
 def attach(config: IBuilderConfig, path: Path) -> str | None:
-    """Give the builder the timings in ``path``; say why where they could not be used."""
+    """Give the builder the timings in ``path``; return a note where they cannot be used."""
     try:
         content = path.read_bytes() if path.exists() else b""
     except OSError as error:
@@ -256,7 +222,7 @@ def attach(config: IBuilderConfig, path: Path) -> str | None:
 
 
 def store(config: IBuilderConfig, path: Path) -> str | None:
-    """Merge the build's timings into ``path``; say why where they could not be kept.
+    """Merge the build's timings into ``path``; return a note where they cannot be kept.
 
     The engine is compiled by now: it is not lost for the sake of the next one's speed.
     """
@@ -270,7 +236,6 @@ def store(config: IBuilderConfig, path: Path) -> str | None:
 
 
 def _merge(config: IBuilderConfig, path: Path) -> None:
-    """Add what another build has written meanwhile; replace the file as a whole."""
     cache: ITimingCache = config.get_timing_cache()
     if path.is_file():
         other: ITimingCache = config.create_timing_cache(path.read_bytes())
@@ -389,10 +354,7 @@ def _set_capabilities(
 
 
 def set_options(trt: TensorRT, config: IBuilderConfig, spec: BuildSpec) -> tuple[str, ...]:
-    """Set what the user asked for, and give notes on it.
-
-    What the row ignores or refuses does not get here.
-    """
+    """Set what the user asked for and the row takes; return notes on it."""
     if spec.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, spec.workspace)
     if spec.optimization_level is not None:
@@ -410,8 +372,6 @@ def set_options(trt: TensorRT, config: IBuilderConfig, spec: BuildSpec) -> tuple
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """A serialised engine, what it is made of, and what is worth telling about its making."""
-
     plan: IHostMemory
     kernels: tuple[Kernel, ...]
     notes: tuple[str, ...]
@@ -423,18 +383,9 @@ def compile_engine(
     spec: BuildSpec,
     log: ILogger,
     heard: BuilderLog,
-    report: Callable[[BuildStep], bool],
+    monitor: IProgressMonitor | None,
 ) -> Compiled:
-    """Compile ``spec.model``.
-
-    Args:
-        trt: the module that ``row`` describes.
-        row: the row of the table that says how it is told.
-        spec: what to compile.
-        log: a logger that fills ``heard``.
-        heard: what the builder logs.
-        report: receives progress; returning False cancels the build.
-    """
+    """Compile ``spec.model`` as ``row`` describes; ``log`` fills ``heard``."""
     builder: Builder = trt.Builder(log)
     flags = sum(
         1 << int(getattr(trt.NetworkDefinitionCreationFlag, flag)) for flag in row.network_flags
@@ -449,8 +400,8 @@ def compile_engine(
     add_profiles(builder, config, network, spec)
     set_types(trt, row, config, network, spec)
     notes = set_options(trt, config, spec)
-    if row.reports_progress:
-        config.progress_monitor = make_monitor(trt, report)
+    if monitor is not None:
+        config.progress_monitor = monitor
     plan: IHostMemory = builder.build_serialized_network(network, config)
     if plan is None:
         raise BuildError(f"cannot compile {spec.model.name}: {explain_or_quote(heard.errors)}")
@@ -482,7 +433,7 @@ def _describe(error: ParserError) -> str:
 
 
 def _decompose_attention(trt: TensorRT, network: INetworkDefinition) -> None:
-    """Allow TensorRT to take Attention operators apart where it has no fused kernel."""
+    """Allow TensorRT to take Attention apart where it has no fused kernel."""
     for index in range(network.num_layers):
         layer: ILayer = network.get_layer(index)
         if layer.type == trt.LayerType.ATTENTION_INPUT:
@@ -493,7 +444,7 @@ def _decompose_attention(trt: TensorRT, network: INetworkDefinition) -> None:
 
 
 def _inspect(trt: TensorRT, plan: IHostMemory, log: ILogger) -> tuple[Kernel, ...]:
-    """Read the kernels off the engine itself; a driver is there, or it would not have compiled."""
+    """Read the kernels off the engine; a driver exists, or it would not have compiled."""
     runtime: Runtime = trt.Runtime(log)
     engine: ICudaEngine = runtime.deserialize_cuda_engine(plan)
     if engine is None:

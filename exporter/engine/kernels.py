@@ -56,7 +56,6 @@ class Constant:
 
     @property
     def bytes(self) -> int:
-        """Size in the engine, in bytes."""
         return math.ceil(math.prod(self.shape) * ITEM_BYTES.get(self.dtype, 4.0))
 
 
@@ -91,13 +90,11 @@ class Kernel:
 
 
 def block_of(node: str) -> int | None:
-    """Read the block's number out of an ONNX node's name; None where none is found."""
     match = _BLOCK.search(node)
     return int(match[1]) if match else None
 
 
 def read_log(messages: list[str]) -> tuple[Kernel, ...]:
-    """Read the kernel records among a builder's log messages."""
     records = [
         line
         for message in messages
@@ -129,7 +126,6 @@ def _read_records(records: list[str]) -> Iterator[Kernel]:
 
 
 def _split(record: str) -> list[str]:
-    """Cut a record into its eight fields."""
     values, rest = [], record.removeprefix("Name: ")
     for separator in _SEPARATORS:
         value, found, rest = rest.partition(separator)
@@ -143,7 +139,6 @@ def _split(record: str) -> list[str]:
 
 
 def read_inspector(text: str) -> tuple[Kernel, ...]:
-    """Read ``EngineInspector.get_engine_information(LayerInformationFormat.JSON)``."""
     try:
         layers = json.loads(text)["Layers"]
         named_only = any(isinstance(layer, str) for layer in layers)
@@ -217,24 +212,23 @@ _WIDTH = ("Float", "Half", "BFloat16", "FP8", "Int8", "FP4", "Int4")  # the wide
 
 
 def is_fused_attention(kernel: Kernel) -> bool:
-    """Tell TensorRT's fused attention from an ONNX node that is merely called mha."""
+    """True for TensorRT's fused attention, not for an ONNX node that is called mha."""
     return bool(_FUSED_ATTENTION.match(kernel.name))
 
 
 def is_gemm(kernel: Kernel) -> bool:
-    """Tell a matrix product, alone or with what follows it, outside of fused attention."""
     return kernel.kind in _GEMM_KINDS or "Fc" in parts(kernel)
 
 
 def is_layout_only(kernel: Kernel) -> bool:
-    """Tell a kernel that moves, copies or converts elements and computes nothing."""
+    """True for a kernel that moves, copies or converts elements and computes nothing."""
     found = parts(kernel)
     moves = bool(found) and all(part in _MOVES or part in _MOVES_3 for part in found)
     return moves or kernel.kind in _LAYOUT_KINDS
 
 
 def gemm_dtype(kernel: Kernel) -> str:
-    """Give the dtype a matrix product or convolution multiplies in.
+    """Dtype a matrix product or convolution multiplies in.
 
     That of its largest constant of two or more dimensions, which is the weight; without one (two
     activations) the widest of its inputs, so that a doubtful case never passes as narrower. Not
@@ -257,12 +251,11 @@ def parts(kernel: Kernel) -> list[str]:
 
 
 def is_closed(kernel: Kernel) -> bool:
-    """Tell a layer whose kernels TensorRT does not list."""
+    """True for a layer whose kernels TensorRT does not list."""
     return bool(_CLOSED.match(kernel.name) or _CLOSED.match(kernel.kind))
 
 
 def is_convolution(kernel: Kernel) -> bool:
-    """Tell a convolution: in a ViT, the patch embedding."""
     return kernel.kind in _CONVOLUTION_KINDS
 
 
@@ -287,14 +280,10 @@ _NAMES = {
 
 
 def read_accumulators(engine: Buffer) -> dict[str, list[str]]:
-    """Read what each fused attention kernel in an engine sums in.
+    """Find the types that each fused attention kernel in an engine sums in.
 
-    Args:
-        engine: the file's bytes; anything may be in them.
-
-    Returns:
-        By tactic, for each time its source is there, ``fp16``, ``fp32``, ``int32`` or ``unknown``.
-        Nothing where an engine holds no source.
+    By tactic, for each time its source is found: ``fp16``, ``fp32``, ``int32`` or ``unknown``.
+    ``engine`` is hostile: it may hold anything.
     """
     found: dict[str, list[str]] = {}
     for match in _FUNCTION.finditer(engine):
@@ -313,7 +302,7 @@ def _sums_in(body: bytes) -> str:
 
 
 def with_accumulators(kernels: Sequence[Kernel], engine: Buffer) -> tuple[Kernel, ...]:
-    """Say of each fused attention kernel what it sums in: ``unknown`` where that is not told."""
+    """Add to each fused attention kernel the type it sums in, or ``unknown``."""
     found = read_accumulators(engine)
     return tuple(
         replace(kernel, accumulator=_agreed(found.get(kernel.tactic, [])))

@@ -26,14 +26,13 @@ _NEEDS = {
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """A TensorRT that is installed here to compile with, in the version found."""
+    """An installed TensorRT to compile with."""
 
     row: TensorRTVersion
     version: str
 
     @property
     def name(self) -> str:
-        """The name that ``--backend`` takes."""
         return self.row.backend
 
     def __str__(self) -> str:
@@ -107,7 +106,7 @@ def _install(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class BuildSpec(Job):
-    """What to compile, for which GPUs and within which limits.
+    """A graph to compile, for which GPUs and within which limits.
 
     ``profiles`` are the batch ranges to tune for, in order. No ``capabilities``: TensorRT-RTX
     then claims every GPU from Ampere on. ``precision`` matters only where the network is not
@@ -134,7 +133,6 @@ class BuildSpec(Job):
     memory_limit: Count | None = None
 
     def require_consistent(self) -> None:
-        """Refuse to build for nothing, and for one thing twice."""
         if not self.profiles:
             raise SpecError("no batch range; give at least one --batch")
         for option, items in (("batch", self.profiles), ("compute-capability", self.capabilities)):
@@ -155,7 +153,7 @@ class BuildSpec(Job):
 
 @dataclass(frozen=True, slots=True)
 class BuildStep:
-    """How far a build is: ``step`` of ``steps`` of a named phase, ``fraction`` of it all (0 to 1).
+    """Step ``step`` of ``steps`` of a named phase; ``fraction`` of the build, 0 to 1.
 
     Phases nest; ``fraction`` never goes back.
     """
@@ -164,54 +162,6 @@ class BuildStep:
     step: int
     steps: int
     fraction: float
-
-
-@dataclass(slots=True)
-class _Phase:
-    parent: str | None
-    steps: int
-    done: int = 0
-
-
-class Phases:
-    """Turn a builder's nested phases into one fraction.
-
-    A phase that runs inside another fills the parent's next step.
-    """
-
-    def __init__(self) -> None:
-        self._open: dict[str, _Phase] = {}
-        self._fraction = 0.0
-
-    def start(self, name: str, parent: str | None, steps: int) -> BuildStep:
-        """Open a phase of ``steps`` steps inside ``parent`` (None: it is the outermost)."""
-        self._open[name] = _Phase(parent, max(steps, 1))
-        return self._progress(name)
-
-    def step(self, name: str, step: int) -> BuildStep | None:
-        """Note that step ``step``, counted from 0, is complete; None if no such phase is open."""
-        phase = self._open.get(name)
-        if phase is None:
-            return None
-        phase.done = min(step + 1, phase.steps)
-        return self._progress(name)
-
-    def finish(self, name: str) -> None:
-        """Close a phase."""
-        self._open.pop(name, None)
-
-    def _progress(self, name: str) -> BuildStep:
-        phase = self._open[name]
-        root = next((key for key, item in self._open.items() if item.parent is None), None)
-        if root is not None:
-            self._fraction = max(self._fraction, self._share(root))
-        return BuildStep(name, phase.done, phase.steps, self._fraction)
-
-    def _share(self, name: str) -> float:
-        phase = self._open[name]
-        inside = next((key for key, item in self._open.items() if item.parent == name), None)
-        part = self._share(inside) if inside is not None and inside != name else 0.0
-        return min((phase.done + part) / phase.steps, 1.0)
 
 
 # The first GPU generation that computes in a dtype; TensorRT-RTX refuses a named older one, and
@@ -224,7 +174,7 @@ _FIRST_CAPABILITY = {
 
 
 def check_options(spec: BuildSpec, backend: Backend, driver: Driver | NoDriver) -> tuple[str, ...]:
-    """Refuse what cannot be built here, and tell of the options that do nothing.
+    """Refuse what cannot be built here; return notes on options that do nothing.
 
     It needs no graph, so that a command can ask before it begins its work.
     """
@@ -279,7 +229,6 @@ def require_capable(dtypes: Set[str], capabilities: tuple[ComputeCapability, ...
 
 
 def no_kernels(capability: ComputeCapability, known: Iterable[ComputeCapability]) -> BuildError:
-    """Say that TensorRT-RTX does not compile for a GPU generation, and for which it does."""
     return BuildError(
         f"TensorRT-RTX cannot compile for compute capability {capability}; it can for "
         f"{', '.join(map(str, known))}"
@@ -287,5 +236,4 @@ def no_kernels(capability: ComputeCapability, known: Iterable[ComputeCapability]
 
 
 def _flag(option: str) -> str:
-    """Spell an option as the command line does."""
     return {"capabilities": "--compute-capability"}.get(option, f"--{option.replace('_', '-')}")

@@ -32,7 +32,7 @@ from msn_export.metrics.evaluate import Evaluation
 from msn_export.metrics.metrics import embedding_of, nearest
 from msn_export.metrics.tolerances import GATES, in_words
 from msn_export.reporting.describe import counted_by, short
-from msn_export.schema import Result
+from msn_export.schema import Result, from_plain
 
 State = Literal["passed", "partial", "failed"]
 VerdictWord = Literal[
@@ -161,7 +161,9 @@ def report_file(path: Path, live: bool | None) -> ReportedArtifact:
         "not believed" if found.distrusted else _verdict(manifest, live),
         manifest,
         grid,
-        Census.from_json(recorded[0]) if isinstance(recorded, list) and recorded else None,
+        from_plain(Census, recorded[0], "census")
+        if isinstance(recorded, list) and recorded
+        else None,
         found.distrusted,
     )
 

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import pytest
 
-from msn_export.engine.build import Limits, peak_rss, run_child
+from msn_export.engine.build import peak_rss, run_child
 from msn_export.engine.options import BuildStep
 from msn_export.errors import BuildError
 
@@ -33,7 +33,7 @@ def run(source: str, raw: IO[bytes], monkeypatch, tmp_path: Path, **limits: floa
     monkeypatch.setenv("PYTHONPATH", paths)
     told: list[BuildStep] = []
     job = {"module": "standin", "padding": "x" * 200_000}  # more than a pipe holds
-    return run_child(job, raw, Limits(**limits), told.append), told
+    return run_child(job, raw, told.append, **limits), told
 
 
 def test_events_are_read_in_whatever_pieces_they_come(raw, monkeypatch, tmp_path) -> None:
@@ -134,4 +134,4 @@ def test_an_interrupt_in_the_display_ends_the_child(raw, monkeypatch, tmp_path) 
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(KeyboardInterrupt):
-        run_child({"module": "standin"}, raw, Limits(), interrupt)
+        run_child({"module": "standin"}, raw, interrupt)

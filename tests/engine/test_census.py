@@ -8,6 +8,7 @@ import pytest
 from msn_export.engine.census import AskedNode, Census, require, summary
 from msn_export.engine.kernels import Constant, Kernel, is_gemm
 from msn_export.errors import BuildError, ManifestError
+from msn_export.schema import from_plain, to_plain
 from tests.builders.engine_builds import built
 from tests.builders.engine_graphs import Vit
 
@@ -135,9 +136,9 @@ def test_a_weight_takes_the_bytes_of_its_elements(dtype, size) -> None:
 
 def test_census_survives_json() -> None:
     census = built(Vit(quantised="int8")).census
-    assert Census.from_json(json.loads(json.dumps(census.to_json()))) == census
+    assert from_plain(Census, json.loads(json.dumps(to_plain(census))), "census") == census
     with pytest.raises(ManifestError, match=r"census\.kernels is missing"):
-        Census.from_json({"profile": 0})
+        from_plain(Census, {"profile": 0}, "census")
 
 
 # --- what require() refuses ---------------------------------------------------------------------

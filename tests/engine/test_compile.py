@@ -41,7 +41,7 @@ def compile_with(trt: MagicMock, version: str, **options: object) -> tuple[objec
     row = row_for("tensorrt", version)
     assert row is not None
     spec = BuildSpec(Path("x.onnx"), (BatchRange(),), **options)
-    done = compile_engine(trt, row, spec, MagicMock(), BuilderLog(), lambda _progress: True)
+    done = compile_engine(trt, row, spec, MagicMock(), BuilderLog(), None)
     return done, trt.Builder.return_value.create_builder_config.return_value
 
 

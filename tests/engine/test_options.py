@@ -119,7 +119,7 @@ def test_full_tensorrt_builds_for_its_gpu_or_any_from_ampere_on(
 ) -> None:
     backend = tensorrt_on(monkeypatch, "NVIDIA L4", "8.9")
 
-    def pretend(*_args: object) -> dict[str, object]:
+    def pretend(*_args: object, **_limits: object) -> dict[str, object]:
         (tmp_path / "x.engine").write_bytes(b"compiled where the GPU is")
         return {"kernels": [], "notes": [], "warnings": [], "peak_rss": 1}
 

@@ -1,4 +1,4 @@
-"""What is to be compiled is checked and survives JSON; nested phases are one fraction."""
+"""What is to be compiled is checked and survives JSON."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msn_export.engine.options import BuildSpec, BuildStep, Phases
+from msn_export.engine.options import BuildSpec
 from msn_export.errors import SpecError
 from msn_export.schema import from_plain, to_plain
 from msn_export.spec import BatchRange, ComputeCapability, Dtype
@@ -79,43 +79,3 @@ specs = st.builds(
 @given(specs)
 def test_every_spec_reaches_the_compilers_process_as_it_is(spec) -> None:
     assert from_plain(BuildSpec, json.loads(json.dumps(to_plain(spec))), "spec") == spec
-
-
-def test_nested_phases_are_one_fraction() -> None:
-    phases = Phases()
-    phases.start("build", None, 2)
-    phases.start("optimise", "build", 4)
-    assert phases.step("optimise", 1) == BuildStep("optimise", 2, 4, 0.25)
-    phases.finish("optimise")
-    assert phases.step("build", 0) == BuildStep("build", 1, 2, 0.5)
-    assert phases.start("optimise", "build", 4) == BuildStep("optimise", 0, 4, 0.5)
-    assert phases.step("unheard of", 0) is None
-    assert phases.step("build", 7) == BuildStep("build", 2, 2, 1.0)
-
-
-def test_fraction_never_goes_back() -> None:
-    phases = Phases()
-    phases.start("build", None, 1)
-    phases.start("a", "build", 2)
-    phases.step("a", 1)
-    phases.finish("a")
-    again = phases.start("b", "build", 2)
-    assert again.fraction == 1.0
-
-
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["start", "step", "finish"]),
-                          st.integers(0, 4)), max_size=40))  # fmt: skip
-def test_whatever_a_builder_reports_the_fraction_rises_from_0_to_1(events) -> None:
-    phases, told = Phases(), []
-    phases.start("root", None, 3)
-    for name, what, number in events:
-        if what == "start":
-            told.append(phases.start(name, "root" if name == "a" else "a", number))
-        elif what == "step":
-            told.append(phases.step(name, number))
-        else:
-            phases.finish(name)
-    fractions = [progress.fraction for progress in told if progress is not None]
-    assert fractions == sorted(fractions)
-    assert all(0 <= fraction <= 1 for fraction in fractions)
-    assert all(p.step <= p.steps for p in told if p is not None)
