@@ -27,7 +27,7 @@ from msn_export.commands.jobs import (
 )
 from msn_export.embedding.job import EmbedJob
 from msn_export.errors import MsnExportError, SpecError
-from msn_export.models.named import in_memory
+from msn_export.models.checkpoint import in_memory
 from msn_export.options import Opt, opts_of, value_of
 from msn_export.progress import SILENT, Progress
 from msn_export.runtime.opening import open_runner as load

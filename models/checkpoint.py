@@ -1,21 +1,24 @@
-"""Find a checkpoint wherever a user keeps it, and load it as the reference model."""
+"""Find a checkpoint wherever a user keeps it, and load it as the reference model.
 
-import hashlib
+Importing this loads the standard library alone: a name is checked before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import isqrt
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from msn_export.errors import CheckpointError
 from msn_export.models.config import (
-    READS,
-    VARIANTS,
-    VIT_MSN,
-    Family,
+    INDEX,
+    SINGLE,
     Processor,
     VitConfig,
     family_of,
@@ -25,248 +28,266 @@ from msn_export.models.config import (
     read_labels,
     read_processor,
 )
-from msn_export.models.named import (
-    ADAPTER,
-    AS_IT_SAYS,
-    Choices,
-    kind_of,
-    model_in_memory,
-    near,
-    require_model,
-    seeded,
-)
-from msn_export.models.state_dict import Keys, Weights, rename, unwrap
-from msn_export.models.vit import VitMsn
-from msn_export.models.weights import read_file, read_folder
 
-_NUMBERS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
-_QKV = ("attn.q.", "attn.k.", "attn.v.")
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from msn_export.models.state_dict import Shaped
+    from msn_export.models.vit import VitMsn
+    from msn_export.models.weights import Weights
+
+Kind = Literal["random", "memory", "file", "folder", "hub"]
 
 
 @dataclass(frozen=True, slots=True)
-class Assembled:
-    """A model with its weights, their hash, and what a user should know."""
+class Choices:
+    """What a user says of a checkpoint that does not say it itself, or holds several.
 
-    model: VitMsn
-    sha256: str
-    notes: tuple[str, ...]
+    ``variant`` is the published shape of a weights file, ``weights`` what holds the weights to take
+    of several in one file, ``labels`` a file with the names of the classes.
+    """
+
+    variant: str | None = None
+    weights: str | None = None
+    labels: Path | None = None
+
+    def __bool__(self) -> bool:
+        return any(given is not None for given in (self.variant, self.weights, self.labels))
 
 
-def assemble(
-    tensors: dict[str, Tensor],
-    config: VitConfig,
-    where: str,
-    origin: str,
-    family: Family = VIT_MSN,
-) -> Assembled:
-    """Build the model; ``tensors`` is emptied on the way, so that weights are held once.
+AS_IT_SAYS = Choices()  # nothing chosen
+
+
+WEIGHTS = (".safetensors", ".bin", ".pth", ".tar", ".pt", ".ckpt")
+BESIDE = ("config.json", "preprocessor_config.json", "processor_config.json")
+ADAPTER = "adapter_config.json"
+_LISTED = 1000  # names of a folder that are looked at
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignFolder:
+    """A folder that is no model: ``sign`` is a file in it, ``what`` it is and what to do."""
+
+    sign: str
+    what: str
+
+
+# Told whatever else there is: transformers would load the base model and the adapter
+ADAPTER_FOLDER = ForeignFolder(
+    ADAPTER,
+    "is a PEFT adapter, not a whole model; load it with peft, call merge_and_unload(), then "
+    "save_pretrained(), and give that folder",
+)
+# Told in this order where a folder has no config.json or no weights
+FOREIGN_FOLDERS = (
+    ForeignFolder(
+        "zero_to_fp32.py",
+        "is a DeepSpeed ZeRO checkpoint in parts; run its zero_to_fp32.py, give what that writes",
+    ),
+    ForeignFolder(
+        "*.distcp",  # of FullyShardedDataParallel too
+        "is a checkpoint of torch.distributed in parts; convert it with python -m "
+        "torch.distributed.checkpoint.format_utils dcp_to_torch and give the file",
+    ),
+    ForeignFolder("*.onnx", "holds exported graphs, not a checkpoint; give the .onnx file to trt"),
+    ForeignFolder(
+        "tf_model.h5",
+        "holds TensorFlow weights; load them with from_pretrained(from_tf=True) of transformers "
+        "before 5, save_pretrained, and give that folder",
+    ),
+    ForeignFolder(
+        "flax_model.msgpack",
+        "holds Flax weights; load them with from_pretrained(from_flax=True) of transformers before "
+        "5, save_pretrained, and give that folder",
+    ),
+)
+_HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}(?:@[\w./-]{1,128})?", re.ASCII)
+
+
+MEMORY = "memory:"
+_models: dict[str, Any] = {}  # by the names of those that ``in_memory`` holds
+
+
+@contextmanager
+def in_memory(model: Any) -> Iterator[str]:
+    """Name a model in memory as a checkpoint, for as long as the context is open.
 
     Args:
-        tensors: by the file's names.
-        config: the shape, with the classifier that ``with_classifier`` found among the weights.
-        where: what to call the file in errors.
-        origin: where the configuration is from, for the error where shapes contradict it.
-        family: says which keys are left unread.
+        model: transformers' ViTMSNModel or ViTMSNForImageClassification, or a ``VitMsn``.
     """
-    keys = rename(tensors, where, family)
-    with torch.device("meta"):
-        model = VitMsn(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    _require_keys(shapes, keys, tensors, (where, origin))
-    _require_plain(keys, tensors, where)
-    notes = _notes(keys, tensors, config)
-    digest = hashlib.sha256()
-    state: dict[str, Tensor] = {}
-    for name in sorted(shapes):
-        tensor = _take(name, keys.known, tensors)
-        # NaN and infinity reach the sum, which is far cheaper than asking each number
-        if not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all()):
-            found = keys.known.get(name, name)
-            raise CheckpointError(f"{where}: weight {found!r} has NaN or infinity")
-        digest.update(f"{name} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.numpy().data.cast("B"))
-        state[name] = tensor
-    model.requires_grad_(requires_grad=False)
-    model.load_state_dict(state, assign=True)
-    return Assembled(model.eval(), digest.hexdigest(), notes)
+    name = f"{MEMORY}{type(model).__name__}"
+    while name in _models:
+        name += "+"
+    _models[name] = model
+    try:
+        yield name
+    finally:
+        del _models[name]
 
 
-def _take(name: str, known: Mapping[str, str], tensors: dict[str, Tensor]) -> Tensor:
-    if name in known:
-        found = tensors.pop(known[name])
-    else:  # a packed projection that the file has in three
-        found = torch.cat([tensors.pop(known[name.replace("attn.qkv.", part)]) for part in _QKV])
-    # a weight may be stored negated (torch: is_neg), which what reads its memory would not see
-    return found.detach().resolve_neg().to(torch.float32).contiguous()
-
-
-def _require_keys(
-    shapes: Mapping[str, tuple[int, ...]],
-    keys: Keys,
-    tensors: Mapping[str, Tensor],
-    names: tuple[str, str],
-) -> None:
-    where, origin = names
-    wanted: dict[str, tuple[int, ...]] = {}
-    for name, shape in shapes.items():
-        if ".attn.qkv." in name and name not in keys.known:
-            for part in _QKV:
-                wanted[name.replace("attn.qkv.", part)] = (shape[0] // 3, *shape[1:])
-        else:
-            wanted[name] = shape
-    missing = [name for name in wanted if name not in keys.known]
-    surplus = [key for name, key in keys.known.items() if name not in wanted]
-    unexpected = [*keys.unknown, *surplus]
-    odd = [
-        f"{_shown(key)} is {list(tensors[key].shape)}, expected {list(wanted[name])}"
-        for name, key in keys.known.items()
-        if name in wanted and tuple(tensors[key].shape) != wanted[name]
-    ]
-    if not (missing or unexpected or odd):
-        return
-    counts = (
-        f"{_some(missing, 'missing')}, {_some(unexpected, 'unexpected')}, "
-        f"{_some(odd, 'of another shape')}"
-    )
-    if odd or surplus:  # weights of a ViT-MSN, of another shape than was said
-        raise CheckpointError(f"{where}: {counts}; the shape is from {origin}: is it right?")
-    if missing:
-        raise CheckpointError(f"{where}: {counts}; the file is not whole, or of another model")
-    raise CheckpointError(
-        f"{where}: {counts}; all of a ViT-MSN is there and more that it would not compute, so the "
-        "file is of another model; remove the keys if you know that they are not used"
-    )
-
-
-def _require_plain(keys: Keys, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Require dense floating-point numbers: a pickle may hold tensors that are neither."""
-    for key in keys.known.values():
-        tensor = tensors[key]
-        dense = tensor.layout is torch.strided and tensor.device.type == "cpu"
-        if not dense or tensor.dtype not in _NUMBERS:
-            kind = _short(tensor.dtype) if dense else f"{tensor.layout} on {tensor.device}"
-            raise CheckpointError(
-                f"{where}: weight {key!r} is {kind}; expected dense floating-point numbers "
-                "of 16 bits or more (quantised checkpoints are not read)"
-            )
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _some(keys: Sequence[str], what: str) -> str:
-    listed = ", ".join(map(_shown, keys[:5])) + (", …" if len(keys) > 5 else "")
-    count = "1 key" if len(keys) == 1 else f"{len(keys)} keys"
-    return f"{count} {what}" + (f" ({listed})" if keys else "")
-
-
-def _shown(key: str) -> str:
-    """Give a key as a message may hold it: a terminal obeys some characters."""
-    return key if key.isprintable() else ascii(key)
-
-
-def _notes(keys: Keys, tensors: Mapping[str, Tensor], config: VitConfig) -> tuple[str, ...]:
-    notes = [f"not read: {_some(found, why)}" for why, found in keys.unread.items()]
-    if config.labels and config.pooling == "blocks":
-        notes.append(
-            f"the classifier is msn's linear evaluation and reads {READS['blocks']} "
-            f"({config.pooled_blocks}); norm 1 before the linear layer is assumed, as in its "
-            "configuration (normalize: true), for the file does not say; its evaluation prepares "
-            "images as --preprocess msn-eval does"
-        )
-    if config.labels and keys.known.get("classifier.weight", "").endswith("head.weight"):
-        read = READS[config.pooling]
-        notes.append(f"the classifier is {keys.known['classifier.weight']!r} and reads {read}")
-    converted = sorted({_short(tensors[key].dtype) for key in keys.known.values()} - {"float32"})
-    if converted:
-        notes.append(f"weights were {', '.join(converted)}, read as float32")
-    return tuple(notes)
-
-
-def classes_of(tensors: Mapping[str, Tensor], where: str) -> int:
-    """Count the classifier's rows; 0 without a classifier."""
-    known = rename(tensors, where).known
-    key = known.get("classifier.weight") or known.get("classifier.linear.weight")
-    if key is None:
-        return 0
-    shape = tuple(tensors[key].shape)
-    if len(shape) != 2 or shape[0] == 0:
+def model_in_memory(source: str) -> Any:
+    """Give the model that ``in_memory`` named."""
+    if source not in _models:
         raise CheckpointError(
-            f"{where}: {_shown(key)} is {list(shape)}; expected [classes, hidden size]"
+            f"checkpoint {source!r} was a model in memory; give a checkpoint that was saved of it"
         )
-    return shape[0]
+    return _models[source]
 
 
-def with_classifier(tensors: Mapping[str, Tensor], config: VitConfig, where: str) -> VitConfig:
-    """Give the configuration with what the classifier among the weights reads."""
-    known = rename(tensors, where).known
-    probe = known.get("classifier.linear.weight")
-    if probe is not None:
-        width = tuple(tensors[probe].shape)[-1]
-        blocks, rest = divmod(width, config.dim)
-        if rest or not 1 <= blocks <= config.depth:
-            raise CheckpointError(
-                f"{where}: {_shown(probe)} reads {width} numbers; expected a multiple of the "
-                f"hidden size {config.dim}, for up to {config.depth} blocks"
-            )
-        return replace(config, pooling="blocks", pooled_blocks=blocks)
-    if "fc_norm.weight" in known and "classifier.weight" in known:
-        return replace(config, pooling="patches")
-    return config
+def kind_of(source: str, variant: str | None = None) -> Kind:
+    """Say what a user named, and refuse what could not be loaded whatever is in it.
 
-
-@dataclass(frozen=True, slots=True)
-class Shaped:
-    """The shape of weights, where it is from, and what a user should know of it."""
-
-    config: VitConfig
-    origin: str
-    notes: tuple[str, ...] = ()
-    family: Family = VIT_MSN
-
-
-def config_of(tensors: Mapping[str, Tensor], variant: str | None, where: str) -> Shaped:
-    """Tell the shape of weights that come without a config.json.
-
-    A published shape is found by patch, width and depth; the image size is that of the position
-    embedding.
+    Args:
+        source: the name, as ``load_checkpoint`` takes it.
+        variant: the published shape that was given for a weights file.
     """
-    known = rename(tensors, where).known
-    if not known:
-        keys = ", ".join(map(_shown, list(tensors)[:3]))
-        raise CheckpointError(f"{where} holds no weights of a ViT-MSN; its keys are such as {keys}")
-    labels = tuple(f"LABEL_{i}" for i in range(classes_of(tensors, where)))
-    patch, position = (
-        tuple(tensors[known[name]].shape) if name in known else ()
-        for name in ("patch.weight", "pos_embed")
-    )
-    depth = len({name.split(".")[1] for name in known if name.startswith("blocks.")})
-    for name, config in VARIANTS.items():
-        shape = (config.dim, config.channels, *config.patch_size)
-        size = _image_size(position, config)
-        if variant in {None, name} and (patch, depth) == (shape, config.depth) and size:
-            notes: tuple[str, ...] = ()
-            if size != config.image_size:
-                notes = (f"image size {size[0]}x{size[1]}, as the position embedding is for",)
-            origin = "the patch, width and depth of " if variant is None else "--variant "
-            return Shaped(replace(config, labels=labels, image_size=size), origin + name, notes)
+    kind = _kind_of(source)
+    if variant is not None and kind != "file":
+        raise CheckpointError(
+            f"checkpoint {source!r} says its own shape; --variant is for a weights file"
+        )
+    if kind == "folder":
+        require_model(Path(source), source)
+    if kind == "random":
+        variant, _ = seeded(source)
     if variant is not None:
-        return Shaped(replace(named_variant(variant), labels=labels), f"--variant {variant}")
+        named_variant(variant)
+    return kind
+
+
+def require_model(folder: Path, source: str) -> None:
+    """Require that a folder holds a whole model, by the names of its files.
+
+    Args:
+        folder: where it lies.
+        source: what the user called it.
+    """
+    where = f"checkpoint {source if source.isprintable() else ascii(source)}"
+    if not _is_text(source):
+        raise CheckpointError(f"{where}: its path is not UTF-8; rename it")
+    weights = [name for name in (*SINGLE, *INDEX) if (folder / name).is_file()]
+    if (folder / ADAPTER).is_file():
+        raise CheckpointError(f"{where} {_adapter(folder, whole=bool(weights))}")
+    configured = (folder / "config.json").is_file()
+    if configured and weights:
+        return
+    names = _names(folder)
+    for foreign in FOREIGN_FOLDERS:
+        if any(Path(name).match(foreign.sign) for name in names):
+            raise CheckpointError(f"{where} {foreign.what}")
+    if weights:
+        raise CheckpointError(
+            f"{where} has weights and no config.json; put that beside them, or give the file "
+            f"{folder / weights[0]}"
+        )
+    inner = [name for name in names if (folder / name / "config.json").is_file()]
+    inner = sorted(inner, key=lambda name: [int(part) for part in re.findall(r"\d+", name)])
+    if inner:
+        raise CheckpointError(
+            f"{where} is no model but holds {', '.join(inner[-3:])}; did you mean "
+            f"{folder / (_best(folder, inner) or inner[-1])}?"
+        )
+    files = [name for name in names if name.endswith(WEIGHTS)]
+    if files and not configured:
+        raise CheckpointError(
+            f"{where} is no Hugging Face model folder; give one of its files, as in "
+            f"{folder / files[-1]}"
+        )
+    if configured:
+        raise CheckpointError(
+            f"{where} holds no weights; expected one of {', '.join((*SINGLE, *INDEX))}"
+        )
     raise CheckpointError(
-        f"{where} fits no published shape; put its config.json beside it, or name one with "
-        f"--variant ({', '.join(VARIANTS)})"
+        f"{where} has no config.json and no weights; expected a Hugging Face model folder"
     )
 
 
-def _image_size(position: tuple[int, ...], config: VitConfig) -> tuple[int, int] | None:
-    """Read the image size off position embeddings [1, 1 + patches, dim], taken as a square."""
-    if len(position) != 3 or position[0] != 1 or position[2] != config.dim or position[1] < 2:
-        return None
-    side = isqrt(position[1] - 1)
-    if side * side != position[1] - 1:
-        return None
-    return side * config.patch_size[0], side * config.patch_size[1]
+def _is_text(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:  # bytes of a disk that are no UTF-8, as Python reads them
+        return False
+    return True
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(path.name for path in itertools.islice(folder.iterdir(), _LISTED))
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {folder} cannot be read: {error.strerror}") from error
+
+
+def _adapter(folder: Path, *, whole: bool) -> str:
+    about = read_json(folder / ADAPTER)
+    kind, base = about.get("peft_type"), about.get("base_model_name_or_path")
+    named = f"PEFT adapter ({kind})" if isinstance(kind, str) else "PEFT adapter"
+    of = f" of {base!r}" if isinstance(base, str) and base else ""
+    also = f"; if its weights are merged already, remove {ADAPTER}" if whole else ""
+    return f"{ADAPTER_FOLDER.what.replace('PEFT adapter', f'{named}{of}', 1)}{also}"
+
+
+def _best(folder: Path, inner: list[str]) -> str | None:
+    """Read which of a Trainer's checkpoints it found best."""
+    state = folder / inner[-1] / "trainer_state.json"
+    best = read_json(state).get("best_model_checkpoint") if state.is_file() else None
+    name = Path(best).name if isinstance(best, str) else None
+    return name if name in inner else None
+
+
+def near(source: str) -> str:
+    """Suggest what lies here under a similar name, as the end of an error; '' for nothing."""
+    path, known = Path(source), Path()
+    for part in path.parts:
+        if (known / part).exists():
+            known /= part
+            continue
+        close = difflib.get_close_matches(part, _names(known) if known.is_dir() else [], 1)
+        if not close:
+            return ""
+        known /= close[0]
+    return f"; did you mean {known}?" if path.parts else ""
+
+
+def files_of(source: str) -> list[Path]:
+    """List the files of a checkpoint that lies here, as far as loading it may read them."""
+    path = Path(source)
+    if path.is_dir():
+        wanted = (*WEIGHTS, ".index.json", *BESIDE)
+        return [file for file in path.iterdir() if file.name.endswith(wanted)]
+    return [path, *(path.parent / name for name in BESIDE)] if path.is_file() else []
+
+
+def seeded(source: str) -> tuple[str, int]:
+    """Read the variant and the seed out of ``random:VARIANT[:SEED]``."""
+    parts = source.split(":")
+    if len(parts) not in {2, 3} or (len(parts) == 3 and not re.fullmatch(r"\d{1,9}", parts[2])):
+        raise CheckpointError(f"checkpoint {source!r} is malformed; expected random:VARIANT[:SEED]")
+    return parts[1], int(parts[2]) if len(parts) == 3 else 0
+
+
+def _kind_of(source: str) -> Kind:
+    if source.startswith("random:"):
+        return "random"
+    if source.startswith(MEMORY):
+        model_in_memory(source)
+        return "memory"
+    try:
+        if source and Path(source).is_dir():  # Path("") is the current folder
+            return "folder"
+        if Path(source).is_file():
+            return "file"
+    except OSError as error:  # a folder that may not be entered, a name that is too long
+        raise CheckpointError(
+            f"checkpoint {source[:200]!r} cannot be read: {error.strerror}"
+        ) from error
+    hub_id = _HUB_ID.fullmatch(source)
+    if hub_id and not source.endswith(WEIGHTS) and not source.startswith("."):
+        return "hub"
+    raise CheckpointError(
+        f"checkpoint {source!r} does not exist; expected a folder, a weights file "
+        f"({', '.join(WEIGHTS)}), a hub id such as facebook/vit-msn-small, or random:VARIANT"
+        f"{near(source)}"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,87 +341,95 @@ def load_checkpoint(
 
 
 def _from_folder(folder: Path, source: str, choices: Choices) -> Checkpoint:
+    from msn_export.models.weights import read_folder
+
     require_model(folder, source)
     beside = folder / "config.json"
-    parse_config(read_json(beside), str(beside))  # before gigabytes are read
+    config = read_json(beside)
+    parse_config(config, str(beside))  # before gigabytes are read
     weights = read_folder(folder, choices.weights)
-    return _load(weights, _beside(weights, beside, source, choices), source, read_processor(folder))
+    shaped = _shaped(weights.tensors, config, str(beside), source, choices)
+    return _load(weights, shaped, source, read_processor(folder))
 
 
 def _from_memory(source: str, choices: Choices) -> Checkpoint:
     """Copy a model: what is exported does not change where training goes on."""
+    from msn_export.models.state_dict import Shaped, classes_of
+    from msn_export.models.vit import VitMsn
+    from msn_export.models.weights import unwrap
+
     model = model_in_memory(source)
     for wrapper in ("_orig_mod", "module"):  # of torch.compile, of DataParallel
         model = getattr(model, wrapper, model)
+    where = f"checkpoint {source}"
     if choices.weights is not None:
         raise CheckpointError(f"checkpoint {source!r} is one model: it has no --weights to choose")
     tensors = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
-    classes = classes_of(tensors, f"checkpoint {source}")
-    named = read_labels(choices.labels, classes) if choices.labels is not None else None
     if isinstance(model, VitMsn):
-        labels = named if named is not None else model.config.labels
-        shaped = Shaped(replace(model.config, labels=labels), "its own configuration")
+        labels = model.config.labels
+        if choices.labels is not None:
+            labels = read_labels(choices.labels, classes_of(tensors, where))
+        shaped = Shaped(replace(model.config, labels=labels), "")
+    elif hasattr(getattr(model, "config", None), "to_dict"):
+        shaped = _shaped(tensors, model.config.to_dict(), source, source, choices)
     else:
-        if not hasattr(getattr(model, "config", None), "to_dict"):
-            raise CheckpointError(
-                f"checkpoint {source!r} has no configuration; expected a model of transformers, "
-                "or save it and give the file"
-            )
-        config = parse_config(model.config.to_dict(), source, classes, named)
-        shaped = Shaped(config, "its own configuration")
-    return _load(unwrap(tensors, f"checkpoint {source}"), shaped, source, None)
+        raise CheckpointError(
+            f"checkpoint {source!r} has no configuration; expected a model of transformers, "
+            "or save it and give the file"
+        )
+    shaped = replace(shaped, origin="its own configuration")
+    return _load(unwrap(tensors, where), shaped, source, None)
 
 
 def _from_file(path: Path, choices: Choices) -> Checkpoint:
-    where, beside = f"checkpoint {path}", path.parent / "config.json"
+    from msn_export.models.state_dict import config_of
+    from msn_export.models.weights import read_file
+
+    beside = path.parent / "config.json"
     weights = read_file(path, choices.weights)
     if choices.variant is None and beside.is_file():
-        shaped = _beside(weights, beside, str(path), choices)
+        shaped = _shaped(weights.tensors, read_json(beside), str(beside), str(path), choices)
     else:
-        shaped = config_of(weights.tensors, choices.variant, where)
+        shaped = config_of(weights.tensors, choices.variant, f"checkpoint {path}")
         if choices.labels is not None:
             labels = read_labels(choices.labels, len(shaped.config.labels))
             shaped = replace(shaped, config=replace(shaped.config, labels=labels))
     return _load(weights, shaped, str(path), read_processor(path.parent))
 
 
-def _beside(weights: Weights, beside: Path, source: str, choices: Choices) -> Shaped:
-    """Read the shape off a config.json."""
-    classes = classes_of(weights.tensors, f"checkpoint {source}")
-    named = read_labels(choices.labels, classes) if choices.labels is not None else None
-    parsed, where = read_json(beside), str(beside)
-    family = family_of(parsed, where)
+def _shaped(
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    where: str,
+    source: str,
+    choices: Choices,
+) -> Shaped:
+    """Read the shape off transformers' configuration, which is called ``where`` in errors."""
+    from msn_export.models.state_dict import Shaped, classes_of
+
+    classes = classes_of(tensors, f"checkpoint {source}")
+    labels = read_labels(choices.labels, classes) if choices.labels is not None else None
+    family = family_of(config, where)
     notes = (family.note,) if family.note else ()
-    return Shaped(parse_config(parsed, where, classes, named), where, notes, family)
+    return Shaped(parse_config(config, where, classes, labels), where, notes, family)
 
 
 def _load(weights: Weights, shaped: Shaped, source: str, processor: Processor | None) -> Checkpoint:
+    from msn_export.models.state_dict import assemble
+
     where = f"checkpoint {source}"
-    config = with_classifier(weights.tensors, shaped.config, where)
-    made = assemble(weights.tensors, config, where, shaped.origin, shaped.family)
+    made = assemble(weights.tensors, shaped.config, where, shaped.origin, shaped.family)
     notes = (*weights.notes, *shaped.notes, *made.notes)
-    return Checkpoint(source, made.sha256, config, made.model, processor, notes)
+    return Checkpoint(source, made.sha256, made.model.config, made.model, processor, notes)
 
 
 def _random(source: str) -> Checkpoint:
-    """Draw seeded weights: msn's own initialisation, with biases and gains that are not neutral.
+    from msn_export.models.state_dict import assemble, draw
 
-    Zero biases and unit gains would hide a dropped bias or a swapped LayerNorm from every check.
-    """
     variant, seed = seeded(source)
     config = named_variant(variant)
-    with torch.device("meta"):
-        shapes = {name: t.shape for name, t in VitMsn(config).state_dict().items()}
-    generator = torch.Generator().manual_seed(seed)
-    tensors: dict[str, Tensor] = {}
-    for name, shape in shapes.items():
-        tensor = torch.empty(shape)
-        # facebookresearch/msn src/deit.py, _init_weights: trunc_normal_(std=.02)
-        torch.nn.init.trunc_normal_(tensor, std=0.02, generator=generator)
-        gain = "norm" in name and name.endswith("weight")
-        tensors[name] = tensor + 1.0 if gain else tensor
     where = f"random:{variant}:{seed}"
-    made = assemble(tensors, config, where, variant)
+    made = assemble(draw(config, seed), config, where, variant)
     note = f"seeded random weights (seed {seed}), not a trained model"
     return Checkpoint(where, made.sha256, config, made.model, None, (*made.notes, note))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -191,6 +191,9 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
 
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
+# What a folder's weights are called, whole and sharded, the safe format first
+SINGLE = ("model.safetensors", "pytorch_model.bin")
+INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 # transformers configuration_utils.PreTrainedConfig
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 _LIMIT = 16 * 2**20  # bytes; ImageNet-21k's labels are a megabyte
@@ -348,7 +351,7 @@ def parse_labels(config: Mapping[str, Any], classes: int, where: str) -> tuple[s
         swapped = surplus and all(re.fullmatch(r"\d+", label) for label in labels.values())
         raise CheckpointError(
             f"{where}: the classifier has {classes} rows and id2label {len(labels)} labels: "
-            f"{_ids(missing, 'missing')}, {_ids(surplus, 'surplus')}"
+            f"{counted(missing, 'id', 'missing')}, {counted(surplus, 'id', 'surplus')}"
             f"{' (it maps labels to ids, as label2id should)' if swapped else ''}{_REPLACE}"
         )
     named = tuple(labels[key] for key in wanted)
@@ -371,14 +374,19 @@ def parse_labels(config: Mapping[str, Any], classes: int, where: str) -> tuple[s
 _REPLACE = "; --labels FILE replaces them"
 
 
-def _ids(ids: list[str], what: str) -> str:
-    count = "1 id" if len(ids) == 1 else f"{len(ids)} ids"
-    return f"{count} {what}" + (f" ({_first(ids)})" if ids else "")
+def counted(items: Sequence[str], noun: str, what: str) -> str:
+    """Count names and list the first, as in ``2 keys missing (a, b)``."""
+    count = f"1 {noun}" if len(items) == 1 else f"{len(items)} {noun}s"
+    return f"{count} {what}" + (f" ({_first(items)})" if items else "")
 
 
-def _first(items: list[str]) -> str:
-    shown = [item if item.isprintable() else ascii(item) for item in items[:5]]
-    return ", ".join(shown) + (", …" if len(items) > 5 else "")
+def _first(items: Sequence[str]) -> str:
+    return ", ".join(map(shown, items[:5])) + (", …" if len(items) > 5 else "")
+
+
+def shown(name: str) -> str:
+    """Give a name as a message may hold it: a terminal obeys some characters."""
+    return name if name.isprintable() else ascii(name)
 
 
 def read_labels(path: Path, classes: int) -> tuple[str, ...]:

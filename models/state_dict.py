@@ -1,16 +1,29 @@
-"""Every writer's names for the weights, and what training wrote around them, brought to ours."""
+"""Every writer's names for the weights, brought to ours, and the model made of them."""
 
+import hashlib
 import itertools
 import re
-from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from math import isqrt
 
 import torch
 from torch import Tensor
 
 from msn_export.errors import CheckpointError
-from msn_export.models.config import FAMILIES, VIT_MSN, Family, Pooling
+from msn_export.models.config import (
+    FAMILIES,
+    READS,
+    VARIANTS,
+    VIT_MSN,
+    Family,
+    Pooling,
+    VitConfig,
+    counted,
+    named_variant,
+    shown,
+)
+from msn_export.models.vit import VitMsn
 
 _PREFIXES = tuple({family.prefix for family in FAMILIES})
 _BLOCK = re.compile(
@@ -261,256 +274,242 @@ def _spare(key: str, keys: tuple[str, ...], family: Family) -> str | None:
 def _require_plain(key: str, where: str) -> None:
     for foreign in REFUSED:
         if foreign.pattern.search(key):
-            shown = key if key.isprintable() else ascii(key)
-            raise CheckpointError(f"{where} {foreign.what} (key {shown})")
+            raise CheckpointError(f"{where} {foreign.what} (key {shown(key)})")
 
 
-# Where a file keeps weights beside an optimiser's state, best first, and who writes it so.
-CONTAINERS = {
-    "target_encoder": "facebookresearch/msn: the averaged encoder, which its evaluation reads",
-    "teacher": "self-distillation: the averaged network",
-    "state_dict": "PyTorch Lightning, timm's training script",
-    "model_state_dict": "PyTorch's tutorials",
-    "model": "the MAE and DeiT code bases",
-    "module": "DeepSpeed (mp_rank_00_model_states.pt)",
-    "encoder": "facebookresearch/msn: the encoder that gradients train",
-    "student": "self-distillation: the network that gradients train",
-    "model_ema": "DeiT: an exponential moving average",
-    "state_dict_ema": "timm's training script: an exponential moving average",
-}
-# What a wrapping module puts before every key, best first, and which it is.
-PREFIXES = {
-    "module": "DataParallel, DistributedDataParallel, AveragedModel, facebookresearch/msn",
-    "_orig_mod": "torch.compile",
-    "_forward_module": "Lightning Fabric",
-    "base_model": "PEFT after merging",
-    "model": "a LightningModule with a field model",
-    "target_encoder": "a training script of MSN",
-    "teacher": "self-distillation: the averaged network",
-    "backbone": "lightly: the averaged encoder",
-    "student": "self-distillation: the network that gradients train",
-    "anchor_backbone": "lightly: the encoder that gradients train",
-}
-# What stands within keys where a part of the model was wrapped.
-INSIDE = {
-    "_orig_mod": "torch.compile",
-    "_fsdp_wrapped_module": "FullyShardedDataParallel",
-    "_checkpoint_wrapped_module": "activation checkpointing",
-}
-# The head of facebookresearch/mae main_linprobe.py: BatchNorm without weights, then a linear layer.
-PROBE = {"head.0.running_mean", "head.0.running_var", "head.1.weight", "head.1.bias"}
-_PROBE_EPS = 1e-6  # main_linprobe.py, BatchNorm1d(affine=False, eps=1e-6)
-_DEEPEST = 8  # containers within one another; the deepest known are DeepSpeed's within Lightning's
-_RANK = {name: rank for rank, name in enumerate((*PREFIXES, *INSIDE))}
-_LINEAR_EVAL = ("target_encoder", "encoder")  # beside which facebookresearch/msn has a classifier
-
-Prefix = tuple[str, ...]
+_NUMBERS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+_QKV = ("attn.q.", "attn.k.", "attn.v.")
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
-    """A model's weights without wrappers, and what a user should know of the choice."""
+class Assembled:
+    """A model with its weights, their hash, and what a user should know."""
 
-    tensors: dict[str, Tensor]
-    notes: tuple[str, ...] = ()
+    model: VitMsn
+    sha256: str
+    notes: tuple[str, ...]
 
 
-def unwrap(loaded: Any, where: str, choice: str | None = None) -> Weights:
-    """Take containers and prefixes off what a file holds.
+def assemble(
+    tensors: dict[str, Tensor],
+    config: VitConfig,
+    where: str,
+    origin: str,
+    family: Family = VIT_MSN,
+) -> Assembled:
+    """Build the model; ``tensors`` is emptied on the way, so that weights are held once.
 
     Args:
-        loaded: what torch or safetensors read.
+        tensors: by the file's names.
+        config: the shape, without what the classifier reads.
         where: what to call the file in errors.
-        choice: the container or prefix to take where there are several.
+        origin: where the configuration is from, for the error where shapes contradict it.
+        family: says which keys are left unread.
     """
-    taken: list[str] = []
-    beside: list[str] = []
-    parent: Any = None
-    held = loaded
-    chosen = choice is None
-    for _ in range(_DEEPEST):
-        if not isinstance(held, Mapping):
-            break
-        names = [name for name in CONTAINERS if _holds(held.get(name))]
-        if not chosen and _holds(held.get(choice)):
-            name, chosen = str(choice), True
-        elif names:
-            name = names[0]
+    keys = rename(tensors, where, family)
+    config = with_classifier(tensors, config, where)
+    with torch.device("meta"):
+        model = VitMsn(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    _require_keys(shapes, keys, tensors, (where, origin))
+    _require_numbers(keys, tensors, where)
+    notes = _notes(keys, tensors, config)
+    digest = hashlib.sha256()
+    state: dict[str, Tensor] = {}
+    for name in sorted(shapes):
+        tensor = _take(name, keys.known, tensors)
+        # NaN and infinity reach the sum, which is far cheaper than asking each number
+        if not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all()):
+            found = keys.known.get(name, name)
+            raise CheckpointError(f"{where}: weight {found!r} has NaN or infinity")
+        digest.update(f"{name} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.numpy().data.cast("B"))
+        state[name] = tensor
+    model.requires_grad_(requires_grad=False)
+    model.load_state_dict(state, assign=True)
+    return Assembled(model.eval(), digest.hexdigest(), notes)
+
+
+def _take(name: str, known: Mapping[str, str], tensors: dict[str, Tensor]) -> Tensor:
+    if name in known:
+        found = tensors.pop(known[name])
+    else:  # a packed projection that the file has in three
+        found = torch.cat([tensors.pop(known[name.replace("attn.qkv.", part)]) for part in _QKV])
+    # a weight may be stored negated (torch: is_neg), which what reads its memory would not see
+    return found.detach().resolve_neg().to(torch.float32).contiguous()
+
+
+def _require_keys(
+    shapes: Mapping[str, tuple[int, ...]],
+    keys: Keys,
+    tensors: Mapping[str, Tensor],
+    names: tuple[str, str],
+) -> None:
+    where, origin = names
+    wanted: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        if ".attn.qkv." in name and name not in keys.known:
+            for part in _QKV:
+                wanted[name.replace("attn.qkv.", part)] = (shape[0] // 3, *shape[1:])
         else:
-            break
-        beside += [other for other in (*names, *_unlisted(held)) if other != name]
-        taken.append(name)
-        parent, held = held, held[name]
-    state = _state_dict(held, where)
-    wanted = None if chosen else (str(choice), [*taken, *beside])
-    tensors, prefix, others, outside = _without_prefix(state, where, wanted)
-    if taken and taken[-1] in _LINEAR_EVAL and _holds(parent.get("classifier")):
-        head = _state_dict(parent["classifier"], where)
-        tensors |= {f"classifier.{_split(key)[1]}": tensor for key, tensor in head.items()}
-    steps = [*(f"{name!r}" for name in taken), *(f"'{name}.'" for name in prefix)]
-    beside += [".".join(other) for other in others]
-    notes = []
-    if steps or beside:
-        also = ""
-        if beside:
-            listed = ", ".join(map(repr, beside))
-            also = f"; the file also has {listed} (--weights {beside[0].rpartition('.')[2]})"
-        source = " > ".join(steps) if steps else "the keys without a prefix"
-        notes.append(f"weights read from {source}{also}")
-    if outside:
-        notes.append(_left(outside, prefix))
-    if _is_probe(tensors):
-        _fold(tensors)
-        notes.append("the BatchNorm of MAE's linear probe is folded into its classifier")
-    return Weights(tensors, tuple(notes))
-
-
-def _unlisted(held: Mapping[Any, Any]) -> list[str]:
-    """Name the dictionaries of no row of CONTAINERS that hold a model."""
-    return [
-        name
-        for name, value in held.items()
-        if name not in CONTAINERS and _holds(value) and any(map(_ends_in_cls, value))
+            wanted[name] = shape
+    missing = [name for name in wanted if name not in keys.known]
+    surplus = [key for name, key in keys.known.items() if name not in wanted]
+    unexpected = [*keys.unknown, *surplus]
+    odd = [
+        f"{shown(key)} is {list(tensors[key].shape)}, expected {list(wanted[name])}"
+        for name, key in keys.known.items()
+        if name in wanted and tuple(tensors[key].shape) != wanted[name]
     ]
+    if not (missing or unexpected or odd):
+        return
+    counts = (
+        f"{counted(missing, 'key', 'missing')}, {counted(unexpected, 'key', 'unexpected')}, "
+        f"{counted(odd, 'key', 'of another shape')}"
+    )
+    if odd or surplus:  # weights of a ViT-MSN, of another shape than was said
+        raise CheckpointError(f"{where}: {counts}; the shape is from {origin}: is it right?")
+    if missing:
+        raise CheckpointError(f"{where}: {counts}; the file is not whole, or of another model")
+    raise CheckpointError(
+        f"{where}: {counts}; all of a ViT-MSN is there and more that it would not compute, so the "
+        "file is of another model; remove the keys if you know that they are not used"
+    )
 
 
-def _ends_in_cls(key: Any) -> bool:
-    return isinstance(key, str) and key.endswith(("cls_token", "class_token"))
+def _require_numbers(keys: Keys, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Require dense floating-point numbers: a pickle may hold tensors that are neither."""
+    for key in keys.known.values():
+        tensor = tensors[key]
+        dense = tensor.layout is torch.strided and tensor.device.type == "cpu"
+        if not dense or tensor.dtype not in _NUMBERS:
+            kind = _short(tensor.dtype) if dense else f"{tensor.layout} on {tensor.device}"
+            raise CheckpointError(
+                f"{where}: weight {key!r} is {kind}; expected dense floating-point numbers "
+                "of 16 bits or more (quantised checkpoints are not read)"
+            )
 
 
-def _holds(value: Any) -> bool:
-    return isinstance(value, Mapping) and bool(value)
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def _state_dict(held: Any, where: str) -> dict[str, Tensor]:
-    if not _holds(held):
-        raise CheckpointError(f"{where} holds no weights by name; expected a state dict")
-    odd = [key for key, value in held.items() if not isinstance(value, Tensor) or value.is_nested]
-    if odd:
-        inner = [key for key in odd if _holds(held[key])]
-        hint = f" (--weights KEY takes one of {', '.join(map(repr, inner[:5]))})" if inner else ""
-        raise CheckpointError(
-            f"{where} holds {odd[0]!r}, which is no weight; expected a state dict, or one under "
-            f"{', '.join(CONTAINERS)}{hint}"
+def _notes(keys: Keys, tensors: Mapping[str, Tensor], config: VitConfig) -> tuple[str, ...]:
+    notes = [f"not read: {counted(found, 'key', why)}" for why, found in keys.unread.items()]
+    if config.labels and config.pooling == "blocks":
+        notes.append(
+            f"the classifier is msn's linear evaluation and reads {READS['blocks']} "
+            f"({config.pooled_blocks}); norm 1 before the linear layer is assumed, as in its "
+            "configuration (normalize: true), for the file does not say; its evaluation prepares "
+            "images as --preprocess msn-eval does"
         )
-    return {str(key): tensor for key, tensor in held.items()}
+    if config.labels and keys.known.get("classifier.weight", "").endswith("head.weight"):
+        read = READS[config.pooling]
+        notes.append(f"the classifier is {keys.known['classifier.weight']!r} and reads {read}")
+    converted = sorted({_short(tensors[key].dtype) for key in keys.known.values()} - {"float32"})
+    if converted:
+        notes.append(f"weights were {', '.join(converted)}, read as float32")
+    return tuple(notes)
 
 
-def _without_prefix(
-    state: dict[str, Tensor], where: str, choice: tuple[str, list[str]] | None
-) -> tuple[dict[str, Tensor], Prefix, list[Prefix], list[str]]:
-    """Take the prefix off the keys of one model.
-
-    Args:
-        state: a flat state dict.
-        where: what to call the file in errors.
-        choice: the prefix to take, and the file's containers, for the error.
-
-    Returns:
-        Its weights, the prefix, the prefixes of other whole models, and the keys left outside.
-    """
-    groups: dict[Prefix, dict[str, str]] = {}
-    fields = _fields(state)
-    for key in state:
-        prefix, rest = _split(key, fields)
-        group = groups.setdefault(prefix, {})
-        if rest in group:
-            raise CheckpointError(f"{where}: keys {group[rest]!r} and {key!r} are the same weight")
-        group[rest] = key
-    sizes = {prefix: sum(_of_encoder(rest) for rest in group) for prefix, group in groups.items()}
-    whole = [prefix for prefix, size in sizes.items() if 2 * size > max(sizes.values())]
-    whole.sort(key=lambda prefix: [_RANK.get(name, len(_RANK)) for name in prefix])
-    if choice is not None:
-        asked = [prefix for prefix in whole if choice[0] in prefix]
-        if not asked:
-            names = [*choice[1], *(name for prefix in whole for name in prefix)]
-            has = f"it has {', '.join(dict.fromkeys(names))}" if names else "it has one model alone"
-            raise CheckpointError(f"{where} has no weights under {choice[0]!r} (--weights); {has}")
-    else:
-        asked = whole
-    if not asked:  # nothing here is of a ViT-MSN: whoever assembles it says so
-        return state, (), [], []
-    chosen = asked[0]
-    if len(asked) > 1 and not fields.isdisjoint(chosen):
-        listed = ", ".join(repr(".".join(prefix)) for prefix in asked)
+def classes_of(tensors: Mapping[str, Tensor], where: str) -> int:
+    """Count the classifier's rows; 0 without a classifier."""
+    known = rename(tensors, where).known
+    key = known.get("classifier.weight") or known.get("classifier.linear.weight")
+    if key is None:
+        return 0
+    shape = tuple(tensors[key].shape)
+    if len(shape) != 2 or shape[0] == 0:
         raise CheckpointError(
-            f"{where} holds several models, under {listed}; choose one with --weights "
-            f"{next(name for name in chosen if name in fields)}"
+            f"{where}: {shown(key)} is {list(shape)}; expected [classes, hidden size]"
         )
-    others = [prefix for prefix in whole if prefix != chosen]
-    tensors = {rest: state[key] for rest, key in groups[chosen].items()}
-    left = [
-        key
-        for prefix, group in groups.items()
-        if prefix != chosen and prefix not in others
-        for key in group.values()
-    ]
-    if not chosen:  # nothing wraps the model, so every key has to be one of its own
-        return tensors | {key: state[key] for key in left}, chosen, others, []
-    return tensors, chosen, others, left
+    return shape[0]
 
 
-def _is_probe(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether all of a linear probe is there, in its shapes; else its keys are unknown ones."""
-    if not tensors.keys() >= PROBE:
-        return False
-    parts = [tensors[name] for name in PROBE]
-    plain = all(t.layout is torch.strided and t.device.type == "cpu" for t in parts)
-    rows = tuple(tensors["head.1.weight"].shape)
-    if not plain or len(rows) != 2 or not all(t.is_floating_point() for t in parts):
-        return False
-    sizes = {"head.1.weight": rows, "head.1.bias": rows[:1]}
-    return all(tuple(tensors[name].shape) == sizes.get(name, rows[1:]) for name in PROBE)
+def with_classifier(tensors: Mapping[str, Tensor], config: VitConfig, where: str) -> VitConfig:
+    """Give the configuration with what the classifier among the weights reads."""
+    known = rename(tensors, where).known
+    probe = known.get("classifier.linear.weight")
+    if probe is not None:
+        width = tuple(tensors[probe].shape)[-1]
+        blocks, rest = divmod(width, config.dim)
+        if rest or not 1 <= blocks <= config.depth:
+            raise CheckpointError(
+                f"{where}: {shown(probe)} reads {width} numbers; expected a multiple of the "
+                f"hidden size {config.dim}, for up to {config.depth} blocks"
+            )
+        return replace(config, pooling="blocks", pooled_blocks=blocks)
+    if "fc_norm.weight" in known and "classifier.weight" in known:
+        return replace(config, pooling="patches")
+    return config
 
 
-def _fold(tensors: dict[str, Tensor]) -> None:
-    """Write MAE's linear probe as one linear layer ``head``, in place; exact in real arithmetic.
+@dataclass(frozen=True, slots=True)
+class Shaped:
+    """The shape of weights, where it is from, and what a user should know of it."""
 
-    ``W ((x - mean) / std) + b`` is ``W' x + b'`` with ``W' = W / std`` and ``b' = b - W' mean``.
+    config: VitConfig
+    origin: str
+    notes: tuple[str, ...] = ()
+    family: Family = VIT_MSN
+
+
+def config_of(tensors: Mapping[str, Tensor], variant: str | None, where: str) -> Shaped:
+    """Tell the shape of weights that come without a config.json.
+
+    A published shape is found by patch, width and depth; the image size is that of the position
+    embedding.
     """
-    parts = {name: tensors.pop(name).double() for name in PROBE}
-    tensors.pop("head.0.num_batches_tracked", None)
-    weight = parts["head.1.weight"] / (parts["head.0.running_var"] + _PROBE_EPS).sqrt()
-    bias = parts["head.1.bias"] - weight @ parts["head.0.running_mean"]
-    tensors["head.weight"], tensors["head.bias"] = weight.float(), bias.float()
+    known = rename(tensors, where).known
+    if not known:
+        keys = ", ".join(map(shown, list(tensors)[:3]))
+        raise CheckpointError(f"{where} holds no weights of a ViT-MSN; its keys are such as {keys}")
+    labels = tuple(f"LABEL_{i}" for i in range(classes_of(tensors, where)))
+    patch, position = (
+        tuple(tensors[known[name]].shape) if name in known else ()
+        for name in ("patch.weight", "pos_embed")
+    )
+    depth = len({name.split(".")[1] for name in known if name.startswith("blocks.")})
+    for name, config in VARIANTS.items():
+        shape = (config.dim, config.channels, *config.patch_size)
+        size = _image_size(position, config)
+        if variant in {None, name} and (patch, depth) == (shape, config.depth) and size:
+            notes: tuple[str, ...] = ()
+            if size != config.image_size:
+                notes = (f"image size {size[0]}x{size[1]}, as the position embedding is for",)
+            origin = "the patch, width and depth of " if variant is None else "--variant "
+            return Shaped(replace(config, labels=labels, image_size=size), origin + name, notes)
+    if variant is not None:
+        return Shaped(replace(named_variant(variant), labels=labels), f"--variant {variant}")
+    raise CheckpointError(
+        f"{where} fits no published shape; put its config.json beside it, or name one with "
+        f"--variant ({', '.join(VARIANTS)})"
+    )
 
 
-def _of_encoder(key: str) -> bool:
-    name = canonical(key)
-    return name is not None and not name.startswith("classifier.")
+def _image_size(position: tuple[int, ...], config: VitConfig) -> tuple[int, int] | None:
+    """Read the image size off position embeddings [1, 1 + patches, dim], taken as a square."""
+    if len(position) != 3 or position[0] != 1 or position[2] != config.dim or position[1] < 2:
+        return None
+    side = isqrt(position[1] - 1)
+    if side * side != position[1] - 1:
+        return None
+    return side * config.patch_size[0], side * config.patch_size[1]
 
 
-def _fields(state: Iterable[str]) -> set[str]:
-    """Find the names, of no row of PREFIXES, that stand before the [CLS] token of a model."""
-    found: set[str] = set()
-    for key in filter(_ends_in_cls, state):
-        parts = key.split(".")
-        tails = (canonical(_joined(parts[first:])) for first in range(len(parts)))
-        found.update(parts[: next((i for i, tail in enumerate(tails) if tail is not None), 0)])
-    return found - _RANK.keys()
+def draw(config: VitConfig, seed: int) -> dict[str, Tensor]:
+    """Draw seeded weights: msn's own initialisation, with biases and gains that are not neutral.
 
-
-def _split(key: str, fields: Container[str] = ()) -> tuple[Prefix, str]:
-    """Part a key into the wrappers before it and the rest, without those within it."""
-    parts = key.split(".")
-    first = 0
-    while first < len(parts) - 1 and (parts[first] in PREFIXES or parts[first] in fields):
-        if parts[first] not in INSIDE and is_weight(_joined(parts[first:])):
-            break
-        first += 1
-    return tuple(parts[:first]), _joined(parts[first:])
-
-
-def _joined(parts: Iterable[str]) -> str:
-    return ".".join(part for part in parts if part not in INSIDE)
-
-
-def _left(keys: list[str], prefix: Prefix) -> str:
-    listed = ", ".join(key if key.isprintable() else ascii(key) for key in keys[:5])
-    more = ", …" if len(keys) > 5 else ""
-    count = "1 key" if len(keys) == 1 else f"{len(keys)} keys"
-    note = f"not read: {count} outside '{'.'.join(prefix)}.' ({listed}{more})"
-    heads = [key for key in keys if (canonical(_split(key)[1]) or "").startswith("classifier.")]
-    if heads:
-        note += f"; what {heads[0]} reads is not known, so it is no classifier of this model"
-    return note
+    Zero biases and unit gains would hide a dropped bias or a swapped LayerNorm from every check.
+    """
+    with torch.device("meta"):
+        shapes = {name: t.shape for name, t in VitMsn(config).state_dict().items()}
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        tensor = torch.empty(shape)
+        # facebookresearch/msn src/deit.py, _init_weights: trunc_normal_(std=.02)
+        torch.nn.init.trunc_normal_(tensor, std=0.02, generator=generator)
+        gain = "norm" in name and name.endswith("weight")
+        tensors[name] = tensor + 1.0 if gain else tensor
+    return tensors

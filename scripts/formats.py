@@ -7,18 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from msn_export.graph.opset import FORMS
+from msn_export.models.checkpoint import ADAPTER_FOLDER, FOREIGN_FOLDERS, WEIGHTS
 from msn_export.models.config import FAMILIES, READS
-from msn_export.models.named import ADAPTER_FOLDER, FOREIGN_FOLDERS, WEIGHTS
-from msn_export.models.state_dict import (
-    CLASSIFIERS,
-    CONTAINERS,
-    INSIDE,
-    LAYOUTS,
-    PREFIXES,
-    PROBE,
-    REFUSED,
-    SPARE,
-)
+from msn_export.models.state_dict import CLASSIFIERS, LAYOUTS, REFUSED, SPARE
+from msn_export.models.weights import CONTAINERS, INSIDE, PREFIXES, PROBE
 from msn_export.processor_config import FIELDS, TYPES
 
 PAGE = Path("docs/formats.md")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from msn_export import manifest as manifests
 from msn_export.errors import BenchError, GraphError
 from msn_export.manifest import sha256_of
-from msn_export.models.named import AS_IT_SAYS, Choices
+from msn_export.models.checkpoint import AS_IT_SAYS, Choices
 from msn_export.schema import to_plain
 from msn_export.spec import Dtype, ImageSize
 

@@ -37,7 +37,7 @@ from msn_export.files import placing, require_writable, staging
 from msn_export.host import NoDriver, device_bytes, find_driver, physical_cores, this_machine
 from msn_export.manifest import manifest_path, versions_of
 from msn_export.metrics.evaluate import draw
-from msn_export.models.named import Choices
+from msn_export.models.checkpoint import Choices
 from msn_export.progress import SILENT
 
 if TYPE_CHECKING:

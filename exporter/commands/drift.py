@@ -31,7 +31,7 @@ from msn_export.metrics.diagnose import (
 )
 from msn_export.metrics.evaluate import Evaluation, Reference, Sample, batches, draw
 from msn_export.metrics.tolerances import DRIFT, DRIFT_OF_ENGINES, GATES, coarsest
-from msn_export.models.named import Choices
+from msn_export.models.checkpoint import Choices
 from msn_export.processor_config import choose
 from msn_export.progress import SILENT, Progress
 from msn_export.spec import Dtype

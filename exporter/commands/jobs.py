@@ -11,7 +11,7 @@ from msn_export import options
 from msn_export.errors import SpecError
 from msn_export.files import require_writable
 from msn_export.manifest import manifest_path
-from msn_export.models.named import MEMORY, WEIGHTS, Choices, files_of, kind_of
+from msn_export.models.checkpoint import MEMORY, WEIGHTS, Choices, files_of, kind_of
 from msn_export.options import DTYPES, OUTPUT, Opt
 from msn_export.processor_config import require_choice
 from msn_export.schema import Count, Job, Within

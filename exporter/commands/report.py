@@ -25,7 +25,7 @@ from msn_export.errors import (
 )
 from msn_export.files import placing, require_writable, staging
 from msn_export.manifest import CheckpointRecord, Manifest, manifest_path, sha256_of
-from msn_export.models.named import Choices
+from msn_export.models.checkpoint import Choices
 from msn_export.progress import SILENT, Progress
 from msn_export.reporting import gather
 from msn_export.reporting.describe import origin_of

@@ -42,7 +42,7 @@ from msn_export.metrics.tolerances import (
     coarsest,
     gate_of,
 )
-from msn_export.models.named import Choices
+from msn_export.models.checkpoint import Choices
 from msn_export.preprocessing import Preprocessing
 from msn_export.processor_config import choose
 from msn_export.progress import SILENT, Progress

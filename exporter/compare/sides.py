@@ -26,7 +26,7 @@ from msn_export.graph.summary import Structure, structure_of, structure_of_modul
 from msn_export.host import NoDriver, find_driver
 from msn_export.metrics.evaluate import OutputsOf, max_batch_in_memory
 from msn_export.mixed_precision import cpu_runner
-from msn_export.models.named import AS_IT_SAYS, Choices
+from msn_export.models.checkpoint import AS_IT_SAYS, Choices
 from msn_export.preprocessing import Exif, Preprocessing, assumed
 from msn_export.processor_config import choose, from_processor_config, size_in
 from msn_export.runtime import opening

@@ -16,7 +16,7 @@ from msn_export.benchmark.contenders import (
 )
 from msn_export.errors import BenchError, GraphError
 from msn_export.manifest import CheckpointRecord
-from msn_export.models.named import Choices
+from msn_export.models.checkpoint import Choices
 from msn_export.spec import Dtype, ImageSize
 from tests.builders.manifests import example
 from tests.builders.tiny_artifacts import classifier

@@ -12,7 +12,7 @@ from msn_export.commands.jobs import OnnxJob
 from msn_export.commands.onnx import run_onnx
 from msn_export.compare.sides import open_artifact, open_pair
 from msn_export.errors import SpecError
-from msn_export.models.named import Choices
+from msn_export.models.checkpoint import Choices
 from msn_export.preprocessing import assumed, preset
 from msn_export.spec import ImageSize, InputFormat
 from tests.builders.artifacts import classifier, copy_of, engine, rewrite

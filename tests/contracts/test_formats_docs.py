@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from msn_export.graph.opset import FORMS
-from msn_export.models.checkpoint import with_classifier
 from msn_export.models.config import READS, VARIANTS
-from msn_export.models.state_dict import CLASSIFIERS, LAYOUTS, canonical
+from msn_export.models.state_dict import CLASSIFIERS, LAYOUTS, canonical, with_classifier
 from msn_export.processor_config import FIELDS
 
 ROOT = Path(__file__).parent.parent.parent

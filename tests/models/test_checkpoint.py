@@ -13,9 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from msn_export.errors import CheckpointError
-from msn_export.models.checkpoint import Checkpoint, load_checkpoint
+from msn_export.models.checkpoint import AS_IT_SAYS, Checkpoint, Choices, load_checkpoint
 from msn_export.models.config import VARIANTS, Processor, VitConfig
-from msn_export.models.named import AS_IT_SAYS, Choices
 from tests.builders.checkpoints import hugging_face, original_state, processor
 from tests.fakes.hub import COMMIT, cached, serve
 

@@ -15,8 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from msn_export.errors import CheckpointError
-from msn_export.models.state_dict import Weights
-from msn_export.models.weights import read_file, read_folder
+from msn_export.models.weights import Weights, read_file, read_folder
 from tests.builders.checkpoints import Bomb
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}

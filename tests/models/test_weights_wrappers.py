@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from msn_export.errors import CheckpointError
-from msn_export.models.state_dict import CONTAINERS, INSIDE, PREFIXES, rename, unwrap
+from msn_export.models.state_dict import rename
+from msn_export.models.weights import CONTAINERS, INSIDE, PREFIXES, unwrap
 from tests.builders.writers import (
     encoder,
     head,

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from msn_export.errors import CheckpointError
-from msn_export.models.checkpoint import assemble, classes_of, config_of, with_classifier
 from msn_export.models.config import VARIANTS, VitConfig
+from msn_export.models.state_dict import assemble, classes_of, config_of, with_classifier
 from msn_export.models.vit import VitMsn
 
 TINY = VitConfig((16, 16), (8, 8), 3, dim=8, depth=2, heads=2, mlp_dim=12)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from msn_export.errors import CheckpointError
-from msn_export.models.named import FOREIGN_FOLDERS, files_of, kind_of, near, seeded
+from msn_export.models.checkpoint import FOREIGN_FOLDERS, files_of, kind_of, near, seeded
 
 
 def message_of(source: str, variant: str | None = None) -> str:
