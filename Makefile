@@ -64,7 +64,7 @@ same: .venv/linked
 
 # Against a real tritonserver and a real Ray; their environments are made in build/ on the first run
 drills: .venv/linked
-	$(BIN)/python -m pytest -m slow tests/triton_server/test_repository_drills.py tests/cluster/test_embed_drills.py tests/cluster/test_serve_drills.py
+	$(BIN)/python -m pytest -m slow tests/triton_server/test_repository_drills.py tests/cluster/test_cluster_drills.py tests/cluster/test_serve_drills.py
 
 gpu: .venv/linked
 	$(BIN)/python -m pytest -m gpu

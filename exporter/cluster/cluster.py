@@ -1,4 +1,10 @@
-"""What the actors do: readers decode, embedders hold the model. Plain classes, nothing of Ray."""
+"""``msn-export embed`` on Ray Data: actors that read and decode, actors with the model, rows back.
+
+A record is a batch, the same one that a run on a single machine makes: so the rows are the same.
+Rows come back to the machine of the command, in the order in which they are done, and are kept
+there: its journal is what a lost machine, a lost cluster and ``--resume`` go by, and no file system
+but the pictures' has to be shared. Ray is loaded when a cluster is joined.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +18,19 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from msn_export import __version__
-from msn_export.cluster.storage import encode, pixels_from, pixels_to, read_source, unpacked
+from msn_export.cluster.storage import (
+    decode_pixels,
+    decode_rows,
+    encode_failure,
+    encode_pixels,
+    encode_rows,
+    first_line,
+    pack,
+    read_source,
+    unpacked,
+)
 from msn_export.embedding.decode import Decoder
-from msn_export.embedding.inference import read_rows, require_selftest, stack
+from msn_export.embedding.inference import OpenModel, read_rows, require_selftest, stack
 from msn_export.errors import ClusterError, MissingPackageError, MsnExportError, SpecError
 from msn_export.host import usable_cores
 from msn_export.runtime import open_runner
@@ -24,12 +40,10 @@ if TYPE_CHECKING:
 
     from msn_export.artifact import Feed
     from msn_export.cluster.storage import ArtifactBytes, Record, Store
-    from msn_export.embedding.inference import Reading
-    from msn_export.embedding.job import EmbedJob
-    from msn_export.manifest import Manifest
+    from msn_export.embedding.inference import Reading, Rows
+    from msn_export.embedding.job import EmbedJob, Listing
     from msn_export.preprocessing import Preprocessing
     from msn_export.runtime import Runner
-    from msn_export.spec import BatchRange, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +55,9 @@ class Opening:
     trust: bool = False
     check: bool = True
 
-    def open(self, cargo: ArtifactBytes) -> tuple[Runner, str]:
-        """Open a model that was sent here; give what its selftest said too."""
-        with unpacked(cargo) as path:
+    def open(self, artifact: ArtifactBytes) -> tuple[Runner, str]:
+        """Open a model that was sent to this machine; give the result of its selftest too."""
+        with unpacked(artifact) as path:
             runner = open_runner(
                 path,
                 providers=self.providers or None,
@@ -58,39 +72,18 @@ class Opening:
             raise
 
 
-@dataclass(frozen=True, slots=True)
-class Known:
-    """What a worker found out about the model; ``version`` is its msn-export."""
-
-    name: str
-    manifest: Manifest | None
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    batch: BatchRange
-    selftest: str
-    version: str
-
-
-def explore(cargo: ArtifactBytes, opening: Opening) -> Known:
+def explore(artifact: ArtifactBytes, opening: Opening) -> OpenModel:
     """Open the model on one worker, before all of them do."""
-    runner, selftest = opening.open(cargo)
+    runner, selftest = opening.open(artifact)
     with runner:
-        return Known(
-            runner.name,
-            runner.manifest,
-            runner.inputs,
-            runner.outputs,
-            runner.batch,
-            selftest,
-            __version__,
-        )
+        return OpenModel.of(runner, selftest)
 
 
-def require_same(known: Known) -> None:
+def require_same(model: OpenModel) -> None:
     """Require that a worker is of this msn-export."""
-    if known.version != __version__:
+    if model.version != __version__:
         raise ClusterError(
-            f"a worker has msn-export {known.version} and this machine {__version__}; install "
+            f"a worker has msn-export {model.version} and this machine {__version__}; install "
             "the same everywhere"
         )
 
@@ -108,19 +101,20 @@ class Reader:
     def __call__(self, record: Record) -> Record:
         """Decode the sources of one batch."""
         sources = [self._store.source(path) for path in record["sources"]]
-        known = self._preprocessing
-        pixels, errors, turned = stack(list(self._decoder(sources)), known.size, known.channels)
-        return pixels_to(record["start"], pixels, errors, turned)
+        size, channels = self._preprocessing.size, self._preprocessing.channels
+        pixels, errors, turned = stack(list(self._decoder(sources)), size, channels)
+        return encode_pixels(record["start"], pixels, errors, turned)
 
 
 class Embedder:
     """Holds the open model and runs batches of pixels."""
 
     def __init__(
-        self, cargo: ArtifactBytes, opening: Opening, name: str, feed: Feed, reading: Reading
+        self, artifact: ArtifactBytes, opening: Opening, name: str, feed: Feed, reading: Reading
     ) -> None:
-        self._runner, _ = opening.open(cargo)
+        self._runner, _ = opening.open(artifact)
         if self._runner.name != name:
+            self._runner.close()
             raise ClusterError(
                 f"{socket.gethostname()} runs the model by {self._runner.name}, another machine by "
                 f"{name}: their rows would differ; give all the same packages and GPUs, or choose "
@@ -129,10 +123,9 @@ class Embedder:
         self._feed, self._reading = feed, reading
 
     def run(self, record: Record) -> Record:
-        """Run one batch."""
-        start, pixels, errors, turned = pixels_from(record)
+        start, pixels, errors, turned = decode_pixels(record)
         outputs = self._runner(self._feed(pixels))
-        return encode(start, read_rows(outputs, self._reading, len(pixels), errors, turned))
+        return encode_rows(start, read_rows(outputs, self._reading, len(pixels), errors, turned))
 
 
 # providers that need a GPU, however they are spelled
@@ -145,7 +138,7 @@ _THREADS = 4  # of one actor on the CPU: more of them share one model, and gain 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A machine of the cluster: what Ray may give out of it."""
+    """A machine of the cluster: processors and GPUs that Ray may give out."""
 
     cpus: int
     gpus: int = 0
@@ -153,7 +146,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class WorkerLayout:
-    """Who does the work.
+    """The actors of a run.
 
     ``actors`` hold the model, each with ``cpus`` processors (and as many threads) or ``gpus``
     graphics processors; ``readers`` decode. Readers are asked of Ray with no processor at all and
@@ -168,7 +161,6 @@ class WorkerLayout:
 
     @property
     def each(self) -> str:
-        """What an actor has, in words."""
         return "1 GPU" if self.gpus else f"{self.cpus} CPU{'s' * (self.cpus > 1)}"
 
     def __str__(self) -> str:
@@ -176,8 +168,7 @@ class WorkerLayout:
         return f"{actors}, {self.readers} reader{'s' * (self.readers > 1)}"
 
 
-def crew_for(job: EmbedJob, nodes: Sequence[Node]) -> WorkerLayout:
-    """Decide who works on a job."""
+def plan_workers(job: EmbedJob, nodes: Sequence[Node]) -> WorkerLayout:
     if job.device is not None:
         raise SpecError("--device is for one machine: on a cluster Ray gives each actor its GPU")
     if job.threads is not None:
@@ -187,17 +178,17 @@ def crew_for(job: EmbedJob, nodes: Sequence[Node]) -> WorkerLayout:
         needs_gpu = True
     elif job.providers:
         needs_gpu = any(name.lower().startswith(_ON_GPU) for name in job.providers)
-    return crew_of(nodes, needs_gpu=needs_gpu, actors=job.actors)
+    return layout_of(nodes, needs_gpu=needs_gpu, actors=job.actors)
 
 
 def blocks_of(batches: int, actors: int) -> int:
-    """Into how many tasks to divide the batches."""
+    """Number of tasks to divide the batches into."""
     each = max(1, min(_BATCHES, batches // (actors * _TASKS_AN_ACTOR)))
     return -(-batches // each)
 
 
-def crew_of(nodes: Sequence[Node], *, needs_gpu: bool | None, actors: int | None) -> WorkerLayout:
-    """Decide who works on a cluster.
+def layout_of(nodes: Sequence[Node], *, needs_gpu: bool | None, actors: int | None) -> WorkerLayout:
+    """Plan the actors of a cluster.
 
     Args:
         nodes: its machines.
@@ -242,7 +233,6 @@ def _threads(nodes: Sequence[Node]) -> int:
 
 
 def describe(nodes: Sequence[Node]) -> str:
-    """Say in words what a cluster has."""
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     count = f"{len(nodes)} node{'s' * (len(nodes) != 1)}"
     return f"{count}, {cpus} CPU{'s' * (cpus != 1)}, {gpus} GPU{'s' * (gpus != 1)}"
@@ -345,8 +335,112 @@ def own_error_in(error: BaseException) -> MsnExportError | None:
     return None
 
 
-def first_line(error: BaseException) -> str:
-    """Give the first line of what an error says, or its type's name."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # Ray colours its messages
-    lines = [line.strip() for line in plain.splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+_FIND_PLACE = 600.0  # seconds until a worker is free and the model is open
+_STALLED = 900.0  # seconds without any batch: the cluster has no room for the job any more
+
+
+class ShippedEmbedder(Embedder):
+    """Takes the model out of Ray's object store, where it lies once a machine; fails in order."""
+
+    def __init__(self, sent: list[Any], *others: Any) -> None:
+        import ray
+
+        super().__init__(ray.get(sent[0]), *others)
+
+    def __call__(self, record: Record) -> Record:
+        """Run one batch; give its rows, or the reason why there are none."""
+        try:
+            return self.run(record)
+        except MsnExportError as error:
+            return encode_failure(error)
+
+
+class RayExecutor:
+    """Embeds pictures that a cluster reads, with a model that its workers open."""
+
+    embedder: type[ShippedEmbedder] = ShippedEmbedder
+
+    def __init__(
+        self, job: EmbedJob, pictures: Listing, store: Store, nodes: Sequence[Node]
+    ) -> None:
+        import ray
+
+        self.pictures, self._store = pictures, store
+        self._layout = plan_workers(job, nodes)
+        threads = self._layout.cpus if job.model.suffix == ".onnx" and self._layout.cpus else None
+        self._opening = Opening(job.providers, threads, job.trust, job.check)
+        self._artifact = ray.put(pack(job.model))
+        self.model = self._explore()
+        # a reader waits for a bucket more than it computes
+        self._each = job.workers or (1 if store.filesystem is None else 4)
+        self.workers = self._each * self._layout.readers
+        self.cluster = f"{describe(nodes)}: {self._layout}"
+
+    def _explore(self) -> OpenModel:
+        import ray
+
+        run = ray.remote(explore).options(**self._share())
+        try:
+            with failures_in_one_line():
+                found: OpenModel = ray.get(
+                    run.remote(self._artifact, self._opening), timeout=_FIND_PLACE
+                )
+        except ray.exceptions.GetTimeoutError as error:
+            raise ClusterError(
+                f"no worker with {self._layout.each} could open the model in {_FIND_PLACE:.0f} s; "
+                "is the cluster busy with other jobs?"
+            ) from error
+        require_same(found)
+        return found
+
+    def _share(self) -> dict[str, int]:
+        if self._layout.gpus:
+            return {"num_cpus": 0, "num_gpus": 1}
+        return {"num_cpus": self._layout.cpus}
+
+    def rows(
+        self, feed: Feed, reading: Reading, batch: int, missing: Sequence[range]
+    ) -> Iterator[tuple[int, Rows]]:
+        """Make the rows of each batch of ``missing``, in any order, each with its first row."""
+        import ray.data
+        from ray.data import ActorPoolStrategy
+
+        if not missing:
+            return
+        _quiet()
+        blocks = blocks_of(len(missing), self._layout.actors)
+        dataset = ray.data.from_items(list(self._records(missing)), override_num_blocks=blocks)
+        dataset = dataset.map(
+            Reader,
+            fn_constructor_args=(self._store, feed.preprocessing, self._each, batch),
+            compute=ActorPoolStrategy(size=self._layout.readers),
+            num_cpus=0,
+        )
+        dataset = dataset.map(
+            self.embedder,
+            fn_constructor_args=([self._artifact], self._opening, self.model.name, feed, reading),
+            compute=ActorPoolStrategy(size=self._layout.actors),
+            **self._share(),
+        )
+        with failures_in_one_line():
+            for record in dataset.iter_rows():
+                yield decode_rows(record)
+
+    def _records(self, missing: Sequence[range]) -> Iterator[dict[str, Any]]:
+        for one in missing:
+            paths = self.pictures.paths[one.start : one.stop]
+            yield {"start": one.start, "sources": [os.fsencode(str(path)) for path in paths]}
+
+
+def _quiet() -> None:
+    """Leave the terminal to our progress; what Ray logs stands in its session's folder."""
+    from ray.data import DataContext
+
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # a failure is reported once, by us
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.raise_original_map_exception = True  # else our error would be a text in one of Ray's
+    context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = _STALLED
+    # a machine that goes while its actor opens the model is no fault of the model
+    context.max_consecutive_actor_init_deaths = 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,9 +13,8 @@ from typing import TYPE_CHECKING, Any, Self, get_args
 
 import numpy as np
 
-from msn_export import images
 from msn_export.artifact import feed_of
-from msn_export.embedding.decode import Decoder
+from msn_export.embedding.decode import Decoder, decoded_or_reason
 from msn_export.embedding.inference import read_rows, reading_of, require_selftest
 from msn_export.errors import ImageError, SpecError
 from msn_export.preprocessing import Exif
@@ -58,10 +58,10 @@ class Serving:
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:
         """Read the arguments of ``serve run``, or of a configuration's ``args``."""
-        known = tuple(cls.__dataclass_fields__)
-        unknown = [name for name in arguments if name not in known]
+        names = tuple(cls.__dataclass_fields__)
+        unknown = [name for name in arguments if name not in names]
         if unknown:
-            raise SpecError(f"argument {unknown[0]!r} is none; expected {', '.join(known)}")
+            raise SpecError(f"argument {unknown[0]!r} is none; expected {', '.join(names)}")
         if "model" not in arguments:
             raise SpecError("argument 'model' is missing; give model=FILE, an .onnx or an engine")
         values: dict[str, Any] = dict(arguments)
@@ -85,7 +85,7 @@ class Serving:
 
     @property
     def share(self) -> dict[str, int]:
-        """What Ray is asked for each replica."""
+        """Resources that Ray is asked for each replica."""
         gpus = self.gpus if self.gpus is not None else int(self.model.suffix != ".onnx")
         return {"num_cpus": self.cpus, **({"num_gpus": gpus} if gpus else {})}
 
@@ -110,11 +110,7 @@ class Posted:
 
 
 def read_posted(posted: Posted, *, preprocessing: Preprocessing) -> Decoded:
-    """Decode a posted picture with the one preprocessing; say why where it is none."""
-    try:
-        return images.read_file(io.BytesIO(posted.content), str(posted), preprocessing)
-    except ImageError as error:
-        return str(error)
+    return decoded_or_reason(io.BytesIO(posted.content), str(posted), preprocessing)
 
 
 class Replica:
@@ -122,31 +118,28 @@ class Replica:
 
     def __init__(self, serving: Serving) -> None:
         threads = serving.cpus if serving.model.suffix == ".onnx" else None
-        self._runner = open_runner(
-            serving.model, providers=serving.providers or None, threads=threads
-        )
-        try:
-            self.selftest = require_selftest(self._runner, check=True)
-        except BaseException:
-            self._runner.close()
-            raise
         name = serving.model.name
-        self._feed = feed_of(
-            name,
-            self._runner.inputs,
-            self._runner.manifest,
-            preprocess=serving.preprocess,
-            exif=serving.exif,
-            size=serving.model,
-        )
-        self._reading = reading_of(name, self._runner.outputs, serving.output, self._runner.scores)
-        self.batch = serving.batch or self._runner.batch.opt
-        read = partial(read_posted, preprocessing=self._feed.preprocessing)
-        self._decoder = Decoder(read, workers=serving.decoders, ahead=self.batch)
-        self._retry = asyncio.Lock()
+        with ExitStack() as stack:
+            self._runner = runner = stack.enter_context(
+                open_runner(serving.model, providers=serving.providers or None, threads=threads)
+            )
+            self.selftest = require_selftest(runner, check=True)
+            self._feed = feed_of(
+                name,
+                runner.inputs,
+                runner.manifest,
+                preprocess=serving.preprocess,
+                exif=serving.exif,
+                size=serving.model,
+            )
+            self._reading = reading_of(name, runner.outputs, serving.output, runner.scores)
+            self.batch = serving.batch or runner.batch.opt
+            read = partial(read_posted, preprocessing=self._feed.preprocessing)
+            self._decoder = Decoder(read, workers=serving.decoders, ahead=self.batch)
+            self._retry = asyncio.Lock()
+            stack.pop_all()  # all went well: the runner stays open until close()
 
     def about(self) -> dict[str, Any]:
-        """Say what is served."""
         return {
             "output": self._reading.vector,
             "batch": self.batch,

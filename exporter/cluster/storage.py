@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -11,7 +10,7 @@ import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -19,8 +18,9 @@ import numpy as np
 
 from msn_export import errors as failures
 from msn_export import image_folder, images
+from msn_export.embedding.decode import decoded_or_reason
 from msn_export.embedding.inference import BEST, Rows
-from msn_export.embedding.job import list_pictures
+from msn_export.embedding.job import Listing, list_pictures
 from msn_export.errors import (
     ClusterError,
     ImageError,
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from msn_export.embedding.decode import Decoded
-    from msn_export.embedding.job import PictureList
     from msn_export.preprocessing import Preprocessing
 
 
@@ -73,26 +72,7 @@ class Store:
         return PictureAddress(text, f"{self.scheme}://{text}")
 
 
-@dataclass(frozen=True, slots=True)
-class Bucket:
-    """Pictures below a bucket's folder, in the order a local copy of it would have."""
-
-    folder: str
-    paths: tuple[str, ...]
-    sha256: str
-    below: int  # characters of the folder, and its slash, in each path
-    skipped: Mapping[str, int] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def names(self) -> Iterator[str]:
-        """Give each path below the folder."""
-        for path in self.paths:
-            yield path[self.below :]
-
-
-def list_sources(images_at: Path | str) -> tuple[PictureList, Store]:
+def list_sources(images_at: Path | str) -> tuple[Listing, Store]:
     """List the pictures of a local folder (or one file), or of a bucket's URI."""
     if isinstance(images_at, Path):
         return list_pictures(images_at), Store(root=str(Path.cwd()))
@@ -115,13 +95,14 @@ def list_sources(images_at: Path | str) -> tuple[PictureList, Store]:
         if found[0].type != fs.FileType.File:
             found = filesystem.get_file_info(fs.FileSelector(folder, recursive=True))
     except (OSError, ValueError) as error:
-        text = _first_line(error).replace(_key(images_at), "")
+        text = first_line(error).replace(_key(images_at), "")
         raise ClusterError(f"cannot list {_safe(images_at)}: {text}") from error
     pictures = _bucket(_safe(images_at), folder, found, filesystem)
     return pictures, Store(filesystem, scheme=scheme)
 
 
-def _bucket(uri: str, folder: str, found: list[Any], store: Any) -> Bucket:
+def _bucket(uri: str, folder: str, found: list[Any], store: Any) -> Listing:
+    """List a bucket's pictures in the order that a local copy of it would have."""
     from pyarrow import fs
 
     files = [one for one in found if one.type == fs.FileType.File]
@@ -134,15 +115,12 @@ def _bucket(uri: str, folder: str, found: list[Any], store: Any) -> Bucket:
         raise ImageError(f"{uri} holds no picture that can be read{why}")
     pictures.sort(key=lambda one: one.path.split("/"))
     below = folder.rfind("/") + 1 if single else len(folder) + 1
-    digest = hashlib.sha256()
-    for one in pictures:
-        digest.update(os.fsencode(one.path[below:]) + b"\0%d\n" % one.size)
-    paths = tuple(one.path for one in pictures)
-    return Bucket(uri, paths, digest.hexdigest(), below, dict(sorted(skipped.items())))
+    paths, sizes = [one.path for one in pictures], [one.size for one in pictures]
+    return Listing.of(uri, paths, sizes, below, dict(sorted(skipped.items())))
 
 
 def _reasons(paths: list[str], folder: str, store: Any) -> dict[str, str]:
-    """Say why objects are no pictures that can be read here; those that are, are left out."""
+    """Give by path why an object is no picture that can be read here."""
     reasons: dict[str, str] = {}
     unsure = []
     for path in paths:
@@ -165,24 +143,23 @@ def _look(path: str, store: Any) -> str | None:
     except OSError as error:
         if _is_of_one(error):
             return "object that cannot be opened"
-        raise ClusterError(f"cannot read {path}: {_first_line(error)}") from error
+        raise ClusterError(f"cannot read {path}: {first_line(error)}") from error
     return "no picture" if kind is None else images.unreadable(kind)
 
 
 def _is_of_one(error: OSError) -> bool:
-    text = _first_line(error)
+    text = first_line(error)
     return isinstance(error, FileNotFoundError) or any(word in text for word in _OF_ONE_OBJECT)
 
 
 def read_source(source: PictureAddress, *, store: Store, preprocessing: Preprocessing) -> Decoded:
-    """Decode one picture with the one preprocessing; say why where it is none."""
+    if store.filesystem is None:
+        return decoded_or_reason(Path(source.path), source.name, preprocessing)
     try:
-        if store.filesystem is None:
-            return images.read_file(Path(source.path), source.name, preprocessing)
         content = _fetch(source, store.filesystem)
-        return images.read_file(io.BytesIO(content), source.name, preprocessing)
     except ImageError as error:
         return str(error)
+    return decoded_or_reason(io.BytesIO(content), source.name, preprocessing)
 
 
 def _fetch(source: PictureAddress, filesystem: Any) -> bytes:
@@ -196,14 +173,17 @@ def _fetch(source: PictureAddress, filesystem: Any) -> bytes:
                 )
             return bytes(file.read())
     except OSError as error:
-        text = _first_line(error)
+        text = first_line(error)
         if _is_of_one(error):
             raise ImageError(f"{source} is not a readable picture ({text})") from error
         raise ClusterError(f"cannot read {source}: {text}") from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def first_line(error: BaseException) -> str:
+    """Give the first line of what an error says, or its type's name."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # Ray colours its messages
+    lines = [line.strip() for line in plain.splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
 def _safe(uri: str) -> str:
@@ -241,27 +221,27 @@ def pack(model: Path) -> ArtifactBytes:
 
 
 @contextmanager
-def unpacked(cargo: ArtifactBytes) -> Iterator[Path]:
+def unpacked(model: ArtifactBytes) -> Iterator[Path]:
     """Give the artifact as a file, for as long as it takes to open it.
 
     Where the very file lies at the same path, as on a file system that the machines share, it is
     that one: then weights in files beside it are found too.
     """
-    if cargo.path.is_file() and sha256_of(cargo.path) == cargo.sha256:
-        yield cargo.path
+    if model.path.is_file() and sha256_of(model.path) == model.sha256:
+        yield model.path
         return
     with tempfile.TemporaryDirectory(prefix="msn-export-") as folder:
-        path = Path(folder, cargo.path.name)
-        cargo.artifact.tofile(path)
-        if cargo.manifest is not None:
-            cargo.manifest.tofile(manifest_path(path))
+        path = Path(folder, model.path.name)
+        model.artifact.tofile(path)
+        if model.manifest is not None:
+            model.manifest.tofile(manifest_path(path))
         yield path
 
 
 Record: TypeAlias = "dict[str, Any]"
 
 
-def pixels_to(
+def encode_pixels(
     start: int, pixels: NDArray[np.uint8], errors: Mapping[int, str], turned: int
 ) -> Record:
     """Write a batch of pictures [b, h, w, c] and why some are black."""
@@ -274,14 +254,14 @@ def pixels_to(
     }
 
 
-def pixels_from(record: Record) -> tuple[int, NDArray[np.uint8], dict[int, str], int]:
-    """Read what ``pixels_to`` wrote."""
+def decode_pixels(record: Record) -> tuple[int, NDArray[np.uint8], dict[int, str], int]:
+    """Read what ``encode_pixels`` wrote."""
     pixels = np.frombuffer(record["pixels"], np.uint8).reshape(json.loads(record["shape"]))
     # copied: a runner may refuse read-only memory
     return int(record["start"]), pixels.copy(), _errors(record), int(record["turned"])
 
 
-def encode(start: int, rows: Rows) -> Record:
+def encode_rows(start: int, rows: Rows) -> Record:
     """Write a batch of rows."""
     return {
         "start": start,
@@ -294,18 +274,18 @@ def encode(start: int, rows: Rows) -> Record:
     }
 
 
-def failure_to(error: MsnExportError) -> Record:
+def encode_failure(error: MsnExportError) -> Record:
     """Write why there are no rows.
 
     As a record it comes after the rows that were made before it. Raised, it would overtake them:
     Ray Data drops what is on its way, and a resumed run would make it again.
     """
     nothing = Rows(np.zeros((0, 0), np.float32))
-    return encode(0, nothing) | {"failure": json.dumps([type(error).__name__, str(error)])}
+    return encode_rows(0, nothing) | {"failure": json.dumps([type(error).__name__, str(error)])}
 
 
 def decode_rows(record: Record) -> tuple[int, Rows]:
-    """Read what ``rows_to`` wrote."""
+    """Read what ``encode_rows`` wrote."""
     if record["failure"]:
         name, text = json.loads(record["failure"])
         kind = getattr(failures, name, None)

@@ -6,11 +6,11 @@ import time
 from collections import deque
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from msn_export import __version__
 from msn_export.artifact import Feed, feed_of
-from msn_export.cluster.cluster import LOCAL, address_of, connected
+from msn_export.cluster.cluster import LOCAL, RayExecutor, address_of, connected
 from msn_export.cluster.storage import list_sources
 from msn_export.embedding import outputs
 from msn_export.embedding.inference import LocalExecutor, Reading, reading_of, require_selftest
@@ -25,43 +25,12 @@ from msn_export.runtime import open_runner
 from msn_export.schema import to_plain
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
-    from msn_export.artifact import Feed
-    from msn_export.embedding.inference import OpenModel, Reading, Rows
-    from msn_export.embedding.job import EmbedJob, PictureList
     from msn_export.progress import Progress
 
+Executor: TypeAlias = LocalExecutor | RayExecutor
 __all__ = ["EmbedJob", "run_embed"]  # the two that docs/python.md speaks of
-
-
-class Executor(Protocol):
-    """Where a job runs: the pictures it found there, the model that is open there."""
-
-    @property
-    def pictures(self) -> PictureList:
-        """What there is to run."""
-
-    @property
-    def model(self) -> OpenModel:
-        """What is known of the model."""
-
-    @property
-    def selftest(self) -> str:
-        """What the model's golden input said there."""
-
-    @property
-    def workers(self) -> int:
-        """Processes that decode."""
-
-    @property
-    def cluster(self) -> str | None:
-        """What the cluster has, in words; None on this machine."""
-
-    def rows(
-        self, feed: Feed, reading: Reading, batch: int, missing: Sequence[range]
-    ) -> Iterator[tuple[int, Rows]]:
-        """Make the rows of each batch of ``missing``; give them with the number of the first."""
 
 
 @contextmanager
@@ -101,11 +70,9 @@ def open_on_cluster(job: EmbedJob, progress: Progress) -> Iterator[Executor]:
     with ExitStack() as stack:
         with progress.step(f"start Ray on {address}" if address == LOCAL else f"join {address}"):
             nodes = stack.enter_context(connected(address))
-        from msn_export.cluster.embed import OnCluster  # loads Ray, which is there by now
-
         with progress.step("open the model on a worker"):
-            place = OnCluster(job, pictures, store, nodes)
-        yield place
+            executor = RayExecutor(job, pictures, store, nodes)
+        yield executor
 
 
 _WINDOW = 60.0  # seconds a rate looks back: long enough for slow batches, short enough to be true
@@ -150,8 +117,8 @@ def run_embed(job: EmbedJob, progress: Progress = SILENT) -> Embedded:
     started = time.monotonic()
     require_output(job)
     site = open_here if job.ray is None else open_on_cluster
-    with site(job, progress) as place, no_room_reported(job.output.parent):
-        run = _Run(job, place)
+    with site(job, progress) as executor, no_room_reported(job.output.parent):
+        run = _Run(job, executor)
         parts = run.begin()
         with closing(parts):
             resumed_at = parts.done
@@ -166,7 +133,7 @@ def run_embed(job: EmbedJob, progress: Progress = SILENT) -> Embedded:
                 parts.end_part()  # hours of rows are not lost with a device
                 raise
     seconds = time.monotonic() - started
-    images = len(place.pictures)
+    images = len(executor.pictures)
     return Embedded(
         output=str(job.output),
         files=tuple(str(path) for path in outputs.files_of(job.output)),
@@ -177,15 +144,15 @@ def run_embed(job: EmbedJob, progress: Progress = SILENT) -> Embedded:
         broken=len(parts.errors),
         exif=run.feed.preprocessing.exif,
         turned=parts.turned,
-        skipped=dict(place.pictures.skipped),
+        skipped=dict(executor.pictures.skipped),
         errors=tuple(text for _, text in sorted(parts.errors.items())[:10]),
         resumed_at=resumed_at,
-        runner=place.model.name,
-        cluster=place.cluster,
+        runner=executor.model.name,
+        cluster=executor.cluster,
         batch=run.batch,
-        workers=place.workers,
+        workers=executor.workers,
         preprocessing=run.feed.preprocessing,
-        selftest=place.selftest,
+        selftest=executor.model.selftest,
         notes=run.feed.notes,
         seconds=round(seconds, 3),
         images_per_second=round((images - resumed_at) / seconds, 2),
@@ -214,8 +181,8 @@ def _how_to_go_on(parts: Journal) -> str:
 class _Run:
     """One run over one folder: what is read, how, and where it goes."""
 
-    def __init__(self, job: EmbedJob, place: Executor) -> None:
-        self.job, self.place, self.model = job, place, place.model
+    def __init__(self, job: EmbedJob, executor: Executor) -> None:
+        self.job, self.executor, self.model = job, executor, executor.model
         self.feed: Feed = feed_of(
             job.model.name,
             self.model.inputs,
@@ -224,13 +191,13 @@ class _Run:
             exif=job.exif,
             size=job.image_size or job.model,
         )
-        known = self.model.manifest
-        self.labels = known.labels if known is not None else ()
+        manifest = self.model.manifest
+        self.labels = manifest.labels if manifest is not None else ()
         self.reading: Reading = reading_of(
             job.model.name,
             self.model.outputs,
             job.output_name,
-            known.scores if known is not None else None,
+            manifest.scores if manifest is not None else None,
         )
         self.batch = job.batch or self.model.batch.opt
 
@@ -239,7 +206,7 @@ class _Run:
         output = self.job.output
         return Journal.begin(
             output.with_name(output.name + ".parts"),
-            len(self.place.pictures),
+            len(self.executor.pictures),
             self.origin(),
             resume=self.job.resume,
             force=self.job.force,
@@ -247,9 +214,9 @@ class _Run:
 
     def origin(self) -> dict[str, Any]:
         """All that a row's numbers follow from."""
-        known, pictures = self.model.manifest, self.place.pictures
+        manifest, pictures = self.model.manifest, self.executor.pictures
         return {
-            "model": known.sha256 if known is not None else sha256_of(self.job.model),
+            "model": manifest.sha256 if manifest is not None else sha256_of(self.job.model),
             "output_name": self.reading.vector,
             "preprocessing": to_plain(self.feed.preprocessing),
             "listing": f"{len(pictures)} pictures, sha256 {pictures.sha256}",
@@ -261,9 +228,8 @@ class _Run:
         """Make the rows that are not done yet."""
         rate = Rate(parts.total, parts.done)
         done, missing = parts.done, list(parts.missing(self.batch))
-        made = self.place.rows(self.feed, self.reading, self.batch, missing)
         with progress.step("embed"):
-            for start, rows in made:
+            for start, rows in self.executor.rows(self.feed, self.reading, self.batch, missing):
                 outputs.require_fit(self.job.output, rows.vectors.shape[1:])
                 parts.add(start, rows)
                 done += len(rows.vectors)
@@ -280,8 +246,8 @@ class _Run:
         if len(parts.errors) == parts.total:
             parts.remove()
             raise ImageError(
-                f"none of the {parts.total} pictures of {self.place.pictures.folder} gave a row; "
-                f"the first: {parts.errors[0]}"
+                f"none of the {parts.total} pictures of {self.executor.pictures.folder} gave a "
+                f"row; the first: {parts.errors[0]}"
             )
         shape = (parts.total, *parts.vectors.read(0, 1).shape[1:])
         about = {
@@ -292,14 +258,14 @@ class _Run:
             "scores": self.reading.scores,
             "broken": len(parts.errors),
             "turned": parts.turned,
-            "skipped": dict(self.place.pictures.skipped),
+            "skipped": dict(self.executor.pictures.skipped),
             "notes": self.feed.notes,
         }
         npy = self.job.output.suffix == ".npy"
         write = outputs.write_npy if npy else outputs.write_parquet
         with staging(self.job.output.parent) as stage:
-            made = write(parts, self.place.pictures, self.labels, about, stage)
+            finished = write(parts, self.executor.pictures, self.labels, about, stage)
             with placing(outputs.files_of(self.job.output), force=self.job.force):
-                outputs.place(made, self.job.output)
+                outputs.move_in(finished, self.job.output)
         parts.remove()
         return shape

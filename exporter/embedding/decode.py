@@ -15,7 +15,7 @@ from contextlib import closing, contextmanager, suppress
 from importlib.machinery import ModuleSpec
 from itertools import islice
 from multiprocessing.context import SpawnContext, SpawnProcess
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Generic, TypeAlias, TypeVar
 
 from msn_export import images
 from msn_export.errors import ImageError
@@ -34,12 +34,16 @@ _STARTING = threading.Lock()
 Source = TypeVar("Source")  # what names a picture to its reader; str() of it names it to people
 
 
-def read(path: Path, preprocessing: Preprocessing) -> Decoded:
-    """Decode one file with the one preprocessing; say why where it is no picture."""
+def decoded_or_reason(file: Path | BinaryIO, name: str, preprocessing: Preprocessing) -> Decoded:
+    """Decode one file with the one preprocessing; give the reason where it is no picture."""
     try:
-        return images.read_file(path, str(path), preprocessing)
+        return images.read_file(file, name, preprocessing)
     except ImageError as error:
         return str(error)
+
+
+def read(path: Path, preprocessing: Preprocessing) -> Decoded:
+    return decoded_or_reason(path, str(path), preprocessing)
 
 
 def decode(
@@ -128,7 +132,6 @@ class _Pool(Generic[Source]):
         self._executor: ProcessPoolExecutor | None = None
 
     def submit(self, source: Source) -> Future[Decoded]:
-        """Have a picture decoded."""
         with _safe_path():
             if self._executor is not None:
                 with suppress(BrokenProcessPool):

@@ -6,10 +6,12 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from msn_export import __version__
 from msn_export.embedding.decode import decode, read
 from msn_export.errors import GraphError, SpecError, ToleranceError
 from msn_export.host import usable_cores
@@ -105,8 +107,8 @@ def reading_of(
         raise SpecError(
             f"--output-name {wanted!r}: {model} has no such output; it has {', '.join(names)}"
         )
-    known = [name for name in _PREFERRED if name in names]
-    vector = wanted or (known[0] if known else names[0] if len(names) == 1 else None)
+    preferred = [name for name in _PREFERRED if name in names]
+    vector = wanted or (preferred[0] if preferred else names[0] if len(names) == 1 else None)
     if vector is None:
         raise SpecError(
             f"{model} has the outputs {', '.join(names)}; choose one with --output-name"
@@ -218,55 +220,55 @@ def _best_of(logits: NDArray[np.float64], scores: Scores | None) -> NDArray[Any]
     return best
 
 
-class OpenModel(Protocol):
-    """What is known of an open model; a ``Runner`` is one."""
+@dataclass(frozen=True, slots=True)
+class OpenModel:
+    """A model that is open, on this machine or on a worker with msn-export ``version``.
 
-    @property
-    def name(self) -> str:
-        """What runs it, and on what."""
+    ``name`` is what runs it and on what, ``selftest`` what came of its golden input there.
+    """
 
-    @property
-    def manifest(self) -> Manifest | None:
-        """What is known of the artifact; None where there is no manifest."""
+    name: str
+    manifest: Manifest | None
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    batch: BatchRange
+    selftest: str
+    version: str = __version__
 
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """The tensors it takes."""
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        """The tensors it gives."""
-
-    @property
-    def batch(self) -> BatchRange:
-        """The batches it accepts."""
+    @classmethod
+    def of(cls, runner: Runner, selftest: str) -> OpenModel:
+        return cls(
+            runner.name, runner.manifest, runner.inputs, runner.outputs, runner.batch, selftest
+        )
 
 
 def require_selftest(runner: Runner, *, check: bool) -> str:
-    """Run the manifest's golden input, before a night is spent on a model that is wrong here."""
+    """Run the manifest's golden input, before hours are spent on a model that is wrong here."""
     if not check:
         return "none (--no-check)"
     if runner.manifest is None or runner.manifest.golden is None:
         return "none: no golden input came with the model"
-    found = runner.selftest()
-    if not found.passed:
+    selftest = runner.selftest()
+    if not selftest.passed:
         raise ToleranceError(
-            f"{found}: this machine does not compute what the model was checked for; export it "
+            f"{selftest}: this machine does not compute what the model was checked for; export it "
             "here, or run it all the same with --no-check"
         )
-    return str(found)
+    return str(selftest)
 
 
 class LocalExecutor:
-    """Pictures of a folder and a runner that is open here."""
+    """Embeds the pictures of a folder with a runner that is open on this machine."""
+
+    cluster: str | None = None
 
     def __init__(
         self, listing: Listing, runner: Runner, selftest: str, workers: int | None
     ) -> None:
-        self.pictures, self.model, self.selftest = listing, runner, selftest
+        self.pictures, self._runner = listing, runner
+        self.model = OpenModel.of(runner, selftest)
         # one a core: decoders that are ahead of the model wait, and leave the core to it
         self.workers = workers or min(16, len(usable_cores()))
-        self.cluster: str | None = None
 
     def rows(
         self, feed: Feed, reading: Reading, batch: int, missing: Sequence[range]
@@ -274,7 +276,7 @@ class LocalExecutor:
         """Make the rows of each batch of ``missing``, in order, with the first's number."""
         paths = chain.from_iterable(self.pictures.paths[one.start : one.stop] for one in missing)
         decoded = decode(
-            paths,
+            map(Path, paths),
             partial(read, preprocessing=feed.preprocessing),
             workers=self.workers,
             ahead=2 * batch + self.workers,
@@ -282,7 +284,7 @@ class LocalExecutor:
         size, channels = feed.preprocessing.size, feed.preprocessing.channels
         with closing(decoded):
             run = batches(
-                decoded, size, channels, batch, lambda pixels: self.model(feed(pixels)), reading
+                decoded, size, channels, batch, lambda pixels: self._runner(feed(pixels)), reading
             )
             for one, rows in zip(missing, run, strict=True):
                 yield one.start, rows

@@ -1,4 +1,4 @@
-"""What an embedding run is asked for, its pictures in order, and what it tells when it is done."""
+"""An embedding run: the job, its pictures in order, and what it reports when it is done."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated
 
 from msn_export import options
 from msn_export.errors import SpecError
@@ -14,49 +14,40 @@ from msn_export.options import Opt
 from msn_export.schema import Count, Job, Result, Within
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from msn_export.preprocessing import Exif, Preprocessing
     from msn_export.spec import Scores
 
 
-class PictureList(Protocol):
-    """The pictures of a run, wherever they are; ``sha256`` tells them from others."""
-
-    @property
-    def folder(self) -> object:
-        """What people call the place they are in."""
-
-    @property
-    def paths(self) -> Sequence[object]:
-        """Each one's path, in the order of the rows."""
-
-    @property
-    def sha256(self) -> str:
-        """The fingerprint of names and sizes."""
-
-    @property
-    def skipped(self) -> Mapping[str, int]:
-        """By reason, how much that lies there is none of them."""
-
-    def __len__(self) -> int: ...
-
-    def names(self) -> Iterator[str]:
-        """Give what each row calls its picture."""
-
-
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """Picture files below ``folder``, sorted.
+    """Pictures below a folder or a bucket's, in the order of the rows.
 
+    ``folder`` is what people call it, ``below`` how many characters of each path lead to it.
     ``sha256`` is over each one's name below the folder and its size in bytes: what can be known of
     a million files without reading them.
     """
 
-    folder: Path
-    paths: tuple[Path, ...]
+    folder: Path | str
+    paths: Sequence[Path | str]
+    below: int
     sha256: str
     skipped: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        folder: Path | str,
+        paths: Sequence[Path | str],
+        sizes: Iterable[int],
+        below: int,
+        skipped: Mapping[str, int],
+    ) -> Listing:
+        digest = hashlib.sha256()
+        for path, size in zip(paths, sizes, strict=True):
+            digest.update(os.fsencode(str(path)[below:]) + b"\0%d\n" % size)
+        return cls(folder, paths, below, digest.hexdigest(), skipped)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -64,7 +55,7 @@ class Listing:
     def names(self) -> Iterator[str]:
         """Give each path below the folder; bytes that are no UTF-8 are written as escapes."""
         for path in self.paths:
-            yield _name(self.folder, path).decode("utf-8", "backslashreplace")
+            yield os.fsencode(str(path)[self.below :]).decode("utf-8", "backslashreplace")
 
 
 def list_pictures(folder: Path) -> Listing:
@@ -72,18 +63,17 @@ def list_pictures(folder: Path) -> Listing:
     from msn_export import image_folder  # numpy, which --help is not to wait for
 
     found = image_folder.find(folder)
-    digest = hashlib.sha256()
-    for path in found.paths:
-        try:
-            size = path.stat().st_size
-        except OSError:
-            size = -1  # gone since it was listed: decoding it will say so
-        digest.update(_name(folder, path) + b"\0%d\n" % size)
-    return Listing(folder, found.paths, digest.hexdigest(), found.skipped)
+    first = found.paths[0]
+    name = first.relative_to(folder) if first != folder else first.name
+    below = len(str(first)) - len(str(name))
+    return Listing.of(folder, found.paths, map(_size, found.paths), below, found.skipped)
 
 
-def _name(folder: Path, path: Path) -> bytes:
-    return os.fsencode(path.relative_to(folder) if path != folder else path.name)
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1  # gone since it was listed: decoding it will say so
 
 
 def _ending(path: Path) -> Path:

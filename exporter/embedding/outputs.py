@@ -1,9 +1,9 @@
-"""Rows that are done, kept beside the output until all are: what ``--resume`` goes on from.
+"""The rows of an output, and those that are done, from which ``--resume`` goes on.
 
 A folder ``<output>.parts``: the arrays, and a journal that says which of their rows count. A part
 is what a line of the journal says is done; its rows are on the disk before its line is, so a run
-that is killed at any moment loses the part it was in and nothing else. Rows come in any order: here
-they are made from the first to the last, on a cluster as its machines finish them.
+that is killed at any moment loses the part it was in and nothing else. Rows come in any order: on
+one machine from the first to the last, on a cluster as its machines finish them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 import numpy as np
 from numpy.lib import format as npy
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from msn_export.embedding.inference import Rows
-    from msn_export.embedding.job import PictureList
+    from msn_export.embedding.job import Listing
 
 
 class GrowingArray:
     """Rows on disk under a header that promises ``total`` of them from the start.
 
     When all are written the file is, byte for byte, what ``numpy.save`` would have written. Written
-    with plain writes: the pages of a mapped file would count as this process' memory.
+    with plain writes: a full disk is an error of theirs, and ends a process that maps the file.
     """
 
     def __init__(self, path: Path, total: int) -> None:
@@ -51,35 +51,34 @@ class GrowingArray:
         """Put rows [k, ...] at ``start`` and see them to disk; rows skipped are zeros so far."""
         if not self.path.exists():
             self._begin(rows)
-        offset, shape, dtype = self._layout()
-        if (shape[1:], dtype) != (rows.shape[1:], rows.dtype):
-            raise OutputError(
-                f"{self.path} holds rows of {dtype}{list(shape[1:])}, these are "
-                f"{rows.dtype}{list(rows.shape[1:])}; start over with --force"
-            )
-        size = dtype.itemsize * math.prod(shape[1:])
         with self.path.open("r+b") as file:
-            file.seek(offset + start * size)
+            shape, dtype = self._header(file)
+            if (shape[1:], dtype) != (rows.shape[1:], rows.dtype):
+                raise OutputError(
+                    f"{self.path} holds rows of {dtype}{list(shape[1:])}, these are "
+                    f"{rows.dtype}{list(rows.shape[1:])}; start over with --force"
+                )
+            file.seek(start * dtype.itemsize * math.prod(shape[1:]), os.SEEK_CUR)
             file.write(np.ascontiguousarray(rows).data)
             file.flush()
             os.fsync(file.fileno())
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Give rows ``start`` to ``stop``."""
-        offset, shape, dtype = self._layout()
-        row = math.prod(shape[1:])
         with self.path.open("rb") as file:
-            file.seek(offset + start * row * dtype.itemsize)
+            shape, dtype = self._header(file)
+            row = math.prod(shape[1:])
+            file.seek(start * row * dtype.itemsize, os.SEEK_CUR)
             rows = np.fromfile(file, dtype, (stop - start) * row)
         return rows.reshape(-1, *shape[1:])
 
     def holds(self, rows: int) -> bool:
-        """Say whether the file reaches over the first ``rows`` rows."""
+        """Whether the file reaches over the first ``rows`` rows."""
         if not self.path.exists():
             return rows == 0
-        offset, shape, dtype = self._layout()
-        size = dtype.itemsize * math.prod(shape[1:])
-        return shape[0] == self.total and self.path.stat().st_size >= offset + rows * size
+        with self.path.open("rb") as file:
+            shape, dtype = self._header(file)
+            end = file.tell() + rows * dtype.itemsize * math.prod(shape[1:])
+        return shape[0] == self.total and self.path.stat().st_size >= end
 
     def _begin(self, rows: NDArray[Any]) -> None:
         header = {
@@ -90,17 +89,16 @@ class GrowingArray:
         with self.path.open("xb") as file:
             npy.write_array_header_1_0(file, header)
 
-    def _layout(self) -> tuple[int, tuple[int, ...], np.dtype[Any]]:
-        """Read the header: where the rows begin, the promised shape, the type of a number."""
+    def _header(self, file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        """Read the promised shape and the type of a number; then the rows begin."""
         try:
-            with self.path.open("rb") as file:
-                npy.read_magic(file)
-                shape, _, dtype = npy.read_array_header_1_0(file)
-                return file.tell(), shape, dtype
+            npy.read_magic(file)
+            shape, _, dtype = npy.read_array_header_1_0(file)
         except ValueError as error:
             raise OutputError(
                 f"{self.path} is damaged ({error}); start over with --force"
             ) from error
+        return shape, dtype
 
 
 # What a line of a journal that is none raises: JSON has infinity, and lists as deep as they like
@@ -157,7 +155,7 @@ class Journal:
 
     @property
     def done(self) -> int:
-        """How many rows are on the disk."""
+        """Rows that are on the disk."""
         return int(np.count_nonzero(self._is_done))
 
     def missing(self, count: int) -> Iterator[range]:
@@ -169,12 +167,11 @@ class Journal:
 
     @property
     def has_best(self) -> bool:
-        """Whether rows have a likeliest class."""
         return self.best.path.exists()
 
     @property
     def broken(self) -> int:
-        """How many rows have an error so far, those of the open part among them."""
+        """Rows that have an error so far, those of the open part among them."""
         return len(self.errors) + sum(len(rows.errors) for _, rows in self._open)
 
     def add(self, start: int, rows: Rows) -> None:
@@ -313,7 +310,7 @@ _CHUNK = 8 * 2**20  # bytes of vectors that are in memory at once
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """All that is known of one picture besides its vector."""
+    """One picture's row besides its vector."""
 
     path: str
     error: str | None
@@ -349,7 +346,7 @@ def require_fit(output: Path, row: Sequence[int]) -> None:
 
 def write_npy(
     parts: Journal,
-    listing: PictureList,
+    listing: Listing,
     labels: Sequence[str],
     about: Mapping[str, Any],
     stage: Path,
@@ -373,7 +370,7 @@ def write_npy(
 
 def write_parquet(
     parts: Journal,
-    listing: PictureList,
+    listing: Listing,
     labels: Sequence[str],
     about: Mapping[str, Any],
     stage: Path,
@@ -427,7 +424,7 @@ def _probability(score: float | None, about: Mapping[str, Any]) -> float | None:
     return None if about.get("scores") == Scores.RAW else score
 
 
-def rows_of(parts: Journal, listing: PictureList, labels: Sequence[str]) -> Iterator[Row]:
+def rows_of(parts: Journal, listing: Listing, labels: Sequence[str]) -> Iterator[Row]:
     """Give each row's path, error, and likeliest class where the model has a classifier."""
     step = 1 << 16
     names = listing.names()
@@ -445,7 +442,7 @@ def rows_of(parts: Journal, listing: PictureList, labels: Sequence[str]) -> Iter
             yield Row(next(names), error, found)
 
 
-def place(made: Sequence[Path], output: Path) -> None:
+def move_in(finished: Sequence[Path], output: Path) -> None:
     """Move finished files to their places.
 
     The old array goes first and the new one comes last: at no moment does one lie beside sidecars
@@ -454,7 +451,7 @@ def place(made: Sequence[Path], output: Path) -> None:
     places = files_of(output)
     try:
         places[-1].unlink(missing_ok=True)
-        for path, target in zip(made, places, strict=True):
+        for path, target in zip(finished, places, strict=True):
             path.replace(target)
     except OSError as error:
         raise OutputError(f"cannot write {output}: {error.strerror}") from error

@@ -7,7 +7,8 @@ from types import ModuleType
 import pytest
 
 from msn_export.cluster import cluster
-from msn_export.cluster.cluster import Node, address_of, connected, first_line, own_error_in
+from msn_export.cluster.cluster import Node, address_of, connected, own_error_in
+from msn_export.cluster.storage import first_line
 from msn_export.errors import ClusterError, DeviceError, MissingPackageError
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from msn_export.cluster.cluster import Node, blocks_of, crew_for, crew_of, describe
+from msn_export.cluster.cluster import Node, blocks_of, describe, layout_of, plan_workers
 from msn_export.embedding.job import EmbedJob
 from msn_export.errors import ClusterError, SpecError
 
@@ -24,44 +24,44 @@ from msn_export.errors import ClusterError, SpecError
     ],
 )
 def test_actors_never_take_what_the_readers_need(nodes, wanted) -> None:
-    layout = crew_of(nodes, needs_gpu=None, actors=None)
+    layout = layout_of(nodes, needs_gpu=None, actors=None)
     assert str(layout) == wanted
     assert layout.readers >= 1
 
 
 @pytest.mark.parametrize("cpus", range(1, 130))
 def test_a_machine_is_never_promised_twice(cpus) -> None:
-    layout = crew_of([Node(cpus)], needs_gpu=False, actors=None)
+    layout = layout_of([Node(cpus)], needs_gpu=False, actors=None)
     assert 1 <= layout.cpus <= 4
     assert layout.actors * layout.cpus <= max(1, cpus - 1)
     assert layout.actors * layout.cpus + layout.readers >= cpus  # and none of it stands idle
 
 
 def test_fewer_actors_leave_more_readers() -> None:
-    layout = crew_of([Node(16)], needs_gpu=False, actors=2)
+    layout = layout_of([Node(16)], needs_gpu=False, actors=2)
     assert (layout.actors, layout.cpus, layout.readers) == (2, 3, 10)
 
 
 def test_the_cpu_may_be_asked_for_where_there_are_gpus() -> None:
-    layout = crew_of([Node(16, gpus=1)], needs_gpu=False, actors=None)
+    layout = layout_of([Node(16, gpus=1)], needs_gpu=False, actors=None)
     assert (layout.gpus, layout.cpus) == (0, 3)
 
 
 def test_what_there_is_no_room_for_is_refused() -> None:
     with pytest.raises(ClusterError) as refused:
-        crew_of([Node(2)], needs_gpu=True, actors=None)
+        layout_of([Node(2)], needs_gpu=True, actors=None)
     assert str(refused.value) == (
         "the model runs on a GPU and the cluster (1 node, 2 CPUs, 0 GPUs) has none; start nodes "
         "with GPUs, or embed with the .onnx and --providers cpu"
     )
     with pytest.raises(ClusterError) as refused:
-        crew_of([Node(8), Node(8)], needs_gpu=False, actors=5)
+        layout_of([Node(8), Node(8)], needs_gpu=False, actors=5)
     assert str(refused.value) == (
         "--actors 5: the cluster (2 nodes, 16 CPUs, 0 GPUs) has room for 4; give fewer or start "
         "more nodes"
     )
     with pytest.raises(ClusterError) as refused:
-        crew_of([Node(0)], needs_gpu=None, actors=None)
+        layout_of([Node(0)], needs_gpu=None, actors=None)
     assert str(refused.value) == (
         "the cluster (1 node, 0 CPUs, 0 GPUs) has no CPU to give; start nodes"
     )
@@ -87,13 +87,13 @@ def job(model: str, **options: object) -> EmbedJob:
     ],
 )
 def test_what_a_model_runs_on_decides_who_runs_it(asked, gpus) -> None:
-    assert crew_for(asked, [Node(8, gpus=2)]).gpus == gpus
+    assert plan_workers(asked, [Node(8, gpus=2)]).gpus == gpus
 
 
 def test_an_engine_and_a_provider_of_gpus_need_one() -> None:
     for asked in (job("m.engine"), job("m.onnx", providers=("cuda",))):
         with pytest.raises(ClusterError, match=r"^the model runs on a GPU and the cluster"):
-            crew_for(asked, [Node(8)])
+            plan_workers(asked, [Node(8)])
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_an_engine_and_a_provider_of_gpus_need_one() -> None:
 )
 def test_what_ray_gives_out_cannot_be_asked_for(options, message) -> None:
     with pytest.raises(SpecError) as refused:
-        crew_for(job("m.onnx", **options), [Node(8, gpus=2)])
+        plan_workers(job("m.onnx", **options), [Node(8, gpus=2)])
     assert str(refused.value) == message
 
 

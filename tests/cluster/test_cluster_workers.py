@@ -12,7 +12,7 @@ from msn_export import __version__, runtime
 from msn_export.artifact import feed_of
 from msn_export.cluster import cluster
 from msn_export.cluster.cluster import Embedder, Opening, Reader, explore, require_same
-from msn_export.cluster.storage import decode_rows, list_sources, pack, pixels_from
+from msn_export.cluster.storage import decode_pixels, decode_rows, list_sources, pack
 from msn_export.embedding.inference import LocalExecutor, reading_of
 from msn_export.errors import ClusterError, RunnerError, ToleranceError
 from tests.builders.tiny_artifacts import classifier, pictures
@@ -65,8 +65,8 @@ def test_a_worker_of_another_version_is_refused(model) -> None:
 
 
 def test_readers_and_embedders_make_the_rows_of_one_machine(model, folder) -> None:
-    cargo = pack(model)
-    known = explore(cargo, OPENING)
+    artifact = pack(model)
+    known = explore(artifact, OPENING)
     found, store = list_sources(folder)
     feed = feed_of(model.name, known.inputs, known.manifest)
     reading = reading_of(model.name, known.outputs, None)
@@ -76,7 +76,7 @@ def test_readers_and_embedders_make_the_rows_of_one_machine(model, folder) -> No
         for one in batches
     ]
     reader = Reader(store, feed.preprocessing, 1, BATCH)
-    embedder = Embedder(cargo, OPENING, known.name, feed, reading)
+    embedder = Embedder(artifact, OPENING, known.name, feed, reading)
     with closing(reader._decoder):
         got = [decode_rows(embedder.run(reader(record))) for record in records]
     with runtime.open_runner(model, providers=["cpu"], threads=1) as runner:
@@ -98,7 +98,7 @@ def test_a_broken_picture_is_black_on_its_way(model, folder) -> None:
     reader = Reader(store, feed.preprocessing, 1, BATCH)
     with closing(reader._decoder):
         record = reader({"start": 0, "sources": [bytes(path) for path in found.paths]})
-    _, pixels, errors, turned = pixels_from(record)
+    _, pixels, errors, turned = decode_pixels(record)
     assert turned == 0
     (row,) = errors
     assert "002.png is not a readable picture" in errors[row]

@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from msn_export.cluster.storage import decode_rows, encode, failure_to, pixels_from, pixels_to
+from msn_export.cluster.storage import (
+    decode_pixels,
+    decode_rows,
+    encode_failure,
+    encode_pixels,
+    encode_rows,
+)
 from msn_export.embedding.inference import BEST, Rows
 from msn_export.errors import ClusterError, DeviceError
 
@@ -14,9 +20,9 @@ def plain(record: dict) -> bool:
 
 def test_pixels_come_back() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (3, 4, 5, 3), dtype=np.uint8)
-    record = pixels_to(12, pixels, {1: "broken"}, 2)
+    record = encode_pixels(12, pixels, {1: "broken"}, 2)
     assert plain(record)
-    start, got, errors, turned = pixels_from(record)
+    start, got, errors, turned = decode_pixels(record)
     np.testing.assert_array_equal(got, pixels)
     assert got.flags.writeable  # a runner may refuse what is not
     assert (start, errors, turned) == (12, {1: "broken"}, 2)
@@ -28,7 +34,7 @@ def test_rows_come_back(shape, classified) -> None:
     vectors = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     vectors[0] = np.nan
     best = np.zeros(shape[0], BEST) if classified else None
-    record = encode(7, Rows(vectors, best, {0: "no picture"}, 3))
+    record = encode_rows(7, Rows(vectors, best, {0: "no picture"}, 3))
     assert plain(record)
     start, got = decode_rows(record)
     assert start == 7
@@ -41,9 +47,9 @@ def test_rows_come_back(shape, classified) -> None:
 
 
 def test_a_failure_comes_as_a_record_and_is_raised_where_it_is_read() -> None:
-    record = failure_to(DeviceError("GPU 0 is lost"))
+    record = encode_failure(DeviceError("GPU 0 is lost"))
     assert plain(record)
-    assert record.keys() == encode(0, Rows(np.zeros((1, 2), np.float32))).keys()
+    assert record.keys() == encode_rows(0, Rows(np.zeros((1, 2), np.float32))).keys()
     with pytest.raises(DeviceError) as failed:
         decode_rows(record)
     assert str(failed.value) == "GPU 0 is lost"
@@ -51,7 +57,7 @@ def test_a_failure_comes_as_a_record_and_is_raised_where_it_is_read() -> None:
 
 @pytest.mark.parametrize("name", ["OfANewerVersionError", "annotations", "MsnExportError.mro"])
 def test_a_failure_of_a_type_that_is_not_known_is_the_clusters(name) -> None:
-    record = failure_to(DeviceError("x")) | {"failure": f'["{name}", "text"]'}
+    record = encode_failure(DeviceError("x")) | {"failure": f'["{name}", "text"]'}
     with pytest.raises(ClusterError) as failed:
         decode_rows(record)
     assert (type(failed.value), str(failed.value)) == (ClusterError, "text")

@@ -26,8 +26,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 SCRIPT = """
 import sys
-from msn_export.embedding import journal
-journal.SECONDS = 0.0  # each batch a part: a tiny run would be over before its first
+from msn_export.embedding import outputs
+outputs.SECONDS = 0.0  # each batch a part: a tiny run would be over before its first
 from msn_export.cli import main
 if __name__ == "__main__":
     main(sys.argv[1:])

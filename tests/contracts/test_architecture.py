@@ -50,7 +50,6 @@ EXCEPTIONS = {
     "graph/simplify.py": {"onnxruntime"},  # computes constants, and runs what came of it
     "triton_server/config.py": {"tritonclient"},
     "cluster/cluster.py": {"ray"},  # inside its functions: loaded when a cluster is joined
-    "cluster/embed.py": {"ray"},
     "cluster/serve.py": {"ray", "starlette"},
     "reporting/render.py": {"PIL"},
     "runtime/onnxruntime.py": {"onnxruntime"},
@@ -163,7 +162,7 @@ def test_only_their_own_commands_load_ray_and_tritonclient() -> None:
 
 
 def test_what_a_cluster_needs_of_us_loads_without_ray() -> None:
-    on_ray = {"cluster/embed.py", "cluster/serve.py"}
+    on_ray = {"cluster/serve.py"}
     light = [name for name in MODULES if name.startswith("cluster/") and name not in on_ray]
     names = ", ".join("msn_export." + name.removesuffix(".py").replace("/", ".") for name in light)
     assert loaded_by(f"import {names}") & {"ray", "starlette", "tritonclient"} == set()

@@ -15,7 +15,7 @@ from pathlib import Path
 import ray
 
 from msn_export.cli import main
-from msn_export.cluster.embed import OnCluster, ShippedEmbedder
+from msn_export.cluster.cluster import RayExecutor, ShippedEmbedder
 from msn_export.errors import DeviceError
 
 NOTES, MISHAP, AT = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
@@ -44,5 +44,5 @@ class Noted(ShippedEmbedder):
 
 
 if __name__ == "__main__":
-    OnCluster.embedder = Noted  # of this module, so Ray sends it along
+    RayExecutor.embedder = Noted  # of this module, so Ray sends it along
     main(sys.argv[4:])

@@ -1,13 +1,12 @@
 """A cluster without a place for the model, without Ray: what the command says of it."""
 
-import importlib
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from msn_export.cluster.cluster import Node
+from msn_export.cluster.cluster import Node, RayExecutor
 from msn_export.cluster.storage import list_sources
 from msn_export.embedding.job import EmbedJob
 from msn_export.errors import ClusterError
@@ -19,7 +18,7 @@ class NoAnswerError(Exception):
 
 @pytest.fixture
 def busy(monkeypatch):
-    """Our module on a Ray that has no place for a task; what was asked of it is kept."""
+    """A Ray that has no place for a task; what was asked of it is kept."""
     ray, data, exceptions = (ModuleType(name) for name in ("ray", "ray.data", "ray.exceptions"))
     asked = {}
 
@@ -34,23 +33,19 @@ def busy(monkeypatch):
     ray.data, ray.exceptions, ray.get, ray.put = data, exceptions, get, lambda value: value
     ray.remote = lambda function: SimpleNamespace(options=options)
     exceptions.GetTimeoutError, exceptions.RayError = NoAnswerError, type("R", (Exception,), {})
-    data.ActorPoolStrategy = data.DataContext = None
     for module in (ray, data, exceptions):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.delitem(sys.modules, "msn_export.cluster.embed", raising=False)
-    yield importlib.import_module("msn_export.cluster.embed"), asked
-    del sys.modules["msn_export.cluster.embed"]  # the next to import it gets the real Ray, or none
+    return asked
 
 
 def test_a_cluster_that_is_busy_is_not_waited_for_without_end(busy, tmp_path) -> None:
-    module, asked = busy
     model, picture = tmp_path / "m.onnx", tmp_path / "a.png"
     model.write_bytes(b"x")
     picture.write_bytes(b"x")
     job = EmbedJob(model, tmp_path, Path("out.parquet"))
     with pytest.raises(ClusterError) as refused:
-        module.OnCluster(job, *list_sources(tmp_path), [Node(4)])
+        RayExecutor(job, *list_sources(tmp_path), [Node(4)])
     assert str(refused.value) == (
         "no worker with 3 CPUs could open the model in 600 s; is the cluster busy with other jobs?"
     )
-    assert asked == {"timeout": 600.0, "share": {"num_cpus": 3}}
+    assert busy == {"timeout": 600.0, "share": {"num_cpus": 3}}
