@@ -13,19 +13,25 @@ from msn_export.processor_config import choose
 from msn_export.progress import SILENT, Progress
 from msn_export.schema import Result
 from msn_export.spec import InputFormat, Targets
-from msn_export.triton_server import config as messages
-from msn_export.triton_server.check_artifacts import RTX
 from msn_export.triton_server.checks import Issue
-from msn_export.triton_server.config import Release, Settings, for_onnx, for_tensorrt, parse_release
-from msn_export.triton_server.lint import lint
-from msn_export.triton_server.model import Platform, ServedArtifact, read_artifact
+from msn_export.triton_server.config import Settings, from_text
+from msn_export.triton_server.lint import RTX, lint
+from msn_export.triton_server.model import (
+    Platform,
+    Release,
+    ServedArtifact,
+    for_onnx,
+    for_tensorrt,
+    parse_release,
+    read_artifact,
+)
 from msn_export.triton_server.repository import (
     Served,
     join_version,
     model_folders,
     move_in,
+    require_free,
     require_name,
-    require_room,
     write,
 )
 
@@ -112,7 +118,7 @@ def run_triton(job: TritonJob, progress: Progress = SILENT) -> Written:
         require_one_model(artifacts)
     notes: list[str] = []
     served = _served(job, name, artifacts, notes)
-    require_room(job.output, served.names, force=job.force or adding)
+    require_free(job.output, served.names, force=job.force or adding)
     with staging(job.output.absolute().parent) as stage:
         staged = stage / "repository"
         with progress.step("write the model"):
@@ -164,7 +170,7 @@ def _stated_release(config: Path) -> str | None:
         text = config.read_text(encoding="utf-8")
     except (OSError, UnicodeError) as error:
         raise SpecError(f"{config} cannot be read: {error}") from error
-    return messages.from_text(text).parameters["triton_release"].string_value or None
+    return from_text(text).parameters["triton_release"].string_value or None
 
 
 def _served(
@@ -201,7 +207,7 @@ def _served(
         artifacts=artifacts,
         settings=settings,
         preprocessing=preprocessing,
-        ensemble=preprocessing if job.ensemble else None,
+        ensemble=job.ensemble,
         warmup=_warmup_data(job, first, preprocessing, notes)
         if job.warmup and preprocessing is not None
         else None,

@@ -1,15 +1,4 @@
-"""Which Triton Inference Server container ships which TensorRT and which onnxruntime.
-
-An engine loads only in the TensorRT that built it, so it needs the container that ships that one.
-
-Sources, one row a container ``nvcr.io/nvidia/tritonserver:XX.YY-py3``:
-
-* TensorRT: docs.nvidia.com/deeplearning/triton-inference-server/release-notes/rel-26-04.html, table
-  "NVIDIA Triton Inference Server Container Versions" (newest rows from rel-26-05.html). A row is
-  None where that table is silent (25.07, 26.06 on) or contradicts another page of NVIDIA's (24.12:
-  10.6 there, 10.7 in the compatibility matrix). The ``-trtllm-python-py3`` images ship others.
-* onnxruntime: triton-inference-server/server, docs/introduction/compatibility.md, table
-  "ONNX Runtime Versions".
+"""Triton's configurations of a model and of the ensemble in front of it, and that one's graph.
 
 The rules come from what the backends accept under ``--disable-auto-complete-config``, read in
 their sources (onnxruntime_backend src/onnxruntime_utils.cc CompareDimsSupported, tensorrt_backend
@@ -19,120 +8,26 @@ src/instance_state.cc GetMostOptimizedProfile):
   dynamic in every tensor; a graph of a fixed batch is served with ``max_batch_size: 0``;
 * an instance chooses among its own profiles only, and Triton gives a request to any instance: so
   one group has all profiles. A group a profile would fail every batch outside its profile.
+
+The ensemble normalises bytes as a decoder gives them, then runs the model. Triton has no
+preprocessing backend but Python and DALI; a graph of six nodes in the onnxruntime backend needs
+neither. Resizing stays with the client: no served form of it equals Pillow's.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+
 from msn_export.errors import MissingPackageError, SpecError
-from msn_export.spec import TensorSpec
-from msn_export.triton_server.model import LOGITS, Platform, ServedArtifact
-
-
-@dataclass(frozen=True, slots=True)
-class Release:
-    """One container; a version is None where no source tells it."""
-
-    name: str
-    tensorrt: str | None
-    onnxruntime: str | None
-
-    @property
-    def image(self) -> str:
-        """The image that ``docker run`` takes."""
-        return f"nvcr.io/nvidia/tritonserver:{self.name}-py3"
-
-
-RELEASES = tuple(
-    Release(*row)
-    for row in (
-        ("26.07", None, "1.27.0"),
-        ("26.06", None, "1.24.4"),
-        ("26.05", "10.16.1.11", "1.24.4"),
-        ("26.04", "10.16.1.11", "1.24.4"),
-        ("26.03", "10.16.0.72", "1.24.2"),
-        ("26.02", "10.15.1.29", "1.24.1"),
-        ("26.01", "10.14.1.48", "1.23.2"),
-        ("25.12", "10.14.1.48", "1.23.2"),
-        ("25.11", "10.14.1.48", "1.23.2"),
-        ("25.10", "10.13.3.9", "1.23.1"),
-        ("25.09", "10.13.3.9", "1.23.0"),
-        ("25.08", "10.13.2.6", "1.23.0"),
-        ("25.07", None, "1.22.0"),
-        ("25.06", "10.11.0.33", "1.22.0"),
-        ("25.05", "10.10.0.31", "1.22.0"),
-        ("25.04", "10.9.0.34", "1.21.0"),
-        ("25.03", "10.9.0.34", "1.21.0"),
-        ("25.02", "10.8.0.43", "1.20.1"),
-        ("25.01", "10.8.0.43", "1.20.1"),
-        ("24.12", None, "1.20.1"),
-        ("24.11", "10.6.0.26", "1.19.2"),
-        ("24.10", "10.5.0.18", "1.19.2"),
-        ("24.09", "10.4.0.26", "1.19.2"),
-        ("24.08", "10.3.0.26", "1.18.1"),
-        ("24.07", "10.2.0.19", "1.18.1"),
-        ("24.06", "10.1.0.27", "1.18.0"),
-        ("24.05", "10.0.1.6", "1.18.0"),
-        ("24.04", "8.6.3", "1.17.3"),
-    )
-)
-# microsoft/onnxruntime pull request 25156 (label release:1.23.0) brought Attention's CPU kernel;
-# 27542 (March 2026, after 1.24) today's CUDA kernels: before it a GPU may run Attention on the CPU.
-ATTENTION_OPSET = 23
-ATTENTION_SINCE = (1, 23)
-ATTENTION_CUDA_SINCE = (1, 25)
-
-
-def parse_release(text: str) -> Release:
-    """Read a release's name, ``YY.MM``; one that is not in the table ships what nobody told us."""
-    if re.fullmatch(r"[0-9]{2}\.(0[1-9]|1[0-2])", text) is None:
-        raise SpecError(f"Triton release {text!r} is no release; expected YY.MM, as in 25.10")
-    known = (release for release in RELEASES if release.name == text)
-    return next(known, Release(text, None, None))
-
-
-def for_tensorrt(version: str) -> Release:
-    """Choose the newest release that ships a TensorRT."""
-    found = [release for release in RELEASES if same_tensorrt(release.tensorrt, version)]
-    if found:
-        return found[0]
-    known = [release for release in RELEASES if release.tensorrt]
-    below = [r for r in known if numbers(r.tensorrt) < numbers(version)]
-    above = [r for r in known if numbers(r.tensorrt) > numbers(version)]
-    nearest = [*above[-1:], *below[:1]]
-    told = " and ".join(f"{release.name} ships {release.tensorrt}" for release in nearest)
-    raise SpecError(
-        f"no Triton release is known to ship TensorRT {version} ({told}); build the engine with "
-        "one of those, or name your release with --release YY.MM"
-    )
-
-
-def for_onnx(opset: int) -> Release:
-    """Choose the release for a graph of an opset: the newest, whose onnxruntime knows the most."""
-    return next(release for release in RELEASES if runs_opset(release, opset) is not False)
-
-
-def runs_opset(release: Release, opset: int) -> bool | None:
-    """Say whether a release's onnxruntime runs a graph of an opset; None where nobody told us."""
-    if opset < ATTENTION_OPSET:
-        return True
-    if release.onnxruntime is None:
-        return None
-    return numbers(release.onnxruntime)[:2] >= ATTENTION_SINCE
-
-
-def same_tensorrt(one: str | None, other: str | None) -> bool:
-    """Compare two versions as far as a plan's loadability goes: major, minor and patch."""
-    return bool(one and other) and numbers(one)[:3] == numbers(other)[:3]
-
-
-def numbers(version: str | None) -> tuple[int, ...]:
-    """Read the numbers a version begins with: ``10.13.3.9.post1`` is (10, 13, 3, 9)."""
-    match = re.match(r"[0-9]+(\.[0-9]+)*", version or "")
-    return tuple(int(part) for part in match[0].split(".")[:4]) if match else ()
-
+from msn_export.preprocessing import Preprocessing
+from msn_export.spec import InputFormat, TensorSpec
+from msn_export.triton_server.model import LOGITS, Platform, Release, ServedArtifact
 
 ModelConfig: TypeAlias = Any  # tritonclient.grpc.model_config_pb2.ModelConfig; it ships no types
 
@@ -153,7 +48,7 @@ SIZES = {"TYPE_BOOL": 1, "TYPE_UINT8": 1, "TYPE_INT8": 1, "TYPE_FP16": 2, "TYPE_
 
 
 def module() -> Any:
-    """Import the generated module ``model_config_pb2``."""
+    """Import the generated module of Triton's messages."""
     try:
         from tritonclient.grpc import model_config_pb2
     except (ModuleNotFoundError, RuntimeError) as error:
@@ -172,7 +67,6 @@ def to_text(config: ModelConfig, comment: str) -> str:
 
 
 def from_text(text: str) -> ModelConfig:
-    """Read a configuration."""
     from google.protobuf import text_format
 
     config = module().ModelConfig()
@@ -185,13 +79,13 @@ def from_text(text: str) -> ModelConfig:
 
 def datatype_name(config_value: int) -> str:
     """Give ``TYPE_FP32`` for its number; a number that Triton gives no meaning stays one."""
-    known = module().DataType
-    return str(known.Name(config_value) if config_value in known.values() else config_value)
+    types = module().DataType
+    return str(types.Name(config_value) if config_value in types.values() else config_value)
 
 
 LABELS = "labels.txt"
 WARMUP_FILE = "input.bin"  # in the folder that Triton calls warmup/
-DYNAMIC_BATCH = 32  # what a foreign graph with a dynamic batch is served with
+DYNAMIC_BATCH = 32  # of a foreign graph with a dynamic batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,10 +170,10 @@ def batch_limit(artifact: ServedArtifact, asked: int | None) -> int:
     if artifact.platform is Platform.PLAN:
         missing = artifact.uncovered(limit)
         if missing is not None:
-            told = ", ".join(map(str, artifact.profiles)) or "none"
+            profiles = ", ".join(map(str, artifact.profiles)) or "none"
             raise SpecError(
-                f"{name} takes no batch of {missing} (its profiles: {told}) and Triton sends every "
-                f"size from 1 to {limit}; build it with --batch 1:{min(8, limit)}:{limit}"
+                f"{name} takes no batch of {missing} (its profiles: {profiles}) and Triton sends "
+                f"every size from 1 to {limit}; build it with --batch 1:{min(8, limit)}:{limit}"
                 + ("" if missing == 1 else f" or give --max-batch {missing - 1}")
             )
     return limit
@@ -300,38 +194,27 @@ def dims(spec: TensorSpec, *, batching: bool) -> list[int]:
 
 
 def _add_tensors(config: ModelConfig, artifact: ServedArtifact, *, batching: bool) -> None:
-    for spec in artifact.inputs:
-        config.input.add(
-            name=spec.name,
-            data_type=datatype(spec, artifact),
-            dims=_fixed(dims(spec, batching=batching), artifact, batching=batching),
-        )
-    for spec in artifact.outputs:
-        output = config.output.add(
-            name=spec.name,
-            data_type=datatype(spec, artifact),
-            dims=_fixed(dims(spec, batching=batching), artifact, batching=batching),
-        )
-        if spec.name == LOGITS and artifact.labels:
+    for tensors, specs in ((config.input, artifact.inputs), (config.output, artifact.outputs)):
+        for spec in specs:
+            sizes = dims(spec, batching=batching)
+            if not batching and artifact.fixed_batch is not None and sizes[0] == -1:
+                # the one batch that an engine's profiles allow where its graph leaves it dynamic
+                sizes[0] = artifact.fixed_batch
+            tensors.add(name=spec.name, data_type=datatype(spec, artifact), dims=sizes)
+    for output in config.output:
+        if output.name == LOGITS and artifact.labels:
             output.label_filename = LABELS
-
-
-def _fixed(sizes: list[int], artifact: ServedArtifact, *, batching: bool) -> list[int]:
-    """Write the one batch that an engine's profiles allow where its graph leaves it dynamic."""
-    if not batching and artifact.fixed_batch is not None and sizes[0] == -1:
-        return [artifact.fixed_batch, *sizes[1:]]
-    return sizes
 
 
 def datatype(spec: TensorSpec, artifact: ServedArtifact) -> int:
     """Give Triton's number for a tensor's dtype."""
-    known = DATATYPES.get(spec.dtype)
-    if known is None:
+    name = DATATYPES.get(spec.dtype)
+    if name is None:
         raise SpecError(
             f"{artifact.path.name}: tensor {spec.name!r} is {spec.dtype}, which Triton does not "
             f"serve; expected one of {', '.join(DATATYPES)}"
         )
-    return int(module().DataType.Value(known))
+    return int(module().DataType.Value(name))
 
 
 def _optima(artifact: ServedArtifact, config: ModelConfig) -> list[int]:
@@ -349,3 +232,113 @@ def _add_warmup(config: ModelConfig, artifact: ServedArtifact) -> None:
         given.data_type = tensor.data_type
         given.dims.extend(tensor.dims)
         given.input_data_file = WARMUP_FILE
+
+
+OPSET = 17  # every onnxruntime in the table of releases knows it
+IR_VERSION = 8
+
+
+def require_floats(artifact: ServedArtifact) -> TensorSpec:
+    """Require that a model has one image input that wants floats, and give it."""
+    (spec, *others) = artifact.inputs
+    if spec.dtype == "uint8":
+        raise SpecError(
+            f"--ensemble: {artifact.path.name} takes uint8 images itself (its normalisation is "
+            "inside the graph); leave --ensemble out"
+        )
+    if others or len(spec.shape) != 4 or spec.dtype not in {"float", "float16"}:
+        raise SpecError(
+            f"--ensemble: {artifact.path.name} takes {spec.name!r} {spec.dtype} "
+            f"[{', '.join(map(str, spec.shape))}]; expected one image input [b, c, h, w] of floats"
+        )
+    if not all(isinstance(size, int) for size in spec.shape[1:]):
+        raise SpecError(
+            f"--ensemble: {artifact.path.name} has a dynamic height or width; export it with "
+            "--image-size"
+        )
+    return spec
+
+
+def save_graph(
+    spec: TensorSpec, preprocessing: Preprocessing, batch: int | str, path: Path
+) -> None:
+    """Write the graph ``images`` uint8 [b, h, w, c] -> ``spec``, floats [b, c, h, w].
+
+    The operations are those of ``images.normalize``, in its order and its rounding (a byte times
+    the scale is a double first): the floats are the same to the last bit.
+    """
+    channels, height, width = spec.shape[1:]
+    if channels != preprocessing.channels:
+        raise SpecError(
+            f"the model takes {channels} channels, its preprocessing normalises "
+            f"{preprocessing.channels}; export it again"
+        )
+    images = ir.val(InputFormat.UINT8.tensor, ir.DataType.UINT8, [batch, height, width, channels])
+    scale = _constant("scale", np.asarray(preprocessing.scale, np.float64))
+    mean = _constant("mean", np.asarray(preprocessing.mean, np.float32))
+    std = _constant("std", np.asarray(preprocessing.std, np.float32))
+    nodes = [ir.node("Cast", [images], {"to": ir.DataType.DOUBLE})]
+    nodes.append(ir.node("Mul", [nodes[-1].outputs[0], scale]))
+    nodes.append(ir.node("Cast", [nodes[-1].outputs[0]], {"to": ir.DataType.FLOAT}))
+    for op, constant in (("Sub", mean), ("Div", std)):
+        nodes.append(ir.node(op, [nodes[-1].outputs[0], constant]))
+    nodes.append(ir.node("Transpose", [nodes[-1].outputs[0]], {"perm": [0, 3, 1, 2]}))
+    if spec.dtype == "float16":
+        nodes.append(ir.node("Cast", [nodes[-1].outputs[0]], {"to": ir.DataType.FLOAT16}))
+    result = nodes[-1].outputs[0]
+    result.name = spec.name
+    result.type = ir.TensorType(ir.DataType[spec.dtype.upper()])
+    result.shape = ir.Shape([batch, *spec.shape[1:]])
+    graph = ir.Graph(
+        [images], [result], nodes=nodes, initializers=[scale, mean, std],
+        opset_imports={"": OPSET}, name="preprocess",
+    )  # fmt: skip
+    model = ir.Model(graph, ir_version=IR_VERSION, producer_name="msn-export")
+    proto = ir.to_proto(model)
+    onnx.checker.check_model(proto, full_check=True)
+    path.write_bytes(proto.SerializeToString(deterministic=True))
+
+
+def _constant(name: str, array: NDArray[Any]) -> ir.Value:
+    return ir.val(name, const_value=ir.tensor(array, name=name))
+
+
+def preprocess_config(
+    name: str, spec: TensorSpec, model: ModelConfig, settings: Settings
+) -> ModelConfig:
+    """Describe the preprocessing model that feeds ``model``."""
+    config = base_config(name, Platform.ONNX, model.max_batch_size)
+    (target,) = model.input
+    *batch, channels, height, width = target.dims
+    config.input.add(
+        name=InputFormat.UINT8.tensor,
+        data_type=module().DataType.Value("TYPE_UINT8"),
+        dims=[*batch, height, width, channels],
+    )
+    config.output.add(name=spec.name, data_type=target.data_type, dims=target.dims)
+    if model.max_batch_size:
+        # no delay: the model behind it waits for company already
+        config.dynamic_batching.SetInParent()
+    config.instance_group.add(count=settings.instances)
+    config.parameters["triton_release"].string_value = settings.release.name
+    return config
+
+
+def ensemble_config(name: str, preprocess: ModelConfig, model: ModelConfig) -> ModelConfig:
+    """Describe the ensemble of both: what clients call with bytes."""
+    config = module().ModelConfig(
+        name=name, platform="ensemble", max_batch_size=model.max_batch_size
+    )
+    config.version_policy.latest.num_versions = 1
+    config.input.extend(preprocess.input)
+    config.output.extend(model.output)
+    (source,), (target,) = preprocess.input, model.input
+    for step, ins, outs in (
+        (preprocess, [source.name], [target.name]),
+        (model, [target.name], [output.name for output in model.output]),
+    ):
+        added = config.ensemble_scheduling.step.add(model_name=step.name, model_version=-1)
+        added.input_map.update({tensor: tensor for tensor in ins})
+        added.output_map.update({tensor: tensor for tensor in outs})
+    config.parameters["triton_release"].CopyFrom(model.parameters["triton_release"])
+    return config

@@ -1,163 +1,42 @@
-"""The ensemble: bytes as a decoder gives them are normalised in Triton, then go to the model.
+"""A repository's folders: what lies in each, how they are put in place, and a model's README."""
 
-Triton has no preprocessing backend but Python and DALI; a graph of six nodes in the onnxruntime
-backend needs neither. Resizing stays with the client: no served form of it equals Pillow's.
-"""
-
+import json
 import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import onnx
-import onnx_ir as ir
 
 from msn_export.errors import OutputError, SpecError
 from msn_export.manifest import manifest_path
 from msn_export.preprocessing import Preprocessing
-from msn_export.spec import InputFormat, TensorSpec
-from msn_export.triton_server import config as messages
-from msn_export.triton_server.check_artifacts import WARMUP, one_line, version_folders
+from msn_export.spec import InputFormat
+from msn_export.triton_server.checks import WARMUP, one_line, version_folders
 from msn_export.triton_server.config import (
     LABELS,
     WARMUP_FILE,
     ModelConfig,
     Settings,
-    base_config,
+    datatype_name,
+    ensemble_config,
     gpu_config,
     model_config,
     plan_name,
+    preprocess_config,
+    require_floats,
+    save_graph,
+    to_text,
 )
 from msn_export.triton_server.lint import CONFIG, VARIANTS
-from msn_export.triton_server.model import Platform, ServedArtifact
-from msn_export.triton_server.readme import About, readme
-
-OPSET = 17  # every onnxruntime in the table of releases knows it
-IR_VERSION = 8
-
-
-def require_floats(artifact: ServedArtifact) -> TensorSpec:
-    """Require that a model has one image input that wants floats, and give it."""
-    (spec, *others) = artifact.inputs
-    if spec.dtype == "uint8":
-        raise SpecError(
-            f"--ensemble: {artifact.path.name} takes uint8 images itself (its normalisation is "
-            "inside the graph); leave --ensemble out"
-        )
-    if others or len(spec.shape) != 4 or spec.dtype not in {"float", "float16"}:
-        raise SpecError(
-            f"--ensemble: {artifact.path.name} takes {spec.name!r} {spec.dtype} "
-            f"[{', '.join(map(str, spec.shape))}]; expected one image input [b, c, h, w] of floats"
-        )
-    if not all(isinstance(size, int) for size in spec.shape[1:]):
-        raise SpecError(
-            f"--ensemble: {artifact.path.name} has a dynamic height or width; export it with "
-            "--image-size"
-        )
-    return spec
-
-
-def save_graph(
-    spec: TensorSpec, preprocessing: Preprocessing, batch: int | str, path: Path
-) -> None:
-    """Write the graph ``images`` uint8 [b, h, w, c] -> ``spec``, floats [b, c, h, w].
-
-    The operations are those of ``images.normalize``, in its order and its rounding (a byte times
-    the scale is a double first): the floats are the same to the last bit.
-    """
-    channels, height, width = spec.shape[1:]
-    if channels != preprocessing.channels:
-        raise SpecError(
-            f"the model takes {channels} channels, its preprocessing normalises "
-            f"{preprocessing.channels}; export it again"
-        )
-    images = ir.Value(
-        name=InputFormat.UINT8.tensor,
-        type=ir.TensorType(ir.DataType.UINT8),
-        shape=ir.Shape([batch, height, width, channels]),
-    )
-    scale = _constant("scale", np.float64(preprocessing.scale))
-    mean = _constant("mean", np.asarray(preprocessing.mean, np.float32))
-    std = _constant("std", np.asarray(preprocessing.std, np.float32))
-    nodes = [ir.node("Cast", [images], {"to": ir.DataType.DOUBLE})]
-    nodes.append(ir.node("Mul", [nodes[-1].outputs[0], scale]))
-    nodes.append(ir.node("Cast", [nodes[-1].outputs[0]], {"to": ir.DataType.FLOAT}))
-    for op, constant in (("Sub", mean), ("Div", std)):
-        nodes.append(ir.node(op, [nodes[-1].outputs[0], constant]))
-    nodes.append(ir.node("Transpose", [nodes[-1].outputs[0]], {"perm": [0, 3, 1, 2]}))
-    if spec.dtype == "float16":
-        nodes.append(ir.node("Cast", [nodes[-1].outputs[0]], {"to": ir.DataType.FLOAT16}))
-    result = nodes[-1].outputs[0]
-    result.name = spec.name
-    result.type = ir.TensorType(ir.DataType[spec.dtype.upper()])
-    result.shape = ir.Shape([batch, *spec.shape[1:]])
-    graph = ir.Graph(
-        [images], [result], nodes=nodes, initializers=[scale, mean, std],
-        opset_imports={"": OPSET}, name="preprocess",
-    )  # fmt: skip
-    model = ir.Model(graph, ir_version=IR_VERSION, producer_name="msn-export")
-    proto = ir.to_proto(model)
-    onnx.checker.check_model(proto, full_check=True)
-    path.write_bytes(proto.SerializeToString(deterministic=True))
-
-
-def _constant(name: str, array: Any) -> ir.Value:
-    tensor = ir.tensor(np.asarray(array), name=name)
-    shape = ir.Shape(np.shape(array))
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape)
-    value.const_value = tensor
-    return value
-
-
-def preprocess_config(
-    name: str, spec: TensorSpec, model: ModelConfig, settings: Settings
-) -> ModelConfig:
-    """Describe the preprocessing model that feeds ``model``."""
-    config = base_config(name, Platform.ONNX, model.max_batch_size)
-    (target,) = model.input
-    config.input.add(
-        name=InputFormat.UINT8.tensor,
-        data_type=messages.module().DataType.Value("TYPE_UINT8"),
-        dims=_bytes_dims(list(target.dims)),
-    )
-    config.output.add(name=spec.name, data_type=target.data_type, dims=target.dims)
-    if model.max_batch_size:
-        # no delay: the model behind it waits for company already
-        config.dynamic_batching.SetInParent()
-    config.instance_group.add(count=settings.instances)
-    config.parameters["triton_release"].string_value = settings.release.name
-    return config
-
-
-def ensemble_config(name: str, preprocess: ModelConfig, model: ModelConfig) -> ModelConfig:
-    """Describe the ensemble of both: what clients call with bytes."""
-    config = messages.module().ModelConfig(
-        name=name, platform="ensemble", max_batch_size=model.max_batch_size
-    )
-    config.version_policy.latest.num_versions = 1
-    config.input.extend(preprocess.input)
-    config.output.extend(model.output)
-    (source,), (target,) = preprocess.input, model.input
-    for step, ins, outs in (
-        (preprocess, [source.name], [target.name]),
-        (model, [target.name], [output.name for output in model.output]),
-    ):
-        added = config.ensemble_scheduling.step.add(model_name=step.name, model_version=-1)
-        added.input_map.update({tensor: tensor for tensor in ins})
-        added.output_map.update({tensor: tensor for tensor in outs})
-    config.parameters["triton_release"].CopyFrom(model.parameters["triton_release"])
-    return config
-
-
-def _bytes_dims(planes: Sequence[int]) -> list[int]:
-    """Turn [.., c, h, w] into [.., h, w, c]."""
-    *batch, channels, height, width = planes
-    return [*batch, height, width, channels]
-
+from msn_export.triton_server.model import (
+    ATTENTION_CUDA_SINCE,
+    ATTENTION_OPSET,
+    LOGITS,
+    Platform,
+    ServedArtifact,
+    numbers,
+)
 
 HEADER = "Written by msn-export triton; msn-export triton --lint checks it after a change."
 
@@ -184,7 +63,7 @@ def require_name(name: str) -> None:
         )
 
 
-def require_room(repository: Path, names: Sequence[str], *, force: bool) -> None:
+def require_free(repository: Path, names: Sequence[str], *, force: bool) -> None:
     """Refuse, before any work is done, a repository that the models could not be put into."""
     place = repository if repository.exists() else repository.parent
     if not place.is_dir():
@@ -208,7 +87,7 @@ def write(models: Sequence[ModelFolder], stage: Path) -> None:
     for model in models:
         folder = stage / model.name
         for place, config in model.configs.items():
-            _target(folder, place).write_text(messages.to_text(config, HEADER), encoding="utf-8")
+            _target(folder, place).write_text(to_text(config, HEADER), encoding="utf-8")
         for place, content in model.contents.items():
             _target(folder, place).write_bytes(content)
         for place, source in model.copies.items():
@@ -229,7 +108,7 @@ def move_in(names: Sequence[str], stage: Path, repository: Path) -> None:
     """
     aside = stage / ".replaced"
     moved: list[str] = []
-    made = not repository.exists()
+    is_new = not repository.exists()
     try:
         repository.mkdir(exist_ok=True)
         for name in names:
@@ -245,7 +124,7 @@ def move_in(names: Sequence[str], stage: Path, repository: Path) -> None:
                 (repository / name).rename(stage / name)
             if os.path.lexists(aside / name):
                 (aside / name).rename(repository / name)
-        if made:
+        if is_new:
             repository.rmdir()
         raise OutputError(f"cannot write {repository}: {error.strerror}") from error
 
@@ -273,9 +152,9 @@ def join_version(existing: Path, staged: Path, version: int) -> None:
 class Served:
     """A model to be served; ``artifacts`` are one graph, or its engines for several GPUs.
 
-    ``preprocessing`` is how its client makes pictures into its input, where that is known.
-    ``ensemble`` is what a model in front of it normalises bytes with, ``warmup`` the raw input
-    that each instance runs first.
+    ``preprocessing`` is how its client makes pictures into its input, where that is known; with
+    ``ensemble`` a model in front of it normalises bytes so. ``warmup`` is the raw input that each
+    instance runs first.
     """
 
     repository: Path
@@ -284,26 +163,36 @@ class Served:
     artifacts: Sequence[ServedArtifact]
     settings: Settings
     preprocessing: Preprocessing | None = None
-    ensemble: Preprocessing | None = None
+    ensemble: bool = False
     warmup: bytes | None = None
+
+    @property
+    def first(self) -> ServedArtifact:
+        return self.artifacts[0]
+
+    def file_of(self, artifact: ServedArtifact) -> str:
+        return f"{self.version}/{plan_name(artifact, self.artifacts)}"
 
     @property
     def names(self) -> list[str]:
         """Its models, each before the one that needs it."""
-        if self.ensemble is None:
+        if not self.ensemble:
             return [self.name]
         return [f"{self.name}-preprocess", self.name, f"{self.name}-images"]
 
 
 def model_folders(served: Served, stage: Path) -> list[ModelFolder]:
     """Describe a model's folders; a preprocessing graph is written to ``stage``."""
-    first, settings = served.artifacts[0], served.settings
-    config = model_config(served.name, served.artifacts, settings)
-    if served.ensemble is None:
+    first = served.first
+    config = model_config(served.name, served.artifacts, served.settings)
+    if not served.ensemble or served.preprocessing is None:
         return [_model_folder(served, config, None)]
-    before, after = _around(served, config)
+    spec = require_floats(first)
+    before_name, _, after_name = served.names
+    before = preprocess_config(before_name, spec, config, served.settings)
+    after = ensemble_config(after_name, before, config)
     graph = stage / "preprocess.onnx"
-    save_graph(require_floats(first), served.ensemble, first.fixed_batch or "batch", graph)
+    save_graph(spec, served.preprocessing, first.fixed_batch or "batch", graph)
     version = f"{served.version}/{Platform.ONNX.filename}"
     return [
         ModelFolder(before.name, {CONFIG: before}, {version: graph}),
@@ -314,40 +203,214 @@ def model_folders(served: Served, stage: Path) -> list[ModelFolder]:
 
 
 def _model_folder(served: Served, config: ModelConfig, ensemble: ModelConfig | None) -> ModelFolder:
-    first, settings = served.artifacts[0], served.settings
-    file = f"{served.version}/{plan_name(first, served.artifacts)}"
-    about = About(served.repository, config, first, file, settings, ensemble, served.preprocessing)
-    contents = {**_labels(first), "README.md": readme(about).encode()}
+    first, settings = served.first, served.settings
+    contents = {**_labels(first), "README.md": readme(served, config, ensemble).encode()}
     if served.warmup is not None:
         contents[f"{WARMUP}/{WARMUP_FILE}"] = served.warmup
     configs = {CONFIG: config}
     if first.platform is Platform.ONNX or settings.cuda_graphs:
         variant = gpu_config(config, first, cuda_graphs=settings.cuda_graphs)
         configs[f"{VARIANTS}/gpu.pbtxt"] = variant
-    return ModelFolder(served.name, configs, _copies(served), contents)
-
-
-def _around(served: Served, config: ModelConfig) -> tuple[ModelConfig, ModelConfig]:
-    """Describe the model before ``config`` and the ensemble of both."""
-    spec = require_floats(served.artifacts[0])
-    before_name, _, after_name = served.names
-    before = preprocess_config(before_name, spec, config, served.settings)
-    return before, ensemble_config(after_name, before, config)
-
-
-def _copies(served: Served) -> dict[str, Path]:
     copies: dict[str, Path] = {}
     for artifact in served.artifacts:
-        target = f"{served.version}/{plan_name(artifact, served.artifacts)}"
+        target = served.file_of(artifact)
         copies[target] = artifact.path
         if artifact.manifest is not None:
             copies[f"{target}.json"] = manifest_path(artifact.path)
         for weights in artifact.weights:
             copies[f"{served.version}/{weights.relative_to(artifact.path.parent)}"] = weights
-    return copies
+    return ModelFolder(served.name, configs, copies, contents)
 
 
 def _labels(artifact: ServedArtifact) -> dict[str, bytes]:
     if not artifact.labels:
         return {}
     return {LABELS: "".join(f"{one_line(label)}\n" for label in artifact.labels).encode()}
+
+
+def readme(served: Served, config: ModelConfig, ensemble: ModelConfig | None) -> str:
+    """Write the README of the model's folder: how to start it, call it and check it."""
+    return "\n".join(
+        [
+            f"# {served.name}",
+            "",
+            *_description(served.first, config, ensemble),
+            *_start(served),
+            *_call(served, config, ensemble),
+            *_more(served),
+        ]
+    )
+
+
+def _description(
+    artifact: ServedArtifact, config: ModelConfig, ensemble: ModelConfig | None
+) -> list[str]:
+    manifest = artifact.manifest
+    lines = [f"{_text(artifact.path.name)}, served by Triton's {config.backend} backend."]
+    if manifest is not None and manifest.checkpoint is not None:
+        lines.append(f"Checkpoint: {_text(manifest.checkpoint.source)}.")
+    if manifest is not None:
+        check = manifest.check
+        verdict = "not checked" if check is None else ("passed" if check.passed else "failed")
+        on = "" if check is None else f"on {check.images} of {check.source}, {check.executed_on}"
+        lines.append(f"Check: {' '.join(filter(None, (verdict, _text(on))))}.")
+        if manifest.engine is not None:
+            ran = "executed" if manifest.engine.executed else manifest.engine.reason
+            lines.append(f"Engine: {_text(ran)}.")
+    lines += ["", "| tensor | dtype | shape |", "|---|---|---|"]
+    for kind, tensors in (("in", config.input), ("out", config.output)):
+        for tensor in tensors:
+            batch = f"1 to {config.max_batch_size}, " if config.max_batch_size else ""
+            sizes = ", ".join(str(size) for size in tensor.dims)
+            dtype = datatype_name(tensor.data_type).removeprefix("TYPE_")
+            lines.append(f"| {kind}: {_code(tensor.name)} | {dtype} | [{batch}{sizes}] |")
+    if ensemble is not None:
+        lines += ["", f"`{ensemble.name}` takes bytes [h, w, c] and normalises them first."]
+    return [*lines, ""]
+
+
+def _text(text: str) -> str:
+    """Keep what a manifest says from being Markdown: it would be followed as these lines are."""
+    return re.sub(r"([\\`*\[\]<>|#])", r"\\\1", " ".join(text.split()))
+
+
+def _code(name: str) -> str:
+    """Show a tensor's name as code, where nothing in it ends that."""
+    return f"`{name}`" if re.fullmatch(r"[\w./:-]+", name) else _text(ascii(name))
+
+
+def _literal(name: str) -> str:
+    """Write a tensor's name into a program: what it says is a string there, whatever it says."""
+    return json.dumps(name, ensure_ascii=False) if name.isprintable() else ascii(name)
+
+
+def _start_command(served: Served) -> str:
+    settings = served.settings
+    options = ["--disable-auto-complete-config"]
+    if settings.response_cache:
+        options.append("--cache-config local,size=268435456")
+    if served.first.version_compatible:
+        options.append("--backend-config=tensorrt,version-compatible=true")
+    if settings.cuda_graphs:
+        options.append("--model-config-name=gpu")
+    return " \\\n    ".join(
+        [
+            "docker run --rm --gpus all -p 8000:8000 -p 8001:8001 -p 8002:8002",
+            f'-v "$PWD/{served.repository.name}:/models:ro" {settings.release.image}',
+            "tritonserver --model-repository=/models",
+            *options,
+        ]
+    )
+
+
+def _start(served: Served) -> list[str]:
+    artifact, release = served.first, served.settings.release
+    lines = [
+        "## Start", "", "From the folder that holds the repository:", "", "```sh",
+        _start_command(served), "```", "",
+    ]  # fmt: skip
+    if artifact.platform is Platform.PLAN:
+        version = artifact.built_with[1] if artifact.built_with else "?"
+        has = release.tensorrt or "a TensorRT that is not known to us"
+        lines.append(
+            f"Triton {release.name} has TensorRT {has}; the engine was built by {version}."
+        )
+    else:
+        has = release.onnxruntime or "an onnxruntime that is not known to us"
+        lines += [
+            f"Triton {release.name} has onnxruntime {has}. Without a GPU leave `--gpus all` out. "
+            "With `--model-config-name=gpu` the model loads on a GPU or not at all, where it would "
+            "quietly run on the CPU otherwise.",
+        ]
+        early = numbers(release.onnxruntime)[:2] < ATTENTION_CUDA_SINCE
+        if release.onnxruntime and early and (artifact.opset or 0) >= ATTENTION_OPSET:
+            lines.append("Its CUDA provider may run Attention on the CPU; later releases do not.")
+    return [
+        *lines, "", "Ready when this answers 200:", "", "```sh",
+        "curl -s -o /dev/null -w '%{http_code}\\n' "
+        f"localhost:8000/v2/models/{served.name}/ready", "```", "",
+    ]  # fmt: skip
+
+
+def _call(served: Served, config: ModelConfig, ensemble: ModelConfig | None) -> list[str]:
+    return [
+        "## Call", "", "`pip install 'msn-export[ort,triton]'`, then `python client.py PICTURE…`:",
+        "", "```python", *_client(served, config, ensemble), "```", "",
+    ]  # fmt: skip
+
+
+def _client(served: Served, config: ModelConfig, ensemble: ModelConfig | None) -> list[str]:
+    """Write a client of the model: pictures on its command line, what they are on its output."""
+    called = ensemble or config
+    source, output = called.input[0], config.output[0]
+    gives, takes = _literal(source.name), _literal(output.name)
+    datatype = datatype_name(source.data_type).removeprefix("TYPE_")
+    bytes_in = source.name == InputFormat.UINT8.tensor
+    batch = (
+        "np.stack([images.read(Path(name), made) for name in sys.argv[1:]])"
+        if bytes_in
+        else "images.preprocess(sys.argv[1:], made)"
+    )
+    if not bytes_in and datatype == "FP16":
+        batch += ".astype(np.float16)"
+    labelled = output.name == LOGITS and output.label_filename
+    imports = ["from msn_export.runtime.runner import top_k"] if labelled else []
+    return [
+        "import sys",
+        "from pathlib import Path",
+        "",
+        *(["import numpy as np"] if "np." in batch else []),
+        "import tritonclient.grpc as triton",
+        "",
+        *_preprocessing(served, imports),
+        f"batch = {batch}",
+        f'tensor = triton.InferInput({gives}, list(batch.shape), "{datatype}")',
+        "tensor.set_data_from_numpy(batch)",
+        f"wanted = triton.InferRequestedOutput({takes})",
+        'client = triton.InferenceServerClient("localhost:8001")',
+        f'answer = client.infer("{called.name}", [tensor], outputs=[wanted])',
+        *(
+            [
+                f"best = top_k(answer.as_numpy({takes}), known.labels, known.scores, 3)",
+                "print(*best, sep='\\n')",
+            ]
+            if labelled
+            else [f"print(answer.as_numpy({takes}).shape)"]
+        ),
+    ]
+
+
+def _preprocessing(served: Served, imports: list[str]) -> list[str]:
+    """Write the client's lines that say how pictures are made into the model's input."""
+    artifact, preprocessing = served.first, served.preprocessing
+    file = f"{served.repository.name}/{served.name}/{served.file_of(artifact)}"
+    read = [f'known = manifest.read(Path("{file}"))'] if artifact.manifest is not None else []
+    if preprocessing is not None and preprocessing == artifact.preprocessing:
+        first = ["from msn_export import images, manifest", *imports]
+        return [*first, "", *read, "made = known.preprocessing"]
+    first = [
+        f"from msn_export import images{', manifest' if read else ''}",
+        f"from msn_export.preprocessing import {'Preprocessing' if preprocessing else 'preset'}",
+        *imports,
+        "from msn_export.spec import ImageSize",
+        "",
+        *read,
+    ]
+    if preprocessing is None:
+        asked = 'preset("hf", ImageSize(HEIGHT, WIDTH), CHANNELS)'
+        return [*first, f"made = {asked}  # assumed: nothing says what the model takes"]
+    assumed = "  # assumed: nothing says how its pictures are made" if preprocessing.assumed else ""
+    return [*first, f"made = {preprocessing!r}{assumed}"]
+
+
+def _more(served: Served) -> list[str]:
+    repository, name = served.repository.name, served.name
+    return [
+        "## A new version", "", "```sh",
+        f"msn-export triton NEW.onnx -o {repository} --name {name} --model-version 2",
+        f"curl -X POST localhost:8000/v2/repository/models/{name}/load", "```", "",
+        "The second line is for a server started with `--model-control-mode=explicit "
+        f"--load-model={name}`; one started with `--model-control-mode=poll` looks by itself. The "
+        "newest version is served; the older one answers until the newer one is loaded.",
+        "", "## Check", "", "```sh", f"msn-export triton --lint {repository}", "```", "",
+    ]  # fmt: skip

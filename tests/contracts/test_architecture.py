@@ -191,13 +191,7 @@ def test_tests_mirror_the_tree() -> None:
 
 # modules whose tests are still those of the commands alone: this set only shrinks
 WITHOUT = {
-    "benchmark/contenders.py",
-    "benchmark/reference.py",
-    "benchmark/session.py",
-    "benchmark/torch_reference.py",
-    "benchmark/worker.py",
     "calibration/job.py",
-    "child_process.py",
     "cli/__init__.py",
     "cli/options.py",
     "commands/installed.py",
@@ -211,9 +205,7 @@ WITHOUT = {
     "graph/structure.py",
     "options.py",
     "runtime/context_pool.py",
-    "triton_server/check_artifacts.py",
     "triton_server/checks.py",
-    "triton_server/model.py",
 }
 
 

@@ -9,7 +9,7 @@ import yaml
 
 from msn_export.cli import main
 from msn_export.cluster.replica import Serving
-from msn_export.triton_server.config import RELEASES, for_tensorrt, parse_release
+from msn_export.triton_server.model import RELEASES, for_tensorrt, parse_release
 from tests.contracts.triton_faults import FAULTS
 
 DOCUMENT = Path(__file__).parent.parent.parent / "docs/deploy.md"

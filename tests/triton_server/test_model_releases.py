@@ -3,7 +3,7 @@
 import pytest
 
 from msn_export.errors import SpecError
-from msn_export.triton_server.config import (
+from msn_export.triton_server.model import (
     RELEASES,
     Release,
     for_onnx,

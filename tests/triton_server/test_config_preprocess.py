@@ -8,8 +8,8 @@ from msn_export import images
 from msn_export.errors import SpecError
 from msn_export.preprocessing import Preprocessing, preset
 from msn_export.spec import ImageSize, TensorSpec
+from msn_export.triton_server.config import require_floats, save_graph
 from msn_export.triton_server.model import Platform, ServedArtifact
-from msn_export.triton_server.repository import require_floats, save_graph
 
 
 def run(path, pixels):
