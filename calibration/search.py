@@ -217,7 +217,7 @@ def take_ranges(
     progress: Progress,
 ) -> Ranged:
     plan = Plan.of(
-        raise_opset(source.model), job.scheme, attention=job.quantize_attention, extra=job.extra
+        raise_opset(source.graph), job.scheme, attention=job.quantize_attention, extra=job.extra
     )
     if job.rest is Dtype.FP32:
         plan.unquantised()  # refuses now what it would refuse after the ranges were taken

@@ -1,121 +1,329 @@
-"""An ONNX file as a command takes it: the graph, its manifest, and what both say of the model."""
+"""Artifacts as commands take them: opened, verified and read once; and the input that each takes.
+
+Nothing is loaded here before a graph is asked for: what runs an artifact needs neither onnx nor
+torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import onnx_ir as ir
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 from msn_export import images
 from msn_export import manifest as manifests
-from msn_export.errors import GraphError, SpecError
-from msn_export.graph import io
-from msn_export.graph.opset import require_plain_operators, tidy, understand
-from msn_export.graph.precision import graph_dtype
-from msn_export.manifest import Manifest
+from msn_export.errors import EngineFileError, GraphError, ManifestError, SpecError
+from msn_export.manifest import Manifest, sha256_of
 from msn_export.metrics.evaluate import max_batch_in_memory
 from msn_export.preprocessing import Exif, Preprocessing, preset
 from msn_export.processor_config import choose
-from msn_export.spec import BatchRange, Dtype, ImageSize, InputFormat
+from msn_export.runtime.runner import combine
+from msn_export.spec import BatchRange, Dtype, ImageSize, InputFormat, TensorSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
+    import numpy as np
+    import onnx_ir as ir
     from numpy.typing import NDArray
 
-    from msn_export.manifest import Manifest
-    from msn_export.preprocessing import Exif, Preprocessing
-    from msn_export.spec import TensorSpec
-
+    from msn_export.graph.blocks import Stream
+    from msn_export.graph.summary import GraphSummary, Structure
 
 DYNAMIC = BatchRange()  # what a foreign graph with a dynamic batch is taken for
+ENGINES = frozenset({".engine", ".plan", ".trt"})
 
 
-@dataclass(frozen=True, slots=True)
-class GraphFile:
-    """A graph that was read and understood; ``manifest`` is None where another tool wrote it.
+class ImageInput(NamedTuple):
+    """The one input of a model; ``batch`` None is a dynamic one."""
 
-    ``opset`` is the file's; the graph of another tool was raised to 23.
+    format: InputFormat
+    size: ImageSize
+    channels: int
+    batch: BatchRange | None
+
+
+class Artifact:
+    """An ONNX file, an engine or a checkpoint. Each fact is read where it is first asked for.
+
+    ``manifest`` is None where there is none, and where ``distrusted`` says why the one there is not
+    believed. ``preprocessing`` is None where nothing says it. ``graph`` is for reading: whoever
+    changes it clones it first. ``module`` is a checkpoint's, ``marked`` an engine's that was built
+    once more with its stages as outputs.
     """
 
-    path: Path
-    model: ir.Model
-    manifest: Manifest | None
-    input_format: InputFormat
-    dtype: Dtype
-    size: ImageSize
-    preprocessing: Preprocessing
-    batch: BatchRange
-    notes: tuple[str, ...]
-    opset: int
+    kind: Literal["checkpoint", "onnx", "engine"]
+    module: Any = None
+    marked: Artifact | None = None
+    distrusted: str | None = None
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.name = str(path)
+        self.kind = "onnx" if path.suffix == ".onnx" else "engine"
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open a file; refuse one that its manifest does not describe."""
+        opened = cls(path)
+        if opened.kind == "onnx":
+            _ = opened.written  # first: of what is no graph no manifest is asked
+        elif not path.is_file():
+            raise GraphError(f"{path} does not exist; give an .engine file")
+        _ = opened.manifest
+        return opened
+
+    @classmethod
+    def examine(cls, path: Path) -> Self:
+        """Open a file whatever its manifest says; believe only one that describes this file."""
+        opened = cls(path)
+        try:
+            _ = opened.manifest
+        except ManifestError as error:
+            opened.manifest, opened.distrusted = None, str(error)
+        return opened
+
+    def release(self) -> None:
+        """Give the graph's memory back; whoever asks for it again has it read again."""
+        for name in ("written", "_understood", "graph", "_stream"):
+            self.__dict__.pop(name, None)
+
+    @cached_property
+    def manifest(self) -> Manifest | None:
+        return manifests.read(self.path)
+
+    @cached_property
+    def sha256(self) -> str:
+        return self.manifest.sha256 if self.manifest is not None else sha256_of(self.path)
+
+    @cached_property
+    def written(self) -> ir.Model:
+        """The graph as it is in the file."""
+        from msn_export.graph import io
+
+        return io.load(self.path)
+
+    @cached_property
+    def summary(self) -> GraphSummary:
+        from msn_export.graph.summary import GraphSummary
+
+        return GraphSummary.of(self.written)
+
+    @cached_property
+    def _understood(self) -> tuple[ir.Model, tuple[str, ...]]:
+        """The graph, of another tool with its image size and shapes written out; notes on that."""
+        from msn_export.graph.opset import understand
+
+        _ = (
+            self.summary,
+            self.weight_bytes,
+        )  # of the file, before anything is written into its graph
+        with named(self.path):
+            return self.written, understand(self.written) if self.manifest is None else ()
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        tensors = [weight.const_value for weight in self.written.graph.initializers.values()]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    @cached_property
+    def graph(self) -> ir.Model | None:
+        """Give types and shapes to every value; another tool's graph is in opset 23 if it can be.
+
+        None of an engine and of a checkpoint.
+        """
+        if self.kind != "onnx":
+            return None
+        from msn_export.graph import io
+        from msn_export.graph.opset import raised_where_possible
+
+        model, _ = self._understood
+        if self.manifest is None:
+            return raised_where_possible(model)
+        with named(self.path):
+            io.infer_shapes(model)
+        return model
+
+    @cached_property
+    def _stream(self) -> Stream | GraphError:
+        from msn_export.graph.blocks import find_stream
+
+        if self.graph is None:
+            return GraphError(
+                f"{self.name}: an engine shows no tensors on its way; compare the graph it was "
+                "built from"
+            )
+        try:
+            return find_stream(self.graph)
+        except GraphError as error:
+            return error
 
     @property
-    def fixed(self) -> int | None:
-        """The one batch size the graph takes, or None where the batch is dynamic."""
-        shape = self.model.graph.inputs[0].shape
-        return shape[0] if shape is not None and isinstance(shape[0], int) else None
+    def stream(self) -> Stream:
+        """The graph's residual stream; a GraphError where there is none."""
+        if isinstance(self._stream, GraphError):
+            raise self._stream
+        return self._stream
+
+    @cached_property
+    def structure(self) -> Structure:
+        """What the graph says of itself; nothing of an engine, nor where no stream is found."""
+        if self.graph is None or isinstance(self._stream, GraphError):
+            return {}
+        from msn_export.graph.summary import structure_of
+
+        return structure_of(self.graph, self._stream)
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """What was decided for a graph, and what could not be read off it."""
+        if self.kind != "onnx":
+            return ()
+        found = list(self._understood[1])
+        if isinstance(self._stream, GraphError):
+            what = "its epsilons, activations and additions were not compared"
+            found.append(f"{what}: {self._stream}")
+        return tuple(f"{self.path.name}: {note}" for note in found)
+
+    @cached_property
+    def image_input(self) -> ImageInput:
+        if self.kind == "onnx":
+            with named(self.path):
+                return _image_input(self._understood[0], self.path)
+        if self.manifest is None or self.manifest.preprocessing is None:
+            raise EngineFileError(
+                f"{self.path} has no manifest beside it that says what it takes; compare the graph "
+                "it was built from, or build it with msn-export trt"
+            )
+        made, taken = self.manifest.preprocessing, InputFormat.of(self.manifest.inputs[0].dtype)
+        return ImageInput(taken, made.size, made.channels, combine(self.manifest.profiles))
+
+    @property
+    def input_format(self) -> InputFormat:
+        return self.image_input.format
+
+    @property
+    def size(self) -> ImageSize:
+        return self.image_input.size
+
+    @property
+    def channels(self) -> int:
+        return self.image_input.channels
+
+    @property
+    def batch(self) -> BatchRange:
+        """The batches it takes: its own where that is fixed, else its manifest's first."""
+        profiles = self.manifest.profiles if self.manifest is not None else ()
+        return self.image_input.batch or next(iter(profiles), DYNAMIC)
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """The only batch size it takes, if there is only one."""
+        return self.batch.max if self.batch.is_static else None
+
+    @cached_property
+    def max_batch(self) -> int:
+        """The batch that memory affords."""
+        found = _max_batch_of_config(self.manifest)
+        return found or (self.batch.max if self.graph is None else max_batch_of(self.graph))
+
+    @cached_property
+    def dtype(self) -> Dtype:
+        """Its type; of an engine the one whose gate its figures must reach."""
+        if self.manifest is not None:
+            return self.manifest.dtype if self.kind == "onnx" else self.manifest.rounds_as
+        from msn_export.graph.precision import graph_dtype
+
+        assert self.graph is not None  # no engine is compared without a manifest
+        return graph_dtype(self.graph)
+
+    @cached_property
+    def preprocessing(self) -> Preprocessing | None:
+        return self.manifest.preprocessing if self.manifest is not None else None
+
+    @cached_property
+    def outputs(self) -> tuple[str, ...]:
+        manifest = self.manifest if self.kind == "engine" else None
+        return tuple(spec.name for spec in (manifest or self.summary).outputs)
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        return self.manifest.labels if self.manifest is not None else ()
+
+    def require_comparable(self) -> None:
+        """Refuse outputs that no check can judge: those of integers, and of one axis."""
+        for spec in self.written.graph.outputs:
+            axes = None if spec.shape is None else len(spec.shape)
+            if (spec.dtype is None or spec.dtype.name in _FLOATS) and (axes is None or axes > 1):
+                continue
+            dtype = "untyped" if spec.dtype is None else spec.dtype.name.lower()
+            raise GraphError(
+                f"output {spec.name!r} is {dtype}{spec.shape or ''}; a check compares floats of "
+                "two axes or more, such as [b, classes] or [b, n, dim]; export the scores before "
+                "argmax or squeeze"
+            )
 
 
-def read_source(path: Path, preprocess: str | None = None, exif: Exif | None = None) -> GraphFile:
-    """Read an ONNX file; one that another tool wrote is accepted if it is a ViT we understand.
+class GraphFile(Artifact):
+    """An ONNX file to rewrite: ``graph`` is the command's own, another tool's is simplified.
 
-    Args:
-        path: of the file.
-        preprocess: a preset or JSON file, instead of what the manifest says.
-        exif: instead of what the manifest says.
+    ``preprocessing`` is settled, ``opset`` is the file's: another tool's graph was raised to 23.
     """
-    model, manifest, told = read_graph(path)
-    with named(path):
-        require_plain_operators(model)
-        input_format, size, channels, batch = image_input(model, path)
-        require_comparable(model)
-        notes: tuple[str, ...] = ()
-        opset = model.graph.opset_imports[""]
-        if manifest is None:
-            model, done = tidy(model)
-            notes = (f"{path.name} has no manifest; {done}", *told)
-        else:
-            batch = batch or next(iter(manifest.profiles), None)
-        dtype = manifest.dtype if manifest is not None else graph_dtype(model)
-    known = manifest.preprocessing if manifest is not None else None
-    made = choose(
-        known,
-        size,
-        channels,
-        preprocess=preprocess,
-        exif=exif,
-        inside=input_format is InputFormat.UINT8,
-    )
-    return GraphFile(
-        path=path,
-        model=model,
-        manifest=manifest,
-        input_format=input_format,
-        dtype=dtype,
-        size=size,
-        preprocessing=made,
-        batch=batch or DYNAMIC,
-        notes=(*notes, *made.notes),
-        opset=opset,
-    )
+
+    graph: ir.Model
+    preprocessing: Preprocessing
+    opset: int
+
+    @classmethod
+    def open(cls, path: Path, preprocess: str | None = None, exif: Exif | None = None) -> Self:
+        """Open a file; one that another tool wrote is accepted if it is a ViT we understand.
+
+        Args:
+            path: of the file.
+            preprocess: a preset or JSON file, instead of what the manifest says.
+            exif: instead of what the manifest says.
+        """
+        from msn_export.graph.opset import require_plain_operators, tidy
+
+        opened = super().open(path)
+        model, found = opened._understood
+        with named(path):
+            require_plain_operators(model)
+            taken = opened.image_input
+            opened.require_comparable()
+            notes: tuple[str, ...] = ()
+            if opened.manifest is None:
+                model, done = tidy(model)
+                notes = (f"{path.name} has no manifest; {done}", *found)
+        opened.graph, opened.opset = model, opened.summary.opset
+        _ = opened.dtype  # before the graph is typed
+        inside = taken.format is InputFormat.UINT8
+        said = opened.manifest.preprocessing if opened.manifest is not None else None
+        opened.preprocessing = choose(
+            said, taken.size, taken.channels, preprocess=preprocess, exif=exif, inside=inside
+        )
+        opened.notes = (*notes, *opened.preprocessing.notes)
+        return opened
 
 
-def read_graph(path: Path) -> tuple[ir.Model, Manifest | None, tuple[str, ...]]:
-    """Read an ONNX file as every command does.
+def is_checkpoint(name: str) -> bool:
+    """Whether it is a checkpoint's name, and no exported file's."""
+    return Path(name).suffix not in {".onnx", *ENGINES}
 
-    Returns:
-        The graph, of another tool with its image size and shapes written out; its manifest; notes
-        on what was decided for a graph of another tool.
-    """
-    model = io.load(path)
-    manifest = manifests.read(path)
-    with named(path):
-        return model, manifest, understand(model) if manifest is None else ()
+
+def _max_batch_of_config(manifest: Manifest | None) -> int | None:
+    """Estimate the batch that memory affords from the configuration a manifest holds."""
+    config = manifest.config if manifest is not None else None
+    if config is None:
+        return None
+    try:
+        sides = zip(config["image_size"], config["patch_size"], strict=True)
+        rows, columns = (int(side) // int(patch) for side, patch in sides)
+        sizes = [int(config[name]) for name in ("dim", "mlp_dim", "heads")]
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None  # of another version, or changed: only an estimate is lost
+    return max_batch_in_memory(rows * columns + 1, *sizes)
 
 
 @contextmanager
@@ -129,27 +337,13 @@ def named(path: Path) -> Iterator[None]:
         raise GraphError(f"{path}: {error}") from error
 
 
-_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+_FLOATS = frozenset({"FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE"})
+_FORMATS = {
+    "FLOAT": InputFormat.FLOAT, "FLOAT16": InputFormat.HALF, "UINT8": InputFormat.UINT8,
+}  # fmt: skip
 
 
-def require_comparable(model: ir.Model) -> None:
-    """Refuse outputs that no check can judge: those of integers, and of one axis."""
-    for value in model.graph.outputs:
-        axes = None if value.shape is None else len(value.shape)
-        if (value.dtype in _FLOATS or value.dtype is None) and (axes is None or axes > 1):
-            continue
-        dtype = "untyped" if value.dtype is None else value.dtype.name.lower()
-        raise GraphError(
-            f"output {value.name!r} is {dtype}{value.shape or ''}; a check compares floats of two "
-            "axes or more, such as [b, classes] or [b, n, dim]; export the scores before argmax "
-            "or squeeze"
-        )
-
-
-def image_input(
-    model: ir.Model, path: Path
-) -> tuple[InputFormat, ImageSize, int, BatchRange | None]:
-    """Find the image input; None as batch range means dynamic."""
+def _image_input(model: ir.Model, path: Path) -> ImageInput:
     weights = model.graph.initializers
     inputs = [value for value in model.graph.inputs if value.name not in weights]
     if len(inputs) != 1:
@@ -158,7 +352,7 @@ def image_input(
     value = inputs[0]
     shape = list(value.shape) if value.shape is not None else []
     described = f"{path}: input {value.name!r} is {value.dtype}{value.shape or ''}"
-    input_format = _STEMS.get(value.dtype) if value.dtype is not None else None
+    input_format = _FORMATS.get(value.dtype.name) if value.dtype is not None else None
     if input_format is None or len(shape) != 4:
         raise GraphError(
             f"{described}; expected float32 or float16 [b, c, h, w] or uint8 [b, h, w, c] images"
@@ -178,14 +372,7 @@ def image_input(
         fixed = BatchRange(batch, batch, batch) if isinstance(batch, int) else None
     except SpecError as error:
         raise GraphError(f"{described}; {error}") from error
-    return input_format, ImageSize(height, width), channels, fixed
-
-
-_STEMS = {
-    ir.DataType.FLOAT: InputFormat.FLOAT,
-    ir.DataType.FLOAT16: InputFormat.HALF,
-    ir.DataType.UINT8: InputFormat.UINT8,
-}
+    return ImageInput(input_format, ImageSize(height, width), channels, fixed)
 
 
 def _require_layout(shape: list[Any], input_format: InputFormat, described: str) -> None:
@@ -222,10 +409,10 @@ def max_batch_of(model: ir.Model) -> int:
             continue
         if heads and tokens:
             return max_batch_in_memory(tokens, dim, 4 * dim, heads)
-    return _room_of_patches(model)
+    return _max_batch_of_patches(model)
 
 
-def _room_of_patches(model: ir.Model) -> int:
+def _max_batch_of_patches(model: ir.Model) -> int:
     """Estimate it where attention has no known shape: from the patch convolution [b, dim, r, c]."""
     for node in model.graph:
         shape = node.outputs[0].shape if node.op_type == "Conv" else None
@@ -236,15 +423,11 @@ def _room_of_patches(model: ir.Model) -> int:
     return 1
 
 
-_DTYPES = {"float": np.float32, "float16": np.float16, "uint8": np.uint8}  # as ONNX spells them
-
-
 @dataclass(frozen=True, slots=True)
 class Feed:
     """How an artifact is fed; ``fixed`` is a size that the artifact itself leaves open."""
 
-    kind: InputFormat
-    dtype: str
+    input_format: InputFormat
     preprocessing: Preprocessing
     fixed: ImageSize | None = None
 
@@ -256,9 +439,7 @@ class Feed:
 
     def __call__(self, pixels: NDArray[np.uint8]) -> NDArray[Any]:
         """Turn decoded pictures [b, h, w, c] into the artifact's input."""
-        if self.kind is InputFormat.UINT8:
-            return pixels
-        return images.normalize(pixels, self.preprocessing).astype(_DTYPES[self.dtype], copy=False)
+        return images.model_input(pixels, self.preprocessing, self.input_format)
 
 
 def feed_of(
@@ -286,21 +467,22 @@ def feed_of(
         raise GraphError(f"{name} takes {names}; expected one image input")
     spec = inputs[0]
     described = f"{name}: input {spec.name!r} is {spec.dtype}{list(spec.shape)}"
-    if spec.dtype not in _DTYPES or len(spec.shape) != 4:
+    formats = {one.value for one in InputFormat}
+    if spec.dtype not in formats or len(spec.shape) != 4:
         raise GraphError(f"{described}; expected float [b, c, h, w] or uint8 [b, h, w, c] images")
-    kind = InputFormat.UINT8 if spec.dtype == "uint8" else InputFormat.FLOAT
+    taken = InputFormat(spec.dtype)
+    inside = taken is InputFormat.UINT8
     _, *rest = spec.shape
-    channels, *sides = (rest[2], *rest[:2]) if kind is InputFormat.UINT8 else rest
-    known = manifest.preprocessing if manifest is not None else None
-    given = size if isinstance(size, ImageSize) else known.size if known else None
+    channels, *sides = (rest[2], *rest[:2]) if inside else rest
+    said = manifest.preprocessing if manifest is not None else None
+    given = size if isinstance(size, ImageSize) else said.size if said else None
     fixed = None
-    if given is None and isinstance(size, Path) and not _are_fixed(sides):
+    if given is None and isinstance(size, Path) and not all(isinstance(s, int) for s in sides):
         given = fixed = _size_in(size)
     found = _size(described, sides, given)
     count = channels if isinstance(channels, int) else 3
-    inside = kind is InputFormat.UINT8
-    made = choose(known, found, count, preprocess=preprocess, exif=exif, inside=inside)
-    return Feed(kind, spec.dtype, made, fixed)
+    made = choose(said, found, count, preprocess=preprocess, exif=exif, inside=inside)
+    return Feed(taken, made, fixed)
 
 
 def _size_in(file: Path) -> ImageSize | None:
@@ -313,10 +495,6 @@ def _size_in(file: Path) -> ImageSize | None:
     except ImportError:
         return None
     return fix_image_size(io.load(file))
-
-
-def _are_fixed(sides: Sequence[int | str]) -> bool:
-    return all(isinstance(side, int) for side in sides)
 
 
 def _size(described: str, sides: Sequence[int | str], given: ImageSize | None) -> ImageSize:

@@ -36,7 +36,7 @@ from msn_export.calibration.smoothquant import find_smoothing_sites, fold
 from msn_export.errors import GraphError
 from msn_export.files import apart
 from msn_export.graph import io
-from msn_export.graph.blocks import PRODUCTS, find_stream
+from msn_export.graph.blocks import PRODUCTS, Stream
 from msn_export.graph.builder import GraphBuilder, array_of, operand, producer
 from msn_export.graph.builder import replace as replace_value
 from msn_export.graph.cls_only import narrow_to_first_token
@@ -78,12 +78,12 @@ def add_baseline(
     return replace(reference, baseline=trial.errors(), baseline_name=runner.name, margin=margin)
 
 
-def narrow_like(model: ir.Model, candidate: ir.Model) -> None:
+def narrow_like(model: ir.Model, candidate: Stream) -> None:
     """Compute the last block for [CLS] alone where the candidate does, in place.
 
     Products of one row add in another order than those of many.
     """
-    blocks = find_stream(candidate).blocks
+    blocks = candidate.blocks
     shape = blocks[-1].output.shape
     if shape is None or len(shape) != 3 or shape[1] != 1:
         return
@@ -214,7 +214,7 @@ def open_quantised(
     input_format: InputFormat,
     stage: Path,
     observer: Observer | None = None,
-) -> list[OrtRunner]:
+) -> Iterator[OrtRunner]:
     """Quantise an fp32 graph as a candidate is, and open it.
 
     Args:
@@ -225,7 +225,7 @@ def open_quantised(
         stage: a folder for the file.
         observer: quantise it once more, with ranges that this chooses on ``RANGED`` pictures.
 
-    Returns:
+    Yields:
         The graph with the candidate's scales, and with an observer the one with its own.
     """
     rest = rest_of(candidate)
@@ -244,7 +244,6 @@ def open_quantised(
     ways: dict[str, Measure | None] = {"the candidate's scales": None}
     if observer is not None:
         ways[f"ranges of {len(pictures)} of the images by {observer}"] = measure
-    runners = []
     for ranges, way in ways.items():
         quantised = quantise_like(model, candidate, rest, way)
         if rest is not Dtype.FP32:
@@ -252,8 +251,7 @@ def open_quantised(
             type_graph(quantised, rest, islands.keys() & named)
         runner = _open(quantised, dtype, stage)
         runner.name = f"the reference in {dtype} with {ranges}, in {runner.name}"
-        runners.append(runner)
-    return runners
+        yield runner
 
 
 def _open(model: ir.Model, dtype: Dtype, stage: Path) -> OrtRunner:

@@ -19,7 +19,7 @@ def spec(dtype: str, *shape: int | str) -> tuple[TensorSpec, ...]:
 def test_planes_are_normalised_and_typed_as_the_graph_is() -> None:
     for dtype, kind in (("float", np.float32), ("float16", np.float16)):
         feed = feed_of("m", spec(dtype, "b", 3, 32, 48), None)
-        assert feed.kind is InputFormat.FLOAT
+        assert feed.input_format is InputFormat(dtype)
         wanted = images.normalize(PIXELS, preset("hf", ImageSize(32, 48))).astype(kind)
         np.testing.assert_array_equal(feed(PIXELS), wanted)
         assert feed(PIXELS).dtype == kind

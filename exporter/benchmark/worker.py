@@ -65,10 +65,10 @@ class ArtifactContender:
 
     def prepare(self, pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> Any:
         """Make the artifact's own input of pictures [b, h, w, c]; this is not timed."""
-        from msn_export.artifact import Feed
+        from msn_export import images
 
         spec = self._runner.inputs[0]
-        batch = Feed(InputFormat.of(spec.dtype), spec.dtype, preprocessing)(pixels)
+        batch = images.model_input(pixels, preprocessing, InputFormat.of(spec.dtype))
         if not self._resident:
             return batch
         import torch

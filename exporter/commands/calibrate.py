@@ -11,7 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from msn_export import __version__, golden
-from msn_export.artifact import GraphFile, max_batch_of, read_source
+from msn_export.artifact import GraphFile, max_batch_of
 from msn_export.calibration import ranges as ranges_file
 from msn_export.calibration.images import FEW, Split, split
 from msn_export.calibration.job import CalibrateJob, settled
@@ -45,14 +45,7 @@ from msn_export.manifest import (
     sha256_of,
     versions_of,
 )
-from msn_export.metrics.evaluate import (
-    Evaluation,
-    OutputsOf,
-    Reference,
-    Sample,
-    evaluate,
-    run_reference,
-)
+from msn_export.metrics.evaluate import Evaluation, Reference, Sample, evaluate, run_reference
 from msn_export.metrics.tolerances import GATES, Gate
 from msn_export.mixed_precision import cpu_runner
 from msn_export.progress import SILENT, Progress
@@ -249,7 +242,7 @@ def _golden(job: CalibrateJob, source: GraphFile, chosen: Candidate, stage: Path
     to within what 8 bits cost a picture: where a sum is rounded elsewhere, whole steps change.
     """
     with cpu_runner(chosen.path, job.dtype, stage) as runner:
-        max_batch = max_batch_of(source.model)
+        max_batch = max_batch_of(source.graph)
         known = golden.record(
             runner, runner.name, source.preprocessing, source.input_format, max_batch
         )
@@ -272,7 +265,7 @@ def _require_target(job: CalibrateJob) -> None:
 def _read(job: CalibrateJob) -> GraphFile:
     """Read the graph to quantise."""
     path = job.model
-    source = read_source(path, job.preprocess, job.exif)
+    source = GraphFile.open(path, job.preprocess, job.exif)
     if source.dtype.is_quantised:
         raise GraphError(
             f"{path} is quantised to {source.dtype} already; give the fp32 graph it was made from"
@@ -289,14 +282,14 @@ def _run_fp32(
     held = dealt.held_out
     sample = Sample(
         held.pixels, held.names, f"held out of {job.images}", source.preprocessing,
-        max_batch=max_batch_of(source.model), skipped=dealt.calibration.skipped,
+        max_batch=max_batch_of(source.graph), skipped=dealt.calibration.skipped,
     )  # fmt: skip
-    with progress.step(f"run the fp32 graph on {len(sample)} held-out images"):
-        runner = OrtRunner(source.path)
+    title = f"run the fp32 graph on {len(sample)} held-out images"
+    with progress.step(title), OrtRunner(source.path) as runner:
         runner.name = f"{source.path.name} in {runner.name}"
-        reference = run_reference(runner, sample, source.input_format, fixed=source.fixed)
+        reference = run_reference(runner, sample, source.input_format, fixed=source.fixed_batch)
     again = partial(_one, sample, source.input_format)
-    require_finite(source.model, reference.outputs, held.names, again, stage)
+    require_finite(source.graph, reference.outputs, held.names, again, stage)
     return reference
 
 
@@ -319,8 +312,7 @@ def _choose(
         for choice in choices(ranged.plan, ranged.probe, job.gate, progress):
             model = ranged.plan.quantised(choice.kept)
             _write(model, ranged, job.rest, path)
-            runner = cpu_runner(path, job.dtype, path.parent)
-            judged = _evaluate(runner, reference, source, job.gate)
+            judged = _evaluate(path, job.dtype, reference, source, job.gate)
             if not judged.failures:
                 return Candidate(path, model, judged, choice)
             failures = judged.failures
@@ -333,9 +325,12 @@ def _choose(
     )
 
 
-def _evaluate(runner: OutputsOf, reference: Reference, source: GraphFile, gate: Gate) -> Evaluation:
-    size = source.fixed or min(8, reference.sample.max_batch, len(reference.sample))
-    return evaluate(runner, reference, source.input_format, (size,), gate)
+def _evaluate(
+    path: Path, dtype: Dtype, reference: Reference, source: GraphFile, gate: Gate
+) -> Evaluation:
+    size = source.fixed_batch or min(8, reference.sample.max_batch, len(reference.sample))
+    with cpu_runner(path, dtype, path.parent) as runner:
+        return evaluate(runner, reference, source.input_format, (size,), gate)
 
 
 def _twin(
@@ -351,8 +346,7 @@ def _twin(
     with progress.step(f"judge the {job.rest} graph beside it"):
         model = ranged.plan.unquantised()
         _write(model, ranged, job.rest, path)
-        runner = cpu_runner(path, job.rest, stage)
-        judged = _evaluate(runner, reference, source, GATES[job.rest])
+        judged = _evaluate(path, job.rest, reference, source, GATES[job.rest])
     return Candidate(path, model, judged)
 
 

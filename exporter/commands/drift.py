@@ -6,15 +6,17 @@ import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from msn_export.artifact import Artifact
 from msn_export.commands.jobs import DriftJob
 from msn_export.compare.drift import Costs, Drift, Matched, match, open_costs, smoothing, suspect_of
-from msn_export.compare.sides import Artifact, Pair, open_pair
+from msn_export.compare.sides import Pair, open_pair, open_side
 from msn_export.compare.streams import open_blocks, open_stream, what_is_shown
 from msn_export.errors import ImageError, ToleranceError
 from msn_export.manifest import CheckRecord
@@ -54,10 +56,15 @@ def run_drift(job: DriftJob, progress: Progress = SILENT) -> Drift:
     Raises:
         MsnExportError: one cannot be read or run, or there are no pictures to compare them on.
     """
+    return drift_of(job, progress, {})
+
+
+def drift_of(job: DriftJob, progress: Progress, files: Mapping[str, Artifact]) -> Drift:
+    """Compare two artifacts, those of ``files`` being open already."""
     choices = Choices(job.variant, job.weights, job.labels)
     with tempfile.TemporaryDirectory(prefix="msn-export-") as folder:
         with progress.step("read both sides"):
-            pair = open_pair(str(job.reference), str(job.candidate), choices)
+            pair = open_pair(str(job.reference), str(job.candidate), choices, files)
         reference = _marked(pair.reference, Path(folder) / "reference", progress)
         candidate = _marked(pair.candidate, Path(folder) / "candidate", progress)
         return _compare(job, replace(pair, reference=reference, candidate=candidate), progress)
@@ -68,11 +75,13 @@ def _marked(side: Artifact, folder: Path, progress: Progress) -> Artifact:
     if side.kind != "engine":
         return side
     assert side.manifest is not None  # no engine is described without one
-    side.start((), folder).close()  # refused here, before minutes of compiling, if it cannot run
+    open_side(side, (), folder).close()  # what cannot run is refused before minutes of compiling
     from msn_export.commands.marked_engine import build_marked
 
     folder.mkdir()
-    return replace(side, marked=build_marked(Path(side.name), side.manifest, folder, progress))
+    shown = copy(side)
+    shown.marked = Artifact.open(build_marked(side.path, side.manifest, folder, progress))
+    return shown
 
 
 def _compare(job: DriftJob, pair: Pair, progress: Progress) -> Drift:

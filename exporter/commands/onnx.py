@@ -2,6 +2,7 @@
 
 import gc
 import time
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -118,19 +119,7 @@ def run_onnx(job: OnnxJob, progress: Progress = SILENT) -> tuple[Path, Manifest]
         reference = known = None
         if job.check:
             with progress.step("run the PyTorch reference"):
-                runner = TorchRunner(checkpoint.model, heads)
-                reference = run_reference(runner, sample).require_finite()
-                exact = TorchRunner(checkpoint.model, heads, exact=True)
-                reference = measure_rounding(reference, exact, EXACT)
-                if job.input_format is InputFormat.UINT8:
-                    reference = replace(reference, rounding_margin=BYTES_ROUNDING)
-                del exact  # a copy of all weights in fp64
-                input_format = (
-                    InputFormat.FLOAT
-                )  # the reference takes floats whatever the graph takes
-                known = golden.record(
-                    runner, runner.name, sample.preprocessing, input_format, max_batch
-                )
+                reference, known = _run_reference(job, checkpoint, heads, sample)
         traced = _trace(job, checkpoint, heads, sample, progress)
         if reference is not None and job.dtype is not Dtype.FP32:
             with progress.step("check the fp32 graph"):
@@ -150,6 +139,21 @@ def run_onnx(job: OnnxJob, progress: Progress = SILENT) -> tuple[Path, Manifest]
         )
         publish(built.path, output, seal(manifest), force=job.force)
     return output, manifest
+
+
+def _run_reference(
+    job: OnnxJob, checkpoint: Checkpoint, heads: tuple[Head, ...], sample: Sample
+) -> tuple[Reference, GoldenRecord]:
+    model, made = checkpoint.model, sample.preprocessing
+    with closing(TorchRunner(model, heads)) as runner:
+        reference = run_reference(runner, sample).require_finite()
+        # the reference takes floats whatever the graph takes
+        known = golden.record(runner, runner.name, made, InputFormat.FLOAT, sample.max_batch)
+    with closing(TorchRunner(model, heads, exact=True)) as exact:
+        reference = measure_rounding(reference, exact, EXACT)
+    if job.input_format is InputFormat.UINT8:
+        reference = replace(reference, rounding_margin=BYTES_ROUNDING)
+    return reference, known
 
 
 def _trace(
@@ -251,11 +255,12 @@ def _evaluate_fp32(
         return found
     model = sized(load_checkpoint(job.checkpoint, job.choices), job.image_size).model
     if len(reference.sample) > EXACT:
-        exact = TorchRunner(model, heads, exact=True)
-        reference = measure_rounding(reference, exact, len(reference.sample))
-        del exact
+        with closing(TorchRunner(model, heads, exact=True)) as exact:
+            reference = measure_rounding(reference, exact, len(reference.sample))
+        del exact  # a copy of all weights in fp64
     for seed in range(SHAKEN):
-        reference = add_rounding(reference, TorchRunner(shaken(model, seed), heads))
+        with closing(TorchRunner(shaken(model, seed), heads)) as again:
+            reference = add_rounding(reference, again)
     return evaluate(runner, reference, job.input_format, sizes, gate)
 
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from msn_export import __version__
-from msn_export import manifest as manifests
+from msn_export.artifact import ENGINES, Artifact, is_checkpoint
 from msn_export.benchmark.results import Bench, read_bench
-from msn_export.commands.drift import run_drift
+from msn_export.commands.drift import drift_of
 from msn_export.commands.jobs import DriftJob, ReportJob, ValidateJob
 from msn_export.commands.validate import validate_in_full
 from msn_export.compare.drift import Drift
-from msn_export.compare.sides import ENGINES, is_checkpoint, open_engine
+from msn_export.compare.sides import open_engine
 from msn_export.errors import (
     DeviceError,
     GraphError,
@@ -24,20 +24,21 @@ from msn_export.errors import (
     SpecError,
 )
 from msn_export.files import placing, require_writable, staging
-from msn_export.manifest import CheckpointRecord, Manifest, manifest_path, sha256_of
+from msn_export.manifest import CheckpointRecord, Manifest, manifest_path
 from msn_export.models.checkpoint import Choices
 from msn_export.progress import SILENT, Progress
 from msn_export.reporting import gather
 from msn_export.reporting.describe import origin_of
-from msn_export.reporting.gather import Page, ReportedAgreement
+from msn_export.reporting.gather import Page, ReportedAgreement, ReportedArtifact
 
 __all__ = ["ReportJob", "run_report"]  # the two that docs/python.md speaks of
 
 
 @dataclass(frozen=True, slots=True)
-class MeasuredSide:
-    """What ran for the report, by artifact, and what could not."""
+class Measured:
+    """What ran for the report, by artifact, and what could not; ``described`` are the files."""
 
+    described: dict[str, ReportedArtifact]
     agreements: dict[str, ReportedAgreement]
     drifts: tuple[Drift, ...]
     notes: tuple[str, ...]
@@ -57,10 +58,16 @@ def run_report(job: ReportJob, progress: Progress = SILENT) -> Page:
     require_packages()
     from msn_export.reporting.render import html, markdown
 
-    hashes = _hashes(job.artifacts)
+    files = _examine(job.artifacts)
+    hashes: dict[str, set[str]] = {}  # two may have one name in two folders
+    for file in files.values():
+        hashes.setdefault(file.path.name, set()).add(file.sha256)
     latency = read_bench(job.bench, hashes) if job.bench is not None else None
-    measured = _measure(job, progress)
+    measured = _measure(job, files, progress)
     with progress.step("gather what is known"):
+        for name, file in files.items():
+            if name not in measured.described:
+                measured.described[name] = _describe(file, measured.agreements.get(name))
         page = _page(job, measured, latency, hashes)
     with progress.step("write the report"):
         texts = {job.output: html(page)}
@@ -96,25 +103,33 @@ def require_packages() -> None:
         ) from error
 
 
-def _measure(job: ReportJob, progress: Progress) -> MeasuredSide:
-    """Compare every artifact that can run with the first that can."""
-    if job.images is None:
-        note = "nothing was run for this report: --images compares the artifacts on pictures"
-        return MeasuredSide({}, (), (note,))
-    runnable, notes = _runnable(job.artifacts)
+def _measure(job: ReportJob, files: Mapping[str, Artifact], progress: Progress) -> Measured:
+    """Compare every artifact that can run with the first that can; describe those."""
+    runnable: list[str] = []
+    notes = ["nothing was run for this report: --images compares the artifacts on pictures"]
+    if job.images is not None:
+        runnable, notes = _runnable(job.artifacts, files)
+    described: dict[str, ReportedArtifact] = {}
     agreements: dict[str, ReportedAgreement] = {}
     drifts = []
-    reference = runnable[0] if runnable else None
     for candidate in runnable[1:]:
-        assert reference is not None  # it is the first
-        asked, walked = _jobs(job, reference, candidate)
-        validation, ran = validate_in_full(asked, progress)
+        asked, walked = _jobs(job, runnable[0], candidate)
+        validation, ran = validate_in_full(asked, progress, files)
         agreements[candidate] = gather.live_agreement(validation, ran)
         try:
-            drifts.append(run_drift(walked, progress))
+            drifts.append(drift_of(walked, progress, files))
         except (GraphError, ImageError) as error:
             notes.append(f"no drift of {Path(candidate).name}: {error}")
-    return MeasuredSide(agreements, tuple(drifts), tuple(notes))
+        if candidate in files and candidate != runnable[0]:
+            described[candidate] = _describe(files[candidate], agreements[candidate])
+    return Measured(described, agreements, tuple(drifts), tuple(notes))
+
+
+def _describe(file: Artifact, agreement: ReportedAgreement | None) -> ReportedArtifact:
+    """Describe a file, and give its graph's memory back."""
+    found = gather.report_file(file, agreement.passed if agreement is not None else None)
+    file.release()
+    return found
 
 
 def _jobs(job: ReportJob, reference: str, candidate: str) -> tuple[ValidateJob, DriftJob]:
@@ -133,35 +148,41 @@ def _jobs(job: ReportJob, reference: str, candidate: str) -> tuple[ValidateJob, 
     )
 
 
-def _runnable(artifacts: Sequence[str]) -> tuple[list[str], list[str]]:
+def _runnable(
+    artifacts: Sequence[str], files: Mapping[str, Artifact]
+) -> tuple[list[str], list[str]]:
     """Tell the artifacts that run here from those that do not, with the reasons.
 
     One whose manifest is not believed does not: nothing says how it is fed.
     """
     runnable, notes = [], []
     for name in artifacts:
+        reason = files[name].distrusted if name in files else None
         try:
-            if not is_checkpoint(name):
-                manifests.read(Path(name))
-            if Path(name).suffix in ENGINES:
+            if reason is None and Path(name).suffix in ENGINES:
                 open_engine(Path(name)).close()
         except DeviceError:
             raise
         except (RunnerError, ManifestError, MissingPackageError) as error:
-            notes.append(f"{Path(name).name} was not run for this report: {error}")
-        else:
+            reason = str(error)
+        if reason is None:
             runnable.append(name)
+        else:
+            notes.append(f"{Path(name).name} was not run for this report: {reason}")
     return runnable, notes
 
 
-def _hashes(artifacts: Sequence[str]) -> dict[str, set[str]]:
-    """Hash the files; two may have one name in two folders."""
-    hashes: dict[str, set[str]] = {}
-    for path in (Path(name) for name in artifacts if not is_checkpoint(name)):
+def _examine(artifacts: Sequence[str]) -> dict[str, Artifact]:
+    """Open the files that were exported."""
+    files = {}
+    for name in artifacts:
+        if is_checkpoint(name):
+            continue
+        path = Path(name)
         if not path.is_file():
             raise GraphError(f"{path} does not exist; give an .onnx or .engine file")
-        hashes.setdefault(path.name, set()).add(sha256_of(path))
-    return hashes
+        files[name] = Artifact.examine(path)
+    return files
 
 
 def _stale(
@@ -196,7 +217,7 @@ def _weights(job: ReportJob, origin: CheckpointRecord) -> set[str]:
 
 def _page(
     job: ReportJob,
-    measured: MeasuredSide,
+    measured: Measured,
     latency: Bench | None,
     hashes: Mapping[str, set[str]],
 ) -> Page:
@@ -206,7 +227,7 @@ def _page(
         if is_checkpoint(name):
             described.append(gather.report_checkpoint(name))
             continue
-        found = gather.report_file(Path(name), live[name].passed if name in live else None)
+        found = measured.described[name]
         manifest = found.manifest
         known += [manifest] if manifest is not None else []
         stale = _stale(job, found.name, manifest, hashes) if manifest is not None else None

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from msn_export import golden
-from msn_export.artifact import GraphFile, max_batch_of, read_graph, read_source
+from msn_export.artifact import Artifact, GraphFile, max_batch_of
 from msn_export.baseline import add_baseline, open_exact, open_rounded, open_widened
 from msn_export.commands.jobs import TrtJob
 from msn_export.commands.trt_graph import (
@@ -25,7 +25,6 @@ from msn_export.engine.options import BuildStep as BuildProgress
 from msn_export.engine_header import parse_header
 from msn_export.errors import GraphError, MissingPackageError, SpecError
 from msn_export.files import publish, require_writable, same_file, staging
-from msn_export.graph.opset import raised_where_possible
 from msn_export.graph.summary import tensor_specs
 from msn_export.host import NoDriver, find_driver, peak_rss
 from msn_export.manifest import (
@@ -183,7 +182,7 @@ def to_manifest(
         sha256=sha256_of(result.output),
         bytes=result.bytes,
         dtype=graph.dtype,
-        inputs=tensor_specs(list(source.model.graph.inputs)),
+        inputs=tensor_specs(list(source.graph.graph.inputs)),
         outputs=graph.outputs,
         profiles=(),
         preprocessing=source.preprocessing,
@@ -242,13 +241,13 @@ def run_trt(job: TrtJob, progress: Progress = SILENT) -> tuple[Path, Manifest]:
     _require_outputs(job, output)
     backend = find_backend(job.backend)
     with progress.step("read the graph"):
-        source = read_source(job.model, job.preprocess, job.exif)
+        source = GraphFile.open(job.model, job.preprocess, job.exif)
         profiles = _profiles(job, source)
         spec = _spec(job, profiles, backend)
         check_options(spec, backend, find_driver())  # the build does too, but after all the checks
         targets = _targets(spec, backend)
     with progress.step("read images"):
-        sample = draw(job.images, source.preprocessing, max_batch=max_batch_of(source.model))
+        sample = draw(job.images, source.preprocessing, max_batch=max_batch_of(source.graph))
         if job.check:
             require_different(sample)
     with staging(output.parent) as stage:
@@ -261,7 +260,7 @@ def run_trt(job: TrtJob, progress: Progress = SILENT) -> tuple[Path, Manifest]:
             return _compile(job, written, to_build, backend, to, progress)
 
         against = AttentionGate(
-            checked.reference, GATES[graph.dtype], source.input_format, source.fixed
+            checked.reference, GATES[graph.dtype], source.input_format, source.fixed_batch
         )
         first = () if job.allow_unfused else first_bf16(graph, targets, job.bf16_attention)
         result, sums = settle(graph, first, build, against, targets, progress)
@@ -351,7 +350,7 @@ def _run_given(
     """
     with cpu_runner(source.path, source.dtype, stage) as runner:
         runner.name = f"{source.path.name} in {runner.name}"
-        reference = run_reference(runner, sample, source.input_format, fixed=source.fixed)
+        reference = run_reference(runner, sample, source.input_format, fixed=source.fixed_batch)
         return reference.require_finite(), known or golden.record(
             runner, runner.name, source.preprocessing, source.input_format, sample.max_batch
         )
@@ -373,15 +372,14 @@ def _with_limit(
     The file is read again: what was rewritten since is what the limit is for.
     """
     try:
-        given, manifest, _ = read_graph(source.path)
-        if manifest is None:
-            given = raised_where_possible(given)
+        given = Artifact.open(source.path).graph
+        assert given is not None  # it is an ONNX file
         if source.dtype is not Dtype.FP32:
             runner = open_widened(given, stage)
         elif graph.dtype is Dtype.FP32:
             with open_exact(given, stage) as exact:
                 return measure_rounding(
-                    reference, exact, EXACT, source.input_format, fixed=source.fixed
+                    reference, exact, EXACT, source.input_format, fixed=source.fixed_batch
                 )
         else:
             runner = open_rounded(given, graph.dtype, reference.sample, source.input_format, stage)
@@ -389,7 +387,9 @@ def _with_limit(
         return replace(reference, unmeasured=str(error))
     with runner:
         taken = InputFormat.of(runner.inputs[0].dtype)  # widened, a float16 input is float32
-        return add_baseline(reference, runner, taken, margin=ROUNDED_MARGIN, fixed=source.fixed)
+        return add_baseline(
+            reference, runner, taken, margin=ROUNDED_MARGIN, fixed=source.fixed_batch
+        )
 
 
 def _compile(

@@ -24,7 +24,7 @@ from msn_export.engine.options import Backend
 from msn_export.errors import FusionError, GraphError, ToleranceError
 from msn_export.files import apart
 from msn_export.graph import io
-from msn_export.graph.blocks import stages_of
+from msn_export.graph.blocks import find_stream, stages_of
 from msn_export.graph.builder import mark_outputs
 from msn_export.graph.emulate import Emulated, emulate_attention, peaks_of
 from msn_export.graph.fuse import fuse_attention
@@ -110,7 +110,7 @@ def prepare(
             if dtype.is_quantised:
                 told.append(f"what {source.path.name} computes in fp32 beside {dtype} is {rest}")
     if job.stages:
-        model = mark_outputs(model, stages_of(model))
+        model = mark_outputs(model, stages_of(find_stream(model)))
     path = apart(stage) / source.path.name
     with progress.step("write and check the typed graph"):
         io.save(model, path)
@@ -138,7 +138,7 @@ def _types(job: TrtJob, source: GraphFile) -> tuple[Dtype, Dtype | None]:
         raise GraphError(
             f"{source.path} is typed {held}; msn-export calibrate --{asked} quantises it"
         )
-    beside = type_beside(source.model) if held.is_quantised else held
+    beside = type_beside(source.graph) if held.is_quantised else held
     if asked.is_quantised:
         asked = Dtype.FP16 if beside is Dtype.FP32 else beside
     if beside is not Dtype.FP32 and asked is not beside:
@@ -152,7 +152,7 @@ def _undeclared(source: GraphFile) -> tuple[str, ...]:
     if source.dtype is Dtype.FP32:
         return ()
     declared = source.manifest.islands if source.manifest is not None else {}
-    return fp32_products(source.model, declared)
+    return fp32_products(source.graph, declared)
 
 
 def _attention(model: ir.Model) -> dict[str, Dtype]:
@@ -205,7 +205,7 @@ def written_for(
     # an fp32 Attention operator has no kernel: "not supported by a dedicated kernel"
     plain = dtype is Dtype.FP32 or not row.has_attention
     form = AttentionForm.PLAIN if plain else AttentionForm.HEADS
-    model = source.model if plain else raise_opset(source.model)
+    model = source.graph if plain else raise_opset(source.graph)
     try:
         cores = fuse_attention(model, form, expected=_expected(source), partial=partial, told=told)
     except FusionError as error:
@@ -330,10 +330,12 @@ def check_sums(
     with TemporaryDirectory(dir=graph.path.parent) as own:
         path = Path(own) / "attention.onnx"
         io.save(emulated.model, path)
-        runner = _Watched(OrtRunner(path), emulated, len(bf16))
-    # the emulation holds each step's scores in five forms
-    size = against.fixed or max(1, min(4, few.sample.max_batch // 4, len(few.sample)))
-    found = evaluate(runner, few, against.input_format, [size], against.gate)
+        opened = OrtRunner(path)
+    with opened:
+        runner = _Watched(opened, emulated, len(bf16))
+        # the emulation holds each step's scores in five forms
+        size = against.fixed or max(1, min(4, few.sample.max_batch // 4, len(few.sample)))
+        found = evaluate(runner, few, against.input_format, [size], against.gate)
     peaks = {
         name: (float(pair[0]), float(pair[1]))
         for name, pair in zip(fp16, runner.peaks, strict=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,8 +11,9 @@ from pathlib import Path
 import onnx_ir as ir
 
 from msn_export import baseline, image_folder
+from msn_export.artifact import Artifact
 from msn_export.commands.jobs import ValidateJob
-from msn_export.compare.sides import Artifact, Pair, open_pair
+from msn_export.compare.sides import Pair, heads_of, open_pair, open_side
 from msn_export.compare.validation import Validation, judge
 from msn_export.errors import GraphError, ImageError
 from msn_export.graph.fuse import attention_form
@@ -47,7 +48,7 @@ from msn_export.preprocessing import Preprocessing
 from msn_export.processor_config import choose
 from msn_export.progress import SILENT, Progress
 from msn_export.runtime.onnxruntime import OrtRunner
-from msn_export.spec import AttentionForm, BatchRange, Dtype, Head, InputFormat, Observer
+from msn_export.spec import AttentionForm, BatchRange, Dtype, InputFormat, Observer
 
 __all__ = ["ValidateJob", "run_validate"]  # the two that docs/python.md speaks of
 
@@ -62,20 +63,24 @@ def run_validate(job: ValidateJob, progress: Progress = SILENT) -> Validation:
         MsnExportError: they cannot be compared at all; a comparison that fails is no error but a
             ``Validation`` that did not pass.
     """
-    return validate_in_full(job, progress)[0]
+    return validate_in_full(job, progress, {})[0]
 
 
-def validate_in_full(job: ValidateJob, progress: Progress) -> tuple[Validation, Evaluation]:
-    """Compare two artifacts; give also what was compared: vectors, pictures' names."""
+def validate_in_full(
+    job: ValidateJob, progress: Progress, files: Mapping[str, Artifact]
+) -> tuple[Validation, Evaluation]:
+    """Compare two artifacts, those of ``files`` being open already; give also what was compared."""
     choices = Choices(job.variant, job.weights, job.labels)
     with progress.step("read both sides"):
-        pair = open_pair(str(job.reference), str(job.candidate), choices)
+        pair = open_pair(str(job.reference), str(job.candidate), choices, files)
         made, own = _preprocessings(job, pair)
     name = job.gate or coarsest(pair.reference.dtype, pair.candidate.dtype)
     gate = gate_of(name, job.numbers)
     with tempfile.TemporaryDirectory(prefix="msn-export-") as folder, ExitStack() as opened:
         # first, for what cannot run here is refused before the reference took its time
-        runner = opened.enter_context(closing(pair.candidate.start(pair.outputs, Path(folder))))
+        runner = opened.enter_context(
+            closing(open_side(pair.candidate, pair.outputs, Path(folder)))
+        )
         trials = _Trials(job, pair, name, own, Path(folder), opened)
         parts = draw_parts(job.images, made, max_batch=pair.max_batch, limit=job.limit)
         for sample in _read(parts, progress):
@@ -220,15 +225,18 @@ def run_pair_reference(pair: Pair, sample: Sample, stage: Path, *, exact: bool) 
         ToleranceError: the reference itself is not finite.
     """
     side = pair.reference
-    with closing(side.start(pair.outputs, stage)) as runner:
+    with closing(open_side(side, pair.outputs, stage)) as runner:
         runner.name = f"{side.name} in {runner.name}"
         reference = run_reference(runner, sample, side.input_format, fixed=side.fixed_batch)
     kept = {name: reference.outputs[name] for name in pair.outputs}
     reference = replace(reference, outputs=kept).require_finite()
     if not exact:
         return reference
-    if side.exact is not None:
-        return measure_rounding(reference, side.exact(pair.outputs), EXACT)
+    if side.module is not None:
+        from msn_export.graph.torch_reference import TorchRunner
+
+        with closing(TorchRunner(side.module, heads_of(pair.outputs), exact=True)) as exact_runner:
+            return measure_rounding(reference, exact_runner, EXACT)
     if side.graph is None:
         return reference
     try:
@@ -271,7 +279,7 @@ def _open_baselines(
     if graph is not None:
         given = given.clone()
         with suppress(GraphError):  # of another tool: it computes every token
-            baseline.narrow_like(given, graph)
+            baseline.narrow_like(given, candidate.stream)
     model = baseline.write_like(given, taken, made, form)
     if dtype.is_quantised and graph is not None:
         known = candidate.manifest.quantization if candidate.manifest is not None else None
@@ -297,10 +305,9 @@ def _graph_of(
         return side.graph
     from msn_export.graph.torch_reference import trace  # torch
 
-    heads = [head for output in outputs for head in Head if head.output == output]
     return trace(
         side.module,
-        heads=heads,
+        heads=heads_of(outputs),
         input_format=InputFormat.FLOAT,
         batch=BatchRange(),
         preprocessing=preprocessing,

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from msn_export.artifact import Artifact
 from msn_export.baseline import narrow_like, quantise_like, rest_of, write_like
-from msn_export.compare.sides import Artifact, Pair
-from msn_export.compare.streams import Shown, blocks_of, open_stream, what_is_shown
+from msn_export.compare.sides import Pair, heads_of
+from msn_export.compare.streams import Shown, blocks_of, open_stream, stream_of, what_is_shown
 from msn_export.errors import GraphError
-from msn_export.graph import io
 from msn_export.graph.blocks import ENTRY
 from msn_export.graph.emulate import in_fp64, widen
 from msn_export.graph.fuse import attention_form
@@ -28,7 +28,7 @@ from msn_export.manifest import CheckRecord
 from msn_export.metrics.diagnose import StageDrift, TensorDrift, is_block, most_of
 from msn_export.mixed_precision import MEASURED, choose_fp32_islands
 from msn_export.schema import Result
-from msn_export.spec import BatchRange, Dtype, Head, InputFormat
+from msn_export.spec import BatchRange, Dtype, InputFormat
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -247,7 +247,7 @@ def open_costs(pair: Pair, sample: Sample, names: tuple[str, ...], given: tuple[
     except GraphError as error:
         missing = f"what {dtype} costs could not be measured ({error})"
         return Costs(exact, input_format, missing=missing)
-    twin = blocks_of(model, names, given)
+    twin = blocks_of(model, stream_of(model), names, given)
     how = f"what {dtype} costs there, measured on the reference put into {dtype}"
     if dtype is Dtype.FP32:
         how = "what fp32 rounds away there, measured on the reference as a graph and against fp64"
@@ -263,7 +263,7 @@ def _open_exact(
     model = widen(_fp32_of(pair, sample))
     with contextlib.suppress(GraphError):  # of another exporter: the fp32 function has to do
         model = in_fp64(model)
-    return blocks_of(model, names, given), _written(reference.input_format)
+    return blocks_of(model, stream_of(model), names, given), _written(reference.input_format)
 
 
 def _written(input_format: InputFormat) -> InputFormat:
@@ -274,9 +274,11 @@ def _written(input_format: InputFormat) -> InputFormat:
 def _in_precision(pair: Pair, sample: Sample) -> ir.Model:
     """Type or quantise the reference's fp32 function as the candidate is."""
     input_format, dtype = _written(pair.candidate.input_format), pair.candidate.dtype
-    candidate = _graph_behind(pair.candidate)
+    behind = _graph_behind(pair.candidate)
+    candidate = behind.graph
+    assert candidate is not None  # it is an ONNX file
     model = _fp32_of(pair, sample).clone()
-    narrow_like(model, candidate)
+    narrow_like(model, behind.stream)
     model = write_like(model, input_format, sample.preprocessing, attention_form(candidate))
     rest = rest_of(candidate) if dtype.is_quantised else dtype
     with tempfile.TemporaryDirectory(prefix="msn-export-") as folder:
@@ -292,13 +294,14 @@ def _in_precision(pair: Pair, sample: Sample) -> ir.Model:
 def _fp32_of(pair: Pair, sample: Sample) -> ir.Model:
     reference = pair.reference
     if reference.module is None:
-        return _graph_behind(reference)
+        model = _graph_behind(reference).graph
+        assert model is not None  # it is an ONNX file
+        return model
     from msn_export.graph.torch_reference import trace
 
-    heads = [head for head in Head if head.output in pair.outputs]
     traced = trace(
         reference.module,
-        heads=heads,
+        heads=heads_of(pair.outputs),
         input_format=InputFormat.FLOAT,
         batch=BatchRange(),
         preprocessing=sample.preprocessing,
@@ -306,12 +309,10 @@ def _fp32_of(pair: Pair, sample: Sample) -> ir.Model:
     return simplify(traced).model
 
 
-def _graph_behind(artifact: Artifact) -> ir.Model:
-    """Give an artifact's graph; an engine's is the one it was compiled from, beside it."""
-    if artifact.graph is not None:
-        return artifact.graph
+def _graph_behind(artifact: Artifact) -> Artifact:
+    """Give an ONNX file as it is; of an engine the one it was compiled from, beside it."""
+    if artifact.kind == "onnx":
+        return artifact
     assert artifact.manifest is not None  # no engine is described without one
     assert artifact.manifest.source is not None  # or it could not have been built once more
-    model = io.load(Path(artifact.name).parent / artifact.manifest.source.file)
-    io.infer_shapes(model)
-    return model
+    return Artifact.open(artifact.path.parent / artifact.manifest.source.file)

@@ -3,23 +3,22 @@
 import itertools
 import mmap
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
 from msn_export import manifest as manifests
+from msn_export.artifact import Artifact
 from msn_export.engine.census import Census, summary
 from msn_export.engine.kernels import read_accumulators
-from msn_export.engine_header import EngineHeader, read_header
-from msn_export.errors import GraphError, ManifestError
-from msn_export.graph import io
+from msn_export.engine_header import read_header
+from msn_export.errors import GraphError
 from msn_export.graph.attention import AttentionCore, match
-from msn_export.graph.opset import raised_where_possible, understand
 from msn_export.graph.precision import graph_dtype
-from msn_export.graph.summary import macs, operators, tensor_specs
-from msn_export.manifest import Manifest, manifest_path, sha256_of
+from msn_export.graph.summary import macs
+from msn_export.manifest import Manifest, manifest_path
 from msn_export.preprocessing import Preprocessing
 from msn_export.schema import Result, from_plain
 from msn_export.spec import BatchRange, TensorSpec
@@ -84,26 +83,31 @@ def inspect(path: Path) -> Inspection:
     if path.suffix == ".json":
         artifact = path.with_suffix("")
         return inspect(artifact) if artifact.is_file() else _of_manifest(path)
-    manifest, distrusted = believed(path)
-    name = manifest_path(path).name
+    return inspect_artifact(Artifact.examine(path))
+
+
+def inspect_artifact(artifact: Artifact) -> Inspection:
+    """Take the facts of a file that is open."""
+    name = manifest_path(artifact.path).name
     described = f"{name}, hash verified"
-    if manifest is None:
+    if artifact.manifest is None:
         described = "no manifest: only what the file itself tells"
-    if distrusted is not None:
+    if artifact.distrusted is not None:
         described = f"{name} is not believed: only what the file itself tells"
-    if path.suffix == ".onnx":
-        found = _of_graph(path, manifest, described)
+    facts = _from_manifest(artifact.manifest) if artifact.manifest is not None else {}
+    if artifact.kind == "onnx":
+        runs_on = _runs_on_graph(artifact.summary.opset)
+        facts = _of_graph(artifact, facts)
     else:
-        found = _of_engine(path, read_header(path), manifest, described)
-    return replace(found, distrusted=distrusted)
-
-
-def believed(path: Path) -> tuple[Manifest | None, str | None]:
-    """Find the manifest that vouches for a file, or the reason why the one there does not."""
-    try:
-        return manifests.read(path), None
-    except ManifestError as error:
-        return None, str(error)
+        header = read_header(artifact.path)
+        runs_on = f"{header.backend} {header.version} on {header.targets}"
+        if artifact.manifest is None:
+            facts["accumulators"] = _accumulators(artifact.path)
+        facts["weight_bytes"] = header.weight_bytes
+    return Inspection(
+        artifact.path.name, artifact.kind, artifact.path.stat().st_size, artifact.sha256,
+        described, runs_on, distrusted=artifact.distrusted, **facts,
+    )  # fmt: skip
 
 
 def _of_manifest(path: Path) -> Inspection:
@@ -117,37 +121,26 @@ def _of_manifest(path: Path) -> Inspection:
     )
 
 
-def _of_graph(path: Path, manifest: Manifest | None, described: str) -> Inspection:
-    model = io.load(path)
-    facts = _from_manifest(manifest) if manifest is not None else {}
-    weights = model.graph.initializers.values()
-    fused = [node for node in model.graph if node.op_type == "Attention"]
-    opset = model.graph.opset_imports.get("", 0)
-    facts |= {
-        "inputs": tensor_specs(list(model.graph.inputs)),
-        "outputs": tensor_specs(list(model.graph.outputs)),
-        "nodes": len(model.graph),
-        "ops": operators(model),
-        "attention_fused": len(fused),
-        "weight_bytes": sum(w.const_value.nbytes for w in weights if w.const_value is not None),
-    }
-    if manifest is None:  # from here on with what its shapes, and older forms, mean
-        understand(model)
-        model = raised_where_possible(model)
-    else:
-        io.infer_shapes(model)
+def _of_graph(artifact: Artifact, said: dict[str, Any]) -> dict[str, Any]:
+    """Take what a graph tells; what its manifest says of the rest stays."""
+    written, model = artifact.summary, artifact.graph
+    assert model is not None  # it is an ONNX file
+    fused = sum(count for op, count in written.ops.items() if op.split(".")[-1] == "Attention")
     candidates = [node for node in model.graph if node.op_type in {"Attention", "Softmax"}]
     cores = [core for core in map(match, candidates) if isinstance(core, AttentionCore)]
-    facts |= {
+    return {
+        "attention_expected": max(len(cores), fused),
+        **said,
+        "inputs": written.inputs,
+        "outputs": written.outputs,
+        "nodes": written.nodes,
+        "ops": written.ops,
+        "attention_fused": fused,
+        "weight_bytes": artifact.weight_bytes,
         "precision": str(graph_dtype(model)),
         "multiply_adds": macs(model),
         "gemm_dtypes": _product_dtypes(model),
     }
-    facts.setdefault("attention_expected", max(len(cores), len(fused)))
-    return Inspection(
-        path.name, "onnx", path.stat().st_size, sha256_of(path), described,
-        _runs_on_graph(opset), **facts,
-    )  # fmt: skip
 
 
 def _product_dtypes(model: ir.Model) -> dict[str, int]:
@@ -162,19 +155,6 @@ def _product_dtypes(model: ir.Model) -> dict[str, int]:
             value = producer.inputs[0] or value
         counts[value.dtype.name.lower() if value.dtype else "unknown"] += 1
     return dict(counts.most_common())
-
-
-def _of_engine(
-    path: Path, header: EngineHeader, manifest: Manifest | None, described: str
-) -> Inspection:
-    facts = _from_manifest(manifest) if manifest is not None else {}
-    if manifest is None:
-        facts["accumulators"] = _accumulators(path)
-    facts["weight_bytes"] = header.weight_bytes
-    return Inspection(
-        path.name, "engine", path.stat().st_size, sha256_of(path), described,
-        _runs_on_header(header), **facts,
-    )  # fmt: skip
 
 
 def _accumulators(path: Path) -> dict[str, int]:
@@ -261,7 +241,3 @@ def _runs_on_engine(manifest: Manifest) -> str:
     engine = manifest.engine
     assert engine is not None
     return f"{engine.backend} {engine.version} on {engine.targets}"
-
-
-def _runs_on_header(header: EngineHeader) -> str:
-    return f"{header.backend} {header.version} on {header.targets}"

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Protocol
 
-import onnx_ir as ir
-
-from msn_export import manifest as manifests
-from msn_export.artifact import (
-    DYNAMIC,
-    image_input,
-    max_batch_of,
-    named,
-    read_graph,
-    require_comparable,
-)
-from msn_export.errors import EngineFileError, GraphError, RunnerError, SpecError, ToleranceError
+from msn_export.artifact import Artifact, ImageInput, is_checkpoint, named
+from msn_export.errors import RunnerError, SpecError, ToleranceError
 from msn_export.graph import io
-from msn_export.graph.opset import raised_where_possible
-from msn_export.graph.precision import graph_dtype
-from msn_export.graph.summary import Structure, structure_of, structure_of_module
+from msn_export.graph.summary import structure_of_module
 from msn_export.host import NoDriver, find_driver
 from msn_export.metrics.evaluate import OutputsOf, max_batch_in_memory
 from msn_export.mixed_precision import cpu_runner
@@ -31,153 +20,90 @@ from msn_export.preprocessing import Exif, Preprocessing, assumed
 from msn_export.processor_config import choose, from_processor_config, size_in
 from msn_export.runtime import opening
 from msn_export.runtime.opening import verify_engine_file
-from msn_export.runtime.runner import combine
-from msn_export.spec import BatchRange, Dtype, ImageSize, InputFormat
+from msn_export.spec import Dtype, Head, ImageSize, InputFormat
 
 if TYPE_CHECKING:
-    from msn_export.graph.torch_reference import TorchRunner
-    from msn_export.manifest import Manifest
     from msn_export.models.checkpoint import Checkpoint
-
-
-ENGINES = frozenset({".engine", ".plan", ".trt"})
 
 
 class OpenSide(OutputsOf, Protocol):
     """A runner that holds something until it is closed."""
 
-    def close(self) -> None:
-        """Free it."""
+    def close(self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Artifact:
-    """What is known of an artifact before it runs.
+class CheckpointArtifact(Artifact):
+    """A checkpoint, read for images of ``size``: it takes any batch and gives any head it has."""
 
-    ``preprocessing`` is None where the artifact does not say. ``start`` opens it for some of its
-    outputs, with a folder for what it has to write; ``exact``, where it is not None, opens the same
-    function in fp64. ``graph`` is None for an engine, ``module`` for all but a checkpoint, and
-    ``marked`` for all but an engine that was built once more with its stages as outputs.
-    """
+    def __init__(self, name: str, choices: Choices, size: ImageSize | None) -> None:
+        from msn_export.graph.torch_reference import readable_heads
+        from msn_export.models.checkpoint import load_checkpoint
 
-    name: str
-    kind: Literal["checkpoint", "onnx", "engine"]
-    dtype: Dtype
-    input_format: InputFormat
-    size: ImageSize
-    channels: int
-    preprocessing: Preprocessing | None
-    batch: BatchRange
-    max_batch: int
-    outputs: tuple[str, ...]
-    start: Callable[[tuple[str, ...], Path], OpenSide]
-    exact: Callable[[tuple[str, ...]], OpenSide] | None = None
-    labels: tuple[str, ...] = ()
-    structure: Structure = field(default_factory=dict)
-    manifest: Manifest | None = None
-    graph: ir.Model | None = None
-    module: Any = None
-    notes: tuple[str, ...] = ()
-    marked: Path | None = None
-
-    @property
-    def fixed_batch(self) -> int | None:
-        """The only batch size it takes, if there is only one."""
-        return self.batch.max if self.batch.is_static else None
+        read = load_checkpoint(name, choices)
+        differs = size_difference(read) if size is None else None
+        checkpoint = sized(read, size)
+        config, model = checkpoint.config, checkpoint.model
+        super().__init__(Path(name))
+        self.name, self.kind = checkpoint.source, "checkpoint"
+        self.manifest, self.graph, self.module = None, None, model
+        self.image_input = ImageInput(
+            InputFormat.FLOAT, ImageSize(*config.image_size), config.channels, None
+        )
+        self.dtype = Dtype.FP32
+        self.preprocessing = preprocessing_of(checkpoint)
+        self.max_batch = max_batch_in_memory(
+            config.tokens, config.dim, config.mlp_dim, config.heads
+        )
+        self.outputs = tuple(head.output for head in readable_heads(model))
+        self.labels = config.labels
+        self.structure = structure_of_module(model)
+        self.notes = (
+            *checkpoint.notes,
+            *self.preprocessing.notes,
+            *([f"{differs}; the model's is taken"] if differs is not None else []),
+        )
 
 
 def open_artifact(
     name: str, *, choices: Choices = AS_IT_SAYS, size: ImageSize | None = None
 ) -> Artifact:
-    """Describe what ``name`` names: a file by its ending, else a checkpoint.
+    """Open what is to be compared: a file by its ending, else a checkpoint.
 
     Args:
         name: as the user gave it.
         choices: what a checkpoint does not say itself, or holds several of.
         size: the image size a checkpoint is to be read for; a file has its own.
     """
-    path = Path(name)
-    if path.suffix == ".onnx":
-        return _of_graph(path)
-    if path.suffix in ENGINES:
-        return _of_engine(path)
-
-    return checkpoint_artifact(name, choices, size)
+    if is_checkpoint(name):
+        return CheckpointArtifact(name, choices, size)
+    return require_comparable(Artifact.open(Path(name)))
 
 
-def is_checkpoint(name: str) -> bool:
-    """Tell a checkpoint from a file that was exported."""
-    return Path(name).suffix not in {".onnx", *ENGINES}
+def require_comparable(side: Artifact) -> Artifact:
+    """Require one image input, and outputs that can be compared."""
+    _ = side.image_input
+    if side.kind == "onnx":
+        with named(side.path):
+            side.require_comparable()
+            if side.graph is not None and side.manifest is None:
+                io.infer_shapes(side.graph)
+    return side
 
 
-def _of_graph(path: Path) -> Artifact:
-    model, manifest, told = read_graph(path)
-    with named(path):
-        input_format, size, channels, batch = image_input(model, path)
-        require_comparable(model)
-        if manifest is None:
-            model = raised_where_possible(model)
-        io.infer_shapes(model)
-        dtype = manifest.dtype if manifest is not None else graph_dtype(model)
-    structure: Structure = {}
-    try:
-        structure = structure_of(model)
-    except GraphError as error:
-        told = (*told, f"its epsilons, activations and additions were not compared: {error}")
+def open_side(side: Artifact, outputs: tuple[str, ...], stage: Path) -> OpenSide:
+    """Open a side for running, with a folder for what it has to write."""
+    if side.module is not None:
+        from msn_export.graph.torch_reference import TorchRunner
 
-    def start(_outputs: tuple[str, ...], stage: Path) -> OpenSide:
-        return cpu_runner(path, dtype, stage)
-
-    return Artifact(
-        name=str(path),
-        kind="onnx",
-        dtype=dtype,
-        input_format=input_format,
-        size=size,
-        channels=channels,
-        preprocessing=manifest.preprocessing if manifest is not None else None,
-        batch=batch or (manifest.profiles[0] if manifest and manifest.profiles else DYNAMIC),
-        max_batch=_room(manifest) or max_batch_of(model),
-        outputs=tuple(value.name or "" for value in model.graph.outputs),
-        start=start,
-        labels=manifest.labels if manifest is not None else (),
-        structure=structure,
-        manifest=manifest,
-        graph=model,
-        notes=tuple(f"{path.name}: {note}" for note in told),
-    )
+        return TorchRunner(side.module, heads_of(outputs))
+    if side.kind == "onnx":
+        return cpu_runner(side.path, side.dtype, stage)
+    return open_engine(side.path)
 
 
-def _of_engine(path: Path) -> Artifact:
-    """Describe an engine by its manifest; the file itself is not deserialised here."""
-    if not path.is_file():
-        raise GraphError(f"{path} does not exist; give an .engine file")
-    manifest = manifests.read(path)
-    if manifest is None or manifest.preprocessing is None:
-        raise EngineFileError(
-            f"{path} has no manifest beside it that says what it takes; compare the graph it was "
-            "built from, or build it with msn-export trt"
-        )
-    batch = combine(manifest.profiles)
-
-    def start(_outputs: tuple[str, ...], _stage: Path) -> OpenSide:
-        return open_engine(path)
-
-    return Artifact(
-        name=str(path),
-        kind="engine",
-        dtype=manifest.rounds_as,
-        input_format=InputFormat.of(manifest.inputs[0].dtype),
-        size=manifest.preprocessing.size,
-        channels=manifest.preprocessing.channels,
-        preprocessing=manifest.preprocessing,
-        batch=batch,
-        max_batch=_room(manifest) or batch.max,
-        outputs=tuple(spec.name for spec in manifest.outputs),
-        start=start,
-        labels=manifest.labels,
-        manifest=manifest,
-    )
+def heads_of(outputs: tuple[str, ...]) -> list[Head]:
+    """Give the heads of outputs, in their order."""
+    return [head for output in outputs for head in Head if head.output == output]
 
 
 def open_engine(path: Path) -> OpenSide:
@@ -189,20 +115,6 @@ def open_engine(path: Path) -> OpenSide:
             "its GPU, or compare the graph it was built from"
         )
     return opening.open_engine(verify_engine_file(path, trust=False), eager_kernels=True)
-
-
-def _room(manifest: Manifest | None) -> int | None:
-    """Estimate the batch that memory affords from the configuration a manifest holds."""
-    config = manifest.config if manifest is not None else None
-    if config is None:
-        return None
-    try:
-        sides = zip(config["image_size"], config["patch_size"], strict=True)
-        rows, columns = (int(side) // int(patch) for side, patch in sides)
-        sizes = [int(config[name]) for name in ("dim", "mlp_dim", "heads")]
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
-        return None  # of another version, or changed: only an estimate is lost
-    return max_batch_in_memory(rows * columns + 1, *sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,8 +142,13 @@ class Pair:
         return min(self.reference.max_batch, self.candidate.max_batch)
 
 
-def open_pair(reference: str, candidate: str, choices: Choices = AS_IT_SAYS) -> Pair:
-    """Open both sides; a checkpoint is read for the other side's image size."""
+def open_pair(
+    reference: str,
+    candidate: str,
+    choices: Choices = AS_IT_SAYS,
+    files: Mapping[str, Artifact] = MappingProxyType({}),
+) -> Pair:
+    """Open both sides, but those of ``files``; a checkpoint is read for the other's image size."""
     if choices and not any(map(is_checkpoint, (reference, candidate))):
         raise SpecError(
             "--variant, --weights and --labels are for a checkpoint, and neither side is one"
@@ -239,7 +156,11 @@ def open_pair(reference: str, candidate: str, choices: Choices = AS_IT_SAYS) -> 
     opened: dict[str, Artifact] = {}
     size = None
     for name in sorted(dict.fromkeys((reference, candidate)), key=is_checkpoint):
-        opened[name] = open_artifact(name, choices=choices, size=size)
+        opened[name] = (
+            require_comparable(files[name])
+            if name in files
+            else open_artifact(name, choices=choices, size=size)
+        )
         size = size or opened[name].size
     left, right = opened[reference], opened[candidate]
     if left.size != right.size:
@@ -321,46 +242,4 @@ def size_difference(checkpoint: Checkpoint) -> str | None:
     return (
         f"{checkpoint.source}: {own.file} makes images of {made} and the model's configuration "
         f"says {size}"
-    )
-
-
-def checkpoint_artifact(name: str, choices: Choices, size: ImageSize | None) -> Artifact:
-    """Describe a checkpoint: it takes any batch and gives any head it has."""
-    from msn_export.graph.torch_reference import TorchRunner, readable_heads
-    from msn_export.models.checkpoint import load_checkpoint
-
-    read = load_checkpoint(name, choices)
-    differs = size_difference(read) if size is None else None
-    checkpoint = sized(read, size)
-    made = preprocessing_of(checkpoint)
-    config, model = checkpoint.config, checkpoint.model
-    heads = {head.output: head for head in readable_heads(model)}
-
-    def start(outputs: tuple[str, ...], _stage: Path) -> TorchRunner:
-        return TorchRunner(model, [heads[output] for output in outputs])
-
-    def exact(outputs: tuple[str, ...]) -> TorchRunner:
-        return TorchRunner(model, [heads[output] for output in outputs], exact=True)
-
-    return Artifact(
-        name=checkpoint.source,
-        kind="checkpoint",
-        dtype=Dtype.FP32,
-        input_format=InputFormat.FLOAT,
-        size=ImageSize(*config.image_size),
-        channels=config.channels,
-        preprocessing=made,
-        batch=BatchRange(),
-        max_batch=max_batch_in_memory(config.tokens, config.dim, config.mlp_dim, config.heads),
-        outputs=tuple(heads),
-        start=start,
-        exact=exact,
-        labels=config.labels,
-        structure=structure_of_module(model),
-        module=model,
-        notes=(
-            *checkpoint.notes,
-            *made.notes,
-            *([f"{differs}; the model's is taken"] if differs is not None else []),
-        ),
     )

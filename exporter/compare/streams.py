@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,19 +11,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from msn_export import manifest as manifests
-from msn_export.compare.sides import Artifact, OpenSide, open_engine
+from msn_export.artifact import Artifact
+from msn_export.compare.sides import OpenSide, heads_of, open_engine
 from msn_export.errors import GraphError
 from msn_export.graph import io
-from msn_export.graph.blocks import ENTRY, TENSORS, find_stream, stages_of
-from msn_export.graph.blocks import Stream as Skeleton
+from msn_export.graph.blocks import ENTRY, TENSORS, Stream, find_stream, stages_of
 from msn_export.graph.blocks import tensors_of as tensors_inside
 from msn_export.graph.builder import GIVEN, MARK, feed, mark_outputs
 from msn_export.graph.emulate import emulate_bf16, has_bf16
 from msn_export.graph.precision import MAXIMA, observe
 from msn_export.mixed_precision import cpu_runner
 from msn_export.runtime.onnxruntime import CPU, open_session, translated
-from msn_export.spec import Dtype, Head
+from msn_export.spec import Dtype
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -45,16 +45,23 @@ class Shown:
 
 
 class OnnxStream:
-    """An ONNX graph with chosen tensors as outputs; with ``peaks`` the largest values by stage."""
+    """An ONNX graph with chosen tensors as outputs.
+
+    ``peaks`` says which values to follow, each with its stage: the largest of each is kept.
+    """
 
     def __init__(
-        self, model: ir.Model, shown: Mapping[str, ir.Value], dtype: Dtype, *, peaks: bool = False
+        self,
+        model: ir.Model,
+        shown: Mapping[str, ir.Value],
+        dtype: Dtype,
+        peaks: Mapping[str, str] | None = None,
     ) -> None:
         self.peaks: dict[str, tuple[float, str]] = {}
         self._stages: tuple[tuple[str, str], ...] = ()
-        if peaks:
+        if peaks is not None:
             observed = observe(model)
-            model, stage_of = observed.model, _stage_of(model)
+            model, stage_of = observed.model, peaks
             self._stages = tuple((name, stage_of.get(name, "")) for name in observed.names)
         with tempfile.TemporaryDirectory(prefix="msn-export-") as folder:
             path = Path(folder) / "exposed.onnx"
@@ -175,9 +182,11 @@ def _at(stream: NDArray[np.float32], sizes: tuple[int | None, ...] | None) -> ND
 def what_is_shown(artifact: Artifact) -> Shown:
     """List what can be shown of an artifact, without running it."""
     if artifact.marked is not None:
-        manifest = manifests.read(artifact.marked)
-        assert manifest is not None  # written with the engine
-        specs = {spec.name.removeprefix(MARK): spec.shape[1:] for spec in manifest.outputs}
+        assert artifact.marked.manifest is not None  # written with the engine
+        specs = {
+            spec.name.removeprefix(MARK): spec.shape[1:]
+            for spec in artifact.marked.manifest.outputs
+        }
         stages = {
             name: tuple(size if isinstance(size, int) else None for size in shape)
             for name, shape in specs.items()
@@ -188,13 +197,11 @@ def what_is_shown(artifact: Artifact) -> Shown:
         config, numbers = artifact.module.config, range(len(artifact.module.blocks))
         inside = {f"block {i}": tuple(place.names(i) for place in TENSORS) for i in numbers}
         return Shown(dict.fromkeys((ENTRY, *inside), (config.tokens, config.dim)), inside)
-    skeleton = _skeleton(artifact)
     inside = {
         f"block {block.number}": tuple(names for names, _ in tensors_inside(block))
-        for block in skeleton.blocks
+        for block in artifact.stream.blocks
     }
-    sizes = {ENTRY: _sizes(skeleton.entry)}
-    sizes |= {f"block {block.number}": _sizes(block.output) for block in skeleton.blocks}
+    sizes = {name: _sizes(value) for name, value in stages_of(artifact.stream).items()}
     return Shown(sizes, inside)
 
 
@@ -211,16 +218,15 @@ def open_stream(
     A checkpoint can be had in fp64 too.
     """
     if artifact.marked is not None:
-        return EngineStream(artifact.marked)
+        return EngineStream(artifact.marked.path)
     if artifact.module is not None:
         from msn_export.graph.torch_reference import TorchStream
 
-        heads = [head for head in Head if head.output in outputs]
-        return TorchStream(artifact.module, heads, names, exact=exact)
-    model = graph_of(artifact)
-    values = values_of(model)
+        return TorchStream(artifact.module, heads_of(outputs), names, exact=exact)
+    model, stream = _shown_graph(artifact)
+    values = values_of(model, stream)
     shown = {name: values[name] for name in names if name in values}
-    return OnnxStream(model, shown, artifact.dtype, peaks=peaks)
+    return OnnxStream(model, shown, artifact.dtype, _stage_by_value(stream) if peaks else None)
 
 
 def open_blocks(
@@ -229,57 +235,52 @@ def open_blocks(
     """Open an artifact so that each stage reads what is given for the one before it."""
     if artifact.module is not None:
         return open_stream(artifact, outputs, names)
-    return blocks_of(graph_of(artifact), names, given)
+    return blocks_of(*_shown_graph(artifact), names, given)
 
 
-def blocks_of(model: ir.Model, names: tuple[str, ...], given: tuple[str, ...]) -> OnnxBlocks:
+def blocks_of(
+    model: ir.Model, stream: Stream | None, names: tuple[str, ...], given: tuple[str, ...]
+) -> OnnxBlocks:
     """Open a graph in the same way."""
-    values = values_of(model)
+    values = values_of(model, stream)
     shown = {name: values[name] for name in names if name in values}
     return OnnxBlocks(model, shown, {name: values[name] for name in given})
 
 
-def values_of(model: ir.Model) -> dict[str, ir.Value]:
+def stream_of(model: ir.Model) -> Stream | None:
+    """Find the stream of a graph that was written here; None where there is none."""
+    try:
+        return find_stream(model)
+    except GraphError:
+        return None
+
+
+def _shown_graph(artifact: Artifact) -> tuple[ir.Model, Stream | None]:
+    assert artifact.graph is not None  # an engine shows nothing unless it is a marked one
+    with suppress(GraphError):
+        return artifact.graph, artifact.stream
+    return artifact.graph, None
+
+
+def values_of(model: ir.Model, stream: Stream | None) -> dict[str, ir.Value]:
     """Name what a graph can show: stages, tensors inside blocks, outputs.
 
     Of a graph without a residual stream, its outputs.
     """
     values = {}
-    try:
-        skeleton = find_stream(model)
-    except GraphError:
-        skeleton = None
-    if skeleton is not None:
-        values = stages_of(model)
-        for block in skeleton.blocks:
-            for known, value in tensors_inside(block):
-                values |= dict.fromkeys(known, value)
+    if stream is not None:
+        values = stages_of(stream)
+        for block in stream.blocks:
+            for names, value in tensors_inside(block):
+                values |= dict.fromkeys(names, value)
     return values | {value.name or "": value for value in model.graph.outputs}
 
 
-def graph_of(artifact: Artifact) -> ir.Model:
-    """Give an artifact's graph."""
-    if artifact.graph is None:
-        raise GraphError(
-            f"{artifact.name}: an engine shows no tensors on its way; compare the graph it was "
-            "built from"
-        )
-    return artifact.graph
-
-
-def _skeleton(artifact: Artifact) -> Skeleton:
-    return find_stream(graph_of(artifact))
-
-
-def _stage_of(model: ir.Model) -> dict[str, str]:
+def _stage_by_value(stream: Stream | None) -> dict[str, str]:
     """Assign each value to the stage that computes it."""
-    try:
-        skeleton = find_stream(model)
-    except GraphError:
-        return {}
     return {
         value.name or "": f"block {block.number}"
-        for block in skeleton.blocks
+        for block in (stream.blocks if stream is not None else ())
         for node in block.nodes
         for value in node.outputs
     }

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from msn_export.compare.sides import Artifact, Pair
+from msn_export.artifact import Artifact
+from msn_export.compare.sides import Pair
 from msn_export.graph.summary import differences
 from msn_export.manifest import CheckRecord
 from msn_export.metrics.diagnose import label_faults

@@ -71,9 +71,8 @@ class Stream:
     tail: tuple[ir.Value, ...] = ()
 
 
-def stages_of(model: ir.Model) -> dict[str, ir.Value]:
+def stages_of(stream: Stream) -> dict[str, ir.Value]:
     """Name what the stream is before the first block and after each."""
-    stream = find_stream(model)
     return {ENTRY: stream.entry} | {f"block {b.number}": b.output for b in stream.blocks}
 
 

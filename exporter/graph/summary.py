@@ -16,13 +16,12 @@ from typing import Any, Self
 import numpy as np
 import onnx_ir as ir
 
-from msn_export.errors import GraphError
 from msn_export.graph.attention import AttentionCore, match
 from msn_export.graph.blocks import (
     PRODUCTS,
     Block,
+    Stream,
     between,
-    find_stream,
     halves,
     handed_on,
     parts_of,
@@ -135,16 +134,12 @@ class BlockPrecision:
     dtypes: tuple[str, ...]
 
 
-def precision_map(model: ir.Model) -> tuple[BlockPrecision, ...]:
-    """Read the dtype each part of each block computes in; empty where no block is understood.
+def precision_map(stream: Stream) -> tuple[BlockPrecision, ...]:
+    """Read the dtype each part of each block computes in.
 
     A matrix product computes in its weight's dtype, one whose weight is dequantised in the
     quantised one: that is what TensorRT makes of it.
     """
-    try:
-        stream = find_stream(model)
-    except GraphError:
-        return ()
     return tuple(
         BlockPrecision(block.number, _dtypes(block))
         for block in stream.blocks
@@ -216,9 +211,8 @@ _ACTIVATION_NAMES = {
 }  # fmt: skip
 
 
-def structure_of(model: ir.Model) -> Structure:
+def structure_of(model: ir.Model, stream: Stream) -> Structure:
     """Read a graph's epsilons, activations, additions and norms; the rest is left out."""
-    stream = find_stream(model)
     found: dict[str, float | str] = {}
     inside: set[ir.Node] = set()
     for block in stream.blocks:

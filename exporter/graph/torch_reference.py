@@ -145,7 +145,7 @@ class TorchStream:
         return self._seen | outputs
 
     def close(self) -> None:
-        """Do nothing: the model is the checkpoint's."""
+        self.runner.close()
 
     def _watch(self) -> Iterator[RemovableHandle]:
         blocks = cast("Sequence[nn.Module]", self.runner.model.blocks)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from msn_export.artifact import is_checkpoint
 from msn_export.compare.inspection import Inspection
-from msn_export.compare.sides import is_checkpoint
 from msn_export.compare.validation import Side, Validation
 from msn_export.manifest import (
     CheckRecord,

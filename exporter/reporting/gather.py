@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from msn_export.artifact import Artifact
 from msn_export.benchmark.results import Bench
 from msn_export.compare.drift import Drift
-from msn_export.compare.inspection import Inspection, believed, inspect
+from msn_export.compare.inspection import Inspection, inspect_artifact
 from msn_export.compare.validation import Validation
 from msn_export.engine.census import Census
 from msn_export.engine.kernels import (
@@ -25,7 +26,7 @@ from msn_export.engine.kernels import (
     is_gemm,
     is_layout_only,
 )
-from msn_export.graph import io
+from msn_export.errors import GraphError
 from msn_export.graph.summary import BlockPrecision, precision_map
 from msn_export.manifest import CheckRecord, ImageRecord, Manifest
 from msn_export.metrics.evaluate import Evaluation
@@ -146,25 +147,23 @@ def report_checkpoint(name: str) -> ReportedArtifact:
     )
 
 
-def report_file(path: Path, live: bool | None) -> ReportedArtifact:
+def report_file(artifact: Artifact, live: bool | None) -> ReportedArtifact:
     """Read an exported file; ``live`` is the verdict of a comparison that ran just now."""
-    found = inspect(path)
-    manifest, _ = believed(path)
+    manifest = artifact.manifest
     grid: tuple[BlockPrecision, ...] = ()
-    if found.kind == "onnx":
-        model = io.load(path)
-        io.infer_shapes(model)
-        grid = precision_map(model)
+    if artifact.kind == "onnx":
+        with suppress(GraphError):
+            grid = precision_map(artifact.stream)
     recorded = manifest.engine.census if manifest is not None and manifest.engine else None
     return ReportedArtifact(
-        found,
-        "not believed" if found.distrusted else _verdict(manifest, live),
+        inspect_artifact(artifact),
+        "not believed" if artifact.distrusted else _verdict(manifest, live),
         manifest,
         grid,
         from_plain(Census, recorded[0], "census")
         if isinstance(recorded, list) and recorded
         else None,
-        found.distrusted,
+        artifact.distrusted,
     )
 
 

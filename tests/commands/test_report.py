@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ from click.testing import CliRunner, Result
 
 from msn_export import manifest as manifests
 from msn_export.cli import main
+from msn_export.compare import streams
+from msn_export.graph import blocks, io
+from msn_export.graph.blocks import find_stream
 from msn_export.manifest import CheckpointRecord, manifest_path
-from msn_export.metrics import evaluate
+from msn_export.runtime import onnxruntime
 from msn_export.schema import to_plain
 from tests.builders.artifacts import classifier, copy_of, engine, no_driver
 from tests.builders.benches import made_up
@@ -157,6 +161,50 @@ def test_the_model_card_has_the_same_figures(page, folder) -> None:
         if rule.startswith("|---"):
             assert head.count("|") == rule.count("|")
     assert "\n\n\n" not in card
+
+
+# --- what it reads --------------------------------------------------------------------------------
+
+
+def test_each_file_is_read_hashed_and_searched_once(folder, tmp_path, monkeypatch) -> None:
+    """Each graph is read by us once and by onnxruntime once, whatever is said of it."""
+    counts: dict[str, Counter[str]] = {
+        what: Counter() for what in ("read", "run", "hash", "manifest")
+    }
+
+    def counted(module: Any, name: str, what: str) -> None:
+        original = getattr(module, name)
+
+        def call(path: Path, *given: Any, **options: Any) -> Any:
+            if Path(path).parent == folder:
+                counts[what][Path(path).name] += 1
+            return original(path, *given, **options)
+
+        monkeypatch.setattr(module, name, call)
+
+    counted(io, "load", "read")
+    counted(onnxruntime, "open_session", "run")
+    counted(manifests, "_hash", "hash")
+    counted(manifests, "read_unverified", "manifest")
+    manifests._hash_once.cache_clear()
+    searched: list[ir.Model] = []
+
+    def search(model: ir.Model) -> Any:
+        searched.append(model)
+        return find_stream(model)
+
+    for module in (blocks, streams):
+        monkeypatch.setattr(module, "find_stream", search)
+    no_driver()  # where there is one, the engine is read again to run what was verified
+    names = ("m.onnx", "half.onnx", "m.engine")
+    files = [folder / name for name in names]
+    result = report(*files, "--images", folder / "images", "-o", tmp_path / "report.html")
+    assert result.exit_code == 0, result.output
+    assert counts["read"] == counts["run"] == {"m.onnx": 1, "half.onnx": 1}
+    assert counts["hash"] == dict.fromkeys(names, 1)
+    assert counts["manifest"] == {f"{name}.json": 1 for name in names}
+    assert len({id(model) for model in searched}) == len(searched)
+    assert len(searched) == 4  # theirs, and of the graphs that say what a precision costs
 
 
 # --- in a browser ---------------------------------------------------------------------------------

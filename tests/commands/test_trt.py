@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from msn_export import manifest
-from msn_export.artifact import read_source
+from msn_export.artifact import GraphFile
 from msn_export.cli import main
 from msn_export.commands.trt import TrtJob, run_trt
 from msn_export.commands.trt_graph import written_for
@@ -123,9 +123,9 @@ def test_a_graph_for_another_target_compiles_into_as_few_kernels(graph, target, 
 def test_a_graph_is_written_as_an_older_parser_reads_it(graph, version, opset, missing) -> None:
     row = row_for("tensorrt", version)
     assert row is not None
-    source = read_source(graph)
+    source = GraphFile.open(graph)
     feeds = {"pixel_values": np.random.default_rng(0).random((2, 3, 32, 32), np.float32)}
-    before = run(source.model, feeds)
+    before = run(source.graph, feeds)
     model, form, cores = written_for(Backend(row, version), source, Dtype.FP16)
     assert model.graph.opset_imports[""] == opset
     assert cores == 2

@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from msn_export.artifact import read_source
+from msn_export.artifact import GraphFile
 from msn_export.cli import main
 from msn_export.graph import io
 from msn_export.graph.fuse import fuse_attention
@@ -203,11 +203,11 @@ def outputs(path: Path, images: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("writer", CASES)
 def test_it_is_understood_fused_and_still_the_model(writer, tmp_path) -> None:
     path = writer(tmp_path / "theirs.onnx")
-    source = read_source(path)
+    source = GraphFile.open(path)
     assert source.notes[0].startswith(f"{path.name} has no manifest; ")
-    assert fuse_attention(source.model, AttentionForm.HEADS) == 2
-    assert [node.op_type for node in source.model.graph].count("Attention") == 2
-    io.save(source.model, tmp_path / "ours.onnx")
+    assert fuse_attention(source.graph, AttentionForm.HEADS) == 2
+    assert [node.op_type for node in source.graph.graph].count("Attention") == 2
+    io.save(source.graph, tmp_path / "ours.onnx")
     size = source.size.height
     images = np.random.default_rng(0).standard_normal((3, 3, size, size))
     # fp16 rounds at 1e-3, and an int8 step that falls the other way is 1e-2 of the range
@@ -291,7 +291,7 @@ def test_a_softmax_that_was_kept_in_fp32_is_told(tmp_path) -> None:
 
 
 def test_a_size_that_was_dynamic_is_told(tmp_path) -> None:
-    source = read_source(logits(tmp_path / "m.onnx", OPTIMUM))
+    source = GraphFile.open(logits(tmp_path / "m.onnx", OPTIMUM))
     assert source.size == ImageSize(32, 32)
     assert source.notes[1] == (
         "its image size was dynamic, and is 32x32 as its position embedding has it"
@@ -299,7 +299,7 @@ def test_a_size_that_was_dynamic_is_told(tmp_path) -> None:
 
 
 def test_a_float16_input_is_fed_halves(tmp_path) -> None:
-    source = read_source(half(tmp_path / "m.onnx"))
+    source = GraphFile.open(half(tmp_path / "m.onnx"))
     assert (source.input_format, source.dtype) == (InputFormat.HALF, Dtype.FP16)
 
 
