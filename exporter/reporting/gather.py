@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from msn_export.artifact import Artifact
 from msn_export.benchmark.results import Bench
@@ -40,6 +43,7 @@ VerdictWord = Literal[
     "passed", "failed", "compiled, not run", "not checked", "not believed", "stale", "reference"
 ]
 WORST = 3  # images shown of each comparison
+SIDE = 144  # pixels: shown at half of that, sharp on dense screens, some 6 kB each
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,8 +202,6 @@ def _worst(ran: Evaluation) -> tuple[Worst, ...]:
     sample = ran.reference.sample
     if len(sample) < 3:
         return ()
-    from msn_export.reporting.render import thumbnail
-
     name = next(iter(ran.vectors))
     theirs = nearest(embedding_of(ran.reference.outputs[name]))
     mine = nearest(ran.vectors[name][: len(sample)])
@@ -208,11 +210,22 @@ def _worst(ran: Evaluation) -> tuple[Worst, ...]:
     order = np.argsort(np.nan_to_num(cosines, nan=-2.0), kind="stable")[:WORST]
 
     def shown(index: int) -> PageImage:
-        return thumbnail(sample.names[index], sample.pixels[index])
+        return PageImage(sample.names[index], _thumbnail(sample.pixels[index]))
 
     return tuple(
         Worst(records[i], (shown(i), shown(theirs[i]), shown(mine[i]))) for i in order.tolist()
     )
+
+
+def _thumbnail(pixels: NDArray[np.uint8]) -> str:
+    """Make a small JPEG of decoded pixels [h, w, c] as a data URI."""
+    from PIL import Image
+
+    picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels[..., :3])
+    picture.thumbnail((SIDE, SIDE))
+    packed = io.BytesIO()
+    picture.save(packed, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(packed.getvalue()).decode()}"
 
 
 def recorded_agreement(name: str, manifest: Manifest) -> ReportedAgreement:

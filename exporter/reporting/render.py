@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -16,7 +15,6 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
-from PIL import Image
 
 from msn_export.benchmark.results import Bench
 from msn_export.compare.drift import Drift
@@ -26,7 +24,6 @@ from msn_export.metrics.tolerances import HEADROOM
 from msn_export.reporting.describe import file_rows, fused, short
 from msn_export.reporting.gather import (
     Page,
-    PageImage,
     ReportedAgreement,
     ReportedArtifact,
     multiplied,
@@ -37,23 +34,6 @@ from msn_export.reporting.gather import (
     timing_columns,
     timing_rows,
 )
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-
-SIDE = 144  # pixels: shown at half of that, sharp on dense screens, some 6 kB each
-
-
-def thumbnail(name: str, pixels: NDArray[np.uint8]) -> PageImage:
-    """Make a small JPEG of decoded pixels [h, w, c] as a data URI."""
-    channels = pixels.shape[-1]
-    picture = Image.fromarray(pixels[..., 0] if channels == 1 else pixels[..., :3])
-    picture.thumbnail((SIDE, SIDE))
-    packed = io.BytesIO()
-    picture.save(packed, "JPEG", quality=80)
-    return PageImage(name, f"data:image/jpeg;base64,{base64.b64encode(packed.getvalue()).decode()}")
 
 
 def inline(svg: str, prefix: str, title: str) -> str:

@@ -21,6 +21,7 @@ from msn_export.compare import streams
 from msn_export.graph import blocks, io
 from msn_export.graph.blocks import find_stream
 from msn_export.manifest import CheckpointRecord, manifest_path
+from msn_export.metrics import evaluate
 from msn_export.runtime import onnxruntime
 from msn_export.schema import to_plain
 from tests.builders.artifacts import classifier, copy_of, engine, no_driver
