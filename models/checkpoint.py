@@ -126,7 +126,6 @@ def in_memory(model: Any) -> Iterator[str]:
 
 
 def model_in_memory(source: str) -> Any:
-    """Give the model that ``in_memory`` named."""
     if source not in _models:
         raise CheckpointError(
             f"checkpoint {source!r} was a model in memory; give a checkpoint that was saved of it"
@@ -258,7 +257,6 @@ def files_of(source: str) -> list[Path]:
 
 
 def seeded(source: str) -> tuple[str, int]:
-    """Read the variant and the seed out of ``random:VARIANT[:SEED]``."""
     parts = source.split(":")
     if len(parts) not in {2, 3} or (len(parts) == 3 and not re.fullmatch(r"\d{1,9}", parts[2])):
         raise CheckpointError(f"checkpoint {source!r} is malformed; expected random:VARIANT[:SEED]")

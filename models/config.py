@@ -103,11 +103,9 @@ class VitConfig:
         return self.grid[0] * self.grid[1] + 1
 
     def for_image_size(self, size: tuple[int, int]) -> VitConfig:
-        """Give the same model for another image size."""
         return replace(self, image_size=size)
 
     def to_json(self) -> dict[str, Any]:
-        """Give plain JSON values."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
@@ -131,7 +129,6 @@ VARIANTS = {
 
 
 def named_variant(name: str) -> VitConfig:
-    """Look a published shape up."""
     if name not in VARIANTS:
         raise CheckpointError(f"variant {name!r} is unknown; expected one of {', '.join(VARIANTS)}")
     return VARIANTS[name]
@@ -208,7 +205,6 @@ class Processor:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Parse a JSON object from a file."""
     parsed = parse_json(path)
     if not isinstance(parsed, dict):
         raise CheckpointError(f"{path} is not a JSON object")
@@ -216,7 +212,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(path: Path) -> Any:
-    """Parse JSON from a file."""
     try:
         return json.loads(_read_text(path))
     except (ValueError, RecursionError) as error:

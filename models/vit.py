@@ -79,7 +79,6 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 
 def activation(name: str) -> Activation:
-    """Look an activation up."""
     if name in _LEARNED:
         raise CheckpointError(f"activation {name!r} has learned parameters; it is not supported")
     if name not in _ACTIVATIONS:
@@ -89,7 +88,6 @@ def activation(name: str) -> Activation:
 
 
 def names() -> list[str]:
-    """List the activations that are supported."""
     return sorted(_ACTIVATIONS)
 
 
@@ -108,7 +106,6 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:  # [b, n, dim] -> [b, n, dim]
-        """Attend."""
         packed = self.qkv(x).unflatten(-1, (3 * self.heads, -1)).transpose(1, 2)  # [b, 3h, n, d]
         q, k, v = packed.chunk(3, dim=1)
         if self.kind == "sdpa":
@@ -121,8 +118,6 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with the configured activation between."""
-
     def __init__(self, config: VitConfig) -> None:
         super().__init__()
         self.fc1 = nn.Linear(config.dim, config.mlp_dim)
@@ -130,14 +125,11 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(config.mlp_dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:  # [b, n, dim] -> [b, n, dim]
-        """Run."""
         out: Tensor = self.fc2(self.act(self.fc1(x)))
         return out
 
 
 class TransformerBlock(nn.Module):
-    """A pre-norm transformer block."""
-
     def __init__(self, config: VitConfig, kind: AttentionKind) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.dim, eps=config.eps)
@@ -146,7 +138,6 @@ class TransformerBlock(nn.Module):
         self.mlp = Mlp(config)
 
     def forward(self, x: Tensor) -> Tensor:  # [b, n, dim] -> [b, n, dim]
-        """Add attention, then the MLP, to the residual stream."""
         x = x + self.attn(self.norm1(x))
         x = x + self.mlp(self.norm2(x))
         return x  # noqa: RET504  two lines of the same form
@@ -161,7 +152,6 @@ class LinearProbe(nn.Module):
         self.linear = nn.Linear(width, labels)
 
     def forward(self, x: Tensor) -> Tensor:  # [b, blocks * dim] -> [b, labels]
-        """Classify."""
         logits: Tensor = self.linear(F.normalize(self.norm(x), dim=-1))
         return logits
 

@@ -174,8 +174,7 @@ def _trace(
     simplified = "not asked for"
     if job.simplify:
         with progress.step("simplify"):
-            outcome = simplify(model)
-            model, simplified = outcome.model, outcome.reason
+            model, simplified = simplify(model)
     if checkpoint.config.heads >= SINGLE_QUERY_HEADS:
         with progress.step("compute only what the outputs need"):
             narrow_to_first_token(model, split_projection=job.target.splits_queries)

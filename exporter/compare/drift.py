@@ -306,7 +306,7 @@ def _fp32_of(pair: Pair, sample: Sample) -> ir.Model:
         batch=BatchRange(),
         preprocessing=sample.preprocessing,
     )
-    return simplify(traced).model
+    return simplify(traced)[0]
 
 
 def _graph_behind(artifact: Artifact) -> Artifact:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from msn_export.graph.builder import operand, producer
+from msn_export.graph.builder import constant_of, operand, permuted, producer, producer_of
 
 HEADS_FIRST = (0, 2, 1, 3)  # [b, n, h, d] -> [b, h, n, d]
 KEYS_TRANSPOSED = (0, 1, 3, 2)  # [b, h, n, d] -> [b, h, d, n]
@@ -41,7 +41,6 @@ class AttentionCore:
 
     @property
     def node(self) -> ir.Node:
-        """The node that computes the core's result."""
         return producer(self.output)
 
 
@@ -63,21 +62,24 @@ def _of_operator(node: ir.Node) -> AttentionCore | str:
         return "it caches keys and values, a ViT does not"
     if len(inputs) > 3 and inputs[3] is not None and not _lets_all_through(inputs[3]):
         return f"its mask {inputs[3].name!r} is not known to let every token through"
-    if _rank(q) != 4:
-        return f"its query has rank {_rank(q)}; expected 4, [b, h, n, d]"
+    if q.shape is None or len(q.shape) != 4:
+        rank = None if q.shape is None else len(q.shape)
+        return f"its query has rank {rank}; expected 4, [b, h, n, d]"
     if _is_learned(q):
         return _POOLING.format(q=q.name)
-    scale = node.attributes.get("scale")
-    factor = scale.as_float() if scale is not None else _default_scale(q)
+    size = q.shape[-1]
+    # onnx.ai operators, Attention, attribute scale
+    default = float(size) ** -0.5 if isinstance(size, int) else None
+    factor = node.attributes.get_float("scale", default)
     if factor is None:
         return f"the head size of {q.name!r} is unknown"
     return AttentionCore(q, k, v, factor, node.outputs[0])
 
 
 def _of_softmax(softmax: ir.Node) -> AttentionCore | str:
-    axis = softmax.attributes.get("axis")
-    if axis is not None and axis.as_int() not in {-1, 3}:
-        return f"softmax runs over axis {axis.as_int()}; expected the last"
+    axis = softmax.attributes.get_int("axis", -1)
+    if axis not in {-1, 3}:
+        return f"softmax runs over axis {axis}; expected the last"
     scores, scale = _unscaled(_without_mask(_uncast(operand(softmax, 0))))
     scores, outer = _unscaled(_uncast(scores))  # the scale before the Cast, where there is one
     product = scores.producer()
@@ -90,7 +92,7 @@ def _of_softmax(softmax: ir.Node) -> AttentionCore | str:
         return _POOLING.format(q=q.name)
     keys, k_scale = _unscaled(operand(product, 1))
     found = _untransposed(keys)
-    transposed = found is None and _is_dequantised(keys)
+    transposed = found is None and producer_of(keys, "DequantizeLinear") is not None
     if found is None and not transposed:
         return f"keys {keys.name!r} are not a transposed tensor"
     k, tokens_first = found or (keys, False)
@@ -147,36 +149,28 @@ def _is_cast(node: ir.Node) -> bool:
 
 def _without_mask(value: ir.Value) -> ir.Value:
     """Step over the addition of a mask that lets every token through."""
-    node = value.producer()
-    if node is not None and node.op_type == "Add":
-        left, right = node.inputs
-        if left is not None and right is not None:
-            if _lets_all_through(right):
-                return left
-            if _lets_all_through(left):
-                return right
+    node = producer_of(value, "Add")
+    if node is not None:
+        left, right = operand(node, 0), operand(node, 1)
+        if _lets_all_through(right):
+            return left
+        if _lets_all_through(left):
+            return right
     return value
 
 
 def _lets_all_through(mask: ir.Value) -> bool:
     """Whether a mask is constant and true (boolean) or zero (added) everywhere."""
-    constant = mask.const_value
-    if constant is not None:
-        values = constant.numpy()
+    values = constant_of(mask)
+    if values is not None:
         return bool(values.all() if values.dtype == np.bool_ else not values.any())
     node = mask.producer()
     if node is None:
         return False
     if node.op_type in {"Expand", "Reshape", "Unsqueeze", "Cast"} and node.inputs[0] is not None:
         return _lets_all_through(node.inputs[0])
-    if node.op_type == "Where":
-        condition, chosen = node.inputs[0], node.inputs[1]
-        return (
-            condition is not None
-            and chosen is not None
-            and _lets_all_through(condition)
-            and _lets_all_through(chosen)
-        )
+    if node.op_type == "Where":  # the condition, and what is taken where it holds
+        return all(value is not None and _lets_all_through(value) for value in node.inputs[:2])
     return False
 
 
@@ -195,29 +189,20 @@ def _unscaled(value: ir.Value) -> tuple[ir.Value, float]:
 
 
 def _scalar(value: ir.Value) -> float | None:
-    constant = value.const_value
+    constant = constant_of(value)
     if constant is None or constant.size != 1:
         return None
-    number = float(constant.numpy().reshape(()))
+    number = float(constant.reshape(()))
     return number if np.isfinite(number) and number != 0 else None
 
 
 def _untransposed(keys: ir.Value) -> tuple[ir.Value, bool] | None:
     """Find k behind k.T; True if it is still [b, n, h, d]."""
-    node = keys.producer()
-    if node is None or node.inputs[0] is None:
-        return None
-    if node.op_type == "Transpose":
-        permutation = tuple(node.attributes["perm"].as_ints())
-        if permutation == KEYS_TRANSPOSED:
-            return node.inputs[0], False
-        return (node.inputs[0], True) if permutation == KEYS_FROM_TOKENS else None
+    for axes, tokens_first in ((KEYS_TRANSPOSED, False), (KEYS_FROM_TOKENS, True)):
+        k = permuted(keys, axes)
+        if k is not None:
+            return k, tokens_first
     return None
-
-
-def _is_dequantised(keys: ir.Value) -> bool:
-    node = keys.producer()
-    return node is not None and node.op_type == "DequantizeLinear"
 
 
 def _weighted_sum(probabilities: ir.Value) -> ir.Node | None:
@@ -234,13 +219,3 @@ def _weighted_sum(probabilities: ir.Value) -> ir.Node | None:
     if len(users) != 1 or users[0].op_type != "MatMul" or users[0].inputs[0] is not probabilities:
         return None
     return users[0]
-
-
-def _rank(value: ir.Value) -> int | None:
-    return None if value.shape is None else len(value.shape)
-
-
-def _default_scale(q: ir.Value) -> float | None:
-    """1 / sqrt(d): onnx.ai operators, Attention, attribute scale."""
-    size = q.shape[-1] if q.shape is not None else None
-    return float(size) ** -0.5 if isinstance(size, int) else None

@@ -77,7 +77,6 @@ def stages_of(stream: Stream) -> dict[str, ir.Value]:
 
 
 def find_stream(model: ir.Model) -> Stream:
-    """Find the stream and its blocks."""
     flow = _Flow(model.graph)
     entry = flow.entry(flow.cores[0]) if flow.cores else None
     if entry is None:
@@ -208,7 +207,6 @@ class _Flow:
         return node.op_type == "Add" and all(value in self.images for value in _operands(node))
 
     def block(self, number: int, entry: ir.Value, output: ir.Value, core: ir.Node) -> Block:
-        """Describe what lies between two cuts."""
         nodes = between(entry, output)
         assert nodes is not None  # both are cuts
         order = {node: index for index, node in enumerate(producer(output).graph or ())}
@@ -349,7 +347,6 @@ class BlockTensor:
     part: str | None
 
     def names(self, block: int) -> tuple[str, ...]:
-        """Name it in a block."""
         leaf = () if self.leaf is None else (f"blocks.{block}.{self.leaf}",)
         part = () if self.part is None else (f"block {block} {self.part}",)
         return leaf + part

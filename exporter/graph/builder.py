@@ -92,7 +92,6 @@ class GraphBuilder:
         return node.outputs
 
     def cast(self, value: ir.Value, dtype: ir.DataType, name: str = "") -> ir.Value:
-        """Add a Cast."""
         result = self.op("Cast", [value], {"to": int(dtype)}, shape=value.shape, name=name)
         result.type = ir.TensorType(dtype)
         return result
@@ -115,7 +114,6 @@ class GraphBuilder:
         return self.constant(array, f"{name}_")
 
     def initializer(self, tensor: ir.TensorProtocol, name: str) -> ir.Value:
-        """Add an initializer of a name that is free."""
         kind, shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
         value = ir.Value(name=name, type=kind, shape=shape, const_value=tensor)
         self.graph.register_initializer(value)
@@ -142,8 +140,30 @@ def producer_of(value: ir.Value | None, op_type: str) -> ir.Node | None:
     return node if node is not None and node.op_type == op_type else None
 
 
+def permuted(value: ir.Value | None, axes: tuple[int, ...]) -> ir.Value | None:
+    """Give what a Transpose by ``axes`` makes ``value`` of; None where there is no such node."""
+    node = producer_of(value, "Transpose")
+    return node.inputs[0] if node and tuple(node.attributes.get_ints("perm", ())) == axes else None
+
+
+def only_reader(value: ir.Value, op_type: str) -> ir.Node | None:
+    """Give the one node that reads a value if it is an ``op_type``."""
+    readers = [use.node for use in value.uses()]
+    return readers[0] if len(readers) == 1 and readers[0].op_type == op_type else None
+
+
+def constant_of(value: ir.Value | None) -> NDArray[Any] | None:
+    """Give the numbers of a constant, None of what is computed."""
+    return None if value is None or value.const_value is None else value.const_value.numpy()
+
+
+def sizes_of(value: ir.Value | None) -> list[int | None]:
+    """Give a shape, None for each size that is open; nothing where the rank is unknown."""
+    shape = () if value is None or value.shape is None else value.shape
+    return [size if isinstance(size, int) else None for size in shape]
+
+
 def array_of(value: ir.Value) -> NDArray[Any]:
-    """Give the numbers of a constant."""
     assert value.const_value is not None
     return value.const_value.numpy()
 

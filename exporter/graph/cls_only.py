@@ -13,7 +13,15 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from msn_export.graph.attention import HEADS_FIRST
-from msn_export.graph.builder import GraphBuilder, array_of, operand, producer_of
+from msn_export.graph.builder import (
+    GraphBuilder,
+    array_of,
+    constant_of,
+    operand,
+    permuted,
+    producer_of,
+    sizes_of,
+)
 from msn_export.graph.io import infer_shapes
 
 # b batch, n tokens, h heads, d head size, dim hidden size
@@ -40,10 +48,8 @@ def find_packed(split: ir.Node | None) -> PackedProjection | None:
     if split is None or split.op_type != "Split" or len(split.outputs) != 3:
         return None
     transpose = _only_producer(split.inputs[0], "Transpose")
-    if transpose is None or tuple(transpose.attributes["perm"].as_ints()) != HEADS_FIRST:
-        return None
-    reshape = _only_producer(transpose.inputs[0], "Reshape")
-    if reshape is None:
+    reshape = _only_producer(permuted(split.inputs[0], HEADS_FIRST), "Reshape")
+    if transpose is None or reshape is None:
         return None
     added = _only_producer(reshape.inputs[0], "Add")
     bias = _constant_of(added)
@@ -55,12 +61,8 @@ def find_packed(split: ir.Node | None) -> PackedProjection | None:
     return PackedProjection(product.inputs[0], product, bias, reshape, split)
 
 
-def split_queries(graph: ir.Graph) -> bool:
-    """Project queries for the first token alone, where only its query is read.
-
-    Returns:
-        Whether there was such a projection.
-    """
+def split_queries(graph: ir.Graph) -> None:
+    """Project queries for the first token alone, where only its query is read."""
     for node in graph:
         if node.op_type != "Slice" or node.inputs[0] is None:
             continue
@@ -70,15 +72,12 @@ def split_queries(graph: ir.Graph) -> bool:
             continue
         if len(node.inputs[0].uses()) == 1:
             _rewrite(graph, packed, node)
-            return True
-    return False
+            return
 
 
 def _rewrite(graph: ir.Graph, packed: PackedProjection, sliced: ir.Node) -> None:
     weight = array_of(packed.weight)
-    bias = None
-    if packed.bias is not None and packed.bias.const_value is not None:
-        bias = packed.bias.const_value.numpy()
+    bias = constant_of(packed.bias)
     tokens, rows, size = array_of(operand(packed.reshape, 1)).tolist()[1:]
     dim, heads = weight.shape[1] // 3, rows // 3
     builder = GraphBuilder(graph, packed.product)
@@ -124,34 +123,30 @@ _ROWWISE = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Narrowed:
-    """How many nodes now compute one row instead of all tokens."""
-
-    nodes: int
-    projection_split: bool
-
-
-def narrow_to_first_token(model: ir.Model, *, split_projection: bool = True) -> Narrowed:
+def narrow_to_first_token(model: ir.Model, *, split_projection: bool = True) -> int:
     """Rewrite in place; a graph whose outputs read more than the first token is left alone.
 
     Args:
         model: changed in place.
         split_projection: take queries out of the packed projection too, and compute one; fewer
             multiply-adds, one matrix product more.
+
+    Returns:
+        How many nodes now compute one row instead of all tokens.
     """
     infer_shapes(model)
     chosen = _rows_needed(model.graph)
     if not chosen:
-        return Narrowed(0, projection_split=False)
+        return 0
     cut: dict[tuple[ir.Value, int], ir.Value] = {}
     for node in list(model.graph):
         if node in chosen:
             _narrow(model.graph, node, chosen, cut)
-    split = split_projection and split_queries(model.graph)
+    if split_projection:
+        split_queries(model.graph)
     RemoveUnusedNodesPass()(model)
     infer_shapes(model)
-    return Narrowed(len(chosen), projection_split=split)
+    return len(chosen)
 
 
 def _rows_needed(graph: ir.Graph) -> dict[ir.Node, int]:
@@ -194,14 +189,12 @@ def _axis_read(reader: ir.Node, index: int, chosen: dict[ir.Node, int]) -> int |
 def _takes_first(node: ir.Node) -> bool:
     """Whether a node reads row 0 of axis 1 and nothing else."""
     if node.op_type == "Gather":
-        indices = node.inputs[1].const_value if node.inputs[1] is not None else None
-        axis = node.attributes.get("axis")
-        at_tokens = axis is not None and axis.as_int() == 1
-        return at_tokens and indices is not None and not indices.numpy().any()
+        indices = constant_of(node.inputs[1])
+        at_tokens = node.attributes.get_int("axis", 0) == 1
+        return at_tokens and indices is not None and not indices.any()
     if node.op_type == "Slice" and len(node.inputs) >= 4:
-        bounds = [value.const_value for value in node.inputs[1:4] if value is not None]
-        if len(bounds) == 3 and all(bound is not None for bound in bounds):
-            return [bound.numpy().tolist() for bound in bounds if bound] == [[0], [1], [1]]
+        bounds = [constant_of(value) for value in node.inputs[1:4]]
+        return [None if b is None else b.tolist() for b in bounds] == [[0], [1], [1]]
     return False
 
 
@@ -226,11 +219,8 @@ def _passes_rows(node: ir.Node, axis: int) -> bool:
 
 def _merges_last(node: ir.Node) -> bool:
     """Whether a Reshape is [b, n, h, d] -> [b, n, h * d] with a constant shape."""
-    source, target = node.inputs[0], node.inputs[1]
-    if source is None or target is None or target.const_value is None or source.shape is None:
-        return False
-    wanted = target.const_value.numpy().tolist()
-    return len(source.shape) == 4 and len(wanted) == 3 and source.shape[1] == wanted[1]
+    sizes, target = sizes_of(node.inputs[0]), constant_of(node.inputs[1])
+    return len(sizes) == 4 and target is not None and len(target) == 3 and sizes[1] == target[1]
 
 
 def _narrow(
@@ -252,19 +242,15 @@ def _narrow(
         if read is None or shape is None:
             continue
         position = read - rank + len(shape)  # broadcasting aligns the last axes
-        if position >= 0 and shape[position] != 1 and value.name not in _constants(node, value):
+        # a weight has one value for every row
+        weight = value.const_value is not None and node.op_type in {"MatMul", "LayerNormalization"}
+        if position >= 0 and shape[position] != 1 and not weight:
             node.replace_input_with(index, _cut(graph, node, value, position, cut))
     if node.op_type == "Reshape":
         wanted = array_of(operand(node, 1)).copy()
         wanted[axis] = 1
         name = "x".join(str(size) for size in wanted.tolist()).replace("-1", "b")
         node.replace_input_with(1, GraphBuilder(graph).constant(wanted, f"shape.{name}"))
-
-
-def _constants(node: ir.Node, value: ir.Value) -> tuple[str | None, ...]:
-    """Name the operands that hold no tokens: weights with one value for every row."""
-    weight = value.const_value is not None and node.op_type in {"MatMul", "LayerNormalization"}
-    return (value.name,) if weight else ()
 
 
 def _cut(

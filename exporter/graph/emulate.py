@@ -46,12 +46,10 @@ _NUMPY = {Dtype.FP16: np.float16, Dtype.BF16: ml_dtypes.bfloat16}
 
 
 def has_bf16(model: ir.Model) -> bool:
-    """Whether a graph has bf16 weights."""
     return any(value.dtype == _BF16 for value in model.graph.initializers.values())
 
 
 def emulate_bf16(model: ir.Model) -> ir.Model:
-    """Copy a bf16 graph as an fp32 one whose every value is rounded to bf16."""
     copy = model.clone()
     builder = GraphBuilder(copy.graph)
     for value in copy.graph.initializers.values():

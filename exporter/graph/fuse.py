@@ -26,7 +26,15 @@ from msn_export.graph.attention import (
     AttentionCore,
     match,
 )
-from msn_export.graph.builder import GraphBuilder, producer_of, replace
+from msn_export.graph.builder import (
+    GraphBuilder,
+    constant_of,
+    only_reader,
+    permuted,
+    producer_of,
+    replace,
+    sizes_of,
+)
 from msn_export.graph.io import infer_shapes
 from msn_export.graph.precision import is_quantised_core
 from msn_export.spec import AttentionForm
@@ -47,17 +55,17 @@ def write_plainly(model: ir.Model) -> None:
 
 def _softmax_of_rows(graph: ir.Graph, softmax: ir.Node) -> bool:
     """Softmax over [b * h * n, n] between two Reshapes, as opset 12 defines it."""
-    rows, axis = softmax.inputs[0], softmax.attributes.get("axis")
-    if rows is None or _rank(rows) != 2 or (axis is not None and axis.as_int() not in {-1, 1}):
+    rows, result = softmax.inputs[0], softmax.outputs[0]
+    columns = sizes_of(rows)
+    if rows is None or len(columns) != 2 or softmax.attributes.get_int("axis", -1) not in {-1, 1}:
         return False
-    flat = rows.producer()
-    back = _only_reader(softmax.outputs[0])
+    flat, back = rows.producer(), only_reader(result, "Reshape")
     if flat is None or flat.op_type not in {"Reshape", "Flatten"} or flat.inputs[0] is None:
         return False
-    if back is None or back.op_type != "Reshape":
+    if back is None or result.is_graph_output():
         return False
     scores = flat.inputs[0]
-    before, after, columns = _sizes(scores), _sizes(back.outputs[0]), _sizes(rows)
+    before, after = sizes_of(scores), sizes_of(back.outputs[0])
     same = before == after and before.count(None) <= 1 and len(before) > 2
     if not same or before[-1] is None or before[-1] != columns[-1]:
         return False
@@ -85,20 +93,17 @@ def _softmax_of_parts(graph: ir.Graph, division: ir.Node) -> bool:
 
 def _keys_of_three_axes(graph: ir.Graph, reshape: ir.Node) -> bool:
     """[.., n, d] as [b * h, n, d], transposed to [b * h, d, n], as [b, h, d, n]."""
-    transpose = producer_of(reshape.inputs[0], "Transpose")
-    if transpose is None or tuple(transpose.attributes["perm"].as_ints()) != (0, 2, 1):
-        return False
-    merged = producer_of(transpose.inputs[0], "Reshape")
+    merged = producer_of(permuted(reshape.inputs[0], (0, 2, 1)), "Reshape")
     if merged is None or merged.inputs[0] is None:
         return False
-    keys, sizes = merged.inputs[0], _sizes(reshape.outputs[0])
-    if len(sizes) != 4 or _sizes(merged.outputs[0])[1:] != [sizes[3], sizes[2]]:
+    keys, sizes = merged.inputs[0], sizes_of(reshape.outputs[0])
+    if len(sizes) != 4 or sizes_of(merged.outputs[0])[1:] != [sizes[3], sizes[2]]:
         return False
     heads, size, tokens = sizes[1:]
     if heads is None or size is None or tokens is None:
         return False
     builder = GraphBuilder(graph, reshape)
-    if _sizes(keys)[1:] != [heads, tokens, size]:
+    if sizes_of(keys)[1:] != [heads, tokens, size]:
         shape = (sizes[0], heads, tokens, size)
         keys = builder.reshape(keys, heads, tokens, size, shape=shape)
     replace(reshape.outputs[0], builder.op("Transpose", [keys], {"perm": (0, 1, 3, 2)}))
@@ -137,9 +142,8 @@ def _layer_norm(graph: ir.Graph, shift: ir.Node) -> bool:
 def _is_square(value: ir.Value | None, of: ir.Value | None) -> bool:
     power = producer_of(value, "Pow")
     if power is not None:
-        exponent = power.inputs[1]
-        held = None if exponent is None else exponent.const_value
-        return power.inputs[0] is of and held is not None and (held.numpy() == 2).all()
+        exponent = constant_of(power.inputs[1])
+        return power.inputs[0] is of and exponent is not None and bool((exponent == 2).all())
     product = producer_of(value, "Mul")
     return product is not None and all(operand is of for operand in product.inputs)
 
@@ -148,17 +152,17 @@ def _with_vector(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
     """Tell the operand from the constant of one axis that is added to it or multiplies it."""
     for value, held in (node.inputs[:2], node.inputs[1::-1]):
         if value is not None and held is not None and held.const_value is not None:
-            last = _sizes(value)[-1:]
-            if _sizes(held) == last and last != [None]:
+            last = sizes_of(value)[-1:]
+            if sizes_of(held) == last and last != [None]:
                 return value, held
     return None, None
 
 
 def _with_number(node: ir.Node) -> tuple[ir.Value | None, float | None]:
     for value, held in (node.inputs[:2], node.inputs[1::-1]):
-        constant = None if held is None else held.const_value
+        constant = constant_of(held)
         if value is not None and constant is not None and constant.size == 1:
-            return value, float(constant.numpy().reshape(()))
+            return value, float(constant.reshape(()))
     return None, None
 
 
@@ -172,31 +176,11 @@ _REWRITES = {
 
 def _over_last(reduction: ir.Node) -> bool:
     """Whether a reduction runs over the last axis alone and keeps it."""
-    kept = reduction.attributes.get("keepdims")
-    if kept is not None and not kept.as_int():
+    if not reduction.attributes.get_int("keepdims", 1):
         return False
-    axes: Sequence[int] = ()
-    if len(reduction.inputs) > 1 and reduction.inputs[1] is not None:
-        held = reduction.inputs[1].const_value
-        axes = () if held is None else held.numpy().reshape(-1).tolist()
-    elif "axes" in reduction.attributes:
-        axes = reduction.attributes["axes"].as_ints()
-    rank = _rank(reduction.inputs[0])
-    return len(axes) == 1 and (axes[0] == -1 or (rank is not None and axes[0] == rank - 1))
-
-
-def _only_reader(value: ir.Value) -> ir.Node | None:
-    users = list(value.uses())
-    return users[0].node if len(users) == 1 and not value.is_graph_output() else None
-
-
-def _rank(value: ir.Value | None) -> int | None:
-    return None if value is None or value.shape is None else len(value.shape)
-
-
-def _sizes(value: ir.Value | None) -> list[int | None]:
-    shape = () if value is None or value.shape is None else value.shape
-    return [size if isinstance(size, int) else None for size in shape]
+    held = constant_of(reduction.inputs[1]) if len(reduction.inputs) > 1 else None
+    axes = reduction.attributes.get_ints("axes", ()) if held is None else held.reshape(-1).tolist()
+    return len(axes) == 1 and axes[0] in {-1, len(sizes_of(reduction.inputs[0])) - 1}
 
 
 def attention_3d_to_4d(model: ir.Model) -> None:
@@ -206,10 +190,10 @@ def attention_3d_to_4d(model: ir.Model) -> None:
         operands = [value for value in node.inputs[:3] if value is not None]
         if node.op_type != "Attention" or len(operands) != 3 or len(node.outputs) != 1:
             continue
-        heads = _count(node, "q_num_heads")
+        heads = node.attributes.get_int("q_num_heads", 0)
         sizes = [_tokens_and_width(value) for value in operands]
         known = heads and all(n and w and w % heads == 0 for n, w in sizes)
-        if known and heads == _count(node, "kv_num_heads"):
+        if known and heads == node.attributes.get_int("kv_num_heads", 0):
             _rewrite(model.graph, node, operands, heads)
             changed = True
     if changed:
@@ -225,9 +209,8 @@ def _rewrite(graph: ir.Graph, node: ir.Node, operands: Sequence[ir.Value], heads
         _apart(builder, value, n, heads, w // heads)
         for value, (n, w) in zip(operands, sizes, strict=True)
     ]
-    scale = node.attributes.get("scale")
     # onnx.ai operators, Attention: scale is 1 / sqrt(d) where it is left out
-    attributes = {"scale": scale.as_float() if scale else (width // heads) ** -0.5}
+    attributes = {"scale": node.attributes.get_float("scale", (width // heads) ** -0.5)}
     attributes |= {
         name: attribute.value
         for name, attribute in node.attributes.items()
@@ -265,18 +248,10 @@ def _apart(builder: GraphBuilder, value: ir.Value, tokens: int, rows: int, size:
     return builder.op("Transpose", [reshaped], {"perm": HEADS_FIRST})
 
 
-def _count(node: ir.Node, name: str) -> int:
-    attribute = node.attributes.get(name)
-    return attribute.as_int() if attribute is not None else 0
-
-
 def _tokens_and_width(value: ir.Value) -> tuple[int, int]:
     """Read n and h * d off [b, n, h * d]; zeros where they are not known."""
-    shape = value.shape
-    if shape is None or len(shape) != 3:
-        return 0, 0
-    tokens, width = shape[1], shape[2]
-    return (tokens, width) if isinstance(tokens, int) and isinstance(width, int) else (0, 0)
+    _, tokens, width = sizes if len(sizes := sizes_of(value)) == 3 else (0, 0, 0)
+    return (tokens, width) if tokens and width else (0, 0)
 
 
 # b batch, h heads, n tokens, d head size
@@ -342,7 +317,6 @@ def fuse_attention(
 
 
 def attention_form(model: ir.Model) -> AttentionForm:
-    """Tell how a graph writes its attention."""
     for node in model.graph:
         if node.op_type == "Attention":
             packed = "q_num_heads" in node.attributes
@@ -437,25 +411,17 @@ def _heads_together(
 
 
 def _before_heads(value: ir.Value | None) -> ir.Value | None:
-    transpose = producer_of(value, "Transpose")
-    if transpose is None or tuple(transpose.attributes["perm"].as_ints()) != HEADS_FIRST:
-        return None
-    reshape = producer_of(transpose.inputs[0], "Reshape")
+    reshape = producer_of(permuted(value, HEADS_FIRST), "Reshape")
     return None if reshape is None else reshape.inputs[0]
 
 
 def _merged_heads(output: ir.Value) -> ir.Value | None:
     """Find the [b, n, h * d] tensor that the core's [b, h, n, d] becomes."""
-    transpose = _only_user(output, "Transpose")
+    transpose = only_reader(output, "Transpose")
     if transpose is None or tuple(transpose.attributes["perm"].as_ints()) != HEADS_FIRST:
         return None
-    reshape = _only_user(transpose.outputs[0], "Reshape")
+    reshape = only_reader(transpose.outputs[0], "Reshape")
     return None if reshape is None else reshape.outputs[0]
-
-
-def _only_user(value: ir.Value, op_type: str) -> ir.Node | None:
-    users = [use.node for use in value.uses()]
-    return users[0] if len(users) == 1 and users[0].op_type == op_type else None
 
 
 _WRITERS: dict[AttentionForm, Callable[[ir.Graph, AttentionCore], None]] = {

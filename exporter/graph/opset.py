@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 
 from msn_export.errors import GraphError
-from msn_export.graph.builder import GraphBuilder, replace
+from msn_export.graph.builder import GraphBuilder, operand, replace
 from msn_export.graph.fuse import write_plainly
 from msn_export.graph.io import infer_shapes, refill, skeleton
 from msn_export.graph.precision import graph_dtype
@@ -96,12 +96,11 @@ def raise_opset(model: ir.Model, opset: int = NEWEST) -> ir.Model:
 def _write_gelu(graph: ir.Graph, node: ir.Node) -> None:
     """Gelu as operators of opset 17: onnx.ai operators, Gelu, its function body."""
     builder = GraphBuilder(graph, node)
-    x = node.inputs[0]
-    dtype = x.dtype.numpy() if x is not None and x.dtype is not None else np.float32
+    x = operand(node, 0)
+    dtype = x.dtype.numpy() if x.dtype is not None else np.float32
     half = builder.constant(np.asarray(0.5, dtype), "gelu.half")
     one = builder.constant(np.asarray(1.0, dtype), "gelu.one")
-    approximate = node.attributes.get("approximate")
-    if approximate is not None and approximate.as_string() == "tanh":
+    if node.attributes.get_string("approximate", "none") == "tanh":
         cubic = builder.constant(np.asarray(0.044715, dtype), "gelu.cubic")
         factor = builder.constant(np.asarray(np.sqrt(2 / np.pi), dtype), "gelu.factor")
         cube = builder.op("Mul", [builder.op("Mul", [x, x]), x])
@@ -189,10 +188,10 @@ def tidy(model: ir.Model) -> tuple[ir.Model, str]:
         lower_opset(model, NEWEST)
     if graph_dtype(model).is_quantised:
         return raise_opset(model), "left as it was quantised"
-    outcome = simplify(raise_opset(model))
-    if outcome.model is not model:
-        resolve_shapes(outcome.model)  # what onnxsim took out of an If
-    return outcome.model, f"simplification {outcome.reason}"
+    simplified, reason = simplify(raise_opset(model))
+    if simplified is not model:
+        resolve_shapes(simplified)  # what onnxsim took out of an If
+    return simplified, f"simplification {reason}"
 
 
 def raised_where_possible(model: ir.Model) -> ir.Model:

@@ -12,7 +12,15 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from msn_export.errors import GraphError
-from msn_export.graph.builder import GraphBuilder, array_of, operand, producer
+from msn_export.graph.builder import (
+    GraphBuilder,
+    array_of,
+    constant_of,
+    only_reader,
+    operand,
+    producer,
+    producer_of,
+)
 from msn_export.graph.io import infer_shapes
 from msn_export.spec import Dtype
 
@@ -51,8 +59,8 @@ def quantised_dtype(model: ir.Model) -> Dtype | None:
                 f"node {name!r} quantises to {held.name.lower()}, which TensorRT does not take for "
                 "a ViT; quantise symmetrically to int8 or to fp8 E4M3, as msn-export calibrate does"
             )
-        zero = node.inputs[2] if len(node.inputs) > 2 else None
-        if zero is not None and zero.const_value is not None and zero.const_value.numpy().any():
+        zero = constant_of(node.inputs[2]) if len(node.inputs) > 2 else None
+        if zero is not None and zero.any():
             raise GraphError(
                 f"node {name!r} has a zero point other than 0, which TensorRT does not take; "
                 "quantise symmetrically, as msn-export calibrate does"
@@ -69,8 +77,7 @@ def _stored_type(node: ir.Node) -> ir.DataType | None:
         return node.inputs[0].dtype if node.inputs[0] is not None else None
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         return node.inputs[2].dtype
-    named = node.attributes.get("output_dtype")
-    return ir.DataType(named.as_int()) if named is not None and named.as_int() else _DEFAULT
+    return ir.DataType(node.attributes.get_int("output_dtype", 0) or _DEFAULT)
 
 
 def type_beside(model: ir.Model) -> Dtype:
@@ -91,8 +98,9 @@ def quantised_products(model: ir.Model) -> tuple[str, ...]:
         for node in model.graph
         if node.op_type in WEIGHTED_PRODUCTS
         and _is_dequantised(node.inputs[0])
-        and _is_dequantised(node.inputs[1])
-        and _holds_weight(node.inputs[1])
+        and (weight := producer_of(node.inputs[1], "DequantizeLinear"))
+        and weight.inputs[0] is not None
+        and weight.inputs[0].is_initializer()
     )
 
 
@@ -103,26 +111,20 @@ def is_quantised_core(softmax: ir.Node) -> bool:
     fused 8-bit attention kernel. With one operand left out it takes the core apart; around the
     Attention operator, Q/DQ only rounds and the kernel stays in fp16 (TensorRT-RTX 1.7, SM 8.9).
     """
-    scores = softmax.inputs[0].producer() if softmax.inputs[0] is not None else None
-    if softmax.op_type != "Softmax" or scores is None or scores.op_type != "MatMul":
+    scores = producer_of(softmax.inputs[0], "MatMul")
+    if softmax.op_type != "Softmax" or scores is None:
         return False
     product = softmax
     for wanted in ("QuantizeLinear", "DequantizeLinear", "MatMul"):
-        users = [use.node for use in product.outputs[0].uses()]
-        if len(users) != 1 or users[0].op_type != wanted:
+        reader = only_reader(product.outputs[0], wanted)
+        if reader is None:
             return False
-        product = users[0]
+        product = reader
     return all(_is_dequantised(value) for value in (*scores.inputs, *product.inputs))
 
 
 def _is_dequantised(value: ir.Value | None) -> bool:
-    node = value.producer() if value is not None else None
-    return node is not None and node.op_type == "DequantizeLinear"
-
-
-def _holds_weight(value: ir.Value | None) -> bool:
-    node = value.producer() if value is not None else None
-    return node is not None and node.inputs[0] is not None and node.inputs[0].is_initializer()
+    return producer_of(value, "DequantizeLinear") is not None
 
 
 # Largest finite values: IEEE 754 binary16; bfloat16 shares binary32's exponent.
@@ -152,7 +154,6 @@ class Typed:
     islands: tuple[str, ...]
     weights: dict[str, float]
     fp32_nodes: tuple[str, ...]
-    casts: int
 
 
 def type_graph(model: ir.Model, dtype: Dtype, islands: Collection[str] = ()) -> Typed:
@@ -181,8 +182,7 @@ def type_graph(model: ir.Model, dtype: Dtype, islands: Collection[str] = ()) -> 
         typing.type_node(node)
     typing.restore_outputs()
     RemoveUnusedNodesPass()(model)
-    casts = sum(node.op_type == "Cast" for node in model.graph)
-    return Typed(tuple(sorted(wanted)), weights, tuple(typing.fp32_nodes), casts)
+    return Typed(tuple(sorted(wanted)), weights, tuple(typing.fp32_nodes))
 
 
 def attention_in_bf16(model: ir.Model, nodes: Collection[str]) -> None:
@@ -220,7 +220,6 @@ def overflowing_weights(model: ir.Model, dtype: Dtype) -> dict[str, float]:
 
 
 def _products_of(model: ir.Model, weights: Collection[str]) -> set[str]:
-    """Name the results of the products that read any of ``weights``."""
     return {
         node.outputs[0].name or ""
         for node in model.graph
@@ -332,7 +331,6 @@ class _Typing:
         return self.builder.initializer(ir.tensor(array, name=name), name)
 
     def restore_outputs(self) -> None:
-        """Cast the graph's outputs back to the types they had."""
         for index, value in enumerate(self.graph.outputs):
             wanted = self.outputs[index]
             if wanted is None or value.dtype == wanted:

@@ -48,6 +48,8 @@ _KEPT = frozenset(
 class _Walk:
     """One walk over a graph at one batch size: types and constants by value."""
 
+    opsets: list[onnx.OperatorSetIdProto]
+    ir_version: int
     types: dict[ir.Value, onnx.TypeProto] = field(default_factory=dict)
     constants: dict[ir.Value, NDArray[Any]] = field(default_factory=dict)
 
@@ -93,8 +95,8 @@ def resolve_shapes(model: ir.Model) -> int:
 def _walk(
     model: ir.Model, batch: int, weights: dict[ir.Value, NDArray[Any]], done: dict[ir.Node, Any]
 ) -> _Walk:
-    walk = _Walk(constants=dict(weights))
     opsets = [onnx.helper.make_opsetid(d, v) for d, v in model.graph.opset_imports.items()]
+    walk = _Walk(opsets, model.ir_version, constants=dict(weights))
     for value in model.graph.inputs:
         if value.dtype is not None and value.shape is not None:
             sizes = [size if isinstance(size, int) else None for size in value.shape]
@@ -108,14 +110,12 @@ def _walk(
         )
     for node in model.graph:
         if node.domain in {"", "ai.onnx"}:
-            _infer(node, walk, opsets, model.ir_version)
-            _fold(node, walk, opsets, model.ir_version, done)
+            _infer(node, walk)
+            _fold(node, walk, done)
     return walk
 
 
-def _infer(
-    node: ir.Node, walk: _Walk, opsets: list[onnx.OperatorSetIdProto], ir_version: int
-) -> None:
+def _infer(node: ir.Node, walk: _Walk) -> None:
     read = [value for value in node.inputs if value is not None]
     if any(value not in walk.types for value in read):
         return
@@ -125,14 +125,15 @@ def _infer(
         if value in walk.constants and walk.constants[value].size <= _SMALL
     }
     try:
-        schema = onnx.defs.get_schema(node.op_type, _version(opsets), "")
+        version = next(o.version for o in walk.opsets if o.domain in {"", "ai.onnx"})
+        schema = onnx.defs.get_schema(node.op_type, version, "")
         found = onnx.shape_inference.infer_node_outputs(
             schema,
             ir.to_proto(node),
             {value.name or "": walk.types[value] for value in read},
             small,
-            opset_imports=opsets,
-            ir_version=ir_version,
+            opset_imports=walk.opsets,
+            ir_version=walk.ir_version,
         )
     except Exception:  # noqa: BLE001  onnx raises what it likes; what is not known stays open
         return
@@ -141,17 +142,7 @@ def _infer(
             walk.types[value] = found[value.name]
 
 
-def _version(opsets: list[onnx.OperatorSetIdProto]) -> int:
-    return next(opset.version for opset in opsets if opset.domain in {"", "ai.onnx"})
-
-
-def _fold(
-    node: ir.Node,
-    walk: _Walk,
-    opsets: list[onnx.OperatorSetIdProto],
-    ir_version: int,
-    done: dict[ir.Node, Any],
-) -> None:
+def _fold(node: ir.Node, walk: _Walk, done: dict[ir.Node, Any]) -> None:
     """Compute a node whose inputs are constants, once for both walks."""
     if node.op_type in {"Shape", "Size"}:
         _measure(node, walk)
@@ -163,7 +154,7 @@ def _fold(
     if node in done and all(a is b for a, b in zip(done[node][0], read, strict=True)):
         outputs = done[node][1]
     else:
-        outputs = _compute(node, read, opsets, ir_version)
+        outputs = _compute(node, read, walk)
         done[node] = (read, outputs)
     walk.constants.update(zip(node.outputs, outputs, strict=False))
 
@@ -178,8 +169,7 @@ def _measure(node: ir.Node, walk: _Walk) -> None:
         if len(counted) == len(sizes):
             walk.constants[node.outputs[0]] = np.asarray(math.prod(counted), np.int64)
         return
-    bounds = [node.attributes.get(name) for name in ("start", "end")]
-    start, end = (None if bound is None else bound.as_int() for bound in bounds)
+    start, end = (node.attributes.get_int(name, None) for name in ("start", "end"))
     taken = sizes[start:end]
     if None not in taken:
         walk.constants[node.outputs[0]] = np.asarray(taken, np.int64)
@@ -215,12 +205,7 @@ def _is_weight(dequantize: ir.Node, held: NDArray[Any] | None) -> bool:
     return any(user in {*WEIGHTED_PRODUCTS, "Reshape", "Transpose"} for user in users)
 
 
-def _compute(
-    node: ir.Node,
-    read: Sequence[NDArray[Any] | None],
-    opsets: list[onnx.OperatorSetIdProto],
-    ir_version: int,
-) -> list[NDArray[Any]]:
+def _compute(node: ir.Node, read: Sequence[NDArray[Any] | None], walk: _Walk) -> list[NDArray[Any]]:
     """Run one node in onnxruntime; nothing where it has no kernel for it."""
     feeds = {
         value.name or "": array
@@ -240,16 +225,10 @@ def _compute(
             [onnx.helper.make_empty_tensor_value_info(name) for name in outputs],
             [onnx.numpy_helper.from_array(array, name) for name, array in small.items()],
         )  # fmt: skip
-        model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=ir_version)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # what fails leaves the node as it is
-        session = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-        computed: list[NDArray[Any]] = session.run(outputs, large)
+        model = onnx.helper.make_model(graph, opset_imports=walk.opsets, ir_version=walk.ir_version)
+        return _run(model, outputs, large)
     except Exception:  # noqa: BLE001  onnxruntime's errors have no base; the node stays
         return []
-    return computed
 
 
 def _tensor(array: NDArray[Any], value: ir.Value) -> onnx.TensorProto:
@@ -287,7 +266,7 @@ def _write_constants(builder: GraphBuilder, walks: Sequence[_Walk]) -> int:
             first = arrays[0]
             if first is None or value.is_graph_output() or not value.uses():
                 continue
-            if not all(a is first or _same(a, first) for a in arrays[1:]):
+            if not all(a is not None and _same(a, first) for a in arrays[1:]):
                 continue
             name = builder.free(f"{value.name}.constant")
             tensor = ir.tensor(np.asarray(first, order="C"), name=name)
@@ -296,8 +275,8 @@ def _write_constants(builder: GraphBuilder, walks: Sequence[_Walk]) -> int:
     return written
 
 
-def _same(one: NDArray[Any] | None, other: NDArray[Any]) -> bool:
-    return one is not None and one.dtype == other.dtype and np.array_equal(one, other)
+def _same(one: NDArray[Any], other: NDArray[Any]) -> bool:
+    return one is other or (one.dtype == other.dtype and np.array_equal(one, other))
 
 
 def _write_targets(builder: GraphBuilder) -> None:
@@ -367,25 +346,17 @@ def _square_grid(graph: ir.Graph, dim: int) -> int | None:
 HARMFUL_PASSES = ["fuse_matmul_add_bias_into_gemm_batched"]
 
 
-@dataclass(frozen=True, slots=True)
-class Simplified:
-    """What simplification did: the graph to go on with, node counts, and why."""
-
-    model: ir.Model
-    before: int
-    after: int
-    reason: str
-
-
-def simplify(model: ir.Model) -> Simplified:
-    """Run onnxsim over the skeleton of ``model``; the input is not changed.
+def simplify(model: ir.Model) -> tuple[ir.Model, str]:
+    """Run onnxsim over the skeleton of ``model``, which is not changed.
 
     The result is kept only if it has fewer nodes and, run on the same seeded input, the same
     outputs.
+
+    Returns:
+        The graph to go on with, and the reason for it.
     """
     import onnxsim  # it imports torch, two seconds that most graphs need not wait for
 
-    before = len(model.graph)
     try:
         with _unheard():
             proto, _ = onnxsim.simplify(
@@ -396,9 +367,8 @@ def simplify(model: ir.Model) -> Simplified:
     except Exception as error:  # noqa: BLE001  theirs have no base; a smaller graph is no need
         reason = f"not kept: {' '.join(str(error).split())[:200]}"
     if reason:
-        return Simplified(model, before, before, reason)
-    after = len(candidate.graph)
-    return Simplified(candidate, before, after, f"kept: {before - after} nodes fewer")
+        return model, reason
+    return candidate, f"kept: {len(model.graph) - len(candidate.graph)} nodes fewer"
 
 
 @contextmanager
@@ -438,7 +408,7 @@ def _difference(model: ir.Model, candidate: ir.Model) -> float:
         assert value.dtype is not None
         assert value.name is not None
         feeds[value.name] = (generator.random(shape) * 2).astype(value.dtype.numpy())
-    wanted, got = _run(model, feeds), _run(candidate, feeds)
+    wanted, got = (_run(ir.to_proto(graph), None, feeds) for graph in (model, candidate))
     worst = np.float64(0.0)
     for want, have in zip(wanted, got, strict=True):
         scale = np.maximum(np.abs(want).max(), 1.0)
@@ -446,11 +416,13 @@ def _difference(model: ir.Model, candidate: ir.Model) -> float:
     return float(worst)
 
 
-def _run(model: ir.Model, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+def _run(
+    model: onnx.ModelProto, outputs: list[str] | None, feeds: dict[str, NDArray[Any]]
+) -> list[NDArray[Any]]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what fails is raised
     session = onnxruntime.InferenceSession(
-        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    outputs: list[np.ndarray] = session.run(None, feeds)
-    return outputs
+    computed: list[NDArray[Any]] = session.run(outputs, feeds)
+    return computed

@@ -42,7 +42,6 @@ class GraphSummary:
 
     @classmethod
     def of(cls, model: ir.Model) -> Self:
-        """Read them off a graph."""
         return cls(
             inputs=tensor_specs(list(model.graph.inputs)),
             outputs=tensor_specs(list(model.graph.outputs)),

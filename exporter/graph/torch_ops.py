@@ -29,7 +29,6 @@ def shape_of(value: ir.Value) -> Shape:
 
 
 def require_size(dim: Dim) -> int:
-    """Require a size that is known."""
     if not isinstance(dim, int):
         raise ValueError(f"the batch {dim} would become a constant")  # noqa: TRY004
     return dim
@@ -62,7 +61,6 @@ _END = np.iinfo(np.int64).max  # onnx.ai operators, Slice: "to the end"
 
 
 def flatten(builder: GraphBuilder, x: ir.Value, start_dim: int = 0, end_dim: int = -1) -> ir.Value:
-    """Merge neighbouring axes."""
     shape = shape_of(x)
     end = end_dim % len(shape) + 1
     merged = math.prod(require_size(dim) for dim in shape[start_dim:end])
@@ -87,14 +85,12 @@ def permute(builder: GraphBuilder, x: ir.Value, *dims: int) -> ir.Value:
 
 
 def transpose(builder: GraphBuilder, x: ir.Value, dim0: int, dim1: int) -> ir.Value:
-    """Swap two axes."""
     dims = list(range(len(shape_of(x))))
     dims[dim0], dims[dim1] = dims[dim1], dims[dim0]
     return permute(builder, x, *dims)
 
 
 def chunk(builder: GraphBuilder, x: ir.Value, chunks: int, dim: int = 0) -> Sequence[ir.Value]:
-    """Cut an axis in equal parts."""
     shape = list(shape_of(x))
     size, left = divmod(require_size(shape[dim]), chunks)
     if left:
@@ -105,7 +101,6 @@ def chunk(builder: GraphBuilder, x: ir.Value, chunks: int, dim: int = 0) -> Sequ
 
 
 def cat(builder: GraphBuilder, tensors: Sequence[ir.Value], dim: int = 0) -> ir.Value:
-    """Join values along an axis."""
     shape = list(shape_of(tensors[0]))
     shape[dim] = sum(require_size(shape_of(value)[dim]) for value in tensors)
     return builder.op("Concat", list(tensors), {"axis": dim % len(shape)}, shape=shape)
@@ -192,7 +187,6 @@ def linear(builder: GraphBuilder, x: ir.Value, module: nn.Linear, name: str) -> 
 
 
 def layer_norm(builder: GraphBuilder, x: ir.Value, module: nn.LayerNorm, name: str) -> ir.Value:
-    """LayerNorm over the last axis."""
     weights = [weight_of(builder, f"{name}.{part}", p) for part, p in module.named_parameters()]
     attributes = {"axis": -1, "epsilon": module.eps}
     return builder.op("LayerNormalization", [x, *weights], attributes, shape=shape_of(x))

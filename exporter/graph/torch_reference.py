@@ -47,7 +47,6 @@ def read_head(model: VitMsn, head: Head, hidden: Hidden) -> Tensor:
 
 
 def require_readable(model: VitMsn, heads: Sequence[Head]) -> None:
-    """Require that a model has what ``heads`` read."""
     if Head.LOGITS in heads and model.classifier is None:
         raise GraphError("head logits needs a classifier, this checkpoint has none; use cls")
     rest = [head for head in heads if head is not Head.LOGITS]
@@ -60,7 +59,6 @@ def require_readable(model: VitMsn, heads: Sequence[Head]) -> None:
 
 
 def readable_heads(model: VitMsn) -> tuple[Head, ...]:
-    """List the heads that can be read off a model."""
     held = {True: model.classifier is not None, False: model.norm is not None}
     return tuple(head for head in Head if held[head is Head.LOGITS])
 
@@ -107,7 +105,6 @@ class Heads(nn.Module):
         self.model, self.heads = model, tuple(heads)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """Run, and read every head."""
         hidden = self.model.hidden(pixel_values)
         return tuple(read_head(self.model, head, hidden) for head in self.heads)
 

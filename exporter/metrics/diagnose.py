@@ -95,7 +95,6 @@ class OwnError:
 
     @property
     def times(self) -> float | None:
-        """The error in multiples of its cost."""
         if self.cost is None:
             return None
         return self.relative / self.cost if self.cost > 0 else math.inf if self.relative else 0.0
@@ -134,7 +133,6 @@ class StageDrift:
 
     @property
     def headroom(self) -> float:
-        """65504 over the peak."""
         return FP16_LARGEST / self.peak if self.peak else math.inf
 
 
@@ -157,11 +155,9 @@ class TensorComparison:
 
     @property
     def compared(self) -> bool:
-        """Whether anything was added."""
         return bool(self.comparison.cosines)
 
     def drift(self) -> TensorDrift:
-        """Sum up."""
         agreement = self.comparison.agreement()
         return TensorDrift(
             self.name,
@@ -188,7 +184,6 @@ class Gathered(dict[str, TensorComparison]):
                     self.setdefault(name, TensorComparison(name)).add(want, have)
 
     def relative(self) -> dict[str, float]:
-        """Give each tensor's relative error."""
         return {name: comparison.drift().relative for name, comparison in self.items()}
 
 
@@ -229,7 +224,6 @@ def marks(tensors: Tensors, stages: Sequence[str], before: Tensors) -> dict[str,
 
 
 def is_block(stage: str) -> bool:
-    """Whether a stage is a block."""
     return stage.startswith("block ")
 
 

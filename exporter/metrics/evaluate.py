@@ -266,7 +266,6 @@ class Reference:
         return np.stack(rows), exact
 
     def require_finite(self) -> Reference:
-        """Require that there is something to compare with."""
         for name, values in self.outputs.items():
             if not np.issubdtype(values.dtype, np.number):
                 raise ToleranceError(
@@ -381,7 +380,6 @@ class Evaluation:
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """The outputs that do not reach the gate, and why."""
         return tuple(
             f"output {name!r}: {failure}"
             for name, agreement in self.outputs.items()
@@ -389,7 +387,6 @@ class Evaluation:
         )
 
     def require(self, what: str) -> CheckRecord:
-        """Pass every output through the gate."""
         for name, agreement in self.outputs.items():
             self.gate.require(agreement, f"{what}, output {name!r},", self.reference.limit(name))
         return self.check
@@ -488,7 +485,6 @@ class Trial:
             self.wanted[name] += list(embedding_of(reference.outputs[name]))
 
     def errors(self) -> dict[str, Errors]:
-        """Give the relative errors so far, by output."""
         return {name: found.agreement().errors for name, found in self.comparisons.items()}
 
     def evaluation(

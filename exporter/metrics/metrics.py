@@ -101,11 +101,9 @@ class Errors:
 
     @classmethod
     def uniform(cls, error: float) -> Errors:
-        """The same error in every figure."""
         return cls(error, error, error, error, error, error)
 
     def times(self, factor: float) -> Errors:
-        """Multiply every figure."""
         return Errors(
             *(None if value is None else value * factor for value in self.values())  # type: ignore[arg-type]
         )
@@ -116,11 +114,9 @@ class Errors:
         return Errors(*map(_larger, self.values(), least.values()))  # type: ignore[arg-type]
 
     def to_json(self) -> dict[str, float | None]:
-        """Give the figures by name."""
         return {part.name: getattr(self, part.name) for part in fields(self)}
 
     def values(self) -> tuple[float | None, ...]:
-        """The figures in the order of the fields."""
         return tuple(self.to_json().values())
 
 
@@ -176,13 +172,11 @@ class Agreement:
 
     @property
     def errors(self) -> Errors:
-        """The relative errors by themselves."""
         return Errors(
             self.relative, self.image, self.cls, self.cls_image, self.token, self.worst_token
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Give the figures by name."""
         return {name: getattr(self, name) for name in self.__slots__}
 
 
@@ -231,7 +225,6 @@ class _Scatter:
         self.count += len(rows)
 
     def around_mean(self) -> float:
-        """Give the sum."""
         return float(np.maximum(self.square - np.square(self.total).sum() / self.count, 0.0))
 
 
@@ -314,7 +307,6 @@ class Comparison:
 
     @np.errstate(invalid="ignore", divide="ignore")  # what comes of infinity and 0 is meant
     def agreement(self) -> Agreement:
-        """Sum up what was added."""
         if not self.cosines:
             raise ToleranceError("no image was compared; an empty set is not a pass")
         cosines, ratios = np.asarray(self.cosines), np.asarray(self.ratios)

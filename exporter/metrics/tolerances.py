@@ -108,7 +108,6 @@ class Gate:
 
     @property
     def numbers(self) -> dict[str, float]:
-        """What is asked, by name."""
         named = {name: getattr(self, name) for name in _WORDS}
         return {name: value for name, value in named.items() if value is not None}
 
@@ -166,7 +165,6 @@ class Gate:
         return found
 
     def require(self, agreement: Agreement, what: str, limit: Limit | None = None) -> None:
-        """Pass or raise."""
         failures = self.failures(agreement, limit)
         if failures:
             raise ToleranceError(
@@ -225,7 +223,6 @@ class Limit:
         )
 
     def failures(self, agreement: Agreement) -> list[str]:
-        """Name each figure that is past what is allowed."""
         found = _past(agreement.errors, self.errors)
         if agreement.others is not None and self.others is not None:
             found += _past(Errors(0.0, agreement.others), Errors(math.inf, self.others))

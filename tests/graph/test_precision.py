@@ -66,9 +66,8 @@ def test_only_the_ends_are_cast(dtype, onnx, tolerance) -> None:
     model = parse(CHAIN)
     feeds = random_feeds(model)
     before = run(model, feeds)
-    typed = type_graph(model, dtype)
+    type_graph(model, dtype)
     assert op_types(model) == ["Cast", "MatMul", "Relu", "LayerNormalization", "Cast"]
-    assert typed.casts == 2
     assert types(model)["h"] == types(model)["r"] == onnx
     assert [value.dtype for value in model.graph.inputs] == [ir.DataType.FLOAT]
     assert [value.name for value in model.graph.outputs] == ["y"]

@@ -26,11 +26,11 @@ g (float[b,4] x) => (float[b,4] y) <int64[2] shape = {-1, 4}, float[4,4] w = {
 def test_what_cancels_is_dropped_and_the_result_is_the_same() -> None:
     model = parse(ROUNDABOUT)
     feeds = random_feeds(model)
-    outcome = simplify(model)
-    assert outcome.after < outcome.before == 6
-    assert outcome.reason == f"kept: {outcome.before - outcome.after} nodes fewer"
-    assert "Transpose" not in op_types(outcome.model)
-    np.testing.assert_allclose(run(outcome.model, feeds), run(model, feeds), rtol=1e-6)
+    simplified, reason = simplify(model)
+    assert len(simplified.graph) < len(model.graph) == 6
+    assert reason == f"kept: {6 - len(simplified.graph)} nodes fewer"
+    assert "Transpose" not in op_types(simplified)
+    np.testing.assert_allclose(run(simplified, feeds), run(model, feeds), rtol=1e-6)
 
 
 def test_the_bias_of_a_batched_product_is_left_where_it_is() -> None:
@@ -38,9 +38,9 @@ def test_the_bias_of_a_batched_product_is_left_where_it_is() -> None:
         g (float[b,5,4] x) => (float[b,5,4] y)
         <float[4,4] w = {1,0,0,2, 0,1,0,0, 0,0,1,0, 0,3,0,1}, float[4] bias = {1,2,3,4}>
         { m = MatMul (x, w)  y = Add (m, bias) }""")
-    outcome = simplify(model)
-    assert op_types(outcome.model) == ["MatMul", "Add"]
-    assert outcome.reason == "nothing left to simplify"
+    simplified, reason = simplify(model)
+    assert op_types(simplified) == ["MatMul", "Add"]
+    assert reason == "nothing left to simplify"
 
 
 @pytest.mark.parametrize(
@@ -59,9 +59,9 @@ def test_a_wrong_or_larger_result_is_not_kept(text, reason, monkeypatch) -> None
     wrong = ir.to_proto(parse(text))
     monkeypatch.setattr(onnxsim, "simplify", lambda *_, **__: (wrong, True))
     model = parse(ROUNDABOUT)
-    outcome = simplify(model)
-    assert outcome.model is model
-    assert outcome.reason.startswith(reason)
+    simplified, said = simplify(model)
+    assert simplified is model
+    assert said.startswith(reason)
 
 
 @pytest.mark.parametrize(
@@ -79,9 +79,9 @@ def test_a_failure_of_a_library_costs_the_smaller_graph_and_nothing_else(
     else:
         monkeypatch.setattr(module, "_run", fail)
     model = parse(ROUNDABOUT)
-    outcome = simplify(model)
-    assert outcome.model is model
-    assert outcome.reason == reason
+    simplified, said = simplify(model)
+    assert simplified is model
+    assert said == reason
 
 
 def test_the_input_is_not_changed() -> None:
@@ -100,7 +100,7 @@ def test_what_onnxsim_cannot_fold_is_left_and_nothing_printed(capfd) -> None:
         { bomb = ConstantOfShape (s)  b = ReduceSum <keepdims = 0> (bomb)  y = Add (x, b) }
         """
     )
-    assert simplify(model).after == 3
+    assert len(simplify(model)[0].graph) == 3
     assert capfd.readouterr().err == ""
 
 
