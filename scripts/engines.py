@@ -32,11 +32,11 @@ OPSETS = (18, 23)
 
 HEAD = """# Engines of every published shape
 
-Compiled with TensorRT-RTX {rtx} for three GPU generations, batch {batch}, all tokens out, on two CPU
-cores without a GPU: kernels were counted, not run. *Elsewhere* is Hugging Face's `ViTMSNModel` in the same
+Compiled with TensorRT-RTX {rtx} for three GPU generations, batch {batch}, `--head tokens`, on two CPU cores without
+a GPU: kernels were counted, not run. *Elsewhere* is Hugging Face's `ViTMSNModel` in the same
 precision through `torch.onnx.export(dynamo=True)` at opset 18 and 23 (torch {torch}, transformers {hf}),
-compiled by the same backend. Fused is the number of fused attention kernels; every one of our matrix
-products runs in the precision asked for. Weights are random; kernels do not depend on them.
+compiled by the same backend. *Fused* is the number of fused attention kernels. All matrix products of our
+engines run in the requested precision. Weights are random; kernels do not depend on them.
 
     python scripts/engines.py
 

@@ -70,15 +70,15 @@ def measure(variant: str, pictures: Path, folder: Path) -> str:
 
 HEAD = """# The five published shapes
 
-Each was exported (fp32, `--head tokens`) and compiled (`--fp16`, SM 8.9, TensorRT-RTX {rtx}) with its
-checks over 16 photographs, on {machine}, with
+Each shape was exported (fp32, `--head tokens`) and compiled (`--fp16`, SM 8.9, TensorRT-RTX {rtx}), with
+checks on 16 photographs, on {machine}. Command:
 
     python scripts/variants.py demo/photographs
 
 Weights are seeded random numbers. The fp32 graph is compared with the PyTorch reference (gate:
-max_abs ≤ 1e-4), the fp16 graph with the fp32 graph (gate: p1 cosine ≥ 0.999). The engines were
-compiled and counted, not executed: there was no GPU. Seconds and memory (peak resident, of the
-larger process) are those of the whole command, its check included.
+max_abs ≤ 1e-4), the fp16 graph with the fp32 graph (gate: p1 cosine ≥ 0.999). The kernels of the engines
+were counted; without a GPU the engines did not run. Seconds and memory (peak resident, of the larger
+process) are for the whole command with its check.
 
 | shape | blocks | tokens | batch | ONNX MB | s | GB | max_abs | engine MB | s | GB | p1 cosine | kernels | fused | matrix products |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
