@@ -64,9 +64,11 @@ class Artifact:
         self.kind = "onnx" if path.suffix == ".onnx" else "engine"
 
     @classmethod
-    def open(cls, path: Path) -> Self:
-        """Open a file; refuse one that its manifest does not describe."""
+    def open(cls, path: Path, *, is_graph: bool = False) -> Self:
+        """Open a file, by its ending or as a graph; its manifest, if any, must describe it."""
         opened = cls(path)
+        if is_graph:
+            opened.kind = "onnx"
         if opened.kind == "onnx":
             _ = opened.written  # first: of what is no graph no manifest is asked
         elif not path.is_file():
@@ -276,7 +278,7 @@ class GraphFile(Artifact):
     opset: int
 
     @classmethod
-    def open(cls, path: Path, preprocess: str | None = None, exif: Exif | None = None) -> Self:
+    def read(cls, path: Path, preprocess: str | None = None, exif: Exif | None = None) -> Self:
         """Open a file; one that another tool wrote is accepted if it is a ViT we understand.
 
         Args:
@@ -286,7 +288,7 @@ class GraphFile(Artifact):
         """
         from msn_export.graph.opset import require_plain_operators, tidy
 
-        opened = super().open(path)
+        opened = cls.open(path, is_graph=True)
         model, found = opened._understood
         with named(path):
             require_plain_operators(model)

@@ -35,7 +35,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_our_own_file_is_what_its_manifest_says(ours) -> None:
-    source = GraphFile.open(ours / "m.onnx")
+    source = GraphFile.read(ours / "m.onnx")
     assert source.manifest is not None
     assert source.manifest.labels == ("class 0", "class 1", "class 2")
     assert source.preprocessing == source.manifest.preprocessing
@@ -50,14 +50,14 @@ def test_our_own_file_is_what_its_manifest_says(ours) -> None:
 
 
 def test_bytes_and_half_precision_are_told_apart(ours) -> None:
-    source = GraphFile.open(ours / "bytes.onnx")
+    source = GraphFile.read(ours / "bytes.onnx")
     assert (source.input_format, source.dtype) == (InputFormat.UINT8, Dtype.FP16)
 
 
 def test_without_its_manifest_it_is_read_as_anyones(ours, tmp_path) -> None:
     path = tmp_path / "theirs.onnx"
     path.write_bytes((ours / "bytes.onnx").read_bytes())
-    source = GraphFile.open(path)
+    source = GraphFile.read(path)
     assert source.manifest is None
     assert (source.input_format, source.dtype, source.batch) == (
         InputFormat.UINT8,
@@ -69,7 +69,7 @@ def test_without_its_manifest_it_is_read_as_anyones(ours, tmp_path) -> None:
         "theirs.onnx has no manifest; simplification nothing left to simplify",
         *source.preprocessing.notes,
     )
-    chosen = GraphFile.open(path, "raw", "ignore")
+    chosen = GraphFile.read(path, "raw", "ignore")
     assert chosen.preprocessing == replace(preset("raw", ImageSize(32, 32)), exif="ignore")
     assert len(chosen.notes) == 1
 
@@ -80,7 +80,7 @@ def test_a_file_that_is_not_its_manifests_is_refused(ours, tmp_path) -> None:
     beside = manifest.manifest_path(path)
     beside.write_bytes(manifest.manifest_path(ours / "m.onnx").read_bytes())
     with pytest.raises(ManifestError, match="is not the file its manifest describes"):
-        GraphFile.open(path)
+        GraphFile.read(path)
 
 
 def test_a_manifest_without_profiles_does_not_keep_the_file_from_being_read(ours, tmp_path) -> None:
@@ -89,7 +89,7 @@ def test_a_manifest_without_profiles_does_not_keep_the_file_from_being_read(ours
     written = manifest.read(ours / "m.onnx")
     assert written is not None
     manifest.manifest_path(path).write_text(manifest.seal(replace(written, profiles=())))
-    assert GraphFile.open(path).batch == DYNAMIC
+    assert GraphFile.read(path).batch == DYNAMIC
 
 
 # --- graphs of other tools ------------------------------------------------------------------------
@@ -102,13 +102,13 @@ def save(text: str, path: Path, *, opset: int = 23) -> Path:
 
 def test_an_older_opset_is_raised(tmp_path) -> None:
     text = "g (float[b,3,8,8] x) => (float[b,3,8,8] y) { y = Relu (x) }"
-    source = GraphFile.open(save(text, tmp_path / "m.onnx", opset=17))
+    source = GraphFile.read(save(text, tmp_path / "m.onnx", opset=17))
     assert source.graph.graph.opset_imports[""] == 23
 
 
 def test_a_fixed_batch_is_the_only_one(tmp_path) -> None:
     text = "g (float[4,1,8,16] x) => (float[4,1,8,16] y) { y = Relu (x) }"
-    source = GraphFile.open(save(text, tmp_path / "m.onnx"))
+    source = GraphFile.read(save(text, tmp_path / "m.onnx"))
     assert source.batch == BatchRange(4, 4, 4)
     assert source.size == ImageSize(8, 16)
     assert source.preprocessing.channels == 1
@@ -166,7 +166,7 @@ FOREIGN = {
 def test_what_is_not_understood_says_what_it_would_have_to_be(tmp_path, text, message) -> None:
     path = save(text, tmp_path / "m.onnx")
     with pytest.raises(GraphError) as raised:
-        GraphFile.open(path)
+        GraphFile.read(path)
     assert message in str(raised.value)
     assert str(raised.value).startswith(str(path))
 
@@ -183,7 +183,7 @@ def test_what_is_not_understood_says_what_it_would_have_to_be(tmp_path, text, me
 def test_an_input_that_no_picture_fits_is_refused(tmp_path, shape, message) -> None:
     text = f"g (float[{shape}] x) => (float[{shape}] y) {{ y = Relu (x) }}"
     with pytest.raises(GraphError) as raised:
-        GraphFile.open(save(text, tmp_path / "m.onnx"))
+        GraphFile.read(save(text, tmp_path / "m.onnx"))
     assert str(raised.value).startswith(f"{tmp_path / 'm.onnx'}: input 'x' is FLOAT[{shape}]; ")
     assert message in str(raised.value)
 
@@ -203,7 +203,7 @@ def test_an_operator_that_no_parser_has_is_named(tmp_path, domain, hint) -> None
     path = tmp_path / "m.onnx"
     path.write_bytes(ir.to_proto(model).SerializeToString())
     with pytest.raises(GraphError) as raised:
-        GraphFile.open(path)
+        GraphFile.read(path)
     assert str(raised.value) == f"{path}: node 'Relu0' is {domain}.BiasGelu: {hint}"
 
 
@@ -215,4 +215,4 @@ def test_preprocessing_that_the_manifest_lacks_is_the_default(ours, tmp_path) ->
     bare = manifest.seal(replace(written, preprocessing=None))
     manifest.manifest_path(path).write_text(bare)
     assert json.loads(bare)["preprocessing"] is None
-    assert GraphFile.open(path).preprocessing == assumed(ImageSize(32, 32))
+    assert GraphFile.read(path).preprocessing == assumed(ImageSize(32, 32))

@@ -265,7 +265,7 @@ def _require_target(job: CalibrateJob) -> None:
 def _read(job: CalibrateJob) -> GraphFile:
     """Read the graph to quantise."""
     path = job.model
-    source = GraphFile.open(path, job.preprocess, job.exif)
+    source = GraphFile.read(path, job.preprocess, job.exif)
     if source.dtype.is_quantised:
         raise GraphError(
             f"{path} is quantised to {source.dtype} already; give the fp32 graph it was made from"

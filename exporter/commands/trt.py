@@ -241,7 +241,7 @@ def run_trt(job: TrtJob, progress: Progress = SILENT) -> tuple[Path, Manifest]:
     _require_outputs(job, output)
     backend = find_backend(job.backend)
     with progress.step("read the graph"):
-        source = GraphFile.open(job.model, job.preprocess, job.exif)
+        source = GraphFile.read(job.model, job.preprocess, job.exif)
         profiles = _profiles(job, source)
         spec = _spec(job, profiles, backend)
         check_options(spec, backend, find_driver())  # the build does too, but after all the checks
@@ -372,7 +372,7 @@ def _with_limit(
     The file is read again: what was rewritten since is what the limit is for.
     """
     try:
-        given = Artifact.open(source.path).graph
+        given = Artifact.open(source.path, is_graph=True).graph
         assert given is not None  # it is an ONNX file
         if source.dtype is not Dtype.FP32:
             runner = open_widened(given, stage)

@@ -315,4 +315,4 @@ def _graph_behind(artifact: Artifact) -> Artifact:
         return artifact
     assert artifact.manifest is not None  # no engine is described without one
     assert artifact.manifest.source is not None  # or it could not have been built once more
-    return Artifact.open(artifact.path.parent / artifact.manifest.source.file)
+    return Artifact.open(artifact.path.parent / artifact.manifest.source.file, is_graph=True)

@@ -123,7 +123,7 @@ def test_a_graph_for_another_target_compiles_into_as_few_kernels(graph, target, 
 def test_a_graph_is_written_as_an_older_parser_reads_it(graph, version, opset, missing) -> None:
     row = row_for("tensorrt", version)
     assert row is not None
-    source = GraphFile.open(graph)
+    source = GraphFile.read(graph)
     feeds = {"pixel_values": np.random.default_rng(0).random((2, 3, 32, 32), np.float32)}
     before = run(source.graph, feeds)
     model, form, cores = written_for(Backend(row, version), source, Dtype.FP16)

@@ -163,7 +163,7 @@ def test_a_fixed_batch_is_emulated_at_it(plain, tmp_path) -> None:
 def typed(plain, tmp_path) -> Compilable:
     from msn_export.engine.options import find_backend
 
-    source = GraphFile.open(plain)
+    source = GraphFile.read(plain)
     sample = draw(None, source.preprocessing)
     job = TrtJob(plain, precision=Dtype.FP16)
     return prepare(job, source, find_backend("tensorrt-rtx"), sample, tmp_path, SILENT)
@@ -172,7 +172,7 @@ def typed(plain, tmp_path) -> Compilable:
 def against(plain: Path, gate: Gate) -> AttentionGate:
     from msn_export.runtime.onnxruntime import OrtRunner
 
-    source = GraphFile.open(plain)
+    source = GraphFile.read(plain)
     reference = run_reference(
         OrtRunner(plain), draw(None, source.preprocessing), source.input_format
     )

@@ -203,7 +203,7 @@ def outputs(path: Path, images: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("writer", CASES)
 def test_it_is_understood_fused_and_still_the_model(writer, tmp_path) -> None:
     path = writer(tmp_path / "theirs.onnx")
-    source = GraphFile.open(path)
+    source = GraphFile.read(path)
     assert source.notes[0].startswith(f"{path.name} has no manifest; ")
     assert fuse_attention(source.graph, AttentionForm.HEADS) == 2
     assert [node.op_type for node in source.graph.graph].count("Attention") == 2
@@ -291,7 +291,7 @@ def test_a_softmax_that_was_kept_in_fp32_is_told(tmp_path) -> None:
 
 
 def test_a_size_that_was_dynamic_is_told(tmp_path) -> None:
-    source = GraphFile.open(logits(tmp_path / "m.onnx", OPTIMUM))
+    source = GraphFile.read(logits(tmp_path / "m.onnx", OPTIMUM))
     assert source.size == ImageSize(32, 32)
     assert source.notes[1] == (
         "its image size was dynamic, and is 32x32 as its position embedding has it"
@@ -299,7 +299,7 @@ def test_a_size_that_was_dynamic_is_told(tmp_path) -> None:
 
 
 def test_a_float16_input_is_fed_halves(tmp_path) -> None:
-    source = GraphFile.open(half(tmp_path / "m.onnx"))
+    source = GraphFile.read(half(tmp_path / "m.onnx"))
     assert (source.input_format, source.dtype) == (InputFormat.HALF, Dtype.FP16)
 
 
