@@ -99,7 +99,7 @@ def inputs_of(sample: Sample, batch: int) -> list[torch.Tensor]:
     """Put ``SETS`` different batches of photographs on the card."""
     return [
         torch.from_numpy(
-            sample.feed(range(index * batch, (index + 1) * batch), InputFormat.FLOAT)
+            sample.preprocess(range(index * batch, (index + 1) * batch), InputFormat.FLOAT)
         ).to(DEVICE)
         for index in range(SETS)
     ]

@@ -226,7 +226,7 @@ def take_ranges(
         pixels, names, str(job.images), source.preprocessing, max_batch=max_batch_of(plan.model)
     )
     with progress.step("run the fp32 graph on a few images"):
-        images = sample.feed(range(len(sample)), source.input_format)
+        images = sample.preprocess(range(len(sample)), source.input_format)
         probe = SensitivitySample.of(plan.model, images, names, stage)
     if known is not None and job.ranges is not None:
         plan, ranges = replay(plan, known.smoothing), known

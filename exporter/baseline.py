@@ -236,7 +236,10 @@ def open_quantised(
     def measure(graph: ir.Model, names: Sequence[str]) -> dict[str, float]:
         watch = Watch(graph, names, stage)
         parts = [pictures[at : at + watch.batch] for at in range(0, len(pictures), watch.batch)]
-        fed = ((sample.feed(part, input_format), [sample.names[i] for i in part]) for part in parts)
+        fed = (
+            (sample.preprocess(part, input_format), [sample.names[i] for i in part])
+            for part in parts
+        )
         seen = histograms(watch, fed)
         assert observer is not None
         return {name: threshold(seen[name], observer, FORMATS[dtype]) for name in names}

@@ -70,7 +70,7 @@ def measure(
     peaks = np.zeros(len(observed.names), np.float32)
     for start in range(0, len(sample), batch):
         end = start + batch if fixed else min(start + batch, len(sample))
-        images = sample.feed(range(start, end), input_format)
+        images = sample.preprocess(range(start, end), input_format)
         (maxima,) = session.run(None, {taken.name: images})
         peaks = np.maximum(peaks, maxima)
     return dict(zip(observed.names, (float(peak) for peak in peaks), strict=True))

@@ -134,12 +134,7 @@ def model_in_memory(source: str) -> Any:
 
 
 def kind_of(source: str, variant: str | None = None) -> Kind:
-    """Say what a user named, and refuse what could not be loaded whatever is in it.
-
-    Args:
-        source: the name, as ``load_checkpoint`` takes it.
-        variant: the published shape that was given for a weights file.
-    """
+    """Classify what a user named, and refuse what could not be loaded whatever is in it."""
     kind = _kind_of(source)
     if variant is not None and kind != "file":
         raise CheckpointError(
@@ -155,12 +150,7 @@ def kind_of(source: str, variant: str | None = None) -> Kind:
 
 
 def require_model(folder: Path, source: str) -> None:
-    """Require that a folder holds a whole model, by the names of its files.
-
-    Args:
-        folder: where it lies.
-        source: what the user called it.
-    """
+    """Require that a folder, which a user called ``source``, holds a whole model by its files."""
     where = f"checkpoint {source if source.isprintable() else ascii(source)}"
     if not _is_text(source):
         raise CheckpointError(f"{where}: its path is not UTF-8; rename it")
@@ -235,16 +225,16 @@ def _best(folder: Path, inner: list[str]) -> str | None:
 
 def near(source: str) -> str:
     """Suggest what lies here under a similar name, as the end of an error; '' for nothing."""
-    path, known = Path(source), Path()
+    path, found = Path(source), Path()
     for part in path.parts:
-        if (known / part).exists():
-            known /= part
+        if (found / part).exists():
+            found /= part
             continue
-        close = difflib.get_close_matches(part, _names(known) if known.is_dir() else [], 1)
+        close = difflib.get_close_matches(part, _names(found) if found.is_dir() else [], 1)
         if not close:
             return ""
-        known /= close[0]
-    return f"; did you mean {known}?" if path.parts else ""
+        found /= close[0]
+    return f"; did you mean {found}?" if path.parts else ""
 
 
 def files_of(source: str) -> list[Path]:
@@ -416,9 +406,11 @@ def _load(weights: Weights, shaped: Shaped, source: str, processor: Processor | 
     from msn_export.models.state_dict import assemble
 
     where = f"checkpoint {source}"
-    made = assemble(weights.tensors, shaped.config, where, shaped.origin, shaped.family)
-    notes = (*weights.notes, *shaped.notes, *made.notes)
-    return Checkpoint(source, made.sha256, made.model.config, made.model, processor, notes)
+    assembled = assemble(weights.tensors, shaped.config, where, shaped.origin, shaped.family)
+    notes = (*weights.notes, *shaped.notes, *assembled.notes)
+    return Checkpoint(
+        source, assembled.sha256, assembled.model.config, assembled.model, processor, notes
+    )
 
 
 def _random(source: str) -> Checkpoint:
@@ -427,9 +419,11 @@ def _random(source: str) -> Checkpoint:
     variant, seed = seeded(source)
     config = named_variant(variant)
     where = f"random:{variant}:{seed}"
-    made = assemble(draw(config, seed), config, where, variant)
+    assembled = assemble(draw(config, seed), config, where, variant)
     note = f"seeded random weights (seed {seed}), not a trained model"
-    return Checkpoint(where, made.sha256, config, made.model, None, (*made.notes, note))
+    return Checkpoint(
+        where, assembled.sha256, config, assembled.model, None, (*assembled.notes, note)
+    )
 
 
 def _download(name: str, revision: str | None) -> Path:

@@ -210,7 +210,7 @@ REFUSED = (
 class Keys:
     """A file's keys, sorted: our name to the file's, those left unread by reason, the unknown."""
 
-    known: dict[str, str]
+    names: dict[str, str]
     unread: dict[str, tuple[str, ...]]
     unknown: tuple[str, ...]
 
@@ -234,7 +234,7 @@ def canonical(key: str) -> str | None:
 def rename(keys: Iterable[str], where: str, family: Family = VIT_MSN) -> Keys:
     """Sort a file's keys; ``where`` is what to call the file in errors."""
     keys = tuple(keys)
-    known: dict[str, str] = {}
+    names: dict[str, str] = {}
     unread: dict[str, list[str]] = {}
     unknown = []
     for key in keys:
@@ -244,11 +244,11 @@ def rename(keys: Iterable[str], where: str, family: Family = VIT_MSN) -> Keys:
         elif name is None:
             _require_plain(key, where)
             unknown.append(key)
-        elif name in known:
-            raise CheckpointError(f"{where}: keys {known[name]!r} and {key!r} are the same weight")
+        elif name in names:
+            raise CheckpointError(f"{where}: keys {names[name]!r} and {key!r} are the same weight")
         else:
-            known[name] = key
-    return Keys(known, {why: tuple(found) for why, found in unread.items()}, tuple(unknown))
+            names[name] = key
+    return Keys(names, {why: tuple(found) for why, found in unread.items()}, tuple(unknown))
 
 
 def bare(key: str) -> str:
@@ -299,12 +299,8 @@ def assemble(
 ) -> Assembled:
     """Build the model; ``tensors`` is emptied on the way, so that weights are held once.
 
-    Args:
-        tensors: by the file's names.
-        config: the shape, without what the classifier reads.
-        where: what to call the file in errors.
-        origin: where the configuration is from, for the error where shapes contradict it.
-        family: says which keys are left unread.
+    ``config`` says nothing yet of what the classifier reads. ``where`` and ``origin`` name the file
+    and the source of the configuration in errors.
     """
     keys = rename(tensors, where, family)
     config = with_classifier(tensors, config, where)
@@ -317,10 +313,10 @@ def assemble(
     digest = hashlib.sha256()
     state: dict[str, Tensor] = {}
     for name in sorted(shapes):
-        tensor = _take(name, keys.known, tensors)
+        tensor = _take(name, keys.names, tensors)
         # NaN and infinity reach the sum, which is far cheaper than asking each number
         if not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all()):
-            found = keys.known.get(name, name)
+            found = keys.names.get(name, name)
             raise CheckpointError(f"{where}: weight {found!r} has NaN or infinity")
         digest.update(f"{name} {list(tensor.shape)}\n".encode())
         digest.update(tensor.numpy().data.cast("B"))
@@ -330,11 +326,11 @@ def assemble(
     return Assembled(model.eval(), digest.hexdigest(), notes)
 
 
-def _take(name: str, known: Mapping[str, str], tensors: dict[str, Tensor]) -> Tensor:
-    if name in known:
-        found = tensors.pop(known[name])
+def _take(name: str, names: Mapping[str, str], tensors: dict[str, Tensor]) -> Tensor:
+    if name in names:
+        found = tensors.pop(names[name])
     else:  # a packed projection that the file has in three
-        found = torch.cat([tensors.pop(known[name.replace("attn.qkv.", part)]) for part in _QKV])
+        found = torch.cat([tensors.pop(names[name.replace("attn.qkv.", part)]) for part in _QKV])
     # a weight may be stored negated (torch: is_neg), which what reads its memory would not see
     return found.detach().resolve_neg().to(torch.float32).contiguous()
 
@@ -348,17 +344,17 @@ def _require_keys(
     where, origin = names
     wanted: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
-        if ".attn.qkv." in name and name not in keys.known:
+        if ".attn.qkv." in name and name not in keys.names:
             for part in _QKV:
                 wanted[name.replace("attn.qkv.", part)] = (shape[0] // 3, *shape[1:])
         else:
             wanted[name] = shape
-    missing = [name for name in wanted if name not in keys.known]
-    surplus = [key for name, key in keys.known.items() if name not in wanted]
+    missing = [name for name in wanted if name not in keys.names]
+    surplus = [key for name, key in keys.names.items() if name not in wanted]
     unexpected = [*keys.unknown, *surplus]
     odd = [
         f"{shown(key)} is {list(tensors[key].shape)}, expected {list(wanted[name])}"
-        for name, key in keys.known.items()
+        for name, key in keys.names.items()
         if name in wanted and tuple(tensors[key].shape) != wanted[name]
     ]
     if not (missing or unexpected or odd):
@@ -379,7 +375,7 @@ def _require_keys(
 
 def _require_numbers(keys: Keys, tensors: Mapping[str, Tensor], where: str) -> None:
     """Require dense floating-point numbers: a pickle may hold tensors that are neither."""
-    for key in keys.known.values():
+    for key in keys.names.values():
         tensor = tensors[key]
         dense = tensor.layout is torch.strided and tensor.device.type == "cpu"
         if not dense or tensor.dtype not in _NUMBERS:
@@ -403,10 +399,10 @@ def _notes(keys: Keys, tensors: Mapping[str, Tensor], config: VitConfig) -> tupl
             "configuration (normalize: true), for the file does not say; its evaluation prepares "
             "images as --preprocess msn-eval does"
         )
-    if config.labels and keys.known.get("classifier.weight", "").endswith("head.weight"):
+    if config.labels and keys.names.get("classifier.weight", "").endswith("head.weight"):
         read = READS[config.pooling]
-        notes.append(f"the classifier is {keys.known['classifier.weight']!r} and reads {read}")
-    converted = sorted({_short(tensors[key].dtype) for key in keys.known.values()} - {"float32"})
+        notes.append(f"the classifier is {keys.names['classifier.weight']!r} and reads {read}")
+    converted = sorted({_short(tensors[key].dtype) for key in keys.names.values()} - {"float32"})
     if converted:
         notes.append(f"weights were {', '.join(converted)}, read as float32")
     return tuple(notes)
@@ -414,8 +410,8 @@ def _notes(keys: Keys, tensors: Mapping[str, Tensor], config: VitConfig) -> tupl
 
 def classes_of(tensors: Mapping[str, Tensor], where: str) -> int:
     """Count the classifier's rows; 0 without a classifier."""
-    known = rename(tensors, where).known
-    key = known.get("classifier.weight") or known.get("classifier.linear.weight")
+    names = rename(tensors, where).names
+    key = names.get("classifier.weight") or names.get("classifier.linear.weight")
     if key is None:
         return 0
     shape = tuple(tensors[key].shape)
@@ -428,8 +424,8 @@ def classes_of(tensors: Mapping[str, Tensor], where: str) -> int:
 
 def with_classifier(tensors: Mapping[str, Tensor], config: VitConfig, where: str) -> VitConfig:
     """Give the configuration with what the classifier among the weights reads."""
-    known = rename(tensors, where).known
-    probe = known.get("classifier.linear.weight")
+    names = rename(tensors, where).names
+    probe = names.get("classifier.linear.weight")
     if probe is not None:
         width = tuple(tensors[probe].shape)[-1]
         blocks, rest = divmod(width, config.dim)
@@ -439,7 +435,7 @@ def with_classifier(tensors: Mapping[str, Tensor], config: VitConfig, where: str
                 f"hidden size {config.dim}, for up to {config.depth} blocks"
             )
         return replace(config, pooling="blocks", pooled_blocks=blocks)
-    if "fc_norm.weight" in known and "classifier.weight" in known:
+    if "fc_norm.weight" in names and "classifier.weight" in names:
         return replace(config, pooling="patches")
     return config
 
@@ -460,16 +456,16 @@ def config_of(tensors: Mapping[str, Tensor], variant: str | None, where: str) ->
     A published shape is found by patch, width and depth; the image size is that of the position
     embedding.
     """
-    known = rename(tensors, where).known
-    if not known:
+    names = rename(tensors, where).names
+    if not names:
         keys = ", ".join(map(shown, list(tensors)[:3]))
         raise CheckpointError(f"{where} holds no weights of a ViT-MSN; its keys are such as {keys}")
     labels = tuple(f"LABEL_{i}" for i in range(classes_of(tensors, where)))
     patch, position = (
-        tuple(tensors[known[name]].shape) if name in known else ()
+        tuple(tensors[names[name]].shape) if name in names else ()
         for name in ("patch.weight", "pos_embed")
     )
-    depth = len({name.split(".")[1] for name in known if name.startswith("blocks.")})
+    depth = len({name.split(".")[1] for name in names if name.startswith("blocks.")})
     for name, config in VARIANTS.items():
         shape = (config.dim, config.channels, *config.patch_size)
         size = _image_size(position, config)

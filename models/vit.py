@@ -82,8 +82,8 @@ def activation(name: str) -> Activation:
     if name in _LEARNED:
         raise CheckpointError(f"activation {name!r} has learned parameters; it is not supported")
     if name not in _ACTIVATIONS:
-        known = ", ".join(sorted(_ACTIVATIONS))
-        raise CheckpointError(f"activation {name!r} is unknown; expected one of {known}")
+        supported = ", ".join(sorted(_ACTIVATIONS))
+        raise CheckpointError(f"activation {name!r} is unknown; expected one of {supported}")
     return _ACTIVATIONS[name]
 
 

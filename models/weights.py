@@ -43,12 +43,7 @@ class _Arguments:
 
 
 def read_folder(folder: Path, choice: str | None = None) -> Weights:
-    """Read a Hugging Face folder's weights: safetensors before .bin, whole or sharded.
-
-    Args:
-        folder: where they lie.
-        choice: the container or prefix of the weights to take, as ``unwrap`` takes it.
-    """
+    """Read a Hugging Face folder's weights: safetensors before .bin, whole or sharded."""
     for single, index in zip(SINGLE, INDEX, strict=True):
         if (folder / single).is_file():
             return read_file(folder / single, choice)
@@ -86,12 +81,7 @@ def _read_shard(path: Path) -> dict[str, Tensor]:
 
 
 def read_file(path: Path, choice: str | None = None) -> Weights:
-    """Read a .safetensors, .bin, .pth or .pth.tar file.
-
-    Args:
-        path: the file.
-        choice: the container or prefix of the weights to take, as ``unwrap`` takes it.
-    """
+    """Read a .safetensors, .bin, .pth or .pth.tar file; ``choice`` is as ``unwrap`` takes it."""
     weights = unwrap(_read(path), str(path), choice)
     _require_held(weights.tensors, path)
     return weights

@@ -52,7 +52,7 @@ def test_every_value_of_an_untyped_graph_is_observed() -> None:
 
 
 def test_maxima_are_the_largest_over_all_batches(sample, tmp_path) -> None:
-    x = sample.feed(range(3), InputFormat.FLOAT)
+    x = sample.preprocess(range(3), InputFormat.FLOAT)
     for max_batch in (1, 2, 8):
         some = replace(sample, max_batch=max_batch)
         peaks = measure(parse(MODEL), some, InputFormat.FLOAT, tmp_path)

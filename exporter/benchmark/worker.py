@@ -228,7 +228,7 @@ class Server:
         return {"peak_rss_bytes": peak_rss(), "cuda_graphs": self._timed.cuda_graphs}
 
     def _input(self, indices: range) -> Any:
-        pixels = self._sample.feed(indices, InputFormat.UINT8)
+        pixels = self._sample.preprocess(indices, InputFormat.UINT8)
         return self._timed.prepare(pixels, self._sample.preprocessing)
 
     def _outputs(self, indices: range) -> dict[str, NDArray[Any]]:

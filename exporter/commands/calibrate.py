@@ -294,7 +294,7 @@ def _run_fp32(
 
 
 def _one(sample: Sample, input_format: InputFormat, index: int) -> NDArray[Any]:
-    return sample.feed([index], input_format)
+    return sample.preprocess([index], input_format)
 
 
 def _choose(

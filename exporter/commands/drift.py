@@ -239,7 +239,7 @@ class _Look:
         stages = self.judged
         if stream is not None:
             given = {name: want[name] for name in self.given} if self.fed else None
-            made = stream(self.sample.feed(indices, input_format), given)
+            made = stream(self.sample.preprocess(indices, input_format), given)
         if made is not None:
             before = want if self.fed else made
             ours, theirs = marks(want, stages, want), marks(made, stages, before)
@@ -251,7 +251,7 @@ class _Look:
 
     def _run(self, stream: StreamLike, indices: list[int]) -> Tensors:
         side = self.pair.reference if stream is self._reference else self.pair.candidate
-        return stream(self.sample.feed(indices, side.input_format))
+        return stream(self.sample.preprocess(indices, side.input_format))
 
     def _dealt(self, size: int) -> Iterator[list[int]]:
         for indices in batches([size], len(self.sample)):
@@ -329,7 +329,7 @@ class _Look:
             return None
         given = {name: want[name] for name in self.given}
         made: Tensors = self._blocks(
-            self.sample.feed(indices, self.pair.candidate.input_format), given
+            self.sample.preprocess(indices, self.pair.candidate.input_format), given
         )
         return made
 
@@ -388,9 +388,9 @@ class _Look:
             closing(open_stream(pair.reference, pair.outputs, (*names, before))) as reference,
             closing(open_blocks(pair.candidate, pair.outputs, names, (before,))) as candidate,
         ):
-            want = reference(self.sample.feed(indices, pair.reference.input_format))
+            want = reference(self.sample.preprocess(indices, pair.reference.input_format))
             given = {before: want[before]}
-            have = candidate(self.sample.feed(indices, pair.candidate.input_format), given)
+            have = candidate(self.sample.preprocess(indices, pair.candidate.input_format), given)
             gathered.add(want, have, names)
         return tuple(comparison.drift() for comparison in gathered.values())
 

@@ -256,7 +256,7 @@ def _warmup_data(
     notes += [note for note in sample.notes if note not in notes]
     notes.append(f"warm-up data: {sample.source}")
     spec = artifact.inputs[0]
-    return sample.feed(range(artifact.fixed_batch or 1), InputFormat.of(spec.dtype)).tobytes()
+    return sample.preprocess(range(artifact.fixed_batch or 1), InputFormat.of(spec.dtype)).tobytes()
 
 
 def _require_sound(staged: Path) -> list[str]:

@@ -207,7 +207,7 @@ def written_for(
     form = AttentionForm.PLAIN if plain else AttentionForm.HEADS
     model = source.graph if plain else raise_opset(source.graph)
     try:
-        cores = fuse_attention(model, form, expected=_expected(source), partial=partial, told=told)
+        cores = fuse_attention(model, form, expected=_expected(source), partial=partial, notes=told)
     except FusionError as error:
         raise FusionError(
             f"{source.path}: {error}; --allow-unfused compiles them unfused"

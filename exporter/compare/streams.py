@@ -17,7 +17,7 @@ from msn_export.errors import GraphError
 from msn_export.graph import io
 from msn_export.graph.blocks import ENTRY, TENSORS, Stream, find_stream, stages_of
 from msn_export.graph.blocks import tensors_of as tensors_inside
-from msn_export.graph.builder import GIVEN, MARK, feed, mark_outputs
+from msn_export.graph.builder import GIVEN, MARK, mark_outputs, with_inputs
 from msn_export.graph.emulate import emulate_bf16, has_bf16
 from msn_export.graph.precision import MAXIMA, observe
 from msn_export.mixed_precision import cpu_runner
@@ -106,7 +106,7 @@ class OnnxBlocks:
     ) -> None:
         self.peaks: dict[str, tuple[float, str]] = {}
         self._tokens = {name: _sizes(value) for name, value in given.items()}
-        fed = mark_outputs(feed(model, given), shown)
+        fed = mark_outputs(with_inputs(model, given), shown)
         emulated = has_bf16(fed)
         with tempfile.TemporaryDirectory(prefix="msn-export-") as folder:
             path = Path(folder) / "fed.onnx"

@@ -108,17 +108,17 @@ class _Flow:
     def __init__(self, graph: ir.Graph) -> None:
         self.images = _image_values(graph)
         self.nodes = _towards_last(graph, self.images)
-        self.place = {node: index for index, node in enumerate(self.nodes)}
+        self.index = {node: index for index, node in enumerate(self.nodes)}
         self.cuts = self._cuts()
         self.cores = [node for node in self.nodes if self._is_core(node)]
 
     def _cuts(self) -> dict[ir.Value, int]:
-        """Give each cut the place of the node that computes it."""
+        """Give each cut the index of the node that computes it."""
         last: dict[ir.Value, int] = {}
         for index, node in enumerate(self.nodes):
             for value in _operands(node):
                 if value in self.images and (
-                    value.producer() is None or value.producer() in self.place
+                    value.producer() is None or value.producer() in self.index
                 ):
                     last[value] = index
         live = {value for value in last if value.producer() is None}
@@ -140,7 +140,7 @@ class _Flow:
 
     def entry(self, core: ir.Node) -> ir.Value | None:
         """Find the stream that a block with this core reads."""
-        before = [value for value, place in self.cuts.items() if place < self.place[core]]
+        before = [value for value, index in self.cuts.items() if index < self.index[core]]
         if not before:
             return None
         nearest = before[-1]
@@ -156,7 +156,7 @@ class _Flow:
         return nearest
 
     def _goes_around(self, value: ir.Value, core: ir.Node) -> bool:
-        after = self.nodes[self.place[core] + 1 :]
+        after = self.nodes[self.index[core] + 1 :]
         return any(
             node.op_type == "Add" and any(handed_on(v) is value for v in _operands(node))
             for node in after
@@ -164,17 +164,17 @@ class _Flow:
 
     def end(self, entry: ir.Value, core: ir.Node, following: ir.Node | None) -> ir.Value | None:
         """Find the stream after a block; ``following`` is the next block's core."""
-        until = len(self.nodes) if following is None else self.place[following]
-        start = self.place[core]
+        until = len(self.nodes) if following is None else self.index[following]
+        start = self.index[core]
         products = [i for i in range(start + 1, until) if self._is_weighted(self.nodes[i])]
         if not products:
             return None
         behind = products[min(_AFTER_CORE, len(products)) - 1]
         found = None
-        for value, place in self.cuts.items():
-            if not behind <= place < until:
+        for value, index in self.cuts.items():
+            if not behind <= index < until:
                 continue
-            node = self.nodes[place]
+            node = self.nodes[index]
             if self._joins(node):
                 found = value
                 break
@@ -187,8 +187,8 @@ class _Flow:
 
     def _with_norm(self, entry: ir.Value, core: ir.Node, found: ir.Value) -> ir.Value:
         """Count a norm behind the addition to a block that begins with none, or is named alike."""
-        first = self.place[producer(entry)] + 1 if entry.producer() is not None else 0
-        ahead = self.nodes[first : self.place[core]]
+        first = self.index[producer(entry)] + 1 if entry.producer() is not None else 0
+        ahead = self.nodes[first : self.index[core]]
         begins = any(node.op_type == "LayerNormalization" for node in ahead)
         for use in found.uses():
             value = use.node.outputs[0]
@@ -224,10 +224,10 @@ class _Flow:
         """List the residual additions behind a cut."""
         return tuple(
             value
-            for value, place in self.cuts.items()
-            if place > self.cuts[output]
-            and self._joins(self.nodes[place])
-            and _branch(self.nodes[place]) is not None
+            for value, index in self.cuts.items()
+            if index > self.cuts[output]
+            and self._joins(self.nodes[index])
+            and _branch(self.nodes[index]) is not None
         )
 
 
@@ -367,19 +367,19 @@ TENSORS = (
 
 def tensors_of(block: Block) -> list[tuple[tuple[str, ...], ir.Value]]:
     """Give the float values a block computes, in the graph's order, each with all its names."""
-    known = [*modules_of(block).items(), *parts_of(block).items()]
+    named = [*modules_of(block).items(), *parts_of(block).items()]
     found = []
     for node in block.nodes:
         for value in node.outputs:
             if value.dtype is None or value.dtype.is_floating_point():
-                others = tuple(name for name, held in known if held is value)
+                others = tuple(name for name, held in named if held is value)
                 found.append(((value.name or "", *others), value))
     return found
 
 
 def modules_of(block: Block) -> dict[str, ir.Value]:
     """Find each leaf module's result: the last value computed under its name."""
-    leaves = "|".join(re.escape(place.leaf) for place in TENSORS if place.leaf)
+    leaves = "|".join(re.escape(tensor.leaf) for tensor in TENSORS if tensor.leaf)
     pattern = re.compile(rf"(blocks\.{block.number}\.(?:{leaves}))\.\w+")
     found: dict[str, ir.Value] = {}
     for node in block.nodes:
@@ -396,7 +396,7 @@ def parts_of(block: Block) -> dict[str, ir.Value]:
     (heads, norm1), (activation, norm2) = map(_ends, halves(block))
     attention, mlp = block.branches
     values = (norm1, heads, attention, block.streams[0], norm2, activation, mlp)
-    parts = [place.part for place in TENSORS if place.part]
+    parts = [tensor.part for tensor in TENSORS if tensor.part]
     return {
         f"block {block.number} {part}": value
         for part, value in zip(parts, values, strict=True)

@@ -40,12 +40,12 @@ class GraphBuilder:
         self._anchor, self._last = None, node
         return self
 
-    def free(self, stem: str) -> str:
-        """Take the name ``stem``, or ``stem_2`` and so on where it is taken."""
-        name, number = stem, 1
+    def free(self, wanted: str) -> str:
+        """Take the name ``wanted``, or ``stem_2`` and so on where it is taken."""
+        name, number = wanted, 1
         while name in self._taken:
             number += 1
-            name = f"{stem}_{number}"
+            name = f"{wanted}_{number}"
         self._taken.add(name)
         return name
 
@@ -105,12 +105,12 @@ class GraphBuilder:
     def constant(self, array: ArrayLike, name: str) -> ir.Value:
         """Add a constant, or give the one of that name if it holds the same."""
         array = np.asarray(array, order="C")
-        known = self.graph.initializers.get(name)
-        if known is None:
+        value = self.graph.initializers.get(name)
+        if value is None:
             return self.initializer(ir.tensor(array), name)
-        held = array_of(known)
+        held = array_of(value)
         if held.dtype == array.dtype and np.array_equal(held, array):
-            return known
+            return value
         return self.constant(array, f"{name}_")
 
     def initializer(self, tensor: ir.TensorProtocol, name: str) -> ir.Value:
@@ -197,7 +197,7 @@ def mark_outputs(model: ir.Model, shown: Mapping[str, ir.Value]) -> ir.Model:
     return copy
 
 
-def feed(model: ir.Model, given: Mapping[str, ir.Value]) -> ir.Model:
+def with_inputs(model: ir.Model, given: Mapping[str, ir.Value]) -> ir.Model:
     """Copy ``model`` with an input for each of ``given``, in float32, named ``given:KEY``.
 
     What reads the value reads the input instead; the value itself is still computed, so that

@@ -83,13 +83,13 @@ def _rewrite(graph: ir.Graph, packed: PackedProjection, sliced: ir.Node) -> None
     builder = GraphBuilder(graph, packed.product)
     zero, one = builder.constant([0], "index.0"), builder.constant([1], "index.1")
     first = builder.op("Slice", [packed.x, zero, one, one])
-    stem = (packed.weight.name or "qkv").removesuffix(".weight")
+    base = (packed.weight.name or "qkv").removesuffix(".weight")
 
     def project(x: ir.Value, columns: slice, name: str, shape: tuple[int, ...]) -> ir.Value:
-        held = builder.constant(weight[:, columns], f"{stem}.{name}.weight")
+        held = builder.constant(weight[:, columns], f"{base}.{name}.weight")
         y = builder.op("MatMul", [x, held])
         if bias is not None:
-            y = builder.op("Add", [y, builder.constant(bias[columns], f"{stem}.{name}.bias")])
+            y = builder.op("Add", [y, builder.constant(bias[columns], f"{base}.{name}.bias")])
         return builder.op("Transpose", [builder.reshape(y, *shape)], {"perm": HEADS_FIRST})
 
     q = project(first, slice(0, dim), "q", (1, heads, size))
@@ -150,11 +150,7 @@ def narrow_to_first_token(model: ir.Model, *, split_projection: bool = True) -> 
 
 
 def _rows_needed(graph: ir.Graph) -> dict[ir.Node, int]:
-    """Find, from the outputs back, the nodes of whose result only the first row is read.
-
-    Returns:
-        Each such node with the axis of its output that runs over tokens.
-    """
+    """Find the nodes of whose result only the first row is read, each with the axis of tokens."""
     chosen: dict[ir.Node, int] = {}
     for node in reversed(graph):
         axis = _selected_axis(node, chosen)

@@ -21,25 +21,12 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from msn_export.errors import GraphError
 from msn_export.graph.attention import AttentionCore, match
-from msn_export.graph.builder import GraphBuilder, operand, producer, replace
+from msn_export.graph.builder import GraphBuilder, constant_of, operand, producer, replace
 from msn_export.graph.io import infer_shapes
+from msn_export.graph.precision import MOVES
 from msn_export.spec import Dtype
 
-_MOVES = frozenset(
-    (
-        "Concat",
-        "Expand",
-        "Gather",
-        "Identity",
-        "Pad",
-        "Reshape",
-        "Slice",
-        "Split",
-        "Squeeze",
-        "Transpose",
-        "Unsqueeze",
-    )
-)
+_MOVES = MOVES - {"Cast"}  # a rounded value stays rounded
 _BF16, _FLOAT, _DOUBLE = ir.DataType.BFLOAT16, ir.DataType.FLOAT, ir.DataType.DOUBLE
 _HALVES = {Dtype.FP16: ir.DataType.FLOAT16, Dtype.BF16: _BF16}
 _NUMPY = {Dtype.FP16: np.float16, Dtype.BF16: ml_dtypes.bfloat16}
@@ -72,12 +59,7 @@ def round_values(model: ir.Model, dtype: Dtype, kept: Collection[str] = ()) -> i
     """Copy an fp32 graph as one whose weights and every result are rounded to ``dtype``.
 
     What a value is rounded to is written out here and not by ``type_graph``: the two can be held
-    against each other.
-
-    Args:
-        model: an fp32 graph.
-        dtype: fp16 or bf16.
-        kept: names of values that stay as they are (fp32 islands).
+    against each other. Values named in ``kept`` stay as they are (fp32 islands).
     """
     copy = model.clone()
     infer_shapes(copy)
@@ -88,7 +70,7 @@ def round_values(model: ir.Model, dtype: Dtype, kept: Collection[str] = ()) -> i
                 rounded = value.const_value.numpy().astype(_NUMPY[dtype])
             _store(value, rounded.astype(np.float32))
     for node in list(copy.graph):
-        if node.op_type in _MOVES or node.op_type == "Cast":
+        if node.op_type in MOVES:
             continue
         for value in list(node.outputs):
             if value.dtype == _FLOAT and value.name not in kept:
@@ -133,9 +115,7 @@ def _strip_quantisation(model: ir.Model) -> None:
 
 def _dequantised(node: ir.Node) -> np.ndarray:
     """Compute (x - zero point) * scale: onnx.ai operators, DequantizeLinear."""
-    arrays = [None if v is None or v.const_value is None else v.const_value.numpy()
-              for v in node.inputs]  # fmt: skip
-    held, scale = arrays[:2]
+    held, scale, *rest = map(constant_of, node.inputs)
     if held is None or scale is None:
         raise GraphError(f"node {node.name!r} has a scale that is not constant")
     values = held.astype(np.float32)
@@ -143,7 +123,7 @@ def _dequantised(node: ir.Node) -> np.ndarray:
     shape = [1] * values.ndim
     if scale.ndim == 1 and values.ndim:
         shape[axis] = -1
-    zero = arrays[2] if len(arrays) > 2 else None
+    zero = rest[0] if rest else None
     if zero is not None:
         values = values - zero.astype(np.float32).reshape(shape if zero.ndim else ())
     return values * scale.astype(np.float32).reshape(shape if scale.ndim else ())
@@ -197,7 +177,7 @@ def _exact_gelu(builder: GraphBuilder, x: ir.Value) -> ir.Value:
 def _as_product(builder: GraphBuilder, node: ir.Node) -> ir.Value:
     """Write a convolution [b, c, h, w] to [b, dim, rows, columns] as a product over its patches."""
     x, weight = node.inputs[:2]
-    kernel = weight.const_value.numpy() if weight is not None and weight.const_value else None
+    kernel = constant_of(weight)
     shape = list(x.shape or ()) if x is not None else []
     if kernel is None or kernel.ndim != 4 or len(shape) != 4 or not _is_patching(node, kernel):
         raise GraphError(f"node {node.name!r} is a convolution that has no fp64 form here")
@@ -223,14 +203,10 @@ def _as_product(builder: GraphBuilder, node: ir.Node) -> ir.Value:
 
 def _is_patching(node: ir.Node, kernel: np.ndarray) -> bool:
     strides = node.attributes.get_ints("strides", [1, 1])
-    pads, dilations = (
-        node.attributes.get_ints("pads", []),
-        node.attributes.get_ints("dilations", []),
-    )
     return (
         tuple(strides) == kernel.shape[2:]
-        and not any(pads)
-        and all(step == 1 for step in dilations)
+        and not any(node.attributes.get_ints("pads", []))
+        and all(step == 1 for step in node.attributes.get_ints("dilations", []))
         and node.attributes.get_int("group", 1) == 1
     )
 

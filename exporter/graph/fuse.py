@@ -192,8 +192,8 @@ def attention_3d_to_4d(model: ir.Model) -> None:
             continue
         heads = node.attributes.get_int("q_num_heads", 0)
         sizes = [_tokens_and_width(value) for value in operands]
-        known = heads and all(n and w and w % heads == 0 for n, w in sizes)
-        if known and heads == node.attributes.get_int("kv_num_heads", 0):
+        divides = heads and all(n and w and w % heads == 0 for n, w in sizes)
+        if divides and heads == node.attributes.get_int("kv_num_heads", 0):
             _rewrite(model.graph, node, operands, heads)
             changed = True
     if changed:
@@ -263,7 +263,7 @@ def fuse_attention(
     *,
     expected: int | None = None,
     partial: bool = False,
-    told: list[str] | None = None,
+    notes: list[str] | None = None,
 ) -> int:
     """Write every attention core of ``model`` in ``form``, in place.
 
@@ -272,7 +272,7 @@ def fuse_attention(
         form: how each core is written.
         expected: how many cores there must be; None takes as many as there are softmaxes.
         partial: leave a core that is not recognised as it is; else each must be.
-        told: receives notes on cores that were left, or that compute otherwise than written.
+        notes: receives notes on cores that were left, or that compute otherwise than written.
 
     Returns:
         How many cores there are; with ``partial``, also those that were left.
@@ -297,15 +297,15 @@ def fuse_attention(
             cores.append(core)
     wanted = len(candidates) if expected is None else expected
     count = len(cores) + quantised
-    notes = [f"attention left as it is: {miss}" for miss in misses if partial]
+    found = [f"attention left as it is: {miss}" for miss in misses if partial]
     widened = sum(core.widened for core in cores)
     if widened and form is not AttentionForm.PLAIN:
-        notes.append(
+        found.append(
             f"softmax of {widened} attention cores was written in fp32 beside half precision; the "
             "fused operator computes it in its own precision"
         )
-    if told is not None:
-        told += notes
+    if notes is not None:
+        notes += found
     if not partial and (misses or count != wanted or not count):
         listed = "; ".join(misses) or "there is no other Softmax or Attention"
         raise FusionError(f"fused {count} of {wanted} attention cores: {listed}")

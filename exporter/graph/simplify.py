@@ -55,12 +55,12 @@ class _Walk:
 
     def sizes(self, value: ir.Value) -> tuple[int | None, ...] | None:
         """Give a value's shape, None where its rank is unknown."""
-        known = self.types.get(value)
-        if known is None or not known.tensor_type.HasField("shape"):
+        inferred = self.types.get(value)
+        if inferred is None or not inferred.tensor_type.HasField("shape"):
             return None
         return tuple(
             dim.dim_value if dim.HasField("dim_value") else None
-            for dim in known.tensor_type.shape.dim
+            for dim in inferred.tensor_type.shape.dim
         )
 
 
@@ -148,8 +148,8 @@ def _fold(node: ir.Node, walk: _Walk, done: dict[ir.Node, Any]) -> None:
         _measure(node, walk)
         return
     read = [None if v is None else walk.constants.get(v) for v in node.inputs]
-    known = all(v is None or a is not None for v, a in zip(node.inputs, read, strict=True))
-    if not known or not read or not _may_fold(node, walk, read):
+    constant = all(v is None or a is not None for v, a in zip(node.inputs, read, strict=True))
+    if not constant or not read or not _may_fold(node, walk, read):
         return
     if node in done and all(a is b for a, b in zip(done[node][0], read, strict=True)):
         outputs = done[node][1]
@@ -207,13 +207,13 @@ def _is_weight(dequantize: ir.Node, held: NDArray[Any] | None) -> bool:
 
 def _compute(node: ir.Node, read: Sequence[NDArray[Any] | None], walk: _Walk) -> list[NDArray[Any]]:
     """Run one node in onnxruntime; nothing where it has no kernel for it."""
-    feeds = {
+    inputs = {
         value.name or "": array
         for value, array in zip(node.inputs, read, strict=True)
         if value is not None and array is not None
     }
-    small = {name: array for name, array in feeds.items() if array.size <= _SMALL}
-    large = {name: array for name, array in feeds.items() if name not in small}
+    small = {name: array for name, array in inputs.items() if array.size <= _SMALL}
+    large = {name: array for name, array in inputs.items() if name not in small}
     outputs = [value.name or "" for value in node.outputs if value.name]
     try:
         graph = onnx.helper.make_graph(
@@ -401,14 +401,14 @@ def _objection(model: ir.Model, candidate: ir.Model) -> str:
 
 def _difference(model: ir.Model, candidate: ir.Model) -> float:
     """Run both on one seeded batch; the largest difference relative to the largest output."""
-    feeds = {}
+    inputs = {}
     generator = np.random.default_rng(0)
     for value in model.graph.inputs:
         shape = [size if isinstance(size, int) else 1 for size in value.shape or ()]
         assert value.dtype is not None
         assert value.name is not None
-        feeds[value.name] = (generator.random(shape) * 2).astype(value.dtype.numpy())
-    wanted, got = (_run(ir.to_proto(graph), None, feeds) for graph in (model, candidate))
+        inputs[value.name] = (generator.random(shape) * 2).astype(value.dtype.numpy())
+    wanted, got = (_run(ir.to_proto(graph), None, inputs) for graph in (model, candidate))
     worst = np.float64(0.0)
     for want, have in zip(wanted, got, strict=True):
         scale = np.maximum(np.abs(want).max(), 1.0)
@@ -417,12 +417,12 @@ def _difference(model: ir.Model, candidate: ir.Model) -> float:
 
 
 def _run(
-    model: onnx.ModelProto, outputs: list[str] | None, feeds: dict[str, NDArray[Any]]
+    model: onnx.ModelProto, outputs: list[str] | None, inputs: dict[str, NDArray[Any]]
 ) -> list[NDArray[Any]]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what fails is raised
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    computed: list[NDArray[Any]] = session.run(outputs, feeds)
+    computed: list[NDArray[Any]] = session.run(outputs, inputs)
     return computed

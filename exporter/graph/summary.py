@@ -26,7 +26,7 @@ from msn_export.graph.blocks import (
     handed_on,
     parts_of,
 )
-from msn_export.graph.builder import producer
+from msn_export.graph.builder import constant_of, producer
 from msn_export.spec import TensorSpec
 
 
@@ -88,8 +88,7 @@ def _of_node(node: ir.Node) -> int:
         return math.prod(_sizes(node.outputs[0])) * math.prod(weight[1:])
     if node.op_type in {"MatMul", "Gemm"}:
         left = _sizes(node.inputs[0])
-        transposed = node.attributes.get("transA")
-        depth = left[0 if transposed is not None and transposed.as_int() else -1]
+        depth = left[0 if node.attributes.get_int("transA", 0) else -1]
         return math.prod(_sizes(node.outputs[0])) * depth
     if node.op_type == "Attention":
         return _of_attention(node)
@@ -219,14 +218,14 @@ def structure_of(model: ir.Model, stream: Stream) -> Structure:
         for name, value in parts_of(block).items():
             node = value.producer()
             if node is not None and node.op_type == "LayerNormalization":
-                found[f"{name}: epsilon"] = _epsilon(node)
+                found[f"{name}: epsilon"] = node.attributes.get_float("epsilon", _EPS)
         activation = activation_of(block)
         if activation:
             found[f"block {block.number}: activation"] = activation
         found |= _layout(block)
     final = [n for n in model.graph if n.op_type == "LayerNormalization" and n not in inside]
     if len(final) == 1:
-        found["final norm: epsilon"] = _epsilon(final[0])
+        found["final norm: epsilon"] = final[0].attributes.get_float("epsilon", _EPS)
     found[_TAIL] = str(len(stream.tail))
     return found
 
@@ -250,8 +249,8 @@ def structure_of_module(model: Any) -> Structure:
 
 def _layout(block: Block) -> dict[str, float | str]:
     """Say which branches are added to the stream, and where the norms are."""
-    place = {node: index for index, node in enumerate(block.nodes)}
-    core = place[block.core]
+    index_of = {node: index for index, node in enumerate(block.nodes)}
+    core = index_of[block.core]
     products = [i for i, node in enumerate(block.nodes) if i > core and node.op_type in PRODUCTS]
     norms = [i for i, node in enumerate(block.nodes) if node.op_type == "LayerNormalization"]
     if not products:
@@ -290,8 +289,8 @@ def differences_by_block(reference: Structure, candidate: Structure) -> dict[str
     found: dict[str, tuple[str, ...]] = {}
     for where, what in _contradictions(reference, candidate):
         stage = " ".join(where.split()[:2]) if where.startswith("block ") else where
-        place = where.removeprefix(stage).strip()
-        found[stage] = (*found.get(stage, ()), f"{what} in {place}" if place else what)
+        part = where.removeprefix(stage).strip()
+        found[stage] = (*found.get(stage, ()), f"{what} in {part}" if part else what)
     return found
 
 
@@ -313,13 +312,8 @@ def _order(where: str) -> tuple[int, str]:
     return (int(words[1]), where) if words[0] == "block" else (1 << 30, where)
 
 
-def _some(places: list[str]) -> str:
-    return ", ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
-
-
-def _epsilon(node: ir.Node) -> float:
-    attribute = node.attributes.get("epsilon")
-    return _EPS if attribute is None else attribute.as_float()
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def activation_of(block: Block) -> str | None:
@@ -328,8 +322,7 @@ def activation_of(block: Block) -> str | None:
     types = {node.op_type for node in nodes}
     for node in nodes:
         if node.op_type == "Gelu":
-            form = node.attributes.get("approximate")
-            tanh = form is not None and form.as_string() == "tanh"
+            tanh = node.attributes.get_string("approximate", "none") == "tanh"
             return "gelu, tanh form" if tanh else "gelu"
         factor = _sigmoid_factor(node)
         if factor is not None:
@@ -355,10 +348,9 @@ def _sigmoid_factor(node: ir.Node) -> float | None:
     One operator; Sigmoid and a product; or 1 / (1 + exp(-factor * x)).
     """
     if node.op_type in {"QuickGelu", "Swish"}:
-        alpha = node.attributes.get("alpha")
         # com.microsoft QuickGelu has 1.702 where nothing is said, onnx.ai Swish 1
         default = _QUICK if node.op_type == "QuickGelu" else 1.0
-        return default if alpha is None else alpha.as_float()
+        return node.attributes.get_float("alpha", default)
     if node.op_type not in {"Exp", "Sigmoid"} or node.inputs[0] is None:
         return None
     x, factor = _scaled(node.inputs[0])
@@ -411,7 +403,7 @@ def _scaled(value: ir.Value) -> tuple[ir.Value, float]:
 
 def _scalar(value: ir.Value | None) -> float | None:
     """Give a constant of one number, cast or not."""
-    held = None if value is None else handed_on(value).const_value
+    held = None if value is None else constant_of(handed_on(value))
     if held is None or held.size != 1:
         return None
-    return float(np.asarray(held.numpy(), np.float64).reshape(()))
+    return float(np.asarray(held, np.float64).reshape(()))

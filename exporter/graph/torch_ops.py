@@ -36,8 +36,8 @@ def require_size(dim: Dim) -> int:
 
 def weight_of(builder: GraphBuilder, name: str, tensor: Tensor) -> ir.Value:
     """Add a parameter; it shares the model's memory."""
-    known = builder.graph.initializers.get(name)
-    return known or builder.initializer(ir.tensor(tensor.detach().numpy()), name)
+    existing = builder.graph.initializers.get(name)
+    return existing or builder.initializer(ir.tensor(tensor.detach().numpy()), name)
 
 
 def transposed(builder: GraphBuilder, name: str, tensor: Tensor) -> ir.Value:

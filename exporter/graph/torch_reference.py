@@ -105,7 +105,10 @@ class Heads(nn.Module):
         self.model, self.heads = model, tuple(heads)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        hidden = self.model.hidden(pixel_values)
+        return self.read(self.model.hidden(pixel_values))
+
+    def read(self, hidden: Hidden) -> tuple[Tensor, ...]:
+        """Read every head."""
         return tuple(read_head(self.model, head, hidden) for head in self.heads)
 
 
@@ -149,9 +152,9 @@ class TorchStream:
         yield self._on(blocks[0], ENTRY, (ENTRY,), given=True)
         for number, block in enumerate(blocks):
             stage = f"block {number}"
-            for place in TENSORS:
-                module = block.get_submodule(place.path)
-                yield self._on(module, stage, place.names(number), given=place.given)
+            for tensor in TENSORS:
+                module = block.get_submodule(tensor.path)
+                yield self._on(module, stage, tensor.names(number), given=tensor.given)
             yield self._on(block, stage, (stage,), given=False)
 
     def _replace(self, given: Mapping[str, NDArray[Any]]) -> Iterator[RemovableHandle]:
@@ -177,7 +180,7 @@ class TorchStream:
                 lambda _module, read: self._note(read[0], stage, names)
             )
         return module.register_forward_hook(
-            lambda _module, _read, made: self._note(made, stage, names)
+            lambda _module, _read, output: self._note(output, stage, names)
         )
 
     def _note(self, tensor: Tensor, stage: str, names: tuple[str, ...]) -> None:
@@ -213,7 +216,7 @@ def _constant(values: Tensor) -> nn.Parameter:
 # b batch, n tokens, dim hidden size, c channels, h and w pixels
 
 
-class ExportedModule(nn.Module):
+class ExportedModule(Heads):
     """Images as the graph takes them, to one tensor a head."""
 
     def __init__(
@@ -223,9 +226,7 @@ class ExportedModule(nn.Module):
         input_format: InputFormat,
         preprocessing: Preprocessing,
     ) -> None:
-        super().__init__()
-        require_readable(model, heads)
-        self.model, self.heads = model, tuple(heads)
+        super().__init__(model, heads)
         self.takes_bytes = input_format is InputFormat.UINT8
         self.patch = (
             with_normalisation(model.patch, preprocessing) if self.takes_bytes else model.patch
@@ -237,8 +238,7 @@ class ExportedModule(nn.Module):
         if self.takes_bytes:
             # Cast before Transpose: TensorRT rejects a UINT8 Transpose
             images = images.to(torch.float32).permute(0, 3, 1, 2)
-        hidden = self.model.encode(self.patch(images), self.pos_embed)
-        return tuple(read_head(self.model, head, hidden) for head in self.heads)
+        return self.read(self.model.encode(self.patch(images), self.pos_embed))
 
 
 # Wrappers around the model whose names say nothing of it
@@ -249,21 +249,21 @@ def translate(traced: fx.Graph, root: nn.Module, images: ir.Value) -> ir.Graph:
     """Write a trace of ``root``, whose one input is ``images``."""
     graph = ir.Graph([images], [], nodes=[], opset_imports={"": TRACE_OPSET}, name="main_graph")
     builder = GraphBuilder(graph)
-    known: dict[fx.Node, Any] = {}
+    values: dict[fx.Node, Any] = {}
     for node in traced.nodes:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
         builder.scope = _scope(node) or builder.scope  # what no module does follows its neighbour
         match node.op:
             case "placeholder":
-                known[node] = images
+                values[node] = images
             case "get_attr":
                 parameter = root.get_parameter(node.target)
-                known[node] = weight_of(builder, _WRAPPERS.sub("", node.target), parameter)
+                values[node] = weight_of(builder, _WRAPPERS.sub("", node.target), parameter)
             case "output":
                 graph.outputs.extend(args[0])
                 return graph
             case _:
-                known[node] = _call(builder, root, node, args, kwargs)
+                values[node] = _call(builder, root, node, args, kwargs)
     raise GraphError("the trace has no output")
 
 
@@ -303,8 +303,6 @@ def _scope(node: fx.Node) -> str:
     stack = list(node.meta.get("nn_module_stack", {}).values())
     return _WRAPPERS.sub("", stack[-1][0]) if stack else ""
 
-
-# b batch, n tokens, dim hidden size, c channels, h and w pixels
 
 TRACE_OPSET = 23  # brought Attention; older targets are written from it (msn_export.graph.opset)
 IR_VERSION = 10  # onnx/docs/Versioning.md; 11 added what this graph does not use

@@ -209,13 +209,15 @@ def marks(tensors: Tensors, stages: Sequence[str], before: Tensors) -> dict[str,
     for index, stage in enumerate(stages):
         if stage not in tensors:
             continue
-        made = np.asarray(tensors[stage], np.float64)
+        output = np.asarray(tensors[stage], np.float64)
         if is_block(stage) and index and stages[index - 1] in before:
             read = np.asarray(before[stages[index - 1]], np.float64)
             # a last block that computes [CLS] alone still reads all tokens
-            found[stage] = made - read[:, : made.shape[1]] if made.ndim == read.ndim else made
+            found[stage] = (
+                output - read[:, : output.shape[1]] if output.ndim == read.ndim else output
+            )
         else:
-            found[stage] = made
+            found[stage] = output
         for branch in BRANCHES:
             name = f"{stage} {branch}"
             if name in tensors:
@@ -250,15 +252,15 @@ def own_errors(
         named = [name for name in (stage, *(f"{stage} {b}" for b in BRANCHES)) if name in errors]
         if not named:
             continue
-        judged = []
+        candidates = []
         for name in named:
             cost = _others(errors, name) if costs is None else costs.get(name)
             allowed = math.inf if cost is None else times * cost
-            judged.append(OwnError(name, errors[name], cost, allowed))
+            candidates.append(OwnError(name, errors[name], cost, allowed))
         if tolerance is not None:
-            found[stage] = OwnError(stage, errors[stage], judged[0].cost, tolerance)
+            found[stage] = OwnError(stage, errors[stage], candidates[0].cost, tolerance)
         else:
-            found[stage] = max(judged, key=_weight)
+            found[stage] = max(candidates, key=_weight)
     return found
 
 
@@ -381,8 +383,7 @@ def diagnose(
 
 
 def _first(reference: Reference) -> Reference:
-    sample = reference.sample
-    few = replace(sample, pixels=sample.pixels[:IMAGES], names=sample.names[:IMAGES])
+    few = reference.sample.first(IMAGES)
     kept = {name: output[:IMAGES] for name, output in reference.outputs.items()}
     exact = {name: output[:IMAGES] for name, output in reference.exact.items()}
     return replace(reference, sample=few, outputs=kept, exact=exact)
@@ -408,24 +409,27 @@ def _other_pixels(
     sample: Sample, input_format: InputFormat
 ) -> Iterator[tuple[str, Callable[[Sample], Sample]]]:
     """Give other ways to make the pixels, each with the sentence that names it."""
-    made = sample.preprocessing
+    preprocessing = sample.preprocessing
     # with the statistics of each channel (planes reversed after normalising), and without
-    for normalised in (made, replace(made, mean=made.mean[::-1], std=made.std[::-1])):
+    for normalised in (
+        preprocessing,
+        replace(preprocessing, mean=preprocessing.mean[::-1], std=preprocessing.std[::-1]),
+    ):
         yield (
             "the candidate agrees when it is given BGR: it was made for channels in that order",
             partial(_reversed, statistics=normalised),
         )
     if input_format is InputFormat.UINT8:
         return  # its normalisation is inside the graph
-    none, half = (0.0,) * made.channels, (0.5,) * made.channels
-    one = (1.0,) * made.channels
+    none, half = (0.0,) * preprocessing.channels, (0.5,) * preprocessing.channels
+    one = (1.0,) * preprocessing.channels
     for what, scale, mean, std in (
         ("pixels from 0 to 255, not normalised", 1.0, none, one),
         ("pixels from 0 to 1, not normalised", 1 / 255, none, one),
         ("pixels from -1 to 1", 1 / 255, half, half),
     ):
-        other = replace(made, scale=scale, mean=mean, std=std)
-        if other != made:
+        other = replace(preprocessing, scale=scale, mean=mean, std=std)
+        if other != preprocessing:
             yield (
                 f"the candidate agrees when it is given {what}: it was made for those",
                 partial(replace, preprocessing=other),

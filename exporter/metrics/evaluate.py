@@ -67,7 +67,13 @@ class Sample:
         counted = image_folder.notes_on(self.broken, self.skipped, self.turned)
         return (*self.preprocessing.notes, *counted)
 
-    def feed(self, indices: Sequence[int], input_format: InputFormat) -> NDArray[Any]:
+    def first(self, count: int, *, at_once: int | None = None) -> Sample:
+        """Take the first pictures, ``at_once`` in a batch at most."""
+        most = self.max_batch if at_once is None else min(self.max_batch, at_once)
+        pixels, names = self.pixels[:count], self.names[:count]
+        return replace(self, pixels=pixels, names=names, max_batch=most)
+
+    def preprocess(self, indices: Sequence[int], input_format: InputFormat) -> NDArray[Any]:
         """Make a batch for a graph that takes ``input_format``; indices past the end start over."""
         chosen: NDArray[np.uint8] = self.pixels[np.asarray(indices) % len(self)]
         return images.model_input(chosen, self.preprocessing, input_format)
@@ -255,12 +261,12 @@ class Reference:
 
     def rows(self, name: str, images: Sequence[int]) -> tuple[NDArray[Any], list[bool]]:
         """Give an output's rows for some pictures, in fp64 where they are, and which those are."""
-        known = self.exact.get(name)
-        if known is None:
+        truth = self.exact.get(name)
+        if truth is None:
             return self.outputs[name][images], [True] * len(images)
-        exact = [image < len(known) for image in images]
+        exact = [image < len(truth) for image in images]
         rows = [
-            known[image] if is_exact else self.outputs[name][image]
+            truth[image] if is_exact else self.outputs[name][image]
             for image, is_exact in zip(images, exact, strict=True)
         ]
         return np.stack(rows), exact
@@ -296,7 +302,7 @@ def run_reference(
     parts = []
     for start in range(0, len(sample), batch):
         kept = min(batch, len(sample) - start)
-        outputs = runner(sample.feed(range(start, start + (fixed or kept)), input_format))
+        outputs = runner(sample.preprocess(range(start, start + (fixed or kept)), input_format))
         parts.append({name: np.asarray(output)[:kept] for name, output in outputs.items()})
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return Reference(joined, sample, runner.name)
@@ -312,14 +318,9 @@ def measure_rounding(
 ) -> Reference:
     """Run the first ``images`` pictures in fp64 too: what is right, and how far fp32 is from it.
 
-    Args:
-        reference: run in fp32.
-        exact: the same in fp64.
-        images: how many pictures; fp64 takes twice the time.
-        input_format: what ``exact`` takes.
-        fixed: the only batch size it takes, if there is only one.
+    ``exact`` is the reference in fp64, which takes twice the time.
     """
-    few = _first(reference.sample, images)
+    few = reference.sample.first(images, at_once=4)  # fp64 takes twice the memory
     truth = run_reference(exact, few, input_format, fixed=fixed).outputs
     return replace(reference, exact=truth, rounding=_rounding(truth, reference.outputs))
 
@@ -328,26 +329,13 @@ def add_rounding(reference: Reference, again: OutputsOf) -> Reference:
     """Take the rounding of another fp32 run into account, where that is larger.
 
     An output of few numbers, or whose errors all pictures share, may be rounded well by chance.
-
-    Args:
-        reference: its rounding is known.
-        again: the same in fp32, rounded otherwise.
+    ``again`` is the reference in fp32, rounded otherwise.
     """
     count = len(next(iter(reference.exact.values())))
-    outputs = run_reference(again, _first(reference.sample, count)).outputs
+    outputs = run_reference(again, reference.sample.first(count, at_once=4)).outputs
     found = _rounding(reference.exact, outputs)
-    rounding = {name: known.at_least(found[name]) for name, known in reference.rounding.items()}
+    rounding = {name: errors.at_least(found[name]) for name, errors in reference.rounding.items()}
     return replace(reference, rounding=rounding)
-
-
-def _first(sample: Sample, count: int) -> Sample:
-    """Take the first pictures, four at a time: fp64 takes twice the memory."""
-    return replace(
-        sample,
-        pixels=sample.pixels[:count],
-        names=sample.names[:count],
-        max_batch=min(sample.max_batch, 4),
-    )
 
 
 def _rounding(
@@ -441,9 +429,11 @@ class Trial:
     ) -> None:
         """Run a candidate over the reference's pictures at each batch size and compare."""
         sample = reference.sample
-        dealt = list(batches(sizes, len(sample)))
+        chunks = list(batches(sizes, len(sample)))
         self._add(
-            reference, dealt, (runner(sample.feed(indices, input_format)) for indices in dealt)
+            reference,
+            chunks,
+            (runner(sample.preprocess(indices, input_format)) for indices in chunks),
         )
 
     def repeat(
@@ -454,20 +444,20 @@ class Trial:
         A picture that comes twice weighs twice in every figure of all pictures together.
         """
         count = len(reference.sample)
-        dealt = list(batches(sizes, count))
-        rows = ([index % count for index in indices] for indices in dealt)
+        chunks = list(batches(sizes, count))
+        rows = ([index % count for index in indices] for indices in chunks)
         got = ({name: values[at] for name, values in outputs.items()} for at in rows)
-        self._add(reference, dealt, got)
+        self._add(reference, chunks, got)
 
     def _add(
         self,
         reference: Reference,
-        dealt: Sequence[list[int]],
+        chunks: Sequence[list[int]],
         outputs: Iterable[Mapping[str, NDArray[Any]]],
     ) -> None:
         sample, before = reference.sample, len(self.names)
         vectors: dict[str, dict[int, NDArray[Any]]] = {name: {} for name in reference.outputs}
-        for indices, got in zip(dealt, outputs, strict=True):
+        for indices, got in zip(chunks, outputs, strict=True):
             images = [index % len(sample) for index in indices]
             self.rows += [before + image for image in images]
             for name in reference.outputs:

@@ -256,10 +256,7 @@ class Comparison:
     ) -> None:
         """Compare a batch [b, ...] with its reference.
 
-        Args:
-            reference: what is right.
-            candidate: what is asked about.
-            exact: which rows of the reference are in fp64; None: all are of one kind.
+        ``exact`` says which rows of the reference are in fp64; None: all are of one kind.
         """
         if reference.shape != candidate.shape:
             raise ToleranceError(
@@ -311,8 +308,8 @@ class Comparison:
             raise ToleranceError("no image was compared; an empty set is not a pass")
         cosines, ratios = np.asarray(self.cosines), np.asarray(self.ratios)
         exact = np.asarray(self._exact)
-        judged = exact if exact.any() else np.ones(len(exact), bool)
-        tokens = self._token_errors(judged) if self._tokens else None
+        rows = exact if exact.any() else np.ones(len(exact), bool)
+        tokens = self._token_errors(rows) if self._tokens else None
         spread, centred = self._spread()
         # numpy's max keeps NaN; Python's max(0.0, nan) is 0.0
         return Agreement(
@@ -325,13 +322,13 @@ class Comparison:
             norm_ratio_min=float(np.min(ratios)),
             norm_ratio_max=float(np.max(ratios)),
             reference_rms=float(np.sqrt(np.sum(self._image.reference) / self._size)),
-            relative=self._image.together(judged),
+            relative=self._image.together(rows),
             nan=self._nan,
             inf=self._inf,
-            image=self._image.worst(judged),
-            others=None if judged.all() else self._image.worst(~judged),
-            cls=self._cls.together(judged) if tokens is not None else None,
-            cls_image=self._cls.worst(judged) if tokens is not None else None,
+            image=self._image.worst(rows),
+            others=None if rows.all() else self._image.worst(~rows),
+            cls=self._cls.together(rows) if tokens is not None else None,
+            cls_image=self._cls.worst(rows) if tokens is not None else None,
             cls_cosine=float(np.min(self._cls_cosines)) if tokens is not None else None,
             token=None if tokens is None else float(np.percentile(tokens, TOKEN_PERCENTILE)),
             worst_token=None if tokens is None else float(np.max(tokens)),
@@ -339,9 +336,9 @@ class Comparison:
             centred=centred,
         )
 
-    def _token_errors(self, judged: NDArray[np.bool_]) -> NDArray[Any]:
+    def _token_errors(self, rows: NDArray[np.bool_]) -> NDArray[Any]:
         """Relate tokens' errors [rows, tokens] to the norm that all tokens have on average."""
-        errors = np.asarray(self._tokens)[judged]
+        errors = np.asarray(self._tokens)[rows]
         related: NDArray[Any] = errors / np.sqrt(np.mean(self._image.reference) / errors.shape[1])
         return related
 
@@ -376,12 +373,12 @@ def worst_of(agreements: list[Agreement]) -> Agreement:
 
     def combined(name: str) -> float | None:
         found = [getattr(agreement, name) for agreement in agreements]
-        known = np.asarray([figure for figure in found if figure is not None], np.float64)
-        if not known.size:
+        measured = np.asarray([figure for figure in found if figure is not None], np.float64)
+        if not measured.size:
             return None
         if name in _SUMMED:
-            return float(known.sum())
-        return float(known.min() if name in _SMALLEST else known.max())
+            return float(measured.sum())
+        return float(measured.min() if name in _SMALLEST else measured.max())
 
     figures: dict[str, Any] = {part.name: combined(part.name) for part in fields(Agreement)}
     for name in ("images", "nan", "inf"):

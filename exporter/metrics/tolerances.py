@@ -117,9 +117,7 @@ class Gate:
     def failures(self, agreement: Agreement, limit: Limit | None = None) -> list[str]:
         """Name each figure that is past its limit, with the limit; NaN is inside none.
 
-        Args:
-            agreement: what was measured.
-            limit: what may be, as it was measured; None holds the gate's own numbers against it.
+        ``limit`` is a measured one; without it the gate's own numbers are asked.
         """
         if agreement.nan or agreement.inf:  # every other figure is NaN then, or infinite
             return [f"{agreement.nan} NaN and {agreement.inf} infinite values"]
@@ -186,10 +184,7 @@ class Limit:
     def of(cls, baseline: Errors, rounding: Errors | None = None, margin: float = MARGIN) -> Limit:
         """Allow ``margin`` times the baseline's errors, and never less than the rounding.
 
-        Args:
-            baseline: errors of the reference in the candidate's precision.
-            rounding: errors of the reference's own fp32 arithmetic, where fp64 says them.
-            margin: ``MARGIN``, or ``ROUNDED_MARGIN``.
+        ``rounding`` are errors of the reference's own fp32 arithmetic, where fp64 says them.
         """
         errors = replace(
             baseline.times(margin),
@@ -203,12 +198,7 @@ class Limit:
 
     @classmethod
     def of_rounding(cls, rounding: Errors, times: float) -> Limit:
-        """Allow a multiple of the reference's own rounding, where there is no baseline.
-
-        Args:
-            rounding: errors of the reference's own fp32 arithmetic.
-            times: ``ROUNDING``, or ``BYTES_ROUNDING``.
-        """
+        """Allow a multiple of the reference's own fp32 rounding, where there is no baseline."""
         errors = rounding.times(times)
         token = errors.worst_token
         return cls(
@@ -308,9 +298,9 @@ def gate_of(dtype: Dtype, numbers: Mapping[str, float] | None = None) -> Gate:
     gate = GATES[dtype]
     if not numbers:
         return gate
-    known = ("cosine", *_WORDS)
-    for name in numbers.keys() - set(known):
-        raise SpecError(f"a gate has no {name!r}; it has {', '.join(known)}")
+    names = ("cosine", *_WORDS)
+    for name in numbers.keys() - set(names):
+        raise SpecError(f"a gate has no {name!r}; it has {', '.join(names)}")
     figure = "cosine_p1" if gate.cosine_min is None else "cosine_min"
     named = {figure if name == "cosine" else name: value for name, value in numbers.items()}
     base = Gate() if _REPLACING & named.keys() else gate

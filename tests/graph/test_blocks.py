@@ -18,7 +18,7 @@ from msn_export.commands.onnx import OnnxJob, run_onnx
 from msn_export.errors import GraphError
 from msn_export.graph import io
 from msn_export.graph.blocks import ENTRY, find_stream, modules_of, parts_of, stages_of, tensors_of
-from msn_export.graph.builder import GIVEN, MARK, feed, mark_outputs
+from msn_export.graph.builder import GIVEN, MARK, mark_outputs, with_inputs
 from msn_export.graph.cls_only import narrow_to_first_token
 from msn_export.graph.emulate import emulate_bf16
 from msn_export.graph.precision import type_graph
@@ -296,7 +296,7 @@ def test_contradictions_are_told_by_block_too() -> None:
 def test_a_given_value_takes_the_place_of_what_is_computed() -> None:
     model = text()
     middle = find_stream(model).blocks[0].streams[0]
-    fed = mark_outputs(feed(model, {"middle": middle}), {"middle": middle})
+    fed = mark_outputs(with_inputs(model, {"middle": middle}), {"middle": middle})
     assert [value.name for value in fed.graph.inputs] == ["x", f"{GIVEN}middle"]
     draw = np.random.default_rng(0)
     x, other = (draw.standard_normal((2, 3, 4)).astype(np.float32) for _ in range(2))
@@ -312,7 +312,7 @@ def test_a_given_value_takes_the_place_of_what_is_computed() -> None:
 
 def test_a_given_input_is_ready_for_the_first_node() -> None:
     model = text()
-    fed = feed(model, {"x": model.graph.inputs[0]})
+    fed = with_inputs(model, {"x": model.graph.inputs[0]})
     assert fed.graph[0].outputs[0].name == f"{GIVEN}x.Cast"
 
 

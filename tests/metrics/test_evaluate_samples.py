@@ -52,11 +52,12 @@ def test_a_folder_without_a_picture_is_an_error(tmp_path) -> None:
 
 def test_a_feed_is_what_the_graph_takes_and_starts_over_past_the_end() -> None:
     drawn = draw(None, SMALL)
-    raw = drawn.feed([0, 3, 4], InputFormat.UINT8)
+    raw = drawn.preprocess([0, 3, 4], InputFormat.UINT8)
     assert raw.dtype == np.uint8
     np.testing.assert_array_equal(raw, drawn.pixels[[0, 3, 0]])
     np.testing.assert_array_equal(
-        drawn.feed(range(3, 5), InputFormat.FLOAT), images.normalize(drawn.pixels[[3, 0]], SMALL)
+        drawn.preprocess(range(3, 5), InputFormat.FLOAT),
+        images.normalize(drawn.pixels[[3, 0]], SMALL),
     )
 
 

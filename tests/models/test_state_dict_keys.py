@@ -169,9 +169,9 @@ def test_what_inference_does_not_read_is_left_unread_by_reason(key, why) -> None
 
 @pytest.mark.parametrize("head", ["vit.head.weight", "vit.heads.head.bias"])
 def test_the_head_within_lightlys_masked_vit_is_not_applied(head) -> None:
-    assert rename([head], "file").known != {}
+    assert rename([head], "file").names != {}
     found = rename([head, "mask_token"], "file")
-    assert found.known == {}
+    assert found.names == {}
     assert found.unread["of a head that lightly's masked ViT does not apply"] == (head,)
 
 
@@ -227,7 +227,7 @@ def test_each_key_is_sorted_once_whatever_it_is(found) -> None:
         assert "are the same weight" in str(error)
         return
     unread = [key for found in sorted_keys.unread.values() for key in found]
-    everywhere = [*sorted_keys.known.values(), *unread, *sorted_keys.unknown]
+    everywhere = [*sorted_keys.names.values(), *unread, *sorted_keys.unknown]
     assert sorted(everywhere) == sorted(found)
 
 
