@@ -80,7 +80,7 @@ def choice_rows(bench: Bench) -> list[str]:
         rows.append(row(f"`{' '.join(asked)}`", *cells))
     chosen = [bench.calibrate(f"vit-msn-small.{form}.onnx", graph, bench.images) for form in FORMS]
     cells = [f"{told['check']['cosine_p1']:.5f} (chose {strength(told)})" for told in chosen]
-    return [*rows, row("`--smooth auto`, as it is without options", *cells)]
+    return [*rows, row("`--smooth auto`, the default", *cells)]
 
 
 def cpu_rows() -> list[str]:

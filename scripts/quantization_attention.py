@@ -31,7 +31,7 @@ def attention_rows(bench: Bench) -> list[str]:
         for form in (Dtype.INT8, Dtype.FP8):
             with tempfile.TemporaryDirectory(dir=bench.folder) as name:
                 kernels, fused = compile_attention(vit, form, Path(name))
-            cells.append(f"{'fused' if fused else 'taken apart'} ({kernels} kernels)")
+            cells.append(f"{'fused' if fused else 'not fused'} ({kernels} kernels)")
         rows.append(row(vit.tokens, *cells))
         print(rows[-1], flush=True)
     return rows

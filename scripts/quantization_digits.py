@@ -62,8 +62,8 @@ def digit_row(bench: Bench, graph: str, form: str, options: Sequence[str]) -> st
     name = f"{graph}.{form}{''.join(options)}.onnx"
     asked = (f"--{form}", *options, "--gate-cosine", "0", "--no-compile")
     told = bench.calibrate(name, f"{graph}.onnx", bench.folder / "pictures", *asked)
-    said = f"`{' '.join(options) or 'as it is'}`"
-    return row(form, said, *right(bench, name), f"{told['check']['cosine_p1']:.5f}", strength(told))
+    shown = f"`{' '.join(options)}`" if options else "defaults"
+    return row(form, shown, *right(bench, name), f"{told['check']['cosine_p1']:.5f}", strength(told))
 
 
 def right(bench: Bench, name: str) -> tuple[str]:
