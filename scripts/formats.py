@@ -32,16 +32,16 @@ def checkpoints() -> list[str]:
     return [
         "## Checkpoints",
         "",
-        f"A Hugging Face folder or hub id, or a file ({', '.join(WEIGHTS)}). Every weight must be there with "
-        "its shape, and no other: the message names each that is not.",
+        f"A Hugging Face folder or hub id, or a file ({', '.join(WEIGHTS)}). It must hold "
+        "every weight with its shape, and no other key except those listed below. The message names each difference.",
         "",
         "### Families of models",
         "",
-        "Told by `model_type` in config.json. A field that is absent there has the default of the family. Names of "
-        "weights, block and heads are the same in each.",
+        "`model_type` in config.json selects the family. A field that is missing there has the default of the family. "
+        "All families have the same block, heads and names of weights.",
         "",
         *table(
-            "model_type", "before an encoder's keys", "default", "left unread, with a note", "",
+            "model_type", "prefix of an encoder's keys", "default", "not read, with a note", "",
             rows=((code(one.model_type), code(one.prefix),
                    ", ".join(f"`{name}` {value:g}" for name, value in one.defaults.items()),
                    ", ".join(f"`{name}`: keys {what}" for name, what in one.ignored.items()),
@@ -56,7 +56,7 @@ def checkpoints() -> list[str]:
         ),
         "### Classifiers",
         "",
-        "Each computes what its writer's code computes; the output is `logits`. A note says what was read. The "
+        "Each computes what its writer's code computes. The output is `logits`. A note says what was read. The "
         f"BatchNorm of MAE's linear probe ({code(*sorted(PROBE))}) is folded into `head`.",
         "",
         *table(
@@ -65,36 +65,36 @@ def checkpoints() -> list[str]:
         ),
         "### Wrappers",
         "",
-        "Taken off, alone and nested, with a note. Where a file holds several weights the first of this list is "
-        "taken, and `--weights KEY` takes another (any dictionary of the file, also one that is not listed).",
+        "Wrappers are removed, single and nested, with a note. If a file holds several models, the first of this list is "
+        "read; `--weights KEY` selects another (any dictionary of the file, also one that is not listed).",
         "",
         *table("dictionary", "written by", rows=((code(name), who) for name, who in CONTAINERS.items())),
-        *table("before every key", "written by",
+        *table("prefix of every key", "written by",
                rows=((code(f"{name}."), who) for name, who in PREFIXES.items())),
         *table("within keys", "written by",
                rows=((code(f"{name}."), who) for name, who in INSIDE.items())),
-        "A field of any other name that holds the whole model is taken off too. Where several do, `--weights` has "
-        "to say which.",
+        "A field of any other name that holds the whole model is removed too. If there are several, `--weights` must "
+        "select one.",
         "",
-        "`argparse.Namespace`, in which training scripts keep their options, is passed over unread. A pickle that "
-        "names any other class is refused by that name.",
+        "`argparse.Namespace`, which holds the options of training scripts, is not read. A pickle that "
+        "names any other class is refused; the message names the class.",
         "",
         "### Keys that are not weights",
         "",
         *table(
-            "keys", "", "what becomes of them",
+            "keys", "", "treatment",
             rows=[
-                *((code(*one.example.split(", ")), "noted", f"left unread: keys {one.what}") for one in SPARE),
+                *((code(*one.example.split(", ")), "noted", f"not read: keys {one.what}") for one in SPARE),
                 *((code(*one.example.split(", ")), "refused", f"the file {one.what}") for one in REFUSED),
             ],
         ),
         "### Folders that are not a model",
         "",
         *table(
-            "a file in it", "refused: the folder",
+            "a file in it", "refused because the folder",
             rows=((code(one.sign), one.what) for one in (ADAPTER_FOLDER, *FOREIGN_FOLDERS)),
         ),
-        "A folder that holds `checkpoint-500/` and the like is refused too; the message names the best or the last.",
+        "A folder with subfolders such as `checkpoint-500/` is refused too; the message names the best or the last.",
         "",
     ]  # fmt: skip
 
@@ -104,9 +104,9 @@ def preprocessing() -> list[str]:
     return [
         "## Preprocessing",
         "",
-        "`processor_config.json`, else `preprocessor_config.json`. Pixels are those of transformers' processor. "
-        f"Absent fields are those of the processor's type: {code(*TYPES)}. `null` turns a step (`do_…`) off, and is "
-        "refused where a value is needed, as transformers does.",
+        "Read from `processor_config.json`, else from `preprocessor_config.json`. Pixels equal those of transformers' "
+        f"processor. A missing field has the default of the processor's type: {code(*TYPES)}. `null` turns a step "
+        "(`do_…`) off, and is refused for a required value, as in transformers.",
         "",
         *table(
             "field", "", "",
@@ -120,7 +120,7 @@ def graphs() -> list[str]:
     return [
         "## Graphs of other tools",
         "",
-        "Taken alike by every command that takes an `.onnx` file, if they are a ViT that is understood.",
+        "Every command that takes an `.onnx` file takes them, if it recognises the structure of a ViT.",
         "",
         *table(
             "form", "", "",
@@ -132,7 +132,7 @@ def graphs() -> list[str]:
 def page() -> str:
     """Compose the page."""
     head = [
-        "# What is read",
+        "# Formats that are read",
         "",
         "Written by `python scripts/formats.py` from the tables in the code.",
         "",

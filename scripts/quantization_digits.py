@@ -63,7 +63,9 @@ def digit_row(bench: Bench, graph: str, form: str, options: Sequence[str]) -> st
     asked = (f"--{form}", *options, "--gate-cosine", "0", "--no-compile")
     told = bench.calibrate(name, f"{graph}.onnx", bench.folder / "pictures", *asked)
     shown = f"`{' '.join(options)}`" if options else "defaults"
-    return row(form, shown, *right(bench, name), f"{told['check']['cosine_p1']:.5f}", strength(told))
+    return row(
+        form, shown, *right(bench, name), f"{told['check']['cosine_p1']:.5f}", strength(told)
+    )
 
 
 def right(bench: Bench, name: str) -> tuple[str]:
