@@ -1,4 +1,4 @@
-"""Which images are calibrated on and which are held out, decoded a few at a time."""
+"""Images to calibrate on and images that are held out, decoded a few at a time."""
 
 import hashlib
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -35,7 +35,7 @@ class Pictures:
     are passed over: copies of those that are held out.
     """
 
-    paths: Sequence[Path]
+    paths: list[Path]
     preprocessing: Preprocessing
     input_format: InputFormat
     limit: int
@@ -73,7 +73,7 @@ class Pictures:
         if pixels:
             yield np.stack(pixels), tuple(names)
 
-    def feed(self, batch: int) -> Iterator[tuple[NDArray[Any], tuple[str, ...]]]:
+    def batches(self, batch: int) -> Iterator[tuple[NDArray[Any], tuple[str, ...]]]:
         for pixels, names in self.decode(batch):
             yield images.model_input(pixels, self.preprocessing, self.input_format), names
 
@@ -104,60 +104,46 @@ def split(
     """
     found = image_folder.find(folder)
     order = [found.paths[i] for i in np.random.default_rng(seed).permutation(len(found.paths))]
-    chosen = _hold_out(order, folder, preprocessing, taken)
-    withheld = frozenset(map(hash_of, chosen.pixels))
-    pictures = Pictures(
-        chosen.others, preprocessing, input_format, limit, withheld, skipped=found.skipped
-    )
-    pictures.broken |= chosen.broken
-    pictures.turned |= chosen.turned
-    if len(chosen.broken) == len(order):
-        first = next(iter(chosen.broken.values()))
+    pictures = Pictures([], preprocessing, input_format, limit, skipped=found.skipped)
+    held_out = _hold_out(pictures, order, folder, taken)
+    if len(pictures.broken) == len(order):
+        first = next(iter(pictures.broken.values()))
         raise ImageError(f"all {len(order)} pictures of {folder} are broken; the first: {first}")
-    if not chosen.pixels:
+    if not held_out:
         raise ImageError(
             f"every picture of {folder} was calibrated on before, by --ranges; give others to "
             "judge the result by"
         )
+    pictures.withheld = frozenset(map(hash_of, held_out.values()))
     if not any(True for _ in pictures.first(1).decode(1)):
         raise ImageError(
             f"{folder} has too few readable pictures; expected two or more that differ, to "
             "calibrate on one and judge by another"
         )
-    return Split(pictures, ImageSet(np.stack(chosen.pixels), tuple(chosen.names), ()))
-
-
-@dataclass(slots=True)
-class _HeldOut:
-    pixels: list[NDArray[np.uint8]] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-    others: list[Path] = field(default_factory=list)
-    broken: dict[Path, str] = field(default_factory=dict)
-    turned: set[Path] = field(default_factory=set)
+    return Split(pictures, ImageSet(np.stack(list(held_out.values())), tuple(held_out), ()))
 
 
 def _hold_out(
-    order: Sequence[Path], folder: Path, preprocessing: Preprocessing, taken: Container[str]
-) -> _HeldOut:
-    """Decode pictures until enough are held out; ``taken`` ones go to the others."""
+    pictures: Pictures, order: Sequence[Path], folder: Path, taken: Container[str]
+) -> dict[str, NDArray[np.uint8]]:
+    """Decode pictures, by name, until enough are held out; the others are left to ``pictures``."""
     wanted = min(HELD_OUT_MOST, max(1, len(order) // HELD_OUT_SHARE))
-    held, hashes = _HeldOut(), set()
-    rest = list(order)
-    while rest and len(held.pixels) < wanted:
+    held_out: dict[str, NDArray[np.uint8]] = {}
+    hashes, rest = set(), list(order)
+    while rest and len(held_out) < wanted:
         path = rest.pop(0)
         try:
-            decoded, turned = images.read_file(path, str(path), preprocessing)
+            decoded, turned = images.read_file(path, str(path), pictures.preprocessing)
         except ImageError as error:
-            held.broken[path] = str(error)
+            pictures.broken[path] = str(error)
             continue
         digest = hash_of(decoded)
         if digest in taken:
-            held.others.append(path)
+            pictures.paths.append(path)
         elif digest not in hashes:
             hashes.add(digest)
             if turned:
-                held.turned.add(path)
-            held.pixels.append(decoded)
-            held.names.append(str(path.relative_to(folder)) if path != folder else path.name)
-    held.others += rest
-    return held
+                pictures.turned.add(path)
+            held_out[str(path.relative_to(folder)) if path != folder else path.name] = decoded
+    pictures.paths += rest
+    return held_out

@@ -1,4 +1,4 @@
-"""What ``msn-export calibrate`` was asked for."""
+"""Options of ``msn-export calibrate``."""
 
 from __future__ import annotations
 
@@ -137,8 +137,8 @@ def settled(job: CalibrateJob, source: GraphFile) -> CalibrateJob:
     A graph of opset 17 stays one: its Q/DQ take fp32 scales only, so the rest is fp32, which trt
     types itself. Another tool's of an older opset does too, unless a half precision is asked for.
     """
-    known = source.manifest.target if source.manifest is not None else None
-    target = job.target or next((one for one in Target if one == known), None)
+    exported_for = source.manifest.target if source.manifest is not None else None
+    target = job.target or next((one for one in Target if one == exported_for), None)
     if target is Target.TENSORRT_8:
         _require_opset_17(job)
     elif target is None and source.opset < _HALF_SCALES and job.dtype is Dtype.INT8:

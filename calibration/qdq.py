@@ -98,7 +98,7 @@ def find_projections(model: ir.Model) -> tuple[Projection, ...]:
 
 
 def find_by_weight(
-    known: Sequence[Projection], model: ir.Model, other: ir.Model, chosen: Collection[str]
+    projections: Sequence[Projection], model: ir.Model, other: ir.Model, chosen: Collection[str]
 ) -> list[tuple[Projection, Projection]]:
     """Find the projections of a graph of floats in another, by the signs of their weights.
 
@@ -112,7 +112,7 @@ def find_by_weight(
         if node.name in chosen and (_is_product(node) or _is_convolution(node))
     ]
     theirs = [_signs(other, product) for product in products]
-    mine = [_signs(model, own) for own in known]
+    mine = [_signs(model, own) for own in projections]
     agreed = np.asarray([[_agreement(one, two) for two in theirs] for one in mine])
     for product, best in zip(products, agreed.max(axis=0).tolist(), strict=True):
         if best < _SAME:
@@ -121,7 +121,7 @@ def find_by_weight(
             )
     return [
         (own, replace(products[int(row.argmax())], role=own.role, block=own.block))
-        for own, row in zip(known, agreed, strict=True)
+        for own, row in zip(projections, agreed, strict=True)
         if row.max() >= _SAME
     ]
 
@@ -183,20 +183,18 @@ def _sources(core: AttentionCore) -> list[ir.Node]:
 
 
 def _is_product(node: ir.Node) -> bool:
-    return node.op_type in _PRODUCTS and _has_matrix(node)
+    return node.op_type in _PRODUCTS and _weight_rank(node) == 2
 
 
 def _is_convolution(node: ir.Node) -> bool:
-    return node.op_type == "Conv" and node.inputs[1] is not None and _constant(node.inputs[1])
+    return node.op_type == "Conv" and _weight_rank(node) is not None
 
 
-def _has_matrix(node: ir.Node) -> bool:
+def _weight_rank(node: ir.Node) -> int | None:
     weight = node.inputs[1]
-    return weight is not None and _constant(weight) and len(weight.shape or ()) == 2
-
-
-def _constant(value: ir.Value) -> bool:
-    return value.is_initializer() and value.const_value is not None
+    if weight is None or weight.const_value is None or not weight.is_initializer():
+        return None
+    return len(weight.shape or ())
 
 
 def _describe(node: ir.Node, role: Role, block: int | None) -> Projection:

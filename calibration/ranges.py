@@ -182,7 +182,7 @@ _CHOOSERS: dict[Observer, Callable[[Histogram, Format], float]] = {
 Seen = Mapping[str, NDArray[np.float32]]
 
 # What the watched tensors of one batch may take, in bytes. Not a share of the free memory: the
-# same images must be dealt into the same batches each time, for byte-identical ranges.
+# same images must come in the same batches each time, for byte-identical ranges.
 _BATCH_BYTES = 256 * 2**20
 _FLOAT = ir.DataType.FLOAT
 
@@ -254,8 +254,8 @@ def require_finite(
 def _session(path: Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what fails is raised
-    # a memory pattern is kept for each batch shape, and an arena never shrinks: off, so that
-    # memory does not depend on how many images come
+    # a memory pattern is kept for each batch shape, and onnxruntime's memory never shrinks: off, so
+    # that memory does not depend on how many images come
     options.enable_mem_pattern = False
     # a quantised graph computes what is written in it, on every processor the same
     options.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -296,17 +296,17 @@ def channel_maxima(watch: Watch, batches: Iterable[tuple[NDArray[Any], Sequence[
 def histograms(
     watch: Watch,
     batches: Iterable[tuple[NDArray[Any], Sequence[str]]],
-    told: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> dict[str, Histogram]:
-    """Count the absolute values of every watched value; ``told`` receives the images so far."""
+    """Count the absolute values of every watched value; ``progress`` receives the images so far."""
     found = {name: Histogram() for name in watch.names}
     count = 0
     for images, labels in batches:
         for name, values in finite(watch(images), labels).items():
             found[name].add(values)
         count += len(labels)
-        if told is not None:
-            told(count)
+        if progress is not None:
+            progress(count)
     return found
 
 
@@ -353,7 +353,7 @@ class ImagesRecord:
 
 @dataclass(frozen=True, slots=True)
 class SmoothingRecord:
-    """How the graph was smoothed: a strength from 0 to 1, or None where it was not.
+    """Smoothing of a graph: a strength from 0 to 1, or None where it was not.
 
     ``exponents`` are the powers of two by which each channel of a value was divided. ``errors`` are
     the relative errors of the embedding that each strength was measured to have.
@@ -365,9 +365,9 @@ class SmoothingRecord:
 
     def __post_init__(self) -> None:
         powers = [power for channels in (self.exponents or {}).values() for power in channels]
-        known = (self.strength is None) == (self.exponents is None)
+        consistent = (self.strength is None) == (self.exponents is None)
         bounded = all(abs(power) <= LARGEST_EXPONENT for power in powers)
-        if not known or not bounded or not 0 <= (self.strength or 0) <= 1:
+        if not consistent or not bounded or not 0 <= (self.strength or 0) <= 1:
             raise SpecError(
                 f"not a smoothing: a strength from 0 to 1 and exponents up to {LARGEST_EXPONENT}"
             )

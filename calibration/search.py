@@ -156,10 +156,10 @@ class Exclusion:
 EVERYTHING = Exclusion((), {})
 
 
-def choices(
+def exclusions(
     plan: Plan, probe: SensitivitySample, gate: Gate, progress: Progress
 ) -> Iterator[Exclusion]:
-    """Yield the choices that reach ``gate`` on the probe's images, the fewest blocks kept first.
+    """Yield the exclusions that reach ``gate`` on the probe's images, the fewest blocks kept first.
 
     Only when quantising everything does not reach it are the blocks measured, one quantised at a
     time; they are kept in the order of the error that each brings alone. At least one block is
@@ -180,7 +180,7 @@ def choices(
 
 
 @dataclass(frozen=True, slots=True)
-class Ranged:
+class CollectedRanges:
     """A plan with its ranges and islands.
 
     ``islands`` stay fp32, each with its largest absolute value; ``overflowing`` are projections
@@ -194,28 +194,28 @@ class Ranged:
     overflowing: tuple[str, ...]
 
 
-def known_ranges(job: CalibrateJob, source: GraphFile) -> Ranges | None:
+def given_ranges(job: CalibrateJob, source: GraphFile) -> Ranges | None:
     if job.ranges is None:
         return None
-    known = ranges_file.read(job.ranges)
-    known.require(sha256_of(source.path), source.preprocessing, job.ranges)
-    taken = OFF if known.smoothing.strength is None else known.smoothing.strength
+    given = ranges_file.read(job.ranges)
+    given.require(sha256_of(source.path), source.preprocessing, job.ranges)
+    taken = OFF if given.smoothing.strength is None else given.smoothing.strength
     if job.smooth not in {None, taken}:
         raise GraphError(
             f"--smooth {job.smooth}: --ranges {job.ranges} were taken after --smooth {taken}; "
             "leave one of the two out"
         )
-    return known
+    return given
 
 
-def take_ranges(
+def collect_ranges(
     job: CalibrateJob,
     source: GraphFile,
     pictures: Pictures,
-    known: Ranges | None,
+    given: Ranges | None,
     stage: Path,
     progress: Progress,
-) -> Ranged:
+) -> CollectedRanges:
     plan = Plan.of(
         raise_opset(source.graph), job.scheme, attention=job.quantize_attention, extra=job.extra
     )
@@ -228,9 +228,9 @@ def take_ranges(
     with progress.step("run the fp32 graph on a few images"):
         images = sample.preprocess(range(len(sample)), source.input_format)
         probe = SensitivitySample.of(plan.model, images, names, stage)
-    if known is not None and job.ranges is not None:
-        plan, ranges = replay(plan, known.smoothing), known
-        seen = known.histograms(plan.watched, job.ranges)
+    if given is not None and job.ranges is not None:
+        plan, ranges = replay(plan, given.smoothing), given
+        seen = given.histograms(plan.watched, job.ranges)
     else:
         plan, smoothing = _smooth(job, plan, probe, progress)
         seen = _observe(plan, pictures, stage, progress)
@@ -246,7 +246,7 @@ def take_ranges(
     if job.bias_correction:
         with progress.step("measure biases"):
             plan = _corrected(plan, probe)
-    return Ranged(plan, ranges, probe, islands, overflowing)
+    return CollectedRanges(plan, ranges, probe, islands, overflowing)
 
 
 def _smooth(
@@ -268,7 +268,7 @@ def _observe(
         watch = Watch(plan.model, list(plan.watched), stage)
         return histograms(
             watch,
-            pictures.feed(watch.batch),
+            pictures.batches(watch.batch),
             lambda count: progress.advance(count, of, f"{count} images"),
         )
 

@@ -107,8 +107,8 @@ def _carried(
 
 def _reshaped(node: ir.Node, array: NDArray[Any]) -> list[NDArray[Any]] | None:
     shape = _sizes(node.outputs[0])
-    known = int(np.prod([size for size in shape if size != -1]))
-    whole = array.size == known if -1 not in shape else known and array.size % known == 0
+    product = int(np.prod([size for size in shape if size != -1]))
+    whole = array.size == product if -1 not in shape else product and array.size % product == 0
     return [array.reshape(shape)] if whole and shape.count(-1) < 2 else None
 
 
@@ -159,7 +159,7 @@ def keeps_channels(node: ir.Node) -> bool:
     return all(int(axis) % rank != rank - 1 for axis in axes.numpy())
 
 
-# A channel moves by at most 2**LARGEST_EXPONENT: fp16 weights have room for that.
+# A channel moves by at most 2**LARGEST_EXPONENT: fp16 weights can hold that.
 LARGEST_EXPONENT = 10
 
 
@@ -201,7 +201,7 @@ def _behind_norm(node: ir.Node, inside: Mapping[str, Projection]) -> SmoothingSi
     written = [(node.name or "", i) for i, v in enumerate(node.inputs) if i and v is not None]
     if not readers or not width or any(_width(v) != width for v in node.inputs[1:] if v):
         return None
-    return _seam(node.outputs[0], written, range(width), readers)
+    return _site(node.outputs[0], written, range(width), readers)
 
 
 def _behind_attention(core: AttentionCore, node: ir.Node, out: Projection) -> SmoothingSite | None:
@@ -210,10 +210,10 @@ def _behind_attention(core: AttentionCore, node: ir.Node, out: Projection) -> Sm
         return None
     source, columns = found
     written = _affine(source)
-    return _seam(node.inputs[0], written, columns, [out]) if written else None
+    return _site(node.inputs[0], written, columns, [out]) if written else None
 
 
-def _seam(
+def _site(
     value: ir.Value, written: Sequence[tuple[str, int]], columns: Any, readers: Sequence[Projection]
 ) -> SmoothingSite:
     return SmoothingSite(

@@ -1,6 +1,6 @@
-"""What quantising a graph costs and what it saves, on images it was not calibrated on."""
+"""Cost and benefit of quantising a graph, on images it was not calibrated on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from msn_export.artifact import GraphFile
 from msn_export.benchmark.session import time_engines, time_graphs
 from msn_export.calibration.images import Split
 from msn_export.calibration.job import CalibrateJob
-from msn_export.calibration.search import EVERYTHING, Exclusion, Ranged
+from msn_export.calibration.search import EVERYTHING, CollectedRanges, Exclusion
 from msn_export.engine.build import build_engine
 from msn_export.engine.census import ALLOWED, not_multiplied_in
 from msn_export.engine.options import BuildSpec, check_options, find_backend, require_capable
@@ -25,7 +25,7 @@ from msn_export.metrics.evaluate import Evaluation
 from msn_export.progress import Progress
 from msn_export.spec import BatchRange, ComputeCapability, Dtype, Head
 
-# Saving less than this of the twin's bytes is not worth another artifact.
+# Saving less than this of the baseline's bytes is not worth another artifact.
 WORTHWHILE = 0.10
 
 
@@ -33,8 +33,8 @@ WORTHWHILE = 0.10
 class Candidate:
     path: Path
     model: ir.Model
-    judged: Evaluation
-    choice: Exclusion = EVERYTHING
+    evaluation: Evaluation
+    exclusion: Exclusion = EVERYTHING
 
 
 def neighbours_of(found: Evaluation) -> float | None:
@@ -45,7 +45,7 @@ def neighbours_of(found: Evaluation) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class CostBenefit:
-    """What the twin in ``base`` takes, and the graph in ``form`` after it.
+    """Bytes and time of the baseline in ``base``, and of the graph in ``form`` after it.
 
     Sizes are bytes of the files and, where they were compiled, of the engines. ``latency`` is in
     milliseconds a batch, or the reason why nothing was timed. ``faults`` are what the compiled
@@ -61,8 +61,8 @@ class CostBenefit:
 
     @property
     def size_share(self) -> float:
-        twin, quantised = self.engine or self.file
-        return quantised / twin
+        baseline, quantised = self.engine or self.file
+        return quantised / baseline
 
     @property
     def worthwhile(self) -> bool:
@@ -75,15 +75,15 @@ class CostBenefit:
 
 
 def summary(
-    savings: CostBenefit, judged: Evaluation, twin: Evaluation, *, kept: int, depth: int
+    savings: CostBenefit, quantised: Evaluation, baseline: Evaluation, *, kept: int, depth: int
 ) -> str:
     what = "engine" if savings.engine else "file"
     share = savings.size_share
     change = f"{1 - share:.0%} smaller" if share <= 1 else f"{share - 1:.0%} larger"
     saved = f"the {savings.form} {what} is {change} than the {savings.base} one"
     cost = "; ".join(
-        f"{what} {_figure(getattr(judged.check, name), form)} "
-        f"({savings.base}: {_figure(getattr(twin.check, name), form)})"
+        f"{what} {_figure(getattr(quantised.check, name), form)} "
+        f"({savings.base}: {_figure(getattr(baseline.check, name), form)})"
         for what, name, form in (
             ("relative error", "relative", ".2%"),
             ("p1 cosine", "cosine_p1", ".5f"),
@@ -92,8 +92,8 @@ def summary(
     shares = [
         f"{share:.0%} of {named} agree"
         for share, named in (
-            (neighbours_of(judged), "neighbours"),
-            (judged.check.classes, "classes"),
+            (neighbours_of(quantised), "neighbours"),
+            (quantised.check.classes, "classes"),
         )
         if share is not None
     ]
@@ -121,15 +121,6 @@ def _figure(value: float | None, form: str) -> str:
 _CAPABILITY = ComputeCapability(8, 9)
 
 
-@dataclass(frozen=True, slots=True)
-class Twin:
-    """A graph to compile, and the products in it that must multiply in 8 bits."""
-
-    path: Path
-    dtype: Dtype
-    products: Sequence[str] = ()
-
-
 def require_target(capability: ComputeCapability, dtypes: Sequence[Dtype]) -> None:
     """Refuse, before any work is done, a GPU generation that nothing compiles for here."""
     check_options(
@@ -138,68 +129,15 @@ def require_target(capability: ComputeCapability, dtypes: Sequence[Dtype]) -> No
     require_capable({dtype.upper() for dtype in dtypes}, (capability,))
 
 
-def compile_both(
-    twins: Mapping[str, Twin],
-    profile: BatchRange,
-    stage: Path,
-    capability: ComputeCapability | None = None,
-) -> dict[str, Any]:
-    """Compile each graph and count its kernels.
-
-    Args:
-        twins: the graphs, by name.
-        profile: the batches to tune for.
-        stage: the folder the engines are written to.
-        capability: the GPU generation to compile for; None is this machine's, so that the engines
-            can be timed, or 8.9 where there is none.
-
-    Returns:
-        By name: kernels, fused attention, products by dtype, ``multiplied`` of ``products`` in 8
-        bits and the engine's bytes; and ``compiler``. Or ``reason``, where nothing compiles here.
-    """
-    try:
-        backend = find_backend("auto")
-        told: dict[str, Any] = {"compiler": f"{backend}"}
-        capabilities = (capability or _own(),) if backend.row.targets_capabilities else ()
-        if capabilities:
-            told["compiler"] += f" for SM {capabilities[0]}"
-        for name, twin in twins.items():
-            spec = BuildSpec(twin.path, (profile,), capabilities, precision=twin.dtype)
-            built = build_engine(spec, backend, engine_path(stage, name))
-            census = built.census
-            wrong = not_multiplied_in(census, ALLOWED[twin.dtype][0], twin.products)
-            told[name] = {
-                "kernels": len(census.kernels),
-                "fused_attention": len(census.fused_attention),
-                "gemm_dtypes": census.gemm_dtypes,
-                "products": len(twin.products),
-                "multiplied": len(twin.products) - len(wrong),
-                "bytes": built.bytes,
-            }
-    except (BuildError, MissingPackageError) as error:
-        return {"reason": f"not compiled: {error}"}
-    return told
-
-
-def engine_path(stage: Path, name: str) -> Path:
-    """Say where ``compile_both`` puts the engine called ``name``."""
-    return stage / f"{name}.engine"
-
-
-def _own() -> ComputeCapability:
-    driver = find_driver()
-    return _CAPABILITY if isinstance(driver, NoDriver) else driver.devices[0].capability
-
-
 @dataclass(frozen=True, slots=True)
 class Calibrated:
-    """All that came of a calibration, the quantised graph and its twin in the base type."""
+    """Results of a calibration: the quantised graph, and its baseline in the base type."""
 
     source: GraphFile
-    dealt: Split
-    ranged: Ranged
+    images: Split
+    collected: CollectedRanges
     chosen: Candidate
-    twin: Candidate
+    baseline: Candidate
 
 
 def measure(
@@ -210,34 +148,54 @@ def measure(
         return reason, reason
     if job.rest is Dtype.FP32:
         with progress.step("time both in onnxruntime"):
-            paths = {str(job.rest): done.twin.path, str(job.dtype): done.chosen.path}
+            paths = {str(job.rest): done.baseline.path, str(job.dtype): done.chosen.path}
             latency = time_graphs(paths, _batch(done), str(job.rest))
         return {"reason": f"{job.dtype} beside fp32 is for onnxruntime"}, latency
     stage = apart(stage)
     with progress.step("compile both and count kernels"):
         compiled = _compile(done, job, stage)
+    if "reason" in compiled:
+        return compiled, compiled
     with progress.step("time both, where a GPU is"):
-        return compiled, _run_in_turns(done, job, compiled, stage)
+        engines = {name: stage / f"{name}.engine" for name in (str(job.rest), str(job.dtype))}
+        return compiled, time_engines(engines, _batch(done), str(job.rest))
 
 
 def _compile(done: Calibrated, job: CalibrateJob, stage: Path) -> dict[str, Any]:
-    products = quantised_products(done.chosen.model)
-    twins = {
-        str(job.rest): Twin(done.twin.path, job.rest),
-        str(job.dtype): Twin(done.chosen.path, job.dtype, products),
-    }
-    return compile_both(twins, done.source.batch, stage, job.capability)
+    """Compile both graphs into ``stage`` and count their kernels.
 
-
-def _run_in_turns(
-    done: Calibrated, job: CalibrateJob, compiled: dict[str, Any], stage: Path
-) -> dict[str, Any]:
-    if "reason" in compiled:
-        return compiled
-    engines = {str(dtype): engine_path(stage, str(dtype)) for dtype in (job.rest, job.dtype)}
-    return time_engines(engines, _batch(done), str(job.rest))
+    For the GPU generation asked for, else this machine's, so that the engines can be timed. By
+    name: kernels, fused attention, products by dtype, how many multiply in 8 bits, and the
+    engine's bytes; and ``compiler``. Or ``reason``, where nothing compiles here.
+    """
+    try:
+        backend = find_backend("auto")
+        compiled: dict[str, Any] = {"compiler": f"{backend}"}
+        capabilities: tuple[ComputeCapability, ...] = ()
+        if backend.row.targets_capabilities:
+            driver = find_driver()
+            own = _CAPABILITY if isinstance(driver, NoDriver) else driver.devices[0].capability
+            capabilities = (job.capability or own,)
+            compiled["compiler"] += f" for SM {capabilities[0]}"
+        for dtype, graph in ((job.rest, done.baseline), (job.dtype, done.chosen)):
+            products = quantised_products(graph.model)
+            spec = BuildSpec(graph.path, (done.source.batch,), capabilities, precision=dtype)
+            built = build_engine(spec, backend, stage / f"{dtype}.engine")
+            census = built.census
+            wrong = not_multiplied_in(census, ALLOWED[dtype][0], products)
+            compiled[str(dtype)] = {
+                "kernels": len(census.kernels),
+                "fused_attention": len(census.fused_attention),
+                "gemm_dtypes": census.gemm_dtypes,
+                "products": len(products),
+                "multiplied": len(products) - len(wrong),
+                "bytes": built.bytes,
+            }
+    except (BuildError, MissingPackageError) as error:
+        return {"reason": f"not compiled: {error}"}
+    return compiled
 
 
 def _batch(done: Calibrated) -> NDArray[Any]:
-    probe = done.ranged.probe.images
+    probe = done.collected.probe.images
     return probe[np.arange(done.source.batch.opt) % len(probe)]

@@ -97,13 +97,10 @@ def write_like(
     preprocessing: Preprocessing,
     form: AttentionForm,
 ) -> ir.Model:
-    """Copy the reference's fp32 function with another kind of input and form of attention.
+    """Copy the fp32 function of a graph, of any precision, as another one is written.
 
-    Args:
-        reference: a graph of any precision.
-        input_format: what the copy takes.
-        preprocessing: whose mean and standard deviation bytes are normalised with.
-        form: how the copy writes attention; an attention that cannot be matched stays as it is.
+    ``input_format`` is what the copy takes; bytes are normalised as ``preprocessing`` says.
+    ``form`` is its attention's; an attention that cannot be matched stays as it is.
     """
     model = raise_opset(widen(reference))
     _take(model, input_format, preprocessing)
@@ -215,18 +212,10 @@ def open_quantised(
     stage: Path,
     observer: Observer | None = None,
 ) -> Iterator[OrtRunner]:
-    """Quantise an fp32 graph as a candidate is, and open it.
+    """Quantise an fp32 graph, written as ``candidate`` is (``write_like``), and open it.
 
-    Args:
-        model: the reference, written as the candidate is (``write_like``).
-        candidate: a graph with Q/DQ.
-        sample: what fp32 islands are measured on, and ranges.
-        input_format: what ``model`` takes.
-        stage: a folder for the file.
-        observer: quantise it once more, with ranges that this chooses on ``RANGED`` pictures.
-
-    Yields:
-        The graph with the candidate's scales, and with an observer the one with its own.
+    ``sample`` is what fp32 islands are measured on. Yields the graph with the candidate's scales,
+    and with ``observer`` one more, with ranges that it chooses on ``RANGED`` pictures.
     """
     rest = rest_of(candidate)
     dtype = quantised_dtype(candidate) or rest
@@ -272,13 +261,10 @@ Measure = Callable[[ir.Model, Sequence[str]], Mapping[str, float]]
 def quantise_like(
     model: ir.Model, candidate: ir.Model, rest: Dtype, measure: Measure | None = None
 ) -> ir.Model:
-    """Copy an fp32 graph with Q/DQ where a candidate has it.
+    """Copy an fp32 graph with Q/DQ where a candidate has it; attention has the same form.
 
-    Args:
-        model: fp32, its attention in the candidate's form.
-        candidate: where Q/DQ is, with which scales of activations.
-        rest: the type of what is not quantised: scales are numbers that it holds.
-        measure: gives the ranges of activations in place of the candidate's.
+    ``rest`` is the type of what is not quantised: scales are numbers that it holds. ``measure``
+    gives the ranges of activations in place of the candidate's.
     """
     dtype = quantised_dtype(candidate)
     if dtype is None:
@@ -316,7 +302,7 @@ def _matched(
 ) -> list[tuple[Projection, Projection]]:
     """Pair the reference's projections with the candidate's that are quantised.
 
-    A fault may hide the structure; the weights are known all the same.
+    A fault may hide the structure; the weights still identify the products.
     """
     try:
         pairs = _matched_by_role(mine, find_projections(plain))
@@ -343,12 +329,11 @@ def _matched_by_role(
 
 
 def _scale(product: ir.Node) -> float:
-    """Read the scale that a quantised product's input has."""
     return float(np.max(_constant_of(product, 0, 1)))
 
 
 def _reduced(product: ir.Node) -> bool:
-    """Whether a weight's integers end at 64; its scales must be one an output channel."""
+    """True where a weight's integers end at 64; its scales must be one an output channel."""
     if _constant_of(product, 1, 1).size < 2:
         raise GraphError(
             f"product {product.name!r} has one scale for its whole weight; no baseline is made of "
@@ -389,15 +374,15 @@ def _smooth_like(
             continue
         with np.errstate(divide="ignore", invalid="ignore"):
             powers = np.log2(other / own)
-        known = np.isfinite(powers)
-        powers[~known] = np.median(powers[known]) if known.any() else 0.0
+        finite = np.isfinite(powers)
+        powers[~finite] = np.median(powers[finite]) if finite.any() else 0.0
         powers = np.rint(powers) - np.rint(np.median(powers))
         if powers.any():
             fold(model, site, np.exp2(powers).astype(np.float32))
 
 
 def _lengths(model: ir.Model, readers: Mapping[str, int]) -> NDArray[np.float64]:
-    """Give the length of each input channel's weights over nodes, by their output axis."""
+    """Length of each input channel's weights over nodes, by their output axis."""
     nodes = {node.name: node for node in model.graph}
     total: NDArray[np.float64] = np.zeros(1)
     for name, axis in readers.items():
@@ -426,7 +411,7 @@ def _quantised_cores(model: ir.Model, candidate: ir.Model) -> list[tuple[Operand
 
 
 def _core_scales(softmax: ir.Node) -> Iterator[float]:
-    """Read the scales of a quantised core's operands: q, k, probabilities, v."""
+    """Scales of a quantised core's operands: q, k, probabilities, v."""
     scores = producer(softmax.inputs[0])
     product = softmax
     for _ in range(3):  # QuantizeLinear, DequantizeLinear, the product
@@ -437,7 +422,7 @@ def _core_scales(softmax: ir.Node) -> Iterator[float]:
 
 
 def rest_of(model: ir.Model) -> Dtype:
-    """Tell the type of what is not quantised: that of most of the other weights."""
+    """Type of what is not quantised: that of most of the other weights."""
     kinds = {
         ir.DataType.FLOAT: Dtype.FP32,
         ir.DataType.FLOAT16: Dtype.FP16,

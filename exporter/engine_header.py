@@ -49,18 +49,17 @@ ANY_GPU = "MSN_EXPORT_ANY_GPU"  # tries TensorRT-RTX where its maker promises no
 
 
 def may_target(capability: ComputeCapability) -> bool:
-    """Tell whether TensorRT-RTX compiles for a GPU: all it knows, and those after the last."""
+    """True for GPUs that TensorRT-RTX compiles for: all it knows, and those after the last."""
     return capability in CAPABILITIES or capability > max(CAPABILITIES)
 
 
 def tries_any_gpu() -> bool:
-    """Tell whether an engine that names no target is to be tried on GPUs that it does not claim."""
     return os.environ.get(ANY_GPU) == "1"
 
 
 @dataclass(frozen=True, slots=True)
 class EngineHeader:
-    """What an engine claims; sizes in bytes.
+    """Claims of an engine; sizes in bytes.
 
     ``capabilities`` is empty and ``weight_bytes`` None where the format does not tell (full
     TensorRT). ``later`` says that GPUs after the last capability are claimed too.
@@ -80,7 +79,6 @@ class EngineHeader:
 
 
 def read_header(path: Path) -> EngineHeader:
-    """Read an engine's header."""
     try:
         with path.open("rb") as file:
             start = file.read(_SEARCHED)
@@ -91,12 +89,9 @@ def read_header(path: Path) -> EngineHeader:
 
 
 def parse_header(start: bytes, path: Path, size: int | None = None) -> EngineHeader:
-    """Read the header of an engine that is in memory; ``path`` is what errors call it.
+    """Read the header of an engine in memory; ``start`` is its first MiB at least.
 
-    Args:
-        start: the file's first MiB at least, or all of it.
-        path: the file it came from.
-        size: of the whole file in bytes, where ``start`` is not all of it.
+    ``size`` is the whole file's in bytes, where ``start`` is not all of it.
     """
     size = len(start) if size is None else size
     if start[:4] == _RTX:
@@ -137,7 +132,7 @@ def _read_rtx(path: Path, start: bytes, size: int) -> EngineHeader:
 
 
 def _read_sections(path: Path, start: bytes, size: int, count: int) -> dict[str, int]:
-    """Read the table of sections: name -> size, each inside the file and after the one before."""
+    """Read the table of sections: name -> size, each in the file and after the one before."""
     if not 1 <= count <= 16 or _HEADER.size + count * _SECTION.size > len(start):
         raise _damaged(path, f"its header lists {count} sections")
     sections: dict[str, int] = {}

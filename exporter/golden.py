@@ -36,12 +36,7 @@ def record(
 ) -> GoldenRecord:
     """Run the reference on the golden input and keep the first vector of its first output.
 
-    Args:
-        run: the reference.
-        reference: what it is called.
-        preprocessing: what gives the input its size and statistics.
-        input_format: what the reference takes.
-        count: images, where memory does not afford two.
+    ``count`` is the number of images, where memory does not afford two.
     """
     size = preprocessing.size
     shape = (min(count, COUNT), size.height, size.width, preprocessing.channels)
@@ -68,12 +63,7 @@ def with_limit(
 ) -> GoldenRecord:
     """Add what a machine's relative error may be: 1.5 times what the artifact's own is here.
 
-    Args:
-        golden: what the reference made.
-        run: the artifact.
-        preprocessing: see ``record``.
-        input_format: what the artifact takes.
-        least: the limit is not below this, which was allowed on pictures.
+    The limit is not below ``least``, which was allowed on pictures.
     """
     have = vectors(np.asarray(run(input_of(golden, preprocessing, input_format))[golden.output]))
     want = values_of(golden).astype(np.float64)
@@ -97,7 +87,6 @@ def vectors(output: NDArray[Any]) -> NDArray[np.float32]:
 def input_of(
     golden: GoldenRecord, preprocessing: Preprocessing, input_format: InputFormat
 ) -> NDArray[Any]:
-    """Draw the golden input again, as the artifact takes it."""
     size = preprocessing.size
     one = (size.height, size.width, preprocessing.channels)
     fits = len(golden.shape) == 4 and 1 <= golden.shape[0] <= COUNT and golden.shape[1:] == one
@@ -110,7 +99,6 @@ def input_of(
 
 
 def values_of(golden: GoldenRecord) -> NDArray[np.float32]:
-    """Read the reference's vectors [b, dim]."""
     try:
         values = np.frombuffer(base64.b64decode(golden.values, validate=True), "<f4")
         return values.reshape(golden.shape[0], golden.dim).astype(np.float32)

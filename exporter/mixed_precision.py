@@ -1,4 +1,4 @@
-"""Which values of a graph stay fp32, and a graph typed by that choice and run on the CPU."""
+"""Graphs in half precision: the choice of values that stay fp32, typing, and runs on the CPU."""
 
 import json
 import math
@@ -32,15 +32,10 @@ def choose_fp32_islands(
     input_format: InputFormat,
     stage: Path,
 ) -> dict[str, float]:
-    """Name the values that stay fp32, each with its largest absolute value over the images.
+    """Choose the values that stay fp32, each with its largest absolute value over the images.
 
-    Args:
-        model: the fp32 graph.
-        choice: ``measured``, ``none``, or the path of a JSON object of name to maximum.
-        dtype: bf16 has fp32's range: it never needs an island.
-        sample: what to measure on.
-        input_format: what the graph takes.
-        stage: a folder for the instrumented graph.
+    ``choice`` is ``measured``, ``none``, or the path of a JSON object of name to maximum. bf16 has
+    fp32's range: it never needs an island. ``stage`` is a folder for the instrumented graph.
     """
     if choice == NONE or dtype is not Dtype.FP16:
         return {}
@@ -52,7 +47,6 @@ def choose_fp32_islands(
 def measure(
     model: ir.Model, sample: Sample, input_format: InputFormat, stage: Path
 ) -> dict[str, float]:
-    """Run the graph over the sample and give each value's largest absolute value."""
     observed = observe(model)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what fails is raised
@@ -94,7 +88,7 @@ def _read(path: Path) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class Fp32Islands:
-    """What stays fp32: values and weights with their largest absolute value, and the nodes.
+    """Values and weights that stay fp32, with their largest absolute value, and the nodes.
 
     A value that was named and not measured has infinity.
     """
@@ -111,7 +105,7 @@ def convert(
     input_format: InputFormat,
     stage: Path,
 ) -> Fp32Islands:
-    """Type an fp32 graph in place; ``choice`` is ``measured``, ``none`` or an islands file."""
+    """Type an fp32 graph in place; ``choice`` is as for ``choose_fp32_islands``."""
     measured = choose_fp32_islands(model, choice, dtype, sample, input_format, stage)
     typed = type_graph(model, dtype, measured)
     peaks = {**measured, **typed.weights}

@@ -31,8 +31,9 @@ from msn_export.errors import (
 from msn_export.host import ChildProcess, NoDriver, find_driver, last_line, signal_name
 from msn_export.metrics.metrics import Comparison, worst_of
 from msn_export.models.checkpoint import AS_IT_SAYS, Choices
+from msn_export.runtime.engine import VerifiedEngine
 from msn_export.runtime.onnxruntime import OrtRunner
-from msn_export.runtime.opening import VerifiedEngine, open_engine
+from msn_export.runtime.opening import open_engine
 from msn_export.schema import from_plain, to_plain
 from msn_export.spec import BatchRange, Dtype, ImageSize, TensorSpec
 

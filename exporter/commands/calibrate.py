@@ -17,7 +17,7 @@ from msn_export.calibration.images import FEW, Split, split
 from msn_export.calibration.job import CalibrateJob, settled
 from msn_export.calibration.qdq import FORMATS
 from msn_export.calibration.ranges import require_finite, require_meaning
-from msn_export.calibration.search import Ranged, choices, known_ranges, take_ranges
+from msn_export.calibration.search import CollectedRanges, collect_ranges, exclusions, given_ranges
 from msn_export.calibration.verdict import (
     Calibrated,
     Candidate,
@@ -66,10 +66,10 @@ def to_manifest(
     """
     compiled, latency = measure(done, job, stage, progress)
     if job.ranges is None:
-        ranges_file.write(done.ranged.ranges, stage / ranges)
+        ranges_file.write(done.collected.ranges, stage / ranges)
     known, facts = done.source.manifest, GraphSummary.of(done.chosen.model)
     quantization = _quantization(done, job, job.ranges or stage / ranges, compiled, latency)
-    cores = done.ranged.plan.depth
+    cores = done.collected.plan.depth
     path = done.chosen.path
     return Manifest(
         kind="onnx",
@@ -84,15 +84,15 @@ def to_manifest(
         nodes=facts.nodes,
         ops=facts.ops,
         attention=AttentionRecord(cores, cores, _form(job, done)),
-        check=done.chosen.judged.check,
+        check=done.chosen.evaluation.check,
         opset=facts.opset,
         target=job.scheme.target,
         labels=known.labels if known else (),
         scores=known.scores if known else None,
         checkpoint=known.checkpoint if known else None,
         config=known.config if known else None,
-        islands=dict(done.ranged.islands),
-        source=SourceRecord(done.source.path.name, done.ranged.ranges.graph),
+        islands=dict(done.collected.islands),
+        source=SourceRecord(done.source.path.name, done.collected.ranges.graph),
         quantization=quantization,
         notes=tuple(_notes(done)),
         command=job.command,
@@ -103,7 +103,7 @@ def to_manifest(
 def _form(job: CalibrateJob, done: Calibrated) -> str:
     if not job.quantize_attention:
         return job.scheme.attention.value
-    kept = len(done.chosen.choice.kept)
+    kept = len(done.chosen.exclusion.kept)
     rest = f", {kept} of them {job.scheme.attention}" if kept else ""
     return f"MatMul, Softmax, MatMul in {job.dtype}{rest}"
 
@@ -115,10 +115,10 @@ def _quantization(
     compiled: dict[str, Any],
     latency: dict[str, Any],
 ) -> QuantizationRecord:
-    plan, taken, choice = done.ranged.plan, done.ranged.ranges, done.chosen.choice
+    plan, taken, exclusion = done.collected.plan, done.collected.ranges, done.chosen.exclusion
     base, form = str(job.rest), str(job.dtype)
-    judged, twin = done.chosen.judged, done.twin.judged
-    both = {base: done.twin.path.stat().st_size, form: done.chosen.path.stat().st_size}
+    judged, twin = done.chosen.evaluation, done.baseline.evaluation
+    both = {base: done.baseline.path.stat().st_size, form: done.chosen.path.stat().st_size}
     engines = (compiled[base]["bytes"], compiled[form]["bytes"]) if form in compiled else None
     times = latency["reason"] if "reason" in latency else (latency[base], latency[form])
     faults = tuple(_faults(compiled[form], form, plan.depth)) if form in compiled else ()
@@ -132,11 +132,11 @@ def _quantization(
         attention=job.quantize_attention,
         bias_correction=job.bias_correction,
         products=len(quantised_products(done.chosen.model)),
-        expected=len(plan.projections) + len(done.ranged.overflowing),
+        expected=len(plan.projections) + len(done.collected.overflowing),
         kept=_kept(done, job),
-        drift={str(block): error for block, error in choice.drift.items()},
+        drift={str(block): error for block, error in exclusion.drift.items()},
         calibration_images=len(taken.images.sha256),
-        held_out=done.dealt.held_out.names,
+        held_out=done.images.held_out.names,
         seed=taken.images.seed,
         limit=taken.images.limit,
         ranges=SourceRecord(ranges.name, sha256_of(ranges)),
@@ -147,7 +147,7 @@ def _quantization(
         compiled=compiled,
         latency=latency,
         worthwhile=savings.worthwhile,
-        verdict=summary(savings, judged, twin, kept=len(choice.kept), depth=plan.depth),
+        verdict=summary(savings, judged, twin, kept=len(exclusion.kept), depth=plan.depth),
     )
 
 
@@ -161,32 +161,33 @@ def _faults(engine: dict[str, Any], form: str, depth: int) -> Iterator[str]:
 
 def _kept(done: Calibrated, job: CalibrateJob) -> dict[str, str]:
     """Say of each block, and each product, that is not quantised, why."""
-    drift = done.chosen.choice.drift
+    drift = done.chosen.exclusion.drift
     kept = {
         f"block {block}": f"{job.rest}: quantised alone, it moves the embedding by "
         f"{drift[block]:.2%}"
-        for block in done.chosen.choice.kept
+        for block in done.chosen.exclusion.kept
     }
     return kept | dict.fromkeys(
-        done.ranged.overflowing, "fp32: its result passes what fp16 can hold"
+        done.collected.overflowing, "fp32: its result passes what fp16 can hold"
     )
 
 
 def _notes(done: Calibrated) -> Iterator[str]:
-    taken = done.ranged.ranges.images
+    taken = done.collected.ranges.images
     if len(taken.sha256) < FEW:
         yield (
             f"only {len(taken.sha256)} images were calibrated on: ranges of fewer than {FEW} say "
             "little about others; give more with --images"
         )
     yield from done.source.notes
-    dealt = done.dealt.calibration
-    if dealt.broken:
-        yield f"{len(dealt.broken)} broken images skipped"
-    yield from notes_on(tuple(dealt.broken.values()), dealt.skipped, len(dealt.turned))
-    if done.twin.judged.failures:
-        yield f"the {done.twin.judged.check.executed_on} twin misses its own gate: " + "; ".join(
-            done.twin.judged.failures
+    pictures = done.images.calibration
+    if pictures.broken:
+        yield f"{len(pictures.broken)} broken images skipped"
+    yield from notes_on(tuple(pictures.broken.values()), pictures.skipped, len(pictures.turned))
+    if done.baseline.evaluation.failures:
+        yield (
+            f"the {done.baseline.evaluation.check.executed_on} twin misses its own gate: "
+            + "; ".join(done.baseline.evaluation.failures)
         )
 
 
@@ -211,18 +212,18 @@ def run_calibrate(job: CalibrateJob, progress: Progress = SILENT) -> tuple[Path,
         source = _read(job)
         job = settled(job, source)
         _require_target(job)  # by the type of the rest that the graph asks for
-        known = known_ranges(job, source)
+        known = given_ranges(job, source)
     with progress.step("deal out the images"):
-        dealt = split(
+        split_images = split(
             job.images, source.preprocessing, source.input_format, limit=job.limit, seed=job.seed,
             taken=known.images.sha256 if known else (),
         )  # fmt: skip
     with staging(output.parent) as stage:
-        reference = _run_fp32(job, source, dealt, stage, progress)
-        ranged = take_ranges(job, source, dealt.calibration, known, stage, progress)
-        chosen = _choose(job, source, ranged, reference, stage / output.name, progress)
-        twin = _twin(job, source, ranged, reference, stage, progress)
-        done = Calibrated(source, dealt, ranged, chosen, twin)
+        reference = _run_fp32(job, source, split_images, stage, progress)
+        collected = collect_ranges(job, source, split_images.calibration, known, stage, progress)
+        chosen = _choose(job, source, collected, reference, stage / output.name, progress)
+        twin = _twin(job, source, collected, reference, stage, progress)
+        done = Calibrated(source, split_images, collected, chosen, twin)
         manifest = to_manifest(done, job, stage, ranges.name, progress)
         manifest = replace(
             manifest,
@@ -246,7 +247,7 @@ def _golden(job: CalibrateJob, source: GraphFile, chosen: Candidate, stage: Path
         known = golden.record(
             runner, runner.name, source.preprocessing, source.input_format, max_batch
         )
-    costs = [figures["image"] or 0.0 for figures in chosen.judged.check.outputs.values()]
+    costs = [figures["image"] or 0.0 for figures in chosen.evaluation.check.outputs.values()]
     return replace(known, limit=golden.MARGIN * max(costs))
 
 
@@ -276,13 +277,13 @@ def _read(job: CalibrateJob) -> GraphFile:
 
 
 def _run_fp32(
-    job: CalibrateJob, source: GraphFile, dealt: Split, stage: Path, progress: Progress
+    job: CalibrateJob, source: GraphFile, split_images: Split, stage: Path, progress: Progress
 ) -> Reference:
     """Run the graph to quantise on the held-out images."""
-    held = dealt.held_out
+    held = split_images.held_out
     sample = Sample(
         held.pixels, held.names, f"held out of {job.images}", source.preprocessing,
-        max_batch=max_batch_of(source.graph), skipped=dealt.calibration.skipped,
+        max_batch=max_batch_of(source.graph), skipped=split_images.calibration.skipped,
     )  # fmt: skip
     title = f"run the fp32 graph on {len(sample)} held-out images"
     with progress.step(title), OrtRunner(source.path) as runner:
@@ -300,7 +301,7 @@ def _one(sample: Sample, input_format: InputFormat, index: int) -> NDArray[Any]:
 def _choose(
     job: CalibrateJob,
     source: GraphFile,
-    ranged: Ranged,
+    collected: CollectedRanges,
     reference: Reference,
     path: Path,
     progress: Progress,
@@ -309,16 +310,16 @@ def _choose(
     failures: tuple[str, ...] = ()
     where = "held-out"
     with progress.step(f"quantise to {job.dtype} and judge"):
-        for choice in choices(ranged.plan, ranged.probe, job.gate, progress):
-            model = ranged.plan.quantised(choice.kept)
-            _write(model, ranged, job.rest, path)
+        for exclusion in exclusions(collected.plan, collected.probe, job.gate, progress):
+            model = collected.plan.quantised(exclusion.kept)
+            _write(model, collected, job.rest, path)
             judged = _evaluate(path, job.dtype, reference, source, job.gate)
             if not judged.failures:
-                return Candidate(path, model, judged, choice)
+                return Candidate(path, model, judged, exclusion)
             failures = judged.failures
         if not failures:
             where = "calibration"
-            failures = tuple(ranged.probe.failures(ranged.plan.quantised(), job.gate))
+            failures = tuple(collected.probe.failures(collected.plan.quantised(), job.gate))
     raise ToleranceError(
         f"no choice of blocks reaches --gate-cosine {job.gate.cosine_p1} in {job.dtype} on {where} "
         f"images ({failures[0]}); keep {job.rest}, or lower the gate"
@@ -336,7 +337,7 @@ def _evaluate(
 def _twin(
     job: CalibrateJob,
     source: GraphFile,
-    ranged: Ranged,
+    collected: CollectedRanges,
     reference: Reference,
     stage: Path,
     progress: Progress,
@@ -344,17 +345,17 @@ def _twin(
     """Make the same graph in the base type, which is what quantising has to be better than."""
     path = apart(stage) / f"twin.{job.rest}.onnx"
     with progress.step(f"judge the {job.rest} graph beside it"):
-        model = ranged.plan.unquantised()
-        _write(model, ranged, job.rest, path)
+        model = collected.plan.unquantised()
+        _write(model, collected, job.rest, path)
         judged = _evaluate(path, job.rest, reference, source, GATES[job.rest])
     return Candidate(path, model, judged)
 
 
-def _write(model: ir.Model, ranged: Ranged, base: Dtype, path: Path) -> None:
+def _write(model: ir.Model, collected: CollectedRanges, base: Dtype, path: Path) -> None:
     """Type what is not 8-bit, and write the file."""
     if base is not Dtype.FP32:
         named = {value.name for node in model.graph for value in node.outputs}
-        type_graph(model, base, ranged.islands.keys() & named)
+        type_graph(model, base, collected.islands.keys() & named)
     model.producer_name, model.producer_version = "msn-export", __version__
     io.save(model, path)
     io.check(path)

@@ -52,7 +52,8 @@ from msn_export.metrics.tolerances import GATES, ROUNDED_MARGIN
 from msn_export.mixed_precision import cpu_runner
 from msn_export.options import kept
 from msn_export.progress import SILENT, Progress
-from msn_export.runtime.opening import VerifiedEngine, open_engine
+from msn_export.runtime.engine import VerifiedEngine
+from msn_export.runtime.opening import open_engine
 from msn_export.runtime.runner import Outputs
 from msn_export.runtime.tensorrt import TrtRunner
 from msn_export.schema import to_plain

@@ -19,7 +19,7 @@ from msn_export.models.checkpoint import AS_IT_SAYS, Choices
 from msn_export.preprocessing import Exif, Preprocessing, assumed
 from msn_export.processor_config import choose, from_processor_config, size_in
 from msn_export.runtime import opening
-from msn_export.runtime.opening import verify_engine_file
+from msn_export.runtime.engine import verify_engine_file
 from msn_export.spec import Dtype, Head, ImageSize, InputFormat
 
 if TYPE_CHECKING:

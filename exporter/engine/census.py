@@ -1,4 +1,4 @@
-"""What a compiled engine is made of, and whether that is what was asked for.
+"""Kernels of a compiled engine, and the check that they are what was asked for.
 
 TensorRT-RTX turns ``Cast(half to float), MatMul(fp32 weight), Cast(half)`` into a product in Half:
 a weight above 65504 is stored as infinity. Found on SM 8.6, 8.9 and 12.0 with 1.7.1.
@@ -261,7 +261,10 @@ def _precision_faults(
         if gemm_dtype(kernel) not in (*allowed, *_also_allowed(kernel, asked))
     ]
     if wrong:
-        named = [f"{gemm_dtype(kernel)} in {_layers(kernel)}" for kernel in wrong[:3]]
+        named = [
+            f"{gemm_dtype(kernel)} in {'+'.join(kernel.layers) or kernel.name}"
+            for kernel in wrong[:3]
+        ]
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         return [
             f"{len(wrong)} of {len(census.gemms) + len(census.fused_attention)} matrix products "
@@ -309,10 +312,6 @@ def _sums_faults(census: Census, asked: Mapping[str, AskedNode]) -> list[str]:
         for layer in kernel.layers
         if layer in asked and asked[layer].bf16 and kernel.accumulator == "fp16"
     ]
-
-
-def _layers(kernel: Kernel) -> str:
-    return "+".join(kernel.layers) or kernel.name
 
 
 def summary(census: Census) -> Mapping[str, Any]:

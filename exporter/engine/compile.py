@@ -129,10 +129,10 @@ def explain_or_quote(raw: Sequence[str]) -> str:
     lines = [" ".join(line.split()) for text in raw for line in text.splitlines() if line.strip()]
     if not lines:
         return "TensorRT gave no reason; --log FILE keeps all it said"
-    told = [line for line in lines if not _NO_DRIVER.search(line)] or lines
-    meaning = explain("\n".join(told))
-    known = [line for line in told if explain(line)] if meaning else []
-    reason = _PLACE.sub("", (known or _reasons(told))[0])[:_LONGEST].rstrip(" .")
+    relevant = [line for line in lines if not _NO_DRIVER.search(line)] or lines
+    meaning = explain("\n".join(relevant))
+    explained = [line for line in relevant if explain(line)] if meaning else []
+    reason = _PLACE.sub("", (explained or _reasons(relevant))[0])[:_LONGEST].rstrip(" .")
     quoted = f"TensorRT says: {reason}"
     return quoted if meaning is None else f"{meaning} ({quoted})"
 
@@ -169,25 +169,25 @@ class BuilderLog:
     records: list[str] = field(default_factory=list)
 
 
-def make_log(trt: TensorRT, heard: BuilderLog, raw: TextIO) -> ILogger:
+def make_log(trt: TensorRT, builder_log: BuilderLog, raw: TextIO) -> ILogger:
     """Make a logger at VERBOSE; keep a reference to it as long as the builder lives."""
 
-    class Log(trt.ILogger):  # type: ignore[misc]  # the modules have no types
+    class BuilderLogger(trt.ILogger):  # type: ignore[misc]  # the modules have no types
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, msg: str) -> None:
             name = severity.name
             if name in _ERRORS:
-                heard.errors.append(msg)
+                builder_log.errors.append(msg)
             elif name == "WARNING":
-                heard.warnings.append(msg)
+                builder_log.warnings.append(msg)
             elif msg.startswith(_RECORDS):
-                heard.records.append(msg)
+                builder_log.records.append(msg)
             with contextlib.suppress(OSError):  # a full disk must not raise into TensorRT
                 raw.write(f"[{name[0]}] {msg}\n")
 
-    return Log()
+    return BuilderLogger()
 
 
 def default_path(version: str, gpu: str, capability: ComputeCapability) -> Path | None:
@@ -340,17 +340,17 @@ def _set_capabilities(
 ) -> None:
     if not capabilities:
         return
-    known = {
+    members = {
         name: value for name, value in trt.ComputeCapability.__members__.items() if name[:2] == "SM"
     }
     config.num_compute_capabilities = len(capabilities)
     for index, capability in enumerate(capabilities):
         name = f"SM{capability.major}{capability.minor}"
-        if name not in known:
+        if name not in members:
             raise no_kernels(
-                capability, [ComputeCapability(int(key[2:-1]), int(key[-1])) for key in known]
+                capability, [ComputeCapability(int(key[2:-1]), int(key[-1])) for key in members]
             )
-        config.set_compute_capability(known[name], index)
+        config.set_compute_capability(members[name], index)
 
 
 def set_options(trt: TensorRT, config: IBuilderConfig, spec: BuildSpec) -> tuple[str, ...]:
@@ -382,10 +382,10 @@ def compile_engine(
     row: TensorRTVersion,
     spec: BuildSpec,
     log: ILogger,
-    heard: BuilderLog,
+    builder_log: BuilderLog,
     monitor: IProgressMonitor | None,
 ) -> Compiled:
-    """Compile ``spec.model`` as ``row`` describes; ``log`` fills ``heard``."""
+    """Compile ``spec.model`` as ``row`` describes; ``log`` fills ``builder_log``."""
     builder: Builder = trt.Builder(log)
     flags = sum(
         1 << int(getattr(trt.NetworkDefinitionCreationFlag, flag)) for flag in row.network_flags
@@ -396,7 +396,7 @@ def compile_engine(
     if spec.allow_unfused and row.has_attention:
         _decompose_attention(trt, network)
     config: IBuilderConfig = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # kernels are told one by one
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # kernels are listed one by one
     add_profiles(builder, config, network, spec)
     set_types(trt, row, config, network, spec)
     notes = set_options(trt, config, spec)
@@ -404,10 +404,12 @@ def compile_engine(
         config.progress_monitor = monitor
     plan: IHostMemory = builder.build_serialized_network(network, config)
     if plan is None:
-        raise BuildError(f"cannot compile {spec.model.name}: {explain_or_quote(heard.errors)}")
+        raise BuildError(
+            f"cannot compile {spec.model.name}: {explain_or_quote(builder_log.errors)}"
+        )
     unkept = store(config, spec.timing_cache) if spec.timing_cache else None
     from_log = row.kernels_from == "log"
-    kernels = read_log(heard.records) if from_log else _inspect(trt, plan, log)
+    kernels = read_log(builder_log.records) if from_log else _inspect(trt, plan, log)
     kernels = with_accumulators(kernels, memoryview(plan))
     return Compiled(plan, kernels, (*notes, unkept) if unkept else notes)
 

@@ -65,7 +65,7 @@ class Kernel:
 
     ``layers`` are the ONNX nodes it computes. ``kind`` "shape_call" computes shapes on the host;
     it is counted like the rest. ``accumulator`` is what a fused attention kernel sums in,
-    "unknown" where that is not told and "" of all other kernels.
+    "unknown" where the engine does not say, and "" for all other kernels.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Kernel:
         """The transformer block it belongs to, or None.
 
         The block that most of its ONNX nodes name; of two named equally often (a kernel across
-        the seam of two blocks) the lower, whose output it completes.
+        the border of two blocks) the lower, whose output it completes.
         """
         named = [block for layer in self.layers if (block := block_of(layer)) is not None]
         return max(sorted(set(named)), key=named.count, default=None)
@@ -116,7 +116,11 @@ def _read_records(records: list[str]) -> Iterator[Kernel]:
             inputs=tuple(tensor["dtype"] for tensor in _TENSOR.finditer(inputs)),
             outputs=tuple(tensor["dtype"] for tensor in _TENSOR.finditer(outputs)),
             constants=tuple(
-                Constant(tensor["name"], tensor["dtype"], _shape(tensor["shape"]))
+                Constant(
+                    tensor["name"],
+                    tensor["dtype"],
+                    tuple(int(size) for size in tensor["shape"].split(",") if size.strip()),
+                )
                 for tensor in _TENSOR.finditer(constants)
             ),
             layers=tuple(_LAYER.findall(metadata)),
@@ -179,10 +183,6 @@ def _dtype(tensor: Mapping[str, Any]) -> str:
     return next((name for key, name in spelled.items() if key in text.split()), text)
 
 
-def _shape(text: str) -> tuple[int, ...]:
-    return tuple(int(size) for size in text.split(",") if size.strip())
-
-
 def _graph(name: str) -> int:
     match = _GRAPH.search(name)
     return int(match[1]) if match else -1
@@ -237,11 +237,8 @@ def gemm_dtype(kernel: Kernel) -> str:
     matrices = [c for c in kernel.constants if sum(size > 1 for size in c.shape) >= 2]
     if matrices:
         return max(matrices, key=lambda constant: constant.bytes).dtype
-    return min(kernel.inputs, key=_narrowness, default="unknown")
-
-
-def _narrowness(dtype: str) -> int:
-    return _WIDTH.index(dtype) if dtype in _WIDTH else -1
+    order = {dtype: index for index, dtype in enumerate(_WIDTH)}
+    return min(kernel.inputs, key=lambda dtype: order.get(dtype, -1), default="unknown")
 
 
 def parts(kernel: Kernel) -> list[str]:
@@ -303,14 +300,11 @@ def _sums_in(body: bytes) -> str:
 
 def with_accumulators(kernels: Sequence[Kernel], engine: Buffer) -> tuple[Kernel, ...]:
     """Add to each fused attention kernel the type it sums in, or ``unknown``."""
-    found = read_accumulators(engine)
+    found = read_accumulators(engine).items()
+    agreed = {tactic: sums[0] for tactic, sums in found if len(set(sums)) == 1}
     return tuple(
-        replace(kernel, accumulator=_agreed(found.get(kernel.tactic, [])))
+        replace(kernel, accumulator=agreed.get(kernel.tactic, UNKNOWN))
         if is_fused_attention(kernel)
         else kernel
         for kernel in kernels
     )
-
-
-def _agreed(accumulators: list[str]) -> str:
-    return accumulators[0] if len(set(accumulators)) == 1 else UNKNOWN

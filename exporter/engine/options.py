@@ -1,4 +1,4 @@
-"""Which TensorRT is installed here to compile with; ``msn_export.runtime.versions`` has its row."""
+"""Compilers that are installed, and what they are to compile."""
 
 import importlib.util
 import subprocess
@@ -77,9 +77,9 @@ def _require(name: str) -> Backend:
         raise MissingPackageError(f"{name} is not installed; {_install(name)}")
     row = row_for(module, version)
     if row is None:
-        known = "1.5 or later" if name == "tensorrt-rtx" else "8.6, 10.x and 11.x"
+        supported = "1.5 or later" if name == "tensorrt-rtx" else "8.6, 10.x and 11.x"
         raise MissingPackageError(
-            f"{name} {version} is not supported ({known} are); {_install(name)}"
+            f"{name} {version} is not supported ({supported} are); {_install(name)}"
         )
     return Backend(row, version)
 
@@ -228,10 +228,10 @@ def require_capable(dtypes: Set[str], capabilities: tuple[ComputeCapability, ...
                 )
 
 
-def no_kernels(capability: ComputeCapability, known: Iterable[ComputeCapability]) -> BuildError:
+def no_kernels(capability: ComputeCapability, supported: Iterable[ComputeCapability]) -> BuildError:
     return BuildError(
         f"TensorRT-RTX cannot compile for compute capability {capability}; it can for "
-        f"{', '.join(map(str, known))}"
+        f"{', '.join(map(str, supported))}"
     )
 
 

@@ -47,21 +47,21 @@ def _run(job: dict[str, Any], send: Send) -> dict[str, Any]:
     row = row_for(job["module"], trt.__version__)
     if row is None:
         raise BuildError(f"{job['module']} {trt.__version__} is not supported")
-    heard = BuilderLog()
-    log = make_log(trt, heard, sys.stdout)
+    builder_log = BuilderLog()
+    log = make_log(trt, builder_log, sys.stdout)
 
     def report(progress: BuildStep) -> bool:
         return send({"progress": to_plain(progress)})
 
     monitor = make_monitor(trt, report) if row.reports_progress else None
     spec = from_plain(BuildSpec, job["spec"], "spec")
-    compiled = compile_engine(trt, row, spec, log, heard, monitor)
+    compiled = compile_engine(trt, row, spec, log, builder_log, monitor)
     Path(job["output"]).write_bytes(memoryview(compiled.plan))
     return {
         "version": trt.__version__,
         "kernels": to_plain(compiled.kernels),
         "notes": list(compiled.notes),
-        "warnings": list(dict.fromkeys(heard.warnings)),
+        "warnings": list(dict.fromkeys(builder_log.warnings)),
         "peak_rss": peak_rss(),
     }
 

@@ -5,7 +5,7 @@ ours may be gone by then: it cannot be asked. So a block goes back only to calls
 after that stream, because they name it as theirs; other blocks are freed, for which CUDA waits.
 
 A graph holds shapes and addresses as they were when it was captured, and the state of its execution
-context: so each has a context of its own, which nothing else touches, over the lane's memory. It is
+context: so each has a context of its own, which nothing else touches, over the slot's memory. It is
 captured the second time a run comes up, after that run was done eagerly in the new context, as
 TensorRT asks; a run that never comes again costs nothing.
 """
@@ -17,26 +17,20 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from msn_export.errors import DeviceError, RunnerError
-from msn_export.runtime.cuda import Gpu, Handle, bytes_of
-from msn_export.runtime.engine import Engine, row_bytes
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from msn_export.runtime.cuda import Gpu, Graph, Handle
-    from msn_export.runtime.engine import Engine, Execution
-
+from msn_export.runtime.cuda import Gpu, Graph, Handle, bytes_of
+from msn_export.runtime.engine import Engine, Execution, row_bytes
 
 _IDLE = 8  # blocks kept for later
 
 
 class MemoryBlock:
-    """Memory with the event that says when what was written last is there.
+    """Memory with an event that is recorded after what was written last.
 
     ``streams`` are those of callers that were given it.
     """
@@ -48,34 +42,32 @@ class MemoryBlock:
         self.streams: set[int] = set()
 
     def close(self) -> None:
-        """Free it."""
         with ExitStack() as owned:
             owned.callback(self.memory.close)
             owned.callback(self.event.close)
 
 
 class Lease:
-    """A block as long as an output in it is used; then the arena has it back."""
+    """A block as long as an output in it is used; then the output memory has it back."""
 
-    def __init__(self, arena: OutputMemory, block: MemoryBlock) -> None:
-        self._arena = arena
+    def __init__(self, output_memory: OutputMemory, block: MemoryBlock) -> None:
+        self._output_memory = output_memory
         self._block = block
         self.pointer = int(block.memory)
 
     def written(self, stream: Handle) -> None:
-        """Note that what ``stream`` was given so far writes the block."""
-        self._arena.gpu.record(self._block.event, stream)
+        self._output_memory.gpu.record(self._block.event, stream)
 
     def give_to(self, stream: int) -> None:
         """Make a caller's stream wait for what is written, and remember it."""
         self._block.streams.add(stream)
-        with self._arena.gpu.current():
-            self._arena.gpu.wait(stream, self._block.event)
+        with self._output_memory.gpu.current():
+            self._output_memory.gpu.wait(stream, self._block.event)
 
     def __del__(self) -> None:
         # anywhere: in another thread, in the garbage collector, while a graph is captured. So
         # nothing of CUDA here, and no lock, unless the runner is gone.
-        self._arena.give_back(self._block)
+        self._output_memory.give_back(self._block)
 
 
 class OutputMemory:
@@ -90,12 +82,7 @@ class OutputMemory:
         self._lock = threading.RLock()  # __del__ may come while this thread holds it
 
     def lend(self, size: int, stream: int | None) -> Lease:
-        """Lend a block of at least ``size`` bytes.
-
-        Args:
-            size: bytes.
-            stream: the caller's, which the run is ordered after; None where it has none.
-        """
+        """Lend a block of at least ``size`` bytes to a run that is ordered after ``stream``."""
         capacity = 1 << max(size - 1, 255).bit_length()
         with self._lock:
             self._collect()
@@ -104,7 +91,6 @@ class OutputMemory:
         return Lease(self, block)
 
     def give_back(self, block: MemoryBlock) -> None:
-        """Take a block back."""
         self._returned.append(block)
         if not self._is_open:
             self.close()
@@ -146,13 +132,13 @@ class OutputMemory:
         return MemoryBlock(capacity, memory, event)
 
 
-LIMIT = 8  # graphs a lane keeps; each holds a context (host memory, little of the GPU's)
+LIMIT = 8  # graphs a slot keeps; each holds a context (host memory, little of the GPU's)
 _REMEMBERED = 64  # runs that were seen once
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a graph is for: a profile, a batch and the addresses of every tensor."""
+    """Key of a graph: a profile, a batch and the addresses of every tensor."""
 
     profile: int
     batch: int
@@ -160,7 +146,6 @@ class Run:
 
     @classmethod
     def of(cls, profile: int, batch: int, addresses: Mapping[str, int]) -> Run:
-        """Make the key of a run."""
         return cls(profile, batch, tuple(addresses.items()))
 
 
@@ -174,7 +159,7 @@ class _Captured:
 
 
 class Graphs:
-    """The graphs of one lane. ``refusal`` says why nothing more is captured, where that is so."""
+    """Graphs of one slot. ``refusal`` says why nothing more is captured, where that is so."""
 
     def __init__(self, gpu: Gpu, engine: Engine, scratch: Handle | None, stream: Handle) -> None:
         self._gpu, self._engine, self._scratch, self._stream = gpu, engine, scratch, stream
@@ -204,7 +189,6 @@ class Graphs:
         return self._capture(run)
 
     def close(self) -> None:
-        """Free every graph and its context."""
         with ExitStack() as owned:
             while self._captured:
                 owned.callback(self._captured.popitem()[1].close)
@@ -249,10 +233,8 @@ class Graphs:
 class ExecutionSlot:
     """A stream with a context and the GPU's memory it needs, allocated once.
 
-    ``sizes`` are the bytes of one row of each tensor.
-
-    ``staging`` and ``enqueue`` want the GPU to be current. After an error the lane is closed, not
-    used again.
+    ``sizes`` are the bytes of one row of each tensor. ``staging`` and ``enqueue`` want the GPU to
+    be current. After an error the slot is closed, not used again.
     """
 
     def __init__(self, gpu: Gpu, engine: Engine, *, graphs: bool) -> None:
@@ -293,7 +275,7 @@ class ExecutionSlot:
         return self._staging
 
     def enqueue(self, profile: int, batch: int, addresses: Mapping[str, int]) -> None:
-        """Give a run of the engine to the lane's stream, as a graph where there is one."""
+        """Give a run of the engine to the slot's stream, as a graph where there is one."""
         if self.graphs is not None and self.graphs.run(Run.of(profile, batch, addresses)):
             return
         self._eager.enqueue(profile, batch, addresses, self.stream)
@@ -324,14 +306,12 @@ class Staging:
         self.addresses = {name: int(memory) for name, memory in self._memory.items()}
 
     def upload(self, name: str, rows: NDArray[Any], stream: Handle) -> None:
-        """Start copying a tensor's rows to the GPU."""
         size = len(rows) * self.sizes[name]
         pinned = self._bytes[name][:size].view(rows.dtype).reshape(rows.shape)
         np.copyto(pinned, rows)
         self._gpu.upload(self.addresses[name], self._pinned[name], size, stream)
 
     def download(self, name: str, rows: int, stream: Handle) -> None:
-        """Start copying a tensor's rows to the host."""
         size = rows * self.sizes[name]
         self._gpu.download(self._pinned[name], self.addresses[name], size, stream)
 
@@ -342,13 +322,7 @@ class Staging:
 
 
 class SlotPool:
-    """Lends lanes; makes one only where all others are in use, ``limit`` at most.
-
-    Args:
-        make: makes a lane.
-        limit: lanes that exist at once; who wants one more waits.
-        name: what errors call the runner.
-    """
+    """Execution slots; one more is made only where all are in use, ``limit`` at most."""
 
     def __init__(self, make: Callable[[], ExecutionSlot], limit: int, name: str) -> None:
         self._make = make
@@ -361,20 +335,20 @@ class SlotPool:
         self._making = threading.Lock()  # one context is made at a time
 
     @contextmanager
-    def lane(self) -> Iterator[ExecutionSlot]:
-        """Lend a lane for the length of a block; one in which an error happened is closed."""
-        lane = self._take()
+    def slot(self) -> Iterator[ExecutionSlot]:
+        """Lend a slot for the length of a block; one in which an error happened is closed."""
+        slot = self._take()
         try:
-            yield lane
+            yield slot
         except BaseException:
             with ExitStack() as last:
                 last.callback(self._give_back, None)
-                lane.close()
+                slot.close()
             raise
-        self._give_back(lane)
+        self._give_back(slot)
 
     def close(self) -> None:
-        """Lend nothing more, wait for what is lent, and close all lanes."""
+        """Lend nothing more, wait for what is lent, and close all slots."""
         with self._changed:
             self._is_open = False
             self._changed.notify_all()
@@ -385,7 +359,7 @@ class SlotPool:
                 self._count = 0
 
     def free(self) -> list[ExecutionSlot]:
-        """List the lanes that nobody uses at the moment."""
+        """List the slots that nobody uses at the moment."""
         with self._changed:
             return list(self._free)
 
@@ -406,10 +380,10 @@ class SlotPool:
             self._give_back(None)
             raise
 
-    def _give_back(self, lane: ExecutionSlot | None) -> None:
+    def _give_back(self, slot: ExecutionSlot | None) -> None:
         with self._changed:
-            if lane is not None:
-                self._free.append(lane)
+            if slot is not None:
+                self._free.append(slot)
             else:
                 self._count -= 1
             self._changed.notify_all()

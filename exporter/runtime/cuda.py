@@ -6,19 +6,16 @@ its owner (an ``ExitStack`` in whoever holds several).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from numpy.typing import NDArray
 
 from msn_export.errors import DeviceError
 from msn_export.runtime import dlpack
 from msn_export.runtime.dlpack import OF_ONNX
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from numpy.typing import NDArray
-
-    from msn_export.runtime.versions import CudaDriver
+from msn_export.runtime.versions import CudaDriver
 
 # cuda.h
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: does not wait for the legacy default stream
@@ -30,7 +27,6 @@ _HINTS = {
 
 
 def call(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
-    """Call a function of the driver API and give its value."""
     try:
         code, *values = function(*arguments)
     except RuntimeError as error:  # cuda-bindings, of what this driver lacks
@@ -57,7 +53,6 @@ class Handle:
         return int(self.handle)
 
     def close(self) -> None:
-        """Give the handle back."""
         release, self._release = self._release, None
         if release is not None:
             call(release, self.handle)
@@ -114,7 +109,6 @@ class Gpu:
             raise failure
 
     def memory(self, size: int) -> Handle:
-        """Allocate bytes on the GPU."""
         return Handle(call(self.cuda.cuMemAlloc, max(size, 1)), self.cuda.cuMemFree)
 
     def pinned(self, size: int) -> Handle:
@@ -122,11 +116,9 @@ class Gpu:
         return Handle(call(self.cuda.cuMemHostAlloc, max(size, 1), 0), self.cuda.cuMemFreeHost)
 
     def stream(self) -> Handle:
-        """Make a stream."""
         return Handle(call(self.cuda.cuStreamCreate, _NON_BLOCKING), self.cuda.cuStreamDestroy)
 
     def event(self) -> Handle:
-        """Make an event."""
         return Handle(call(self.cuda.cuEventCreate, _NO_TIMING), self.cuda.cuEventDestroy)
 
     def record(self, event: Handle, stream: int | Handle) -> None:
@@ -142,15 +134,12 @@ class Gpu:
         call(self.cuda.cuStreamSynchronize, stream.handle)
 
     def upload(self, target: int, source: Handle, size: int, stream: Handle) -> None:
-        """Copy from pinned memory to the GPU."""
         call(self.cuda.cuMemcpyHtoDAsync, target, int(source), size, stream.handle)
 
     def download(self, target: Handle, source: int, size: int, stream: Handle) -> None:
-        """Copy from the GPU to pinned memory."""
         call(self.cuda.cuMemcpyDtoHAsync, int(target), source, size, stream.handle)
 
     def copy(self, target: int, source: int, size: int, stream: Handle) -> None:
-        """Copy within the GPU."""
         call(self.cuda.cuMemcpyDtoDAsync, target, source, size, stream.handle)
 
     def capture(self, stream: Handle, enqueue: Callable[[], None]) -> Graph:
@@ -171,12 +160,10 @@ class Gpu:
             return Graph(launched, owned.pop_all())
 
     def launch(self, graph: Graph, stream: Handle) -> None:
-        """Run a captured graph."""
         call(self.cuda.cuGraphLaunch, graph.executable.handle, stream.handle)
 
 
 def bytes_of(pinned: Handle, size: int) -> NDArray[Any]:
-    """See pinned memory as an array of bytes."""
     return dlpack.array_at(int(pinned), (size,), OF_ONNX["uint8"], pinned)
 
 

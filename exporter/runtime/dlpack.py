@@ -14,17 +14,12 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from msn_export.errors import InputError, MsnExportError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +43,6 @@ class TensorType:
 
     @property
     def bytes(self) -> int:
-        """Size of one value."""
         return self.bits // 8
 
     @property
@@ -170,7 +164,6 @@ class Borrowed:
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether the values lie row after row without gaps."""
         if self.strides is None:
             return True
         step = 1
@@ -188,7 +181,7 @@ class Borrowed:
 
 
 def device_of(tensor: Any) -> int | None:
-    """Tell which GPU a DLPack tensor lies on; None for the host."""
+    """Index of the GPU a DLPack tensor lies on; None for the host."""
     if not hasattr(tensor, "__dlpack__") or not hasattr(tensor, "__dlpack_device__"):
         raise InputError(
             f"images are a {type(tensor).__name__}; expected a numpy array or a tensor with "
@@ -213,17 +206,15 @@ def borrow(tensor: Any, stream: int | None = None) -> Borrowed:
     A torch tensor that is stored negated or conjugated is read from a copy that is not: DLPack
     has no field for either, and torch lends the stored values without the sign.
 
-    Args:
-        tensor: anything with ``__dlpack__``.
-        stream: for a tensor on a GPU, the stream that will read it: its library makes that
-            stream wait for what it still computes. 0 is the legacy default stream.
+    ``stream`` will read a tensor on a GPU: its library makes that stream wait for what it still
+    computes. 0 is the legacy default stream.
     """
     device = device_of(tensor)
     # the array API names the legacy default stream 1: 0 would be ambiguous
     wait: dict[str, Any] = {} if device is None or stream is None else {"stream": stream or 1}
     try:
         for resolve in ("resolve_conj", "resolve_neg"):
-            tensor = getattr(tensor, resolve, lambda known=tensor: known)()
+            tensor = getattr(tensor, resolve, lambda tensor=tensor: tensor)()
         try:
             capsule = tensor.__dlpack__(**wait, max_version=(1, 1))
         except TypeError:  # a library from before DLPack 1.0
@@ -263,11 +254,9 @@ def lend(
 ) -> object:
     """Make a capsule over an array; whoever takes it owns it.
 
-    Args:
-        array: made by ``array_at``, so that its owner lives until the capsule's taker is done.
-        element: the dtype to name, where NumPy cannot.
-        device: DLPack's device type and index, where the memory is not the host's.
-        versioned: whether the taker knows DLPack 1.
+    ``array`` was made by ``array_at``, so that its owner lives until the capsule's taker is done.
+    ``element`` is the dtype to name, where NumPy cannot; ``device`` DLPack's device type and
+    index. ``versioned``: the taker knows DLPack 1.
     """
     version = {"max_version": (1, 0)} if versioned else {}
     try:
@@ -281,7 +270,6 @@ def lend(
 
 
 def _tensor_of(capsule: object) -> _Tensor:
-    """Find the tensor in a capsule that nobody has taken yet."""
     for name, kind in zip(_NAMES, (_ManagedVersioned, _Managed), strict=True):
         if _is_valid(capsule, name):
             managed = kind.from_address(_get_pointer(capsule, name))
@@ -292,13 +280,13 @@ def _tensor_of(capsule: object) -> _Tensor:
     raise InputError("the images' library gave no DLPack capsule that can be read")
 
 
-# How a library is asked for the stream that a thread works on, given the GPU's index. For others
+# Calls that give the stream a library's thread works on, given the GPU's index. For others
 # the caller names the stream, or the call waits until its work is done.
 CURRENT_STREAM: dict[str, Callable[[Any, int], int]] = {
     "torch": lambda torch, device: torch.cuda.current_stream(device).cuda_stream,
     "cupy": lambda cupy, device: cupy.cuda.get_current_stream(device).ptr,
 }
-# How a library is told to finish what it computes, where its reader cannot wait in a stream.
+# Calls that wait for what a library computes, where its reader cannot wait in a stream.
 FINISH: dict[str, Callable[[Any, Any, int], object]] = {
     "torch": lambda torch, _, device: torch.cuda.current_stream(device).synchronize(),
     "cupy": lambda cupy, _, device: cupy.cuda.get_current_stream(device).synchronize(),
@@ -307,7 +295,7 @@ FINISH: dict[str, Callable[[Any, Any, int], object]] = {
 
 
 def take_back(tensor: Any) -> Callable[[Any], Any]:
-    """Find what turns a DLPack tensor into one of the library of ``tensor``.
+    """Find the function that turns a DLPack tensor into one of the library of ``tensor``.
 
     Nothing is imported: the library that made ``tensor`` is loaded. One that takes no DLPack
     gets what the runner has.
@@ -317,7 +305,7 @@ def take_back(tensor: Any) -> Callable[[Any], Any]:
         found: Callable[[Any], Any] = namespace().from_dlpack
         return found
     module = _module_of(tensor)
-    return module.from_dlpack if module is not None else lambda made: made
+    return module.from_dlpack if module is not None else lambda output: output
 
 
 def current_stream(tensor: Any, device: int) -> int | None:
@@ -329,10 +317,7 @@ def current_stream(tensor: Any, device: int) -> int | None:
 def finish(tensor: Any, device: int, stream: Any = None) -> None:
     """Wait, in this thread, until the library of a GPU tensor has computed it.
 
-    Args:
-        tensor: the tensor.
-        device: the GPU's index.
-        stream: on which it is made, where that is not the library's current one.
+    ``stream`` is the one it is made on, where that is not the library's current one.
     """
     if callable(wait := getattr(stream, "synchronize", None)):
         wait()
@@ -354,7 +339,6 @@ def handle_of(stream: Any) -> int:
 
 
 def _root_in(table: Mapping[str, object], tensor: Any) -> str | None:
-    """Find the package, of the tensor's type or a base of it, that has a row in a table."""
     roots = (kind.__module__.partition(".")[0] for kind in type(tensor).__mro__)
     return next((root for root in roots if root in table and root in sys.modules), None)
 

@@ -1,47 +1,134 @@
-"""A deserialised engine: its tensors, its profiles, and the contexts that run it."""
+"""Engines: a file that was verified, the engine it holds on a GPU, and contexts that run it."""
 
 from __future__ import annotations
 
 import math
+import shlex
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from msn_export.errors import DeviceError, GraphError
+from msn_export import manifest as manifests
+from msn_export.engine_header import EngineHeader, may_target, parse_header, tries_any_gpu
+from msn_export.errors import DeviceError, GraphError, ManifestError, RunnerError
+from msn_export.host import Device
+from msn_export.manifest import EngineRecord, Manifest, manifest_path
+from msn_export.runtime.cuda import Handle
 from msn_export.runtime.dlpack import OF_ONNX, OF_TENSORRT
-from msn_export.spec import BatchRange, TensorSpec
+from msn_export.runtime.versions import (
+    DataType,
+    ICudaEngine,
+    IExecutionContext,
+    ILogger,
+    IRuntimeConfig,
+    LoadedTensorRT,
+    Runtime,
+    TensorIOMode,
+    TensorRT,
+)
+from msn_export.spec import BatchRange, ComputeCapability, Targets, TensorSpec
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
 
-    from msn_export.runtime.cuda import Handle
-    from msn_export.runtime.versions import (
-        DataType,
-        ICudaEngine,
-        IExecutionContext,
-        ILogger,
-        IRuntimeConfig,
-        LoadedTensorRT,
-        Runtime,
-        TensorIOMode,
-        TensorRT,
-    )
-    from msn_export.spec import TensorSpec
+@dataclass(frozen=True, slots=True)
+class VerifiedEngine:
+    """An engine that is what its manifest says, or is trusted without one."""
+
+    path: Path
+    content: bytes
+    header: EngineHeader
+    manifest: Manifest | None
+
+    @property
+    def record(self) -> EngineRecord | None:
+        return self.manifest.engine if self.manifest is not None else None
+
+    @property
+    def compatible(self) -> bool:
+        """True where it was built to load in later versions of TensorRT too."""
+        return self.record is not None and bool(self.record.options.get("version_compatible"))
+
+    @property
+    def version(self) -> str:
+        return self.record.version if self.record is not None else self.header.version
+
+    @property
+    def targets(self) -> Targets:
+        """The GPU generations it is for; none where neither file nor manifest tells."""
+        if self.header.targets or self.record is None:
+            return self.header.targets
+        return self.record.targets
+
+    def is_for(self, device: Device) -> bool:
+        if not self.targets or device.capability in self.targets:
+            return True
+        # one that names no target: its kernels are made on the GPU
+        late = self.targets.later and device.capability > min(self.targets.named)
+        return late and tries_any_gpu()
+
+    def __str__(self) -> str:
+        gpus = f" for {self.targets}" if self.targets else ""
+        return f"{self.header.backend} {self.version}{gpus}"
+
+
+def verify_engine_file(path: Path, *, trust: bool) -> VerifiedEngine:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise RunnerError(f"engine {path} cannot be read: {error.strerror}") from error
+    manifest = manifests.read(path, content)
+    if manifest is None and not trust:
+        raise ManifestError(
+            f"engine {path} has no manifest ({manifest_path(path).name} is missing), and loading "
+            "an engine runs what is in it; copy the manifest that 'msn-export trt' wrote, or pass "
+            "trust=True if you know where the engine comes from"
+        )
+    if manifest is not None and (manifest.kind != "engine" or manifest.engine is None):
+        raise ManifestError(f"{manifest_path(path)} describes no engine; export {path} again")
+    header = parse_header(content, path)
+    record = manifest.engine if manifest is not None else None
+    if record is not None and record.backend != header.backend:
+        raise ManifestError(
+            f"{path} is an engine of {header.backend}, and its manifest says {record.backend}; "
+            f"{rebuild(manifest)}"
+        )
+    return VerifiedEngine(path, content, header, manifest)
+
+
+def rebuild(manifest: Manifest | None, capability: ComputeCapability | None = None) -> str:
+    """Command that builds an engine for this machine, from what the manifest says."""
+    if manifest is None or manifest.engine is None or manifest.source is None:
+        return "build it again here with: msn-export trt MODEL.onnx"
+    backend, targeted = manifest.engine.backend, manifest.engine.backend == "tensorrt-rtx"
+    if targeted and capability is not None and not may_target(capability):
+        # a data-centre GPU: no engine of TensorRT-RTX is for it
+        backend, targeted = "tensorrt", False
+    words = ["msn-export trt", shlex.quote(manifest.source.file)]
+    if not manifest.dtype.is_quantised:  # the graph is, and says so
+        words.append(f"--{manifest.dtype}")
+    words += ["--backend", shlex.quote(backend)]
+    if targeted and capability is not None:
+        words += ["--compute-capability", str(capability)]
+    for profile in manifest.profiles:
+        words += ["--batch", str(profile)]
+    flags = (name for name, value in manifest.engine.options.items() if value is True)
+    # a name is a stranger's word, which is not to become another command
+    words += [f"--{name.replace('_', '-')}" for name in flags if name.isidentifier()]
+    return "rebuild it with: " + " ".join([*words, "--force"])
 
 
 class Execution:
-    """An execution context: the profile, shape and addresses it is set to, and a run of it.
-
-    Args:
-        context: TensorRT's.
-        images: the input.
-        name: what errors call it.
-        heard: quotes TensorRT's errors.
-    """
+    """An execution context: the profile, shape and addresses it is set to, and a run of it."""
 
     def __init__(
-        self, context: IExecutionContext, images: TensorSpec, name: str, heard: Callable[[], str]
+        self,
+        context: IExecutionContext,
+        images: TensorSpec,
+        name: str,
+        quote_errors: Callable[[], str],
     ) -> None:
-        self._images, self._name, self._heard = images, name, heard
+        self._images, self._name, self._quote_errors = images, name, quote_errors
         self._context: IExecutionContext | None = context
         self._profile: int | None = None
         self._batch = 0
@@ -49,24 +136,17 @@ class Execution:
     def enqueue(
         self, profile: int, batch: int, addresses: Mapping[str, int], stream: Handle
     ) -> None:
-        """Give a run to a stream.
-
-        Args:
-            profile: index of the profile.
-            batch: images.
-            addresses: of every input and output on the GPU.
-            stream: all runs of a context go to one stream.
-        """
+        """Give a run to a stream; all runs of a context go to one stream."""
         why = ""
         try:
             refused = self._enqueue(profile, batch, addresses, int(stream))
         except Exception as error:  # noqa: BLE001  pybind raises what it likes
             refused, why = "the run", " ".join(str(error).split())
         if refused:  # raised here, not inside: a traceback would keep the context alive
-            raise DeviceError(f"{self._name} refuses {refused}: {why or self._heard()}")
+            raise DeviceError(f"{self._name} refuses {refused}: {why or self._quote_errors()}")
 
     def _enqueue(self, profile: int, batch: int, addresses: Mapping[str, int], stream: int) -> str:
-        """Give the run; what TensorRT refuses, or nothing."""
+        """Give the run; return what TensorRT refuses, or nothing."""
         context: IExecutionContext = self._context
         if profile != self._profile:
             self._profile, self._batch = None, 0
@@ -93,16 +173,11 @@ _KEPT = 8  # of TensorRT's errors, for the message
 
 
 class Engine:
-    """An engine on the current GPU.
+    """An engine on the current GPU; ``plan`` was checked against its manifest.
 
-    Args:
-        loaded: the module to load it with.
-        plan: the engine's bytes, already checked against its manifest.
-        file: what errors call it.
-        compatible: whether it was built with ``--version-compatible``; such an engine brings
-            code of the host, which is then allowed to run.
-        eager_kernels: whether TensorRT-RTX compiles the kernels of a batch size before it first
-            runs one, and not behind runs that use general ones.
+    One built with ``--version-compatible`` (``compatible``) brings code of the host, which is then
+    allowed to run. With ``eager_kernels`` TensorRT-RTX compiles the kernels of a batch size before
+    it first runs one, and not behind runs that use general ones.
     """
 
     def __init__(
@@ -118,14 +193,14 @@ class Engine:
         self.loaded = loaded
         self.file = file
         self._eager_kernels = eager_kernels
-        self._heard: deque[str] = deque(maxlen=_KEPT)
-        self._log: ILogger = _make_log(trt, self._heard)  # the runtime does not keep it alive
+        self._errors: deque[str] = deque(maxlen=_KEPT)
+        self._log: ILogger = _make_log(trt, self._errors)  # the runtime does not keep it alive
         runtime: Runtime = trt.Runtime(self._log)
         if compatible and not loaded.row.only_compatible:
             runtime.engine_host_code_allowed = True
         engine: ICudaEngine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            raise DeviceError(f"{loaded} refuses {file}: {self.heard()}")
+            raise DeviceError(f"{loaded} refuses {file}: {self.quote_errors()}")
         self._runtime: Runtime | None = runtime
         self._engine: ICudaEngine | None = engine
         self.inputs, self.outputs = _tensors(engine, file)
@@ -133,7 +208,6 @@ class Engine:
 
     @property
     def input(self) -> TensorSpec:
-        """The images."""
         return self.inputs[0]
 
     @property
@@ -150,9 +224,7 @@ class Engine:
     def context(self, scratch: Handle | None, *, graphs: bool) -> Execution:
         """Make a context; several may share ``scratch`` if they run one after the other.
 
-        Args:
-            scratch: memory of that many bytes, unless it is 0.
-            graphs: whether TensorRT-RTX shall replay its own CUDA graphs.
+        ``graphs`` lets TensorRT-RTX replay its own CUDA graphs.
         """
         why = ""
         try:
@@ -161,9 +233,9 @@ class Engine:
             context, why = None, " ".join(str(error).split())
         if context is None:
             raise DeviceError(
-                f"{self.loaded} makes no context for {self.file}: {why or self.heard()}"
+                f"{self.loaded} makes no context for {self.file}: {why or self.quote_errors()}"
             )
-        return Execution(context, self.input, f"{self.loaded} on {self.file}", self.heard)
+        return Execution(context, self.input, f"{self.loaded} on {self.file}", self.quote_errors)
 
     def _make_context(self, scratch: Handle | None, *, graphs: bool) -> IExecutionContext:
         trt: TensorRT = self.loaded.trt
@@ -190,10 +262,10 @@ class Engine:
             bare.device_memory = int(scratch)
         return bare
 
-    def heard(self) -> str:
-        """Quote what TensorRT said of its errors since it was last asked."""
-        quoted = "; ".join(self._heard)
-        self._heard.clear()
+    def quote_errors(self) -> str:
+        """Quote and forget the errors that TensorRT logged."""
+        quoted = "; ".join(self._errors)
+        self._errors.clear()
         return quoted or "it does not say why"
 
     def close(self) -> None:
@@ -203,20 +275,19 @@ class Engine:
 
 
 def row_bytes(spec: TensorSpec) -> int:
-    """Size of one image's part of a tensor."""
     return OF_ONNX[spec.dtype].bytes * math.prod(int(size) for size in spec.shape[1:])
 
 
-def _make_log(trt: TensorRT, heard: deque[str]) -> ILogger:
-    class Log(trt.ILogger):  # type: ignore[misc]  # the modules have no types
+def _make_log(trt: TensorRT, errors: deque[str]) -> ILogger:
+    class EngineLogger(trt.ILogger):  # type: ignore[misc]  # the modules have no types
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, msg: str) -> None:
             if severity.name in {"ERROR", "INTERNAL_ERROR"}:
-                heard.append(" ".join(msg.split()))
+                errors.append(" ".join(msg.split()))
 
-    return Log()
+    return EngineLogger()
 
 
 def _tensors(

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
+from numpy.typing import NDArray
 
 from msn_export.errors import DeviceError, GraphError, InputError, MsnExportError, RunnerError
 from msn_export.host import Driver, NoDriver, find_driver
+from msn_export.manifest import Manifest
 from msn_export.runtime import dlpack
-from msn_export.runtime.dlpack import OF_ONNX, Tensor, finish, take_back
+from msn_export.runtime.dlpack import OF_ONNX, Borrowed, Tensor, finish, take_back
 from msn_export.runtime.runner import (
     Chunk,
     Outputs,
@@ -28,16 +31,6 @@ from msn_export.runtime.runner import (
 )
 from msn_export.spec import BatchRange, TensorSpec
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from pathlib import Path
-
-    from numpy.typing import NDArray
-
-    from msn_export.manifest import Manifest
-    from msn_export.runtime.dlpack import Borrowed
-
-
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 _SHORT = {
@@ -46,7 +39,7 @@ _SHORT = {
     "tensorrt": "TensorrtExecutionProvider",
     "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
 }
-# What a provider is told beside the GPU. Unasked, CUDA's products of fp32 round to TF32: an fp32
+# Options of a provider beside the GPU. By default CUDA's products of fp32 round to TF32: an fp32
 # graph would not reproduce its golden input.
 _OPTIONS = {CUDA: {"use_tf32": "0"}}
 # Providers whose tensors may stay on the GPU; each takes a device_id
@@ -59,16 +52,10 @@ def choose(
     available: Sequence[str],
     driver: Driver | NoDriver,
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Name the providers to open with, in order, each with its options.
+    """Choose the providers to open with, in order, each with its options.
 
     Unasked, that is CUDA where a GPU is found and this onnxruntime knows CUDA, or where
-    ``device`` names a GPU; else the CPU.
-
-    Args:
-        asked: short or full names, in order.
-        device: the GPU's index.
-        available: what this onnxruntime was built with.
-        driver: what drives a GPU here.
+    ``device`` names a GPU; else the CPU. ``available`` are those this onnxruntime was built with.
     """
     if isinstance(asked, str):
         raise RunnerError(f"providers is {asked!r}; give a list, as [{asked!r}]")
@@ -107,9 +94,9 @@ def require_obtained(asked: Sequence[str], obtained: Sequence[str], file: str) -
 def _require_available(name: str, available: Sequence[str]) -> None:
     if name not in available:
         short = {full: short for short, full in _SHORT.items()}
-        known = ", ".join(short.get(one, one) for one in available)
+        names = ", ".join(short.get(one, one) for one in available)
         hint = "; pip install onnxruntime-gpu instead of onnxruntime" if name == CUDA else ""
-        raise RunnerError(f"this onnxruntime has no provider {name!r}; it has {known}{hint}")
+        raise RunnerError(f"this onnxruntime has no provider {name!r}; it has {names}{hint}")
 
 
 def _require_device(name: str, device: int, driver: Driver | NoDriver) -> None:
@@ -131,9 +118,8 @@ _ANY = BatchRange(1, 8, 65536)
 def open_session(
     model: Path, providers: list[tuple[str, dict[str, Any]]], threads: int | None
 ) -> Any:
-    """Open a session; what a provider needs and cannot load is left out, and told elsewhere."""
     options = onnxruntime.SessionOptions()
-    # What fails is raised too, and what cannot be loaded is told by require_obtained; the log would
+    # Failures are raised too, and require_obtained names what cannot be loaded; the log would
     # print the names in a hostile file as they are, with the characters that a terminal obeys
     options.log_severity_level = 4
     if ON_GPU.intersection(name for name, _ in providers):
@@ -172,7 +158,7 @@ def _preload() -> None:
     """Load the CUDA libraries of the ``nvidia-*`` packages, which no loader path names.
 
     onnxruntime finds them by itself only where torch has loaded them. It prints what it misses,
-    and stdout is for results; what then cannot be opened is told by require_obtained.
+    and stdout is for results; require_obtained names what then cannot be opened.
     """
     preload = getattr(onnxruntime, "preload_dlls", None)  # from 1.21 on
     if preload is not None:
@@ -189,19 +175,18 @@ def spec_of(node: Any) -> TensorSpec:
 
 
 def profiles_of(spec: TensorSpec, manifest: Manifest | None) -> tuple[BatchRange, ...]:
-    """Give the batches a graph accepts: its own where fixed, else any up to the manifest's."""
+    """Batches a graph accepts: its own where fixed, else any up to the manifest's."""
     size = spec.shape[0]
     if isinstance(size, int):
         return (BatchRange(size, size, size),)
     if manifest is None or not manifest.profiles:
         return (_ANY,)
-    known = combine(manifest.profiles)
-    return (BatchRange(1, known.opt, known.max),)
+    batch = combine(manifest.profiles)
+    return (BatchRange(1, batch.opt, batch.max),)
 
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """Turn what onnxruntime raises into a DeviceError."""
     try:
         yield
     except MsnExportError:
@@ -223,7 +208,7 @@ class OrtRunner(Runner):
             in full; None is ``choose``'s default.
         device: the GPU's index.
         threads: threads that one call computes with on the CPU; None leaves it to onnxruntime.
-        manifest: what is known of the graph; its profiles bound the batch.
+        manifest: the graph's; its profiles bound the batch.
     """
 
     def __init__(
@@ -278,10 +263,10 @@ class OrtRunner(Runner):
             finish(images, borrowed.device, stream)
         back = take_back(images)
         if borrowed.device is None and self._through_numpy:
-            made: dict[str, Any] = self._run_arrays(borrowed.array())
+            outputs: dict[str, Any] = self._run_arrays(borrowed.array())
         else:
-            made = self._run_bound(borrowed)
-        return Outputs({name: back(array) for name, array in made.items()})
+            outputs = self._run_bound(borrowed)
+        return Outputs({name: back(array) for name, array in outputs.items()})
 
     def close(self) -> None:
         """Free the session once no call is under way."""
@@ -289,13 +274,13 @@ class OrtRunner(Runner):
         self._session = None
 
     def _run_arrays(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
-        pieces = split_batch(len(images), self.profiles)
-        if len(pieces) == 1 and pieces[0].size == len(images):
+        chunks = split_batch(len(images), self.profiles)
+        if len(chunks) == 1 and chunks[0].size == len(images):
             return dict(zip(self._names, self._run(images), strict=True))
-        runs = [self._run(pad(images[p.start : p.start + p.count], p.size)) for p in pieces]
+        runs = [self._run(pad(images[p.start : p.start + p.count], p.size)) for p in chunks]
         whole = {}
         for index, name in enumerate(self._names):
-            parts = [run[index][: piece.count] for run, piece in zip(runs, pieces, strict=True)]
+            parts = [run[index][: chunk.count] for run, chunk in zip(runs, chunks, strict=True)]
             whole[name] = np.concatenate(parts)
         return whole
 
@@ -306,31 +291,31 @@ class OrtRunner(Runner):
         return outputs
 
     def _run_bound(self, images: Borrowed) -> dict[str, Tensor]:
-        """Run on addresses: tensors on the GPU, and what NumPy cannot name."""
+        """Run on addresses: tensors on the GPU, and dtypes that NumPy does not have."""
         self._require_here(images)
         session, source = self._open(), images.element
-        pieces = split_batch(images.shape[0], self.profiles)
-        if any(piece.size != piece.count for piece in pieces):
+        chunks = split_batch(images.shape[0], self.profiles)
+        if any(chunk.size != chunk.count for chunk in chunks):
             raise InputError(
                 f"the graph takes batches of {self.batch.min} and these {images.shape[0]} images "
                 "would have to be padded, which is done for NumPy arrays only; pad them"
             )
-        place = ("cpu", 0) if images.device is None else ("cuda", images.device)
+        location = ("cpu", 0) if images.device is None else ("cuda", images.device)
         row = source.bytes * math.prod(images.shape[1:])
         with translated():
             whole = {
                 spec.name: (spec, onnxruntime.OrtValue.ortvalue_from_shape_and_type(
-                    [images.shape[0], *_fixed(spec)], OF_ONNX[spec.dtype].number, *place))
+                    [images.shape[0], *_fixed(spec)], OF_ONNX[spec.dtype].number, *location))
                 for spec in self.outputs
             }  # fmt: skip
-            for piece in pieces:
+            for chunk in chunks:
                 binding = session.io_binding()
                 binding.bind_input(
-                    self.inputs[0].name, *place, source.number,
-                    [piece.size, *images.shape[1:]], images.pointer + piece.start * row,
+                    self.inputs[0].name, *location, source.number,
+                    [chunk.size, *images.shape[1:]], images.pointer + chunk.start * row,
                 )  # fmt: skip
                 for spec, value in whole.values():
-                    _bind_rows(binding, spec, value, piece, place)
+                    _bind_rows(binding, spec, value, chunk, location)
                 binding.synchronize_inputs()  # the CUDA provider waits for the whole device
                 session.run_with_iobinding(binding)
         return {
@@ -356,7 +341,6 @@ class OrtRunner(Runner):
 
 
 def _fixed(spec: TensorSpec) -> list[int]:
-    """Give an output's sizes but the batch."""
     sizes = [size for size in spec.shape[1:] if isinstance(size, int)]
     if len(sizes) != len(spec.shape) - 1 or spec.dtype not in OF_ONNX:
         raise InputError(
@@ -367,9 +351,8 @@ def _fixed(spec: TensorSpec) -> list[int]:
 
 
 def _bind_rows(
-    binding: Any, spec: TensorSpec, value: Any, piece: Chunk, place: tuple[str, int]
+    binding: Any, spec: TensorSpec, value: Any, chunk: Chunk, location: tuple[str, int]
 ) -> None:
-    """Have one run write its rows of an output."""
     element, sizes = OF_ONNX[spec.dtype], _fixed(spec)
-    start = value.data_ptr() + piece.start * element.bytes * math.prod(sizes)
-    binding.bind_output(spec.name, *place, element.number, [piece.size, *sizes], start)
+    start = value.data_ptr() + chunk.start * element.bytes * math.prod(sizes)
+    binding.bind_output(spec.name, *location, element.number, [chunk.size, *sizes], start)

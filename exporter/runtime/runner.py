@@ -1,4 +1,4 @@
-"""What all runners share: preprocessing, labels, the selftest, outputs by name, and an end."""
+"""The parts that all runners share: preprocessing, labels, selftest, outputs by name, and end."""
 
 from __future__ import annotations
 
@@ -6,27 +6,20 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from types import TracebackType
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from msn_export import golden
+from msn_export import images as pictures
 from msn_export.errors import InputError, ManifestError, RunnerError
 from msn_export.manifest import Manifest
 from msn_export.metrics.metrics import Agreement, Comparison, Errors
 from msn_export.metrics.tolerances import GATES, Gate, Limit
 from msn_export.runtime.dlpack import OF_NUMPY, OF_ONNX, TensorType
 from msn_export.spec import BatchRange, InputFormat, Scores, TensorSpec
-
-if TYPE_CHECKING:
-    from types import TracebackType
-
-    from numpy.typing import NDArray
-
-    from msn_export.images import Picture
-    from msn_export.manifest import Manifest
-    from msn_export.spec import BatchRange, TensorSpec
 
 
 class Outputs(Mapping[str, Any]):
@@ -92,9 +85,7 @@ class Guess(NamedTuple):
 def scores_of(logits: NDArray[Any], scores: Scores | None = None) -> NDArray[np.float64]:
     """Turn logits [b, classes] into scores [b, classes], as transformers' pipeline does.
 
-    Args:
-        logits: of a classifier.
-        scores: as its manifest says; None decides by the number of classes.
+    ``scores`` is what the manifest says; None decides by the number of classes.
     """
     values = np.asarray(logits, np.float64)
     kind = scores or Scores.of(None, values.shape[1])
@@ -109,14 +100,6 @@ def scores_of(logits: NDArray[Any], scores: Scores | None = None) -> NDArray[np.
 def top_k(
     logits: Any, labels: Sequence[str] = (), scores: Scores | None = None, k: int = 5
 ) -> list[list[Guess]]:
-    """Give the ``k`` best labels of each image, the best first.
-
-    Args:
-        logits: [b, classes] on the host.
-        labels: of the classes; without, their numbers.
-        scores: as the model's manifest says; None decides by the number of classes.
-        k: how many; all of them where there are fewer.
-    """
     values = np.asarray(logits, np.float64)
     named = len(labels)
     if values.ndim != 2 or 0 in values.shape or named not in {0, values.shape[1]} or k < 1:
@@ -207,7 +190,7 @@ class Runner(ABC):
         """The classifier's labels; empty where the artifact has none."""
         return self.manifest.labels if self.manifest is not None else ()
 
-    def preprocess(self, images: Picture | Iterable[Picture]) -> NDArray[Any]:
+    def preprocess(self, images: pictures.Picture | Iterable[pictures.Picture]) -> NDArray[Any]:
         """Turn pictures into a batch, as the manifest says.
 
         Args:
@@ -227,10 +210,8 @@ class Runner(ABC):
                 "there is no manifest that says how pictures are preprocessed; keep the artifact's "
                 ".json beside it, or use msn_export.images"
             )
-        from msn_export import images as pictures
-
         several = [images] if _is_one(images) else images
-        if self._takes_bytes:
+        if self.inputs[0].dtype == "uint8":
             return pictures.decode(several, preprocessing)  # type: ignore[arg-type]
         return pictures.preprocess(several, preprocessing)  # type: ignore[arg-type]
 
@@ -242,7 +223,7 @@ class Runner(ABC):
 
     @property
     def scores(self) -> Scores | None:
-        """What the logits become; None decides by the number of classes."""
+        """Kind of scores that logits become; None decides by the number of classes."""
         return self.manifest.scores if self.manifest is not None else None
 
     def top_k(self, logits: Any, k: int = 5) -> list[list[Guess]]:
@@ -267,14 +248,7 @@ class Runner(ABC):
         Raises:
             ManifestError: there is no golden input.
         """
-        from msn_export.spec import InputFormat
-
-        input_format = InputFormat.of(self.inputs[0].dtype)
-        return selftest(self, self.name, self.manifest, input_format)
-
-    @property
-    def _takes_bytes(self) -> bool:
-        return self.inputs[0].dtype == "uint8"
+        return selftest(self, self.name, self.manifest, InputFormat.of(self.inputs[0].dtype))
 
     def _require_open(self) -> None:
         if not self._is_open:
@@ -282,7 +256,7 @@ class Runner(ABC):
 
 
 def _is_one(images: object) -> bool:
-    """Tell one picture from several; four dimensions are several."""
+    """True for one picture; an array of four dimensions is several."""
     if isinstance(images, np.ndarray):
         return images.ndim < 4
     return isinstance(images, str | os.PathLike) or not isinstance(images, Iterable)
@@ -309,7 +283,6 @@ def require_fit(shape: Sequence[int], element: TensorType, spec: TensorSpec) -> 
 
 
 def element_of(array: NDArray[Any]) -> TensorType:
-    """Find the dtype of a NumPy array."""
     element = OF_NUMPY.get(array.dtype)
     if element is None:
         raise InputError(f"images are {array.dtype}; expected a plain float, integer or bool")
@@ -317,7 +290,6 @@ def element_of(array: NDArray[Any]) -> TensorType:
 
 
 def pad(images: NDArray[Any], size: int) -> NDArray[Any]:
-    """Fill a batch up to ``size`` with zeros."""
     if len(images) == size:
         return images
     padded = np.zeros((size, *images.shape[1:]), images.dtype)
@@ -349,12 +321,8 @@ def split_batch(
     """Cut ``count`` images into runs: above the largest batch split, below the smallest padded.
 
     Each run takes the profile that accepts its size and was tuned nearest to it; where none
-    accepts it, the one whose smallest batch is the least too large.
-
-    Args:
-        count: number of images.
-        profiles: the batches accepted.
-        profile: the only profile to use.
+    accepts it, the one whose smallest batch is the least too large. ``profile`` is the index of the
+    only one to use.
     """
     if count < 1:
         raise InputError("there is no image in the batch; give at least one")
@@ -362,12 +330,12 @@ def split_batch(
         raise InputError(f"profile {profile} does not exist; there are {len(profiles)}, from 0 on")
     usable = range(len(profiles)) if profile is None else (profile,)
     most = max(profiles[index].max for index in usable)
-    pieces = []
+    chunks = []
     for start in range(0, count, most):
         left = min(most, count - start)
         index = min(usable, key=lambda index: _misfit(left, profiles[index]))
-        pieces.append(Chunk(start, left, max(left, profiles[index].min), index))
-    return tuple(pieces)
+        chunks.append(Chunk(start, left, max(left, profiles[index].min), index))
+    return tuple(chunks)
 
 
 def _misfit(size: int, profile: BatchRange) -> tuple[bool, int, int]:
@@ -379,7 +347,6 @@ def _misfit(size: int, profile: BatchRange) -> tuple[bool, int, int]:
 
 
 def combine(profiles: Sequence[BatchRange]) -> BatchRange:
-    """Give the smallest and the largest batch that any profile accepts."""
     return BatchRange(
         min(profile.min for profile in profiles),
         profiles[0].opt,
@@ -389,7 +356,7 @@ def combine(profiles: Sequence[BatchRange]) -> BatchRange:
 
 @dataclass(frozen=True, slots=True)
 class SelfTest:
-    """How an artifact did on its golden input; ``failures`` is empty where it passed.
+    """Result of an artifact on its golden input; ``failures`` is empty where it passed.
 
     ``limit`` is what its relative error may be, as it was measured when the artifact was made; None
     holds the gate's own numbers against it.
@@ -405,7 +372,6 @@ class SelfTest:
 
     @property
     def passed(self) -> bool:
-        """Whether every figure reached its gate."""
         return not self.failures
 
     def __str__(self) -> str:
@@ -425,7 +391,6 @@ def selftest(
     manifest: Manifest | None,
     input_format: InputFormat,
 ) -> SelfTest:
-    """Run the manifest's golden input and compare with the golden values."""
     record = manifest.golden if manifest is not None else None
     if manifest is None or record is None or manifest.preprocessing is None:
         raise ManifestError(

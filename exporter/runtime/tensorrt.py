@@ -1,7 +1,7 @@
-"""Run an engine in TensorRT, its lean runtime, or TensorRT-RTX.
+"""Engines in TensorRT, its lean runtime, or TensorRT-RTX.
 
-A batch that has to be padded is so with what lies behind its images: no image sees another, and
-what comes of the padding is not read.
+A batch is padded with whatever lies behind its images: no image sees another, and the outputs of
+the padding are not read.
 """
 
 from __future__ import annotations
@@ -10,113 +10,102 @@ import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from msn_export.errors import DeviceError, InputError, MsnExportError
+from msn_export.host import Device
 from msn_export.runtime import dlpack
-from msn_export.runtime import dlpack as library
-from msn_export.runtime.context_pool import ExecutionSlot, OutputMemory, SlotPool
+from msn_export.runtime.context_pool import ExecutionSlot, Lease, OutputMemory, SlotPool
 from msn_export.runtime.cuda import Gpu
-from msn_export.runtime.dlpack import OF_ONNX, Tensor, widen
-from msn_export.runtime.engine import Engine
-from msn_export.runtime.runner import Outputs, Runner, element_of, require_fit, split_batch
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from msn_export.host import Device
-    from msn_export.manifest import Manifest
-    from msn_export.runtime.context_pool import ExecutionSlot, Lease, OutputMemory
-    from msn_export.runtime.dlpack import Borrowed
-    from msn_export.runtime.runner import Chunk
-    from msn_export.runtime.versions import CudaDriver, LoadedTensorRT
-    from msn_export.spec import TensorSpec
-
+from msn_export.runtime.dlpack import OF_ONNX, Borrowed, Tensor, widen
+from msn_export.runtime.engine import Engine, VerifiedEngine
+from msn_export.runtime.runner import Chunk, Outputs, Runner, element_of, require_fit, split_batch
+from msn_export.runtime.versions import CudaDriver, LoadedTensorRT
+from msn_export.spec import TensorSpec
 
 _ALIGNED = 256  # bytes; what cuMemAlloc gives and TensorRT may count on
 
 
 def run_on_host(
-    lane: ExecutionSlot, images: NDArray[Any], pieces: Sequence[Chunk]
+    slot: ExecutionSlot, images: NDArray[Any], chunks: Sequence[Chunk]
 ) -> dict[str, NDArray[Any]]:
     """Run images of the host; bfloat16 comes and goes as its bytes."""
-    engine, staging, stream = lane.engine, lane.staging, lane.stream
+    engine, staging, stream = slot.engine, slot.staging, slot.stream
     whole = {
         spec.name: np.empty((len(images), *_sizes(spec)), OF_ONNX[spec.dtype].storage)
         for spec in engine.outputs
     }
-    for piece in pieces:
-        rows = slice(piece.start, piece.start + piece.count)
+    for chunk in chunks:
+        rows = slice(chunk.start, chunk.start + chunk.count)
         staging.upload(engine.input.name, images[rows], stream)
-        lane.enqueue(piece.profile, piece.size, staging.addresses)
+        slot.enqueue(chunk.profile, chunk.size, staging.addresses)
         for name in whole:
-            staging.download(name, piece.count, stream)
-        lane.gpu.synchronize(stream)
+            staging.download(name, chunk.count, stream)
+        slot.gpu.synchronize(stream)
         for name, array in whole.items():
             staging.read(name, array[rows])
     return whole
 
 
 def run_on_device(
-    arena: OutputMemory, lane: ExecutionSlot, images: Borrowed, pieces: Sequence[Chunk], caller: int
+    memory: OutputMemory,
+    slot: ExecutionSlot,
+    images: Borrowed,
+    chunks: Sequence[Chunk],
+    caller: int,
 ) -> dict[str, Tensor]:
-    """Run images that lie on the GPU; the outputs are made where they stay.
+    """Run contiguous images that lie on the GPU; the outputs stay where they are made.
 
-    Nothing is copied but what has to be padded or is not aligned.
-
-    Args:
-        arena: lends the memory for the outputs.
-        lane: where to run.
-        images: contiguous.
-        pieces: the runs to make.
-        caller: the stream on which the images are made and the outputs are used.
+    Nothing is copied but what has to be padded or is not aligned. ``caller`` is the stream on which
+    the images are made and the outputs are used.
     """
-    rows = max(piece.start + piece.size for piece in pieces)
-    offsets, total = _layout(lane, rows)
-    lease = arena.lend(total, caller)
-    lane.gpu.record(lane.ready, caller)
-    lane.gpu.wait(lane.stream, lane.ready)
-    for piece in pieces:
-        _run_in_place(lane, images, piece, lease.pointer, offsets)
-    lease.written(lane.stream)
+    rows = max(chunk.start + chunk.size for chunk in chunks)
+    offsets, total = _layout(slot, rows)
+    lease = memory.lend(total, caller)
+    slot.gpu.record(slot.ready, caller)
+    slot.gpu.wait(slot.stream, slot.ready)
+    for chunk in chunks:
+        _run_in_place(slot, images, chunk, lease.pointer, offsets)
+    lease.written(slot.stream)
     lease.give_to(caller)
     return {
         spec.name: _tensor(spec, images, lease, lease.pointer + offsets[spec.name])
-        for spec in lane.engine.outputs
+        for spec in slot.engine.outputs
     }
 
 
-def _layout(lane: ExecutionSlot, rows: int) -> tuple[dict[str, int], int]:
-    """Place each output of so many rows in one block: offsets, and the size of the block."""
+def _layout(slot: ExecutionSlot, rows: int) -> tuple[dict[str, int], int]:
+    """Lay out each output of so many rows in one block: offsets, and the size of the block."""
     offsets, total = {}, 0
-    for spec in lane.engine.outputs:
+    for spec in slot.engine.outputs:
         offsets[spec.name] = total
-        total += -(-rows * lane.sizes[spec.name] // _ALIGNED) * _ALIGNED
+        total += -(-rows * slot.sizes[spec.name] // _ALIGNED) * _ALIGNED
     return offsets, total
 
 
 def _run_in_place(
-    lane: ExecutionSlot, images: Borrowed, piece: Chunk, block: int, offsets: dict[str, int]
+    slot: ExecutionSlot, images: Borrowed, chunk: Chunk, block: int, offsets: dict[str, int]
 ) -> None:
-    gpu, engine = lane.gpu, lane.engine
+    gpu, engine = slot.gpu, slot.engine
     name = engine.input.name
-    source = images.pointer + piece.start * lane.sizes[name]
+    source = images.pointer + chunk.start * slot.sizes[name]
     addresses = {name: source}
-    if piece.count != piece.size or source % _ALIGNED:
-        addresses[name] = lane.staging.addresses[name]
-        gpu.copy(addresses[name], source, piece.count * lane.sizes[name], lane.stream)
+    if chunk.count != chunk.size or source % _ALIGNED:
+        addresses[name] = slot.staging.addresses[name]
+        gpu.copy(addresses[name], source, chunk.count * slot.sizes[name], slot.stream)
     moved = {}
     for spec in engine.outputs:
-        target = block + offsets[spec.name] + piece.start * lane.sizes[spec.name]
+        target = block + offsets[spec.name] + chunk.start * slot.sizes[spec.name]
         if target % _ALIGNED:
             moved[spec.name] = target
-            target = lane.staging.addresses[spec.name]
+            target = slot.staging.addresses[spec.name]
         addresses[spec.name] = target
-    lane.enqueue(piece.profile, piece.size, addresses)
+    slot.enqueue(chunk.profile, chunk.size, addresses)
     for name, target in moved.items():
-        gpu.copy(target, addresses[name], piece.count * lane.sizes[name], lane.stream)
+        gpu.copy(target, addresses[name], chunk.count * slot.sizes[name], slot.stream)
 
 
 def _tensor(spec: TensorSpec, images: Borrowed, lease: Lease, pointer: int) -> Tensor:
@@ -139,7 +128,7 @@ _LEGACY = 1  # CU_STREAM_LEGACY: the default stream by a number that is not 0
 
 @dataclass(frozen=True, slots=True)
 class EngineHost:
-    """What an engine runs with: the driver API, a TensorRT, and a GPU."""
+    """Driver API, TensorRT and GPU that an engine runs with."""
 
     cuda: CudaDriver
     loaded: LoadedTensorRT
@@ -149,43 +138,33 @@ class EngineHost:
         return f"{self.loaded}, {self.device.name}"
 
 
-@dataclass(frozen=True, slots=True)
-class EngineFile:
-    """An engine that may be loaded: its bytes, what it is called, and what is known of it.
-
-    ``compatible`` and ``eager_kernels`` are ``Engine``'s.
-    """
-
-    content: bytes
-    file: str
-    manifest: Manifest | None
-    compatible: bool = False
-    eager_kernels: bool = False
-
-
 class TrtRunner(Runner):
     """An engine on one GPU. ``open_runner`` checks the file first and makes one.
 
     Args:
-        plan: the engine.
-        machine: what to run it with.
+        engine: the engine.
+        host: the GPU and its libraries.
         contexts: calls that run at the same time; more wait.
-        cuda_graphs: whether runs that come up again are replayed as CUDA graphs.
+        cuda_graphs: replay runs that come up again as CUDA graphs.
+        eager_kernels: see ``Engine``.
     """
 
     def __init__(
-        self, plan: EngineFile, machine: EngineHost, *, contexts: int = 2, cuda_graphs: bool = True
+        self,
+        engine: VerifiedEngine,
+        host: EngineHost,
+        *,
+        contexts: int = 2,
+        cuda_graphs: bool = True,
+        eager_kernels: bool = False,
     ) -> None:
         self._cuda_graphs = cuda_graphs
         self._closing = threading.Lock()
-        self._gpu = Gpu(machine.cuda, machine.device.index)
-        self._engine = _load(plan, machine, self._gpu)
-        self._arena = OutputMemory(self._gpu)
-        self._pool = SlotPool(self._make_lane, max(1, contexts), str(machine))
-        engine = self._engine
-        super().__init__(
-            str(machine), plan.manifest, engine.inputs, engine.outputs, engine.profiles
-        )
+        self._gpu = Gpu(host.cuda, host.device.index)
+        self._engine = loaded = _load(engine, host, self._gpu, eager_kernels=eager_kernels)
+        self._memory = OutputMemory(self._gpu)
+        self._pool = SlotPool(self._make_slot, max(1, contexts), str(host))
+        super().__init__(str(host), engine.manifest, loaded.inputs, loaded.outputs, loaded.profiles)
 
     def __call__(self, images: Any, *, stream: Any = None, profile: int | None = None) -> Outputs:
         """Run any number of images (see ``Runner``).
@@ -204,25 +183,27 @@ class TrtRunner(Runner):
         images = self._pixels(images)
         if isinstance(images, np.ndarray):
             require_fit(images.shape, element_of(images), self.inputs[0])
-            made = self._on_host(images, profile)
-            return Outputs({name: self._for_numpy(name, array) for name, array in made.items()})
+            outputs = self._on_host(images, profile)
+            return Outputs({name: self._for_numpy(name, array) for name, array in outputs.items()})
         device = dlpack.device_of(images)
         if device is not None:
             return Outputs(self._on_gpu(images, device, stream, profile))
         borrowed = dlpack.borrow(images)
         require_fit(borrowed.shape, borrowed.element, self.inputs[0])
-        back = library.take_back(images)
-        made = self._on_host(borrowed.array(), profile)
-        return Outputs({name: back(self._for_dlpack(name, array)) for name, array in made.items()})
+        back = dlpack.take_back(images)
+        outputs = self._on_host(borrowed.array(), profile)
+        return Outputs(
+            {name: back(self._for_dlpack(name, array)) for name, array in outputs.items()}
+        )
 
     @property
     def cuda_graphs(self) -> str:
-        """Say how runs are replayed, for reports: ``off``, or by whom and how many are kept."""
+        """Replay of runs, for reports: ``off``, or by whom and how many are kept."""
         if not self._cuda_graphs:
             return "off"
         if not self._engine.loaded.row.captures:
             return "TensorRT-RTX's own"
-        graphs = [lane.graphs for lane in self._pool.free() if lane.graphs is not None]
+        graphs = [slot.graphs for slot in self._pool.free() if slot.graphs is not None]
         refusals = {one.refusal for one in graphs if one.refusal}
         return "; ".join([f"{sum(map(len, graphs))} captured", *sorted(refusals)])
 
@@ -236,7 +217,7 @@ class TrtRunner(Runner):
                 return
             self._is_open = False
             with ExitStack() as owned:
-                owned.callback(self._arena.close)
+                owned.callback(self._memory.close)
                 self._gpu.release(self._free)
 
     def _free(self) -> None:
@@ -244,28 +225,28 @@ class TrtRunner(Runner):
             owned.callback(self._engine.close)
             owned.callback(self._pool.close)
 
-    def _make_lane(self) -> ExecutionSlot:
+    def _make_slot(self) -> ExecutionSlot:
         return ExecutionSlot(self._gpu, self._engine, graphs=self._cuda_graphs)
 
     def _on_host(self, images: NDArray[Any], profile: int | None) -> dict[str, NDArray[Any]]:
-        pieces = split_batch(len(images), self.profiles, profile)
-        with self._pool.lane() as lane, self._gpu.current():
-            return run_on_host(lane, images, pieces)
+        chunks = split_batch(len(images), self.profiles, profile)
+        with self._pool.slot() as slot, self._gpu.current():
+            return run_on_host(slot, images, chunks)
 
     def _on_gpu(self, images: Any, device: int, stream: Any, profile: int | None) -> dict[str, Any]:
-        asked = None if stream is None else library.handle_of(stream)
-        known = library.current_stream(images, device) if asked is None else asked
-        caller = known or _LEGACY
+        asked = None if stream is None else dlpack.handle_of(stream)
+        current = dlpack.current_stream(images, device) if asked is None else asked
+        caller = current or _LEGACY
         borrowed = dlpack.borrow(images, caller)
         require_fit(borrowed.shape, borrowed.element, self.inputs[0])
         self._require_here(borrowed)
-        pieces = split_batch(borrowed.shape[0], self.profiles, profile)
-        with self._pool.lane() as lane, self._gpu.current():
-            made = run_on_device(self._arena, lane, borrowed, pieces, caller)
-            if known is None:  # nobody orders the images' end after this: wait for it here
-                self._gpu.synchronize(lane.stream)
-        back = library.take_back(images)
-        return {name: back(tensor) for name, tensor in made.items()}
+        chunks = split_batch(borrowed.shape[0], self.profiles, profile)
+        with self._pool.slot() as slot, self._gpu.current():
+            outputs = run_on_device(self._memory, slot, borrowed, chunks, caller)
+            if current is None:  # nobody orders the images' end after this: wait for it here
+                self._gpu.synchronize(slot.stream)
+        back = dlpack.take_back(images)
+        return {name: back(tensor) for name, tensor in outputs.items()}
 
     def _require_here(self, images: Borrowed) -> None:
         if images.device != self._gpu.index:
@@ -276,7 +257,6 @@ class TrtRunner(Runner):
             raise InputError("images are not contiguous; make them so (torch: .contiguous())")
 
     def _for_numpy(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
-        """Give an output as NumPy can name it."""
         return array if self._element(name).numpy else widen(array)
 
     def _for_dlpack(self, name: str, array: NDArray[Any]) -> Any:
@@ -289,17 +269,17 @@ class TrtRunner(Runner):
         return next(OF_ONNX[spec.dtype] for spec in self.outputs if spec.name == name)
 
 
-def _load(plan: EngineFile, machine: EngineHost, gpu: Gpu) -> Engine:
+def _load(file: VerifiedEngine, host: EngineHost, gpu: Gpu, *, eager_kernels: bool) -> Engine:
     """Load an engine, or let go of the GPU."""
     engine = None
     try:
         with gpu.current():
             engine = Engine(
-                machine.loaded,
-                plan.content,
-                plan.file,
-                compatible=plan.compatible,
-                eager_kernels=plan.eager_kernels,
+                host.loaded,
+                file.content,
+                file.path.name,
+                compatible=file.compatible,
+                eager_kernels=eager_kernels,
             )
     except Exception as error:  # noqa: BLE001  pybind raises what it likes
         failure = error
@@ -316,4 +296,4 @@ def _load(plan: EngineFile, machine: EngineHost, gpu: Gpu) -> Engine:
         gpu.release(forget)
     if isinstance(failure, MsnExportError):
         raise failure
-    raise DeviceError(f"{machine.loaded} failed on {plan.file}: {failure}")
+    raise DeviceError(f"{host.loaded} failed on {file.path.name}: {failure}")

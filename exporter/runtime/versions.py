@@ -31,7 +31,7 @@ Runtime: TypeAlias = Any
 TensorIOMode: TypeAlias = Any
 
 
-# How an execution context gets its scratch memory and its CUDA graphs. "strategy": the lane's
+# How an execution context gets its scratch memory and its CUDA graphs. "strategy": the slot's
 # memory, our graphs; "bare": the same as TensorRT 8.6 spells it; "config": TensorRT-RTX has its own
 # graphs, which follow shapes and addresses, and then its own memory too.
 Contexts = Literal["strategy", "bare", "config"]
@@ -66,7 +66,7 @@ _OWN_GPU_ONLY = "TensorRT compiles for the GPU it runs on; --backend tensorrt-rt
 
 @dataclass(frozen=True, slots=True)
 class TensorRTVersion:
-    """What one range of a module's versions can do and how it is told.
+    """Differences of one range of a module's versions.
 
     ``since`` is the first version of the row, ``lacks`` the names the compiler's code uses that the
     row's modules do not have (each guarded by a field here), ``ignored`` and ``refused`` the
@@ -95,19 +95,12 @@ class TensorRTVersion:
 
     @property
     def strongly_typed(self) -> bool:
-        """Whether the graph's types are the engine's types."""
         return "STRONGLY_TYPED" in self.network_flags
 
     @property
     def captures(self) -> bool:
-        """Whether CUDA graphs are ours to capture."""
+        """True where CUDA graphs are ours to capture."""
         return self.contexts != "config"
-
-    def named_members(self) -> frozenset[str]:
-        """List the enum members that this row names as text."""
-        flags = {f"NetworkDefinitionCreationFlag.{flag}" for flag in self.network_flags}
-        flags |= {f"BuilderFlag.{flag}" for flag in self.precision_flags.values()}
-        return frozenset(flags | {f"PreviewFeature.{name}" for name in self.preview_features})
 
 
 _RTX_IGNORES = "TensorRT-RTX accepts it and does nothing: it chooses its kernels on the user's GPU"
@@ -171,8 +164,6 @@ _PREVIEW = ((9, 0), (10, 0))  # 9.x was a preview for language models
 
 @dataclass(frozen=True, slots=True)
 class LoadedTensorRT:
-    """A module that was imported, with its row."""
-
     trt: TensorRT
     row: TensorRTVersion
     version: str
@@ -183,13 +174,10 @@ class LoadedTensorRT:
 
 
 def load(backend: str, *, compatible: bool) -> LoadedTensorRT:
-    """Import what runs engines of ``backend``: the full module first, the lean one if it may.
+    """Import a module that runs engines of ``backend``: the full one, else the lean one.
 
-    Only where a driver was found: without one, what follows ends the process.
-
-    Args:
-        backend: as the manifest names it.
-        compatible: whether the engine was built with ``--version-compatible``.
+    The lean one only for ``compatible`` engines, built with ``--version-compatible``. Only where a
+    driver was found: without one, what follows ends the process.
     """
     modules = dict.fromkeys(
         row.module
@@ -206,7 +194,6 @@ def load(backend: str, *, compatible: bool) -> LoadedTensorRT:
 
 
 def row_for(module: str, version: str) -> TensorRTVersion | None:
-    """Choose the row for a version of a module, or None where no row fits."""
     found = numbers(version)[:2]
     if len(found) < 2 or (module == "tensorrt" and _PREVIEW[0] <= found < _PREVIEW[1]):
         return None
@@ -221,7 +208,7 @@ def numbers(version: str) -> tuple[int, ...]:
 
 
 def may_run(loaded: LoadedTensorRT, built: str, *, compatible: bool) -> bool:
-    """Tell whether an engine built with version ``built`` loads here.
+    """True where an engine built with version ``built`` loads in ``loaded``.
 
     By default in that very version only; a version-compatible one in later ones, up to the next
     major version (docs.nvidia.com/deeplearning/tensorrt, Engine Compatibility).

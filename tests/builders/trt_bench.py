@@ -15,11 +15,12 @@ import pytest
 
 from msn_export.engine.build import build_engine
 from msn_export.engine.options import Backend, BuildSpec, find_backend
-from msn_export.engine_header import ANY_GPU, may_target, tries_any_gpu
+from msn_export.engine_header import ANY_GPU, EngineHeader, may_target, tries_any_gpu
 from msn_export.errors import MissingPackageError
 from msn_export.host import Device, Driver, NoDriver, find_driver
 from msn_export.runtime import dlpack as libraries
-from msn_export.runtime.tensorrt import EngineFile, EngineHost, TrtRunner
+from msn_export.runtime.engine import VerifiedEngine
+from msn_export.runtime.tensorrt import EngineHost, TrtRunner
 from msn_export.runtime.versions import VERSIONS, LoadedTensorRT, row_for
 from msn_export.spec import BatchRange, ComputeCapability
 from tests.builders.networks import Network
@@ -60,8 +61,9 @@ class Bench:
         self, network: Network | None = None, *, eager_kernels: bool = False, **options: Any
     ) -> TrtRunner:
         content = self.plan(network or Network())
-        plan = EngineFile(content, "m.engine", None, eager_kernels=eager_kernels)
-        return TrtRunner(plan, self.machine, **options)
+        header = EngineHeader(self.machine.loaded.row.backend, "", len(content))
+        engine = VerifiedEngine(Path("m.engine"), content, header, None)
+        return TrtRunner(engine, self.machine, eager_kernels=eager_kernels, **options)
 
     @cache  # noqa: B019  lives as long as the test
     def library(self) -> Any:

@@ -147,7 +147,7 @@ def test_they_are_decoded_when_they_are_asked_for_and_no_earlier(tmp_path, monke
 def test_the_graph_gets_what_every_other_command_feeds_it(tmp_path, batch) -> None:
     paths = sorted(pictures(tmp_path, 7).rglob("*.png"))
     as_bytes, as_floats = (
-        np.concatenate([part for part, _ in Pictures(paths, SMALL, input_format, 7).feed(batch)])
+        np.concatenate([part for part, _ in Pictures(paths, SMALL, input_format, 7).batches(batch)])
         for input_format in (InputFormat.UINT8, InputFormat.FLOAT)
     )
     np.testing.assert_array_equal(as_bytes, images.decode(paths, SMALL))

@@ -13,7 +13,7 @@ from msn_export.calibration.search import (
     STRENGTHS,
     Exclusion,
     SensitivitySample,
-    choices,
+    exclusions,
     replay,
     smooth,
 )
@@ -148,7 +148,7 @@ def test_a_record_of_another_graph_is_refused(tmp_path) -> None:
 
 def test_everything_is_quantised_where_that_reaches_the_gate(tmp_path) -> None:
     plan = measured(planned(tmp_path), tmp_path)
-    found = next(choices(plan, probe_of(plan, tmp_path), Gate(cosine_p1=0.9), Silent()))
+    found = next(exclusions(plan, probe_of(plan, tmp_path), Gate(cosine_p1=0.9), Silent()))
     assert found == Exclusion((), {})
 
 
@@ -158,7 +158,7 @@ def test_the_block_that_costs_most_is_kept_first(tmp_path, sick) -> None:
     plan = measured(plan, tmp_path)
     probe = probe_of(plan, tmp_path)
     assert probe.failures(plan.quantised(), Gate(cosine_p1=0.999))
-    found = list(choices(plan, probe, Gate(cosine_p1=0.999), Silent()))
+    found = list(exclusions(plan, probe, Gate(cosine_p1=0.999), Silent()))
     assert [choice.kept for choice in found] == [(sick,)]
     drift = found[0].drift
     assert drift[sick] > 3 * drift[1 - sick]
@@ -168,11 +168,11 @@ def test_the_block_that_costs_most_is_kept_first(tmp_path, sick) -> None:
 
 def test_no_choice_is_given_where_none_reaches_the_gate(tmp_path) -> None:
     plan = measured(planned(tmp_path), tmp_path)
-    assert list(choices(plan, probe_of(plan, tmp_path), Gate(cosine_p1=1.0), Silent())) == []
+    assert list(exclusions(plan, probe_of(plan, tmp_path), Gate(cosine_p1=1.0), Silent())) == []
 
 
 def test_a_later_choice_is_measured_when_the_first_fails_elsewhere(tmp_path) -> None:
     plan = measured(planned(tmp_path), tmp_path)
-    found = list(choices(plan, probe_of(plan, tmp_path), Gate(cosine_p1=0.9), Silent()))
+    found = list(exclusions(plan, probe_of(plan, tmp_path), Gate(cosine_p1=0.9), Silent()))
     assert [len(choice.kept) for choice in found] == [0, 1]
     assert set(found[1].drift) == {0, 1}

@@ -72,19 +72,20 @@ def test_every_option_arrives_where_an_engine_is_opened(monkeypatch) -> None:
     monkeypatch.setattr(opening, "load_cuda", given.append)
     monkeypatch.setattr(opening, "load", lambda backend, **told: given.append(told))
     monkeypatch.setattr(opening, "require_version", lambda *_: None)
-    monkeypatch.setattr(opening, "TrtRunner", lambda plan, machine, **told: (plan, machine, told))
+    monkeypatch.setattr(
+        opening, "TrtRunner", lambda verified, host, **options: (verified, host, options)
+    )
     known = manifests.read(engine())
-    plan, machine, told = open_runner(
+    verified, host, options = open_runner(
         engine(), device=3, contexts=5, cuda_graphs=False, eager_kernels=True
     )
     assert given == [("device", 3), "tensorrt-rtx", {"compatible": False}]
-    assert (plan.content, plan.manifest) == (engine().read_bytes(), known)
-    assert (plan.compatible, plan.eager_kernels) == (False, True)
-    assert machine.device is ADA
-    assert told == {"contexts": 5, "cuda_graphs": False}
-    plan, _, told = open_runner(engine())
-    assert not plan.eager_kernels
-    assert told == {"contexts": 2, "cuda_graphs": True}
+    assert (verified.content, verified.manifest) == (engine().read_bytes(), known)
+    assert not verified.compatible
+    assert host.device is ADA
+    assert options == {"contexts": 5, "cuda_graphs": False, "eager_kernels": True}
+    _, _, options = open_runner(engine())
+    assert options == {"contexts": 2, "cuda_graphs": True, "eager_kernels": False}
 
 
 def test_every_option_arrives_where_a_graph_is_opened(monkeypatch) -> None:

@@ -15,7 +15,7 @@ from msn_export.errors import EngineFileError, ManifestError, RunnerError
 from msn_export.host import Device, Driver
 from msn_export.manifest import EngineRecord, SourceRecord, manifest_path, sha256_of
 from msn_export.runtime import open_runner, opening
-from msn_export.runtime.opening import VerifiedEngine, rebuild, verify_engine_file
+from msn_export.runtime.engine import VerifiedEngine, rebuild, verify_engine_file
 from msn_export.runtime.versions import LoadedTensorRT
 from msn_export.schema import from_plain, to_plain
 from msn_export.spec import ComputeCapability, Dtype
