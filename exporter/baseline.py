@@ -166,9 +166,7 @@ def open_typed(
         type_graph(
             model, dtype, choose_fp32_islands(model, MEASURED, dtype, sample, input_format, stage)
         )
-    runner = _open(model, dtype, stage)
-    runner.name = f"the reference as a graph in {dtype}, in {runner.name}"
-    return runner
+    return _open(model, dtype, stage, f"the reference as a graph in {dtype}")
 
 
 def open_rounded(
@@ -181,9 +179,8 @@ def open_rounded(
     """
     islands = set(choose_fp32_islands(model, MEASURED, dtype, sample, input_format, stage))
     islands |= set(overflowing_weights(model, dtype))
-    runner = _open(round_values(model, dtype, islands), Dtype.FP32, stage)
-    runner.name = f"the reference with every result rounded to {dtype}, in {runner.name}"
-    return runner
+    rounded = round_values(model, dtype, islands)
+    return _open(rounded, Dtype.FP32, stage, f"the reference with every result rounded to {dtype}")
 
 
 def open_widened(model: ir.Model, stage: Path) -> OrtRunner:
@@ -192,16 +189,12 @@ def open_widened(model: ir.Model, stage: Path) -> OrtRunner:
     How far the graph is from it is what its precision costs, and what another graph of the same
     weights may differ by.
     """
-    runner = _open(widen(model), Dtype.FP32, stage)
-    runner.name = f"the reference's weights in fp32, in {runner.name}"
-    return runner
+    return _open(widen(model), Dtype.FP32, stage, "the reference's weights in fp32")
 
 
 def open_exact(model: ir.Model, stage: Path) -> OrtRunner:
     """Open an fp32 graph in fp64: what it computes without fp32's own rounding."""
-    runner = _open(in_fp64(model), Dtype.FP32, stage)
-    runner.name = f"the graph in fp64, in {runner.name}"
-    return runner
+    return _open(in_fp64(model), Dtype.FP32, stage, "the graph in fp64")
 
 
 def open_quantised(
@@ -241,16 +234,15 @@ def open_quantised(
         if rest is not Dtype.FP32:
             named = {value.name for node in quantised.graph for value in node.outputs}
             type_graph(quantised, rest, islands.keys() & named)
-        runner = _open(quantised, dtype, stage)
-        runner.name = f"the reference in {dtype} with {ranges}, in {runner.name}"
-        yield runner
+        yield _open(quantised, dtype, stage, f"the reference in {dtype} with {ranges}")
 
 
-def _open(model: ir.Model, dtype: Dtype, stage: Path) -> OrtRunner:
+def _open(model: ir.Model, dtype: Dtype, stage: Path, name: str) -> OrtRunner:
     path = apart(stage) / "baseline.onnx"
     io.save(model, path)
     runner = cpu_runner(path, dtype, path.parent)
     path.unlink()
+    runner.name = f"{name}, in {runner.name}"
     return runner
 
 

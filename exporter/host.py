@@ -12,11 +12,8 @@ import json
 import os
 import platform
 import re
-import shutil
 import signal
-import subprocess
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -306,6 +303,9 @@ _TIMEOUT = 20.0  # seconds
 
 def device_bytes(process: int) -> int | None:
     """Ask the driver's own tool; None where it is missing or cannot tell processes apart."""
+    import shutil  # the three are half of what importing this module would take
+    import subprocess
+
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
@@ -342,6 +342,8 @@ class ChildProcess:
     def __init__(
         self, module: str, log: IO[bytes], environment: Mapping[str, str] | None = None
     ) -> None:
+        import subprocess
+
         reading, writing = os.pipe()
         self.messages = os.fdopen(reading, "rb")
         try:
@@ -426,5 +428,7 @@ def serve(
             send({"failed": str(error)})
         except Exception as error:  # noqa: BLE001  libraries raise what they like
             if not isinstance(error, MemoryError):
+                import traceback
+
                 traceback.print_exc()
             send(failure(error))

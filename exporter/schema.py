@@ -9,7 +9,6 @@ learn of ``output="model.onnx"`` from an AttributeError minutes later.
 from __future__ import annotations
 
 import dataclasses
-import html
 import json
 import math
 import sys
@@ -269,6 +268,8 @@ class Result:
         return f"{type(self).__name__}({', '.join(parts[:_SHOWN])}{', …' * (len(parts) > _SHOWN)})"
 
     def _repr_html_(self) -> str:
+        import html
+
         rows = (
             f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>"
             for name, value in self.summary().items()

@@ -223,6 +223,11 @@ def require(
         raise BuildError(f"engine is not what was asked for{where}: {'; '.join(faults)}")
 
 
+def _first_three(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
 def _shortened(faults: list[str]) -> list[str]:
     more = [f"and {len(faults) - 3} more such"] if len(faults) > 3 else []
     return [*faults[:3], *more]
@@ -261,14 +266,10 @@ def _precision_faults(
         if gemm_dtype(kernel) not in (*allowed, *_also_allowed(kernel, asked))
     ]
     if wrong:
-        named = [
-            f"{gemm_dtype(kernel)} in {'+'.join(kernel.layers) or kernel.name}"
-            for kernel in wrong[:3]
-        ]
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        named = [f"{gemm_dtype(k)} in {'+'.join(k.layers) or k.name}" for k in wrong]
         return [
             f"{len(wrong)} of {len(census.gemms) + len(census.fused_attention)} matrix products "
-            f"and attention kernels are not {' or '.join(allowed)}: {', '.join(named)}{more}"
+            f"and attention kernels are not {' or '.join(allowed)}: {_first_three(named)}"
         ]
     if allowed[0] not in census.gemm_dtypes:
         return [f"no matrix product multiplies in {allowed[0]}; is the graph quantised?"]
@@ -289,11 +290,10 @@ def _quantisation_faults(census: Census, dtype: str, quantised: Collection[str])
     wrong = not_multiplied_in(census, dtype, quantised)
     if not wrong:
         return []
-    named = [f"{found or 'no kernel'} for {name}" for name, found in list(wrong.items())[:3]]
-    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    named = [f"{found or 'no kernel'} for {name}" for name, found in wrong.items()]
     return [
         f"{len(quantised) - len(wrong)} of {len(quantised)} quantised products multiply in "
-        f"{dtype}: {', '.join(named)}{more}"
+        f"{dtype}: {_first_three(named)}"
     ]
 
 

@@ -128,7 +128,7 @@ def test_what_does_not_fit_is_refused(plain) -> None:
         (batch[0], r"have shape \[3, 2, 2\]; .* give one image as images\[None\]"),
         (batch[:0], "there is no image in the batch; give at least one"),
         (batch.astype(np.complex64), "images are complex64; expected a plain float"),
-        ("m.png", "images are a str; expected a numpy array or a tensor with DLPack"),
+        (5, "images are a int; expected a numpy array or a tensor with DLPack"),
         (torch.from_numpy(batch).requires_grad_(), r"require gradient, use tensor\.detach\(\)"),
         (torch.from_numpy(batch).to(torch.complex64), "expected a plain float, integer or bool"),
     ):
