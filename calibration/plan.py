@@ -28,7 +28,7 @@ from msn_export.calibration.qdq import (
 )
 from msn_export.calibration.ranges import Histogram, Watch, finite, threshold
 from msn_export.errors import FusionError, GraphError
-from msn_export.graph.builder import GraphBuilder, array_of, operand
+from msn_export.graph.builder import GraphBuilder, array_of, operand, sizes_of
 from msn_export.graph.fuse import fuse_attention
 from msn_export.graph.opset import lower_opset
 from msn_export.spec import AttentionForm, Dtype, Observer, Target
@@ -206,5 +206,5 @@ class Plan:
 
 def _tokens(model: ir.Model, core: Operands) -> int:
     values = {value.name: value for node in model.graph for value in node.outputs}
-    shape = list(values[core.v].shape or ())
-    return shape[-2] if len(shape) == 4 and isinstance(shape[-2], int) else 0
+    sizes = sizes_of(values[core.v])
+    return (sizes[-2] or 0) if len(sizes) == 4 else 0

@@ -199,10 +199,8 @@ def _weight_rank(node: ir.Node) -> int | None:
 
 def _describe(node: ir.Node, role: Role, block: int | None) -> Projection:
     x, weight = operand(node, 0), operand(node, 1)
-    axis = 0 if node.op_type == "Conv" else 1
-    if node.op_type == "Gemm":
-        transposed = node.attributes.get("transB")
-        axis = 0 if transposed is not None and transposed.as_int() else 1
+    transposed = node.attributes.get_int("transB", 0)
+    axis = 0 if transposed or node.op_type == "Conv" else 1
     return Projection(role, block, node.name or "", x.name or "", weight.name or "", axis)
 
 

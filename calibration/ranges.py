@@ -9,6 +9,7 @@ new pass over the images. It holds the smoothing too: the ranges are those of th
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from msn_export.calibration.qdq import INT8, Format
 from msn_export.calibration.smoothquant import LARGEST_EXPONENT
 from msn_export.errors import GraphError, ManifestError, SpecError
 from msn_export.graph import io
+from msn_export.graph.builder import sizes_of
 from msn_export.preprocessing import Preprocessing
 from msn_export.schema import from_plain, to_plain
 from msn_export.spec import Observer
@@ -198,7 +200,7 @@ class Watch:
         copy.graph.outputs.clear()
         copy.graph.outputs.extend(values[name] for name in self.names)
         RemoveUnusedNodesPass()(copy)
-        self._fixed = _fixed_batch(copy)
+        self._fixed = next(iter(sizes_of(copy.graph.inputs[0])), None)
         self.batch = self._fixed or _affordable(copy)
         with TemporaryDirectory(dir=stage) as own:
             path = Path(own) / "watched.onnx"
@@ -262,25 +264,15 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def _fixed_batch(model: ir.Model) -> int | None:
-    shape = model.graph.inputs[0].shape
-    return shape[0] if shape is not None and isinstance(shape[0], int) else None
-
-
 def _affordable(model: ir.Model) -> int:
     """Choose how many images are run at once, by the size of what is watched and of attention."""
-    each = sum(_size(value) for value in model.graph.outputs)
+    each = sum(4 * math.prod(filter(None, sizes_of(value))) for value in model.graph.outputs)
     for node in model.graph:
-        if node.op_type == "Attention" and node.inputs[0] is not None:
-            shape = [size for size in node.inputs[0].shape or () if isinstance(size, int)]
+        if node.op_type == "Attention":
+            shape = [size for size in sizes_of(node.inputs[0]) if size is not None]
             if len(shape) == 3:  # [h, n, d]; scores and probabilities are [h, n, n] each
                 each = max(each, 8 * shape[0] * shape[1] * shape[1])
     return max(1, min(8, _BATCH_BYTES // max(each, 1)))
-
-
-def _size(value: ir.Value) -> int:
-    sizes = [size for size in value.shape or () if isinstance(size, int)]
-    return 4 * int(np.prod(sizes))
 
 
 def channel_maxima(watch: Watch, batches: Iterable[tuple[NDArray[Any], Sequence[str]]]) -> Seen:

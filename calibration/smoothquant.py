@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from msn_export.calibration.qdq import Projection, Role, find_cores
 from msn_export.errors import GraphError
 from msn_export.graph.attention import AttentionCore
-from msn_export.graph.builder import GraphBuilder, array_of, operand
+from msn_export.graph.builder import GraphBuilder, array_of, constant_of, operand, sizes_of
 
 # b batch, n tokens, c channels
 
@@ -113,13 +113,12 @@ def _reshaped(node: ir.Node, array: NDArray[Any]) -> list[NDArray[Any]] | None:
 
 
 def _transposed(node: ir.Node, array: NDArray[Any]) -> list[NDArray[Any]] | None:
-    perm = node.attributes.get("perm")
-    order = list(perm.as_ints()) if perm is not None else list(range(array.ndim))[::-1]
+    order = node.attributes.get_ints("perm", tuple(range(array.ndim))[::-1])
     return [array.transpose(order)] if len(order) == array.ndim else None
 
 
 def _split(node: ir.Node, array: NDArray[Any]) -> list[NDArray[Any]] | None:
-    axis = _axis(node)
+    axis = node.attributes.get_int("axis", 0)
     sizes = [_sizes(output) for output in node.outputs]
     if any(len(size) != array.ndim or size[axis] < 0 for size in sizes):
         return None
@@ -128,15 +127,10 @@ def _split(node: ir.Node, array: NDArray[Any]) -> list[NDArray[Any]] | None:
 
 
 def _squeezed(node: ir.Node, array: NDArray[Any]) -> list[NDArray[Any]] | None:
-    axes = node.inputs[1].const_value if len(node.inputs) > 1 and node.inputs[1] else None
-    if axes is None or any(array.shape[axis] != 1 for axis in axes.numpy()):
+    axes = constant_of(node.inputs[1]) if len(node.inputs) > 1 else None
+    if axes is None or any(array.shape[axis] != 1 for axis in axes):
         return None
-    return [array.squeeze(tuple(int(axis) for axis in axes.numpy()))]
-
-
-def _axis(node: ir.Node) -> int:
-    axis = node.attributes.get("axis")
-    return axis.as_int() if axis is not None else 0
+    return [array.squeeze(tuple(int(axis) for axis in axes))]
 
 
 _MOVERS: Mapping[str, Any] = {
@@ -149,14 +143,13 @@ _MOVERS: Mapping[str, Any] = {
 
 def keeps_channels(node: ir.Node) -> bool:
     """True where a Slice or Gather picks rows (tokens, images), the last axis whole."""
-    value = node.inputs[0]
-    rank = len(value.shape) if value is not None and value.shape is not None else 0
+    rank = len(sizes_of(node.inputs[0]))
     if node.op_type == "Gather":
-        return rank > 1 and _axis(node) % rank != rank - 1
-    axes = node.inputs[3].const_value if len(node.inputs) > 3 and node.inputs[3] else None
+        return rank > 1 and node.attributes.get_int("axis", 0) % rank != rank - 1
+    axes = constant_of(node.inputs[3]) if len(node.inputs) > 3 else None
     if node.op_type != "Slice" or axes is None or not rank:
         return False
-    return all(int(axis) % rank != rank - 1 for axis in axes.numpy())
+    return all(int(axis) % rank != rank - 1 for axis in axes)
 
 
 # A channel moves by at most 2**LARGEST_EXPONENT: fp16 weights can hold that.

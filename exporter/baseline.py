@@ -37,7 +37,14 @@ from msn_export.errors import GraphError
 from msn_export.files import apart
 from msn_export.graph import io
 from msn_export.graph.blocks import PRODUCTS, Stream
-from msn_export.graph.builder import GraphBuilder, array_of, operand, producer
+from msn_export.graph.builder import (
+    GraphBuilder,
+    array_of,
+    constant_of,
+    operand,
+    producer,
+    sizes_of,
+)
 from msn_export.graph.builder import replace as replace_value
 from msn_export.graph.cls_only import narrow_to_first_token
 from msn_export.graph.emulate import in_fp64, round_values, widen
@@ -84,8 +91,8 @@ def narrow_like(model: ir.Model, candidate: Stream) -> None:
     Products of one row add in another order than those of many.
     """
     blocks = candidate.blocks
-    shape = blocks[-1].output.shape
-    if shape is None or len(shape) != 3 or shape[1] != 1:
+    sizes = sizes_of(blocks[-1].output)
+    if len(sizes) != 3 or sizes[1] != 1:
         return
     products = [sum(node.op_type in PRODUCTS for node in block.nodes) for block in blocks]
     narrow_to_first_token(model, split_projection=products[-1] > products[0])
@@ -118,14 +125,14 @@ def _take(model: ir.Model, input_format: InputFormat, preprocessing: Preprocessi
     if held is input_format or InputFormat.UINT8 not in {held, input_format}:
         return
     conv = next((node for node in model.graph if node.op_type == "Conv"), None)
-    weight = conv.inputs[1].const_value if conv is not None and conv.inputs[1] else None
+    weight = constant_of(conv.inputs[1]) if conv is not None else None
     if conv is None or weight is None or images.shape is None:
         raise GraphError("the graph has no convolution over the image; expected a ViT")
     std = np.asarray(preprocessing.std, np.float64).reshape(1, -1, 1, 1)
     mean = np.asarray(preprocessing.mean, np.float64).reshape(1, -1, 1, 1)
-    kernel = weight.numpy().astype(np.float64)
-    bias = conv.inputs[2] if len(conv.inputs) > 2 else None
-    shift = bias.const_value.numpy().astype(np.float64) if bias and bias.const_value else 0.0
+    kernel = weight.astype(np.float64)
+    bias = constant_of(conv.inputs[2]) if len(conv.inputs) > 2 else None
+    shift = 0.0 if bias is None else bias.astype(np.float64)
     builder = GraphBuilder(model.graph, model.graph[0])
     batch, *sizes = images.shape
     if input_format is InputFormat.UINT8:
@@ -337,10 +344,10 @@ def _reduced(product: ir.Node) -> bool:
 def _constant_of(product: ir.Node, index: int, at: int) -> NDArray[np.float32]:
     value = product.inputs[index]
     pair = value.producer() if value is not None else None
-    held = pair.inputs[at] if pair is not None else None
-    if held is None or held.const_value is None:
+    held = constant_of(pair.inputs[at]) if pair is not None else None
+    if held is None:
         raise GraphError(f"the scales of product {product.name!r} are not constant")
-    return held.const_value.numpy()
+    return held
 
 
 def _smooth_like(
