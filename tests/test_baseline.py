@@ -232,9 +232,10 @@ def test_ranges_of_the_images_stand_in_for_the_candidates(
         widen_range(narrow, product, 0.25)
 
     def costs(candidate: ir.Model, observer: Observer) -> list[float]:
-        runners = baseline.open_quantised(
+        opened = baseline.open_quantised(
             written.clone(), candidate, sample, InputFormat.FLOAT, tmp_path, observer
         )
+        runners = list(opened)
         assert f"with ranges of 6 of the images by {observer}, in" in runners[1].name
         return [max(errors(runner, reference, InputFormat.FLOAT).values()) for runner in runners]
 
