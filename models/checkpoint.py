@@ -41,7 +41,7 @@ Kind = Literal["random", "memory", "file", "folder", "hub"]
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """What a user says of a checkpoint that does not say it itself, or holds several.
+    """Options of a checkpoint that does not say them itself, or holds several models.
 
     ``variant`` is the published shape of a weights file, ``weights`` what holds the weights to take
     of several in one file, ``labels`` a file with the names of the classes.

@@ -282,6 +282,11 @@ def parse_config(
     eps = config["layer_norm_eps"]
     if not isinstance(eps, float):  # no integer lies between 0 and 1
         raise CheckpointError(f"{where}: layer_norm_eps is {eps!r}; expected as in 1e-6")
+    problem = config.get("problem_type")
+    if problem is not None and problem not in PROBLEM_TYPES:
+        raise CheckpointError(
+            f"{where}: problem_type is {problem!r}; expected {', '.join(PROBLEM_TYPES)} or null"
+        )
     activation, bias = config.get("hidden_act", "gelu"), config.get("qkv_bias", True)
     if not isinstance(activation, str) or not isinstance(bias, bool):
         raise CheckpointError(f"{where}: hidden_act must be text and qkv_bias true or false")
@@ -298,18 +303,10 @@ def parse_config(
             eps=eps,
             qkv_bias=bias,
             labels=parse_labels(config, classes, where) if labels is None else labels,
-            problem_type=_problem_type(config.get("problem_type"), where),
+            problem_type=problem,
         )
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from error
-
-
-def _problem_type(value: Any, where: str) -> str | None:
-    if value is not None and value not in PROBLEM_TYPES:
-        raise CheckpointError(
-            f"{where}: problem_type is {value!r}; expected {', '.join(PROBLEM_TYPES)} or null"
-        )
-    return value if isinstance(value, str) else None
 
 
 def _pair(value: Any, name: str) -> tuple[int, int]:

@@ -33,7 +33,7 @@ _BLOCK = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How some writers name weights: their module's name to ours, outside blocks and inside one.
+    """Names of weights by some writers: their module's name to ours, outside blocks and inside one.
 
     ``block`` is what a block's keys begin with, ``N`` its number.
     """
@@ -258,7 +258,7 @@ def bare(key: str) -> str:
 
 
 def is_weight(key: str) -> bool:
-    """Whether a key belongs to a ViT-MSN, be it one that inference does not read."""
+    """Check whether a key belongs to a ViT-MSN, be it one that inference does not read."""
     return canonical(key) is not None or any(_spare(key, (), family) for family in FAMILIES)
 
 
@@ -451,7 +451,7 @@ class Shaped:
 
 
 def config_of(tensors: Mapping[str, Tensor], variant: str | None, where: str) -> Shaped:
-    """Tell the shape of weights that come without a config.json.
+    """Infer the shape of weights that come without a config.json.
 
     A published shape is found by patch, width and depth; the image size is that of the position
     embedding.

@@ -157,7 +157,7 @@ class LinearProbe(nn.Module):
 
 
 class Hidden(NamedTuple):
-    """What the heads read: ``tokens`` [b, n, dim], and ``cls`` of the last blocks, each [b, dim].
+    """Input of the heads: ``tokens`` [b, n, dim], and ``cls`` of the last blocks, each [b, dim].
 
     Tokens went through the final LayerNorm where the model has one, ``cls`` never did. ``cls`` is
     empty where no classifier reads it.

@@ -336,7 +336,7 @@ def _without_prefix(
 
 
 def _is_probe(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether all of a linear probe is there, in its shapes; else its keys are unknown ones."""
+    """Match a whole linear probe, in its shapes; keys of any other are unknown ones."""
     if not tensors.keys() >= PROBE:
         return False
     parts = [tensors[name] for name in PROBE]

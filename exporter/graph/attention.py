@@ -116,7 +116,7 @@ _HALF = frozenset((ir.DataType.FLOAT16, ir.DataType.BFLOAT16))
 
 
 def _is_learned(query: ir.Value) -> bool:
-    """Whether a query is computed from weights, and the batch size at most."""
+    """Check whether a query is computed from weights, and the batch size at most."""
     pending, seen = [query], set()
     while pending:
         value = pending.pop()
@@ -140,7 +140,7 @@ def _uncast(value: ir.Value) -> ir.Value:
 
 
 def _is_cast(node: ir.Node) -> bool:
-    """Whether a node is a Cast between two floating point types."""
+    """Check whether a node is a Cast between two floating point types."""
     values = (*node.inputs, *node.outputs)
     return node.op_type == "Cast" and all(
         value is not None and value.dtype in {*_HALF, ir.DataType.FLOAT} for value in values
@@ -160,7 +160,7 @@ def _without_mask(value: ir.Value) -> ir.Value:
 
 
 def _lets_all_through(mask: ir.Value) -> bool:
-    """Whether a mask is constant and true (boolean) or zero (added) everywhere."""
+    """Check whether a mask is constant and true (boolean) or zero (added) everywhere."""
     values = constant_of(mask)
     if values is not None:
         return bool(values.all() if values.dtype == np.bool_ else not values.any())

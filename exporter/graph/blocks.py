@@ -291,7 +291,7 @@ def _named(node: ir.Node) -> int:
 
 
 def _branch(node: ir.Node) -> ir.Value | None:
-    """Of an addition to the stream give what is added; None if nothing is multiplied in it."""
+    """Find the branch that an addition adds to the stream; None if nothing is multiplied in it."""
     left, right = _operands(node)
     for stream, branch in ((left, right), (right, left)):
         nodes = between(handed_on(stream), branch)

@@ -169,7 +169,7 @@ def _selected_axis(node: ir.Node, chosen: dict[ir.Node, int]) -> int | None:
 
 
 def _axis_read(reader: ir.Node, index: int, chosen: dict[ir.Node, int]) -> int | None:
-    """Say along which axis ``reader`` takes only the first row of its input, if it does."""
+    """Find the axis along which ``reader`` takes only the first row of its input, if it does."""
     if _takes_first(reader) and index == 0:
         return 1
     if reader not in chosen:
@@ -183,7 +183,7 @@ def _axis_read(reader: ir.Node, index: int, chosen: dict[ir.Node, int]) -> int |
 
 
 def _takes_first(node: ir.Node) -> bool:
-    """Whether a node reads row 0 of axis 1 and nothing else."""
+    """Check whether a node reads row 0 of axis 1 and nothing else."""
     if node.op_type == "Gather":
         indices = constant_of(node.inputs[1])
         at_tokens = node.attributes.get_int("axis", 0) == 1
@@ -195,7 +195,7 @@ def _takes_first(node: ir.Node) -> bool:
 
 
 def _passes_rows(node: ir.Node, axis: int) -> bool:
-    """Whether row 0 of the output along ``axis`` depends on row 0 of the input alone."""
+    """Check whether row 0 of the output along ``axis`` depends on row 0 of the input alone."""
     shape = node.outputs[0].shape
     if shape is None or axis >= len(shape) - 1:
         return False
@@ -214,7 +214,7 @@ def _passes_rows(node: ir.Node, axis: int) -> bool:
 
 
 def _merges_last(node: ir.Node) -> bool:
-    """Whether a Reshape is [b, n, h, d] -> [b, n, h * d] with a constant shape."""
+    """Check whether a Reshape is [b, n, h, d] -> [b, n, h * d] with a constant shape."""
     sizes, target = sizes_of(node.inputs[0]), constant_of(node.inputs[1])
     return len(sizes) == 4 and target is not None and len(target) == 3 and sizes[1] == target[1]
 

@@ -149,7 +149,7 @@ def _is_square(value: ir.Value | None, of: ir.Value | None) -> bool:
 
 
 def _with_vector(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
-    """Tell the operand from the constant of one axis that is added to it or multiplies it."""
+    """Separate an operand from the constant of one axis that is added to it or multiplies it."""
     for value, held in (node.inputs[:2], node.inputs[1::-1]):
         if value is not None and held is not None and held.const_value is not None:
             last = sizes_of(value)[-1:]
@@ -175,7 +175,7 @@ _REWRITES = {
 
 
 def _over_last(reduction: ir.Node) -> bool:
-    """Whether a reduction runs over the last axis alone and keeps it."""
+    """Check whether a reduction runs over the last axis alone and keeps it."""
     if not reduction.attributes.get_int("keepdims", 1):
         return False
     held = constant_of(reduction.inputs[1]) if len(reduction.inputs) > 1 else None

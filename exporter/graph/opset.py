@@ -63,12 +63,12 @@ def lower_opset(model: ir.Model, opset: int) -> None:
 
 
 def _is_attention(node: ir.Node, opset: int) -> bool:
-    """Whether a node is an Attention of opset 23; 24 added an input, the number of valid keys."""
+    """Match an Attention of opset 23; 24 added an input, the number of valid keys."""
     return node.op_type == "Attention" and opset >= 23 and not any(node.inputs[6:])
 
 
 def _is_quantisation(node: ir.Node, opset: int) -> bool:
-    """Whether Q or DQ means the same: with fp16 scales and with fp8 since 19, else int8 or int32.
+    """Match Q and DQ that mean the same: with fp16 scales and fp8 since 19, else int8 or int32.
 
     onnx.ai operators, version history of QuantizeLinear.
     """

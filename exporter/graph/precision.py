@@ -39,7 +39,7 @@ WEIGHTED_PRODUCTS = frozenset({"MatMul", "Gemm", "Conv"})
 
 
 def quantised_dtype(model: ir.Model) -> Dtype | None:
-    """Say what a graph's Q/DQ pairs quantise to; None if it has none."""
+    """Read what a graph's Q/DQ pairs quantise to; None if it has none."""
     found: dict[Dtype, str] = {}
     for node in model.graph:
         name = node.name or node.outputs[0].name
@@ -81,7 +81,7 @@ def _stored_type(node: ir.Node) -> ir.DataType | None:
 
 
 def type_beside(model: ir.Model) -> Dtype:
-    """Say which float type the most of a quantised graph's values are dequantised to."""
+    """Find the float type that most of a quantised graph's values are dequantised to."""
     counts: dict[Dtype, int] = {Dtype.FP32: 0}
     for node in model.graph:
         scale = node.inputs[1] if node.op_type == "DequantizeLinear" else None
@@ -105,7 +105,7 @@ def quantised_products(model: ir.Model) -> tuple[str, ...]:
 
 
 def is_quantised_core(softmax: ir.Node) -> bool:
-    """Whether a Softmax is an attention core with all four operands quantised.
+    """Check whether a Softmax is an attention core with all four operands quantised.
 
     ``MatMul(dq(q), dq(k)), Softmax, MatMul(dq(q(probabilities)), dq(v))``: TensorRT's pattern for a
     fused 8-bit attention kernel. With one operand left out it takes the core apart; around the
@@ -146,7 +146,7 @@ _FIXED = frozenset({"Resize", "Upsample", "NonMaxSuppression", "DynamicQuantizeL
 
 @dataclass(frozen=True, slots=True)
 class Typed:
-    """What typing did: values and weights that stay fp32, and the nodes that compute in it.
+    """Result of typing: values and weights that stay fp32, and the nodes that compute in it.
 
     ``weights`` are those that overflow, each with its largest absolute value.
     """
@@ -229,7 +229,7 @@ def _products_of(model: ir.Model, weights: Collection[str]) -> set[str]:
 
 
 def graph_dtype(model: ir.Model) -> Dtype:
-    """Say how a graph's weights are typed, by number; one with Q/DQ is of their type."""
+    """Find the type of most of a graph's weights; one with Q/DQ is of their type."""
     quantised = quantised_dtype(model)
     if quantised is not None:
         return quantised

@@ -195,7 +195,7 @@ def _may_fold(node: ir.Node, walk: _Walk, read: Sequence[NDArray[Any] | None]) -
 
 
 def _is_weight(dequantize: ir.Node, held: NDArray[Any] | None) -> bool:
-    """Whether a constant in 8 bits is a product's operand; a bias or a gain is as good in floats.
+    """Match a constant in 8 bits that is a product's operand; a bias is as good in floats.
 
     Biases in int32, which a runtime adds to its sums, are no operand of a compiler.
     """
@@ -388,7 +388,7 @@ def _unheard() -> Iterator[None]:
 
 
 def _objection(model: ir.Model, candidate: ir.Model) -> str:
-    """Say why the simplified graph is not taken; nothing if it is."""
+    """Give the reason against the simplified graph; nothing if it is taken."""
     before, after = len(model.graph), len(candidate.graph)
     if operators(candidate) == operators(model):
         return "nothing left to simplify"

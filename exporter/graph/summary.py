@@ -1,4 +1,4 @@
-"""What a manifest says of a graph: tensors, operators, size, work, precision of each part.
+"""The summary of a graph in a manifest: tensors, operators, size, work, precision of each part.
 
 A LayerNorm's epsilon is lost in fp32 rounding as soon as the stream's variance is some ten thousand
 times larger (docs/tolerances.md), and either form of GELU passes the gate of a half precision
@@ -32,7 +32,7 @@ from msn_export.spec import TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class GraphSummary:
-    """What a manifest says of a graph, without its weights; ``ops`` the most frequent first."""
+    """A graph as a manifest describes it, without weights; ``ops`` the most frequent first."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -248,7 +248,7 @@ def structure_of_module(model: Any) -> Structure:
 
 
 def _layout(block: Block) -> dict[str, float | str]:
-    """Say which branches are added to the stream, and where the norms are."""
+    """Read which branches are added to the stream, and where the norms are."""
     index_of = {node: index for index, node in enumerate(block.nodes)}
     core = index_of[block.core]
     products = [i for i, node in enumerate(block.nodes) if i > core and node.op_type in PRODUCTS]
@@ -277,7 +277,7 @@ def _described(number: int, attention: str, mlp: str, order: str) -> dict[str, f
 
 
 def differences(reference: Structure, candidate: Structure) -> list[str]:
-    """Say where two structures contradict each other; what only one tells is no contradiction."""
+    """List contradictions of two structures; what only one of them has is none."""
     found: dict[str, list[str]] = {}
     for where, what in _contradictions(reference, candidate):
         found.setdefault(what, []).append(where)
@@ -285,7 +285,7 @@ def differences(reference: Structure, candidate: Structure) -> list[str]:
 
 
 def differences_by_block(reference: Structure, candidate: Structure) -> dict[str, tuple[str, ...]]:
-    """Say the same of each ``block N``, of the ``final norm`` and ``the tail``."""
+    """List the same by ``block N``, of the ``final norm`` and ``the tail``."""
     found: dict[str, tuple[str, ...]] = {}
     for where, what in _contradictions(reference, candidate):
         stage = " ".join(where.split()[:2]) if where.startswith("block ") else where

@@ -1,4 +1,4 @@
-"""What each torch call of the model is in ONNX, opset 23.
+"""Torch calls of the model as ONNX operators, opset 23.
 
 A function here takes a builder and the call's own arguments, tensors being graph values. Names and
 defaults are torch's, for a call may name its arguments.

@@ -1,4 +1,4 @@
-"""Where two models part: each block's own error, beside what the candidate's precision costs there.
+"""Diagnosis of two models: the block where they part, and the mistake that explains it.
 
 A block's error is its own where the candidate's block is given the reference's stream: nothing that
 earlier blocks did wrong comes in. What the precision costs is measured by the same means: the
@@ -62,7 +62,7 @@ class StreamLike(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TensorDrift:
-    """How one tensor of the candidate agrees with the reference's, over all images.
+    """Agreement of one tensor of the candidate with the reference's, over all images.
 
     ``relative`` is the root mean square of the differences over that of the reference; ``largest``
     the reference's largest absolute value. ``first_token`` says that only [CLS] was compared, for
@@ -101,7 +101,7 @@ class OwnError:
 
     @property
     def inside(self) -> bool:
-        """Whether the error is allowed; NaN never is."""
+        """Check whether the error is allowed; NaN never is."""
         return self.relative <= self.allowed
 
 
@@ -128,7 +128,7 @@ class StageDrift:
 
     @property
     def inside(self) -> bool:
-        """Whether the stage does what the reference's does."""
+        """Check whether the stage does what the reference's does."""
         return not self.reasons and (self.own is None or self.own.inside)
 
     @property
@@ -188,7 +188,7 @@ class Gathered(dict[str, TensorComparison]):
 
 
 def first_tokens(reference: NDArray[Any], candidate: NDArray[Any]) -> bool:
-    """Whether two tensors [b, n, dim] differ in that one holds the first token alone."""
+    """Check whether two tensors [b, n, dim] differ in that one holds the first token alone."""
     left, right = reference.shape, candidate.shape
     return len(left) == len(right) == 3 and left[::2] == right[::2] and 1 in {left[1], right[1]}
 
@@ -321,7 +321,7 @@ _UNNAMED = re.compile(r"LABEL_\d+")  # what transformers writes where nobody nam
 
 
 def label_faults(reference: Sequence[str], candidate: Sequence[str]) -> list[str]:
-    """Say where class names contradict each other; classes without names contradict nothing."""
+    """List contradictions of class names; classes without names contradict nothing."""
     if not _named(reference) or not _named(candidate) or tuple(reference) == tuple(candidate):
         return []
     if len(reference) != len(candidate):

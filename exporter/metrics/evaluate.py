@@ -63,7 +63,7 @@ class Sample:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What users must know of the pictures and of how they were made."""
+        """Notes for users on the pictures and on how they were prepared."""
         counted = image_folder.notes_on(self.broken, self.skipped, self.turned)
         return (*self.preprocessing.notes, *counted)
 
@@ -248,7 +248,7 @@ class Reference:
 
     @property
     def limits_from(self) -> str:
-        """Say what the limits were measured on; nothing where they were not."""
+        """Describe what the limits were measured on; nothing where they were not."""
         if self.baseline:
             first = f"{self.margin:g} times the errors of {self.baseline_name}"
             again = self.recalibrated
@@ -352,7 +352,7 @@ def _rounding(
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """How a candidate agreed with its reference at the sizes that ran, output by output.
+    """Agreement of a candidate with its reference at the sizes that ran, output by output.
 
     ``gate`` is what was asked of each. ``vectors`` are the candidate's embeddings, [count, dim] by
     output.
@@ -381,7 +381,7 @@ class Evaluation:
 
     @property
     def check(self) -> CheckRecord:
-        """What is stored: the figures of the worst output, and each output's own."""
+        """The record that is stored: the figures of the worst output, and each output's own."""
         worst, reference, gate = worst_of(list(self.outputs.values())), self.reference, self.gate
         limits = {}
         if gate.is_measured:

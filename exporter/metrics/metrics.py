@@ -1,4 +1,4 @@
-"""How well an artifact's outputs agree with its reference's, image by image.
+"""Agreement of an artifact's outputs with its reference's, image by image.
 
 Nothing here decides: a verdict is ``msn_export.metrics.tolerances``'s.
 """

@@ -79,7 +79,7 @@ _FIGURES = {
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """What must hold of an agreement; None asks nothing.
+    """Conditions on an agreement; None asks nothing.
 
     ``max_abs`` is for a reference whose root mean square is 1 or less, as the final LayerNorm's
     output is before its gain; a larger reference scales it. ``relative`` is asked of all images
@@ -103,7 +103,7 @@ class Gate:
 
     @property
     def is_measured(self) -> bool:
-        """Whether a measured limit is asked: a user's number for the same thing replaces it."""
+        """Check whether a measured limit is asked; a user's number for the same replaces it."""
         return not set(self.asked) & _REPLACING
 
     @property
@@ -172,7 +172,7 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """What one output's errors may be on these images, and what that was measured on.
+    """The largest errors allowed in one output on these images, as they were measured.
 
     ``others`` is for the worst of those images whose reference is not in fp64 where others' is.
     """
@@ -230,7 +230,7 @@ def _past(have: Errors, allowed: Errors) -> list[str]:
 
 
 def in_words(numbers: Mapping[str, float]) -> str:
-    """Say what a gate's numbers ask; those of a manifest may be of another version."""
+    """Put a gate's numbers in words; those of a manifest may be of another version."""
     return ", ".join(f"{_WORDS.get(name, name)} {value:g}" for name, value in numbers.items())
 
 

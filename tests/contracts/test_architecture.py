@@ -229,7 +229,6 @@ WITHOUT = {
     "embedding/inference.py",
     "embedding/job.py",
     "errors.py",
-    "graph/structure.py",
     "options.py",
     "triton_server/checks.py",
 }

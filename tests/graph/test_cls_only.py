@@ -1,4 +1,4 @@
-"""Where an output reads one token, the last block is computed for one token; same numbers."""
+"""An output that reads one token needs one token of the last block; the numbers stay."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What follows from weights and the input's shape is written down; the batch stays open."""
+"""Shapes that follow from weights and the input are written down; the batch stays open."""
 
 import numpy as np
 from onnx_ir.passes.common import LiftConstantsToInitializersPass

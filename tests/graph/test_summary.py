@@ -1,4 +1,4 @@
-"""What a manifest says of a graph."""
+"""The summary of a graph in a manifest."""
 
 from msn_export.graph.summary import GraphSummary
 from msn_export.spec import TensorSpec

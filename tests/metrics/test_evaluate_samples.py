@@ -1,4 +1,4 @@
-"""What a check runs on: every picture at least once, at batches that memory affords."""
+"""Pictures of a check: every picture at least once, at batches that memory affords."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What a user may name as a checkpoint is told, and refused, without opening it."""
+"""A checkpoint's name is classified, or refused, without opening it."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Whatever a file calls a weight, it has one name here."""
+"""A weight has one name here, by any writer's name."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""What training wrote around a model is taken off, each choice is noted, and --weights makes it."""
+"""Wrappers around a model are taken off, each choice is noted, and --weights makes it."""
 
 from typing import Any
 
