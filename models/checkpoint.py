@@ -295,16 +295,13 @@ class Checkpoint:
     notes: tuple[str, ...]
 
 
-def load_checkpoint(
-    source: str, choices: Choices = AS_IT_SAYS, *, revision: str | None = None
-) -> Checkpoint:
+def load_checkpoint(source: str, choices: Choices = AS_IT_SAYS) -> Checkpoint:
     """Load a hub id, a Hugging Face folder, a weights file, or ``random:VARIANT[:SEED]``.
 
     Args:
         source: what the user gave; a hub id may end in ``@revision``.
         choices: what it does not say, or holds several of. A variant wins over a config.json
             beside the file, labels over its ``id2label``.
-        revision: of a hub id.
 
     Raises:
         CheckpointError: there is no such thing, or it cannot be used; the message says why.
@@ -323,8 +320,8 @@ def load_checkpoint(
         case "folder":
             return _from_folder(Path(source), source, choices)
         case "hub":
-            name, _, at = source.partition("@")
-            folder = _download(name, at or revision)
+            name, _, revision = source.partition("@")
+            folder = _download(name, revision or None)
             return _from_folder(folder, f"{name}@{folder.name}", choices)
 
 

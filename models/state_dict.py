@@ -17,7 +17,6 @@ from msn_export.models.config import (
     VARIANTS,
     VIT_MSN,
     Family,
-    Pooling,
     VitConfig,
     counted,
     named_variant,
@@ -131,28 +130,6 @@ LAYOUTS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Classifier:
-    """The modules a classifier is told by, what it reads (``READS``), and who writes it."""
-
-    modules: tuple[str, ...]
-    pooling: Pooling
-    writers: str
-
-
-CLASSIFIERS = (
-    Classifier(("classifier",), "cls", "transformers, msn-export"),
-    Classifier(("head",), "cls", "the MAE code base with --cls_token, DeiT, timm"),
-    Classifier(("heads.head",), "cls", "torchvision"),
-    Classifier(
-        ("fc_norm", "head"), "patches", "the MAE code base with --global_pool, timm's average pool"
-    ),
-    Classifier(
-        ("classifier.norm", "classifier.linear"),
-        "blocks",
-        "facebookresearch/msn linear_eval.py (a state dict classifier beside target_encoder)",
-    ),
-)
 _PARAMETERS = {"cls_token", "pos_embed"}
 _OUTSIDE = {theirs: ours for layout in LAYOUTS for theirs, ours in layout.outside.items()}
 _INSIDE = {theirs: ours for layout in LAYOUTS for theirs, ours in layout.inside.items()}

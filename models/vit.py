@@ -52,7 +52,7 @@ def _linear(x: Tensor) -> Tensor:
     return x
 
 
-_ACTIVATIONS: dict[str, Activation] = {
+ACTIVATIONS: dict[str, Activation] = {
     "gelu": F.gelu,
     "gelu_10": _gelu_10,
     "gelu_accurate": _gelu_tanh,
@@ -81,14 +81,10 @@ _ACTIVATIONS: dict[str, Activation] = {
 def activation(name: str) -> Activation:
     if name in _LEARNED:
         raise CheckpointError(f"activation {name!r} has learned parameters; it is not supported")
-    if name not in _ACTIVATIONS:
-        supported = ", ".join(sorted(_ACTIVATIONS))
+    if name not in ACTIVATIONS:
+        supported = ", ".join(sorted(ACTIVATIONS))
         raise CheckpointError(f"activation {name!r} is unknown; expected one of {supported}")
-    return _ACTIVATIONS[name]
-
-
-def names() -> list[str]:
-    return sorted(_ACTIVATIONS)
+    return ACTIVATIONS[name]
 
 
 # b batch, n tokens, h heads, d head size, dim = h * d, c channels

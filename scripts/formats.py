@@ -1,19 +1,84 @@
-"""Write docs/formats.md: what is read, noted and refused, from the tables in the code.
+"""Write docs/formats.md: what is read, noted and refused, from the tables in the code and here.
 
 python scripts/formats.py
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from msn_export.graph.opset import FORMS
 from msn_export.models.checkpoint import ADAPTER_FOLDER, FOREIGN_FOLDERS, WEIGHTS
-from msn_export.models.config import FAMILIES, READS
-from msn_export.models.state_dict import CLASSIFIERS, LAYOUTS, REFUSED, SPARE
+from msn_export.models.config import FAMILIES, READS, Pooling
+from msn_export.models.state_dict import LAYOUTS, REFUSED, SPARE
 from msn_export.models.weights import CONTAINERS, INSIDE, PREFIXES, PROBE
 from msn_export.processor_config import FIELDS, TYPES
 
 PAGE = Path("docs/formats.md")
+
+
+@dataclass(frozen=True, slots=True)
+class Classifier:
+    """The modules a classifier is told by, what it reads (``READS``), and who writes it."""
+
+    modules: tuple[str, ...]
+    pooling: Pooling
+    writers: str
+
+
+CLASSIFIERS = (
+    Classifier(("classifier",), "cls", "transformers, msn-export"),
+    Classifier(("head",), "cls", "the MAE code base with --cls_token, DeiT, timm"),
+    Classifier(("heads.head",), "cls", "torchvision"),
+    Classifier(
+        ("fc_norm", "head"), "patches", "the MAE code base with --global_pool, timm's average pool"
+    ),
+    Classifier(
+        ("classifier.norm", "classifier.linear"),
+        "blocks",
+        "facebookresearch/msn linear_eval.py (a state dict classifier beside target_encoder)",
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A form of graph that other tools write: ``verdict`` is what becomes of it, ``done`` how."""
+
+    name: str
+    verdict: Literal["read", "noted", "refused"]
+    done: str
+
+
+# Every row has a test in tests/graph/test_opset_foreign.py
+FORMS = (
+    Form("opset 11 and 12", "read", "raised to opset 23; LayerNorm written out becomes one"),
+    Form("Softmax as Exp, ReduceSum and Div", "read", "becomes one Softmax"),
+    Form("Softmax over [b * h * n, n]", "read", "becomes one Softmax over the last axis"),
+    Form("keys transposed as [b * h, n, d]", "read", "become one Transpose"),
+    Form("opset 24 and later", "read", "written as opset 23, if its operators are the same there"),
+    Form("nodes out of order", "read", "sorted"),
+    Form("no value_info, or a wrong one", "read", "types and shapes are computed from the input"),
+    Form("shapes computed from the running batch", "read", "become constants"),
+    Form("operators on constants (Resize)", "read", "computed once, in onnxruntime"),
+    Form("height and width left open (optimum)", "noted",
+         "fixed at the size of the position embedding"),
+    Form("float16 input", "read", "pictures are fed as float16"),
+    Form("fp16 by onnxconverter-common or onnxruntime.transformers", "read", "as it is typed"),
+    Form("softmax kept in fp32 (op_block_list)", "noted",
+         "a fused kernel computes it in its own precision"),
+    Form("symmetric int8 Q/DQ of onnxruntime", "noted", "biases become floats; trt types the rest"),
+    Form("Q/DQ inside attention", "refused", "trt --allow-unfused compiles it unfused"),
+    Form("asymmetric or uint8 Q/DQ", "refused", "quantise symmetrically to int8"),
+    Form("dynamic quantisation", "refused", "quantise the fp32 graph with msn-export calibrate"),
+    Form("QOperator quantisation", "refused", "quantise the fp32 graph with msn-export calibrate"),
+    Form("attention-pooling head", "refused", "export the model without that head"),
+    Form("uint8 [b, c, h, w] input", "refused", "uint8 images are taken as [b, h, w, c]"),
+    Form("float [b, h, w, c] input", "refused", "float images are taken as [b, c, h, w]"),
+    Form("output of one axis, or of integers", "refused", "export the scores before argmax"),
+    Form("operators of onnxruntime (com.microsoft)", "refused",
+         "export it again without onnxruntime's optimiser"),
+)  # fmt: skip
 
 
 def table(*titles: str, rows: Iterable[tuple[str, ...]]) -> list[str]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -81,16 +78,16 @@ def _is_quantisation(node: ir.Node, opset: int) -> bool:
     return floats and held is not None and held.dtype in integers
 
 
-def raise_opset(model: ir.Model, opset: int = NEWEST) -> ir.Model:
-    """Convert a graph to ``opset`` with onnx's version converter; same graph if it is there."""
+def raise_opset(model: ir.Model) -> ir.Model:
+    """Convert a graph to opset 23 with onnx's version converter; same graph if it is there."""
     held = model.graph.opset_imports.get("", 0)
-    if held >= opset:
+    if held >= NEWEST:
         return model
     try:
-        return refill(onnx.version_converter.convert_version(skeleton(model), opset), model)
+        return refill(onnx.version_converter.convert_version(skeleton(model), NEWEST), model)
     except Exception as error:  # onnx raises several of its own, and C++'s, for one that is wrong
         reason = " ".join(str(error).split())
-        raise GraphError(f"opset {held} cannot be converted to {opset}: {reason}") from error
+        raise GraphError(f"opset {held} cannot be converted to {NEWEST}: {reason}") from error
 
 
 def _write_gelu(graph: ir.Graph, node: ir.Node) -> None:
@@ -122,46 +119,6 @@ def _write_reduce_mean(node: ir.Node) -> None:
         node.attributes.add(ir.AttrInt64s("axes", axes.const_value.numpy().tolist()))
         node.resize_inputs(1)
     node.attributes.pop("noop_with_empty_axes", None)
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """A form of graph that other tools write: ``verdict`` is what becomes of it, ``done`` how."""
-
-    name: str
-    verdict: Literal["read", "noted", "refused"]
-    done: str
-
-
-# Every row has a test in tests/graph/test_opset_foreign.py
-FORMS = (
-    Form("opset 11 and 12", "read", "raised to opset 23; LayerNorm written out becomes one"),
-    Form("Softmax as Exp, ReduceSum and Div", "read", "becomes one Softmax"),
-    Form("Softmax over [b * h * n, n]", "read", "becomes one Softmax over the last axis"),
-    Form("keys transposed as [b * h, n, d]", "read", "become one Transpose"),
-    Form("opset 24 and later", "read", "written as opset 23, if its operators are the same there"),
-    Form("nodes out of order", "read", "sorted"),
-    Form("no value_info, or a wrong one", "read", "types and shapes are computed from the input"),
-    Form("shapes computed from the running batch", "read", "become constants"),
-    Form("operators on constants (Resize)", "read", "computed once, in onnxruntime"),
-    Form("height and width left open (optimum)", "noted",
-         "fixed at the size of the position embedding"),
-    Form("float16 input", "read", "pictures are fed as float16"),
-    Form("fp16 by onnxconverter-common or onnxruntime.transformers", "read", "as it is typed"),
-    Form("softmax kept in fp32 (op_block_list)", "noted",
-         "a fused kernel computes it in its own precision"),
-    Form("symmetric int8 Q/DQ of onnxruntime", "noted", "biases become floats; trt types the rest"),
-    Form("Q/DQ inside attention", "refused", "trt --allow-unfused compiles it unfused"),
-    Form("asymmetric or uint8 Q/DQ", "refused", "quantise symmetrically to int8"),
-    Form("dynamic quantisation", "refused", "quantise the fp32 graph with msn-export calibrate"),
-    Form("QOperator quantisation", "refused", "quantise the fp32 graph with msn-export calibrate"),
-    Form("attention-pooling head", "refused", "export the model without that head"),
-    Form("uint8 [b, c, h, w] input", "refused", "uint8 images are taken as [b, h, w, c]"),
-    Form("float [b, h, w, c] input", "refused", "float images are taken as [b, c, h, w]"),
-    Form("output of one axis, or of integers", "refused", "export the scores before argmax"),
-    Form("operators of onnxruntime (com.microsoft)", "refused",
-         "export it again without onnxruntime's optimiser"),
-)  # fmt: skip
 
 
 def understand(model: ir.Model) -> tuple[str, ...]:

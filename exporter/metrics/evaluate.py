@@ -138,14 +138,14 @@ def batch_sizes(batch: BatchRange, max_batch: int) -> tuple[int, ...]:
     return tuple(sorted({batch.min, between, largest}))
 
 
-def with_drawn(sizes: Sequence[int], seed: int, count: int = 2) -> tuple[tuple[int, ...], str]:
-    """Add batch sizes drawn between the smallest and the largest: a graph may be right at others.
+def with_drawn(sizes: Sequence[int], seed: int) -> tuple[tuple[int, ...], str]:
+    """Add two sizes drawn between the smallest and the largest: a graph may be right at others.
 
     Returns:
         The sizes in order, and a note that names the drawn ones; empty where there are none.
     """
     between = [size for size in range(min(sizes) + 1, max(sizes)) if size not in sizes]
-    chosen = sorted(random.Random(seed).sample(between, min(count, len(between))))  # noqa: S311
+    chosen = sorted(random.Random(seed).sample(between, min(2, len(between))))  # noqa: S311
     if not chosen:
         return tuple(sizes), ""
     named = " and ".join(map(str, chosen))

@@ -7,9 +7,8 @@ import formats
 import pytest
 import torch
 
-from msn_export.graph.opset import FORMS
 from msn_export.models.config import READS, VARIANTS
-from msn_export.models.state_dict import CLASSIFIERS, LAYOUTS, canonical, with_classifier
+from msn_export.models.state_dict import LAYOUTS, canonical, with_classifier
 from msn_export.processor_config import FIELDS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -25,7 +24,7 @@ def test_the_page_names_every_row() -> None:
     assert all(layout.writers in page for layout in LAYOUTS)
     assert all(f"| `{field.name}` | {field.treatment} |" in page for field in FIELDS)
     assert all(what in page for what in READS.values())
-    assert all(f"| {form.name} | {form.verdict} |" in page for form in FORMS)
+    assert all(f"| {form.name} | {form.verdict} |" in page for form in formats.FORMS)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.writers)
@@ -37,7 +36,7 @@ def test_every_name_of_a_layout_is_read(layout) -> None:
         assert canonical(f"{name}{leaf}") == f"{ours}{leaf}"
 
 
-@pytest.mark.parametrize("classifier", CLASSIFIERS, ids=lambda one: " ".join(one.modules))
+@pytest.mark.parametrize("classifier", formats.CLASSIFIERS, ids=lambda one: " ".join(one.modules))
 def test_every_classifier_reads_what_its_row_says(classifier) -> None:
     tensors = {f"{name}.weight": torch.zeros(3, 384) for name in classifier.modules}
     config = replace(VARIANTS["vit-msn-small"], labels=("a", "b", "c"))

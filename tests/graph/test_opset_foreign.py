@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import formats
 import numpy as np
 import onnxruntime
 import pytest
@@ -17,7 +18,6 @@ from msn_export.artifact import GraphFile
 from msn_export.cli import main
 from msn_export.graph import io
 from msn_export.graph.fuse import fuse_attention
-from msn_export.graph.opset import FORMS
 from msn_export.spec import AttentionForm, Dtype, ImageSize, InputFormat
 from tests.builders.checkpoints import randomised
 from tests.builders.foreign import (
@@ -185,7 +185,7 @@ def optimised(path: Path) -> Path:
 
 
 def test_every_form_is_tested_as_what_it_is_listed_as() -> None:
-    listed = {form.name: form.verdict for form in FORMS}
+    listed = {form.name: form.verdict for form in formats.FORMS}
     assert {name for name, verdict in listed.items() if verdict == "refused"} == REFUSED.keys()
     assert listed.keys() - REFUSED.keys() == TAKEN.keys()
 

@@ -5,7 +5,7 @@ import torch
 from transformers.activations import ACT2CLS, ACT2FN
 
 from msn_export.errors import CheckpointError
-from msn_export.models.vit import activation, names
+from msn_export.models.vit import ACTIVATIONS, activation
 
 LEARNED = {"prelu", "xielu"}
 
@@ -18,7 +18,7 @@ def test_it_computes_what_transformers_computes(name) -> None:
 
 
 def test_none_is_missing_and_none_is_ours_alone() -> None:
-    assert set(names()) == set(ACT2CLS) - LEARNED
+    assert set(ACTIVATIONS) == set(ACT2CLS) - LEARNED
 
 
 @pytest.mark.parametrize("name", sorted(LEARNED))

@@ -14,8 +14,7 @@ from msn_export.graph import io
 from msn_export.graph.fuse import fuse_attention
 from msn_export.graph.torch_reference import trace
 from msn_export.models.checkpoint import load_checkpoint
-from msn_export.models.vit import VitMsn
-from msn_export.models.vit import names as activation_names
+from msn_export.models.vit import ACTIVATIONS, VitMsn
 from msn_export.preprocessing import preset
 from msn_export.spec import AttentionForm, BatchRange, Head, ImageSize, InputFormat
 from tests.builders.checkpoints import hugging_face, original_state, randomised
@@ -30,7 +29,7 @@ def configuration(seed: int) -> dict[str, Any]:
     heads, size = draw.choice([1, 2, 3]), draw.choice([16, 32])
     patch = [draw.choice([4, 8]), draw.choice([4, 8])]
     grid = [draw.choice([2, 3, 4]), draw.choice([2, 3, 4])]
-    known = activation_names()
+    known = sorted(ACTIVATIONS)
     return {
         "hidden_size": heads * size,
         "num_attention_heads": heads,
