@@ -11,7 +11,7 @@ import warnings
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from importlib.machinery import ModuleSpec
 from itertools import islice
 from multiprocessing.context import SpawnContext, SpawnProcess
@@ -44,14 +44,6 @@ def decoded_or_reason(file: Path | BinaryIO, name: str, preprocessing: Preproces
 
 def read(path: Path, preprocessing: Preprocessing) -> Decoded:
     return decoded_or_reason(path, str(path), preprocessing)
-
-
-def decode(
-    paths: Iterable[Path], read: Callable[[Path], Decoded], *, workers: int, ahead: int
-) -> Generator[Decoded]:
-    """Give each path's picture in order, by a ``Decoder`` that ends with the last one."""
-    with closing(Decoder(read, workers=workers, ahead=ahead)) as decoder:
-        yield from decoder(paths)
 
 
 class Decoder(Generic[Source]):

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from msn_export import __version__
-from msn_export.embedding.decode import decode, read
+from msn_export.embedding.decode import Decoder, read
 from msn_export.errors import GraphError, SpecError, ToleranceError
 from msn_export.host import usable_cores
 from msn_export.runtime.runner import scores_of
 from msn_export.spec import Scores
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -132,30 +132,13 @@ def _require_rows(model: str, spec: TensorSpec) -> None:
         )
 
 
-def batches(
-    decoded: Iterable[Decoded],
-    size: ImageSize,
-    channels: int,
-    count: int,
-    run: Callable[[NDArray[np.uint8]], Mapping[str, Any]],
-    reading: Reading,
-) -> Iterator[Rows]:
-    """Run pictures ``count`` at a time.
-
-    A picture that could not be decoded goes in as a black one and its row is thrown away: every
-    batch but the last has the same size, so what a picture gives does not depend on whether its
-    neighbours are broken.
-    """
-    pictures = iter(decoded)
-    while chunk := list(islice(pictures, count)):
-        pixels, errors, turned = stack(chunk, size, channels)
-        yield read_rows(run(pixels), reading, len(chunk), errors, turned)
-
-
 def stack(
     chunk: Sequence[Decoded], size: ImageSize, channels: int
 ) -> tuple[NDArray[np.uint8], dict[int, str], int]:
     """Stack decoded pictures to [b, h, w, c], black where one is broken.
+
+    The row of a black one is thrown away. So every batch but the last has the same size, and a
+    picture's row does not depend on whether its neighbours are broken.
 
     Returns:
         The stack, by position why a picture is broken, and how many EXIF turned.
@@ -275,16 +258,13 @@ class LocalExecutor:
     ) -> Iterator[tuple[int, Rows]]:
         """Make the rows of each batch of ``missing``, in order, with the first's number."""
         paths = chain.from_iterable(self.pictures.paths[one.start : one.stop] for one in missing)
-        decoded = decode(
-            map(Path, paths),
-            partial(read, preprocessing=feed.preprocessing),
-            workers=self.workers,
-            ahead=2 * batch + self.workers,
-        )
-        size, channels = feed.preprocessing.size, feed.preprocessing.channels
-        with closing(decoded):
-            run = batches(
-                decoded, size, channels, batch, lambda pixels: self._runner(feed(pixels)), reading
-            )
-            for one, rows in zip(missing, run, strict=True):
-                yield one.start, rows
+        preprocessing = feed.preprocessing
+        reader = partial(read, preprocessing=preprocessing)
+        ahead = 2 * batch + self.workers
+        with closing(Decoder(reader, workers=self.workers, ahead=ahead)) as decoder:
+            decoded = decoder(map(Path, paths))
+            for one in missing:
+                pictures = list(islice(decoded, len(one)))
+                pixels, errors, turned = stack(pictures, preprocessing.size, preprocessing.channels)
+                outputs = self._runner(feed(pixels))
+                yield one.start, read_rows(outputs, reading, len(one), errors, turned)

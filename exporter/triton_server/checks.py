@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from msn_export.spec import ComputeCapability
 from msn_export.triton_server.config import SIZES, ModelConfig, datatype_name, module
@@ -25,7 +25,14 @@ class Issue:
     what: str
 
 
-Findings: TypeAlias = Iterator[Issue]
+class Note(NamedTuple):
+    """A finding that fails nothing: what could not be checked, or only costs speed."""
+
+    where: str
+    what: str
+
+
+Findings: TypeAlias = Iterator[tuple[str, str]]  # where and what; wrong, if it is no Note
 ReadArtifact: TypeAlias = Callable[[Path, Platform], ServedArtifact]
 
 
@@ -44,13 +51,10 @@ class ModelUnderLint:
     versions: dict[int, dict[str, ServedArtifact]] = field(default_factory=dict)
     release: Release | None = None
 
-    def wrong(self, where: str, what: str) -> Issue:
-        """Report what Triton would refuse or serve wrongly."""
-        return Issue("wrong", self.folder.name, f"{self.place}: {where}", what)
-
-    def note(self, where: str, what: str) -> Issue:
-        """Report what could not be checked, or only costs speed."""
-        return Issue("note", self.folder.name, f"{self.place}: {where}", what)
+    def issue(self, finding: tuple[str, str]) -> Issue:
+        where, what = finding
+        level: Literal["wrong", "note"] = "note" if isinstance(finding, Note) else "wrong"
+        return Issue(level, self.folder.name, f"{self.place}: {where}", what)
 
     @property
     def artifacts(self) -> Iterator[tuple[str, ServedArtifact]]:
@@ -92,28 +96,26 @@ def check_config(subject: ModelUnderLint) -> Findings:
     yield from _check_accelerators(subject)
     config = subject.config
     if config.HasField("sequence_batching"):
-        yield subject.wrong(
-            "sequence_batching", "the model has no state; leave it out and use dynamic_batching"
-        )
+        yield "sequence_batching", "the model has no state; leave it out and use dynamic_batching"
     if config.model_transaction_policy.decoupled:
-        yield subject.wrong("model_transaction_policy", "a request has one answer; leave it out")
+        yield "model_transaction_policy", "a request has one answer; leave it out"
     if config.response_cache.enable:
-        yield subject.note(
-            "response_cache", "does nothing unless the server has --cache-config local,size=BYTES"
+        yield Note(
+            "response_cache",
+            "does nothing unless the server has --cache-config local,size=BYTES",
         )
 
 
 def _check_names(subject: ModelUnderLint) -> Findings:
     config, platform = subject.config, subject.platform
     if config.name and config.name != subject.folder.name:
-        yield subject.wrong(
-            "name", f"{config.name!r} in folder {subject.folder.name}; Triton wants them the same"
-        )
+        yield "name", f"{config.name!r} in folder {subject.folder.name}; Triton wants them the same"
     if platform is None or config.platform == "ensemble":
         return
     if config.backend and config.backend != platform.backend:
-        yield subject.wrong(
-            "backend", f"{config.backend!r} does not serve {platform}; expected {platform.backend}"
+        yield (
+            "backend",
+            f"{config.backend!r} does not serve {platform}; expected {platform.backend}",
         )
 
 
@@ -121,27 +123,23 @@ def _check_batching(subject: ModelUnderLint) -> Findings:
     config = subject.config
     batching, limit = config.dynamic_batching, config.max_batch_size
     if limit < 0:
-        yield subject.wrong("max_batch_size", f"{limit} is below zero")
+        yield "max_batch_size", f"{limit} is below zero"
     if not config.HasField("dynamic_batching"):
         if limit > 1 and config.platform != "ensemble":
-            yield subject.wrong(
+            yield (
                 "dynamic_batching",
                 f"missing: with max_batch_size {limit} requests are still run one by one; "
                 "add dynamic_batching { }",
             )
         return
     if limit == 0:
-        yield subject.wrong(
-            "dynamic_batching", "does nothing with max_batch_size 0: no two requests are joined"
-        )
+        yield "dynamic_batching", "does nothing with max_batch_size 0: no two requests are joined"
     for size in batching.preferred_batch_size:
         if not 1 <= size <= max(limit, 1):
-            yield subject.wrong(
-                "dynamic_batching.preferred_batch_size", f"{size} is not in 1 to {limit}"
-            )
+            yield "dynamic_batching.preferred_batch_size", f"{size} is not in 1 to {limit}"
     if batching.max_queue_delay_microseconds > LONGEST_DELAY:
         seconds = batching.max_queue_delay_microseconds / 1e6
-        yield subject.wrong(
+        yield (
             "dynamic_batching.max_queue_delay_microseconds",
             f"a lone request waits {seconds:g} s for others; expected below 1 s",
         )
@@ -153,15 +151,13 @@ def _check_instances(subject: ModelUnderLint) -> Findings:
     for index, group in enumerate(config.instance_group):
         where = f"instance_group[{index}]"
         if subject.platform is Platform.PLAN and group.kind == kinds.KIND_CPU:
-            yield subject.wrong(f"{where}.kind", "an engine runs on a GPU only; leave kind out")
+            yield f"{where}.kind", "an engine runs on a GPU only; leave kind out"
         if subject.platform is Platform.ONNX and group.profile:
-            yield subject.wrong(
-                f"{where}.profile", "only engines have profiles: Triton refuses it here"
-            )
+            yield f"{where}.profile", "only engines have profiles: Triton refuses it here"
         if group.kind == kinds.KIND_CPU and group.gpus:
-            yield subject.wrong(f"{where}.gpus", "KIND_CPU has no GPUs")
+            yield f"{where}.gpus", "KIND_CPU has no GPUs"
         if group.count < 0:
-            yield subject.wrong(f"{where}.count", f"{group.count} is below zero")
+            yield f"{where}.count", f"{group.count} is below zero"
 
 
 def _check_cuda_graphs(subject: ModelUnderLint) -> Findings:
@@ -171,19 +167,17 @@ def _check_cuda_graphs(subject: ModelUnderLint) -> Findings:
         return
     where, limit = "optimization.cuda.graph_spec", config.max_batch_size
     if subject.platform is not Platform.PLAN:
-        yield subject.wrong(
-            "optimization.cuda", "CUDA graphs are the TensorRT backend's; this one ignores them"
-        )
+        yield "optimization.cuda", "CUDA graphs are the TensorRT backend's; this one ignores them"
     elif not cuda.graphs:
-        yield subject.wrong(where, "does nothing without graphs: true")
+        yield where, "does nothing without graphs: true"
     for index, spec in enumerate(cuda.graph_spec):
         sizes = [spec.batch_size]
         if spec.HasField("graph_lower_bound"):
             sizes.append(spec.graph_lower_bound.batch_size)
         if limit == 0 and any(sizes):
-            yield subject.wrong(f"{where}[{index}].batch_size", "expected 0: max_batch_size is 0")
+            yield f"{where}[{index}].batch_size", "expected 0: max_batch_size is 0"
         if limit > 0 and not all(1 <= size <= limit for size in sizes):
-            yield subject.wrong(
+            yield (
                 f"{where}[{index}].batch_size",
                 f"{', '.join(map(str, sizes))} is not in 1 to max_batch_size, {limit}",
             )
@@ -193,17 +187,11 @@ def _check_accelerators(subject: ModelUnderLint) -> Findings:
     for accelerator in subject.config.optimization.execution_accelerators.gpu_execution_accelerator:
         precision = accelerator.parameters.get("precision_mode", "FP32").upper()
         if accelerator.name == "tensorrt" and precision != "FP32":
-            yield subject.wrong(
+            yield (
                 "optimization.execution_accelerators",
                 f"precision_mode {precision} lowers the precision of a graph that was proved as "
                 "it is typed; serve a graph typed by --dtype, or an engine",
             )
-
-
-def duplicates(names: Sequence[str], where: str, subject: ModelUnderLint) -> list[Issue]:
-    """Report names that occur twice."""
-    twice = sorted({name for name in names if names.count(name) > 1})
-    return [subject.wrong(where, f"{name!r} is there twice") for name in twice]
 
 
 def check_ensemble(subject: ModelUnderLint, models: Mapping[str, ModelConfig]) -> Findings:
@@ -215,12 +203,13 @@ def check_ensemble(subject: ModelUnderLint, models: Mapping[str, ModelConfig]) -
     """
     config = subject.config
     if config.instance_group or config.HasField("optimization") or config.model_warmup:
-        yield subject.wrong(
-            "ensemble", "instance_group, optimization and model_warmup belong to its steps' models"
+        yield (
+            "ensemble",
+            "instance_group, optimization and model_warmup belong to its steps' models",
         )
     steps = config.ensemble_scheduling.step
     if not steps:
-        yield subject.wrong("ensemble_scheduling", "has no step")
+        yield "ensemble_scheduling", "has no step"
         return
     tensors = {tensor.name: tensor for tensor in config.input}
     read: set[str] = set()
@@ -228,54 +217,52 @@ def check_ensemble(subject: ModelUnderLint, models: Mapping[str, ModelConfig]) -
         where = f"ensemble_scheduling.step[{index}]"
         model = models.get(step.model_name)
         if model is None:
-            yield subject.wrong(where, f"model {step.model_name!r} is not in the repository")
+            yield where, f"model {step.model_name!r} is not in the repository"
             return
         yield from _check_step_batch(subject, model, where)
-        yield from _check_inputs(subject, step, model, tensors, where)
+        yield from _check_inputs(step, model, tensors, where)
         read |= set(step.input_map.values())
         outputs = {tensor.name: tensor for tensor in model.output}
         for name, ours in step.output_map.items():
             if name not in outputs:
-                yield subject.wrong(f"{where}.output_map", f"{step.model_name} gives no {name!r}")
+                yield f"{where}.output_map", f"{step.model_name} gives no {name!r}"
             else:
                 tensors[ours] = outputs[name]
     for tensor in config.input:
         if tensor.name not in read:
-            yield subject.wrong(f"input {tensor.name!r}", "no step reads it")
+            yield f"input {tensor.name!r}", "no step reads it"
     for tensor in config.output:
         given = tensors.get(tensor.name)
         where = f"output {tensor.name!r}"
         if given is None:
-            yield subject.wrong(where, "no step makes it")
+            yield where, "no step makes it"
         elif _described(given) != _described(tensor):
-            yield subject.wrong(where, f"{_described(tensor)}; its step gives {_described(given)}")
+            yield where, f"{_described(tensor)}; its step gives {_described(given)}"
 
 
 def _check_step_batch(subject: ModelUnderLint, model: ModelConfig, where: str) -> Findings:
     limit = subject.config.max_batch_size
     if model.max_batch_size < limit or (model.max_batch_size > 0) != (limit > 0):
-        yield subject.wrong(
-            "max_batch_size", f"{limit}, and {where} ({model.name}) has {model.max_batch_size}"
-        )
+        yield "max_batch_size", f"{limit}, and {where} ({model.name}) has {model.max_batch_size}"
 
 
 def _check_inputs(
-    subject: ModelUnderLint, step: Any, model: ModelConfig, tensors: Mapping[str, Any], where: str
+    step: Any, model: ModelConfig, tensors: Mapping[str, Any], where: str
 ) -> Findings:
     for tensor in model.input:
         ours = step.input_map.get(tensor.name)
         if ours is None:
-            yield subject.wrong(f"{where}.input_map", f"{tensor.name!r} gets nothing")
+            yield f"{where}.input_map", f"{tensor.name!r} gets nothing"
         elif ours not in tensors:
-            yield subject.wrong(f"{where}.input_map", f"nothing before it makes {ours!r}")
+            yield f"{where}.input_map", f"nothing before it makes {ours!r}"
         elif _described(tensors[ours]) != _described(tensor):
-            yield subject.wrong(
+            yield (
                 f"{where}.input_map",
                 f"{tensor.name!r} of {model.name} is {_described(tensor)}, and gets "
                 f"{_described(tensors[ours])}",
             )
     for name in sorted(step.input_map.keys() - {tensor.name for tensor in model.input}):
-        yield subject.wrong(f"{where}.input_map", f"{model.name} takes no {name!r}")
+        yield f"{where}.input_map", f"{model.name} takes no {name!r}"
 
 
 def _described(tensor: Any) -> str:
@@ -316,36 +303,34 @@ def model_files(subject: ModelUnderLint) -> list[str]:
 def _check_versions(subject: ModelUnderLint) -> Findings:
     versions = version_folders(subject.folder)
     if not versions:
-        yield subject.wrong("versions", "no version's folder; expected 1/")
+        yield "versions", "no version's folder; expected 1/"
     policy = subject.config.version_policy
     for number in policy.specific.versions:
         if number not in versions:
-            yield subject.wrong("version_policy.specific", f"version {number} is not there")
+            yield "version_policy.specific", f"version {number} is not there"
     if policy.HasField("latest") and policy.latest.num_versions < 1:
-        yield subject.wrong("version_policy.latest", "num_versions 0 serves no version")
+        yield "version_policy.latest", "num_versions 0 serves no version"
     odd = re.compile(r"0[0-9]*|[0-9]+[^0-9].*")
     for entry in subject.folder.iterdir():
         if entry.is_dir() and odd.fullmatch(entry.name):
-            yield subject.wrong(
-                f"{entry.name}/", "Triton ignores this folder: a version is a number from 1 on"
-            )
+            yield f"{entry.name}/", "Triton ignores this folder: a version is a number from 1 on"
 
 
 def _check_capabilities(subject: ModelUnderLint) -> Findings:
     named = subject.config.cc_model_filenames
     if named and subject.platform is Platform.ONNX:
-        yield subject.wrong("cc_model_filenames", "only engines differ by GPU: it is ignored here")
+        yield "cc_model_filenames", "only engines differ by GPU: it is ignored here"
         return
     for capability, name in sorted(named.items()):
         where = f"cc_model_filenames {capability!r}"
         if re.fullmatch(r"[0-9]{1,2}\.[0-9]", capability) is None:
-            yield subject.wrong(where, "is no compute capability; expected as in 8.9")
+            yield where, "is no compute capability; expected as in 8.9"
             continue
         for file, artifact in subject.artifacts:
             built = artifact.targets
             asked = ComputeCapability.parse(capability)
             if Path(file).name == name and built and asked not in built:
-                yield subject.wrong(where, f"{file} was built for {built}")
+                yield where, f"{file} was built for {built}"
 
 
 def _check_labels(subject: ModelUnderLint, root: Path) -> Findings:
@@ -354,37 +339,33 @@ def _check_labels(subject: ModelUnderLint, root: Path) -> Findings:
         if output.label_filename:
             yield from _check_label_file(subject, output, where, root)
         elif output.name == LOGITS and any(a.labels for _, a in subject.artifacts):
-            yield subject.note(where, "missing: the classification extension answers without names")
+            yield Note(where, "missing: the classification extension answers without names")
 
 
 def _check_label_file(subject: ModelUnderLint, output: Any, where: str, root: Path) -> Findings:
     name: str = output.label_filename
     path = safe_file(subject.folder, name, root)
     if isinstance(path, str):
-        yield subject.wrong(where, path)
+        yield where, path
         return
     if path.stat().st_size > LARGEST_LABELS:
-        yield subject.wrong(where, f"{name} is too large for labels, one a line")
+        yield where, f"{name} is too large for labels, one a line"
         return
     try:
         text = path.read_bytes().decode("utf-8")  # read_text would change line ends
     except (OSError, UnicodeError) as error:
-        yield subject.wrong(where, f"{name} cannot be read as UTF-8 ({error})")
+        yield where, f"{name} cannot be read as UTF-8 ({error})"
         return
     labels = text.split("\n")[: -1 if text.endswith("\n") else None]
     classes = output.dims[-1] if output.dims else 0
     if classes > 0 and len(labels) != classes:
-        yield subject.wrong(
-            where, f"{name} has {len(labels)} lines and the output {classes} classes"
-        )
+        yield where, f"{name} has {len(labels)} lines and the output {classes} classes"
     if "\r" in text:
-        yield subject.wrong(where, f"{name} has Windows line ends, and each label would keep one")
+        yield where, f"{name} has Windows line ends, and each label would keep one"
     for file, artifact in subject.artifacts:
         own = [one_line(label) for label in artifact.labels]
         if own and output.name == LOGITS and labels != own:
-            yield subject.wrong(
-                where, f"{name} is not what the manifest of {file} calls its classes"
-            )
+            yield where, f"{name} is not what the manifest of {file} calls its classes"
 
 
 def one_line(label: str) -> str:
@@ -398,17 +379,17 @@ def _check_warmup(subject: ModelUnderLint, root: Path) -> Findings:
     for sample in config.model_warmup:
         where = f"model_warmup {sample.name!r}"
         if not 1 <= sample.batch_size <= max(config.max_batch_size, 1):
-            yield subject.wrong(
+            yield (
                 f"{where} batch_size",
                 f"{sample.batch_size} is not in 1 to {max(config.max_batch_size, 1)}",
             )
         for name in sorted(inputs.keys() ^ sample.inputs.keys()):
             what = "no such input" if name in sample.inputs else "an input without data"
-            yield subject.wrong(f"{where} inputs {name!r}", what)
+            yield f"{where} inputs {name!r}", what
         for name in sorted(inputs.keys() & sample.inputs.keys()):
             given, tensor = sample.inputs[name], inputs[name]
             if given.data_type != tensor.data_type or not _same_dims(given.dims, tensor.dims):
-                yield subject.wrong(
+                yield (
                     f"{where} inputs {name!r}",
                     f"{datatype_name(given.data_type)} {list(given.dims)}; the input is "
                     f"{datatype_name(tensor.data_type)} {list(tensor.dims)}",
@@ -427,10 +408,8 @@ def _check_data(subject: ModelUnderLint, given: Any, where: str, root: Path) -> 
     name = given.input_data_file
     path = safe_file(subject.folder / WARMUP, name, root)
     if isinstance(path, str):
-        yield subject.wrong(where, f"{WARMUP}/: {path}")
+        yield where, f"{WARMUP}/: {path}"
         return
     size = prod(given.dims) * SIZES.get(datatype_name(given.data_type), 0)
     if size and path.stat().st_size != size:
-        yield subject.wrong(
-            where, f"{WARMUP}/{name} has {path.stat().st_size} bytes; expected {size}"
-        )
+        yield where, f"{WARMUP}/{name} has {path.stat().st_size} bytes; expected {size}"

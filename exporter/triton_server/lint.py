@@ -1,5 +1,6 @@
 """Check a repository, and its configurations against the artifacts that they serve."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -11,11 +12,11 @@ from msn_export.triton_server.checks import (
     Findings,
     Issue,
     ModelUnderLint,
+    Note,
     ReadArtifact,
     check_config,
     check_ensemble,
     check_files,
-    duplicates,
     model_files,
     safe_file,
     version_folders,
@@ -55,7 +56,7 @@ def lint(repository: Path, read: ReadArtifact, release: Release | None = None) -
             subjects.append(_subject(folder, place, config, release, found))
     read = cache(read)  # several configurations of a model share what was read
     for subject in subjects:
-        found.extend(_check(subject, configs, repository, read))
+        found.extend(map(subject.issue, _check(subject, configs, repository, read)))
     return tuple(dict.fromkeys(found))
 
 
@@ -134,9 +135,7 @@ def _check(
         return
     if subject.platform is None:
         named = config.platform or config.backend or "none"
-        yield subject.note(
-            "platform", f"{named}: only onnxruntime_onnx and tensorrt_plan are checked"
-        )
+        yield Note("platform", f"{named}: only onnxruntime_onnx and tensorrt_plan are checked")
         return
     yield from _read_versions(subject, root, read)
     yield from check_config(subject)
@@ -151,12 +150,12 @@ def _read_versions(subject: ModelUnderLint, root: Path, read: ReadArtifact) -> F
         for name in model_files(subject):
             path = safe_file(folder, name, root)
             if isinstance(path, str):
-                yield subject.wrong(f"{version}/", path)
+                yield f"{version}/", path
                 continue
             try:
                 artifact = read(path, subject.platform)
             except MsnExportError as error:
-                yield subject.wrong(f"{version}/{name}", str(error))
+                yield f"{version}/{name}", str(error)
             else:
                 subject.versions.setdefault(version, {})[name] = artifact
 
@@ -164,13 +163,12 @@ def _read_versions(subject: ModelUnderLint, root: Path, read: ReadArtifact) -> F
 def check_tensors(subject: ModelUnderLint) -> Findings:
     """Check every artifact of every version."""
     for kind in ("input", "output"):
-        tensors = getattr(subject.config, kind)
-        yield from duplicates([tensor.name for tensor in tensors], kind, subject)
+        names = Counter(tensor.name for tensor in getattr(subject.config, kind))
+        for name in sorted(name for name, count in names.items() if count > 1):
+            yield kind, f"{name!r} is there twice"
     for file, artifact in subject.artifacts:
         if not artifact.inputs:
-            yield subject.note(
-                file, "no manifest beside it: its tensors and profiles were not checked"
-            )
+            yield Note(file, "no manifest beside it: its tensors and profiles were not checked")
         else:
             yield from _check_kind(subject, "input", artifact.inputs, file)
             yield from _check_kind(subject, "output", artifact.outputs, file)
@@ -186,28 +184,28 @@ def _check_kind(
     expected = {spec.name: spec for spec in specs}
     names = ", ".join(expected)
     if not tensors:
-        yield subject.wrong(kind, f"section missing; {file} has {names}")
+        yield kind, f"section missing; {file} has {names}"
         return
     for name, tensor in tensors.items():
         if name not in expected:
-            yield subject.wrong(f"{kind} {name!r}", f"{file} has no such {kind}; it has {names}")
+            yield f"{kind} {name!r}", f"{file} has no such {kind}; it has {names}"
         else:
             yield from _check_tensor(subject, f"{kind} {name!r}", tensor, expected[name])
     for name in expected.keys() - tensors.keys():
         if kind == "input":
-            yield subject.wrong(kind, f"{name!r} of {file} is missing")
+            yield kind, f"{name!r} of {file} is missing"
         else:  # Triton serves the rest: a client that asks for it gets an error
-            yield subject.wrong(kind, f"{name!r} of {file} is missing: no client can ask for it")
+            yield kind, f"{name!r} of {file} is missing: no client can ask for it"
 
 
 def _check_tensor(subject: ModelUnderLint, where: str, tensor: Any, spec: TensorSpec) -> Findings:
     dtype, expected = datatype_name(tensor.data_type), DATATYPES.get(spec.dtype, spec.dtype)
     if dtype != expected:
-        yield subject.wrong(f"{where} data_type", f"{dtype}; the artifact's is {expected}")
+        yield f"{where} data_type", f"{dtype}; the artifact's is {expected}"
     if getattr(tensor, "optional", False):
-        yield subject.wrong(f"{where} optional", "the artifact cannot run without it")
+        yield f"{where} optional", "the artifact cannot run without it"
     if getattr(tensor, "allow_ragged_batch", False):
-        yield subject.wrong(f"{where} allow_ragged_batch", "images of one batch have one shape")
+        yield f"{where} allow_ragged_batch", "images of one batch have one shape"
     batching = subject.config.max_batch_size > 0
     if tensor.HasField("reshape"):
         sizes, what = list(tensor.reshape.shape), "reshape"
@@ -221,7 +219,7 @@ def _check_tensor(subject: ModelUnderLint, where: str, tensor: Any, spec: Tensor
         hint = "; leave the batch out: max_batch_size stands for it"
     elif not batching and _fits(sizes, dims(spec, batching=True)):
         hint = "; with max_batch_size 0 the batch belongs into dims"
-    yield subject.wrong(f"{where} {what}", f"{sizes}; the artifact's are {wanted}{hint}")
+    yield f"{where} {what}", f"{sizes}; the artifact's are {wanted}{hint}"
 
 
 def _fits(sizes: list[int], wanted: list[int]) -> bool:
@@ -235,29 +233,28 @@ def _check_batch(subject: ModelUnderLint, artifact: ServedArtifact, file: str) -
     limit = subject.config.max_batch_size
     fixed = artifact.fixed_batch
     if limit > 0 and fixed is not None:
-        yield subject.wrong(
+        yield (
             "max_batch_size",
             f"{limit}, and {file} takes a batch of {fixed} alone; "
             f"expected 0, with the batch in dims",
         )
     elif limit == 0 and fixed is None:
-        yield subject.wrong(
-            "max_batch_size", f"0, and {file} has a dynamic batch: no requests are joined"
-        )
+        yield "max_batch_size", f"0, and {file} has a dynamic batch: no requests are joined"
     elif limit > 0 and artifact.profiles:
         missing = artifact.uncovered(limit)
         profiles = ", ".join(map(str, artifact.profiles))
         if missing is None:
             return
         if artifact.platform is Platform.PLAN:
-            yield subject.wrong(
+            yield (
                 "max_batch_size",
                 f"{limit}, and no profile of {file} takes a batch of {missing} "
                 f"(profiles: {profiles})",
             )
         else:
-            yield subject.note(
-                "max_batch_size", f"{limit} is more than {file} was checked with ({profiles})"
+            yield Note(
+                "max_batch_size",
+                f"{limit} is more than {file} was checked with ({profiles})",
             )
 
 
@@ -271,14 +268,13 @@ def _check_profiles(subject: ModelUnderLint, artifact: ServedArtifact, file: str
         for text in group.profile or ["0"]:
             index = int(text) if text.isascii() and text.isdigit() and len(text) < 9 else -1
             if not 0 <= index < len(artifact.profiles):
-                yield subject.wrong(
-                    where, f"{text!r} is out of range: {file} has {len(artifact.profiles)} profiles"
-                )
+                count = len(artifact.profiles)
+                yield where, f"{text!r} is out of range: {file} has {count} profiles"
             else:
                 chosen.append(artifact.profiles[index])
         missing = first_uncovered(chosen, limit)
         if chosen and missing is not None and artifact.uncovered(limit) is None:
-            yield subject.wrong(
+            yield (
                 where,
                 f"these instances take no batch of {missing}, and Triton gives any request to any "
                 f"instance; list all profiles in one group: "
@@ -291,7 +287,7 @@ def _check_release(subject: ModelUnderLint, artifact: ServedArtifact, file: str)
     if artifact.built_with is not None:
         flavour, version = artifact.built_with
         if flavour != "tensorrt":
-            yield subject.wrong(file, RTX.format(version=version))
+            yield file, RTX.format(version=version)
         elif release is not None and not artifact.version_compatible:
             yield from _check_tensorrt(subject, version, file)
     elif (
@@ -299,7 +295,7 @@ def _check_release(subject: ModelUnderLint, artifact: ServedArtifact, file: str)
         and release is not None
         and runs_opset(release, artifact.opset) is False
     ):
-        yield subject.wrong(
+        yield (
             file,
             f"opset {artifact.opset} needs onnxruntime 1.23, and Triton {release.name} has "
             f"{release.onnxruntime}; use a later one",
@@ -310,15 +306,16 @@ def _check_tensorrt(subject: ModelUnderLint, version: str, file: str) -> Finding
     release = subject.release
     assert release is not None
     if release.tensorrt is None:
-        yield subject.note(
-            file, f"which TensorRT is in Triton {release.name} is not known; it needs {version}"
+        yield Note(
+            file,
+            f"which TensorRT is in Triton {release.name} is not known; it needs {version}",
         )
     elif not same_tensorrt(release.tensorrt, version):
         try:
             fitting = f"Triton {for_tensorrt(version).name} has that one"
         except SpecError:
             fitting = ""
-        yield subject.wrong(
+        yield (
             file,
             f"built by TensorRT {version}, and Triton {release.name} has {release.tensorrt}; "
             f"{fitting or 'build it with that one'}",

@@ -6,6 +6,7 @@ from typing import Any
 from click.testing import CliRunner, Result
 
 from msn_export.cli import main
+from msn_export.commands.triton import run_lint
 from msn_export.triton_server import config
 
 
@@ -23,3 +24,12 @@ def refused(*arguments: object) -> str:
     line: str = result.stderr.strip().splitlines()[-1]
     assert line.startswith("error: ")
     return line
+
+
+def wrong(repository: Path) -> list[str]:
+    """List what the check of a repository calls wrong."""
+    return [
+        f"{finding.model}/{finding.where}: {finding.what}"
+        for finding in run_lint(repository, None)
+        if finding.level == "wrong"
+    ]

@@ -19,9 +19,8 @@ from msn_export import golden, images, manifest
 from msn_export.commands import embed as embed_place
 from msn_export.commands.jobs import OnnxJob
 from msn_export.commands.onnx import run_onnx
-from msn_export.embedding.inference import Reading, Rows, read_rows
+from msn_export.embedding.inference import Rows
 from msn_export.embedding.outputs import Journal
-from msn_export.errors import GraphError
 from msn_export.preprocessing import assumed
 from msn_export.runtime import Runner, open_runner
 from msn_export.schema import from_plain
@@ -254,24 +253,6 @@ def test_a_broken_picture_may_have_any_name(model, tmp_path, ending) -> None:
         errors = parquet.read_table(output)["error"].to_pylist()
     assert errors[:2] == [None, None]
     assert "caf\ufffd.png is not a readable picture" in errors[2]
-
-
-def test_logits_that_are_none_are_errors_too() -> None:
-    outputs = {"embedding": np.ones((2, 4)), "logits": np.array([[0, 1], [0, np.nan]])}
-    rows = read_rows(outputs, Reading("embedding", "logits"), 2, {})
-    assert rows.errors == {1: "the model's logits has NaN or infinity"}
-    assert np.isnan(rows.vectors[1]).all()
-    assert not np.isnan(rows.vectors[0]).any()
-
-
-@pytest.mark.parametrize("shape", [(2,), (2, 3, 4), (1, 3), (2, 0)])
-def test_logits_of_another_shape_are_refused(shape) -> None:
-    outputs = {"embedding": np.ones((2, 4)), "logits": np.zeros(shape)}
-    with pytest.raises(GraphError) as raised:
-        read_rows(outputs, Reading("embedding", "logits"), 2, {})
-    assert str(raised.value) == (
-        f"output 'logits' is {list(shape)} for 2 images; expected [images, classes]"
-    )
 
 
 def test_a_machine_that_computes_something_else_is_noticed_first(model, folder, tmp_path) -> None:

@@ -226,11 +226,8 @@ WITHOUT = {
     "compare/drift.py",
     "compare/streams.py",
     "compare/validation.py",
-    "embedding/inference.py",
-    "embedding/job.py",
     "errors.py",
     "options.py",
-    "triton_server/checks.py",
 }
 
 

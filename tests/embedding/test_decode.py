@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -11,13 +12,18 @@ import numpy as np
 import pytest
 
 from msn_export import image_folder, images
-from msn_export.embedding.decode import decode, read
+from msn_export.embedding.decode import Decoder, read
 from msn_export.preprocessing import preset
 from msn_export.spec import ImageSize
 from tests.builders.decoders import deadly, marking, slow_when_early
 from tests.builders.tiny_artifacts import pictures
 
 HF = preset("hf", ImageSize(32, 32))
+
+
+def decode(paths, read, *, workers: int, ahead: int):
+    with closing(Decoder(read, workers=workers, ahead=ahead)) as decoder:
+        yield from decoder(paths)
 
 
 def test_order_is_that_of_the_paths_whoever_is_ready_first() -> None:
@@ -81,15 +87,17 @@ def test_a_decoder_imports_nothing_from_the_current_folder(tmp_path, monkeypatch
 
 SCRIPT = """
 import sys
+from contextlib import closing
 from functools import partial
 from pathlib import Path
-from msn_export.embedding.decode import decode, read
+from msn_export.embedding.decode import Decoder, read
 from msn_export.preprocessing import preset
 from msn_export.spec import ImageSize
 print("the script runs")
 paths = sorted(Path(sys.argv[1]).rglob("*.png"))
 one = partial(read, preprocessing=preset("hf", ImageSize(32, 32)))
-print([str(found) for found in decode(paths, one, workers=2, ahead=4) if isinstance(found, str)])
+with closing(Decoder(one, workers=2, ahead=4)) as decoder:
+    print([found for found in decoder(paths) if isinstance(found, str)])
 print(__spec__ and __spec__.name)
 """
 

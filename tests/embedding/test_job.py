@@ -1,0 +1,40 @@
+"""A run's pictures have one order and one fingerprint, wherever the folder lies."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from msn_export.embedding.job import list_pictures
+from tests.builders.tiny_artifacts import pictures
+
+
+def test_names_and_fingerprint_are_those_below_the_folder(tmp_path, monkeypatch) -> None:
+    for place in ("one", "two/deeper"):
+        pictures(tmp_path / place, 4)
+    one, two = list_pictures(tmp_path / "one"), list_pictures(tmp_path / "two/deeper")
+    assert list(one.names()) == [str(path.relative_to(tmp_path / "one")) for path in one.paths]
+    assert (list(one.names()), one.sha256) == (list(two.names()), two.sha256)
+    monkeypatch.chdir(tmp_path / "one")
+    assert list(list_pictures(Path()).names()) == list(one.names())
+    assert list_pictures(Path()).sha256 == one.sha256
+
+
+def test_one_more_byte_or_another_name_is_another_fingerprint(tmp_path) -> None:
+    before = list_pictures(pictures(tmp_path, 2))
+    (path, _) = before.paths
+    path.write_bytes(path.read_bytes() + b"x")
+    longer = list_pictures(tmp_path)
+    path.rename(path.with_name("z.png"))
+    assert len({before.sha256, longer.sha256, list_pictures(tmp_path).sha256}) == 3
+
+
+def test_one_file_is_called_by_its_name(tmp_path) -> None:
+    (path,) = list_pictures(pictures(tmp_path, 1)).paths
+    assert list(list_pictures(path).names()) == [path.name]
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.png", "café.png".encode()])
+def test_bytes_that_are_no_text_are_written_as_escapes(tmp_path, name) -> None:
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(b"")
+    assert list(list_pictures(tmp_path).names()) == [name.decode("utf-8", "backslashreplace")]
