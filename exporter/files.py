@@ -55,7 +55,7 @@ def _require_text(path: Path) -> None:
 
 
 def same_file(one: Path, other: Path) -> bool:
-    """Tell whether two paths are, or would be, one file."""
+    """True where two paths are, or would be, one file."""
     try:
         if one.exists() and other.exists():
             return one.samefile(other)  # a hard link too

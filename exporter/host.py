@@ -55,7 +55,7 @@ class Driver:
 
 @dataclass(frozen=True, slots=True)
 class NoDriver:
-    """Why no GPU can be used here, as the end of a sentence."""
+    """The reason why no GPU can be used here, as the end of a sentence."""
 
     reason: str
 
@@ -129,7 +129,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def peak_rss(process: int | str = "self") -> int:
-    """Read a process' highest resident memory so far, in bytes; 0 where it cannot be told.
+    """Read a process' highest resident memory so far, in bytes; 0 where it cannot be read.
 
     Not ``getrusage``: its figure is inherited from the parent at the start.
     """
@@ -137,7 +137,7 @@ def peak_rss(process: int | str = "self") -> int:
 
 
 def rss(process: int | str = "self") -> int:
-    """Read a process' resident memory now, in bytes; 0 where it cannot be told."""
+    """Read a process' resident memory now, in bytes; 0 where it cannot be read."""
     return _field("VmRSS:", process)
 
 
@@ -165,7 +165,7 @@ def end_with(parent: int) -> None:
 
 def signal_name(code: int) -> str:
     """Name the signal behind a negative exit code; Python has no name for most real-time ones."""
-    return next((known.name for known in signal.Signals if known == -code), f"signal {-code}")
+    return next((one.name for one in signal.Signals if one == -code), f"signal {-code}")
 
 
 _NVIDIA = Path("/proc/driver/nvidia/version")

@@ -1,4 +1,4 @@
-"""A folder of pictures: which files it holds, and as many of them decoded as are asked for."""
+"""A folder of pictures: the files it holds, and as many of them decoded as are asked for."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from msn_export.preprocessing import Preprocessing
 
 # Files of these endings are taken for pictures unopened: a million of them are listed without a
-# million reads. What is none of them is told by its first bytes.
+# million reads. What has none of them is known by its first bytes.
 ENDINGS = frozenset(
     {".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".jp2", ".pgm", ".png", ".ppm", ".tif", ".tiff",
      ".webp"}
@@ -55,7 +55,7 @@ def find(folder: Path) -> Found:
 
 
 def skips(skipped: Mapping[str, int]) -> str:
-    """Say in one line what was skipped, the most first."""
+    """List in one line what was skipped, the most first."""
     most = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
     return "skipped " + ", ".join(f"{count} {reason}" for reason, count in most)
 
@@ -87,7 +87,7 @@ def _entries(folder: str, skipped: Counter[str]) -> Iterator[os.DirEntry[str]]:
 
 
 def _reason(entry: os.DirEntry[str]) -> str | None:
-    """Say why an entry is no picture that can be read here; None where it is one."""
+    """Give the reason why an entry is no picture that can be read here; None where it is one."""
     try:
         if not entry.is_file():
             if entry.is_symlink():
@@ -117,14 +117,9 @@ class ImageSet:
     turned: int = 0
     given: int = 0
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What users must know of the pictures."""
-        return notes_on(self.broken, self.skipped, self.turned)
-
 
 def notes_on(broken: Sequence[str], skipped: Mapping[str, int], turned: int) -> tuple[str, ...]:
-    """Say which pictures could not be decoded, what was skipped, and what EXIF turned."""
+    """List pictures that could not be decoded, what was skipped, and what EXIF turned."""
     return (
         *(f"skipped: {reason}" for reason in broken),
         *([skips(skipped)] if skipped else []),

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # Pillow's names of them. It knows many more, and some start programs: EPS runs Ghostscript.
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-HEADER = 64  # bytes that tell what a file is
+HEADER = 64  # bytes by which a file's format is known
 # First bytes, as each format's specification has them; BMP, PPM and those in ISO boxes take more
 _MAGIC = (
     (b"\xff\xd8\xff", "JPEG"),
@@ -49,7 +49,7 @@ _HEIF = frozenset({b"mif1", b"msf1"})  # of either codec: a compatible brand say
 
 
 def kind_of(header: bytes) -> str | None:
-    """Tell a picture's format by its first ``HEADER`` bytes; None where it is no picture.
+    """Find a picture's format by its first ``HEADER`` bytes; None where it is no picture.
 
     Returns:
         One of ``FORMATS``, ``AVIF`` or ``HEIC``.
@@ -74,7 +74,7 @@ def kind_of(header: bytes) -> str | None:
 
 
 def unreadable(kind: str) -> str | None:
-    """Say why pictures of a format cannot be read here; None where they can."""
+    """Give the reason why a format cannot be read here; None where it can."""
     if kind == "HEIC" and "HEIF" not in _formats():
         return "HEIC picture, which needs pillow-heif (pip install 'msn-export[heic]')"
     if kind == "AVIF" and "AVIF" not in _formats():

@@ -1,4 +1,4 @@
-"""What a model's preprocessing is, and its presets. ``images`` carries it out."""
+"""A model's preprocessing, and its presets. ``images`` carries it out."""
 
 import math
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ Exif: TypeAlias = Literal["apply", "ignore"]
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """How a picture becomes a model's input.
+    """The steps from a picture to a model's input.
 
     ``short_side`` scales the picture's short side to that many pixels, ``squash`` the picture to
     that size whatever its proportions; either way ``size`` is then cut out of the centre, black
@@ -66,17 +66,15 @@ class Preprocessing:
             raise SpecError("short_side and squash contradict each other; give one")
 
     def __str__(self) -> str:
-        """Say all of it in one line."""
         return f"{self.title}: {self.geometry}; {self.values}"
 
     @property
     def channels(self) -> int:
-        """Number of channels a picture is converted to."""
         return len(self.mean)
 
     @property
     def crops(self) -> bool:
-        """Whether ``size`` is cut out of what a picture is resized to."""
+        """True where ``size`` is cut out of what a picture is resized to."""
         return self.short_side is not None or self.squash is not None
 
     @property
@@ -86,7 +84,7 @@ class Preprocessing:
 
     @property
     def geometry(self) -> str:
-        """Say how a picture gets its size."""
+        """The steps to a picture's size, in words."""
         if self.resample is None:
             resized = f"only pictures of {self.size}"
         elif self.short_side is not None:
@@ -99,14 +97,14 @@ class Preprocessing:
 
     @property
     def values(self) -> str:
-        """Say how its bytes become numbers."""
+        """The steps from bytes to numbers, in words."""
         mean, std = (", ".join(f"{x:g}" for x in of) for of in (self.mean, self.std))
         scale = "1/255" if self.scale == 1 / 255 else f"{self.scale:g}"
         return f"scale {scale}, mean {mean}, std {std}"
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What users must know of it: that it was assumed, what of its file was not read."""
+        """Notes for users: that it was assumed, what of its file was not read."""
         assumption = (
             f"preprocessing {self.name} was assumed: nothing says how the model's pictures are "
             "made, --preprocess does"
@@ -114,11 +112,11 @@ class Preprocessing:
         return (*self.unread, *([assumption] if self.assumed else []))
 
     def normalises_as(self, other: "Preprocessing") -> bool:
-        """Whether both make the same numbers of a picture's bytes."""
+        """True where both make the same numbers of a picture's bytes."""
         return (self.scale, self.mean, self.std) == (other.scale, other.mean, other.std)
 
     def makes_the_same_as(self, other: "Preprocessing") -> bool:
-        """Whether both make the same of every picture, whatever they are called."""
+        """True where both make the same of every picture, whatever they are called."""
         crop = self.crop_rounds_down if not self.crops else other.crop_rounds_down
         alike = replace(other, name=self.name, assumed=self.assumed, unread=self.unread)
         return self == replace(alike, crop_rounds_down=crop)

@@ -123,8 +123,9 @@ def from_processor_config(
         file: its name, which the preprocessing is called by.
     """
     try:
-        made = replace(_read(_Known.of(config), size, channels, file), unread=_unread(config, file))
-        return made if size is None or size == made.size else resized(made, size)
+        read = _read(_Fields.of(config), size, channels, file)
+        read = replace(read, unread=_unread(config, file))
+        return read if size is None or size == read.size else resized(read, size)
     except SpecError as error:
         raise ImageError(
             f"{file}: {error}; correct it, or choose --preprocess hf, msn-eval or another file"
@@ -132,7 +133,7 @@ def from_processor_config(
 
 
 def _unread(config: Mapping[str, Any], file: str) -> tuple[str, ...]:
-    """Say what of a configuration was not taken as it is written."""
+    """Note what of a configuration was not taken as it is written."""
     unknown = [name for name in config if name not in _TREATMENT and config[name] is not None]
     notes = []
     if unknown:
@@ -155,14 +156,14 @@ def size_in(config: Mapping[str, Any]) -> ImageSize | None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Known:
+class _Fields:
     """A configuration's fields, defaults filled in; ``null`` are those that it sets to null."""
 
     fields: Mapping[str, Any]
     null: frozenset[str]
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> _Known:
+    def of(cls, config: Mapping[str, Any]) -> _Fields:
         for name, value in sorted(config.items(), key=lambda item: str(item[0])):
             unknown_step = name not in _TREATMENT and name.startswith("do_")
             # what is off by default and written all the same changes nothing
@@ -204,32 +205,32 @@ def _defaults(given: Mapping[str, Any]) -> Mapping[str, Any]:
     return _VIT  # what AutoImageProcessor takes for a ViT-MSN
 
 
-def _read(known: _Known, wanted: ImageSize | None, channels: int, file: str) -> Preprocessing:
-    resizes, crops = known["do_resize"], known["do_center_crop"]
+def _read(fields: _Fields, wanted: ImageSize | None, channels: int, file: str) -> Preprocessing:
+    resizes, crops = fields["do_resize"], fields["do_center_crop"]
     if crops and not resizes:
         raise SpecError("do_center_crop without do_resize is not done here")
     size, short_side, squash = wanted, None, None
     if resizes or size is None:
-        size, short_side = _size(known["size"], square=known["default_to_square"])
+        size, short_side = _size(fields["size"], square=fields["default_to_square"])
     if crops:
-        if "crop_size" not in known.fields:
+        if "crop_size" not in fields.fields:
             raise SpecError("do_center_crop is set and crop_size is missing")
-        cut, _ = _size(known["crop_size"], name="crop_size")
+        cut, _ = _size(fields["crop_size"], name="crop_size")
         assert cut is not None  # one number is a square there
         size, squash = cut, size if size not in {None, cut} else None
     if size is None:
         raise SpecError("size.shortest_edge without do_center_crop gives no fixed size")
-    if known["do_normalize"]:
-        mean = _per_channel(known["image_mean"], "image_mean", channels)
-        std = _per_channel(known["image_std"], "image_std", channels)
+    if fields["do_normalize"]:
+        mean = _per_channel(fields["image_mean"], "image_mean", channels)
+        std = _per_channel(fields["image_std"], "image_std", channels)
     else:
         mean, std = (0.0,) * channels, (1.0,) * channels
-    scale = _number(known["rescale_factor"], "rescale_factor") if known["do_rescale"] else 1.0
+    scale = _number(fields["rescale_factor"], "rescale_factor") if fields["do_rescale"] else 1.0
     return Preprocessing(
         name=file,
         size=size,
         short_side=short_side,
-        resample=_resample(known["resample"]) if resizes else None,
+        resample=_resample(fields["resample"]) if resizes else None,
         crop_rounds_down=True,
         scale=scale,
         mean=mean,
@@ -299,7 +300,7 @@ def require_choice(preprocess: str | None) -> None:
 
 
 def choose(
-    known: Preprocessing | None,
+    stated: Preprocessing | None,
     size: ImageSize,
     channels: int,
     *,
@@ -307,29 +308,30 @@ def choose(
     exif: Exif | None = None,
     inside: bool = False,
 ) -> Preprocessing:
-    """Settle how a model's pictures are made.
+    """Choose the preprocessing of a model's pictures.
 
     Args:
-        known: what the model's manifest or processor says; without it ``hf`` is assumed.
+        stated: what the model's manifest or processor says; without it ``hf`` is assumed.
         size: what the model receives.
         channels: of its images.
-        preprocess: a preset or a JSON file, instead of ``known``; None or ``auto`` for none.
-        exif: instead of what ``known`` says.
-        inside: the graph takes bytes and normalises them itself, as ``known`` says.
+        preprocess: a preset or a JSON file, instead of ``stated``; None or ``auto`` for none.
+        exif: instead of what ``stated`` says.
+        inside: the graph takes bytes and normalises them itself, as ``stated`` says.
     """
     require_choice(preprocess)
     if preprocess is None or preprocess == "auto":
-        made = known or assumed(size, channels)
+        preprocessing = stated or assumed(size, channels)
     elif preprocess in PRESETS:
-        made = preset(preprocess, size, channels)
+        preprocessing = preset(preprocess, size, channels)
     else:
-        made = _from_file(Path(preprocess), size, channels)
-    if inside and known is not None and not made.normalises_as(known):
+        preprocessing = _from_file(Path(preprocess), size, channels)
+    if inside and stated is not None and not preprocessing.normalises_as(stated):
         raise SpecError(
-            f"--preprocess {preprocess}: {made.values}, but the graph takes bytes and normalises "
-            f"them itself with {known.values}; export it again with --preprocess {preprocess}"
+            f"--preprocess {preprocess}: {preprocessing.values}, but the graph takes bytes and "
+            f"normalises them itself with {stated.values}; export it again with --preprocess "
+            f"{preprocess}"
         )
-    return made if exif is None else replace(made, exif=exif)
+    return preprocessing if exif is None else replace(preprocessing, exif=exif)
 
 
 def _from_file(path: Path, size: ImageSize, channels: int) -> Preprocessing:

@@ -66,7 +66,7 @@ def test_what_is_none_or_hidden_is_skipped_and_counted_by_reason(folder, monkeyp
     loaded = image_folder.load(folder, SMALL, 20)
     assert len(loaded.names) == 7
     assert loaded.skipped == found.skipped
-    assert loaded.notes == (
+    assert image_folder.notes_on(loaded.broken, loaded.skipped, loaded.turned) == (
         f"skipped 2 hidden, 1 {avif}, 1 {heic}, 1 dangling link, 1 link to a folder, 1 no file, "
         "1 no picture",
     )
@@ -114,7 +114,9 @@ def test_turned_pictures_are_counted(folder) -> None:
     Image.new("RGB", (40, 30)).save(folder / "phone.jpg", exif=exif)
     loaded = image_folder.load(folder, SMALL, 10)
     assert (loaded.turned, len(loaded.names)) == (1, 4)
-    assert "pictures turned by their EXIF orientation: 1" in loaded.notes
+    assert "pictures turned by their EXIF orientation: 1" in image_folder.notes_on(
+        loaded.broken, loaded.skipped, loaded.turned
+    )
     assert image_folder.load(folder, replace(SMALL, exif="ignore"), 10).turned == 0
 
 

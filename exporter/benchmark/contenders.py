@@ -48,7 +48,7 @@ class ContenderSpec:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where and how contenders run; ``device`` None is the CPU, ``resident`` leaves out copies."""
+    """Options of all contenders: ``device`` None is the CPU, ``resident`` times no copies."""
 
     threads: int
     device: int | None = None
@@ -62,11 +62,12 @@ class Placement:
         return "cpu" if self.device is None else f"cuda:{self.device}"
 
 
-def artifacts(paths: Sequence[Path], where: Placement) -> list[ContenderSpec]:
+def artifacts(paths: Sequence[Path], placement: Placement) -> list[ContenderSpec]:
     """Enter files under their names, or their paths where names are alike."""
     names = Counter(path.name for path in paths)
     found = [
-        artifact(path, where, path.name if names[path.name] == 1 else str(path)) for path in paths
+        artifact(path, placement, path.name if names[path.name] == 1 else str(path))
+        for path in paths
     ]
     twice = [name for name, count in Counter(entry.name for entry in found).items() if count > 1]
     if twice:
@@ -74,8 +75,7 @@ def artifacts(paths: Sequence[Path], where: Placement) -> list[ContenderSpec]:
     return found
 
 
-def artifact(path: Path, where: Placement, name: str) -> ContenderSpec:
-    """Enter one .onnx or .engine file."""
+def artifact(path: Path, placement: Placement, name: str) -> ContenderSpec:
     if not path.is_file():
         raise GraphError(f"{path} does not exist; give an .onnx or .engine file")
     manifest = manifests.read(path)
@@ -83,7 +83,7 @@ def artifact(path: Path, where: Placement, name: str) -> ContenderSpec:
     return ContenderSpec(
         name,
         kind,
-        {"kind": kind, "path": str(path), "where": to_plain(where)},
+        {"kind": kind, "path": str(path), "placement": to_plain(placement)},
         file=path,
         manifest=manifest,
         sha256=manifest.sha256 if manifest is not None else sha256_of(path),
@@ -91,7 +91,9 @@ def artifact(path: Path, where: Placement, name: str) -> ContenderSpec:
     )
 
 
-def source_graphs(entries: Sequence[ContenderSpec], where: Placement) -> Iterator[ContenderSpec]:
+def source_graphs(
+    entries: Sequence[ContenderSpec], placement: Placement
+) -> Iterator[ContenderSpec]:
     """Enter the graphs that engines were compiled from: ``--against onnxruntime``."""
     engines = [entry for entry in entries if entry.kind == "engine"]
     if not engines:
@@ -110,7 +112,7 @@ def source_graphs(entries: Sequence[ContenderSpec], where: Placement) -> Iterato
                 "the .onnx file as one more artifact"
             )
         if path.name not in {other.name for other in entries}:
-            yield artifact(path, where, path.name)
+            yield artifact(path, placement, path.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,23 +146,22 @@ def origin_of(
     return Origin(checkpoint, None, outputs, size, choices)
 
 
-def torch_dtype(entry: ContenderSpec, where: Placement) -> Dtype:
+def torch_dtype(entry: ContenderSpec, placement: Placement) -> Dtype:
     """Choose what PyTorch computes in beside an artifact: fp32 on the CPU, on a GPU its dtype.
 
     Half precision beside 8 bits: the PyTorch reference has no quantised form.
     """
-    if where.device is None or entry.dtype is None:
+    if placement.device is None or entry.dtype is None:
         return Dtype.FP32
     dtype = Dtype(entry.dtype)
     return Dtype.FP16 if dtype.is_quantised else dtype
 
 
-def torch_entry(kind: str, origin: Origin, where: Placement, dtype: Dtype) -> ContenderSpec:
-    """Enter the PyTorch reference in one of its forms."""
+def torch_entry(kind: str, origin: Origin, placement: Placement, dtype: Dtype) -> ContenderSpec:
     opening = {
         "kind": kind,
         "origin": to_plain(origin),
         "dtype": str(dtype),
-        "where": to_plain(where),
+        "placement": to_plain(placement),
     }
     return ContenderSpec(kind, kind, opening, sha256=origin.sha256, dtype=str(dtype))

@@ -1,4 +1,4 @@
-"""What a benchmark says: its figures, and what its table leaves open."""
+"""The figures of a benchmark, and the footnotes of its table."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True)
 class Agreed:
-    """How the outputs agree with the fp32 reference's, the worst output's figures; None: NaN."""
+    """Agreement of the outputs with the fp32 reference's: the worst one's figures; None for NaN."""
 
     images: int
     max_abs: float | None
@@ -121,12 +121,10 @@ class Bench(Result):
     schema: int = SCHEMA
 
     def timing(self, contender: str, batch: int) -> Timing:
-        """Look one contender's times at one batch size up."""
         return next(t for t in self.timings if (t.contender, t.batch) == (contender, batch))
 
     @property
     def timed(self) -> tuple[Contender, ...]:
-        """Those that ran."""
         return tuple(one for one in self.contenders if one.skipped is None)
 
 
@@ -209,7 +207,7 @@ _FEW = 100  # calls, below which a p99 is little more than the slowest one
 
 
 def footnotes(bench: Bench) -> list[str]:
-    """Say how ratios were made, what was compared with what, where it ran, and what is missing."""
+    """List how ratios were made, what was compared, where it ran, and what is missing."""
     versions = ", ".join(f"{name} {version}" for name, version in bench.versions.items())
     lines = [
         f"time / {bench.baseline}: median over {_count(bench.rounds, 'round')} of the ratio within "

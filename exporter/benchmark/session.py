@@ -141,7 +141,7 @@ class OpenContender:
 class BenchSession:
     """Contenders in the order of the table, who is absent and why, and the pictures."""
 
-    where: Placement
+    placement: Placement
     folder: Path
     stack: ExitStack
     offline: bool
@@ -161,7 +161,7 @@ class BenchSession:
         """
         self._started += 1
         log = self.folder / f"{self._started}.log"
-        process = ContenderProcess(entry.name, log, self.where.threads, offline=self.offline)
+        process = ContenderProcess(entry.name, log, self.placement.threads, offline=self.offline)
         self.stack.enter_context(process)
         try:
             reply = process.ask("open", **entry.opening)
@@ -175,9 +175,11 @@ class BenchSession:
             raise
         return one
 
-    def beside(self, where: Placement, stack: ExitStack) -> BenchSession:
+    def beside(self, placement: Placement, stack: ExitStack) -> BenchSession:
         """Begin another session with the same pictures and no contender yet."""
-        return BenchSession(where, self.folder, stack, self.offline, feed=self.feed, _started=100)
+        return BenchSession(
+            placement, self.folder, stack, self.offline, feed=self.feed, _started=100
+        )
 
     def agree(
         self, size: ImageSize | None, preprocess: str | None = None, exif: Exif | None = None
@@ -246,7 +248,7 @@ class BenchSession:
     def _record(self, entry: ContenderSpec, reply: dict[str, Any]) -> Contender:
         specs = reply.get("inputs", [])
         takes = "; ".join(f"{one['dtype']} [{', '.join(map(str, one['shape']))}]" for one in specs)
-        on_gpu = self.where.device is not None
+        on_gpu = self.placement.device is not None
         return Contender(
             name=entry.name,
             kind=entry.kind,
@@ -255,8 +257,8 @@ class BenchSession:
             sha256=entry.sha256,
             dtype=entry.dtype,
             takes=takes or f"{entry.dtype} planes",
-            threads=self.where.threads,
-            transfers=not self.where.resident if on_gpu else None,
+            threads=self.placement.threads,
+            transfers=not self.placement.resident if on_gpu else None,
             open_seconds=round(reply["seconds"], 3),
         )
 
@@ -307,7 +309,7 @@ def find_reference(session: BenchSession, checkpoint: str | None) -> BenchRefere
     with ExitStack() as stack:
         try:
             origin = session.origin(checkpoint)
-            cpu = Placement(session.where.threads)
+            cpu = Placement(session.placement.threads)
             apart = session.beside(cpu, stack)
             one = apart.start(torch_entry("sdpa", origin, cpu, Dtype.FP32))
             outputs, _ = apart.outputs(one, _BATCH)
@@ -328,7 +330,7 @@ def _first_fp32(session: BenchSession, reason: str) -> BenchReference:
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How often each artifact is called."""
+    """Numbers of rounds and of calls of each artifact."""
 
     rounds: int
     calls: int

@@ -16,7 +16,6 @@ from msn_export import images
 from msn_export.benchmark.contenders import TORCH, Origin, Placement
 from msn_export.errors import CheckpointError, SpecError
 from msn_export.host import peak_rss, reset_peak, serve
-from msn_export.metrics.evaluate import Sample
 from msn_export.preprocessing import Preprocessing
 from msn_export.schema import from_plain, to_plain
 from msn_export.spec import Head, InputFormat
@@ -33,21 +32,22 @@ if TYPE_CHECKING:
 class ArtifactContender:
     """An .onnx or .engine file, through the runtime."""
 
-    def __init__(self, request: Mapping[str, Any], where: Placement) -> None:
+    def __init__(self, request: Mapping[str, Any], placement: Placement) -> None:
         from msn_export.runtime import open_runner
 
-        path = request["path"]
+        path: str = request["path"]
+        providers = placement.providers if path.endswith(".onnx") else ()
         self._runner = open_runner(
             path,
-            device=where.device,
-            providers=where.providers if path.endswith(".onnx") and where.providers else None,
-            trust=where.trust,
-            threads=where.threads,
-            cuda_graphs=where.cuda_graphs,
+            device=placement.device,
+            providers=providers or None,
+            trust=placement.trust,
+            threads=placement.threads,
+            cuda_graphs=placement.cuda_graphs,
             eager_kernels=True,  # no kernel changes while it is timed
         )
-        self._resident = where.resident
-        self._device = where.device or 0
+        self._resident = placement.resident
+        self._device = placement.device or 0
 
     def description(self) -> dict[str, Any]:
         runner = self._runner
@@ -90,12 +90,12 @@ class TorchContender:
 
     cuda_graphs = None  # PyTorch launches kernel by kernel here, compiled or not
 
-    def __init__(self, request: Mapping[str, Any], where: Placement) -> None:
+    def __init__(self, request: Mapping[str, Any], placement: Placement) -> None:
         import torch
 
-        torch.set_num_threads(where.threads)
+        torch.set_num_threads(placement.threads)
         self._torch = torch
-        self._device, self._resident = where.torch_device, where.resident
+        self._device, self._resident = placement.torch_device, placement.resident
         self._dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[
             request["dtype"]
         ]
@@ -117,7 +117,6 @@ class TorchContender:
         return planes.to(self._device, self._dtype) if self._resident else planes.to(self._dtype)
 
     def call(self, batch: Any) -> Mapping[str, Any]:
-        """Run it; what runs on the GPU is waited for."""
         with self._torch.inference_mode():
             outputs = self._model(batch.to(self._device))
             if self._resident:
@@ -166,39 +165,34 @@ _INPUTS = 4  # different batches that calls go through in turn: one alone would 
 
 
 class Server:
-    """Answers requests about one contender."""
-
     _timed: Timed
-    _sample: Sample
+    _pixels: NDArray[np.uint8]
+    _preprocessing: Preprocessing
 
     def __init__(self) -> None:
         self._inputs: list[Any] = []
 
     def open(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Open what is to be timed."""
         started = time.monotonic()
-        where = from_plain(Placement, request["where"], "where")
+        placement = from_plain(Placement, request["placement"], "placement")
         kind = TorchContender if request["kind"] in TORCH else ArtifactContender
-        self._timed = kind(request, where)
+        self._timed = kind(request, placement)
         return {**self._timed.description(), "seconds": time.monotonic() - started}
 
     def set_images(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Take the pictures that are run."""
-        pixels = np.load(request["pixels"], allow_pickle=False)
-        preprocessing = from_plain(Preprocessing, request["preprocessing"], "preprocessing")
-        self._sample = Sample(pixels, (), "", preprocessing)
-        return {"pictures": len(pixels)}
+        self._pixels = np.load(request["pixels"], allow_pickle=False)
+        plain = request["preprocessing"]
+        self._preprocessing = from_plain(Preprocessing, plain, "preprocessing")
+        return {}
 
     def warm_up(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Begin a batch size: run every picture once (its outputs go to a file), keep inputs."""
         reset_peak()
-        batch, sample = request["batch"], self._sample
+        batch, count = request["batch"], len(self._pixels)
         started = time.monotonic()
-        parts = [
-            self._outputs(range(start, start + batch)) for start in range(0, len(sample), batch)
-        ]
+        parts = [self._outputs(range(at, at + batch)) for at in range(0, count, batch)]
         outputs = {
-            name: np.concatenate([part[name] for part in parts])[: len(sample)] for name in parts[0]
+            name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]
         }
         with Path(request["outputs"]).open("wb") as file:
             np.savez(file, **outputs)  # type: ignore[arg-type]
@@ -228,8 +222,9 @@ class Server:
         return {"peak_rss_bytes": peak_rss(), "cuda_graphs": self._timed.cuda_graphs}
 
     def _input(self, indices: range) -> Any:
-        pixels = self._sample.preprocess(indices, InputFormat.UINT8)
-        return self._timed.prepare(pixels, self._sample.preprocessing)
+        """Prepare a batch; indices past the last picture start over."""
+        pixels = self._pixels[np.asarray(indices) % len(self._pixels)]
+        return self._timed.prepare(pixels, self._preprocessing)
 
     def _outputs(self, indices: range) -> dict[str, NDArray[Any]]:
         outputs = self._timed.call(self._input(indices))

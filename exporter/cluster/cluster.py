@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """How an actor opens the model."""
+    """Options that an actor opens the model with."""
 
     providers: tuple[str, ...] = ()
     threads: int | None = None
@@ -80,7 +80,6 @@ def explore(artifact: ArtifactBytes, opening: Opening) -> OpenModel:
 
 
 def require_same(model: OpenModel) -> None:
-    """Require that a worker is of this msn-export."""
     if model.version != __version__:
         raise ClusterError(
             f"a worker has msn-export {model.version} and this machine {__version__}; install "
@@ -99,7 +98,6 @@ class Reader:
         self._decoder = Decoder(read, workers=workers, ahead=batch)
 
     def __call__(self, record: Record) -> Record:
-        """Decode the sources of one batch."""
         sources = [self._store.source(path) for path in record["sources"]]
         size, channels = self._preprocessing.size, self._preprocessing.channels
         pixels, errors, turned = stack(list(self._decoder(sources)), size, channels)
@@ -245,7 +243,7 @@ _REMARK = re.compile(r"\nFailed to .* after \d+/\d+ attempts.*", re.DOTALL)
 
 
 def address_of(given: str, variables: Mapping[str, str] = os.environ) -> str:
-    """Read what ``--ray`` was given; nothing is the cluster a submitted job runs in, else local."""
+    """Read the value of ``--ray``; empty is the cluster a submitted job runs in, else local."""
     # never None: Ray would then join whatever cluster was started last, or look for a dead one
     address = given or variables.get("RAY_ADDRESS") or LOCAL
     if "://" in address:
@@ -291,7 +289,7 @@ def connected(address: str) -> Iterator[tuple[Node, ...]]:
 
 
 def _require_answer(address: str) -> None:
-    """Look whether anybody listens: Ray asks for minutes."""
+    """Require that the address takes a connection: Ray would try for minutes."""
     host, _, port = address.rpartition(":")
     if host:
         socket.create_connection((host.strip("[]"), int(port)), _ANSWER).close()
@@ -319,7 +317,7 @@ def failures_in_one_line() -> Iterator[None]:
 
 
 def own_error_in(error: BaseException) -> MsnExportError | None:
-    """Find our error among the causes of one of Ray's, which tells whole tracebacks."""
+    """Find our error among the causes of one of Ray's, whose message is a whole traceback."""
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]
     while waiting:

@@ -1,4 +1,4 @@
-"""Answers to posted pictures: what a replica of a service does. Plain code, nothing of Ray."""
+"""A replica of a service, which answers posted pictures. Plain code, nothing of Ray."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LARGEST = 64 * 2**20  # bytes of one posted picture: each is in memory, in the p
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """How a model is served; each field is an argument ``name=value`` of ``serve run``.
+    """The options of a service; each field is an argument ``name=value`` of ``serve run``.
 
     ``cpus`` are a replica's processors and threads, ``gpus`` its graphics processors (None: one for
     an engine). ``batch`` None is what the model is tuned for; ``wait`` is how many milliseconds a
@@ -185,6 +185,5 @@ class Replica:
         return answers
 
     def close(self) -> None:
-        """End the decoders and free the model."""
         self._decoder.close()
         self._runner.close()

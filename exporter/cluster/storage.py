@@ -208,7 +208,6 @@ class ArtifactBytes:
 
 
 def pack(model: Path) -> ArtifactBytes:
-    """Read an artifact for sending."""
     if not model.is_file():
         raise RunnerError(f"{model} does not exist; give an .onnx file or an engine")
     sidecar = manifest_path(model)
@@ -255,14 +254,12 @@ def encode_pixels(
 
 
 def decode_pixels(record: Record) -> tuple[int, NDArray[np.uint8], dict[int, str], int]:
-    """Read what ``encode_pixels`` wrote."""
     pixels = np.frombuffer(record["pixels"], np.uint8).reshape(json.loads(record["shape"]))
     # copied: a runner may refuse read-only memory
     return int(record["start"]), pixels.copy(), _errors(record), int(record["turned"])
 
 
 def encode_rows(start: int, rows: Rows) -> Record:
-    """Write a batch of rows."""
     return {
         "start": start,
         "shape": json.dumps(rows.vectors.shape),
@@ -285,7 +282,6 @@ def encode_failure(error: MsnExportError) -> Record:
 
 
 def decode_rows(record: Record) -> tuple[int, Rows]:
-    """Read what ``encode_rows`` wrote."""
     if record["failure"]:
         name, text = json.loads(record["failure"])
         kind = getattr(failures, name, None)

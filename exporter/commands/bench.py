@@ -108,7 +108,7 @@ def _where(job: BenchJob) -> Placement:
 
 def _enter(job: BenchJob, session: BenchSession, progress: Progress) -> None:
     """Open what the artifacts are compared with; the first that opens is the baseline."""
-    dtype = job.dtype or torch_dtype(session.opened[0].entry, session.where)
+    dtype = job.dtype or torch_dtype(session.opened[0].entry, session.placement)
     others: list[OpenContender] = []
     for kind in job.against:
         with progress.step(f"open {kind}"):
@@ -124,8 +124,8 @@ def _enter(job: BenchJob, session: BenchSession, progress: Progress) -> None:
 
 def _entries(kind: str, job: BenchJob, session: BenchSession, dtype: Dtype) -> list[ContenderSpec]:
     if kind in TORCH:
-        return [torch_entry(kind, session.origin(job.checkpoint), session.where, dtype)]
-    return list(source_graphs([one.entry for one in session.opened], session.where))
+        return [torch_entry(kind, session.origin(job.checkpoint), session.placement, dtype)]
+    return list(source_graphs([one.entry for one in session.opened], session.placement))
 
 
 def _time_batch(
@@ -146,7 +146,7 @@ def _time_batch(
         agreement, why, seconds = compared[one.name]
         reply = one.process.ask("memory")
         one.record = replace(one.record, cuda_graphs=reply["cuda_graphs"])
-        on_gpu = session.where.device is not None
+        on_gpu = session.placement.device is not None
         timings.append(
             Timing(
                 contender=one.name,
@@ -200,7 +200,7 @@ def _summary(
         batches=job.batches,
         rounds=job.rounds,
         seconds=job.seconds,
-        threads=session.where.threads,
+        threads=session.placement.threads,
         pictures=len(sample),
         pictures_from=sample.source,
         preprocessing=sample.preprocessing.name,

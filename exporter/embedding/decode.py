@@ -134,7 +134,6 @@ class _Pool(Generic[Source]):
             return self._executor.submit(self._read, source)
 
     def close(self) -> None:
-        """End the processes; a picture that one of them has begun is finished first."""
         if self._executor is not None:
             self._executor.shutdown(cancel_futures=True)
 

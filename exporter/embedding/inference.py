@@ -36,7 +36,7 @@ BEST = np.dtype([("class", "<i4"), ("score", "<f4")])
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What one batch gave.
+    """The rows of one batch.
 
     ``vectors`` is float32 [k, ...], NaN where ``errors`` (by position) says why; ``best`` is the
     best class of each and its score, [k] of ``BEST``, where the model has a classifier. ``turned``
@@ -77,7 +77,7 @@ def _concatenated(batches: list[Rows]) -> Rows:
     return Rows(vectors, best, errors, sum(rows.turned for rows in batches))
 
 
-# What an image's vector is read from, best first; the last is what other exporters give
+# Outputs that an image's vector is read from, best first; the last is that of other exporters
 _PREFERRED = ("embedding", "mean_embedding", "pooler_output", "logits", "last_hidden_state")
 _LOGITS = "logits"
 _FLOATS = ("float", "float16", "bfloat16", "double")
@@ -85,7 +85,7 @@ _FLOATS = ("float", "float16", "bfloat16", "double")
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Which outputs are read: the vector's, and the classifier's where there is one.
+    """The outputs that are read: the vector's, and the classifier's where there is one.
 
     ``scores`` says what the logits become; None decides by the number of classes.
     """

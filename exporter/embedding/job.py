@@ -86,7 +86,7 @@ def _ending(path: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class EmbedJob(Job):
-    """What ``msn-export embed`` was asked for; None leaves a choice to the model or the machine.
+    """The options of ``msn-export embed``; None leaves a choice to the model or the machine.
 
     ``images`` is a folder, or the URI of a bucket. No number in the rows depends on how many
     ``threads`` there are. ``ray`` None runs on this machine; else it is a cluster's address,
@@ -128,7 +128,7 @@ class EmbedJob(Job):
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Embedded(Result):
-    """What was written.
+    """A run's outcome.
 
     ``turned`` counts the pictures that their EXIF orientation turned, ``skipped`` by reason what
     the folder holds besides pictures that can be read. ``scores`` says what a classifier's logits

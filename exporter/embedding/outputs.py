@@ -155,7 +155,6 @@ class Journal:
 
     @property
     def done(self) -> int:
-        """Rows that are on the disk."""
         return int(np.count_nonzero(self._is_done))
 
     def missing(self, count: int) -> Iterator[range]:
@@ -325,7 +324,6 @@ def files_of(output: Path) -> tuple[Path, ...]:
 
 
 def require_parquet() -> None:
-    """Require the library, before any work is done."""
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError as error:
@@ -336,7 +334,6 @@ def require_parquet() -> None:
 
 
 def require_fit(output: Path, row: Sequence[int]) -> None:
-    """Require that rows of a shape can be written."""
     if output.suffix == ".parquet" and len(row) != 1:
         raise OutputError(
             f"an image gives {list(row)} numbers and a .parquet row holds one vector; write .npy, "
@@ -345,7 +342,7 @@ def require_fit(output: Path, row: Sequence[int]) -> None:
 
 
 def write_npy(
-    parts: Journal,
+    journal: Journal,
     listing: Listing,
     labels: Sequence[str],
     about: Mapping[str, Any],
@@ -359,17 +356,17 @@ def write_npy(
     described, lines = stage / "about.json", stage / "rows.jsonl"
     described.write_text(to_json(about), encoding="utf-8")
     with lines.open("w", encoding="utf-8") as file:
-        for number, row in enumerate(rows_of(parts, listing, labels)):
+        for number, row in enumerate(rows_of(journal, listing, labels)):
             line: dict[str, Any] = {"row": number, "path": row.path, "error": row.error}
             if row.best is not None:
                 line["label"], line["score"] = row.best
                 line["probability"] = _probability(row.best[1], about)
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    return described, lines, parts.vectors.path
+    return described, lines, journal.vectors.path
 
 
 def write_parquet(
-    parts: Journal,
+    journal: Journal,
     listing: Listing,
     labels: Sequence[str],
     about: Mapping[str, Any],
@@ -384,32 +381,32 @@ def write_parquet(
     import pyarrow as pa
     from pyarrow import parquet
 
-    (size,) = parts.vectors.read(0, 1).shape[1:]
+    (size,) = journal.vectors.read(0, 1).shape[1:]
     fields = [("path", pa.string()), ("embedding", pa.list_(pa.float32(), size))]
     fields.append(("error", pa.string()))
-    if parts.has_best:
+    if journal.has_best:
         fields += [
             ("label", pa.string()), ("score", pa.float32()), ("probability", pa.float32()),
         ]  # fmt: skip
     schema = pa.schema(fields, metadata={"msn-export": json.dumps(about)})
     table = stage / "table.parquet"
     step = max(1, _CHUNK // (4 * size))
-    rows = rows_of(parts, listing, labels)
+    rows = rows_of(journal, listing, labels)
     # vectors are noise to a dictionary, and nothing reads their least and greatest number
     texts = ["path", "error", "label"]
     with parquet.ParquetWriter(
         table, schema, use_dictionary=["label"], write_statistics=texts, compression="zstd"
     ) as writer:
-        for start in range(0, parts.total, step):
+        for start in range(0, journal.total, step):
             chunk = list(islice(rows, step))
-            vectors = parts.vectors.read(start, start + len(chunk))
+            vectors = journal.vectors.read(start, start + len(chunk))
             broken = pa.array([row.error is not None for row in chunk])
             columns = [
                 pa.array([row.path for row in chunk]),
                 pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), size, mask=broken),
                 pa.array([row.error for row in chunk], pa.string()),
             ]
-            if parts.has_best:
+            if journal.has_best:
                 best = [row.best or (None, None) for row in chunk]
                 columns.append(pa.array([label for label, _ in best], pa.string()))
                 scores = [number for _, number in best]
@@ -424,15 +421,15 @@ def _probability(score: float | None, about: Mapping[str, Any]) -> float | None:
     return None if about.get("scores") == Scores.RAW else score
 
 
-def rows_of(parts: Journal, listing: Listing, labels: Sequence[str]) -> Iterator[Row]:
+def rows_of(journal: Journal, listing: Listing, labels: Sequence[str]) -> Iterator[Row]:
     """Give each row's path, error, and likeliest class where the model has a classifier."""
     step = 1 << 16
     names = listing.names()
-    for start in range(0, parts.total, step):
-        stop = min(start + step, parts.total)
-        best = parts.best.read(start, stop) if parts.has_best else None
+    for start in range(0, journal.total, step):
+        stop = min(start + step, journal.total)
+        best = journal.best.read(start, stop) if journal.has_best else None
         for row in range(start, stop):
-            error = to_plain(parts.errors.get(row))  # it has the path, whose bytes may be no text
+            error = to_plain(journal.errors.get(row))  # it has the path, whose bytes may be no text
             found = None
             if best is not None and error is None:
                 number = int(best["class"][row - start])

@@ -90,7 +90,7 @@ DYNAMIC_BATCH = 32  # of a foreign graph with a dynamic batch
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How a model is served; ``queue_delay`` in microseconds."""
+    """The options of a served model; ``queue_delay`` in microseconds."""
 
     release: Release
     max_batch: int | None = None
@@ -180,7 +180,6 @@ def batch_limit(artifact: ServedArtifact, asked: int | None) -> int:
 
 
 def plan_name(artifact: ServedArtifact, among: Sequence[ServedArtifact]) -> str:
-    """Name an artifact's file in a version's folder."""
     if len(among) == 1 or artifact.targets.later:
         return artifact.platform.filename
     generation = artifact.targets.named[0]
@@ -207,7 +206,6 @@ def _add_tensors(config: ModelConfig, artifact: ServedArtifact, *, batching: boo
 
 
 def datatype(spec: TensorSpec, artifact: ServedArtifact) -> int:
-    """Give Triton's number for a tensor's dtype."""
     name = DATATYPES.get(spec.dtype)
     if name is None:
         raise SpecError(
@@ -306,7 +304,6 @@ def _constant(name: str, array: NDArray[Any]) -> ir.Value:
 def preprocess_config(
     name: str, spec: TensorSpec, model: ModelConfig, settings: Settings
 ) -> ModelConfig:
-    """Describe the preprocessing model that feeds ``model``."""
     config = base_config(name, Platform.ONNX, model.max_batch_size)
     (target,) = model.input
     *batch, channels, height, width = target.dims

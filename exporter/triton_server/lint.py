@@ -115,7 +115,7 @@ def _subject(
 
 
 def _platform(config: ModelConfig) -> Platform | None:
-    """Find out which of our backends serves a model; None for an ensemble, or one not ours."""
+    """Find which of our backends serves a model; None for an ensemble, or one not ours."""
     for platform in Platform:
         if config.platform == platform or (
             not config.platform and config.backend == platform.backend
@@ -161,7 +161,6 @@ def _read_versions(subject: ModelUnderLint, root: Path, read: ReadArtifact) -> F
 
 
 def check_tensors(subject: ModelUnderLint) -> Findings:
-    """Check every artifact of every version."""
     for kind in ("input", "output"):
         names = Counter(tensor.name for tensor in getattr(subject.config, kind))
         for name in sorted(name for name, count in names.items() if count > 1):

@@ -91,7 +91,7 @@ class ServedArtifact:
 
     @property
     def version_compatible(self) -> bool:
-        """Whether an engine carries the lean runtime that later TensorRTs load it with."""
+        """True for an engine that carries the lean runtime that later TensorRTs load it with."""
         engine = self.manifest.engine if self.manifest else None
         return bool(engine and engine.options.get("version_compatible"))
 
@@ -281,7 +281,7 @@ def for_onnx(opset: int) -> Release:
 
 
 def runs_opset(release: Release, opset: int) -> bool | None:
-    """Whether a release's onnxruntime runs a graph of an opset; None where it is not known."""
+    """True where a release's onnxruntime runs a graph of an opset; None where it is not known."""
     if opset < ATTENTION_OPSET:
         return True
     if release.onnxruntime is None:

@@ -1,4 +1,4 @@
-"""A repository's folders: what lies in each, how they are put in place, and a model's README."""
+"""A repository's folders: their files, their move into place, and a model's README."""
 
 import json
 import os
@@ -83,7 +83,6 @@ def require_free(repository: Path, names: Sequence[str], *, force: bool) -> None
 
 
 def write(models: Sequence[ModelFolder], stage: Path) -> None:
-    """Write models' folders into ``stage``."""
     for model in models:
         folder = stage / model.name
         for place, config in model.configs.items():
