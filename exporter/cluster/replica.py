@@ -99,18 +99,15 @@ def _number(name: str, given: Any) -> int:
     return given
 
 
-@dataclass(frozen=True, slots=True)
-class Posted:
-    """A picture as it came; it has no name."""
-
-    content: bytes
+class Posted(bytes):
+    """A picture file as it came; it has no name."""
 
     def __str__(self) -> str:
         return "the posted picture"
 
 
 def read_posted(posted: Posted, *, preprocessing: Preprocessing) -> Decoded:
-    return decoded_or_reason(io.BytesIO(posted.content), str(posted), preprocessing)
+    return decoded_or_reason(io.BytesIO(posted), str(posted), preprocessing)
 
 
 class Replica:

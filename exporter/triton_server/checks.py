@@ -45,7 +45,7 @@ class ModelUnderLint:
     """
 
     folder: Path
-    place: str
+    file: str
     config: ModelConfig
     platform: Platform | None
     versions: dict[int, dict[str, ServedArtifact]] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class ModelUnderLint:
     def issue(self, finding: tuple[str, str]) -> Issue:
         where, what = finding
         level: Literal["wrong", "note"] = "note" if isinstance(finding, Note) else "wrong"
-        return Issue(level, self.folder.name, f"{self.place}: {where}", what)
+        return Issue(level, self.folder.name, f"{self.file}: {where}", what)
 
     @property
     def artifacts(self) -> Iterator[tuple[str, ServedArtifact]]:

@@ -104,7 +104,9 @@ class Settings:
 def model_config(name: str, artifacts: Sequence[ServedArtifact], settings: Settings) -> ModelConfig:
     """Describe one model: an ONNX graph, or engines of one model for several GPU generations."""
     first = artifacts[0]
-    config = base_config(name, first.platform, batch_limit(first, settings.max_batch))
+    config = _platform_config(
+        name, first.platform, batch_limit(first, settings.max_batch), settings
+    )
     batching = config.max_batch_size > 0
     _add_tensors(config, first, batching=batching)
     if batching:
@@ -124,16 +126,18 @@ def model_config(name: str, artifacts: Sequence[ServedArtifact], settings: Setti
         config.response_cache.enable = True
     if settings.warmup:
         _add_warmup(config, first)
-    config.parameters["triton_release"].string_value = settings.release.name
     return config
 
 
-def base_config(name: str, platform: Platform, max_batch: int) -> ModelConfig:
-    """Begin a configuration: name, backend, batch, the newest version alone."""
+def _platform_config(
+    name: str, platform: Platform, max_batch: int, settings: Settings
+) -> ModelConfig:
+    """Begin the configuration of one model: its backend, its batch, the newest version alone."""
     config = module().ModelConfig(
         name=name, platform=platform, backend=platform.backend, max_batch_size=max_batch
     )
     config.version_policy.latest.num_versions = 1
+    config.parameters["triton_release"].string_value = settings.release.name
     return config
 
 
@@ -304,7 +308,7 @@ def _constant(name: str, array: NDArray[Any]) -> ir.Value:
 def preprocess_config(
     name: str, spec: TensorSpec, model: ModelConfig, settings: Settings
 ) -> ModelConfig:
-    config = base_config(name, Platform.ONNX, model.max_batch_size)
+    config = _platform_config(name, Platform.ONNX, model.max_batch_size, settings)
     (target,) = model.input
     *batch, channels, height, width = target.dims
     config.input.add(
@@ -317,7 +321,6 @@ def preprocess_config(
         # no delay: the model behind it waits for company already
         config.dynamic_batching.SetInParent()
     config.instance_group.add(count=settings.instances)
-    config.parameters["triton_release"].string_value = settings.release.name
     return config
 
 

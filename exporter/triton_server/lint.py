@@ -50,10 +50,10 @@ def lint(repository: Path, read: ReadArtifact, release: Release | None = None) -
     subjects: list[ModelUnderLint] = []
     found: list[Issue] = []
     for folder in _model_folders(repository):
-        for place, config in _configurations(folder, repository, found):
-            if place == CONFIG:
+        for file, config in _configurations(folder, repository, found):
+            if file == CONFIG:
                 configs[folder.name] = config
-            subjects.append(_subject(folder, place, config, release, found))
+            subjects.append(_subject(folder, file, config, release, found))
     read = cache(read)  # several configurations of a model share what was read
     for subject in subjects:
         found.extend(map(subject.issue, _check(subject, configs, repository, read)))
@@ -78,23 +78,23 @@ def _configurations(
     folder: Path, root: Path, found: list[Issue]
 ) -> Iterator[tuple[str, ModelConfig]]:
     """Parse a model's configurations, the default one first; report those that cannot be."""
-    places = [CONFIG]
+    files = [CONFIG]
     if (folder / VARIANTS).is_dir():
         variants = sorted(path.name for path in (folder / VARIANTS).glob("*.pbtxt"))
-        places += [f"{VARIANTS}/{name}" for name in variants]
-    for place in places:
-        path = safe_file((folder / place).parent, Path(place).name, root)
+        files += [f"{VARIANTS}/{name}" for name in variants]
+    for file in files:
+        path = safe_file((folder / file).parent, Path(file).name, root)
         reason = path if isinstance(path, str) else _why_too_large(path)
         if reason is None:
             assert isinstance(path, Path)
             try:
-                yield place, from_text(path.read_text(encoding="utf-8"))
+                yield file, from_text(path.read_text(encoding="utf-8"))
                 continue
             except (OSError, UnicodeError, SpecError) as error:
                 reason = f"is no model configuration ({error})"
-        elif not (folder / place).exists():
+        elif not (folder / file).exists():
             reason += "; without one Triton makes its own up, with a batch of 4 at most"
-        found.append(Issue("wrong", folder.name, place, reason))
+        found.append(Issue("wrong", folder.name, file, reason))
 
 
 def _why_too_large(path: Path) -> str | None:
@@ -103,15 +103,15 @@ def _why_too_large(path: Path) -> str | None:
 
 
 def _subject(
-    folder: Path, place: str, config: ModelConfig, release: Release | None, found: list[Issue]
+    folder: Path, file: str, config: ModelConfig, release: Release | None, found: list[Issue]
 ) -> ModelUnderLint:
     stated = config.parameters["triton_release"].string_value if config.parameters else ""
     if release is None and stated:
         try:
             release = parse_release(stated)
         except SpecError as error:
-            found.append(Issue("wrong", folder.name, f"{place}: triton_release", str(error)))
-    return ModelUnderLint(folder, place, config, _platform(config), release=release)
+            found.append(Issue("wrong", folder.name, f"{file}: triton_release", str(error)))
+    return ModelUnderLint(folder, file, config, _platform(config), release=release)
 
 
 def _platform(config: ModelConfig) -> Platform | None:

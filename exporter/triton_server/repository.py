@@ -45,13 +45,12 @@ HEADER = "Written by msn-export triton; msn-export triton --lint checks it after
 class ModelFolder:
     """One model of a repository, its files by their path in the folder.
 
-    ``configs`` and ``contents`` are written, ``copies`` copied from where they lie.
+    ``contents`` are written, ``copies`` copied from other paths.
     """
 
     name: str
-    configs: Mapping[str, ModelConfig]
+    contents: Mapping[str, bytes]
     copies: Mapping[str, Path] = field(default_factory=dict)
-    contents: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def require_name(name: str) -> None:
@@ -65,11 +64,11 @@ def require_name(name: str) -> None:
 
 def require_free(repository: Path, names: Sequence[str], *, force: bool) -> None:
     """Refuse, before any work is done, a repository that the models could not be put into."""
-    place = repository if repository.exists() else repository.parent
-    if not place.is_dir():
-        raise OutputError(f"{place} is no folder; choose another repository with -o")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise OutputError(f"folder {place} is not writable; choose another repository with -o")
+    folder = repository if repository.exists() else repository.parent
+    if not folder.is_dir():
+        raise OutputError(f"{folder} is no folder; choose another repository with -o")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"folder {folder} is not writable; choose another repository with -o")
     if (repository / CONFIG).exists():
         raise OutputError(
             f"{repository} is one model's folder, not a repository; choose the folder around it"
@@ -85,18 +84,12 @@ def require_free(repository: Path, names: Sequence[str], *, force: bool) -> None
 def write(models: Sequence[ModelFolder], stage: Path) -> None:
     for model in models:
         folder = stage / model.name
-        for place, config in model.configs.items():
-            _target(folder, place).write_text(to_text(config, HEADER), encoding="utf-8")
-        for place, content in model.contents.items():
-            _target(folder, place).write_bytes(content)
-        for place, source in model.copies.items():
-            shutil.copyfile(source, _target(folder, place))
-
-
-def _target(folder: Path, place: str) -> Path:
-    path = folder / place
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+        for name in (*model.contents, *model.copies):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        for name, content in model.contents.items():
+            (folder / name).write_bytes(content)
+        for name, source in model.copies.items():
+            shutil.copyfile(source, folder / name)
 
 
 def move_in(names: Sequence[str], stage: Path, repository: Path) -> None:
@@ -194,22 +187,29 @@ def model_folders(served: Served, stage: Path) -> list[ModelFolder]:
     save_graph(spec, served.preprocessing, first.fixed_batch or "batch", graph)
     version = f"{served.version}/{Platform.ONNX.filename}"
     return [
-        ModelFolder(before.name, {CONFIG: before}, {version: graph}),
+        ModelFolder(before.name, {CONFIG: _text_of(before)}, {version: graph}),
         _model_folder(served, config, after),
         # an ensemble has nothing in its version's folder, but Triton wants the folder
-        ModelFolder(after.name, {CONFIG: after}, contents={**_labels(first), "1/.keep": b""}),
+        ModelFolder(after.name, {CONFIG: _text_of(after), **_labels(first), "1/.keep": b""}),
     ]
+
+
+def _text_of(config: ModelConfig) -> bytes:
+    return to_text(config, HEADER).encode()
 
 
 def _model_folder(served: Served, config: ModelConfig, ensemble: ModelConfig | None) -> ModelFolder:
     first, settings = served.first, served.settings
-    contents = {**_labels(first), "README.md": readme(served, config, ensemble).encode()}
+    contents = {
+        CONFIG: _text_of(config),
+        "README.md": readme(served, config, ensemble).encode(),
+        **_labels(first),
+    }
     if served.warmup is not None:
         contents[f"{WARMUP}/{WARMUP_FILE}"] = served.warmup
-    configs = {CONFIG: config}
     if first.platform is Platform.ONNX or settings.cuda_graphs:
         variant = gpu_config(config, first, cuda_graphs=settings.cuda_graphs)
-        configs[f"{VARIANTS}/gpu.pbtxt"] = variant
+        contents[f"{VARIANTS}/gpu.pbtxt"] = _text_of(variant)
     copies: dict[str, Path] = {}
     for artifact in served.artifacts:
         target = served.file_of(artifact)
@@ -218,7 +218,7 @@ def _model_folder(served: Served, config: ModelConfig, ensemble: ModelConfig | N
             copies[f"{target}.json"] = manifest_path(artifact.path)
         for weights in artifact.weights:
             copies[f"{served.version}/{weights.relative_to(artifact.path.parent)}"] = weights
-    return ModelFolder(served.name, configs, copies, contents)
+    return ModelFolder(served.name, contents, copies)
 
 
 def _labels(artifact: ServedArtifact) -> dict[str, bytes]:
