@@ -14,7 +14,6 @@ import math
 import os
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
@@ -307,15 +306,6 @@ ENDINGS = (".npy", ".parquet")
 _CHUNK = 8 * 2**20  # bytes of vectors that are in memory at once
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One picture's row besides its vector."""
-
-    path: str
-    error: str | None
-    best: tuple[str, float] | None  # label, score
-
-
 def files_of(output: Path) -> tuple[Path, ...]:
     """Name every file of an output, the array or table last."""
     if output.suffix == ".parquet":
@@ -355,13 +345,10 @@ def write_npy(
     """
     described, lines = stage / "about.json", stage / "rows.jsonl"
     described.write_text(to_json(about), encoding="utf-8")
+    raw = about.get("scores") == Scores.RAW
     with lines.open("w", encoding="utf-8") as file:
-        for number, row in enumerate(rows_of(journal, listing, labels)):
-            line: dict[str, Any] = {"row": number, "path": row.path, "error": row.error}
-            if row.best is not None:
-                line["label"], line["score"] = row.best
-                line["probability"] = _probability(row.best[1], about)
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        for number, row in enumerate(rows_of(journal, listing, labels, raw=raw)):
+            file.write(json.dumps({"row": number, **row}, ensure_ascii=False) + "\n")
     return described, lines, journal.vectors.path
 
 
@@ -382,16 +369,17 @@ def write_parquet(
     from pyarrow import parquet
 
     (size,) = journal.vectors.read(0, 1).shape[1:]
-    fields = [("path", pa.string()), ("embedding", pa.list_(pa.float32(), size))]
-    fields.append(("error", pa.string()))
+    fields = {
+        "path": pa.string(),
+        "embedding": pa.list_(pa.float32(), size),
+        "error": pa.string(),
+    }
     if journal.has_best:
-        fields += [
-            ("label", pa.string()), ("score", pa.float32()), ("probability", pa.float32()),
-        ]  # fmt: skip
-    schema = pa.schema(fields, metadata={"msn-export": json.dumps(about)})
+        fields |= {"label": pa.string(), "score": pa.float32(), "probability": pa.float32()}
+    schema = pa.schema(fields.items(), metadata={"msn-export": json.dumps(about)})
     table = stage / "table.parquet"
     step = max(1, _CHUNK // (4 * size))
-    rows = rows_of(journal, listing, labels)
+    rows = rows_of(journal, listing, labels, raw=about.get("scores") == Scores.RAW)
     # vectors are noise to a dictionary, and nothing reads their least and greatest number
     texts = ["path", "error", "label"]
     with parquet.ParquetWriter(
@@ -399,44 +387,41 @@ def write_parquet(
     ) as writer:
         for start in range(0, journal.total, step):
             chunk = list(islice(rows, step))
-            vectors = journal.vectors.read(start, start + len(chunk))
-            broken = pa.array([row.error is not None for row in chunk])
+            vectors = pa.array(journal.vectors.read(start, start + len(chunk)).ravel())
+            broken = pa.array([row["error"] is not None for row in chunk])
             columns = [
-                pa.array([row.path for row in chunk]),
-                pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), size, mask=broken),
-                pa.array([row.error for row in chunk], pa.string()),
+                pa.FixedSizeListArray.from_arrays(vectors, size, mask=broken)
+                if name == "embedding"
+                else pa.array([row.get(name) for row in chunk], kind)
+                for name, kind in fields.items()
             ]
-            if journal.has_best:
-                best = [row.best or (None, None) for row in chunk]
-                columns.append(pa.array([label for label, _ in best], pa.string()))
-                scores = [number for _, number in best]
-                columns.append(pa.array(scores, pa.float32()))
-                columns.append(pa.array([_probability(x, about) for x in scores], pa.float32()))
             writer.write_batch(pa.record_batch(columns, schema=schema), row_group_size=step)
     return (table,)
 
 
-def _probability(score: float | None, about: Mapping[str, Any]) -> float | None:
-    """Give a score that is a probability; a regression's is none."""
-    return None if about.get("scores") == Scores.RAW else score
+def rows_of(
+    journal: Journal, listing: Listing, labels: Sequence[str], *, raw: bool
+) -> Iterator[dict[str, Any]]:
+    """Give each row's ``path`` and ``error``, and of a classifier its likeliest class.
 
-
-def rows_of(journal: Journal, listing: Listing, labels: Sequence[str]) -> Iterator[Row]:
-    """Give each row's path, error, and likeliest class where the model has a classifier."""
+    That is ``label``, ``score``, and ``probability``: the score, which a ``raw`` one is not.
+    """
     step = 1 << 16
     names = listing.names()
     for start in range(0, journal.total, step):
         stop = min(start + step, journal.total)
         best = journal.best.read(start, stop) if journal.has_best else None
-        for row in range(start, stop):
-            error = to_plain(journal.errors.get(row))  # it has the path, whose bytes may be no text
-            found = None
+        for number in range(start, stop):
+            # an error has the path, whose bytes may be no text
+            error = to_plain(journal.errors.get(number))
+            row: dict[str, Any] = {"path": next(names), "error": error}
             if best is not None and error is None:
-                number = int(best["class"][row - start])
-                label = labels[number] if number < len(labels) else str(number)
+                index = int(best["class"][number - start])
+                row["label"] = labels[index] if index < len(labels) else str(index)
                 # nine digits give a float32 back exactly
-                found = label, float(np.format_float_positional(best["score"][row - start]))
-            yield Row(next(names), error, found)
+                score = float(np.format_float_positional(best["score"][number - start]))
+                row |= {"score": score, "probability": None if raw else score}
+            yield row
 
 
 def move_in(finished: Sequence[Path], output: Path) -> None:
