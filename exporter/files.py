@@ -19,10 +19,7 @@ STAGING_PREFIX = ".msn-export-staging-"  # whatever is called so is ours to dele
 def require_writable(outputs: Sequence[Path], *, force: bool, sources: Sequence[Path] = ()) -> None:
     """Refuse, before any work is done, outputs that could not be put in place after it.
 
-    Args:
-        outputs: the files that will be written.
-        force: whether an existing file may be replaced.
-        sources: what the work reads: never replaced.
+    ``force`` lets existing files be replaced, but none of ``sources``, which the work reads.
     """
     for path in (*outputs, *sources):
         _require_text(path)
@@ -139,22 +136,17 @@ def publish(
 
     The old manifest goes first: at no moment does one lie beside an artifact it does not describe.
 
-    Args:
-        staged: the artifact, in a staging folder.
-        output: its place.
-        manifest: what is written beside it.
-        beside: further files of the staging folder, which go to the output's under their names.
-        force: whether an existing file may be replaced.
+    ``beside`` are further files of the staging folder, which go to the output's under their names.
     """
     sidecar = manifest_path(output)
     staged_sidecar = manifest_path(staged)
     try:
         staged_sidecar.write_text(manifest, encoding="utf-8")
-        places = [output.with_name(file.name) for file in beside]
-        with placing([output, sidecar, *places], force=force):
+        targets = [output.with_name(file.name) for file in beside]
+        with placing([output, sidecar, *targets], force=force):
             sidecar.unlink(missing_ok=True)
-            for file, place in zip(beside, places, strict=True):
-                file.replace(place)
+            for file, target in zip(beside, targets, strict=True):
+                file.replace(target)
             staged.replace(output)
             staged_sidecar.replace(sidecar)
     except OSError as error:

@@ -128,21 +128,15 @@ def notes_on(broken: Sequence[str], skipped: Mapping[str, int], turned: int) -> 
 
 
 def load(folder: Path, preprocessing: Preprocessing, limit: int) -> ImageSet:
-    """Decode up to ``limit`` pictures below a folder, evenly spread over its sorted list."""
-    (loaded,) = load_parts(folder, preprocessing, limit, limit)
-    return loaded
+    return next(load_parts(folder, preprocessing, limit, limit))
 
 
 def load_parts(
     folder: Path, preprocessing: Preprocessing, limit: int | None, part: int
 ) -> Iterator[ImageSet]:
-    """Decode up to ``limit`` pictures below a folder, ``part`` of them at a time.
+    """Decode up to ``limit`` pictures (None: all) of a folder, ``part`` of them at a time.
 
-    Args:
-        folder: a folder of pictures, or one picture.
-        preprocessing: how they are resized.
-        limit: how many, evenly spread over the sorted list; None: all.
-        part: how many are in memory at once.
+    They are evenly spread over its sorted list. ``folder`` may be one picture.
     """
     found = find(folder)
     paths = found.paths if limit is None else spread(found.paths, limit)
@@ -153,7 +147,7 @@ def load_parts(
 
 
 def load_named(folder: Path, names: Sequence[str], preprocessing: Preprocessing) -> ImageSet:
-    """Decode the pictures of a folder that ``load`` gave these names."""
+    """Decode the pictures of a folder that ``load_parts`` gave these names."""
     paths = [folder if folder.is_file() else folder / name for name in names]
     return _decode(folder, paths, preprocessing)
 

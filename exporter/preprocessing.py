@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from msn_export.errors import SpecError
 from msn_export.spec import LARGEST_SIDE, ImageSize
@@ -126,10 +126,11 @@ def preset(name: str, size: ImageSize, channels: int = 3) -> Preprocessing:
     """Make the preprocessing called ``hf``, ``msn-eval`` or ``raw`` for an image size."""
     if channels not in MODES:
         raise SpecError(f"pictures have no {channels} channels; expected 1, 3 or 4")
-    statistics = _statistics(channels)
+    half = (0.5,) * channels
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else (half, half)
     if name == "hf":
         # transformers ViTImageProcessor: resize to exactly size, bilinear, rescale, normalise.
-        return Preprocessing("hf", size, exif="apply", **statistics)
+        return Preprocessing("hf", size, mean=mean, std=std, exif="apply")
     if name == "msn-eval":
         # facebookresearch/msn linear_eval.py and logistic_eval.py: Resize(256), CenterCrop(224);
         # kept in proportion for other sizes. torchvision's ImageFolder, which those read with,
@@ -137,23 +138,17 @@ def preset(name: str, size: ImageSize, channels: int = 3) -> Preprocessing:
         # is what they want embedded.
         short_side = round(min(size.height, size.width) * 256 / 224)
         short_side = max(short_side, size.height, size.width)
-        return Preprocessing("msn-eval", size, short_side, exif="apply", **statistics)
+        return Preprocessing("msn-eval", size, short_side, mean=mean, std=std, exif="apply")
     if name == "raw":
         # for graphs that normalise themselves: the resized picture's bytes, as floats 0 to 255
-        mean, std = (0.0,) * channels, (1.0,) * channels
-        return Preprocessing("raw", size, scale=1.0, mean=mean, std=std, exif="apply")
+        zeros, ones = (0.0,) * channels, (1.0,) * channels
+        return Preprocessing("raw", size, scale=1.0, mean=zeros, std=ones, exif="apply")
     raise SpecError(f"preprocessing {name!r} is unknown; expected {', '.join(PRESETS)}")
 
 
 def assumed(size: ImageSize, channels: int = 3) -> Preprocessing:
     """Take ``hf`` for a model of which nothing says how its pictures are made."""
     return replace(preset("hf", size, channels), assumed=True)
-
-
-def _statistics(channels: int) -> dict[str, Any]:
-    if channels == 3:
-        return {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    return {"mean": (0.5,) * channels, "std": (0.5,) * channels}
 
 
 def resized(preprocessing: Preprocessing, size: ImageSize) -> Preprocessing:

@@ -57,11 +57,7 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 class ContenderProcess(ChildProcess):
     """A process that runs ``worker`` and answers one request at a time.
 
-    Args:
-        name: of the contender, for messages.
-        log: receives all that it and its libraries print.
-        threads: it may compute on.
-        offline: it may fetch nothing from the hub.
+    ``log`` receives all that it prints; ``offline`` it fetches nothing from the hub.
     """
 
     def __init__(self, name: str, log: Path, threads: int, *, offline: bool) -> None:
@@ -186,10 +182,8 @@ class BenchSession:
     ) -> Feed:
         """Find the one preprocessing that all artifacts share.
 
-        Args:
-            size: of the images, for graphs that leave it open; else that of the others.
-            preprocess: a preset or JSON file, instead of what the manifests say.
-            exif: instead of what the manifests say.
+        ``size`` is for graphs that leave it open, which else take that of the others;
+        ``preprocess`` and ``exif`` stand instead of what the manifests say.
         """
         feeds: dict[str, Feed] = {}
         for one in sorted(self.opened, key=lambda one: one.entry.manifest is None):
@@ -407,12 +401,10 @@ def _rounds(
     rounds: dict[str, Rounds] = {name: [] for name in runners}
     for turn in range(effort.rounds):
         for name in rotated(list(runners), turn):
-            times = [_nanoseconds(runners[name], images) for _ in range(effort.calls)]
+            times = []
+            for _ in range(effort.calls):
+                start = time.perf_counter_ns()
+                runners[name](images)
+                times.append(time.perf_counter_ns() - start)
             rounds[name].append(times)
     return rounds
-
-
-def _nanoseconds(runner: Runner, images: NDArray[Any]) -> int:
-    start = time.perf_counter_ns()
-    runner(images)
-    return time.perf_counter_ns() - start

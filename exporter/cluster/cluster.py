@@ -283,7 +283,8 @@ def connected(address: str) -> Iterator[tuple[Node, ...]]:
         ) from error
     try:
         with failures_in_one_line():
-            yield _nodes(ray.nodes())
+            resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            yield tuple(Node(int(one.get("CPU", 0)), int(one.get("GPU", 0))) for one in resources)
     finally:
         ray.shutdown()
 
@@ -293,11 +294,6 @@ def _require_answer(address: str) -> None:
     host, _, port = address.rpartition(":")
     if host:
         socket.create_connection((host.strip("[]"), int(port)), _ANSWER).close()
-
-
-def _nodes(found: list[dict[str, Any]]) -> tuple[Node, ...]:
-    alive = [node["Resources"] for node in found if node["Alive"]]
-    return tuple(Node(int(one.get("CPU", 0)), int(one.get("GPU", 0))) for one in alive)
 
 
 @contextmanager
@@ -407,7 +403,12 @@ class RayExecutor:
             return
         _quiet()
         blocks = blocks_of(len(missing), self._layout.actors)
-        dataset = ray.data.from_items(list(self._records(missing)), override_num_blocks=blocks)
+        records: list[Record] = []
+        for one in missing:
+            paths = self.pictures.paths[one.start : one.stop]
+            sources = [os.fsencode(str(path)) for path in paths]
+            records.append({"start": one.start, "sources": sources})
+        dataset = ray.data.from_items(records, override_num_blocks=blocks)
         dataset = dataset.map(
             Reader,
             fn_constructor_args=(self._store, feed.preprocessing, self._each, batch),
@@ -423,11 +424,6 @@ class RayExecutor:
         with failures_in_one_line():
             for record in dataset.iter_rows():
                 yield decode_rows(record)
-
-    def _records(self, missing: Sequence[range]) -> Iterator[dict[str, Any]]:
-        for one in missing:
-            paths = self.pictures.paths[one.start : one.stop]
-            yield {"start": one.start, "sources": [os.fsencode(str(path)) for path in paths]}
 
 
 def _quiet() -> None:

@@ -132,11 +132,11 @@ class Journal:
         """Start an output, or go on with one that was begun.
 
         Args:
-            folder: where the parts are kept.
+            folder: keeps the parts.
             total: rows of the whole output.
             origin: all that the rows follow from, by name; parts of another origin are refused.
-            resume: go on with what is there.
-            force: throw away what is there, unless it is to be resumed.
+            resume: go on with those that are there.
+            force: throw them away, unless they are to be resumed.
         """
         parts = cls(folder, total)
         folder.mkdir(exist_ok=True)
@@ -193,7 +193,8 @@ class Journal:
                 self.best.write(start, rows.best)
             errors |= {start + index: text for index, text in rows.errors.items()}
             spans.append((start, start + len(rows.vectors)))
-        count = self.done + sum(self._new_in(*span) for span in spans)
+        again = sum(np.count_nonzero(self._is_done[start:stop]) for start, stop in spans)
+        count = self.done + sum(stop - start for start, stop in spans) - int(again)
         self._note({"done": count, "rows": spans, "errors": errors, "turned": turned})
         self._take(spans, errors, turned)
         self._open = []
@@ -276,9 +277,6 @@ class Journal:
                 f"{self.folder} is damaged: its journal counts {held} rows and the arrays "
                 "have fewer; --force without --resume starts over"
             )
-
-    def _new_in(self, start: int, stop: int) -> int:
-        return stop - start - int(np.count_nonzero(self._is_done[start:stop]))
 
     def _take(
         self, spans: Iterable[tuple[int, int]], errors: Mapping[int, str], turned: int

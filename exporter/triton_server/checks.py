@@ -197,9 +197,7 @@ def _check_accelerators(subject: ModelUnderLint) -> Findings:
 def check_ensemble(subject: ModelUnderLint, models: Mapping[str, ModelConfig]) -> Findings:
     """Check each step's model, and each tensor that goes from one step to the next.
 
-    Args:
-        subject: the ensemble.
-        models: the repository's models by name, as their ``config.pbtxt`` describes them.
+    ``models`` are the repository's by name, as their ``config.pbtxt`` describes them.
     """
     config = subject.config
     if config.instance_group or config.HasField("optimization") or config.model_warmup:

@@ -135,9 +135,7 @@ def first_uncovered(profiles: Iterable[BatchRange], limit: int) -> int | None:
 def read_artifact(path: Path, platform: Platform | None = None) -> ServedArtifact:
     """Read an artifact; one whose manifest describes another file is refused.
 
-    Args:
-        path: the file.
-        platform: what it is to be; None goes by the file's ending.
+    ``platform`` None goes by the file's ending.
     """
     if platform is None:
         platform = Platform.ONNX if path.suffix == ".onnx" else Platform.PLAN
