@@ -104,7 +104,7 @@ def export(
         MsnExportError: nothing was written; the message says why.
     """
     with _job(OnnxJob, progress, options, checkpoint=checkpoint, output=output) as (job, steps):
-        job.judge()
+        job.validate_paths()
         from msn_export.commands.onnx import run_onnx
 
         return Exported(*run_onnx(job, steps))

@@ -170,7 +170,7 @@ class Artifact:
 
     @cached_property
     def structure(self) -> Structure:
-        """What the graph says of itself; nothing of an engine, nor where no stream is found."""
+        """Constants and order as the graph states them; empty where no stream is found."""
         if self.graph is None or isinstance(self._stream, GraphError):
             return {}
         from msn_export.graph.summary import structure_of
@@ -179,7 +179,7 @@ class Artifact:
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
-        """What was decided for a graph, and what could not be read off it."""
+        """Decisions taken for a graph, and the reason why something could not be read."""
         if self.kind != "onnx":
             return ()
         found = list(self._understood[1])
@@ -198,8 +198,16 @@ class Artifact:
                 f"{self.path} has no manifest beside it that says what it takes; compare the graph "
                 "it was built from, or build it with msn-export trt"
             )
-        made, taken = self.manifest.preprocessing, InputFormat.of(self.manifest.inputs[0].dtype)
-        return ImageInput(taken, made.size, made.channels, combine(self.manifest.profiles))
+        preprocessing, input_format = (
+            self.manifest.preprocessing,
+            InputFormat.of(self.manifest.inputs[0].dtype),
+        )
+        return ImageInput(
+            input_format,
+            preprocessing.size,
+            preprocessing.channels,
+            combine(self.manifest.profiles),
+        )
 
     @property
     def input_format(self) -> InputFormat:
@@ -226,7 +234,6 @@ class Artifact:
 
     @cached_property
     def max_batch(self) -> int:
-        """The batch that memory affords."""
         found = _max_batch_of_config(self.manifest)
         return found or (self.batch.max if self.graph is None else max_batch_of(self.graph))
 
@@ -301,16 +308,16 @@ class GraphFile(Artifact):
         opened.graph, opened.opset = model, opened.summary.opset
         _ = opened.dtype  # before the graph is typed
         inside = taken.format is InputFormat.UINT8
-        said = opened.manifest.preprocessing if opened.manifest is not None else None
+        own = opened.manifest.preprocessing if opened.manifest is not None else None
         opened.preprocessing = choose(
-            said, taken.size, taken.channels, preprocess=preprocess, exif=exif, inside=inside
+            own, taken.size, taken.channels, preprocess=preprocess, exif=exif, inside=inside
         )
         opened.notes = (*notes, *opened.preprocessing.notes)
         return opened
 
 
 def is_checkpoint(name: str) -> bool:
-    """Whether it is a checkpoint's name, and no exported file's."""
+    """Name what is no exported file's a checkpoint's."""
     return Path(name).suffix not in {".onnx", *ENGINES}
 
 
@@ -378,7 +385,7 @@ def _image_input(model: ir.Model, path: Path) -> ImageInput:
 
 
 def _require_layout(shape: list[Any], input_format: InputFormat, described: str) -> None:
-    """Tell planes from interleaved channels where the sizes leave no doubt."""
+    """Refuse the other layout where the sizes leave no doubt."""
     counts = {1, 3, 4}
     first, last = shape[1] in counts, shape[3] in counts
     if first is last:
@@ -427,7 +434,7 @@ def _max_batch_of_patches(model: ir.Model) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Feed:
-    """How an artifact is fed; ``fixed`` is a size that the artifact itself leaves open."""
+    """A model's input, made of pictures; ``fixed`` is a size that the model itself leaves open."""
 
     input_format: InputFormat
     preprocessing: Preprocessing
@@ -435,7 +442,6 @@ class Feed:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What users must know of it."""
         size = f"its image size was dynamic, and is {self.fixed} as its position embedding has it"
         return (*self.preprocessing.notes, *([] if self.fixed is None else [size]))
 
@@ -476,15 +482,15 @@ def feed_of(
     inside = taken is InputFormat.UINT8
     _, *rest = spec.shape
     channels, *sides = (rest[2], *rest[:2]) if inside else rest
-    said = manifest.preprocessing if manifest is not None else None
-    given = size if isinstance(size, ImageSize) else said.size if said else None
+    own = manifest.preprocessing if manifest is not None else None
+    given = size if isinstance(size, ImageSize) else own.size if own else None
     fixed = None
     if given is None and isinstance(size, Path) and not all(isinstance(s, int) for s in sides):
         given = fixed = _size_in(size)
     found = _size(described, sides, given)
     count = channels if isinstance(channels, int) else 3
-    made = choose(said, found, count, preprocess=preprocess, exif=exif, inside=inside)
-    return Feed(taken, made, fixed)
+    chosen = choose(own, found, count, preprocess=preprocess, exif=exif, inside=inside)
+    return Feed(taken, chosen, fixed)
 
 
 def _size_in(file: Path) -> ImageSize | None:

@@ -47,7 +47,7 @@ def _hash(path: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointRecord:
-    """Where the weights came from, and what the user said to read them so."""
+    """The origin of the weights, and what the user chose to read them so."""
 
     source: str
     sha256: str
@@ -58,7 +58,7 @@ class CheckpointRecord:
 
 @dataclass(frozen=True, slots=True)
 class AttentionRecord:
-    """How many attention cores the model has, and how many are fused operators."""
+    """The number of attention cores, and of those that are fused operators."""
 
     expected: int
     fused: int
@@ -76,7 +76,7 @@ class ImageRecord:
 
 @dataclass(frozen=True, slots=True)
 class CheckRecord:
-    """What a check measured; figures are those of the worst output. None: not a number.
+    """The figures of a check, those of the worst output. None: not a number.
 
     ``images`` of the ``given`` ones were run. ``relative``, ``cls`` and ``worst_token`` are errors
     relative to the reference (``msn_export.metrics.metrics.Errors``); ``limits`` says by output
@@ -119,7 +119,7 @@ class CheckRecord:
 
 @dataclass(frozen=True, slots=True)
 class SumsRecord:
-    """What fused attention computes with in the engine, and what that was judged by.
+    """The precision that fused attention computes with in the engine, and its check.
 
     ``fp16`` are the ONNX nodes whose kernel sums in fp16, ``bf16`` those typed bf16 in the engine
     alone. ``scores`` and ``sums`` are the largest absolute score and unnormalised sum of values of
@@ -136,7 +136,7 @@ class SumsRecord:
 
 @dataclass(frozen=True, slots=True)
 class EngineRecord:
-    """What a compiled engine is made of, and whether it has run.
+    """The kernels and types of a compiled engine, and whether it has run.
 
     ``later`` says that it is for GPUs after the last of ``compute_capabilities`` too.
     ``accumulators`` counts the fused attention kernels by what they sum in: fp16, fp32, int32, or
@@ -166,7 +166,6 @@ class EngineRecord:
 
     @property
     def targets(self) -> Targets:
-        """The GPU generations it is for."""
         return Targets(tuple(map(ComputeCapability.parse, self.compute_capabilities)), self.later)
 
 
@@ -199,7 +198,7 @@ class SourceRecord:
 
 @dataclass(frozen=True, slots=True)
 class QuantizationRecord:
-    """How a graph was quantised, what it costs and what it saves.
+    """The quantisation of a graph: how it was done, what it costs and what it saves.
 
     Shares are from 0 to 1, sizes in bytes. ``kept`` names the blocks that stay in ``base`` with
     why; ``drift`` is the relative error of the embedding with one block quantised at a time, where

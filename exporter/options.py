@@ -23,7 +23,7 @@ from msn_export.spec import ImageSize
 
 @dataclass(frozen=True, slots=True)
 class Opt:
-    """What an option has that its field does not say.
+    """The part of an option that its field does not state.
 
     Args:
         help: its line of the help.
@@ -65,7 +65,7 @@ class One(NamedTuple):
         origin, inner = get_origin(hint), get_args(hint)
         if origin is Annotated:
             inside = cls.of(inner[0])
-            bounds = (told for told in inner[1:] if isinstance(told, Within))
+            bounds = (extra for extra in inner[1:] if isinstance(extra, Within))
             return inside._replace(within=next(bounds, inside.within))
         if origin is tuple:
             return cls.of(inner[0])._replace(several=True)
@@ -75,17 +75,16 @@ class One(NamedTuple):
 
     @property
     def is_enum(self) -> bool:
-        """Whether it is one of an enumeration's members."""
         return isinstance(self.kind, EnumType)
 
 
 def opts_of(job: Any) -> dict[str, Opt]:
     """List a job's options by the names of their fields."""
     return {
-        name: told
+        name: extra
         for name, hint in annotated_hints(job).items()
-        for told in getattr(hint, "__metadata__", ())
-        if isinstance(told, Opt)
+        for extra in getattr(hint, "__metadata__", ())
+        if isinstance(extra, Opt)
     }
 
 

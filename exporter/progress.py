@@ -1,4 +1,4 @@
-"""What a long step reports to, whoever shows it."""
+"""The interface by which a long step reports to whoever shows it."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -9,10 +9,10 @@ class Progress(Protocol):
     """Shows which step is under way, and how far it is where that is known."""
 
     def step(self, title: str) -> AbstractContextManager[None]:
-        """Say that a step runs for as long as the context is open."""
+        """Show a step for as long as the context is open."""
 
     def advance(self, done: int, of: int, detail: str = "") -> None:
-        """Say how far the open step is."""
+        """Show how far the open step is."""
 
 
 class Silent:
@@ -20,7 +20,6 @@ class Silent:
 
     @contextmanager
     def step(self, title: str) -> Iterator[None]:  # noqa: ARG002
-        """Run the step."""
         yield
 
     def advance(self, done: int, of: int, detail: str = "") -> None:

@@ -200,7 +200,7 @@ class Job:
         for name, hint in hints.items():
             value = getattr(self, name)
             if not _fits(value, hint):
-                raise SpecError(f"{kind.__name__}.{name} is {value!r}; expected {_told(hint)}")
+                raise SpecError(f"{kind.__name__}.{name} is {value!r}; expected {_described(hint)}")
         self.require_consistent()
 
     def require_consistent(self) -> None:
@@ -219,7 +219,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in _UNIONS:
         return any(_fits(value, one) for one in of)
     if origin is Annotated:
-        bounds = (told for told in of[1:] if isinstance(told, Within))
+        bounds = (extra for extra in of[1:] if isinstance(extra, Within))
         return _fits(value, of[0]) and all(value in each for each in bounds)
     if origin is Literal:
         return value in of
@@ -232,18 +232,20 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, (int, float) if hint is float else hint)
 
 
-def _told(hint: Any) -> str:
+def _described(hint: Any) -> str:
     origin, of = get_origin(hint), get_args(hint)
     if origin in _UNIONS:
-        return " or ".join(map(_told, of))
+        return " or ".join(map(_described, of))
     if origin is Literal:
         return " or ".join(map(repr, of))
     if origin is Annotated:
-        return " ".join([_told(of[0]), *(str(told) for told in of[1:] if isinstance(told, Within))])
+        return " ".join(
+            [_described(of[0]), *(str(extra) for extra in of[1:] if isinstance(extra, Within))]
+        )
     if origin is tuple:
-        return f"a tuple of {_told(of[0])}"
+        return f"a tuple of {_described(of[0])}"
     if origin is Mapping:
-        return f"a mapping to {_told(of[1])}"
+        return f"a mapping to {_described(of[1])}"
     return "None" if hint is types.NoneType else str(hint.__name__)
 
 

@@ -9,7 +9,7 @@ from msn_export.errors import SpecError
 
 
 class Dtype(StrEnum):
-    """How a graph's weights and activations are typed; 8 bits by calibration."""
+    """The type of a graph's weights and activations; 8 bits by calibration."""
 
     FP32 = "fp32"
     FP16 = "fp16"
@@ -19,12 +19,12 @@ class Dtype(StrEnum):
 
     @property
     def is_quantised(self) -> bool:
-        """Whether it is an 8-bit type, written as QuantizeLinear and DequantizeLinear."""
+        """True of an 8-bit type, written as QuantizeLinear and DequantizeLinear."""
         return self in {Dtype.INT8, Dtype.FP8}
 
 
 class Observer(StrEnum):
-    """How the range of an 8-bit tensor is chosen from a histogram."""
+    """The way in which the range of an 8-bit tensor is chosen from a histogram."""
 
     MAX = "max"
     PERCENTILE = "percentile"
@@ -33,7 +33,7 @@ class Observer(StrEnum):
 
 
 class Head(StrEnum):
-    """What is read off the final LayerNorm's tokens [b, n, dim]."""
+    """The output that is read off the final LayerNorm's tokens [b, n, dim]."""
 
     CLS = "cls"
     MEAN = "mean"
@@ -55,7 +55,7 @@ _OUTPUT_NAMES = {
 
 
 class InputFormat(StrEnum):
-    """What a graph takes: normalised floats as planes, or the bytes a decoder gives.
+    """The input of a graph: normalised floats as planes, or the bytes a decoder gives.
 
     The values are ONNX's names of the types. HALF is read in graphs of other tools, never written.
     """
@@ -71,12 +71,12 @@ class InputFormat(StrEnum):
 
     @classmethod
     def of(cls, dtype: str) -> Self:
-        """Tell by the input's type as ONNX spells it; any other float is FLOAT."""
+        """Choose by the input's type as ONNX spells it; any other float is FLOAT."""
         return cls(dtype) if dtype in {kind.value for kind in cls} else cls.FLOAT
 
 
 class AttentionForm(StrEnum):
-    """How an attention core is written in ONNX."""
+    """The form in which an attention core is written in ONNX."""
 
     HEADS = "4-D Attention"  # q, k, v as [b, h, n, d]
     PACKED = "3-D Attention"  # q, k, v as [b, n, h * d] with q_num_heads
@@ -84,7 +84,7 @@ class AttentionForm(StrEnum):
 
 
 class Target(StrEnum):
-    """What the graph is written for; decides opset and the form of attention."""
+    """The runtime that a graph is written for; it decides opset and the form of attention."""
 
     TENSORRT = "tensorrt"
     ONNXRUNTIME = "onnxruntime"
@@ -102,7 +102,7 @@ class Target(StrEnum):
 
     @property
     def splits_queries(self) -> bool:
-        """Whether one token's query is projected apart from all keys and values.
+        """True if one token's query is projected apart from all keys and values.
 
         Fewer multiply-adds, two kernels more in TensorRT (docs/performance.md).
         """
@@ -134,7 +134,7 @@ class BatchRange:
 
     @property
     def is_static(self) -> bool:
-        """Whether only one batch size is accepted."""
+        """True if only one batch size is accepted."""
         return self.min == self.max
 
     @classmethod
@@ -153,7 +153,7 @@ LARGEST_SIDE = 16384  # pixels
 
 
 class Scores(StrEnum):
-    """What a classifier's logits become for people, by transformers' image-classification rule."""
+    """The use of a classifier's logits, by transformers' image-classification rule."""
 
     SOFTMAX = "softmax"
     SIGMOID = "sigmoid"
@@ -174,7 +174,7 @@ class Scores(StrEnum):
 
     @property
     def are_probabilities(self) -> bool:
-        """Whether a score is from 0 to 1."""
+        """True if a score is from 0 to 1."""
         return self is not Scores.RAW
 
 

@@ -37,7 +37,6 @@ class Commands(click.Group):
         return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command."""
         signal.signal(signal.SIGTERM, _interrupt)  # so that staging folders are removed
         logging.lastResort = _remarks()
         try:
@@ -62,8 +61,8 @@ class Commands(click.Group):
         except MemoryError:
             self._fail(ctx, "there is not enough memory; use a machine with more", 1)
         except Exception as error:  # noqa: BLE001  files are hostile, and libraries raise what they like
-            told = _one_line(f"{type(error).__name__}: {error}")
-            self._fail(ctx, f"unexpected {told}; -v shows where, please report it", 1)
+            reason = _one_line(f"{type(error).__name__}: {error}")
+            self._fail(ctx, f"unexpected {reason}; -v shows where, please report it", 1)
 
     def _fail(self, ctx: click.Context, message: str, code: int) -> None:
         if ctx.params.get("verbose"):

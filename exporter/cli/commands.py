@@ -30,7 +30,7 @@ def onnx(as_json: bool, **options: Any) -> None:
 
     console = Console(as_json=as_json)
     job = OnnxJob(command=command_line(), **options)
-    job.judge()
+    job.validate_paths()
     from msn_export.commands.onnx import run_onnx  # torch: seconds, which no mistake is to wait for
 
     with console.progress() as progress:

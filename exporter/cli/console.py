@@ -1,4 +1,4 @@
-"""What a person sees: progress on stderr, the result as a table (or JSON) on stdout."""
+"""Progress on stderr, and the result as a table or JSON on stdout."""
 
 import io
 import json
@@ -29,7 +29,6 @@ class _Shown(RichConsole):
     """A console that shows the characters a terminal would obey."""
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Make text of what is printed, of titles and of cells."""
         return super().render_str(text.translate(_ESCAPES), **options)
 
 
@@ -45,12 +44,12 @@ class Steps:
         self._progress = progress
         self._console = console
         self._task: Any = None
-        self._told = 0.0
+        self._printed_at = 0.0
 
     @contextmanager
     def step(self, title: str) -> Iterator[None]:
         """Show a step while it runs; leave one line with its time."""
-        started = self._told = time.monotonic()
+        started = self._printed_at = time.monotonic()
         self._task = self._progress.add_task(_plain(title), total=None, detail="")
         try:
             yield
@@ -60,11 +59,10 @@ class Steps:
         self._console.print(f"[dim]{time.monotonic() - started:6.1f} s[/]  {_plain(title)}")
 
     def advance(self, done: int, of: int, detail: str = "") -> None:
-        """Move the open step's bar."""
         if self._task is not None:
             self._progress.update(self._task, completed=done, total=of, detail=_plain(detail))
-        if detail and not self._console.is_terminal and time.monotonic() - self._told > _TELL:
-            self._told = time.monotonic()  # a log shows no bar
+        if detail and not self._console.is_terminal and time.monotonic() - self._printed_at > _TELL:
+            self._printed_at = time.monotonic()  # a log shows no bar
             self._console.print(f"          {_plain(detail)}")
 
 
@@ -83,7 +81,6 @@ class Console:
 
     @contextmanager
     def progress(self) -> Iterator[Steps]:
-        """Show steps on stderr while the context is open."""
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -97,7 +94,6 @@ class Console:
             yield Steps(progress, self._stderr)
 
     def print(self, shown: Any) -> None:
-        """Print a table or a line for people on stdout."""
         self._stdout.print(shown)
 
     def print_json(self, record: Any) -> None:

@@ -36,7 +36,6 @@ class Parsed(click.ParamType[Any]):
         self.base = base
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Read the text, or name the option that is wrong."""
         if not isinstance(value, str):
             return value
         try:
@@ -45,16 +44,13 @@ class Parsed(click.ParamType[Any]):
             self.fail(str(error), param, ctx)
 
     def get_metavar(self, *args: Any, **named: Any) -> str | None:
-        """Show what the other type shows."""
         return self.base.get_metavar(*args, **named)
 
     def shell_complete(self, *args: Any) -> list[Any]:
-        """Complete as the other type does."""
         return self.base.shell_complete(*args)
 
 
 def _type_of(one: One, opt: Opt) -> click.ParamType[Any]:
-    """Give click's type for a field's value."""
     kind, within = one.kind, one.within
     if opt.read is not None:
         return Parsed(opt.form, opt.read, FILE if kind is Path else click.STRING)
@@ -113,14 +109,13 @@ class JobCommand(click.Command):
         self._params = params
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Call the function with what was given."""
         for name, (one, opt) in (self._opts or {}).items():
             values = {key: ctx.params.pop(key) for key in opt.each or [name]}
             default = ParameterSource.DEFAULT
             given = {k: v for k, v in values.items() if ctx.get_parameter_source(k) is not default}
             if opt.each and one.is_enum and len(given) > 1:
-                told = " and ".join(f"--{key}" for key in given)
-                raise click.UsageError(f"{told} contradict each other; give one", ctx)
+                flags = " and ".join(f"--{key}" for key in given)
+                raise click.UsageError(f"{flags} contradict each other; give one", ctx)
             if opt.each and given:
                 ctx.params[name] = one.kind(*given) if one.is_enum else given
             else:

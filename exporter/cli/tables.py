@@ -1,4 +1,4 @@
-"""What was written, compared or found, as a person reads it."""
+"""Results as tables."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 
 def show_validation(console: Console, validation: Validation) -> None:
-    """Print the verdict and its figures."""
     if console.as_json:
         console.print_json(validation)
         return
@@ -41,7 +40,6 @@ def show_validation(console: Console, validation: Validation) -> None:
 
 
 def show_artifact(console: Console, output: Path, manifest: Manifest) -> None:
-    """Print what was written and what was checked."""
     if console.as_json:
         console.print_json({**to_plain(manifest), "output": str(output)})
         return
@@ -218,7 +216,6 @@ def _paper(bench: Bench) -> Table:
 
 
 def show_written(console: Console, written: Written) -> None:
-    """Print which models are in the repository now, and where to read on."""
     if console.as_json:
         console.print_json(written)
         return
@@ -233,7 +230,6 @@ def show_written(console: Console, written: Written) -> None:
 
 
 def show_findings(console: Console, repository: Path, findings: Sequence[Issue]) -> None:
-    """Print what is wrong, then what could not be known."""
     wrong = sum(finding.level == "wrong" for finding in findings)
     if console.as_json:
         console.print_json(

@@ -1,4 +1,4 @@
-"""The story of ``msn-export bench``: open contenders, compare outputs, run rounds, sum up."""
+"""The steps of ``msn-export bench``: open contenders, compare outputs, run rounds, sum up."""
 
 from __future__ import annotations
 

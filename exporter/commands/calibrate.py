@@ -1,4 +1,4 @@
-"""The story of ``msn-export calibrate``: ranges, Q/DQ, the blocks that stay, verdict."""
+"""The steps of ``msn-export calibrate``: ranges, Q/DQ, the blocks that stay, verdict."""
 
 import time
 from collections.abc import Iterator
@@ -67,7 +67,7 @@ def to_manifest(
     compiled, latency = measure(done, job, stage, progress)
     if job.ranges is None:
         ranges_file.write(done.collected.ranges, stage / ranges)
-    known, facts = done.source.manifest, GraphSummary.of(done.chosen.model)
+    origin, graph = done.source.manifest, GraphSummary.of(done.chosen.model)
     quantization = _quantization(done, job, job.ranges or stage / ranges, compiled, latency)
     cores = done.collected.plan.depth
     path = done.chosen.path
@@ -77,20 +77,20 @@ def to_manifest(
         sha256=sha256_of(path),
         bytes=path.stat().st_size,
         dtype=job.dtype,
-        inputs=facts.inputs,
-        outputs=facts.outputs,
+        inputs=graph.inputs,
+        outputs=graph.outputs,
         profiles=(done.source.batch,),
         preprocessing=done.source.preprocessing,
-        nodes=facts.nodes,
-        ops=facts.ops,
+        nodes=graph.nodes,
+        ops=graph.ops,
         attention=AttentionRecord(cores, cores, _form(job, done)),
         check=done.chosen.evaluation.check,
-        opset=facts.opset,
+        opset=graph.opset,
         target=job.scheme.target,
-        labels=known.labels if known else (),
-        scores=known.scores if known else None,
-        checkpoint=known.checkpoint if known else None,
-        config=known.config if known else None,
+        labels=origin.labels if origin else (),
+        scores=origin.scores if origin else None,
+        checkpoint=origin.checkpoint if origin else None,
+        config=origin.config if origin else None,
         islands=dict(done.collected.islands),
         source=SourceRecord(done.source.path.name, done.collected.ranges.graph),
         quantization=quantization,
@@ -117,7 +117,7 @@ def _quantization(
 ) -> QuantizationRecord:
     plan, taken, exclusion = done.collected.plan, done.collected.ranges, done.chosen.exclusion
     base, form = str(job.rest), str(job.dtype)
-    judged, twin = done.chosen.evaluation, done.baseline.evaluation
+    evaluation, baseline = done.chosen.evaluation, done.baseline.evaluation
     both = {base: done.baseline.path.stat().st_size, form: done.chosen.path.stat().st_size}
     engines = (compiled[base]["bytes"], compiled[form]["bytes"]) if form in compiled else None
     times = latency["reason"] if "reason" in latency else (latency[base], latency[form])
@@ -141,18 +141,18 @@ def _quantization(
         limit=taken.images.limit,
         ranges=SourceRecord(ranges.name, sha256_of(ranges)),
         sizes={"fp32": done.source.path.stat().st_size, **both},
-        twin=twin.check,
-        neighbours={base: neighbours_of(twin), form: neighbours_of(judged)},
-        classes={base: twin.check.classes, form: judged.check.classes},
+        twin=baseline.check,
+        neighbours={base: neighbours_of(baseline), form: neighbours_of(evaluation)},
+        classes={base: baseline.check.classes, form: evaluation.check.classes},
         compiled=compiled,
         latency=latency,
         worthwhile=savings.worthwhile,
-        verdict=summary(savings, judged, twin, kept=len(exclusion.kept), depth=plan.depth),
+        verdict=summary(savings, evaluation, baseline, kept=len(exclusion.kept), depth=plan.depth),
     )
 
 
 def _faults(engine: dict[str, Any], form: str, depth: int) -> Iterator[str]:
-    """Say what an engine is not that was meant."""
+    """List the ways in which an engine is not what was meant."""
     if engine["fused_attention"] < depth:
         yield f"fused attention in {engine['fused_attention']} of {depth} blocks"
     if engine["multiplied"] < engine["products"]:
@@ -160,7 +160,7 @@ def _faults(engine: dict[str, Any], form: str, depth: int) -> Iterator[str]:
 
 
 def _kept(done: Calibrated, job: CalibrateJob) -> dict[str, str]:
-    """Say of each block, and each product, that is not quantised, why."""
+    """Give for each block and each product that is not quantised the reason."""
     drift = done.chosen.exclusion.drift
     kept = {
         f"block {block}": f"{job.rest}: quantised alone, it moves the embedding by "
@@ -212,18 +212,18 @@ def run_calibrate(job: CalibrateJob, progress: Progress = SILENT) -> tuple[Path,
         source = _read(job)
         job = settled(job, source)
         _require_target(job)  # by the type of the rest that the graph asks for
-        known = given_ranges(job, source)
+        given = given_ranges(job, source)
     with progress.step("deal out the images"):
         split_images = split(
             job.images, source.preprocessing, source.input_format, limit=job.limit, seed=job.seed,
-            taken=known.images.sha256 if known else (),
+            taken=given.images.sha256 if given else (),
         )  # fmt: skip
     with staging(output.parent) as stage:
         reference = _run_fp32(job, source, split_images, stage, progress)
-        collected = collect_ranges(job, source, split_images.calibration, known, stage, progress)
+        collected = collect_ranges(job, source, split_images.calibration, given, stage, progress)
         chosen = _choose(job, source, collected, reference, stage / output.name, progress)
-        twin = _twin(job, source, collected, reference, stage, progress)
-        done = Calibrated(source, split_images, collected, chosen, twin)
+        baseline = _baseline(job, source, collected, reference, stage, progress)
+        done = Calibrated(source, split_images, collected, chosen, baseline)
         manifest = to_manifest(done, job, stage, ranges.name, progress)
         manifest = replace(
             manifest,
@@ -244,11 +244,11 @@ def _golden(job: CalibrateJob, source: GraphFile, chosen: Candidate, stage: Path
     """
     with cpu_runner(chosen.path, job.dtype, stage) as runner:
         max_batch = max_batch_of(source.graph)
-        known = golden.record(
+        recorded = golden.record(
             runner, runner.name, source.preprocessing, source.input_format, max_batch
         )
     costs = [figures["image"] or 0.0 for figures in chosen.evaluation.check.outputs.values()]
-    return replace(known, limit=golden.MARGIN * max(costs))
+    return replace(recorded, limit=golden.MARGIN * max(costs))
 
 
 def _require_target(job: CalibrateJob) -> None:
@@ -264,7 +264,6 @@ def _require_target(job: CalibrateJob) -> None:
 
 
 def _read(job: CalibrateJob) -> GraphFile:
-    """Read the graph to quantise."""
     path = job.model
     source = GraphFile.read(path, job.preprocess, job.exif)
     if source.dtype.is_quantised:
@@ -279,7 +278,6 @@ def _read(job: CalibrateJob) -> GraphFile:
 def _run_fp32(
     job: CalibrateJob, source: GraphFile, split_images: Split, stage: Path, progress: Progress
 ) -> Reference:
-    """Run the graph to quantise on the held-out images."""
     held = split_images.held_out
     sample = Sample(
         held.pixels, held.names, f"held out of {job.images}", source.preprocessing,
@@ -313,10 +311,10 @@ def _choose(
         for exclusion in exclusions(collected.plan, collected.probe, job.gate, progress):
             model = collected.plan.quantised(exclusion.kept)
             _write(model, collected, job.rest, path)
-            judged = _evaluate(path, job.dtype, reference, source, job.gate)
-            if not judged.failures:
-                return Candidate(path, model, judged, exclusion)
-            failures = judged.failures
+            evaluation = _evaluate(path, job.dtype, reference, source, job.gate)
+            if not evaluation.failures:
+                return Candidate(path, model, evaluation, exclusion)
+            failures = evaluation.failures
         if not failures:
             where = "calibration"
             failures = tuple(collected.probe.failures(collected.plan.quantised(), job.gate))
@@ -334,7 +332,7 @@ def _evaluate(
         return evaluate(runner, reference, source.input_format, (size,), gate)
 
 
-def _twin(
+def _baseline(
     job: CalibrateJob,
     source: GraphFile,
     collected: CollectedRanges,
@@ -347,12 +345,11 @@ def _twin(
     with progress.step(f"judge the {job.rest} graph beside it"):
         model = collected.plan.unquantised()
         _write(model, collected, job.rest, path)
-        judged = _evaluate(path, job.rest, reference, source, GATES[job.rest])
-    return Candidate(path, model, judged)
+        evaluation = _evaluate(path, job.rest, reference, source, GATES[job.rest])
+    return Candidate(path, model, evaluation)
 
 
 def _write(model: ir.Model, collected: CollectedRanges, base: Dtype, path: Path) -> None:
-    """Type what is not 8-bit, and write the file."""
     if base is not Dtype.FP32:
         named = {value.name for node in model.graph for value in node.outputs}
         type_graph(model, base, collected.islands.keys() & named)

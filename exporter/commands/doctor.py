@@ -1,4 +1,4 @@
-"""The story of ``msn-export doctor``: what is here, what is broken, what each command can do."""
+"""The steps of ``msn-export doctor``: what is here, what is broken, what each command can do."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def find_faults(
         providers: of each module, the distributions that installed files of it.
     """
     found = list(_overwritten(packages, providers))
-    told = {finding.package for finding in found}
+    shown = {finding.package for finding in found}
     for package in packages:
-        if package.version is None or package.name in told:
+        if package.version is None or package.name in shown:
             continue
         probed = probes.get(package.module or "")
         if not package.fits:
@@ -66,7 +66,7 @@ def find_faults(
 
 
 def module_providers() -> Mapping[str, Sequence[str]]:
-    """Say of each module which distributions installed it."""
+    """List for each module the distributions that installed it."""
     return {
         module: sorted(set(names))
         for module, names in importlib.metadata.packages_distributions().items()
@@ -161,7 +161,7 @@ ABILITIES = (
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether a command can do something here; ``mend`` is what it takes where it cannot."""
+    """One thing that a command can do; ``mend`` is what it takes where it cannot."""
 
     command: str
     does: str
@@ -169,7 +169,7 @@ class Verdict:
     mend: str
 
 
-def judge(
+def decide(
     commands: Iterable[str],
     packages: Sequence[Wanted],
     faults: Sequence[Finding],
@@ -274,7 +274,7 @@ def run_doctor(commands: Iterable[str], progress: Progress) -> Diagnosis:
         no_gpu=driver.reason if isinstance(driver, NoDriver) else None,
         packages=tuple(_state(package, probes, faults) for package in packages),
         faults=faults,
-        commands=judge(commands, packages, faults, driver, tools),
+        commands=decide(commands, packages, faults, driver, tools),
     )
 
 

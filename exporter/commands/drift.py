@@ -1,4 +1,4 @@
-"""The story of ``msn-export drift``: block by block, where two artifacts part."""
+"""The steps of ``msn-export drift``: block by block, where two artifacts part."""
 
 from __future__ import annotations
 
@@ -87,10 +87,10 @@ def _marked(side: Artifact, folder: Path, progress: Progress) -> Artifact:
 def _compare(job: DriftJob, pair: Pair, progress: Progress) -> Drift:
     with progress.step("read images"):
         side = pair.reference
-        made = choose(
+        preprocessing = choose(
             pair.preprocessing, side.size, side.channels, preprocess=job.preprocess, exif=job.exif
         )
-        sample = draw(job.images, made, max_batch=pair.max_batch, limit=job.limit)
+        sample = draw(job.images, preprocessing, max_batch=pair.max_batch, limit=job.limit)
         _require_different(sample)
     matched = match(pair)
     look = _Look(job, pair, sample, matched)
@@ -102,8 +102,8 @@ def _compare(job: DriftJob, pair: Pair, progress: Progress) -> Drift:
     reasons = {name: list(matched.reasons.get(name, ())) for name in names}
     for name, why in look.depends(second, own).items():
         reasons[name].append(why)
-    told = {name: tuple(why) for name, why in reasons.items()}
-    measured = stages_of(look.alone, look.peaks, own, told, names)
+    reasons_of = {name: tuple(why) for name, why in reasons.items()}
+    measured = stages_of(look.alone, look.peaks, own, reasons_of, names)
     parted = first_past(measured)
     suspect = suspect_of(measured, parted)
     inside: tuple[TensorDrift, ...] = ()
@@ -146,7 +146,7 @@ class _Look:
     matched: Matched
     alone: Gathered = field(default_factory=Gathered)
     errors: Gathered = field(default_factory=Gathered)
-    twin: Gathered = field(default_factory=Gathered)
+    baseline: Gathered = field(default_factory=Gathered)
     rounding: Gathered = field(default_factory=Gathered)
     peaks: dict[str, tuple[float, str]] = field(default_factory=dict)
     ran_on: str = ""
@@ -160,7 +160,6 @@ class _Look:
 
     @property
     def fed(self) -> bool:
-        """Whether the candidate's blocks are given the reference's streams."""
         return self.pair.candidate.kind != "engine"
 
     @property
@@ -170,19 +169,18 @@ class _Look:
         return stages if self.matched.whole else stages[:-1]
 
     @property
-    def judged(self) -> tuple[str, ...]:
+    def compared(self) -> tuple[str, ...]:
         """The stages with an error of their own: those whose input both sides have."""
         outputs = self.pair.outputs if self.matched.whole else ()
         return (*self.matched.stages, *outputs)
 
     @property
     def batch(self) -> int:
-        """How many pictures run at a time; a side with a fixed batch sets it for both."""
+        """The pictures run at a time; a side with a fixed batch sets it for both."""
         return self.fixed or min(self.job.batch, self.sample.max_batch)
 
     @property
     def fixed(self) -> int | None:
-        """The one batch size a side takes."""
         return self.pair.reference.fixed_batch or self.pair.candidate.fixed_batch
 
     def __enter__(self) -> _Look:
@@ -210,7 +208,7 @@ class _Look:
         """Run everything over the sample once."""
         pair = self.pair
         self.ran_on = f"{self._reference.name} | {self._candidate.name}"
-        for number, indices in enumerate(self._dealt(self.batch)):
+        for number, indices in enumerate(self._batches(self.batch)):
             want, have = self._run(self._reference, indices), self._run(self._candidate, indices)
             _require_alike(want, have, pair)
             self.alone.add(want, have, (*self.matched.stages, *pair.outputs))
@@ -220,9 +218,9 @@ class _Look:
                 self.errors, self._blocks, have, indices, want, pair.candidate.input_format
             )
             costs: Costs = self._costs
-            self._gather(self.twin, costs.twin, None, indices, want, costs.input_format)
+            self._gather(self.baseline, costs.baseline, None, indices, want, costs.input_format)
             if number == 0:
-                self._gather(self.rounding, costs.exact, None, indices, want, costs.exact_stem)
+                self._gather(self.rounding, costs.exact, None, indices, want, costs.exact_format)
         self.peaks = dict(self._reference.peaks)
         self._describe()
 
@@ -230,19 +228,19 @@ class _Look:
         self,
         into: Gathered,
         stream: StreamLike | None,
-        made: Tensors | None,
+        shown: Tensors | None,
         indices: list[int],
         want: Tensors,
         input_format: Any,
     ) -> None:
         """Compare a stream's marks with the reference's."""
-        stages = self.judged
+        stages = self.compared
         if stream is not None:
             given = {name: want[name] for name in self.given} if self.fed else None
-            made = stream(self.sample.preprocess(indices, input_format), given)
-        if made is not None:
-            before = want if self.fed else made
-            ours, theirs = marks(want, stages, want), marks(made, stages, before)
+            shown = stream(self.sample.preprocess(indices, input_format), given)
+        if shown is not None:
+            before = want if self.fed else shown
+            ours, theirs = marks(want, stages, want), marks(shown, stages, before)
             for name, value in theirs.items():  # a cost is that of the tokens that are judged
                 if into is not self.errors and name in self.errors:
                     first = self.errors[name].first_token
@@ -253,7 +251,7 @@ class _Look:
         side = self.pair.reference if stream is self._reference else self.pair.candidate
         return stream(self.sample.preprocess(indices, side.input_format))
 
-    def _dealt(self, size: int) -> Iterator[list[int]]:
+    def _batches(self, size: int) -> Iterator[list[int]]:
         for indices in batches([size], len(self.sample)):
             yield indices if self.fixed else [i for i in indices if i < len(self.sample)]
 
@@ -283,16 +281,15 @@ class _Look:
         return DRIFT if self.fed else DRIFT_OF_ENGINES
 
     def own(self) -> dict[str, OwnError]:
-        """Judge every stage that both sides have."""
         errors = self.errors.relative()
         costs: dict[str, float] | None = None
         if not self.missing:
             # two that round alike differ by the root of two
             costs = {name: 2**0.5 * error for name, error in self.rounding.relative().items()}
-            for name, error in self.twin.relative().items():
+            for name, error in self.baseline.relative().items():
                 costs[name] = float(np.maximum(error, costs.get(name, 0.0)))
         return own_errors(
-            errors, costs, self.judged, times=self._times, tolerance=self.job.tolerance
+            errors, costs, self.compared, times=self._times, tolerance=self.job.tolerance
         )
 
     def second_batch(self) -> _Second | None:
@@ -319,19 +316,19 @@ class _Look:
                 continue
             apart = self._blocks_at(part, given)
             assert apart is not None  # as before
-            ours = marks(apart, self.judged, given)
+            ours = marks(apart, self.compared, given)
             cut = {name: value[rows] for name, value in fed.items()}
-            found.candidate.add(ours, marks(cut, self.judged, given), ours)
+            found.candidate.add(ours, marks(cut, self.compared, given), ours)
         return found
 
     def _blocks_at(self, indices: list[int], want: Tensors) -> Tensors | None:
         if self._blocks is None:
             return None
         given = {name: want[name] for name in self.given}
-        made: Tensors = self._blocks(
+        shown: Tensors = self._blocks(
             self.sample.preprocess(indices, self.pair.candidate.input_format), given
         )
-        return made
+        return shown
 
     def _sizes(self) -> list[int]:
         """List the sizes that both sides take but the first one."""
@@ -351,7 +348,7 @@ class _Look:
             (self.pair.reference.name, second.reference),
         )
         for side, gathered in sides:
-            for name in (*self.judged, *self.pair.outputs):
+            for name in (*self.compared, *self.pair.outputs):
                 if name not in gathered:
                     continue
                 moved = gathered[name].drift().relative
@@ -365,7 +362,7 @@ class _Look:
         return {}
 
     def _may_move(self, name: str, own: Mapping[str, OwnError]) -> float:
-        """Say how much a tensor may differ between two batch sizes."""
+        """Give the most that a tensor may differ between two batch sizes."""
         stage = " ".join(name.split()[:2]) if is_block(name) else name
         if stage in own and math.isfinite(own[stage].allowed):
             return own[stage].allowed
@@ -383,7 +380,7 @@ class _Look:
         names = tuple(name for name in chosen if name is not None)
         before = self.matched.stages[self.matched.stages.index(block) - 1]
         gathered = Gathered()
-        indices = next(self._dealt(self.batch))
+        indices = next(self._batches(self.batch))
         with (
             closing(open_stream(pair.reference, pair.outputs, (*names, before))) as reference,
             closing(open_blocks(pair.candidate, pair.outputs, names, (before,))) as candidate,
@@ -395,14 +392,13 @@ class _Look:
         return tuple(comparison.drift() for comparison in gathered.values())
 
     def check(self, dtype: Dtype, second: _Second | None) -> CheckRecord:
-        """Judge the outputs."""
         outputs = {name: self.alone[name].comparison.agreement() for name in self.pair.outputs}
         reference = Reference({}, self.sample, self.pair.reference.name)
         sizes = (self.batch,) if second is None else (self.batch, second.size)
         return Evaluation(outputs, sizes, self.ran_on, reference, GATES[dtype]).check
 
     def notes(self, second: _Second | None) -> Iterator[str]:
-        """Say what was chosen, and what was left out."""
+        """List what was chosen, and what was left out."""
         if second is not None:
             yield (
                 f"batches of {self.batch}, and one of {second.size} (drawn by seed "
@@ -427,7 +423,6 @@ class _Second:
 
 
 def _require_alike(want: Tensors, have: Tensors, pair: Pair) -> None:
-    """Require outputs of the same sizes."""
     for name in pair.outputs:
         if want[name].shape != have[name].shape:
             sizes = ("x".join(map(str, tensors[name].shape)) for tensors in (have, want))

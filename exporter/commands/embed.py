@@ -1,4 +1,4 @@
-"""The story of ``msn-export embed``: list pictures, open the model, run, keep, finish."""
+"""The steps of ``msn-export embed``: list pictures, open the model, run, keep, finish."""
 
 from __future__ import annotations
 
@@ -35,7 +35,6 @@ __all__ = ["EmbedJob", "run_embed"]  # the two that docs/python.md speaks of
 
 @contextmanager
 def open_here(job: EmbedJob, progress: Progress) -> Iterator[Executor]:
-    """Open the model on this machine."""
     if not isinstance(job.images, Path):
         raise SpecError(
             f"{job.images} is read on a Ray cluster alone; add --ray local, or copy it to a folder"
@@ -225,7 +224,6 @@ class _Run:
         }
 
     def fill(self, parts: Journal, progress: Progress) -> None:
-        """Make the rows that are not done yet."""
         rate = Rate(parts.total, parts.done)
         done, missing = parts.done, list(parts.missing(self.batch))
         with progress.step("embed"):

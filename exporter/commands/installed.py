@@ -184,7 +184,7 @@ print("\\n" + json.dumps(eval(sys.argv[2])))
 
 @dataclass(frozen=True, slots=True)
 class ImportProbe:
-    """Whether a module imports: ``fault`` is why not, ``fact`` what it says of itself."""
+    """The import of a module: ``fault`` is why it fails, ``fact`` what it says of itself."""
 
     module: str
     fault: str | None

@@ -1,4 +1,4 @@
-"""What the commands are asked for. It loads no torch, so that a mistake is told at once."""
+"""The options of the commands. They load no torch, so that a mistake is reported at once."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ GATE_NUMBERS = {
 
 @dataclass(frozen=True, slots=True)
 class OnnxJob(Job):
-    """What ``msn-export onnx`` was asked for."""
+    """Options of ``msn-export onnx``."""
 
     checkpoint: str
     output: options.Output = None
@@ -79,7 +79,7 @@ class OnnxJob(Job):
 
     @property
     def choices(self) -> Choices:
-        """What is said of a checkpoint that does not say it itself, or holds several."""
+        """Choices for a checkpoint that does not make them itself, or holds several."""
         return Choices(self.variant, self.weights, self.labels)
 
     def require_consistent(self) -> None:
@@ -96,7 +96,7 @@ class OnnxJob(Job):
                 "whose convolution has no bf16; take fp16, or another target"
             )
 
-    def judge(self) -> Path:
+    def validate_paths(self) -> Path:
         """Refuse what cannot be done whatever the checkpoint holds.
 
         Returns:
@@ -122,7 +122,7 @@ class OnnxJob(Job):
 
 @dataclass(frozen=True, slots=True)
 class TrtJob(Job):
-    """What ``msn-export trt`` was asked for; ``precision`` None is as the graph is typed.
+    """Options of ``msn-export trt``; ``precision`` None is as the graph is typed.
 
     ``bf16_attention`` names nodes to begin with; those that need it are found. ``stages`` shows the
     residual stream as outputs: for drift, not for production.
@@ -187,7 +187,7 @@ class TrtJob(Job):
 
 @dataclass(frozen=True, slots=True)
 class ValidateJob(Job):
-    """What ``msn-export validate`` was asked for.
+    """Options of ``msn-export validate``.
 
     ``limit`` None is all pictures. ``exif`` is for both sides. ``gate`` None is that of the coarser
     dtype; ``numbers`` replace some of the gate's.
@@ -227,7 +227,7 @@ class ValidateJob(Job):
 
 @dataclass(frozen=True, slots=True)
 class DriftJob(Job):
-    """What ``msn-export drift`` was asked for; ``seed`` draws the second batch size."""
+    """Options of ``msn-export drift``; ``seed`` draws the second batch size."""
 
     reference: str | Path
     candidate: str | Path
@@ -252,7 +252,7 @@ class DriftJob(Job):
 
 @dataclass(frozen=True, slots=True)
 class ReportJob(Job):
-    """What ``msn-export report`` was asked for; the first artifact is the others' reference."""
+    """Options of ``msn-export report``; the first artifact is the others' reference."""
 
     artifacts: tuple[str, ...]
     output: Annotated[Path, Opt(flag=OUTPUT)] = Path("report.html")
@@ -286,7 +286,7 @@ def _against(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class BenchJob(Job):
-    """What ``msn-export bench`` was asked for."""
+    """Options of ``msn-export bench``."""
 
     artifacts: tuple[Path, ...]
     against: Annotated[
@@ -328,14 +328,13 @@ class BenchJob(Job):
     command: str = ""
 
     def require_consistent(self) -> None:
-        """Refuse to time nothing."""
         if not self.artifacts or not self.batches:
             raise SpecError("a BenchJob takes at least one artifact and one batch size")
 
 
 @dataclass(frozen=True, slots=True)
 class TritonJob(Job):
-    """What ``msn-export triton`` was asked for."""
+    """Options of ``msn-export triton``."""
 
     artifacts: tuple[Path, ...]
     output: Path
@@ -365,6 +364,5 @@ class TritonJob(Job):
     force: options.Force = False
 
     def require_consistent(self) -> None:
-        """Refuse a model without an artifact."""
         if not self.artifacts:
             raise SpecError("a TritonJob takes at least one artifact")

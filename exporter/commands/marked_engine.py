@@ -35,20 +35,20 @@ def build_marked(engine: Path, manifest: Manifest, folder: Path, progress: Progr
         )
     header = read_header(engine)
     islands = folder / "islands.json"
-    known = {name: peak for name, peak in manifest.islands.items() if peak is not None}
-    islands.write_text(json.dumps(to_plain(known)), encoding="utf-8")
+    measured = {name: peak for name, peak in manifest.islands.items() if peak is not None}
+    islands.write_text(json.dumps(to_plain(measured)), encoding="utf-8")
     job = TrtJob(
         graph,
         output=folder / f"marked-{engine.name}",
         precision=manifest.dtype,
         backend=record.backend,
-        # those it was told: none where it claims later GPUs too, or was built by full TensorRT,
+        # those that were asked for: none where it claims later GPUs too, or was built by full TensorRT,
         # whose header names none and which takes none
         capabilities=() if header.later else header.capabilities,
         profiles=manifest.profiles,
         tf32=record.options.get("tf32") is True,
         hardware_compatible=record.options.get("hardware_compatible") is True,
-        islands=str(islands) if known else "none",
+        islands=str(islands) if measured else "none",
         bf16_attention=record.attention.bf16 if record.attention is not None else (),
         check=False,
         stages=True,

@@ -1,4 +1,4 @@
-"""The story of ``msn-export onnx``: checkpoint, trace, graph steps, check, file."""
+"""The steps of ``msn-export onnx``: checkpoint, trace, graph steps, check, file."""
 
 import gc
 import time
@@ -80,7 +80,7 @@ class Built:
     """A written, not yet published graph with what is known of it."""
 
     path: Path
-    facts: GraphSummary
+    summary: GraphSummary
     fused: int
     simplified: str
     islands: Fp32Islands
@@ -96,7 +96,7 @@ def run_onnx(job: OnnxJob, progress: Progress = SILENT) -> tuple[Path, Manifest]
         MsnExportError: whatever kept the export from its gate; the output path is as it was.
     """
     started = time.monotonic()
-    output = job.judge()
+    output = job.validate_paths()
     with progress.step("load checkpoint"):
         checkpoint = load_checkpoint(job.checkpoint, job.choices)
         if job.preprocess == "auto" and job.image_size is None:
@@ -111,15 +111,15 @@ def run_onnx(job: OnnxJob, progress: Progress = SILENT) -> tuple[Path, Manifest]
             job.batch, max_batch
         )  # refuses before the work what could not be checked after it
     with progress.step("read images"):
-        made = preprocessing_of(checkpoint, job.preprocess, job.exif)
-        sample = draw(job.images, made, max_batch=max_batch)
+        preprocessing = preprocessing_of(checkpoint, job.preprocess, job.exif)
+        sample = draw(job.images, preprocessing, max_batch=max_batch)
         if job.check:
             require_different(sample)
     with staging(output.parent) as stage:
-        reference = known = None
+        reference = recorded = None
         if job.check:
             with progress.step("run the PyTorch reference"):
-                reference, known = _run_reference(job, checkpoint, heads, sample)
+                reference, recorded = _run_reference(job, checkpoint, heads, sample)
         traced = _trace(job, checkpoint, heads, sample, progress)
         if reference is not None and job.dtype is not Dtype.FP32:
             with progress.step("check the fp32 graph"):
@@ -130,10 +130,10 @@ def run_onnx(job: OnnxJob, progress: Progress = SILENT) -> tuple[Path, Manifest]
         # is full of cycles, so it does not go by itself.
         checkpoint.model.to("meta")
         gc.collect()
-        check, known = _check(job, built, reference, known, heads, progress)
+        check, recorded = _check(job, built, reference, recorded, heads, progress)
         manifest = replace(
             _describe(job, checkpoint, sample, built, check),
-            golden=known,
+            golden=recorded,
             seconds=round(time.monotonic() - started, 3),
             peak_rss_bytes=peak_rss(),
         )
@@ -144,16 +144,18 @@ def run_onnx(job: OnnxJob, progress: Progress = SILENT) -> tuple[Path, Manifest]
 def _run_reference(
     job: OnnxJob, checkpoint: Checkpoint, heads: tuple[Head, ...], sample: Sample
 ) -> tuple[Reference, GoldenRecord]:
-    model, made = checkpoint.model, sample.preprocessing
+    model, preprocessing = checkpoint.model, sample.preprocessing
     with closing(TorchRunner(model, heads)) as runner:
         reference = run_reference(runner, sample).require_finite()
         # the reference takes floats whatever the graph takes
-        known = golden.record(runner, runner.name, made, InputFormat.FLOAT, sample.max_batch)
+        recorded = golden.record(
+            runner, runner.name, preprocessing, InputFormat.FLOAT, sample.max_batch
+        )
     with closing(TorchRunner(model, heads, exact=True)) as exact:
         reference = measure_rounding(reference, exact, EXACT)
     if job.input_format is InputFormat.UINT8:
         reference = replace(reference, rounding_margin=BYTES_ROUNDING)
-    return reference, known
+    return reference, recorded
 
 
 def _trace(
@@ -267,11 +269,11 @@ def _check(
     job: OnnxJob,
     built: Built,
     reference: Reference | None,
-    known: GoldenRecord | None,
+    recorded: GoldenRecord | None,
     heads: tuple[Head, ...],
     progress: Progress,
 ) -> tuple[CheckRecord | None, GoldenRecord | None]:
-    if reference is None or known is None:
+    if reference is None or recorded is None:
         return None, None
     with (
         progress.step("compare with the reference"),
@@ -283,10 +285,10 @@ def _check(
         else:
             found = evaluate(runner, reference, job.input_format, sizes, GATES[job.dtype])
         record = found.require(f"the {job.dtype} graph")
-        least = record.limits[known.output]["image"] or 0.0
-        made = reference.sample.preprocessing
-        known = golden.with_limit(known, runner, made, job.input_format, least)
-    return record, known
+        least = record.limits[recorded.output]["image"] or 0.0
+        preprocessing = reference.sample.preprocessing
+        recorded = golden.with_limit(recorded, runner, preprocessing, job.input_format, least)
+    return record, recorded
 
 
 def _scores(checkpoint: Checkpoint) -> Scores | None:
@@ -302,22 +304,22 @@ def _describe(
     check: CheckRecord | None,
 ) -> Manifest:
     form = job.target.attention
-    facts = built.facts
+    graph = built.summary
     return Manifest(
         kind="onnx",
         output=built.path.name,
         sha256=sha256_of(built.path),
         bytes=built.path.stat().st_size,
         dtype=job.dtype,
-        inputs=facts.inputs,
-        outputs=facts.outputs,
+        inputs=graph.inputs,
+        outputs=graph.outputs,
         profiles=(job.batch,),
         preprocessing=sample.preprocessing,
-        nodes=facts.nodes,
-        ops=facts.ops,
+        nodes=graph.nodes,
+        ops=graph.ops,
         attention=AttentionRecord(checkpoint.config.depth, built.fused, form.value),
         check=check,
-        opset=facts.opset,
+        opset=graph.opset,
         target=job.target,
         labels=checkpoint.config.labels,
         scores=_scores(checkpoint),

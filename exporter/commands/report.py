@@ -1,4 +1,4 @@
-"""The story of ``msn-export report``: what is known of artifacts and was measured, on one page."""
+"""The steps of ``msn-export report``: what is known of artifacts and was measured, on one page."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = ["ReportJob", "run_report"]  # the two that docs/python.md speaks of
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What ran for the report, by artifact, and what could not; ``described`` are the files."""
+    """All that ran for the report; ``described`` are files, ``notes`` say what did not run."""
 
     described: dict[str, ReportedArtifact]
     agreements: dict[str, ReportedAgreement]
@@ -93,7 +93,6 @@ def _require_outputs(job: ReportJob) -> None:
 
 
 def require_packages() -> None:
-    """Require what only a report needs."""
     try:
         import jinja2  # noqa: F401
         import matplotlib as mpl  # noqa: F401
@@ -151,7 +150,7 @@ def _jobs(job: ReportJob, reference: str, candidate: str) -> tuple[ValidateJob, 
 def _runnable(
     artifacts: Sequence[str], files: Mapping[str, Artifact]
 ) -> tuple[list[str], list[str]]:
-    """Tell the artifacts that run here from those that do not, with the reasons.
+    """Separate the artifacts that run here from those that do not, with the reasons.
 
     One whose manifest is not believed does not: nothing says how it is fed.
     """
@@ -173,7 +172,6 @@ def _runnable(
 
 
 def _examine(artifacts: Sequence[str]) -> dict[str, Artifact]:
-    """Open the files that were exported."""
     files = {}
     for name in artifacts:
         if is_checkpoint(name):
@@ -188,7 +186,7 @@ def _examine(artifacts: Sequence[str]) -> dict[str, Artifact]:
 def _stale(
     job: ReportJob, name: str, manifest: Manifest, hashes: Mapping[str, set[str]]
 ) -> str | None:
-    """Say that an artifact was made from, and compared with, another file than the one here."""
+    """Describe the other file that an artifact was made from; None if it is the one here."""
     source, origin = manifest.source, manifest.checkpoint
     if source is not None and source.sha256 not in hashes.get(source.file, {source.sha256}):
         was, has, what = source.sha256, min(hashes[source.file]), source.file
@@ -222,14 +220,14 @@ def _page(
     hashes: Mapping[str, set[str]],
 ) -> Page:
     live = measured.agreements
-    described, agreements, known = [], [], []
+    described, agreements, manifests = [], [], []
     for name in job.artifacts:
         if is_checkpoint(name):
             described.append(gather.report_checkpoint(name))
             continue
         found = measured.described[name]
         manifest = found.manifest
-        known += [manifest] if manifest is not None else []
+        manifests += [manifest] if manifest is not None else []
         stale = _stale(job, found.name, manifest, hashes) if manifest is not None else None
         if name in live:
             agreements.append(live[name])
@@ -240,7 +238,7 @@ def _page(
         described.append(found)
     if not any(artifact.is_file for artifact in described):
         raise SpecError("a report needs at least one exported file, .onnx or .engine")
-    manifest = known[0] if known else None
+    manifest = manifests[0] if manifests else None
     state, headline = gather.verdict(described, agreements)
     return Page(
         title=job.title or gather.title_of(manifest, described),

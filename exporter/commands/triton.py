@@ -1,4 +1,4 @@
-"""The story of ``msn-export triton``: artifacts, configuration, staged repository, check, place."""
+"""The steps of ``msn-export triton``: artifacts, configuration, staged repository, check, place."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -42,7 +42,7 @@ def require_one_model(artifacts: Sequence[ServedArtifact]) -> None:
     """Require one graph, or engines of full TensorRT that are one model for different GPUs."""
     for artifact in artifacts:
         if artifact.platform is Platform.PLAN:
-            _require_servable(artifact)
+            _require_plan(artifact)
     if len(artifacts) == 1:
         return
     if any(artifact.platform is Platform.ONNX for artifact in artifacts):
@@ -59,10 +59,10 @@ def require_one_model(artifacts: Sequence[ServedArtifact]) -> None:
             raise SpecError(
                 f"{other.path} and {artifact.path} are both for {artifact.targets}; give one"
             )
-        _require_same_facts(artifact, artifacts[0])
+        _require_alike(artifact, artifacts[0])
 
 
-def _require_servable(artifact: ServedArtifact) -> None:
+def _require_plan(artifact: ServedArtifact) -> None:
     flavour, version = artifact.built_with or ("?", "?")
     if flavour != "tensorrt":
         raise SpecError(f"{artifact.path} is {RTX.format(version=version)}")
@@ -73,7 +73,7 @@ def _require_servable(artifact: ServedArtifact) -> None:
         )
 
 
-def _require_same_facts(artifact: ServedArtifact, first: ServedArtifact) -> None:
+def _require_alike(artifact: ServedArtifact, first: ServedArtifact) -> None:
     for fact in ("inputs", "outputs", "profiles", "built_with", "labels"):
         if getattr(artifact, fact) != getattr(first, fact):
             raise SpecError(
@@ -148,7 +148,7 @@ def run_lint(repository: Path, release: str | None) -> tuple[Issue, ...]:
 
 
 def _is_new_version(job: TritonJob, name: str) -> bool:
-    """Say whether the job adds a version to a model that is there, whose configuration stays."""
+    """Check for a new version of a model that is there, whose configuration stays."""
     if job.version == 1 or not (job.output / name).is_dir():
         return False
     given = [
@@ -215,14 +215,14 @@ def _served(
 
 
 def _unproved(artifact: ServedArtifact) -> str:
-    """Say what nobody checked of an artifact; nothing where all was."""
-    known, name = artifact.manifest, artifact.path.name
-    if known is None:
+    """Name what nobody checked of an artifact; nothing where all was."""
+    manifest, name = artifact.manifest, artifact.path.name
+    if manifest is None:
         return f"{name} has no manifest: nothing says what it is or whether it was checked"
-    if known.check is None:
+    if manifest.check is None:
         return f"{name} was never compared with its source (--no-check)"
-    if known.engine is not None and not known.engine.executed:
-        return f"{name}: {known.engine.reason}"
+    if manifest.engine is not None and not manifest.engine.executed:
+        return f"{name}: {manifest.engine.reason}"
     return ""
 
 
@@ -236,16 +236,16 @@ def _release(asked: str | None, artifact: ServedArtifact) -> Release:
 
 def _preprocessing(job: TritonJob, artifact: ServedArtifact) -> Preprocessing:
     """Settle how pictures are made for the ensemble and the warm-up."""
-    known = artifact.preprocessing
-    size, channels = (known.size, known.channels) if known else artifact.image or (None, 0)
+    own = artifact.preprocessing
+    size, channels = (own.size, own.channels) if own else artifact.image or (None, 0)
     if size is None:
-        told = ", ".join(f"{spec.name} {list(spec.shape)}" for spec in artifact.inputs)
+        takes = ", ".join(f"{spec.name} {list(spec.shape)}" for spec in artifact.inputs)
         raise SpecError(
-            f"{artifact.path.name} takes {told}, not images of a fixed size; leave --ensemble and "
+            f"{artifact.path.name} takes {takes}, not images of a fixed size; leave --ensemble and "
             "--warmup out"
         )
     inside = artifact.inputs[0].dtype == InputFormat.UINT8
-    return choose(known, size, channels, preprocess=job.preprocess, exif=job.exif, inside=inside)
+    return choose(own, size, channels, preprocess=job.preprocess, exif=job.exif, inside=inside)
 
 
 def _warmup_data(

@@ -1,4 +1,4 @@
-"""The story of ``msn-export trt``: graph, precision, check, compile in a child, census, engine."""
+"""The steps of ``msn-export trt``: graph, precision, check, compile in a child, census, engine."""
 
 import time
 from dataclasses import dataclass, fields, replace
@@ -91,13 +91,13 @@ def execute(
     record = manifest.engine
     assert record is not None
     content = engine.read_bytes()
-    admitted = VerifiedEngine(engine, content, parse_header(content, engine), manifest)
-    reason = _obstacle(admitted, reference)
+    verified = VerifiedEngine(engine, content, parse_header(content, engine), manifest)
+    reason = _obstacle(verified, reference)
     if reason or reference is None:
         return replace(record, executed=False, reason=f"compiled, not executed: {reason}")
     try:
         # TensorRT-RTX: judge the kernels that a service ends up with, not those of its first runs
-        runner = open_engine(admitted, eager_kernels=True)
+        runner = open_engine(verified, eager_kernels=True)
     except MissingPackageError as error:
         return replace(record, executed=False, reason=f"compiled, not executed: {error}")
     with runner:
@@ -109,7 +109,7 @@ def execute(
 
 
 def _obstacle(engine: VerifiedEngine, reference: Reference | None) -> str:
-    """Say what keeps an engine from running here; nothing where it should run."""
+    """Give the reason why an engine cannot run here; nothing where it should run."""
     driver = find_driver()
     if isinstance(driver, NoDriver):
         return driver.reason
@@ -175,7 +175,7 @@ def to_manifest(
     result: BuildResult,
 ) -> Manifest:
     """Write down all that is known before the engine has run; profiles and seal come later."""
-    known = source.manifest
+    origin = source.manifest
     engine = _engine_record(job, graph, result)
     return Manifest(
         kind="engine",
@@ -193,10 +193,10 @@ def to_manifest(
         check=check,
         opset=graph.opset,
         target=engine.backend,
-        labels=known.labels if known else (),
-        scores=known.scores if known else None,
-        checkpoint=known.checkpoint if known else None,
-        config=known.config if known else None,
+        labels=origin.labels if origin else (),
+        scores=origin.scores if origin else None,
+        checkpoint=origin.checkpoint if origin else None,
+        config=origin.config if origin else None,
         islands=dict(graph.islands.maxima),
         source=SourceRecord(source.path.name, sha256_of(source.path)),
         engine=engine,
@@ -221,7 +221,7 @@ EXACT = 4  # pictures that an fp32 graph computes in fp64 too
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What came of checking the typed graph; None where no check was asked for."""
+    """Results of checking the typed graph; None where no check was asked for."""
 
     record: CheckRecord | None
     reference: Reference | None
@@ -316,11 +316,11 @@ def _check(
     progress: Progress,
 ) -> Checked:
     """Compare the typed graph with the graph that was given, at each profile's sizes."""
-    known = source.manifest.golden if source.manifest is not None else None
+    recorded = source.manifest.golden if source.manifest is not None else None
     if not job.check:
-        return Checked(None, None, known)
+        return Checked(None, None, recorded)
     with progress.step("run the given graph"):
-        reference, known = _run_given(source, sample, known, graph.path.parent)
+        reference, recorded = _run_given(source, sample, recorded, graph.path.parent)
     with progress.step("measure what the precision costs"):
         reference = _with_limit(source, graph, reference, graph.path.parent)
     max_batch = sample.max_batch
@@ -332,16 +332,16 @@ def _check(
         gate = GATES[graph.dtype]
         found = evaluate(runner, reference, source.input_format, sorted(sizes), gate)
         record = found.require(f"the {graph.dtype} graph")
-        if known.output in record.limits:
-            least = record.limits[known.output]["image"] or 0.0
-            known = golden.with_limit(
-                known, runner, source.preprocessing, source.input_format, least
+        if recorded.output in record.limits:
+            least = record.limits[recorded.output]["image"] or 0.0
+            recorded = golden.with_limit(
+                recorded, runner, source.preprocessing, source.input_format, least
             )
-    return Checked(record, reference, known)
+    return Checked(record, reference, recorded)
 
 
 def _run_given(
-    source: GraphFile, sample: Sample, known: GoldenRecord | None, stage: Path
+    source: GraphFile, sample: Sample, recorded: GoldenRecord | None, stage: Path
 ) -> tuple[Reference, GoldenRecord]:
     """Run the graph that was given; its session is closed before the next one opens.
 
@@ -352,7 +352,7 @@ def _run_given(
     with cpu_runner(source.path, source.dtype, stage) as runner:
         runner.name = f"{source.path.name} in {runner.name}"
         reference = run_reference(runner, sample, source.input_format, fixed=source.fixed_batch)
-        return reference.require_finite(), known or golden.record(
+        return reference.require_finite(), recorded or golden.record(
             runner, runner.name, source.preprocessing, source.input_format, sample.max_batch
         )
 
@@ -420,7 +420,7 @@ def _compile(
 
 
 def _spec(job: TrtJob, profiles: tuple[BatchRange, ...], backend: Backend) -> BuildSpec:
-    """Say what to compile, as far as it is known before the graph is typed."""
+    """Describe what to compile, as far as it is known before the graph is typed."""
     shared = [field.name for field in fields(BuildSpec) if hasattr(job, field.name)]
     asked: dict[str, Any] = {name: getattr(job, name) for name in shared}
     asked |= {"profiles": profiles}

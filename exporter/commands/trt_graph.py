@@ -98,17 +98,17 @@ def prepare(
             f"in fp32 though no island in its manifest says so: {named}; export the fp32 graph and "
             "let --fp16 type it, or accept them with --allow-fp32"
         )
-    told: list[str] = []
+    notes: list[str] = []
     with progress.step(f"type as {rest or dtype}"):
         model, form, cores = written_for(
-            backend, source, rest or dtype, partial=job.allow_unfused, told=told
+            backend, source, rest or dtype, partial=job.allow_unfused, notes=notes
         )
         if rest is None:
             islands = _islands_of(source, model)
         else:
             islands = convert(model, rest, job.islands, sample, source.input_format, stage)
             if dtype.is_quantised:
-                told.append(f"what {source.path.name} computes in fp32 beside {dtype} is {rest}")
+                notes.append(f"what {source.path.name} computes in fp32 beside {dtype} is {rest}")
     if job.stages:
         model = mark_outputs(model, stages_of(find_stream(model)))
     path = apart(stage) / source.path.name
@@ -121,12 +121,12 @@ def prepare(
     quantised = quantised_products(model)
     return Compilable(
         path, dtype, cores, form, opset, nodes, ops, outputs, islands, quantised,
-        asked_of(model), accepted, _attention(model), tuple(told),
+        asked_of(model), accepted, _attention(model), tuple(notes),
     )  # fmt: skip
 
 
 def _types(job: TrtJob, source: GraphFile) -> tuple[Dtype, Dtype | None]:
-    """Say what the engine is typed, and what its floats have to be typed as; None: they are.
+    """Give the engine's type, and the type that its floats have yet to get; None: they have it.
 
     No TensorRT fuses attention in fp32, so what is fp32 beside 8 bits becomes fp16 unless another
     type is asked for.
@@ -165,7 +165,7 @@ def _attention(model: ir.Model) -> dict[str, Dtype]:
 
 
 def asked_of(model: ir.Model) -> dict[str, AskedNode]:
-    """Say what each node of a graph asks of the compiler; islands are those in fp32."""
+    """List what each node of a graph asks of the compiler; islands are those in fp32."""
     wide = set(fp32_nodes(model))
     asked = {}
     for node in model.graph:
@@ -183,9 +183,9 @@ def asked_of(model: ir.Model) -> dict[str, AskedNode]:
 
 
 def _islands_of(source: GraphFile, model: ir.Model) -> Fp32Islands:
-    """Say what stays fp32 in a graph that came typed."""
-    known = source.manifest.islands if source.manifest is not None else {}
-    maxima = {name: math.inf if peak is None else peak for name, peak in known.items()}
+    """List what stays fp32 in a graph that came typed."""
+    declared = source.manifest.islands if source.manifest is not None else {}
+    maxima = {name: math.inf if peak is None else peak for name, peak in declared.items()}
     return Fp32Islands(maxima, fp32_nodes(model) if source.dtype is not Dtype.FP32 else ())
 
 
@@ -195,11 +195,11 @@ def written_for(
     dtype: Dtype,
     *,
     partial: bool = False,
-    told: list[str] | None = None,
+    notes: list[str] | None = None,
 ) -> tuple[ir.Model, AttentionForm, int]:
     """Write the graph as this backend reads and fuses it; how many attention cores it has.
 
-    With ``partial``, attention that is not recognised stays as it is, which ``told`` receives.
+    With ``partial``, attention that is not recognised stays as it is, which ``notes`` receives.
     """
     row = backend.row
     # an fp32 Attention operator has no kernel: "not supported by a dedicated kernel"
@@ -207,7 +207,9 @@ def written_for(
     form = AttentionForm.PLAIN if plain else AttentionForm.HEADS
     model = source.graph if plain else raise_opset(source.graph)
     try:
-        cores = fuse_attention(model, form, expected=_expected(source), partial=partial, notes=told)
+        cores = fuse_attention(
+            model, form, expected=_expected(source), partial=partial, notes=notes
+        )
     except FusionError as error:
         raise FusionError(
             f"{source.path}: {error}; --allow-unfused compiles them unfused"
@@ -230,7 +232,7 @@ _LIMIT = LARGEST[Dtype.FP16] / HEADROOM
 
 @dataclass(frozen=True, slots=True)
 class AttentionVerdict:
-    """What came of emulating an engine's attention: why it does not do, and where it overflows."""
+    """Result of emulating an engine's attention: ``failures``, and the nodes that overflow."""
 
     record: SumsRecord
     failures: tuple[str, ...] = ()
@@ -239,7 +241,7 @@ class AttentionVerdict:
 
 @dataclass(frozen=True, slots=True)
 class AttentionGate:
-    """What an engine's attention is judged by.
+    """Limits for an engine's attention.
 
     ``reference`` is what the typed graph was compared with, None where no check was asked for;
     ``gate`` what that was held to; ``input_format`` what the graph takes; ``fixed`` its one batch
@@ -268,17 +270,17 @@ def settle(
         build: compiles a graph and requires of it what the graph asks.
         against: what attention is judged by.
         capabilities: the targets; none where that is every GPU from Ampere on.
-        progress: is told of the emulation.
+        progress: shows the emulation.
     """
     while True:
         written = in_bf16(graph, bf16)
         result = build(written)
         fp16 = sums_in_fp16(result.censuses, written)
         with progress.step("emulate the engine's attention"):
-            judged = check_sums(graph, fp16, bf16, against)
-        more = more_bf16(judged, capabilities)
+            verdict = check_sums(graph, fp16, bf16, against)
+        more = more_bf16(verdict, capabilities)
         if not more:
-            return result, judged.record
+            return result, verdict.record
         bf16 = tuple(name for name in graph.attention if name in {*bf16, *more})
 
 
@@ -381,7 +383,7 @@ def _few(reference: Reference, count: int) -> Reference:
 
 
 def _images(emulated: Emulated, nodes: Collection[str]) -> int:
-    """Say how many images the emulation is worth: its cost grows with the tokens' square."""
+    """Give the images to emulate on: the cost grows with the square of the tokens."""
     scores = 0
     for node in emulated.model.graph:
         if node.op_type.startswith("attention_") and node.domain:
@@ -395,13 +397,13 @@ def _images(emulated: Emulated, nodes: Collection[str]) -> int:
 
 
 def more_bf16(
-    judged: AttentionVerdict, capabilities: Sequence[ComputeCapability]
+    verdict: AttentionVerdict, capabilities: Sequence[ComputeCapability]
 ) -> tuple[str, ...]:
     """Name the nodes to type bf16 beside those that are; nothing where the engine does."""
-    if not judged.over and not judged.failures:
+    if not verdict.over and not verdict.failures:
         return ()
-    why = "; ".join((*_overflows(judged), *judged.failures))
-    wanted = judged.over or judged.record.fp16
+    why = "; ".join((*_overflows(verdict), *verdict.failures))
+    wanted = verdict.over or verdict.record.fp16
     if not wanted:
         raise ToleranceError(
             f"the engine's attention does not agree with its reference, emulated in bf16: {why}; "
@@ -438,14 +440,14 @@ def _require_bf16(capabilities: Sequence[ComputeCapability], why: str) -> None:
         )
 
 
-def _overflows(judged: AttentionVerdict) -> list[str]:
-    told = []
-    for name in judged.over[:3]:
-        score, total = judged.record.scores[name] or 0.0, judged.record.sums[name] or 0.0
+def _overflows(verdict: AttentionVerdict) -> list[str]:
+    notes = []
+    for name in verdict.over[:3]:
+        score, total = verdict.record.scores[name] or 0.0, verdict.record.sums[name] or 0.0
         what, peak = ("a score", score) if not score <= _LIMIT else ("a sum of values", total)
-        told.append(f"{what} of {name} reaches {peak:.6g}, and fp16 ends at 65504 ({HEADROOM:g} "
+        notes.append(f"{what} of {name} reaches {peak:.6g}, and fp16 ends at 65504 ({HEADROOM:g} "
                     "times less is allowed)")  # fmt: skip
-    return told
+    return notes
 
 
 def with_sums(manifest: Manifest, sums: SumsRecord) -> Manifest:

@@ -1,4 +1,4 @@
-"""The story of ``msn-export validate``: two artifacts, the same images, one verdict."""
+"""The steps of ``msn-export validate``: two artifacts, the same images, one verdict."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from msn_export import baseline, image_folder
 from msn_export.artifact import Artifact
 from msn_export.commands.jobs import ValidateJob
 from msn_export.compare.sides import Pair, heads_of, open_pair, open_side
-from msn_export.compare.validation import Validation, judge
+from msn_export.compare.validation import Validation, decide
 from msn_export.errors import GraphError, ImageError
 from msn_export.graph.fuse import attention_form
 from msn_export.metrics.diagnose import diagnose
@@ -73,7 +73,7 @@ def validate_in_full(
     choices = Choices(job.variant, job.weights, job.labels)
     with progress.step("read both sides"):
         pair = open_pair(str(job.reference), str(job.candidate), choices, files)
-        made, own = _preprocessings(job, pair)
+        preprocessing, own = _preprocessings(job, pair)
     name = job.gate or coarsest(pair.reference.dtype, pair.candidate.dtype)
     gate = gate_of(name, job.numbers)
     with tempfile.TemporaryDirectory(prefix="msn-export-") as folder, ExitStack() as opened:
@@ -82,7 +82,7 @@ def validate_in_full(
             closing(open_side(pair.candidate, pair.outputs, Path(folder)))
         )
         trials = _Trials(job, pair, name, own, Path(folder), opened)
-        parts = draw_parts(job.images, made, max_batch=pair.max_batch, limit=job.limit)
+        parts = draw_parts(job.images, preprocessing, max_batch=pair.max_batch, limit=job.limit)
         for sample in _read(parts, progress):
             trials.run(sample, runner, progress)
         with progress.step("compare"):
@@ -97,7 +97,7 @@ def validate_in_full(
             if same.failures:
                 side = pair.candidate
                 cause = diagnose(runner, reference, side.input_format, gate, fixed=side.fixed_batch)
-    found = judge(pair, name, same, fed, trials.notes, numbers_only=job.numbers_only)
+    found = decide(pair, name, same, fed, trials.notes, numbers_only=job.numbers_only)
     return replace(found, cause=cause), same
 
 
@@ -111,7 +111,7 @@ def _read(parts: Iterator[Sample], progress: Progress) -> Iterator[Sample]:
 
 
 class _Trials:
-    """What ran so far: the candidate on the reference's pixels, on its own, and the baselines."""
+    """All that ran so far: the candidate on the reference's pixels and its own; the baselines."""
 
     def __init__(
         self,
@@ -135,8 +135,8 @@ class _Trials:
         """The first pictures' reference, with the limits that all of them gave."""
         assert self._first is not None
         found = replace(self._first)
-        for index, (made, trial) in enumerate(self._baselines):
-            errors, name, margin = trial.errors(), made.runner.name, made.margin
+        for index, (each, trial) in enumerate(self._baselines):
+            errors, name, margin = trial.errors(), each.runner.name, each.margin
             if index == 0:
                 found = replace(found, baseline=errors, baseline_name=name, margin=margin)
             else:
@@ -158,13 +158,13 @@ class _Trials:
             self._first = replace(reference, unmeasured=unmeasured or reference.unmeasured)
             self._choose_sizes(sample)
         elif self._first is not None:  # later pictures are in fp32 alone
-            known = {name: rows[:0] for name, rows in self._first.exact.items()}
-            reference = replace(reference, exact=known)
+            none_exact = {name: rows[:0] for name, rows in self._first.exact.items()}
+            reference = replace(reference, exact=none_exact)
         self.notes += sample.notes
-        for made, trial in self._baselines:
-            taken = InputFormat.of(made.runner.inputs[0].dtype)
+        for each, trial in self._baselines:
+            taken = InputFormat.of(each.runner.inputs[0].dtype)
             fixed = pair.reference.fixed_batch
-            cost = run_reference(made.runner, sample, taken, fixed=fixed).outputs
+            cost = run_reference(each.runner, sample, taken, fixed=fixed).outputs
             trial.repeat(cost, reference, self.sizes)
         with progress.step(f"run {side.name}"):
             self.same.run(runner, reference, side.input_format, self.sizes)
@@ -181,14 +181,14 @@ class _Trials:
                 f"ranges of activations were not bounded: that takes {baseline.RANGED} pictures"
             )
         try:
-            for made in _open_baselines(pair, self.dtype, sample, self.stage, ranged=ranged):
-                self.opened.enter_context(made.runner)
-                self._baselines.append((made, Trial()))
+            for each in _open_baselines(pair, self.dtype, sample, self.stage, ranged=ranged):
+                self.opened.enter_context(each.runner)
+                self._baselines.append((each, Trial()))
         except GraphError as error:
             return str(error)
         if self._baselines:
             return ""
-        return f"no baseline is made of {pair.reference.kind} against {pair.candidate.kind}"
+        return f"no baseline is each of {pair.reference.kind} against {pair.candidate.kind}"
 
     def _choose_sizes(self, sample: Sample) -> None:
         side = self.pair.candidate
@@ -250,7 +250,7 @@ def run_pair_reference(pair: Pair, sample: Sample, stage: Path, *, exact: bool) 
 
 @dataclass(frozen=True, slots=True)
 class _Baseline:
-    """What shows what a precision costs, and how many times its errors are allowed."""
+    """A runner that shows the cost of a precision, and how many times its errors are allowed."""
 
     runner: OrtRunner
     margin: float
@@ -271,8 +271,8 @@ def _open_baselines(
     if side.graph is not None and side.dtype is not Dtype.FP32:
         yield _Baseline(baseline.open_widened(side.graph, stage), ROUNDED_MARGIN)
         return
-    made = sample.preprocessing
-    graph, given = candidate.graph, _graph_of(side, pair.outputs, made)
+    preprocessing = sample.preprocessing
+    graph, given = candidate.graph, _graph_of(side, pair.outputs, preprocessing)
     if given is None or (dtype.is_quantised and graph is None):
         return
     form = AttentionForm.HEADS if graph is None else attention_form(graph)
@@ -280,7 +280,7 @@ def _open_baselines(
         given = given.clone()
         with suppress(GraphError):  # of another tool: it computes every token
             baseline.narrow_like(given, candidate.stream)
-    model = baseline.write_like(given, taken, made, form)
+    model = baseline.write_like(given, taken, preprocessing, form)
     if dtype.is_quantised and graph is not None:
         known = candidate.manifest.quantization if candidate.manifest is not None else None
         named, images = (known.observer, known.calibration_images) if known else ("", 0)
@@ -325,15 +325,15 @@ def _again(job: ValidateJob, sample: Sample, own: Preprocessing) -> Sample:
 
 
 def _preprocessings(job: ValidateJob, pair: Pair) -> tuple[Preprocessing, Preprocessing | None]:
-    """Say what both sides are given, and what the candidate is in production if that differs."""
+    """Give the preprocessing of both sides, and the candidate's in production if that differs."""
     side = pair.candidate
-    made = choose(pair.preprocessing, side.size, side.channels, exif=job.exif)
+    shared = choose(pair.preprocessing, side.size, side.channels, exif=job.exif)
     if job.preprocess is None and side.preprocessing is None:
-        return made, None
+        return shared, None
     own = choose(
         side.preprocessing, side.size, side.channels, preprocess=job.preprocess, exif=job.exif
     )
-    return made, None if own.makes_the_same_as(made) else own
+    return shared, None if own.makes_the_same_as(shared) else own
 
 
 def _on_shared(reference: Reference, fed: Sample) -> Reference:

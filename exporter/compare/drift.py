@@ -59,12 +59,11 @@ class Drift(Result):
 
     @property
     def passed(self) -> bool:
-        """Whether every stage does what the reference's does."""
         return self.parted is None
 
     @property
     def sentence(self) -> str:
-        """Where they part and why; if nowhere, which block errs the most."""
+        """The stage at which they part and why; if none, the block that errs the most."""
         for stage in self.stages:
             if stage.name == self.parted:
                 why = "; ".join((*stage.reasons, *([] if _is_inside(stage) else [_error(stage)])))
@@ -80,7 +79,7 @@ def _is_inside(stage: StageDrift) -> bool:
 
 
 def _error(stage: StageDrift) -> str:
-    """Say how large a stage's own error is, beside its cost and what is allowed."""
+    """Describe a stage's own error, beside its cost and what is allowed."""
     own = stage.own
     assert own is not None  # asked of judged stages alone
     part = own.tensor.removeprefix(stage.name).strip()
@@ -157,13 +156,13 @@ def _matched(stages: list[str], reasons: dict[str, tuple[str, ...]]) -> Matched:
 
 
 def _structure(pair: Pair) -> dict[str, tuple[str, ...]]:
-    """Say how blocks contradict each other; what is behind them is a reason of the first output."""
+    """List contradictions by block; those behind the blocks are reasons of the first output."""
     found: dict[str, tuple[str, ...]] = {}
     differing = differences_by_block(pair.reference.structure, pair.candidate.structure)
     for where, why in differing.items():
         stage = where if is_block(where) else pair.outputs[0]
-        told = why if is_block(where) else tuple(f"{line} in {where}" for line in why)
-        found[stage] = (*found.get(stage, ()), *told)
+        found_there = why if is_block(where) else tuple(f"{line} in {where}" for line in why)
+        found[stage] = (*found.get(stage, ()), *found_there)
     return dict(sorted(found.items(), key=lambda item: _number(item[0])))
 
 
@@ -173,15 +172,15 @@ def _number(stage: str) -> int:
 
 
 def _other_sizes(left: Shown, right: Shown, stage: str) -> str:
-    """Say that a stage has other sizes on either side; one token may stand for all."""
+    """Describe a stage that has other sizes on either side; one token may stand for all."""
     want, have = left.stages[stage], right.stages[stage]
     if want is None or have is None:
         return ""
     pairs = list(zip(want, have, strict=False))
-    known = [one == other or None in {one, other} for one, other in pairs]
+    alike = [one == other or None in {one, other} for one, other in pairs]
     if len(want) == len(have) == 2 and 1 in pairs[0]:
-        known[0] = True
-    if len(want) == len(have) and all(known):
+        alike[0] = True
+    if len(want) == len(have) and all(alike):
         return ""
     shown = ("x".join("?" if size is None else str(size) for size in s) for s in (have, want))
     return "the stream is {}, the reference's {}".format(*shown)
@@ -209,24 +208,23 @@ def smoothing(pair: Pair) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What stands in for the candidate, and what says how the reference itself rounds.
+    """The stand-in for the candidate, and what shows how the reference itself rounds.
 
     ``twin`` is None for a checkpoint, and where ``missing`` says why; ``input_format`` is what it
     takes. ``how`` says what was done.
     """
 
     exact: StreamLike
-    exact_stem: InputFormat
-    twin: StreamLike | None = None
+    exact_format: InputFormat
+    baseline: StreamLike | None = None
     input_format: InputFormat = InputFormat.FLOAT
     missing: str = ""
     how: str = ""
 
     def close(self) -> None:
-        """Free both."""
         self.exact.close()
-        if self.twin is not None:
-            self.twin.close()
+        if self.baseline is not None:
+            self.baseline.close()
 
 
 def open_costs(pair: Pair, sample: Sample, names: tuple[str, ...], given: tuple[str, ...]) -> Costs:
@@ -247,11 +245,11 @@ def open_costs(pair: Pair, sample: Sample, names: tuple[str, ...], given: tuple[
     except GraphError as error:
         missing = f"what {dtype} costs could not be measured ({error})"
         return Costs(exact, input_format, missing=missing)
-    twin = blocks_of(model, stream_of(model), names, given)
+    baseline = blocks_of(model, stream_of(model), names, given)
     how = f"what {dtype} costs there, measured on the reference put into {dtype}"
     if dtype is Dtype.FP32:
         how = "what fp32 rounds away there, measured on the reference as a graph and against fp64"
-    return Costs(exact, input_format, twin, _written(pair.candidate.input_format), how=how)
+    return Costs(exact, input_format, baseline, _written(pair.candidate.input_format), how=how)
 
 
 def _open_exact(
@@ -267,7 +265,7 @@ def _open_exact(
 
 
 def _written(input_format: InputFormat) -> InputFormat:
-    """Say what a graph that is written here takes in place of half precision planes."""
+    """Give the input of a graph that is written here in place of half precision planes."""
     return InputFormat.FLOAT if input_format is InputFormat.HALF else input_format
 
 

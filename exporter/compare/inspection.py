@@ -1,4 +1,4 @@
-"""What an artifact is made of, read without a GPU and without the TensorRT that built it."""
+"""The contents of an artifact, read without a GPU and without the TensorRT that built it."""
 
 import itertools
 import mmap
@@ -66,7 +66,7 @@ class Inspection(Result):
 
     @property
     def other_bytes(self) -> int | None:
-        """What is not weights: code, names, padding."""
+        """All that is not weights: code, names, padding."""
         return None if self.weight_bytes is None else max(0, self.bytes - self.weight_bytes)
 
 
@@ -121,7 +121,7 @@ def _of_manifest(path: Path) -> Inspection:
     )
 
 
-def _of_graph(artifact: Artifact, said: dict[str, Any]) -> dict[str, Any]:
+def _of_graph(artifact: Artifact, stated: dict[str, Any]) -> dict[str, Any]:
     """Take what a graph tells; what its manifest says of the rest stays."""
     written, model = artifact.summary, artifact.graph
     assert model is not None  # it is an ONNX file
@@ -130,7 +130,7 @@ def _of_graph(artifact: Artifact, said: dict[str, Any]) -> dict[str, Any]:
     cores = [core for core in map(match, candidates) if isinstance(core, AttentionCore)]
     return {
         "attention_expected": max(len(cores), fused),
-        **said,
+        **stated,
         "inputs": written.inputs,
         "outputs": written.outputs,
         "nodes": written.nodes,

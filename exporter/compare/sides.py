@@ -107,7 +107,6 @@ def heads_of(outputs: tuple[str, ...]) -> list[Head]:
 
 
 def open_engine(path: Path) -> OpenSide:
-    """Open an engine for running."""
     driver = find_driver()
     if isinstance(driver, NoDriver):
         raise RunnerError(
@@ -129,16 +128,16 @@ class Pair:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """What makes the pixels both sides are given: the reference's own where it says.
+        """The preprocessing of both sides: the reference's own where it has one.
 
         Else the candidate's, else hf; ``notes`` say which was assumed.
         """
-        known = self.reference.preprocessing or self.candidate.preprocessing
-        return known or assumed(self.reference.size, self.reference.channels)
+        own = self.reference.preprocessing or self.candidate.preprocessing
+        return own or assumed(self.reference.size, self.reference.channels)
 
     @property
     def max_batch(self) -> int:
-        """How many images memory affords both at once."""
+        """The images that memory affords both at once."""
         return min(self.reference.max_batch, self.candidate.max_batch)
 
 
@@ -205,10 +204,10 @@ def preprocessing_of(
     Where it has none, ``hf`` is assumed.
     """
     size, channels = ImageSize(*checkpoint.config.image_size), checkpoint.config.channels
-    known, own = None, checkpoint.processor
+    stated, own = None, checkpoint.processor
     if choice in {None, "auto"} and own is not None:
-        known = from_processor_config(own.fields, size, channels, file=own.file)
-    return choose(known, size, channels, preprocess=choice, exif=exif)
+        stated = from_processor_config(own.fields, size, channels, file=own.file)
+    return choose(stated, size, channels, preprocess=choice, exif=exif)
 
 
 def sized(checkpoint: Checkpoint, size: ImageSize | None) -> Checkpoint:
@@ -234,12 +233,12 @@ def require_one_size(checkpoint: Checkpoint) -> None:
 
 
 def size_difference(checkpoint: Checkpoint) -> str | None:
-    """Say how the sizes of the model and of its processor differ; None where they do not."""
+    """Describe how the sizes of the model and of its processor differ; None where they do not."""
     own, size = checkpoint.processor, ImageSize(*checkpoint.config.image_size)
-    made = size_in(own.fields) if own is not None else None
-    if own is None or made in {None, size}:
+    wanted = size_in(own.fields) if own is not None else None
+    if own is None or wanted in {None, size}:
         return None
     return (
-        f"{checkpoint.source}: {own.file} makes images of {made} and the model's configuration "
+        f"{checkpoint.source}: {own.file} makes images of {wanted} and the model's configuration "
         f"says {size}"
     )

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """What can be shown of an artifact.
+    """The tensors that an artifact can show.
 
     ``stages`` are in order, each with its sizes but the batch, None where one is not known;
     ``inside`` gives each block's tensors, each with all its names.
@@ -70,7 +70,6 @@ class OnnxStream:
         self.name = self._runner.name
 
     def __call__(self, images: NDArray[Any], given: Tensors | None = None) -> Tensors:
-        """Run a batch in the graph's own input type."""
         assert not given  # it takes images alone
         outputs = self._runner(images)
         if self._stages:
@@ -78,7 +77,6 @@ class OnnxStream:
         return _seen(outputs)
 
     def close(self) -> None:
-        """Free the session."""
         self._runner.close()
 
     def _raise_peaks(self, maxima: NDArray[Any]) -> None:
@@ -119,7 +117,6 @@ class OnnxBlocks:
         self.name = f"onnxruntime, {CPU}"
 
     def __call__(self, images: NDArray[Any], given: Tensors | None = None) -> Tensors:
-        """Run a batch in the graph's own input type."""
         fed = {
             f"{GIVEN}{name}": _at(np.asarray((given or {})[name], np.float32), sizes)
             for name, sizes in self._tokens.items()
@@ -129,7 +126,6 @@ class OnnxBlocks:
         return _seen(dict(zip(self._names, outputs, strict=True)))
 
     def close(self) -> None:
-        """Free the session."""
         self._session = None
 
 
@@ -142,13 +138,11 @@ class EngineStream:
         self.name = f"{self._runner.name}, built once more with its blocks shown"
 
     def __call__(self, images: NDArray[Any], given: Tensors | None = None) -> Tensors:
-        """Run a batch in the engine's own input type."""
         assert not given  # it takes images alone
         outputs = self._runner(images)
         return {name.removeprefix(MARK): np.asarray(value) for name, value in outputs.items()}
 
     def close(self) -> None:
-        """Free the engine."""
         self._runner.close()
 
 

@@ -1,4 +1,4 @@
-"""What came of comparing two artifacts: the verdict, its reasons, the figures behind them."""
+"""The result of comparing two artifacts: the verdict, its reasons, the figures behind them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from msn_export.spec import Dtype
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """What was compared, for the record."""
+    """One side of a comparison, for the record."""
 
     name: str
     kind: str
@@ -49,7 +49,7 @@ class Validation(Result):
     notes: tuple[str, ...]
 
 
-def judge(
+def decide(
     pair: Pair,
     name: Dtype,
     same: Evaluation,
@@ -86,11 +86,11 @@ def judge(
                 f"the preprocessing differs and the verdict is that of both together: {shown}"
             )
     reasons += label_faults(pair.reference.labels, pair.candidate.labels)
-    told = [*differences(pair.reference.structure, pair.candidate.structure), *pair.alone]
+    contradictions = [*differences(pair.reference.structure, pair.candidate.structure), *pair.alone]
     if numbers_only:
-        notes += told
+        notes += contradictions
     else:
-        reasons += told
+        reasons += contradictions
     return Validation(
         reference=_side(pair.reference, same.reference.sample.preprocessing),
         candidate=_side(pair.candidate, (mine or same).reference.sample.preprocessing),

@@ -117,7 +117,6 @@ def _logarithmic(axes: Axes) -> None:
 
 
 def write_page(bench: Bench, path: Path) -> None:
-    """Write the page."""
     artifacts = [one.name for one in bench.timed if one.file is not None]
     fastest = {
         batch: min(one.median_ms for one in bench.timings if one.batch == batch)

@@ -1,4 +1,4 @@
-"""What is known and was measured, in rows of a name and a text: for pages and for a terminal."""
+"""Facts and figures in rows of a name and a text: for pages and for a terminal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHOWN = 6  # islands that are named
 
 
 def origin_of(manifest: Manifest | None) -> list[tuple[str, str]]:
-    """Say which weights it came from, and how pictures become its input."""
+    """Describe the weights it came from, and how pictures become its input."""
     if manifest is None:
         return []
     rows = []
@@ -34,10 +34,10 @@ def origin_of(manifest: Manifest | None) -> list[tuple[str, str]]:
             ("weights' sha256", manifest.checkpoint.sha256),
         ]
         rows += [("note", note) for note in manifest.checkpoint.notes]
-    made = manifest.preprocessing
-    if made is not None:
-        rows.append(("preprocessing", f"{made.title}: {made.geometry}"))
-        rows.append(("normalisation", made.values))
+    preprocessing = manifest.preprocessing
+    if preprocessing is not None:
+        rows.append(("preprocessing", f"{preprocessing.title}: {preprocessing.geometry}"))
+        rows.append(("normalisation", preprocessing.values))
     if manifest.labels:
         rows.append(("classes", f"{len(manifest.labels)}: {', '.join(manifest.labels[:5])}, …"))
         scores = manifest.scores or Scores.of(None, len(manifest.labels))
@@ -47,7 +47,6 @@ def origin_of(manifest: Manifest | None) -> list[tuple[str, str]]:
 
 
 def quantization_rows(record: QuantizationRecord) -> Iterator[tuple[str, str]]:
-    """Describe a quantisation in lines of a name and a text."""
     yield "quantised", f"{record.products} of {record.expected} products to {record.format}"
     smoothing = "off" if record.smoothing is None else f"{record.smoothing:g}"
     what = f"ranges by {record.observer}, smoothing {smoothing}"
@@ -63,22 +62,25 @@ def quantization_rows(record: QuantizationRecord) -> Iterator[tuple[str, str]]:
     yield "images", f"{images} (seed {record.seed}); {record.ranges.file}"
     yield "sizes", ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in record.sizes.items())
     for title, shares in (("neighbours", record.neighbours), ("classes", record.classes)):
-        known = {name: share for name, share in shares.items() if share is not None}
-        if known:
-            yield f"same {title}", ", ".join(f"{share:.1%} {name}" for name, share in known.items())
+        measured = {name: share for name, share in shares.items() if share is not None}
+        if measured:
+            yield (
+                f"same {title}",
+                ", ".join(f"{share:.1%} {name}" for name, share in measured.items()),
+            )
     yield from _compiled(record)
 
 
 def _compiled(record: QuantizationRecord) -> Iterator[tuple[str, str]]:
-    told = record.compiled
-    if "reason" in told:
-        yield "compiled", f"no: {told['reason']}"
+    compiled = record.compiled
+    if "reason" in compiled:
+        yield "compiled", f"no: {compiled['reason']}"
         if "reason" not in record.latency:
             yield "timed", _timed(record)
         return
-    yield "compiled", f"by {told['compiler']}, counted, not executed"
+    yield "compiled", f"by {compiled['compiler']}, counted, not executed"
     for name in (record.base, record.format):
-        one = told[name]
+        one = compiled[name]
         eight = f", {one['multiplied']} of {one['products']} in {name}" if one["products"] else ""
         kernels = f"{one['kernels']} kernels, {one['fused_attention']} fused attention"
         products = f"products {counted_by(one['gemm_dtypes'])}{eight}"
@@ -87,12 +89,12 @@ def _compiled(record: QuantizationRecord) -> Iterator[tuple[str, str]]:
 
 
 def _timed(record: QuantizationRecord) -> str:
-    told = record.latency
-    if "reason" in told:
-        return f"no: {told['reason']}"
-    times = ", ".join(f"{told[name]:.2f} ms {name}" for name in (record.base, record.format))
+    latency = record.latency
+    if "reason" in latency:
+        return f"no: {latency['reason']}"
+    times = ", ".join(f"{latency[name]:.2f} ms {name}" for name in (record.base, record.format))
     copies = "" if "reason" in record.compiled else ", copies included"  # to a GPU and back
-    return f"batch {told['batch']}{copies}: {times}; on {told['device']}"
+    return f"batch {latency['batch']}{copies}: {times}; on {latency['device']}"
 
 
 def file_rows(found: Inspection, manifest: Manifest | None) -> Iterator[tuple[str, str]]:
@@ -175,7 +177,6 @@ def _side(side: Side) -> str:
 
 
 def check_rows(check: CheckRecord) -> Iterator[tuple[str, str]]:
-    """Describe one check; each output has its own line."""
     yield "check", _ran(check)
     yield "", f"{check.reference} | {check.executed_on}"
     for name, figures in check.outputs.items():
@@ -232,7 +233,6 @@ def _of_image(image: ImageRecord) -> str:
 
 
 def artifact_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """Describe an artifact in lines of a name and a text."""
     yield "file", f"{manifest.bytes / 1e6:.1f} MB, sha256 {manifest.sha256[:16]}…"
     if manifest.checkpoint is not None:
         yield "checkpoint", manifest.checkpoint.source
@@ -242,10 +242,10 @@ def artifact_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
     if manifest.labels:
         yield "classes", f"{len(manifest.labels)}, scores: {manifest.scores or 'by their number'}"
     yield "batch", ", ".join(str(profile) for profile in manifest.profiles)
-    made = manifest.preprocessing
-    if made is not None:
-        yield "preprocessing", f"{made.title}: {made.geometry}"
-        yield "", made.values
+    preprocessing = manifest.preprocessing
+    if preprocessing is not None:
+        yield "preprocessing", f"{preprocessing.title}: {preprocessing.geometry}"
+        yield "", preprocessing.values
     attention = manifest.attention
     yield "graph", f"{manifest.nodes} nodes, opset {manifest.opset}, {manifest.dtype}"
     yield "attention", f"{attention.fused} of {attention.expected} fused ({attention.form})"
@@ -315,8 +315,8 @@ def _check_rows(check: CheckRecord | None) -> Iterator[tuple[str, str]]:
     yield "cosine", ", ".join(f"{name} {_figure(x, '.8f')}" for name, x in cosines.items())
     if check.relative is not None:
         allowed = [limits.get("relative") for limits in check.limits.values()]
-        known = [limit for limit in allowed if limit is not None]
-        most = f", {max(known):.1e} allowed" if known else ""
+        measured = [limit for limit in allowed if limit is not None]
+        most = f", {max(measured):.1e} allowed" if measured else ""
         yield "relative error", f"{check.relative:.2e}{most}"
     if check.limits_from:
         yield "", check.limits_from

@@ -1,4 +1,4 @@
-"""What a report shows: each artifact, each comparison, and the page around them."""
+"""The contents of a report: each artifact, each comparison, and the page around them."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ class ReportedArtifact:
 
     @property
     def is_file(self) -> bool:
-        """Whether it was exported; a checkpoint is compared with, and not taken apart."""
+        """True of an exported file; a checkpoint is compared with, and not taken apart."""
         return self.inspection.kind != "checkpoint"
 
     @property
     def executed(self) -> str:
-        """Whether an engine ran, or why not."""
+        """The word for an engine that ran, or the reason why it did not."""
         engine = self.manifest.engine if self.manifest is not None else None
         assert engine is not None  # asked of engines alone
         return "executed" if engine.executed else engine.reason
@@ -99,7 +99,6 @@ class Worst:
 
     @property
     def same(self) -> bool:
-        """Whether both sides find the same neighbour."""
         return self.pictures[1].name == self.pictures[2].name
 
 
@@ -120,7 +119,6 @@ class ReportedAgreement:
 
     @property
     def passed(self) -> bool:
-        """Whether the candidate is what its reference is."""
         return self.check.passed if self.validation is None else self.validation.passed
 
 
@@ -145,7 +143,6 @@ class Page(Result):
 
 
 def report_checkpoint(name: str) -> ReportedArtifact:
-    """Name a checkpoint."""
     return ReportedArtifact(
         Inspection(name, "checkpoint", 0, "", "", "PyTorch", precision="fp32"), "reference"
     )
@@ -250,7 +247,7 @@ def _reference(manifest: Manifest, named: str) -> str:
 def verdict(
     artifacts: Sequence[ReportedArtifact], agreements: Sequence[ReportedAgreement]
 ) -> tuple[State, str]:
-    """Say in one line whether all that ran agrees, what did not run and what was not checked."""
+    """Sum up in one line: whether all that ran agrees, what did not run or was not checked."""
     failed = [found.candidate for found in agreements if not found.passed]
     foreign = [artifact.name for artifact in artifacts if artifact.verdict == "not believed"]
     stale = [artifact.name for artifact in artifacts if artifact.verdict == "stale"]
@@ -264,9 +261,9 @@ def verdict(
     if not agreements:
         return "partial", "Nothing was compared"
     open_ends = []
-    for state, words in (("compiled, not run", "did not run"), ("not checked", "was not checked")):
+    for state, ending in (("compiled, not run", "did not run"), ("not checked", "was not checked")):
         names = [artifact.name for artifact in artifacts if artifact.verdict == state]
-        open_ends += [f"{', '.join(names)} {words}"] if names else []
+        open_ends += [f"{', '.join(names)} {ending}"] if names else []
     if open_ends:
         return "partial", "; ".join(["Everything that ran agrees", *open_ends])
     return "passed", "Every artifact agrees with its reference"
@@ -277,32 +274,32 @@ def sentences(
     agreements: Sequence[ReportedAgreement],
     drifts: Sequence[Drift],
 ) -> list[str]:
-    """Say what each comparison and each engine came to."""
-    said = []
+    """Sum up each comparison and each engine."""
+    found_all = []
     for found in agreements:
         check, word = found.check, "agrees" if found.passed else "does not agree"
         cosine = "none" if check.cosine_min is None else f"{check.cosine_min:.7f}"
-        told = [
+        parts = [
             f"{found.candidate} {word} with {found.reference} on {check.images} images: "
             f"least cosine {cosine}"
         ]
         if (live := found.validation) is not None:
-            told += filter(None, ("; ".join(live.reasons), live.cause))
-        said.append(". ".join(told))
-    said += [
+            parts += filter(None, ("; ".join(live.reasons), live.cause))
+        found_all.append(". ".join(parts))
+    found_all += [
         f"{short(d.candidate)} parts from {short(d.reference)} at {d.parted}"
         for d in drifts
         if d.parted
     ]
-    said += [artifact.distrusted for artifact in artifacts if artifact.distrusted]
-    said += [
+    found_all += [artifact.distrusted for artifact in artifacts if artifact.distrusted]
+    found_all += [
         f"{one.name}: {len(one.census.kernels)} kernels, attention fused in "
         f"{len(one.census.fused_attention)} of {one.inspection.attention_expected} blocks, "
         f"matrix products {multiplied(one.census)}; {one.executed}"
         for one in artifacts
         if one.census is not None
     ]
-    return said
+    return found_all
 
 
 def title_of(manifest: Manifest | None, artifacts: Sequence[ReportedArtifact]) -> str:
@@ -313,7 +310,7 @@ def title_of(manifest: Manifest | None, artifacts: Sequence[ReportedArtifact]) -
 
 
 def subtitle_of(manifest: Manifest | None) -> str:
-    """Say which shape of ViT-MSN it is."""
+    """Describe the shape of ViT-MSN."""
     config = manifest.config if manifest is not None else None
     if config is None:
         return "ViT-MSN"
@@ -336,7 +333,7 @@ def now() -> str:
 
 
 def role_of(kernel: Kernel) -> str:
-    """Say in the field's words what a kernel does."""
+    """Name in the field's words what a kernel does."""
     if is_fused_attention(kernel):
         return "attention"
     if is_convolution(kernel):
@@ -399,6 +396,6 @@ def timing_rows(bench: Bench) -> Iterator[list[str]]:
 
 
 def timed_on(bench: Bench) -> str:
-    """Say where a benchmark ran, what its ratios are to, and when it was."""
+    """Describe where and when a benchmark ran, and what its ratios are to."""
     where = ", ".join((bench.machine.cpu, *bench.machine.gpus))
     return "; ".join((where, f"times over {bench.baseline}", bench.created))

@@ -108,8 +108,8 @@ def histogram(agreements: Sequence[ReportedAgreement]) -> str:
     gaps = []
     for agreement in agreements:
         cosines = [image.cosine for image in agreement.check.per_image]
-        known = [cosine for cosine in cosines if cosine is not None and math.isfinite(cosine)]
-        gaps.append(np.maximum(1 - np.asarray(known, float), _LEAST))
+        finite = [cosine for cosine in cosines if cosine is not None and math.isfinite(cosine)]
+        gaps.append(np.maximum(1 - np.asarray(finite, float), _LEAST))
     every = np.concatenate(gaps)
     low, high = math.floor(np.log10(every.min())), math.ceil(np.log10(every.max()) + 1e-9)
     bins = np.logspace(low, max(high, low + 1), 4 * (max(high, low + 1) - low) + 1)
@@ -205,7 +205,6 @@ def _stage_names(axes: Axes, found: Drift) -> None:
 
 
 def kinds(artifact: ReportedArtifact) -> str:
-    """Draw an engine's kernels by what they do."""
     assert artifact.census is not None
     counts = dict(reversed(roles(artifact.census).items()))
     title = f"Kernels of {artifact.name} by kind"
@@ -218,7 +217,6 @@ def kinds(artifact: ReportedArtifact) -> str:
 
 
 def per_block(artifact: ReportedArtifact) -> str:
-    """Draw how many kernels each block takes."""
     assert artifact.census is not None
     counts = artifact.census.kernels_per_block
 
@@ -236,17 +234,15 @@ def per_block(artifact: ReportedArtifact) -> str:
 
 
 def sizes(artifacts: Sequence[ReportedArtifact]) -> str:
-    """Draw the artifacts' sizes."""
-    known = {a.name: a.inspection.bytes / 1e6 for a in reversed(artifacts)}
-    height = 0.25 + 0.27 * len(known)
+    megabytes = {a.name: a.inspection.bytes / 1e6 for a in reversed(artifacts)}
+    height = 0.25 + 0.27 * len(megabytes)
     return draw(
-        "sizes", "Size of each artifact in MB", lambda axes: _bars(axes, known, "{:.1f} MB"),
+        "sizes", "Size of each artifact in MB", lambda axes: _bars(axes, megabytes, "{:.1f} MB"),
         (10.4, height),
     )  # fmt: skip
 
 
 def latency(found: Bench) -> str:
-    """Draw a benchmark's medians."""
     bars = {f"{t.contender}, batch {t.batch}": t.median_ms for t in reversed(found.timings)}
     height = 0.25 + 0.27 * len(bars)
     return draw(
@@ -284,20 +280,20 @@ def markdown(page: Page) -> str:
 
 def environment(*, autoescape: bool) -> Environment:
     """Open the templates; a figure that is not there is an error."""
-    made = Environment(
+    opened = Environment(
         loader=PackageLoader("msn_export.reporting", "."),
         autoescape=autoescape,  # noqa: S701  Markdown has its own escapes: _cell
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"cell": _cell, "line": _line, "short": short, "spelled": spelled}
-    made.globals |= {
+    opened.filters |= {"cell": _cell, "line": _line, "short": short, "spelled": spelled}
+    opened.globals |= {
         "file_rows": file_rows, "fused": fused, "multiplied": multiplied, "strips": strips,
         "timed_on": timed_on, "timing_columns": timing_columns, "timing_rows": timing_rows,
         "PARTS": PARTS, "HEADROOM": HEADROOM,
     }  # fmt: skip
-    return made
+    return opened
 
 
 def _plots(page: Page) -> dict[str, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from msn_export.cli import main
-from msn_export.commands.doctor import ABILITIES, COMPILER, Finding, find_faults, judge
+from msn_export.commands.doctor import ABILITIES, COMPILER, Finding, decide, find_faults
 from msn_export.commands.installed import (
     ImportProbe,
     Wanted,
@@ -149,7 +149,7 @@ def test_every_command_that_there_is_is_judged() -> None:
 
 
 def verdicts(*packages, found=NO_DRIVER, broken=(), tools=None):
-    judged = judge(["trt", "embed", "bench"], packages, broken, found, tools or {})
+    judged = decide(["trt", "embed", "bench"], packages, broken, found, tools or {})
     return {(verdict.command, verdict.does): verdict for verdict in judged}
 
 
