@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from msn_export.commands.triton import Written
     from msn_export.compare.drift import Drift
     from msn_export.compare.inspection import Inspection
-    from msn_export.compare.validation import Validation
+    from msn_export.compare.sides import Validation
     from msn_export.embedding.job import Embedded
     from msn_export.manifest import Manifest
     from msn_export.reporting.gather import Page

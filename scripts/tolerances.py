@@ -25,7 +25,7 @@ from msn_export.commands.drift import DriftJob, run_drift
 from msn_export.commands.onnx import OnnxJob, run_onnx
 from msn_export.commands.validate import ValidateJob, run_validate
 from msn_export.compare.drift import Drift
-from msn_export.compare.validation import Validation
+from msn_export.compare.sides import Validation
 from msn_export.models.checkpoint import load_checkpoint
 from msn_export.progress import Silent
 from msn_export.spec import BatchRange, Dtype, Head

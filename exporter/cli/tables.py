@@ -16,7 +16,7 @@ from msn_export.cli.console import Console
 from msn_export.commands.triton import Written
 from msn_export.compare.drift import Drift
 from msn_export.compare.inspection import Inspection
-from msn_export.compare.validation import Validation
+from msn_export.compare.sides import Validation
 from msn_export.manifest import Manifest
 from msn_export.metrics.diagnose import StageDrift, TensorDrift
 from msn_export.reporting.describe import artifact_rows, inspection_rows, validation_rows

@@ -1,7 +1,13 @@
-"""The steps of ``msn-export drift``: block by block, where two artifacts part."""
+"""The steps of ``msn-export drift``: block by block, where two artifacts part.
+
+A TensorRT engine shows nothing but its outputs: it is built once more with its residual stream as
+outputs. A tensor that is marked as one is not fused away, so this is not the engine in production:
+the same graph, types, backend and profiles, but other kernels around the marked tensors.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -14,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from msn_export.artifact import Artifact
-from msn_export.commands.jobs import DriftJob
+from msn_export.commands.jobs import DriftJob, TrtJob
 from msn_export.compare.drift import Costs, Drift, Matched, match, open_costs, smoothing, suspect_of
 from msn_export.compare.sides import Pair, open_pair, open_side
 from msn_export.compare.streams import open_blocks, open_stream, what_is_shown
-from msn_export.errors import ImageError, ToleranceError
-from msn_export.manifest import CheckRecord
+from msn_export.engine_header import read_header
+from msn_export.errors import ImageError, ManifestError, ToleranceError
+from msn_export.manifest import CheckRecord, Manifest, sha256_of
 from msn_export.metrics.diagnose import (
     BRANCHES,
     Gathered,
@@ -36,6 +43,7 @@ from msn_export.metrics.tolerances import DRIFT, DRIFT_OF_ENGINES, GATES, coarse
 from msn_export.models.checkpoint import Choices
 from msn_export.processor_config import choose
 from msn_export.progress import SILENT, Progress
+from msn_export.schema import to_plain
 from msn_export.spec import Dtype
 
 if TYPE_CHECKING:
@@ -76,7 +84,6 @@ def _marked(side: Artifact, folder: Path, progress: Progress) -> Artifact:
         return side
     assert side.manifest is not None  # no engine is described without one
     open_side(side, (), folder).close()  # what cannot run is refused before minutes of compiling
-    from msn_export.commands.marked_engine import build_marked
 
     folder.mkdir()
     shown = copy(side)
@@ -431,3 +438,43 @@ def _require_alike(want: Tensors, have: Tensors, pair: Pair) -> None:
                     name, pair.candidate.name, *sizes
                 )
             )
+
+
+def build_marked(engine: Path, manifest: Manifest, folder: Path, progress: Progress) -> Path:
+    """Compile the graph an engine came from with the stages of its stream as outputs.
+
+    The outputs are float32 and named ``seen:block 3``; those of the engine itself stay.
+    """
+    record, source = manifest.engine, manifest.source
+    if record is None or source is None:
+        raise ManifestError(f"the manifest of {engine} does not say which graph it came from")
+    graph = engine.parent / source.file
+    if not graph.is_file() or sha256_of(graph) != source.sha256:
+        raise ManifestError(
+            f"{engine} was built from {source.file} (sha256 {source.sha256[:12]}…), which is not "
+            f"beside it; put it at {graph}, for drift builds it once more with its blocks shown"
+        )
+    header = read_header(engine)
+    islands = folder / "islands.json"
+    measured = {name: peak for name, peak in manifest.islands.items() if peak is not None}
+    islands.write_text(json.dumps(to_plain(measured)), encoding="utf-8")
+    job = TrtJob(
+        graph,
+        output=folder / f"marked-{engine.name}",
+        precision=manifest.dtype,
+        backend=record.backend,
+        # those asked for: none where it claims later GPUs too, or was built by full TensorRT,
+        # whose header names none and which takes none
+        capabilities=() if header.later else header.capabilities,
+        profiles=manifest.profiles,
+        tf32=record.options.get("tf32") is True,
+        hardware_compatible=record.options.get("hardware_compatible") is True,
+        islands=str(islands) if measured else "none",
+        bf16_attention=record.attention.bf16 if record.attention is not None else (),
+        check=False,
+        stages=True,
+        force=True,
+    )
+    from msn_export.commands.trt import run_trt  # a compiler, which no other drift needs
+
+    return run_trt(job, progress)[0]

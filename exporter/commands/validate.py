@@ -13,8 +13,7 @@ import onnx_ir as ir
 from msn_export import baseline, image_folder
 from msn_export.artifact import Artifact
 from msn_export.commands.jobs import ValidateJob
-from msn_export.compare.sides import Pair, heads_of, open_pair, open_side
-from msn_export.compare.validation import Validation, decide
+from msn_export.compare.sides import Pair, Validation, decide, heads_of, open_pair, open_side
 from msn_export.errors import GraphError, ImageError
 from msn_export.graph.fuse import attention_form
 from msn_export.metrics.diagnose import diagnose

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from msn_export.artifact import is_checkpoint
 from msn_export.compare.inspection import Inspection
-from msn_export.compare.validation import Side, Validation
+from msn_export.compare.sides import Side, Validation
 from msn_export.manifest import (
     CheckRecord,
     EngineRecord,

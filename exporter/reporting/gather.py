@@ -19,7 +19,7 @@ from msn_export.artifact import Artifact
 from msn_export.benchmark.results import Bench
 from msn_export.compare.drift import Drift
 from msn_export.compare.inspection import Inspection, inspect_artifact
-from msn_export.compare.validation import Validation
+from msn_export.compare.sides import Validation
 from msn_export.engine.census import Census
 from msn_export.engine.kernels import (
     Kernel,

@@ -14,8 +14,7 @@ from click.testing import CliRunner, Result
 
 from msn_export import manifest
 from msn_export.cli import main
-from msn_export.commands.drift import DriftJob, run_drift
-from msn_export.commands.marked_engine import build_marked
+from msn_export.commands.drift import DriftJob, build_marked, run_drift
 from msn_export.compare import sides, streams
 from msn_export.errors import GraphError, ManifestError
 from msn_export.graph.cls_only import narrow_to_first_token

@@ -272,7 +272,7 @@ def test_an_engine_that_does_needs_no_more() -> None:
 
 
 def test_drift_builds_the_engine_with_the_same_attention(summed, tmp_path) -> None:
-    from msn_export.commands.marked_engine import build_marked
+    from msn_export.commands.drift import build_marked
 
     told(build(summed, "8.9"))
     engine = summed.parent / "8.9.engine"

@@ -19,7 +19,7 @@ from transformers import ViTMSNForImageClassification
 from msn_export.commands.calibrate import CalibrateJob, run_calibrate
 from msn_export.commands.onnx import OnnxJob, run_onnx
 from msn_export.commands.validate import ValidateJob, run_validate
-from msn_export.compare.validation import Validation
+from msn_export.compare.sides import Validation
 from msn_export.graph import io
 from msn_export.mixed_precision import cpu_runner
 from msn_export.runtime import open_runner

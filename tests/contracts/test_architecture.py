@@ -225,7 +225,6 @@ WITHOUT = {
     "commands/installed.py",
     "compare/drift.py",
     "compare/streams.py",
-    "compare/validation.py",
     "errors.py",
     "options.py",
 }

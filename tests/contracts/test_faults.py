@@ -20,7 +20,7 @@ from msn_export.commands.drift import DriftJob, run_drift
 from msn_export.commands.onnx import OnnxJob, run_onnx
 from msn_export.commands.validate import ValidateJob, run_validate
 from msn_export.compare.drift import Drift
-from msn_export.compare.validation import Validation
+from msn_export.compare.sides import Validation
 from msn_export.errors import ToleranceError
 from msn_export.graph.precision import type_graph
 from msn_export.manifest import Manifest

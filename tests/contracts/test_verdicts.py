@@ -11,7 +11,7 @@ from msn_export import manifest
 from msn_export.commands.calibrate import CalibrateJob, run_calibrate
 from msn_export.commands.onnx import OnnxJob, run_onnx
 from msn_export.commands.validate import ValidateJob, run_validate
-from msn_export.compare.validation import Validation
+from msn_export.compare.sides import Validation
 from msn_export.errors import ImageError, ToleranceError
 from msn_export.runtime import open_runner
 from msn_export.spec import BatchRange, Dtype, Head, InputFormat, Target

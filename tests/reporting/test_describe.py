@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from msn_export.compare.validation import Side, Validation
+from msn_export.compare.sides import Side, Validation
 from msn_export.manifest import CheckRecord, ImageRecord
 from msn_export.metrics.evaluate import Evaluation, Reference, Sample
 from msn_export.metrics.tolerances import GATES, Gate

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from msn_export import manifest
-from msn_export.commands import marked_engine
+from msn_export.commands import drift
 from msn_export.commands.jobs import TrtJob
 from msn_export.engine_header import read_header
 from msn_export.errors import ManifestError
@@ -23,7 +23,7 @@ def described(path: Path) -> Manifest:
 
 
 def test_it_is_for_the_same_gpus_and_shows_its_blocks(tmp_path) -> None:
-    made = marked_engine.build_marked(engine(), described(engine()), tmp_path, Silent())
+    made = drift.build_marked(engine(), described(engine()), tmp_path, Silent())
     assert read_header(made).capabilities == (ComputeCapability(8, 9),)
     again = described(made)
     shown = [spec.name for spec in again.outputs if spec.name.startswith("seen:block ")]
@@ -40,11 +40,11 @@ def job_for(monkeypatch: pytest.MonkeyPatch, path: Path, folder: Path, **changes
         jobs.append(job)
         return folder, None
 
-    monkeypatch.setattr(marked_engine, "run_trt", run_trt)
+    monkeypatch.setattr(drift, "run_trt", run_trt)
     read = described(engine())
     assert read.engine is not None
     read = replace(read, engine=replace(read.engine, **changes))
-    marked_engine.build_marked(path, read, folder, Silent())
+    drift.build_marked(path, read, folder, Silent())
     return jobs[0]
 
 
@@ -73,4 +73,4 @@ def test_without_its_graph_it_cannot_be_built_again(tmp_path) -> None:
     with pytest.raises(
         ManifestError, match=r"was built from m\.onnx .* which is not beside it; put"
     ):
-        marked_engine.build_marked(path, described(path), tmp_path, Silent())
+        drift.build_marked(path, described(path), tmp_path, Silent())
