@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from msn_export import manifest
-from msn_export.commands import drift
+from msn_export.commands import drift, trt
 from msn_export.commands.jobs import TrtJob
 from msn_export.engine_header import read_header
 from msn_export.errors import ManifestError
@@ -40,7 +40,7 @@ def job_for(monkeypatch: pytest.MonkeyPatch, path: Path, folder: Path, **changes
         jobs.append(job)
         return folder, None
 
-    monkeypatch.setattr(drift, "run_trt", run_trt)
+    monkeypatch.setattr(trt, "run_trt", run_trt)
     read = described(engine())
     assert read.engine is not None
     read = replace(read, engine=replace(read.engine, **changes))
