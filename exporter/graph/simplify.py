@@ -358,7 +358,7 @@ def simplify(model: ir.Model) -> tuple[ir.Model, str]:
     import onnxsim  # it imports torch, two seconds that most graphs need not wait for
 
     try:
-        with _unheard():
+        with _without_stderr():
             proto, _ = onnxsim.simplify(
                 skeleton(model), skipped_optimizers=HARMFUL_PASSES, check_n=0
             )
@@ -372,10 +372,10 @@ def simplify(model: ir.Model) -> tuple[ir.Model, str]:
 
 
 @contextmanager
-def _unheard() -> Iterator[None]:
+def _without_stderr() -> Iterator[None]:
     """Drop what is printed on stderr by C++ too: names out of a hostile file, and tracebacks.
 
-    onnxsim tells so what it cannot fold, and leaves it as it is.
+    onnxsim prints there what it cannot fold, and leaves it as it is.
     """
     kept = os.dup(2)
     try:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
+from msn_export.models.checkpoint import in_memory, load_checkpoint
 from msn_export.models.config import FAMILIES, family_of, parse_config
 from tests.builders.checkpoints import TINY, randomised
 from tests.builders.exports import export
@@ -64,6 +65,17 @@ def test_a_plain_vit_classifier_exports(tmp_path) -> None:
     np.testing.assert_allclose(output, wanted, atol=1e-5, rtol=1e-5)
     assert manifest["checkpoint"]["notes"] == [NOTE]
     assert manifest["labels"] == [f"LABEL_{i}" for i in range(5)]
+
+
+def test_a_plain_vit_in_memory_is_the_one_that_was_saved(tmp_path) -> None:
+    theirs = saved(ViTModel, tmp_path)
+    with in_memory(theirs) as source:
+        checkpoint = load_checkpoint(source)
+    on_disk = load_checkpoint(str(tmp_path))
+    assert checkpoint.sha256 == on_disk.sha256
+    assert checkpoint.config == on_disk.config
+    assert checkpoint.notes[0] == on_disk.notes[0] == NOTE
+    assert "2 keys of ViTModel's pooler" in checkpoint.notes[1]
 
 
 def test_what_a_file_does_not_say_is_its_familys_default() -> None:
