@@ -60,13 +60,11 @@ class ArtifactContender:
 
     @property
     def cuda_graphs(self) -> str | None:
-        """How an engine's kernels are replayed; a graph's runner replays none."""
+        """The way an engine's kernels are replayed; a graph's runner replays none."""
         return getattr(self._runner, "cuda_graphs", None)
 
     def prepare(self, pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> Any:
         """Make the artifact's own input of pictures [b, h, w, c]; this is not timed."""
-        from msn_export import images
-
         spec = self._runner.inputs[0]
         batch = images.model_input(pixels, preprocessing, InputFormat.of(spec.dtype))
         if not self._resident:

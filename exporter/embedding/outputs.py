@@ -71,7 +71,7 @@ class GrowingArray:
         return rows.reshape(-1, *shape[1:])
 
     def holds(self, rows: int) -> bool:
-        """Whether the file reaches over the first ``rows`` rows."""
+        """True where the file reaches over the first ``rows`` rows."""
         if not self.path.exists():
             return rows == 0
         with self.path.open("rb") as file:

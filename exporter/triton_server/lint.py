@@ -222,7 +222,7 @@ def _check_tensor(subject: ModelUnderLint, where: str, tensor: Any, spec: Tensor
 
 
 def _fits(sizes: list[int], wanted: list[int]) -> bool:
-    """Whether dims are the artifact's; where one of its is dynamic, any size is."""
+    """True where dims are the artifact's; where one of its is dynamic, any size is."""
     return len(sizes) == len(wanted) and all(
         want in {size, -1} for size, want in zip(sizes, wanted, strict=True)
     )
