@@ -61,21 +61,14 @@ def tries_any_gpu() -> bool:
 class EngineHeader:
     """Claims of an engine; sizes in bytes.
 
-    ``capabilities`` is empty and ``weight_bytes`` None where the format does not tell (full
-    TensorRT). ``later`` says that GPUs after the last capability are claimed too.
+    ``targets`` is empty and ``weight_bytes`` None where the format has none (full TensorRT).
     """
 
     backend: Literal["tensorrt", "tensorrt-rtx"]
     version: str
     bytes: int
-    capabilities: tuple[ComputeCapability, ...] = ()
-    later: bool = False
+    targets: Targets = Targets()
     weight_bytes: int | None = None
-
-    @property
-    def targets(self) -> Targets:
-        """The GPU generations it is for; none where the format does not tell."""
-        return Targets(self.capabilities, self.later)
 
 
 def read_header(path: Path) -> EngineHeader:
@@ -125,8 +118,10 @@ def _read_rtx(path: Path, start: bytes, size: int) -> EngineHeader:
         "tensorrt-rtx",
         ".".join(map(str, version)),
         size,
-        tuple(item for bit, item in enumerate(CAPABILITIES) if mask >> bit & 1),
-        bool(mask & _LATER),
+        Targets(
+            tuple(item for bit, item in enumerate(CAPABILITIES) if mask >> bit & 1),
+            bool(mask & _LATER),
+        ),
         weights,
     )
 

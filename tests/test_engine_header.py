@@ -10,7 +10,7 @@ import pytest
 
 from msn_export.engine_header import EngineHeader, read_header
 from msn_export.errors import EngineFileError
-from msn_export.spec import ComputeCapability
+from msn_export.spec import ComputeCapability, Targets
 from tests.builders.engine_builds import built, rtx
 from tests.builders.engine_graphs import Vit
 
@@ -27,15 +27,15 @@ def engine(tmp_path: Path) -> Path:
 def test_capabilities_are_those_asked_for(targets: str) -> None:
     result = built(Vit(), targets)
     header = read_header(result.output)
-    assert header.capabilities == tuple(map(ComputeCapability.parse, targets.split()))
+    assert header.targets.named == tuple(map(ComputeCapability.parse, targets.split()))
     assert header.targets == result.targets
-    assert not header.later
+    assert not header.targets.later
 
 
 def test_no_capability_means_ampere_and_later() -> None:
     header = read_header(built(Vit(), "").output)
-    assert [str(item) for item in header.capabilities] == ["8.0", "8.6", "8.9", "12.0", "12.1"]
-    assert header.later
+    assert [str(item) for item in header.targets.named] == ["8.0", "8.6", "8.9", "12.0", "12.1"]
+    assert header.targets.later
 
 
 def test_the_rest_of_the_header() -> None:
@@ -45,7 +45,7 @@ def test_the_rest_of_the_header() -> None:
         "tensorrt-rtx",
         rtx().version,
         result.bytes,
-        (ComputeCapability(8, 9),),
+        Targets((ComputeCapability(8, 9),)),
         weight_bytes=header.weight_bytes,
     )
     halves = result.census.weight_bytes["Half"]

@@ -454,7 +454,7 @@ def build_marked(engine: Path, manifest: Manifest, folder: Path, progress: Progr
             f"{engine} was built from {source.file} (sha256 {source.sha256[:12]}…), which is not "
             f"beside it; put it at {graph}, for drift builds it once more with its blocks shown"
         )
-    header = read_header(engine)
+    targets = read_header(engine).targets
     islands = folder / "islands.json"
     measured = {name: peak for name, peak in manifest.islands.items() if peak is not None}
     islands.write_text(json.dumps(to_plain(measured)), encoding="utf-8")
@@ -465,7 +465,7 @@ def build_marked(engine: Path, manifest: Manifest, folder: Path, progress: Progr
         backend=record.backend,
         # those asked for: none where it claims later GPUs too, or was built by full TensorRT,
         # whose header names none and which takes none
-        capabilities=() if header.later else header.capabilities,
+        capabilities=() if targets.later else targets.named,
         profiles=manifest.profiles,
         tf32=record.options.get("tf32") is True,
         hardware_compatible=record.options.get("hardware_compatible") is True,

@@ -61,7 +61,6 @@ _MONITOR = frozenset(
         "IProgressMonitor.step_complete",
     }
 )
-_OWN_GPU_ONLY = "TensorRT compiles for the GPU it runs on; --backend tensorrt-rtx takes a target"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,17 +104,20 @@ class TensorRTVersion:
 
 _RTX_IGNORES = "TensorRT-RTX accepts it and does nothing: it chooses its kernels on the user's GPU"
 _RTX_PORTABLE = "without --compute-capability its engines are for any GPU from Ampere on"
-_TENSORRT_REFUSES = {"capabilities": _OWN_GPU_ONLY}
-
-_TENSORRT_10 = TensorRTVersion(
+_TENSORRT = TensorRTVersion(
     "tensorrt",
     "tensorrt",
-    (10, 2),
+    (10, 14),
     "strategy",
-    opset=20,
-    has_attention=False,
-    refused=_TENSORRT_REFUSES,
-    lacks=_TARGETS | _ATTENTION,
+    refused={
+        "capabilities": (
+            "TensorRT compiles for the GPU it runs on; --backend tensorrt-rtx takes a target"
+        )
+    },
+    lacks=_TARGETS,
+)
+_TENSORRT_10 = replace(
+    _TENSORRT, since=(10, 2), opset=20, has_attention=False, lacks=_TARGETS | _ATTENTION
 )
 # Of one backend the full module stands first: it compiles, and is the first choice to run.
 VERSIONS = (
@@ -133,24 +135,19 @@ VERSIONS = (
             "hardware_compatible": _RTX_PORTABLE,
         },
     ),
-    TensorRTVersion(
-        "tensorrt", "tensorrt", (10, 14), "strategy", refused=_TENSORRT_REFUSES, lacks=_TARGETS
-    ),
+    _TENSORRT,
     _TENSORRT_10,
     replace(_TENSORRT_10, since=(10, 0), contexts=None),  # running 10.0 and 10.1 is untested
-    TensorRTVersion(
-        "tensorrt",
-        "tensorrt",
-        (8, 6),
-        "bare",
+    replace(
+        _TENSORRT_10,
+        since=(8, 6),
+        contexts="bare",
         opset=17,
         network_flags=("EXPLICIT_BATCH",),
         precision_flags={"HALF": "FP16", "INT8": "INT8"},
         # several contexts run one profile at the same time; from 10 on they always may
         preview_features=("PROFILE_SHARING_0806",),
         reports_progress=False,
-        has_attention=False,
-        refused=_TENSORRT_REFUSES,
         lacks=_TARGETS | _ATTENTION | _MONITOR,
     ),
     TensorRTVersion("tensorrt", "tensorrt_lean", (10, 2), "strategy", only_compatible=True),

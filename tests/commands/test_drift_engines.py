@@ -24,7 +24,7 @@ def described(path: Path) -> Manifest:
 
 def test_it_is_for_the_same_gpus_and_shows_its_blocks(tmp_path) -> None:
     made = drift.build_marked(engine(), described(engine()), tmp_path, Silent())
-    assert read_header(made).capabilities == (ComputeCapability(8, 9),)
+    assert read_header(made).targets.named == (ComputeCapability(8, 9),)
     again = described(made)
     shown = [spec.name for spec in again.outputs if spec.name.startswith("seen:block ")]
     assert len(shown) == again.config["depth"]

@@ -18,7 +18,7 @@ from msn_export.runtime import open_runner, opening
 from msn_export.runtime.engine import VerifiedEngine, rebuild, verify_engine_file
 from msn_export.runtime.versions import LoadedTensorRT
 from msn_export.schema import from_plain, to_plain
-from msn_export.spec import ComputeCapability, Dtype
+from msn_export.spec import ComputeCapability, Dtype, Targets
 from tests.builders.artifacts import classifier, copy_of, engine, foreign, found, pretend, rewrite
 from tests.builders.manifests import example
 from tests.builders.networks import Network, compute
@@ -145,7 +145,7 @@ def test_a_gpu_that_no_engine_claims_is_tried_where_that_is_asked_for(
     if asked is not None:
         monkeypatch.setenv("MSN_EXPORT_ANY_GPU", asked)
     claimed = tuple(ComputeCapability(*pair) for pair in ((8, 0), (8, 9), (12, 1)))
-    header = EngineHeader("tensorrt-rtx", "1.6.1.120", 1, claimed, later)
+    header = EngineHeader("tensorrt-rtx", "1.6.1.120", 1, Targets(claimed, later))
     engine = VerifiedEngine(Path("m.engine"), b"", header, None)
     assert engine.is_for(HOPPER) == (later and asked == "1")
     assert engine.is_for(ADA)
