@@ -265,7 +265,7 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
 
 
 def _affordable(model: ir.Model) -> int:
-    """Choose how many images are run at once, by the size of what is watched and of attention."""
+    """Images to run at once, by the size of what is watched and of attention."""
     each = sum(4 * math.prod(filter(None, sizes_of(value))) for value in model.graph.outputs)
     for node in model.graph:
         if node.op_type == "Attention":

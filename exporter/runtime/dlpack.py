@@ -344,7 +344,6 @@ def _root_in(table: Mapping[str, object], tensor: Any) -> str | None:
 
 
 def _module_of(tensor: Any) -> ModuleType | None:
-    """Find the top-level package, of the tensor's type or a base of it, that takes DLPack."""
     for kind in type(tensor).__mro__:
         module = sys.modules.get(kind.__module__.partition(".")[0])
         if callable(getattr(module, "from_dlpack", None)):
@@ -356,15 +355,8 @@ class Tensor:
     """Memory of ``shape`` and ``dtype``, row after row, that lives as long as someone uses it.
 
     ``torch.from_dlpack(tensor)``, ``cupy.from_dlpack(tensor)`` and their like take it without a
-    copy.
-
-    Args:
-        pointer: its address.
-        shape: sizes.
-        element: dtype.
-        device: the GPU's index, None on the host.
-        owner: what keeps the memory.
-        wait: makes a stream wait until the values are there; None where they are.
+    copy. ``device`` is the GPU's index, None on the host; ``owner`` keeps the memory; ``wait``
+    makes a stream wait until the values are there, None where they are.
     """
 
     def __init__(
@@ -394,7 +386,6 @@ class Tensor:
         return array if self._element.numpy else widen(array)
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        """Give DLPack's device type and index."""
         return self._device
 
     def __dlpack__(
@@ -405,14 +396,10 @@ class Tensor:
         dl_device: tuple[int, int] | None = None,
         copy: bool | None = None,
     ) -> object:
-        """Lend the memory (array API: ``__dlpack__``).
+        """Lend the memory where it lies, without a copy (array API: ``__dlpack__``).
 
-        Args:
-            stream: on a GPU, the stream that will use it, which is made to wait; None is the
-                legacy default stream, -1 does not wait.
-            max_version: the newest DLPack the taker knows.
-            dl_device: where the taker wants it; it is lent only where it lies.
-            copy: True is refused: nothing is copied.
+        On a GPU ``stream`` will use it, and is made to wait; None is the legacy default stream, -1
+        does not wait. ``max_version`` is the newest DLPack the taker knows.
         """
         if copy or (dl_device is not None and tuple(map(int, dl_device)) != self._device):
             raise BufferError(f"{self!r} is lent where it lies, without a copy")

@@ -167,7 +167,6 @@ def _preload() -> None:
 
 
 def spec_of(node: Any) -> TensorSpec:
-    """Describe an input or output as manifests do: ``tensor(float)`` is ``float``."""
     dtype = node.type.removeprefix("tensor(").removesuffix(")")
     return TensorSpec(
         node.name, dtype, tuple(size if size is not None else "?" for size in node.shape)
@@ -202,13 +201,9 @@ def _one_line(error: Exception) -> str:
 class OrtRunner(Runner):
     """An onnxruntime session over one image input.
 
-    Args:
-        model: an .onnx file.
-        providers: execution providers in order of preference, ``cpu``, ``cuda``, ``tensorrt`` or
-            in full; None is ``choose``'s default.
-        device: the GPU's index.
-        threads: threads that one call computes with on the CPU; None leaves it to onnxruntime.
-        manifest: the graph's; its profiles bound the batch.
+    ``providers`` are execution providers in order of preference, ``cpu``, ``cuda``, ``tensorrt`` or
+    in full; None is ``choose``'s default. ``threads`` compute one call on the CPU; None leaves it
+    to onnxruntime. The manifest's profiles bound the batch.
     """
 
     def __init__(

@@ -141,12 +141,7 @@ class EngineHost:
 class TrtRunner(Runner):
     """An engine on one GPU. ``open_runner`` checks the file first and makes one.
 
-    Args:
-        engine: the engine.
-        host: the GPU and its libraries.
-        contexts: calls that run at the same time; more wait.
-        cuda_graphs: replay runs that come up again as CUDA graphs.
-        eager_kernels: see ``Engine``.
+    ``contexts`` calls run at the same time; more wait. ``eager_kernels`` is ``Engine``'s.
     """
 
     def __init__(
@@ -270,7 +265,6 @@ class TrtRunner(Runner):
 
 
 def _load(file: VerifiedEngine, host: EngineHost, gpu: Gpu, *, eager_kernels: bool) -> Engine:
-    """Load an engine, or let go of the GPU."""
     engine = None
     try:
         with gpu.current():
