@@ -7,19 +7,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from msn_export import golden
-from msn_export import images as pictures
 from msn_export.errors import InputError, ManifestError, RunnerError
 from msn_export.manifest import Manifest
-from msn_export.metrics.metrics import Agreement, Comparison, Errors
-from msn_export.metrics.tolerances import GATES, Gate, Limit
 from msn_export.runtime.dlpack import OF_NUMPY, OF_ONNX, TensorType
 from msn_export.spec import BatchRange, InputFormat, Scores, TensorSpec
+
+if TYPE_CHECKING:
+    from msn_export.images import Picture
+    from msn_export.metrics.metrics import Agreement
+    from msn_export.metrics.tolerances import Gate
 
 
 class Outputs(Mapping[str, Any]):
@@ -190,7 +191,7 @@ class Runner(ABC):
         """The classifier's labels; empty where the artifact has none."""
         return self.manifest.labels if self.manifest is not None else ()
 
-    def preprocess(self, images: pictures.Picture | Iterable[pictures.Picture]) -> NDArray[Any]:
+    def preprocess(self, images: Picture | Iterable[Picture]) -> NDArray[Any]:
         """Turn pictures into a batch, as the manifest says.
 
         Args:
@@ -210,6 +211,8 @@ class Runner(ABC):
                 "there is no manifest that says how pictures are preprocessed; keep the artifact's "
                 ".json beside it, or use msn_export.images"
             )
+        from msn_export import images as pictures
+
         several = [images] if _is_one(images) else images
         if self.inputs[0].dtype == "uint8":
             return pictures.decode(several, preprocessing)  # type: ignore[arg-type]
@@ -397,6 +400,11 @@ def selftest(
             f"{'there is no manifest with a' if manifest is None else manifest.output + ' has no'} "
             "golden input to test with; export again, without --no-check"
         )
+    # loaded here: they are a tenth of what importing this module would take
+    from msn_export import golden
+    from msn_export.metrics.metrics import Comparison, Errors
+    from msn_export.metrics.tolerances import GATES, Limit
+
     wanted = golden.values_of(record)
     outputs = run(golden.input_of(record, manifest.preprocessing, input_format))
     if record.output not in outputs:
