@@ -68,9 +68,6 @@ class SensitivitySample:
         for start in range(0, len(self.images), size):
             yield self.images[start : start + size], self.names[start : start + size]
 
-    def watch(self, model: ir.Model, names: Sequence[str]) -> Watch:
-        return Watch(model, names, self.stage)
-
     def error(self, model: ir.Model) -> float:
         """Relative error (L2) of a candidate over all images, of its worst output."""
         outputs = _outputs(model, self.images, self.stage)
@@ -104,7 +101,7 @@ def smooth(
     None where the best leaves no ``GAIN`` less error: what is no better needs no changed weights.
     """
     sites = find_smoothing_sites(plan.model, plan.projections)
-    watch = probe.watch(plan.model, [site.name for site in sites])
+    watch = Watch(plan.model, [site.name for site in sites], probe.stage)
     maxima = channel_maxima(watch, probe.batches(watch.batch)) if sites else {}
     tried = {"off": (plan, SmoothingRecord())}
     for choice in STRENGTHS if strength is None else (strength,):
@@ -140,7 +137,7 @@ def replay(plan: Plan, record: SmoothingRecord) -> Plan:
 
 def _on(probe: SensitivitySample, plan: Plan, observer: Observer) -> ir.Model:
     """Quantise all of a plan, its ranges taken from the probe's images alone."""
-    watch = probe.watch(plan.model, list(plan.watched))
+    watch = Watch(plan.model, list(plan.watched), probe.stage)
     seen = histograms(watch, probe.batches(watch.batch))
     return plan.measured(seen, observer).quantised()
 
@@ -274,7 +271,7 @@ def _observe(
 
 
 def _corrected(plan: Plan, probe: SensitivitySample) -> Plan:
-    watch = probe.watch(plan.model, [p.x for p in plan.projections])
+    watch = Watch(plan.model, [p.x for p in plan.projections], probe.stage)
     errors = corrections(
         plan.model, plan.projections, plan.thresholds, plan.scheme, watch,
         probe.batches(watch.batch),

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Set
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from msn_export.engine_header import CAPABILITIES, may_target
 from msn_export.errors import BuildError, MissingPackageError, SpecError
@@ -141,15 +141,6 @@ class BuildSpec(Job):
                 if texts.count(text) > 1:
                     raise SpecError(f"--{option} {text} is given twice")
 
-    def options_set(self) -> dict[str, Any]:
-        """List the options that differ from their default."""
-        required = {"model", "profiles"}
-        return {
-            field.name: getattr(self, field.name)
-            for field in fields(self)
-            if field.name not in required and getattr(self, field.name) != field.default
-        }
-
 
 @dataclass(frozen=True, slots=True)
 class BuildStep:
@@ -179,8 +170,9 @@ def check_options(spec: BuildSpec, backend: Backend, driver: Driver | NoDriver) 
     It needs no graph, so that a command can ask before it begins its work.
     """
     require_buildable(backend, driver)
-    row, options = backend.row, spec.options_set()
-    for option in options.keys() & row.refused.keys():
+    row = backend.row
+    given = {each.name for each in fields(spec) if getattr(spec, each.name) != each.default}
+    for option in given & row.refused.keys():
         raise BuildError(f"{backend} cannot take {_flag(option)}: {row.refused[option]}")
     for capability in spec.capabilities:
         if not may_target(capability):
@@ -188,9 +180,9 @@ def check_options(spec: BuildSpec, backend: Backend, driver: Driver | NoDriver) 
     if spec.hardware_compatible and isinstance(driver, Driver):
         _require_ampere(driver.devices[0])
     notes = [
-        f"{_flag(option)} has no effect: {row.ignored[option]}"
-        for option in options
-        if option in row.ignored
+        f"{_flag(option)} has no effect: {reason}"
+        for option, reason in row.ignored.items()
+        if option in given
     ]
     if len(spec.capabilities) > 1:
         # measured: an engine for 8.9 and 12.0 has the kernels of the one for 8.9 alone

@@ -13,12 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from msn_export.engine.compile import (
-    BuilderLog,
-    IProgressMonitor,
-    compile_engine,
-    make_log,
-)
+from msn_export.engine.compile import BuilderLog, IProgressMonitor, compile_engine, make_log
 from msn_export.engine.options import BuildSpec, BuildStep
 from msn_export.errors import BuildError
 from msn_export.host import Send, peak_rss, serve

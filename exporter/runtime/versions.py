@@ -129,7 +129,7 @@ VERSIONS = (
         builds_without_gpu=True,
         targets_capabilities=True,
         kernels_from="log",
-        ignored={"timing_cache": _RTX_IGNORES, "optimization_level": _RTX_IGNORES},
+        ignored={"optimization_level": _RTX_IGNORES, "timing_cache": _RTX_IGNORES},
         refused={
             "version_compatible": "TensorRT-RTX ships without the lean runtime it needs",
             "hardware_compatible": _RTX_PORTABLE,
