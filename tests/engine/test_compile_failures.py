@@ -58,7 +58,7 @@ def test_a_known_error_is_translated_into_one_line(raw, meaning) -> None:
 
 def test_every_meaning_is_tested() -> None:
     said = [raw for raw, _ in KNOWN]
-    for pattern, _ in compile._MEANINGS:
+    for pattern in compile._MEANINGS:
         assert any(re.search(pattern, raw) for raw in said), pattern
 
 
