@@ -9,7 +9,6 @@ import onnx_ir as ir
 import pytest
 
 from msn_export import baseline
-from msn_export import baseline as quantise_like
 from msn_export.calibration.qdq import find_projections
 from msn_export.calibration.ranges import Observer
 from msn_export.commands.calibrate import CalibrateJob, run_calibrate
@@ -209,7 +208,7 @@ def test_a_fault_that_hides_the_structure_leaves_the_baseline_as_it_is(
         io.load(export("fp32")), InputFormat.FLOAT, sample.preprocessing, AttentionForm.PACKED
     )
     made = [
-        quantise_like.quantise_like(written, candidate, Dtype.FP32).graph.initializers
+        baseline.quantise_like(written, candidate, Dtype.FP32).graph.initializers
         for candidate in (sound, faulty)
     ]
     assert made[0].keys() == made[1].keys()
@@ -272,13 +271,13 @@ def test_weights_of_one_scale_have_no_baseline(quantised, export, sample) -> Non
         io.load(export("fp32")), InputFormat.FLOAT, sample.preprocessing, AttentionForm.PACKED
     )
     with pytest.raises(GraphError):
-        quantise_like.quantise_like(written, graph, Dtype.FP32)
+        baseline.quantise_like(written, graph, Dtype.FP32)
 
 
 def test_a_graph_without_8_bits_is_none_to_quantise_like(export) -> None:
     graph = io.load(export("fp32"))
     with pytest.raises(GraphError, match="the candidate has no Q/DQ; expected a quantised graph"):
-        quantise_like.quantise_like(graph, graph, Dtype.FP16)
+        baseline.quantise_like(graph, graph, Dtype.FP16)
 
 
 def test_a_packed_projection_stands_for_the_three_of_another_graph(export) -> None:
@@ -287,8 +286,8 @@ def test_a_packed_projection_stands_for_the_three_of_another_graph(export) -> No
     found = find_projections(packed)
     (qkv,) = [p for p in found if (p.role, p.block) == ("qkv", 0)]
     apart = tuple(replace(qkv, node=f"{name}.MatMul") for name in "qkv")
-    matched = quantise_like._matched_by_role(found, (*apart, *(p for p in found if p != qkv)))
+    matched = baseline._matched_by_role(found, (*apart, *(p for p in found if p != qkv)))
     assert dict(matched)[qkv].node == "q.MatMul"
     assert len(matched) == len(found)
     with pytest.raises(GraphError, match=r"has 2 qkv projections in block 0 and the reference 3"):
-        quantise_like._matched_by_role(apart, apart[:2])
+        baseline._matched_by_role(apart, apart[:2])
