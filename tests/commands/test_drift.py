@@ -16,7 +16,7 @@ from msn_export import manifest
 from msn_export.cli import main
 from msn_export.commands.drift import DriftJob, build_marked, run_drift
 from msn_export.compare import sides, streams
-from msn_export.errors import GraphError, ManifestError
+from msn_export.errors import ManifestError
 from msn_export.graph.cls_only import narrow_to_first_token
 from msn_export.graph.precision import type_graph
 from msn_export.metrics.tolerances import DRIFT, HEADROOM
@@ -465,14 +465,6 @@ def test_an_engine_that_came_from_nowhere_cannot_be_looked_into(tmp_path) -> Non
     with pytest.raises(ManifestError) as raised:
         build_marked(engine(), lost, tmp_path, Silent())
     assert str(raised.value) == f"the manifest of {engine()} does not say which graph it came from"
-
-
-def test_an_engine_as_it_is_shows_nothing(tmp_path) -> None:
-    with pytest.raises(GraphError) as raised:
-        streams.what_is_shown(sides.open_artifact(str(engine())))
-    assert str(raised.value) == (
-        f"{engine()}: an engine shows no tensors on its way; compare the graph it was built from"
-    )
 
 
 def test_an_engine_is_built_once_more_with_its_blocks_shown(tmp_path) -> None:
