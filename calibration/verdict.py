@@ -75,15 +75,15 @@ class CostBenefit:
 
 
 def summary(
-    savings: CostBenefit, quantised: Evaluation, baseline: Evaluation, *, kept: int, depth: int
+    benefit: CostBenefit, quantised: Evaluation, baseline: Evaluation, *, kept: int, depth: int
 ) -> str:
-    what = "engine" if savings.engine else "file"
-    share = savings.size_share
+    what = "engine" if benefit.engine else "file"
+    share = benefit.size_share
     change = f"{1 - share:.0%} smaller" if share <= 1 else f"{share - 1:.0%} larger"
-    saved = f"the {savings.form} {what} is {change} than the {savings.base} one"
+    saved = f"the {benefit.form} {what} is {change} than the {benefit.base} one"
     cost = "; ".join(
         f"{what} {_figure(getattr(quantised.check, name), form)} "
-        f"({savings.base}: {_figure(getattr(baseline.check, name), form)})"
+        f"({benefit.base}: {_figure(getattr(baseline.check, name), form)})"
         for what, name, form in (
             ("relative error", "relative", ".2%"),
             ("p1 cosine", "cosine_p1", ".5f"),
@@ -98,18 +98,18 @@ def summary(
         if share is not None
     ]
     if kept:
-        shares.append(f"{kept} of {depth} blocks kept in {savings.base}")
-    detail = "; ".join([cost, *shares, *savings.faults, _times(savings)])
-    if not savings.worthwhile:
-        return f"keep {savings.base}: {saved}; {detail}"
+        shares.append(f"{kept} of {depth} blocks kept in {benefit.base}")
+    detail = "; ".join([cost, *shares, *benefit.faults, _times(benefit)])
+    if not benefit.worthwhile:
+        return f"keep {benefit.base}: {saved}; {detail}"
     return f"{saved}; {detail}"
 
 
-def _times(savings: CostBenefit) -> str:
-    if isinstance(savings.latency, str):
-        return f"time not measured: {savings.latency}"
-    before, after = savings.latency
-    return f"{after:.2f} ms a batch ({savings.base}: {before:.2f})"
+def _times(benefit: CostBenefit) -> str:
+    if isinstance(benefit.latency, str):
+        return f"time not measured: {benefit.latency}"
+    before, after = benefit.latency
+    return f"{after:.2f} ms a batch ({benefit.base}: {before:.2f})"
 
 
 def _figure(value: float | None, form: str) -> str:

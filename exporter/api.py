@@ -346,8 +346,8 @@ def _job(
             try:
                 values[name] = value_of(hints[name], opts.get(name, Opt()), value)
             except SpecError as error:
-                known = str(error).startswith(("is ", repr(value)))
-                raise SpecError(f"{name}{' ' if known else ': '}{error}") from None
+                is_sentence = str(error).startswith(("is ", repr(value)))
+                raise SpecError(f"{name}{' ' if is_sentence else ': '}{error}") from None
         with _shown(progress) as steps:
             yield kind(**values), steps
 

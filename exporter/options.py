@@ -117,7 +117,8 @@ def value_of(hint: Any, opt: Opt, value: Any) -> Any:
 def kept(job: Job) -> dict[str, Any]:
     """Give the options that are set and that a manifest is to keep."""
     given = {name: getattr(job, name) for name, opt in opts_of(type(job)).items() if opt.kept}
-    return {name: value for name, value in given.items() if value}
+    # 0 is a level that was chosen
+    return {n: value for n, value in given.items() if value is not None and value is not False}
 
 
 def preprocess(help: str) -> Opt:

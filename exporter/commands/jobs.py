@@ -113,11 +113,11 @@ class OnnxJob(Job):
     def _default_output(self) -> Path:
         """Name the file after the checkpoint: ``vit-msn-small.onnx`` in the current folder."""
         source = self.checkpoint.rstrip("/").split("@")[0]
-        stem = source.split(":")[1] if source.startswith(("random:", MEMORY)) else Path(source).name
-        while stem.endswith(WEIGHTS):  # .pth.tar
-            stem = stem.rpartition(".")[0]
+        name = source.split(":")[1] if source.startswith(("random:", MEMORY)) else Path(source).name
+        while name.endswith(WEIGHTS):  # .pth.tar
+            name = name.rpartition(".")[0]
         suffix = "" if self.dtype is Dtype.FP32 else f".{self.dtype}"
-        return Path(f"{stem or 'model'}{suffix}.onnx")
+        return Path(f"{name or 'model'}{suffix}.onnx")
 
 
 @dataclass(frozen=True, slots=True)

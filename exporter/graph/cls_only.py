@@ -141,7 +141,7 @@ def narrow_to_first_token(model: ir.Model, *, split_projection: bool = True) -> 
     cut: dict[tuple[ir.Value, int], ir.Value] = {}
     for node in list(model.graph):
         if node in chosen:
-            _narrow(model.graph, node, chosen, cut)
+            _take_rows(model.graph, node, chosen, cut)
     if split_projection:
         split_queries(model.graph)
     RemoveUnusedNodesPass()(model)
@@ -219,7 +219,7 @@ def _merges_last(node: ir.Node) -> bool:
     return len(sizes) == 4 and target is not None and len(target) == 3 and sizes[1] == target[1]
 
 
-def _narrow(
+def _take_rows(
     graph: ir.Graph,
     node: ir.Node,
     chosen: dict[ir.Node, int],
