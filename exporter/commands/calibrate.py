@@ -122,7 +122,7 @@ def _quantization(
     engines = (compiled[base]["bytes"], compiled[form]["bytes"]) if form in compiled else None
     times = latency["reason"] if "reason" in latency else (latency[base], latency[form])
     faults = tuple(_faults(compiled[form], form, plan.depth)) if form in compiled else ()
-    savings = CostBenefit(base, form, (both[base], both[form]), engines, times, faults)
+    benefit = CostBenefit(base, form, (both[base], both[form]), engines, times, faults)
     return QuantizationRecord(
         format=form,
         base=base,
@@ -146,8 +146,8 @@ def _quantization(
         classes={base: baseline.check.classes, form: evaluation.check.classes},
         compiled=compiled,
         latency=latency,
-        worthwhile=savings.worthwhile,
-        verdict=summary(savings, evaluation, baseline, kept=len(exclusion.kept), depth=plan.depth),
+        worthwhile=benefit.worthwhile,
+        verdict=summary(benefit, evaluation, baseline, kept=len(exclusion.kept), depth=plan.depth),
     )
 
 
@@ -186,7 +186,7 @@ def _notes(done: Calibrated) -> Iterator[str]:
     yield from notes_on(tuple(pictures.broken.values()), pictures.skipped, len(pictures.turned))
     if done.baseline.evaluation.failures:
         yield (
-            f"the {done.baseline.evaluation.check.executed_on} twin misses its own gate: "
+            f"the {done.baseline.evaluation.check.executed_on} baseline misses its own gate: "
             + "; ".join(done.baseline.evaluation.failures)
         )
 
@@ -341,7 +341,7 @@ def _baseline(
     progress: Progress,
 ) -> Candidate:
     """Make the same graph in the base type, which is what quantising has to be better than."""
-    path = apart(stage) / f"twin.{job.rest}.onnx"
+    path = apart(stage) / f"baseline.{job.rest}.onnx"
     with progress.step(f"judge the {job.rest} graph beside it"):
         model = collected.plan.unquantised()
         _write(model, collected, job.rest, path)

@@ -174,13 +174,15 @@ class _Trials:
         """Open them; give why there are none."""
         pair = self.pair
         # ranges of noise say nothing of a candidate that was calibrated on pictures
-        ranged = self.job.images is not None and len(sample) >= baseline.RANGED
-        if self.dtype.is_quantised and self.job.images is not None and not ranged:
+        with_ranges = self.job.images is not None and len(sample) >= baseline.RANGED
+        if self.dtype.is_quantised and self.job.images is not None and not with_ranges:
             self.notes.append(
                 f"ranges of activations were not bounded: that takes {baseline.RANGED} pictures"
             )
         try:
-            for each in _open_baselines(pair, self.dtype, sample, self.stage, ranged=ranged):
+            for each in _open_baselines(
+                pair, self.dtype, sample, self.stage, with_ranges=with_ranges
+            ):
                 self.opened.enter_context(each.runner)
                 self._baselines.append((each, Trial()))
         except GraphError as error:
@@ -256,11 +258,11 @@ class _Baseline:
 
 
 def _open_baselines(
-    pair: Pair, dtype: Dtype, sample: Sample, stage: Path, *, ranged: bool
+    pair: Pair, dtype: Dtype, sample: Sample, stage: Path, *, with_ranges: bool
 ) -> Iterator[_Baseline]:
     """Open the reference in the candidate's precision; nothing where there is no graph of it.
 
-    With ``ranged`` a candidate of 8 bits has a second one, with ranges of the sample.
+    With ``with_ranges`` a candidate of 8 bits has a second one, with ranges of the sample.
     """
     side, candidate = pair.reference, pair.candidate
     # what is made here takes float32 where the candidate takes float16
@@ -281,12 +283,14 @@ def _open_baselines(
             baseline.narrow_like(given, candidate.stream)
     model = baseline.write_like(given, taken, preprocessing, form)
     if dtype.is_quantised and graph is not None:
-        known = candidate.manifest.quantization if candidate.manifest is not None else None
-        named, images = (known.observer, known.calibration_images) if known else ("", 0)
+        quantization = candidate.manifest.quantization if candidate.manifest is not None else None
+        named, images = (
+            (quantization.observer, quantization.calibration_images) if quantization else ("", 0)
+        )
         observer = next((one for one in Observer if one == named), Observer.MSE)
         margins = MARGIN, RANGES_MARGIN if images >= ENOUGH else FEW_RANGES_MARGIN
         runners = baseline.open_quantised(
-            model, graph, sample, taken, stage, observer if ranged else None
+            model, graph, sample, taken, stage, observer if with_ranges else None
         )
         yield from map(_Baseline, runners, margins)
     elif candidate.kind == "engine" and dtype is not Dtype.FP32:

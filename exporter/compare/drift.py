@@ -208,10 +208,10 @@ def smoothing(pair: Pair) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """The stand-in for the candidate, and what shows how the reference itself rounds.
+    """The baseline, and the reference in fp64, which shows how the reference itself rounds.
 
-    ``twin`` is None for a checkpoint, and where ``missing`` says why; ``input_format`` is what it
-    takes. ``how`` says what was done.
+    ``baseline`` is None for a checkpoint, and where ``missing`` says why; ``input_format`` is what
+    it takes. ``how`` says what was done.
     """
 
     exact: StreamLike

@@ -130,7 +130,7 @@ def write_page(bench: Bench, path: Path) -> None:
         .render(
             bench=bench,
             title=f"Benchmark of {', '.join(artifacts)}",
-            said=footnotes(bench),
+            footnotes=footnotes(bench),
             fastest=fastest,
             plots=plots(bench),
             data=Markup(data),  # noqa: S704  JSON with every "<" escaped
