@@ -200,8 +200,12 @@ def _profile_of_graphs(records: list[str]) -> dict[int, int]:
 
 _FUSED_ATTENTION = re.compile(r"(?:__mye\d+)?_ge(?:mm|mv)_mha")
 _GENERATED = re.compile(r"__myl_([A-Za-z]+?)(?:_myl\d+_\d+)?")
-_GEMM_KINDS = frozenset({"gemm", "MatrixMultiply", "FullyConnected", "Gemm"})
-_CONVOLUTION_KINDS = frozenset({"correlation", "Convolution", "CaskConvolution"})
+_GEMM_KINDS = frozenset(
+    {"gemm", "MatrixMultiply", "FullyConnected", "Gemm", "CaskGemmMatrixMultiply"}
+)
+_CONVOLUTION_KINDS = frozenset(
+    {"correlation", "Convolution", "CaskConvolution", "CaskGemmConvolution"}
+)
 _LAYOUT_KINDS = frozenset({"Reformat", "Shuffle", "Slice", "Concatenation", "NoOp"})
 # Parts of a generated kernel's name that move or copy elements; older TensorRTs cut to 3 letters.
 _MOVES = frozenset({"Move", "Resh", "Tran", "Slic", "Conc", "Repl", "Cast", "Gath", "Copy", "Expa"})

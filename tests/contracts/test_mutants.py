@@ -111,9 +111,8 @@ def test_the_tests_of_a_module_are_its_own_then_its_importers_then_their_own() -
     assert tests[0] == "graph/test_fuse.py"
     assert 0 < tests.index("graph/test_attention.py") < tests.index("commands/test_onnx.py")
     assert len(set(tests)) == len(tests)
-    assert mutants.tests_of("triton_server/repository.py")[0] == (
-        "triton_server/test_repository_engines.py"
-    )
+    first = mutants.tests_of("triton_server/repository.py")[0]
+    assert first.startswith("triton_server/test_repository_")
 
 
 def test_what_is_no_module_is_refused() -> None:

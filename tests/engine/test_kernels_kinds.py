@@ -1,14 +1,19 @@
 """What a kernel does is told by its name and type; of a product, its weights say the dtype."""
 
+import json
+
 import pytest
 
+from msn_export.engine.census import Census
 from msn_export.engine.kernels import (
     Constant,
     Kernel,
     gemm_dtype,
+    is_convolution,
     is_fused_attention,
     is_gemm,
     is_layout_only,
+    read_inspector,
 )
 
 
@@ -37,6 +42,20 @@ def kernel(name: str, kind: str = "kgen", **fields: object) -> Kernel:
 def test_roles(name: str, kind: str, fused: bool, gemm: bool, layout: bool) -> None:
     one = kernel(name, kind)
     assert (is_fused_attention(one), is_gemm(one), is_layout_only(one)) == (fused, gemm, layout)
+
+
+@pytest.mark.parametrize("words", ["", "_softmaxless_epilogue", "_conv_gemm_mha_v2_reformat"])
+def test_a_product_of_full_tensorrt_is_one_whatever_its_tactic_is_called(words: str) -> None:
+    layer = {
+        "Name": "/encoder/layer.0/MatMul",
+        "LayerType": "CaskGemmMatrixMultiply",
+        "Inputs": [{"Name": "x", "Format/Datatype": "Row major linear FP16 format"}],
+        "TacticName": f"sm80_xmma_gemm_f16f16_f16f16_f16_tn_n_tilesize128x64x64{words}",
+    }
+    (one,) = read_inspector(json.dumps({"Layers": [layer]}))
+    assert is_gemm(one)
+    assert not any(role(one) for role in (is_fused_attention, is_convolution, is_layout_only))
+    assert Census((one,)).gemm_dtypes == {"Half": 1}
 
 
 def test_a_product_has_its_weights_dtype_not_its_residuals() -> None:
