@@ -216,7 +216,7 @@ def _summary(
 
 def _require_page() -> None:
     try:
-        import msn_export.reporting.bench_page  # noqa: F401
+        import msn_export.reporting.render  # noqa: F401
     except ModuleNotFoundError as error:
         raise MissingPackageError(
             f"--report needs the package {error.name}; pip install 'msn-export[report]'"
@@ -224,7 +224,7 @@ def _require_page() -> None:
 
 
 def _write_page(bench: Bench, report: Path, progress: Progress, *, force: bool) -> None:
-    from msn_export.reporting.bench_page import write_page
+    from msn_export.reporting.render import write_page
 
     with progress.step(f"write {report}"), staging(report.parent) as stage:
         write_page(bench, stage / "page.html")

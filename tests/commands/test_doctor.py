@@ -10,10 +10,14 @@ from pathlib import Path
 import pytest
 
 from msn_export.cli import main
-from msn_export.commands.doctor import ABILITIES, COMPILER, Finding, decide, find_faults
-from msn_export.commands.installed import (
+from msn_export.commands.doctor import (
+    ABILITIES,
+    COMPILER,
+    Finding,
     ImportProbe,
     Wanted,
+    decide,
+    find_faults,
 )
 from msn_export.host import Device, Driver, NoDriver, driver_release
 from msn_export.spec import ComputeCapability

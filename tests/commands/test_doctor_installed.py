@@ -4,7 +4,7 @@ import importlib.metadata
 
 import pytest
 
-from msn_export.commands.installed import (
+from msn_export.commands.doctor import (
     module_of,
     modules_of,
     probe,
@@ -74,5 +74,5 @@ def test_a_probe_survives_whatever_a_module_does(code, fault, tmp_path, monkeypa
 def test_a_probe_that_hangs_is_given_up(tmp_path, monkeypatch) -> None:
     (tmp_path / "suspect.py").write_text("import time; time.sleep(60)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr("msn_export.commands.installed._TIMEOUT", 0.5)
+    monkeypatch.setattr("msn_export.commands.doctor._TIMEOUT", 0.5)
     assert "takes more than" in (probe("suspect").fault or "")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from msn_export.reporting.bench_page import write_page
+from msn_export.reporting.render import write_page
 from msn_export.schema import to_plain
 from tests.builders.benches import made_up
 from tests.builders.pages import read
