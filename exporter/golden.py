@@ -80,7 +80,7 @@ def draw(seed: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
 
 def vectors(output: NDArray[Any]) -> NDArray[np.float32]:
     """Take one vector an image: of tokens [b, n, dim] the first, which is [CLS]."""
-    rows = output[:, 0] if output.ndim == 3 else output
+    rows = output[:, 0] if output.ndim == 3 else output.reshape(len(output), -1)
     return np.ascontiguousarray(rows, np.float32)
 
 

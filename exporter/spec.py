@@ -1,9 +1,10 @@
 """The nouns of an export: values that cannot be wrong once they exist. Standard library only."""
 
+import math
 import re
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 from msn_export.errors import SpecError
 
@@ -39,6 +40,8 @@ class Head(StrEnum):
     MEAN = "mean"
     TOKENS = "tokens"
     LOGITS = "logits"
+    FEATURES = "features"
+    ATTENTION = "attention"
 
     @property
     def output(self) -> str:
@@ -51,6 +54,8 @@ _OUTPUT_NAMES = {
     Head.MEAN: "mean_embedding",
     Head.TOKENS: "last_hidden_state",
     Head.LOGITS: "logits",
+    Head.FEATURES: "features",
+    Head.ATTENTION: "attention",
 }
 
 
@@ -204,6 +209,54 @@ class ImageSize:
                 f"image size {text!r} is not a size; expected N or HxW, as in 224 or 224x320"
             )
         return cls(int(match[1]), int(match[2] or match[1]))
+
+
+@dataclass(frozen=True, slots=True)
+class KeptPatches:
+    """A share of the patches, in a fixed pattern: ``0.3``, ``0.3:random`` or ``0.3:random:7``.
+
+    MSN drops patches in pre-training, one pattern for a whole batch (facebookresearch/msn
+    src/deit.py), 0.15 of them for ViT-S/16 and 0.7 for ViT-B/4; it keeps ``floor(n * share)``.
+    """
+
+    share: float
+    pattern: Literal["grid", "random"] = "grid"
+    seed: int = 0
+
+    form: ClassVar[str] = "R[:grid|:random[:SEED]]"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise SpecError(f"share {self.share} of the patches is none; expected above 0 to 1")
+
+    def __str__(self) -> str:
+        return f"{self.share:g}:{self.pattern}" + f":{self.seed}" * (self.pattern == "random")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``R``, ``R:grid``, ``R:random`` or ``R:random:SEED``."""
+        match = re.fullmatch(r"([0-9.]{1,12})(?::(?:(grid)|(random)(?::(\d{1,9}))?))?", text)
+        try:
+            share = float(match[1]) if match else math.nan
+        except ValueError:
+            share = math.nan
+        if match is None or math.isnan(share):
+            raise SpecError(f"{text!r} is no share of the patches; expected {cls.form}, as in 0.3")
+        return cls(share, "random" if match[3] else "grid", int(match[4] or 0))
+
+    def of(self, patches: int) -> tuple[int, ...]:
+        """Choose the patches, in ascending order from 0; empty where all are kept."""
+        count = math.floor(patches * self.share + 1e-9)  # 0.3 * 10 is not 3 in binary
+        if not count:
+            raise SpecError(f"{self.share:g} of {patches} patches is less than one; keep more")
+        if count == patches:
+            return ()
+        if self.pattern == "random":
+            import random  # not for all that import this file
+
+            drawn = random.Random(self.seed).sample(range(patches), count)  # noqa: S311
+            return tuple(sorted(drawn))
+        return tuple(int((i + 0.5) * patches / count) for i in range(count))
 
 
 @dataclass(frozen=True, slots=True, order=True)

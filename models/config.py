@@ -28,6 +28,10 @@ READS = {
 }
 
 
+# what is computed and read, which a checkpoint does not say: left out of JSON where it is all of it
+_READOUT: Mapping[str, Any] = {"kept": (), "blocks": 1, "normalize": False}
+
+
 @dataclass(frozen=True, slots=True)
 class VitConfig:
     """The shape of a model. Sizes are (height, width) in pixels; ``labels`` () means no head.
@@ -35,6 +39,10 @@ class VitConfig:
     ``pooling`` is what the classifier reads, ``pooled_blocks`` of how many last blocks where that
     is ``blocks``. A model whose pooling is not ``cls`` has no final LayerNorm. ``problem_type`` is
     transformers' word for what a head's outputs mean; None says nothing.
+
+    ``kept`` are the patches that are computed, all where it is empty, in ascending order from 0;
+    ``blocks`` of how many last blocks the heads ``cls`` and ``features`` hold [CLS]; ``normalize``
+    gives the rows of ``cls``, ``mean`` and ``features`` norm 1.
     """
 
     image_size: tuple[int, int]
@@ -51,6 +59,9 @@ class VitConfig:
     pooling: Pooling = "cls"
     pooled_blocks: int = 1
     problem_type: str | None = None
+    kept: tuple[int, ...] = ()
+    blocks: int = 1
+    normalize: bool = False
 
     def __post_init__(self) -> None:
         sizes = {
@@ -76,6 +87,16 @@ class VitConfig:
             raise CheckpointError(
                 f"a classifier reads {self.pooled_blocks} blocks; expected 1 to {self.depth}"
             )
+        if not 1 <= self.blocks <= self.depth:
+            raise CheckpointError(
+                f"blocks {self.blocks} is out of range; expected 1 to {self.depth}"
+            )
+        patches = self.tokens - 1
+        ascending = all(a < b for a, b in zip((-1, *self.kept), (*self.kept, patches), strict=True))
+        if not ascending:
+            raise CheckpointError(
+                f"kept patches are not ascending numbers from 0 to {patches - 1} of this image size"
+            )
         if not 0 < self.eps < 1:
             raise CheckpointError(f"LayerNorm eps {self.eps} is out of range; expected 1e-6 or so")
         for side, image, patch in zip(
@@ -99,8 +120,13 @@ class VitConfig:
 
     @property
     def tokens(self) -> int:
-        """Sequence length: the patches and [CLS]."""
+        """The image's patches and [CLS]."""
         return self.grid[0] * self.grid[1] + 1
+
+    @property
+    def sequence(self) -> int:
+        """Tokens that the blocks compute: [CLS], and the patches that are kept."""
+        return 1 + len(self.kept) if self.kept else self.tokens
 
     def for_image_size(self, size: tuple[int, int]) -> VitConfig:
         return replace(self, image_size=size)
@@ -109,7 +135,27 @@ class VitConfig:
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
+            if name not in _READOUT or value != _READOUT[name]
         }
+
+
+def readout_in(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Read what a graph computes and reads off its model, out of its manifest's configuration.
+
+    Args:
+        config: as ``to_json`` gave it, maybe damaged since.
+        where: what to call the manifest in errors.
+    """
+    given = {name: config.get(name, default) for name, default in _READOUT.items()}
+    kept = given["kept"]
+    if not (
+        isinstance(kept, list | tuple)
+        and all(type(patch) is int for patch in kept)
+        and type(given["blocks"]) is int
+        and type(given["normalize"]) is bool
+    ):
+        raise CheckpointError(f"{where}: its configuration says {given}, which no export writes")
+    return {**given, "kept": tuple(kept)}
 
 
 def _vit(patch: int, dim: int, depth: int, heads: int) -> VitConfig:

@@ -8,7 +8,7 @@ TensorRT builds the fewest kernels (docs/performance.md).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -101,9 +101,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=config.qkv_bias)
         self.proj = nn.Linear(config.dim, config.dim)
 
-    def forward(self, x: Tensor) -> Tensor:  # [b, n, dim] -> [b, n, dim]
+    def forward(self, x: Tensor, maps: list[Tensor] | None = None) -> Tensor:
+        """Run [b, n, dim] to [b, n, dim]; ``maps`` is given [CLS]'s attention [b, h, 1, n]."""
         packed = self.qkv(x).unflatten(-1, (3 * self.heads, -1)).transpose(1, 2)  # [b, 3h, n, d]
         q, k, v = packed.chunk(3, dim=1)
+        if maps is not None:
+            of_cls = q[:, :, :1] @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+            maps.append(of_cls.softmax(dim=-1))
         if self.kind == "sdpa":
             x = F.scaled_dot_product_attention(q, k, v)
         else:
@@ -133,8 +137,9 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(config.dim, eps=config.eps)
         self.mlp = Mlp(config)
 
-    def forward(self, x: Tensor) -> Tensor:  # [b, n, dim] -> [b, n, dim]
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x: Tensor, maps: list[Tensor] | None = None) -> Tensor:
+        """Run [b, n, dim] to [b, n, dim]; ``maps`` as of ``Attention``."""
+        x = x + self.attn(self.norm1(x), maps)
         x = x + self.mlp(self.norm2(x))
         return x  # noqa: RET504  two lines of the same form
 
@@ -153,14 +158,16 @@ class LinearProbe(nn.Module):
 
 
 class Hidden(NamedTuple):
-    """Input of the heads: ``tokens`` [b, n, dim], and ``cls`` of the last blocks, each [b, dim].
+    """The states that the heads read.
 
-    Tokens went through the final LayerNorm where the model has one, ``cls`` never did. ``cls`` is
-    empty where no classifier reads it.
+    ``tokens`` [b, n, dim] went through the final LayerNorm where the model has one; ``blocks`` are
+    the outputs [b, n, dim] of the last blocks, as many as were asked for, and never did.
+    ``attention`` [b, h, 1, n] is [CLS]'s over all tokens in the last block, if it was asked for.
     """
 
     tokens: Tensor
-    cls: tuple[Tensor, ...]
+    blocks: tuple[Tensor, ...] = ()
+    attention: Tensor | None = None
 
 
 class VitMsn(nn.Module):
@@ -184,32 +191,41 @@ class VitMsn(nn.Module):
         """Turn normalised images [b, c, height, width] into tokens [b, n, dim], [CLS] first."""
         return self.hidden(pixel_values).tokens
 
-    def hidden(self, pixel_values: Tensor) -> Hidden:
-        """Turn normalised images [b, c, height, width] into what the heads read."""
-        return self.encode(self.patch(pixel_values), self.positions())
+    def hidden(self, pixel_values: Tensor, *, blocks: int = 0, attention: bool = False) -> Hidden:
+        """Turn normalised images [b, c, height, width] into the states that the heads read."""
+        patches, positions = self.patch(pixel_values), self.positions()
+        return self.encode(patches, positions, blocks=blocks, attention=attention)
 
     def positions(self) -> Tensor:  # [1, n, dim]
         """Give the position embeddings with [CLS] added to its own."""
         cls, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
         return torch.cat((cls + self.cls_token, patches), dim=1)
 
-    def encode(self, patches: Tensor, positions: Tensor) -> Hidden:
+    def encode(
+        self, patches: Tensor, positions: Tensor, *, blocks: int = 0, attention: bool = False
+    ) -> Hidden:
         """Run everything behind the patch embedding.
 
         Args:
             patches: [b, dim, rows, columns].
             positions: as ``positions`` gives them, [1, n, dim].
+            blocks: how many of the last blocks' outputs are read besides the classifier's.
+            attention: whether [CLS]'s attention in the last block is read.
         """
         # an empty row in front, whose position holds [CLS]: joining a token that is repeated over
         # the batch would take a kernel that computes the batch's size
         x = F.pad(patches.flatten(2).transpose(1, 2), (0, 0, 1, 0)) + positions
-        kept = self.config.pooled_blocks if self.config.pooling == "blocks" else 0
-        cls = []
+        if self.config.kept:  # facebookresearch/msn src/deit.py drops behind the position embedding
+            x = x[:, [0, *(1 + patch for patch in self.config.kept)]]
+        if self.config.pooling == "blocks":
+            blocks = max(blocks, self.config.pooled_blocks)
+        read, maps, last = [], list[Tensor](), len(self.blocks) - 1
         for number, block in enumerate(self.blocks):
-            x = block(x)
-            if number >= len(self.blocks) - kept:
-                cls.append(x[:, 0])
-        return Hidden(x if self.norm is None else self.norm(x), tuple(cls))
+            x = block(x, maps) if attention and number == last else block(x)
+            if number > last - blocks:
+                read.append(x)
+        tokens = x if self.norm is None else self.norm(x)
+        return Hidden(tokens, tuple(read), maps[0] if maps else None)
 
     def classify(self, hidden: Hidden) -> Tensor:
         """Give logits [b, labels]; the model must have a classifier."""
@@ -217,7 +233,7 @@ class VitMsn(nn.Module):
         if self.fc_norm is not None:
             read = self.fc_norm(hidden.tokens[:, 1:].mean(dim=1))
         elif self.config.pooling == "blocks":
-            read = hidden.cls[0] if len(hidden.cls) == 1 else torch.cat(hidden.cls, dim=-1)
+            read = cls_of(hidden.blocks[-self.config.pooled_blocks :])
         else:
             read = hidden.tokens[:, 0]
         logits: Tensor = self.classifier(read)
@@ -225,7 +241,10 @@ class VitMsn(nn.Module):
 
     def for_image_size(self, size: tuple[int, int]) -> VitMsn:
         """Give the model for images of ``size`` (height, width); weights are shared."""
-        config = self.config.for_image_size(size)
+        return self.with_config(self.config.for_image_size(size))
+
+    def with_config(self, config: VitConfig) -> VitMsn:
+        """Give the model with another image size, patches and heads; weights are shared."""
         with torch.device("meta"):
             model = VitMsn(config, attention=self.attention)
         for name, parameter in self.named_parameters():  # assigned, each takes over what is here
@@ -234,6 +253,12 @@ class VitMsn(nn.Module):
         weights["pos_embed"] = interpolate(self.pos_embed.detach(), self.config.grid, config.grid)
         model.load_state_dict(weights, assign=True)
         return model.train(self.training)
+
+
+def cls_of(blocks: Sequence[Tensor]) -> Tensor:
+    """Put the [CLS] tokens of blocks [b, n, dim] side by side, [b, blocks * dim]."""
+    tokens = [block[:, 0] for block in blocks]
+    return tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=-1)
 
 
 def _classifier(config: VitConfig) -> nn.Module | None:

@@ -153,6 +153,8 @@ def test_every_head_has_an_output_of_its_own() -> None:
         Head.MEAN: "mean_embedding",
         Head.TOKENS: "last_hidden_state",
         Head.LOGITS: "logits",
+        Head.FEATURES: "features",
+        Head.ATTENTION: "attention",
     }
 
 

@@ -22,6 +22,7 @@ from msn_export.spec import (
     Head,
     ImageSize,
     InputFormat,
+    KeptPatches,
     Target,
     parse_bytes,
 )
@@ -53,6 +54,13 @@ class OnnxJob(Job):
         tuple[Head, ...],
         Opt("Output; repeatable. Default: logits for a classifier, else cls.", "--head"),
     ] = ()
+    blocks: Annotated[
+        Count, Opt("Of how many last blocks cls and features hold [CLS], side by side.")
+    ] = 1
+    normalize: Annotated[bool, Opt("Give the rows of cls, mean and features norm 1.")] = False
+    keep_patches: Annotated[
+        KeptPatches | None, Opt("Compute a share of the patches only, in a fixed pattern.")
+    ] = None
     input_format: Annotated[
         InputFormat,
         Opt("Normalised planes, or bytes [b, h, w, 3].", "--input", words=("float", "uint8")),
@@ -89,6 +97,11 @@ class OnnxJob(Job):
         if self.dtype.is_quantised:
             raise SpecError(
                 f"OnnxJob.dtype is {self.dtype}; a CalibrateJob quantises an fp32 graph"
+            )
+        if Head.ATTENTION in self.heads and self.target is Target.ONNXRUNTIME:
+            raise SpecError(
+                f"head attention reads queries and keys, which {self.target}'s packed attention "
+                "computes inside; take --target tensorrt, which onnxruntime runs too"
             )
         if self.dtype is Dtype.BF16 and self.target.opset < FIRST_BF16:
             raise SpecError(

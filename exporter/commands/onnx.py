@@ -2,6 +2,7 @@
 
 import gc
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,13 @@ import onnx_ir as ir
 from msn_export import __version__, golden
 from msn_export.baseline import add_baseline, open_rounded
 from msn_export.commands.jobs import OnnxJob
-from msn_export.compare.sides import preprocessing_of, require_one_size, sized
+from msn_export.compare.sides import (
+    heads_of,
+    preprocessing_of,
+    require_one_size,
+    sized,
+    with_config,
+)
 from msn_export.files import apart, publish, staging
 from msn_export.graph import io
 from msn_export.graph.cls_only import narrow_to_first_token
@@ -101,11 +108,11 @@ def run_onnx(job: OnnxJob, progress: Progress = SILENT) -> tuple[Path, Manifest]
         checkpoint = load_checkpoint(job.checkpoint, job.choices)
         if job.preprocess == "auto" and job.image_size is None:
             require_one_size(checkpoint)
-        checkpoint = sized(checkpoint, job.image_size)
+        checkpoint = read_as(sized(checkpoint, job.image_size), job)
     default = Head.LOGITS if checkpoint.config.labels else Head.CLS
     heads = tuple(dict.fromkeys(job.heads)) or (default,)
     config = checkpoint.config
-    max_batch = max_batch_in_memory(config.tokens, config.dim, config.mlp_dim, config.heads)
+    max_batch = max_batch_in_memory(config.sequence, config.dim, config.mlp_dim, config.heads)
     if job.check:
         batch_sizes(
             job.batch, max_batch
@@ -139,6 +146,23 @@ def run_onnx(job: OnnxJob, progress: Progress = SILENT) -> tuple[Path, Manifest]
         )
         publish(built.path, output, seal(manifest), force=job.force)
     return output, manifest
+
+
+def read_as(checkpoint: Checkpoint, job: OnnxJob) -> Checkpoint:
+    """Give a checkpoint with the patches that are computed, and what its heads hold."""
+    config = checkpoint.config
+    kept = job.keep_patches.of(config.tokens - 1) if job.keep_patches is not None else ()
+    config = replace(config, kept=kept, blocks=job.blocks, normalize=job.normalize)
+    read = with_config(checkpoint, config)
+    if not kept:
+        return read
+    share = f"{len(kept)} of {config.tokens - 1} patches are computed ({job.keep_patches})"
+    return replace(read, notes=(*read.notes, f"{share}; evaluate what that costs on your images"))
+
+
+def _cores(checkpoint: Checkpoint, heads: Sequence[Head]) -> int:
+    """Count the attention cores that heads need; a map alone ends at the last one's scores."""
+    return checkpoint.config.depth - (set(heads) == {Head.ATTENTION})
 
 
 def _run_reference(
@@ -181,7 +205,7 @@ def _trace(
         with progress.step("compute only what the outputs need"):
             narrow_to_first_token(model, split_projection=job.target.splits_queries)
     with progress.step("fuse attention"):
-        fused = fuse_attention(model, job.target.attention, expected=checkpoint.config.depth)
+        fused = fuse_attention(model, job.target.attention, expected=_cores(checkpoint, heads))
         if job.target.opset < 23:
             lower_opset(model, job.target.opset)
     return Traced(model, fused, simplified)
@@ -254,7 +278,7 @@ def _evaluate_fp32(
     found = evaluate(runner, reference, job.input_format, sizes, gate)
     if not found.failures:
         return found
-    model = sized(load_checkpoint(job.checkpoint, job.choices), job.image_size).model
+    model = read_as(sized(load_checkpoint(job.checkpoint, job.choices), job.image_size), job).model
     if len(reference.sample) > EXACT:
         with closing(TorchRunner(model, heads, exact=True)) as exact:
             reference = measure_rounding(reference, exact, len(reference.sample))
@@ -304,6 +328,7 @@ def _describe(
     check: CheckRecord | None,
 ) -> Manifest:
     form = job.target.attention
+    heads = heads_of(tuple(one.name for one in built.summary.outputs))
     graph = built.summary
     return Manifest(
         kind="onnx",
@@ -317,7 +342,7 @@ def _describe(
         preprocessing=sample.preprocessing,
         nodes=graph.nodes,
         ops=graph.ops,
-        attention=AttentionRecord(checkpoint.config.depth, built.fused, form.value),
+        attention=AttentionRecord(_cores(checkpoint, heads), built.fused, form.value),
         check=check,
         opset=graph.opset,
         target=job.target,

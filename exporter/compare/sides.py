@@ -21,6 +21,7 @@ from msn_export.metrics.evaluate import Evaluation, OutputsOf, max_batch_in_memo
 from msn_export.metrics.tolerances import Gate
 from msn_export.mixed_precision import cpu_runner
 from msn_export.models.checkpoint import AS_IT_SAYS, Choices
+from msn_export.models.config import VitConfig, readout_in
 from msn_export.preprocessing import Exif, Preprocessing, assumed
 from msn_export.processor_config import choose, from_processor_config, size_in
 from msn_export.runtime import opening
@@ -29,6 +30,7 @@ from msn_export.schema import Result
 from msn_export.spec import Dtype, Head, ImageSize, InputFormat
 
 if TYPE_CHECKING:
+    from msn_export.manifest import Manifest
     from msn_export.models.checkpoint import Checkpoint
 
 
@@ -39,15 +41,24 @@ class OpenSide(OutputsOf, Protocol):
 
 
 class CheckpointArtifact(Artifact):
-    """A checkpoint, read for images of ``size``: it takes any batch and gives any head it has."""
+    """A checkpoint, read for images of ``size``: it takes any batch and gives any head it has.
 
-    def __init__(self, name: str, choices: Choices, size: ImageSize | None) -> None:
+    ``other`` is the manifest of the other side: the patches that graph computes, and the blocks
+    that its heads hold, are this side's, too.
+    """
+
+    def __init__(
+        self, name: str, choices: Choices, size: ImageSize | None, other: Manifest | None = None
+    ) -> None:
         from msn_export.graph.torch_reference import readable_heads
         from msn_export.models.checkpoint import load_checkpoint
 
         read = load_checkpoint(name, choices)
         differs = size_difference(read) if size is None else None
         checkpoint = sized(read, size)
+        if other is not None and other.config is not None:
+            readout = readout_in(other.config, f"manifest of {other.output}")
+            checkpoint = with_config(checkpoint, replace(checkpoint.config, **readout))
         config, model = checkpoint.config, checkpoint.model
         super().__init__(Path(name))
         self.name, self.kind = checkpoint.source, "checkpoint"
@@ -58,7 +69,7 @@ class CheckpointArtifact(Artifact):
         self.dtype = Dtype.FP32
         self.preprocessing = preprocessing_of(checkpoint)
         self.max_batch = max_batch_in_memory(
-            config.tokens, config.dim, config.mlp_dim, config.heads
+            config.sequence, config.dim, config.mlp_dim, config.heads
         )
         self.outputs = tuple(head.output for head in readable_heads(model))
         self.labels = config.labels
@@ -71,7 +82,11 @@ class CheckpointArtifact(Artifact):
 
 
 def open_artifact(
-    name: str, *, choices: Choices = AS_IT_SAYS, size: ImageSize | None = None
+    name: str,
+    *,
+    choices: Choices = AS_IT_SAYS,
+    size: ImageSize | None = None,
+    other: Manifest | None = None,
 ) -> Artifact:
     """Open what is to be compared: a file by its ending, else a checkpoint.
 
@@ -79,9 +94,10 @@ def open_artifact(
         name: as the user gave it.
         choices: what a checkpoint does not say itself, or holds several of.
         size: the image size a checkpoint is to be read for; a file has its own.
+        other: the manifest of what a checkpoint is compared with.
     """
     if is_checkpoint(name):
-        return CheckpointArtifact(name, choices, size)
+        return CheckpointArtifact(name, choices, size, other)
     return require_comparable(Artifact.open(Path(name)))
 
 
@@ -159,14 +175,14 @@ def open_pair(
             "--variant, --weights and --labels are for a checkpoint, and neither side is one"
         )
     opened: dict[str, Artifact] = {}
-    size = None
+    size = beside = None
     for name in sorted(dict.fromkeys((reference, candidate)), key=is_checkpoint):
         opened[name] = (
             require_comparable(files[name])
             if name in files
-            else open_artifact(name, choices=choices, size=size)
+            else open_artifact(name, choices=choices, size=size, other=beside)
         )
-        size = size or opened[name].size
+        size, beside = size or opened[name].size, beside or opened[name].manifest
     left, right = opened[reference], opened[candidate]
     if left.size != right.size:
         raise SpecError(
@@ -226,6 +242,13 @@ def sized(checkpoint: Checkpoint, size: ImageSize | None) -> Checkpoint:
         f"position embedding interpolated from {ImageSize(*checkpoint.config.image_size)} to {size}"
     )
     return replace(checkpoint, model=model, config=model.config, notes=(*checkpoint.notes, note))
+
+
+def with_config(checkpoint: Checkpoint, config: VitConfig) -> Checkpoint:
+    """Give a checkpoint with other patches and heads; weights are shared."""
+    if config == checkpoint.config:
+        return checkpoint
+    return replace(checkpoint, model=checkpoint.model.with_config(config), config=config)
 
 
 def require_one_size(checkpoint: Checkpoint) -> None:

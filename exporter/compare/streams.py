@@ -190,7 +190,7 @@ def what_is_shown(artifact: Artifact) -> Shown:
     if artifact.module is not None:
         config, numbers = artifact.module.config, range(len(artifact.module.blocks))
         inside = {f"block {i}": tuple(place.names(i) for place in TENSORS) for i in numbers}
-        return Shown(dict.fromkeys((ENTRY, *inside), (config.tokens, config.dim)), inside)
+        return Shown(dict.fromkeys((ENTRY, *inside), (config.sequence, config.dim)), inside)
     inside = {
         f"block {block.number}": tuple(names for names, _ in tensors_inside(block))
         for block in artifact.stream.blocks

@@ -303,10 +303,16 @@ def _branch(node: ir.Node) -> ir.Value | None:
 def handed_on(value: ir.Value) -> ir.Value:
     """Step back over operators that hand the stream on."""
     while (node := value.producer()) is not None and node.op_type in _HANDS_ON:
-        if node.inputs[0] is None:
+        if node.inputs[0] is None or _keeps_patches(node):
             break
         value = node.inputs[0]
     return value
+
+
+def _keeps_patches(node: ir.Node) -> bool:
+    """Find a choice of several tokens: the others are no part of the stream behind it."""
+    chosen = node.inputs[1].const_value if node.op_type == "Gather" and node.inputs[1] else None
+    return chosen is not None and chosen.size > 1
 
 
 def between(before: ir.Value, after: ir.Value) -> frozenset[ir.Node] | None:

@@ -325,10 +325,24 @@ def attention_form(model: ir.Model) -> AttentionForm:
 
 
 def _may_be_core(node: ir.Node) -> bool:
-    """Every Attention, and every Softmax but that of a classifier, over scores [b, classes]."""
-    scores = node.inputs[0] if node.inputs else None
-    classes = scores is not None and scores.shape is not None and len(scores.shape) == 2
-    return node.op_type == "Attention" or (node.op_type == "Softmax" and not classes)
+    """Every Attention, and every Softmax whose probabilities multiply something.
+
+    Those of a classifier are an output, and so is a map of attention.
+    """
+    if node.op_type != "Softmax":
+        return node.op_type == "Attention"
+    behind, seen = [node], {node}
+    while behind:
+        for user, _ in behind.pop().outputs[0].uses():
+            if user.op_type in _MULTIPLIES:
+                return True
+            if user not in seen and user.outputs:
+                seen.add(user)
+                behind.append(user)
+    return False
+
+
+_MULTIPLIES = frozenset({"MatMul", "Gemm", "Einsum", "Conv"})
 
 
 def _write_heads(graph: ir.Graph, core: AttentionCore) -> None:

@@ -139,6 +139,11 @@ def getitem(builder: GraphBuilder, x: ir.Value | Sequence[Any], index: Any) -> A
             del shape[axis]
             at = builder.constant(part, f"row.{part}")
             x = builder.op("Gather", [x, at], {"axis": axis}, shape=shape)
+        elif isinstance(part, list):
+            shape = [*shape_of(x)[:axis], len(part), *shape_of(x)[axis + 1 :]]
+            at = builder.constant(part, "patches.kept")
+            x = builder.op("Gather", [x, at], {"axis": axis}, shape=shape)
+            axis += 1
         else:
             x = x if part == slice(None) else _slice(builder, x, axis, part)
             axis += 1
@@ -278,6 +283,19 @@ def _mean(builder: GraphBuilder, x: ir.Value, dim: int) -> ir.Value:
     return builder.op("ReduceMean", [x, axes], {"keepdims": 0}, shape=shape)
 
 
+def _layer_norm(
+    builder: GraphBuilder,
+    x: ir.Value,
+    normalized_shape: Sequence[int],
+    eps: float = 1e-5,
+    **_: None,
+) -> ir.Value:
+    """Normalise without gain and bias; the operator takes a gain all the same."""
+    ones = builder.constant(np.ones(tuple(normalized_shape), np.float32), "ones")
+    attributes = {"axis": -1, "epsilon": eps}
+    return builder.op("LayerNormalization", [x, ones], attributes, shape=shape_of(x))
+
+
 def _normalize(
     builder: GraphBuilder, x: ir.Value, p: float = 2.0, dim: int = 1, eps: float = 1e-12, **_: None
 ) -> ir.Value:
@@ -321,6 +339,7 @@ CALLS: Mapping[str, Callable[..., Any]] = {
     "getattr": _getattr,
     "getitem": getitem,
     "hardswish": _unary("HardSwish"),
+    "layer_norm": _layer_norm,
     "leaky_relu": _leaky_relu,
     "matmul": _matmul,
     "mean": _mean,

@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 import onnx_ir as ir
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
@@ -21,8 +22,8 @@ from msn_export.errors import GraphError
 from msn_export.graph.blocks import ENTRY, TENSORS
 from msn_export.graph.builder import GraphBuilder
 from msn_export.graph.torch_ops import CALLS, MODULES, weight_of
-from msn_export.models.config import READS
-from msn_export.models.vit import Hidden, VitMsn
+from msn_export.models.config import READS, VitConfig
+from msn_export.models.vit import Hidden, VitMsn, cls_of
 from msn_export.preprocessing import Preprocessing
 from msn_export.spec import BatchRange, Head, InputFormat
 
@@ -35,21 +36,56 @@ def read_head(model: VitMsn, head: Head, hidden: Hidden) -> Tensor:
     ``mean`` averages the patch tokens without [CLS]: facebookresearch/msn src/deit.py,
     ``forward_return_n_last_blocks(return_patch_avgpool=True)``.
     """
+    config = model.config
     match head:
         case Head.TOKENS:
             return hidden.tokens
-        case Head.MEAN:
-            return hidden.tokens[:, 1:].mean(dim=1)
-        case Head.CLS:
-            return hidden.tokens[:, 0]
         case Head.LOGITS:
             return model.classify(hidden)
+        case Head.ATTENTION:
+            assert hidden.attention is not None
+            to_patches = hidden.attention[:, :, 0, 1:]
+            maps: Tensor = to_patches.unflatten(-1, config.grid)  # type: ignore[no-untyped-call]
+            return maps
+        case Head.MEAN:
+            row = hidden.tokens[:, 1:].mean(dim=1)
+        case Head.CLS if config.blocks == 1:
+            row = hidden.tokens[:, 0]
+        case Head.CLS:
+            assert model.norm is not None
+            row = cls_of([model.norm(block) for block in hidden.blocks[-config.blocks :]])
+        case Head.FEATURES:
+            row = centred(cls_of(hidden.blocks[-config.blocks :]), config)
+    return F.normalize(row, dim=-1) if config.normalize else row
+
+
+def centred(row: Tensor, config: VitConfig) -> Tensor:
+    """Centre rows [b, blocks * dim] by their own mean and divide them by their norm.
+
+    facebookresearch/msn logreg_eval.py prepares the features of its classifier so. It is a
+    LayerNorm with a gain of one over the root of the width, whose eps makes the rows shorter by
+    eps / (2 variance), relatively.
+    """
+    width = config.blocks * config.dim
+    unit: Tensor = F.layer_norm(row, (width,), eps=config.eps) * width**-0.5
+    return unit
+
+
+def states(heads: Sequence[Head], config: VitConfig) -> dict[str, Any]:
+    """Give the arguments of ``VitMsn.hidden`` that ``heads`` need."""
+    several = Head.FEATURES in heads or (Head.CLS in heads and config.blocks > 1)
+    return {"blocks": config.blocks if several else 0, "attention": Head.ATTENTION in heads}
+
+
+_NORMALISED = (Head.CLS, Head.MEAN, Head.TOKENS)  # read behind the final LayerNorm
 
 
 def require_readable(model: VitMsn, heads: Sequence[Head]) -> None:
     if Head.LOGITS in heads and model.classifier is None:
         raise GraphError("head logits needs a classifier, this checkpoint has none; use cls")
-    rest = [head for head in heads if head is not Head.LOGITS]
+    if Head.ATTENTION in heads and model.config.kept:
+        raise GraphError("head attention is a map of all patches; leave --keep-patches out")
+    rest = [head for head in heads if head in _NORMALISED]
     if rest and model.norm is None:
         raise GraphError(
             f"head {rest[0]} needs the final LayerNorm, which this checkpoint lacks (its "
@@ -59,8 +95,9 @@ def require_readable(model: VitMsn, heads: Sequence[Head]) -> None:
 
 
 def readable_heads(model: VitMsn) -> tuple[Head, ...]:
-    held = {True: model.classifier is not None, False: model.norm is not None}
-    return tuple(head for head in Head if held[head is Head.LOGITS])
+    held = dict.fromkeys(_NORMALISED, model.norm is not None)
+    held |= {Head.LOGITS: model.classifier is not None, Head.ATTENTION: not model.config.kept}
+    return tuple(head for head in Head if held.get(head, True))
 
 
 class TorchRunner:
@@ -79,7 +116,8 @@ class TorchRunner:
     def __call__(self, pixel_values: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
         """Run normalised planes [b, c, h, w]."""
         with torch.inference_mode():
-            hidden = self.model.hidden(torch.from_numpy(pixel_values).to(self.dtype))
+            pixels = torch.from_numpy(pixel_values).to(self.dtype)
+            hidden = self.model.hidden(pixels, **states(self.heads, self.model.config))
             return {head.output: read_head(self.model, head, hidden).numpy() for head in self.heads}
 
     def close(self) -> None:
@@ -103,9 +141,10 @@ class Heads(nn.Module):
         super().__init__()
         require_readable(model, heads)
         self.model, self.heads = model, tuple(heads)
+        self.states = states(heads, model.config)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        return self.read(self.model.hidden(pixel_values))
+        return self.read(self.model.hidden(pixel_values, **self.states))
 
     def read(self, hidden: Hidden) -> tuple[Tensor, ...]:
         """Read every head."""
@@ -238,7 +277,7 @@ class ExportedModule(Heads):
         if self.takes_bytes:
             # Cast before Transpose: TensorRT rejects a UINT8 Transpose
             images = images.to(torch.float32).permute(0, 3, 1, 2)
-        return self.read(self.model.encode(self.patch(images), self.pos_embed))
+        return self.read(self.model.encode(self.patch(images), self.pos_embed, **self.states))
 
 
 # Wrappers around the model whose names say nothing of it

@@ -112,9 +112,11 @@ def rebuild(manifest: Manifest | None, capability: ComputeCapability | None = No
         words += ["--compute-capability", str(capability)]
     for profile in manifest.profiles:
         words += ["--batch", str(profile)]
-    flags = (name for name, value in manifest.engine.options.items() if value is True)
-    # a name is a stranger's word, which is not to become another command
-    words += [f"--{name.replace('_', '-')}" for name in flags if name.isidentifier()]
+    for name, value in manifest.engine.options.items():
+        # text of a stranger's manifest is not to become another command
+        if name.isidentifier() and isinstance(value, int) and value is not False:
+            words.append(f"--{name.replace('_', '-')}")
+            words += [] if value is True else [str(value)]
     return "rebuild it with: " + " ".join([*words, "--force"])
 
 

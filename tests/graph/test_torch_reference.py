@@ -33,12 +33,15 @@ def model() -> VitMsn:
 def test_each_head_reads_what_it_is_called(model) -> None:
     tokens = torch.randn(2, 5, 8)
     with torch.no_grad():
-        read = {head: read_head(model, head, Hidden(tokens, ())) for head in Head}
+        states = Hidden(tokens, (tokens,), torch.rand(2, 2, 1, 5))
+        read = {head: read_head(model, head, states) for head in Head}
     assert torch.equal(read[Head.TOKENS], tokens)
     assert torch.equal(read[Head.CLS], tokens[:, 0])
     # the mean is of the patches alone: src/deit.py, x[:, 1:, :]
     torch.testing.assert_close(read[Head.MEAN], (tokens.sum(1) - tokens[:, 0]) / 4)
     assert read[Head.LOGITS].shape == (2, 3)
+    assert read[Head.FEATURES].shape == (2, 8)
+    assert torch.equal(read[Head.ATTENTION].flatten(2), states.attention[:, :, 0, 1:])
 
 
 def test_the_runner_gives_each_output_under_its_name(model) -> None:
@@ -86,9 +89,9 @@ def test_logits_need_a_classifier() -> None:
         ("blocks", "[CLS] of the last blocks before the final LayerNorm"),
     ],
 )
-def test_without_a_final_layer_norm_there_are_logits_alone(pooling, reads) -> None:
+def test_without_a_final_layer_norm_there_are_no_heads_behind_it(pooling, reads) -> None:
     model = VitMsn(replace(CLASSIFIER, pooling=pooling))
-    assert readable_heads(model) == (Head.LOGITS,)
+    assert readable_heads(model) == (Head.LOGITS, Head.FEATURES, Head.ATTENTION)
     require_readable(model, [Head.LOGITS])
     with pytest.raises(GraphError) as raised:
         require_readable(model, [Head.LOGITS, Head.MEAN])

@@ -234,6 +234,14 @@ def test_a_quantised_graph_says_its_own_precision() -> None:
     assert told.endswith(" --allow-unfused --force")
 
 
+def test_the_command_that_rebuilds_has_the_numbers_that_were_chosen() -> None:
+    engine = example().engine
+    assert engine is not None
+    options = {"workspace": 1 << 30, "optimization_level": 0, "tf32": True, "lean": "; rm"}
+    again = rebuild(replace(example(), engine=replace(engine, options=options)))
+    assert again.endswith(" --workspace 1073741824 --optimization-level 0 --tf32 --force")
+
+
 def test_the_command_that_rebuilds_does_nothing_else() -> None:
     engine = example().engine
     assert engine is not None
