@@ -1,0 +1,164 @@
+"""How often a classifier is right, how sure that is, and what neighbours say without one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msn_export.errors import ToleranceError
+
+CONFIDENCE = 0.95
+NEIGHBOURS = 20  # k of DINO's and MSN's k-NN evaluation: facebookresearch/dino eval_knn.py
+_TEMPERATURE = 0.07  # of the votes there
+_ROWS = 1024  # of cosines at once
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """Shares of images whose class is right; ``interval`` is Wilson's of ``top1`` at 95 %.
+
+    ``confusion`` [true][predicted] counts images, ``per_class`` is the share of each class's
+    images that is right, None of a class without one. ``top5`` is None below six classes.
+    """
+
+    images: int
+    top1: float
+    top5: float | None
+    interval: tuple[float, float]
+    per_class: dict[str, float | None]
+    confusion: tuple[tuple[int, ...], ...]
+
+    @property
+    def sentence(self) -> str:
+        """The figure as a person reads it."""
+        low, high = self.interval
+        return f"{self.top1:.1%} of {self.images} images ({low:.1%} to {high:.1%})"
+
+
+def accuracy(
+    scores: NDArray[np.floating], labels: NDArray[np.intp], classes: tuple[str, ...]
+) -> Accuracy:
+    """Count how often the highest score is the right class's.
+
+    Args:
+        scores: logits or votes [n, classes]; a row with a NaN is wrong.
+        labels: the right classes [n].
+        classes: their names.
+    """
+    if scores.ndim != 2 or scores.shape != (len(labels), len(classes)) or not len(labels):
+        raise ToleranceError(
+            f"scores have shape {list(scores.shape)}; expected [{len(labels)}, {len(classes)}] "
+            "for one image or more"
+        )
+    finite = np.isfinite(scores).all(axis=1)
+    guesses = np.where(finite, np.nan_to_num(scores).argmax(axis=1), -1)
+    right = guesses == labels
+    confusion = np.zeros((len(classes), len(classes)), np.int64)
+    np.add.at(confusion, (labels[finite], guesses[finite]), 1)
+    counts = np.bincount(labels, minlength=len(classes))
+    hits = np.bincount(labels[right], minlength=len(classes))
+    return Accuracy(
+        images=len(labels),
+        top1=float(right.mean()),
+        top5=_in_best(scores, labels, finite, 5) if len(classes) > 5 else None,
+        interval=wilson(int(right.sum()), len(labels)),
+        per_class={
+            name: float(hit / count) if count else None
+            for name, hit, count in zip(classes, hits, counts, strict=True)
+        },
+        confusion=tuple(tuple(row) for row in confusion.tolist()),
+    )
+
+
+def _in_best(
+    scores: NDArray[np.floating], labels: NDArray[np.intp], finite: NDArray[np.bool_], k: int
+) -> float:
+    best = np.argpartition(-np.nan_to_num(scores), k - 1, axis=1)[:, :k]
+    return float(((best == labels[:, None]).any(axis=1) & finite).mean())
+
+
+def wilson(hits: int, of: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Give Wilson's score interval of a share.
+
+    E. B. Wilson, Probable Inference, the Law of Succession, and Statistical Inference, JASA 1927.
+    """
+    if not 0 <= hits <= of or of < 1:
+        raise ToleranceError(f"{hits} of {of} is no share")
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share, spread = hits / of, z * z / of
+    centre = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / of + spread / (4 * of))
+    # at the ends the interval reaches the end itself; the sum may miss it by a rounding
+    return (0.0 if hits == 0 else centre - half, 1.0 if hits == of else centre + half)
+
+
+def mcnemar(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
+    """Give the exact two-sided p of McNemar's test: do two classifiers err equally often?
+
+    Args:
+        first: where the one is right [n].
+        second: where the other is right, on the same images.
+
+    Returns:
+        The probability of a difference at least this large between equals; 1 where they never
+        differ. Q. McNemar, Psychometrika 1947; exact, by the binomial distribution.
+    """
+    if first.shape != second.shape:
+        raise ToleranceError(f"{len(first)} images and {len(second)}; expected the same images")
+    gained, lost = int((second & ~first).sum()), int((first & ~second).sum())
+    differing = gained + lost
+    tail = sum(math.comb(differing, k) for k in range(min(gained, lost) + 1))
+    return float(min(1.0, 2 * tail / 2**differing))
+
+
+def votes(
+    features: NDArray[np.floating],
+    labels: NDArray[np.intp],
+    classes: int,
+    queries: NDArray[np.floating] | None = None,
+    k: int = NEIGHBOURS,
+) -> NDArray[np.float64]:
+    """Let each image's ``k`` nearest neighbours by cosine vote for their classes.
+
+    A vote weighs exp(cosine / 0.07): facebookresearch/dino eval_knn.py.
+
+    Args:
+        features: [n, dim], of images whose classes are known.
+        labels: their classes [n].
+        classes: how many there are.
+        queries: [m, dim], of the images that are asked for; None asks for the same images, each
+            without itself.
+        k: how many vote, or all where there are fewer.
+
+    Returns:
+        The sum of the votes for each class [m, classes].
+    """
+    alone = queries is None
+    given = _unit(features)
+    asked = given if queries is None else _unit(queries)
+    k = min(k, len(given) - alone)
+    if k < 1:
+        raise ToleranceError(f"{len(given)} image has no neighbour; give at least two")
+    found = np.zeros((len(asked), classes))
+    for start in range(0, len(asked), _ROWS):
+        rows = np.arange(start, min(start + _ROWS, len(asked)))
+        cosines = asked[rows] @ given.T
+        if alone:
+            cosines[rows - start, rows] = -np.inf
+        nearest = np.argpartition(-cosines, k - 1, axis=1)[:, :k]
+        weights = np.exp(np.take_along_axis(cosines, nearest, axis=1) / _TEMPERATURE)
+        np.add.at(found, (rows[:, None], labels[nearest]), weights)
+    return found
+
+
+def _unit(vectors: NDArray[np.floating]) -> NDArray[np.float64]:
+    wide: NDArray[np.float64] = vectors.astype(np.float64)
+    norms: NDArray[np.float64] = np.linalg.norm(wide, axis=1, keepdims=True)
+    if not np.isfinite(norms).all() or not norms.all():
+        raise ToleranceError("an embedding is zero or not finite, so it has no neighbours")
+    wide /= norms
+    return wide

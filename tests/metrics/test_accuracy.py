@@ -1,0 +1,85 @@
+"""Accuracy has an interval, neighbours vote, and twelve images are not read as proof."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.neighbors import KNeighborsClassifier
+
+from msn_export.errors import ToleranceError
+from msn_export.metrics.accuracy import accuracy, mcnemar, votes, wilson
+
+
+def test_accuracy_counts_what_is_right() -> None:
+    scores = np.array([[3.0, 1, 0], [0, 2, 1], [5, 4, 0], [np.nan, 9, 0]])
+    found = accuracy(scores, np.array([0, 1, 1, 1]), ("a", "b", "c"))
+    assert found.top1 == 0.5
+    assert found.top5 is None
+    assert found.per_class == {"a": 1.0, "b": pytest.approx(1 / 3), "c": None}
+    assert found.confusion == ((1, 0, 0), (1, 1, 0), (0, 0, 0))
+    assert found.sentence == "50.0% of 4 images (15.0% to 85.0%)"
+
+
+def test_top_5_counts_the_right_class_among_the_best_five() -> None:
+    scores = np.tile(np.arange(8.0), (2, 1))
+    names = tuple("abcdefgh")
+    assert accuracy(scores, np.array([7, 3]), names).top5 == 1.0
+    assert accuracy(scores, np.array([7, 2]), names).top5 == 0.5
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (3, 3), (0, 3)])
+def test_scores_of_another_shape_are_refused(shape) -> None:
+    with pytest.raises(ToleranceError, match=r"expected \[\d, 3\] for one image or more"):
+        accuracy(np.zeros(shape), np.zeros(2 if shape[0] else 0, int), ("a", "b", "c"))
+
+
+def test_wilsons_interval_is_the_published_one() -> None:
+    # R. G. Newcombe, Statistics in Medicine 1998, table I: 81 of 263, 15 of 148, 0 of 20
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert wilson(15, 148) == pytest.approx((0.0624, 0.1605), abs=1e-4)
+    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
+
+
+@given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_an_interval_holds_its_share(case) -> None:
+    hits, of = case
+    low, high = wilson(hits, of)
+    assert 0 <= low <= hits / of <= high <= 1
+
+
+def test_mcnemars_p_is_the_binomials() -> None:
+    first = np.array([True] * 10 + [False] * 5 + [True] * 30)
+    second = np.array([False] * 10 + [True] * 5 + [True] * 30)
+    # two-sided binomial test of 5 of 15
+    assert mcnemar(first, second) == pytest.approx(0.3017578125)
+    assert mcnemar(first, first) == 1.0
+    assert mcnemar(~first, first) < 1e-3
+
+
+def test_neighbours_vote_as_scikit_learns_do() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 3
+    features = rng.standard_normal((60, 8)) + 2 * np.eye(8)[labels]
+    queries = rng.standard_normal((30, 8)) + 2 * np.eye(8)[np.arange(30) % 3]
+
+    def weights(distances: np.ndarray) -> np.ndarray:
+        return np.exp((1 - distances) / 0.07)
+
+    peer = KNeighborsClassifier(20, weights=weights, metric="cosine").fit(features, labels)
+    ours = votes(features, labels, 3, queries)
+    np.testing.assert_allclose(
+        ours / ours.sum(axis=1, keepdims=True), peer.predict_proba(queries), atol=1e-9
+    )
+
+
+def test_an_image_does_not_vote_for_itself() -> None:
+    features = np.array([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1]])
+    labels = np.array([0, 1, 1, 1])
+    assert votes(features, labels, 2, k=1).argmax(axis=1).tolist() == [1, 0, 1, 1]
+
+
+@pytest.mark.parametrize("bad", [0.0, np.nan])
+def test_an_embedding_without_a_direction_has_no_neighbours(bad) -> None:
+    features = np.array([[1.0, 0], [bad, bad], [0, 1]])
+    with pytest.raises(ToleranceError, match="zero or not finite"):
+        votes(features, np.zeros(3, int), 2)

@@ -1,0 +1,132 @@
+"""Labelled pictures are a folder of folders or a table; what contradicts itself is one line."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from msn_export.errors import ImageError
+from msn_export.labelled import draw, read_labelled
+
+
+def picture(path: Path, seed: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes of three pictures each."""
+    for number in range(6):
+        picture(tmp_path / "set" / ("cat", "dog")[number % 2] / f"{number}.png", number)
+    return tmp_path / "set"
+
+
+def test_a_folder_of_folders_has_its_classes_in_sorted_order(folder) -> None:
+    found = read_labelled(folder)
+    assert found.classes == ("cat", "dog")
+    assert found.counts == {"cat": 3, "dog": 3}
+    assert [path.name for path in found.paths] == ["0.png", "2.png", "4.png", "1.png", "3.png",
+                                                   "5.png"]  # fmt: skip
+    assert found.labels.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_a_picture_beside_the_classes_is_skipped_and_counted(folder) -> None:
+    picture(folder / "loose.png", 9)
+    (folder / "cat" / "notes.txt").write_text("no picture")
+    assert read_labelled(folder).skipped == {"no picture": 1, "picture in no class's folder": 1}
+
+
+def test_a_table_names_files_beside_it(folder, tmp_path) -> None:
+    table = tmp_path / "labels.csv"
+    table.write_text("label,path\nb,set/cat/0.png\na,set/dog/1.png\nb,set/cat/2.png\n")
+    found = read_labelled(table)
+    assert found.classes == ("a", "b")
+    assert found.labels.tolist() == [1, 0, 1]
+    assert found.paths[1] == tmp_path / "set/dog/1.png"
+
+
+def test_a_parquet_table_is_read_alike(folder, tmp_path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = {"path": ["set/cat/0.png", "set/dog/1.png"], "label": [7, 3]}
+    parquet.write_table(pa.table(rows), tmp_path / "labels.parquet")
+    found = read_labelled(tmp_path / "labels.parquet")
+    assert found.classes == ("3", "7")
+    assert found.labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path\nset/cat/0.png\n", "has no column label; its columns are path"),
+        ("a,b\n1,2\n", "has no column path and no column label; its columns are a, b"),
+        ("path,label\nset/none.png,a\nset/dog/1.png,b\n", "names 1 file ("),
+        ("path,label\n", "has no rows"),
+        ("path,label\nset/cat/0.png,\nset/dog/1.png,b\n", "has no label for 1 file"),
+        ("path,label\nset/cat/0.png,a\nset/dog/1.png,a\n", "has 1 class (a); a classifier needs"),
+        ("path,label\nset/cat/0.png,a\nset/cat/0.png,b\n", "one picture in two classes"),
+        ("path,label\nset/cat/0.png,a\nset/dog/1.png,b\x1b[2J\n", "is not printable text"),
+    ],
+)  # fmt: skip
+def test_a_table_that_says_nothing_right_is_one_line(folder, tmp_path, text, message) -> None:
+    table = tmp_path / "labels.csv"
+    table.write_text(text)
+    with pytest.raises(ImageError) as error:
+        read_labelled(table)
+    assert message in str(error.value)
+    assert str(error.value).isprintable()
+
+
+def test_a_file_that_is_no_table_is_refused(tmp_path) -> None:
+    (tmp_path / "x.csv").write_bytes(b"path,label\n\xff\xfe,a\n")
+    with pytest.raises(ImageError, match="is no table in UTF-8"):
+        read_labelled(tmp_path / "x.csv")
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 not")
+    with pytest.raises(ImageError, match="is no parquet file"):
+        read_labelled(tmp_path / "x.parquet")
+
+
+def test_an_empty_class_and_one_class_are_refused(folder) -> None:
+    (folder / "eel").mkdir()
+    with pytest.raises(ImageError, match=r"has 1 class \(eel\) without a picture"):
+        read_labelled(folder)
+    with pytest.raises(ImageError, match="has no subfolders"):
+        read_labelled(folder / "cat")
+
+
+def test_one_picture_in_two_classes_is_named_whatever_it_is_called(folder) -> None:
+    (folder / "dog" / "copy.png").write_bytes((folder / "cat" / "0.png").read_bytes())
+    with pytest.raises(ImageError, match=r"cat/0.png is 'cat' and .*dog/copy.png is 'dog'"):
+        read_labelled(folder)
+
+
+def test_shots_are_drawn_by_seed_and_class(folder) -> None:
+    found = read_labelled(folder)
+    rows = draw(found, 2, seed=0)
+    assert found.some(rows).counts == {"cat": 2, "dog": 2}
+    assert rows.tolist() == draw(found, 2, seed=0).tolist() == sorted(rows)
+    drawn = {tuple(draw(found, 1, seed=seed)) for seed in range(20)}
+    assert len(drawn) > 3
+    with pytest.raises(ImageError, match="fewer than 4 pictures of 2 classes"):
+        draw(found, 4, seed=0)
+
+
+def test_another_class_does_not_change_what_is_drawn_of_the_first(folder) -> None:
+    few = read_labelled(folder)
+    before = [few.paths[row] for row in draw(few, 2, 3)]
+    for number in range(3):
+        picture(folder / "ant" / f"{number}.png", 20 + number)
+    more = read_labelled(folder)
+    assert set(before) <= {more.paths[row] for row in draw(more, 2, 3)}
+
+
+def test_classes_are_matched_by_name(folder) -> None:
+    found = read_labelled(folder).as_classes(("dog", "fish", "cat"), "the model")
+    assert found.labels.tolist() == [2, 2, 2, 0, 0, 0]
+    with pytest.raises(ImageError, match=r"has 1 class \(cat\) that the model lacks"):
+        read_labelled(folder).as_classes(("dog", "fish"), "the model")
