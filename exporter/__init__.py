@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         CalibrateJob,
         DriftJob,
         EmbedJob,
+        EvaluateJob,
         Exported,
         OnnxJob,
         ReportJob,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         doctor,
         drift,
         embed,
+        evaluate,
         export,
         inspect,
         load,
@@ -37,9 +39,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "BenchJob", "CalibrateJob", "DriftJob", "EmbedJob", "Exported", "OnnxJob", "ReportJob",
-    "TritonJob", "TrtJob", "ValidateJob", "bench", "calibrate", "compile", "doctor", "drift",
-    "embed", "export", "inspect", "load", "report", "triton", "validate",
+    "BenchJob", "CalibrateJob", "DriftJob", "EmbedJob", "EvaluateJob", "Exported", "OnnxJob",
+    "ReportJob", "TritonJob", "TrtJob", "ValidateJob", "bench", "calibrate", "compile", "doctor",
+    "drift", "embed", "evaluate", "export", "inspect", "load", "report", "triton", "validate",
 ]  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from msn_export.calibration.job import CalibrateJob
 from msn_export.commands.jobs import (
     BenchJob,
     DriftJob,
+    EvaluateJob,
     OnnxJob,
     ReportJob,
     TritonJob,
@@ -36,6 +37,7 @@ from msn_export.schema import Result, annotated_hints
 if TYPE_CHECKING:
     from msn_export.benchmark.results import Bench
     from msn_export.commands.doctor import Diagnosis
+    from msn_export.commands.evaluate import Evaluated
     from msn_export.commands.triton import Written
     from msn_export.compare.drift import Drift
     from msn_export.compare.inspection import Inspection
@@ -45,9 +47,9 @@ if TYPE_CHECKING:
     from msn_export.reporting.gather import Page
 
 __all__ = [
-    "BenchJob", "CalibrateJob", "DriftJob", "EmbedJob", "Exported", "OnnxJob", "ReportJob",
-    "TritonJob", "TrtJob", "ValidateJob", "bench", "calibrate", "compile", "doctor", "drift",
-    "embed", "export", "inspect", "load", "report", "triton", "validate",
+    "BenchJob", "CalibrateJob", "DriftJob", "EmbedJob", "EvaluateJob", "Exported", "OnnxJob",
+    "ReportJob", "TritonJob", "TrtJob", "ValidateJob", "bench", "calibrate", "compile", "doctor",
+    "drift", "embed", "evaluate", "export", "inspect", "load", "report", "triton", "validate",
 ]  # fmt: skip
 Name = str | os.PathLike[str]
 _ITS_OWN = ("command", "bf16_attention", "stages")  # fields that no caller gives
@@ -277,6 +279,27 @@ def embed(
         return run_embed(job, steps)
 
 
+def evaluate(
+    model: Any, labelled: Name, *, progress: bool | Progress = False, **options: Any
+) -> Evaluated:
+    """Count how often a model is right on labelled pictures.
+
+    Args:
+        model: a checkpoint, a model in memory, an .onnx file or an engine.
+        labelled: a folder with a subfolder for each class, or a .csv or .parquet with the columns
+            path and label.
+        progress: as of ``export``.
+        options: the other fields of ``EvaluateJob``.
+
+    Raises:
+        MsnExportError: nothing could be judged; the message says why.
+    """
+    with _job(EvaluateJob, progress, options, model=model, labelled=labelled) as (job, steps):
+        from msn_export.commands.evaluate import run_evaluate
+
+        return run_evaluate(job, steps)
+
+
 def triton(
     *artifacts: Name, output: Name, progress: bool | Progress = False, **options: Any
 ) -> Written:
@@ -429,6 +452,7 @@ for _function, _kind in (
     (report, ReportJob),
     (bench, BenchJob),
     (embed, EmbedJob),
+    (evaluate, EvaluateJob),
     (triton, TritonJob),
 ):
     _describe(_function, _kind)

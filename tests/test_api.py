@@ -173,7 +173,10 @@ def test_a_graph_is_calibrated(graph, folder, tmp_path) -> None:
 
 
 WRONG = [
-    ({"heads": ["clss"]}, "heads is 'clss'; expected cls, mean, tokens or logits"),
+    (
+        {"heads": ["clss"]},
+        "heads is 'clss'; expected cls, mean, tokens, logits, features or attention",
+    ),
     ({"dtype": "fp64"}, "dtype is 'fp64'; expected fp32, fp16 or bf16"),
     ({"batch": "8:1:2"}, "batch"),
     ({"simplify": 3}, "simplify is 3; expected bool"),

@@ -16,6 +16,7 @@ from msn_export.cli.commands import (
     doctor,
     drift,
     embed,
+    evaluate,
     inspect,
     onnx,
     report,
@@ -105,7 +106,8 @@ def main(verbose: bool) -> None:
 
 
 _COMMANDS = (
-    onnx, calibrate, trt, validate, drift, report, inspect, bench, embed, triton, doctor,
+    onnx, calibrate, trt, validate, drift, report, inspect, bench, embed, evaluate,
+    triton, doctor,
 )  # fmt: skip
 for _command in _COMMANDS:
     main.add_command(_command)

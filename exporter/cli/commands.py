@@ -182,6 +182,26 @@ def inspect(ctx: click.Context, /, artifacts: tuple[Path, ...], as_json: bool) -
     ctx.exit(1 if any(one.distrusted for one in found) else 0)
 
 
+@click.command(cls=JobCommand, job="msn_export.commands.jobs:EvaluateJob")
+@click.argument("model")
+@click.argument("labelled", type=IMAGES)
+@json_option
+def evaluate(as_json: bool, **options: Any) -> None:
+    """Count how often MODEL is right on the labelled pictures of LABELLED.
+
+    MODEL is a checkpoint, an .onnx file or an engine. LABELLED is a folder with a subfolder for
+    each class, or a .csv or .parquet with the columns path and label.
+    """
+    from msn_export.cli.console import Console
+    from msn_export.cli.tables import show_evaluated
+    from msn_export.commands.evaluate import EvaluateJob, run_evaluate
+
+    console = Console(as_json=as_json)
+    with console.progress() as progress:
+        found = run_evaluate(EvaluateJob(**options), progress)
+    show_evaluated(console, found)
+
+
 # Hugging Face's table of attention implementations for ViT-MSN: eager against SDPA, batch 1 to 8
 PAPER = {"against": ("eager", "sdpa"), "batches": (1, 2, 4, 8)}
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from msn_export.benchmark.results import footnotes
 from msn_export.cli.console import Console
+from msn_export.commands.evaluate import Evaluated
 from msn_export.commands.triton import Written
 from msn_export.compare.drift import Drift
 from msn_export.compare.inspection import Inspection
@@ -213,6 +214,36 @@ def _paper(bench: Bench) -> Table:
         )
     table.title = "median time of a call, and the speed-up: median of the rounds"
     return table
+
+
+def show_evaluated(console: Console, found: Evaluated) -> None:
+    """Print how often a model is right, for each class too, and what was left out."""
+    if console.as_json:
+        console.print_json(found)
+        return
+    table = Table(title=escape(f"{found.model} on {found.labelled}"), title_justify="left",
+                  show_header=False)  # fmt: skip
+    of = "" if found.images == found.given else f" of {found.given:,}"
+    rows = [("images", f"{found.images:,}{of} in {len(found.classes)} classes")]
+    if found.top1 is not None and found.interval is not None:
+        low, high = found.interval
+        rows.append(("top-1", f"{found.top1:.1%}, 95 % of such samples {low:.1%} to {high:.1%}"))
+    if found.top5 is not None:
+        rows.append(("top-5", f"{found.top5:.1%}"))
+    if found.knn is not None:
+        rows.append(
+            (f"{found.k} neighbours", f"{found.knn.sentence}, by {found.train or 'the others'}")
+        )
+    shares = found.per_class or (found.knn.per_class if found.knn is not None else {})
+    worst = sorted((share, name) for name, share in shares.items() if share is not None)[:5]
+    rows += [("least right", f"{name}: {share:.1%}") for share, name in worst]
+    rows += [("broken", text) for text in found.broken[:5]]
+    rows += [("runner", found.runner), ("selftest", found.selftest),
+             ("preprocessing", str(found.preprocessing))]  # fmt: skip
+    rows += [("note", note) for note in found.notes]
+    for name, text in rows:
+        table.add_row(name, escape(text))
+    console.print(table)
 
 
 def show_written(console: Console, written: Written) -> None:

@@ -169,6 +169,8 @@ ABILITIES = (
     Ability("embed", "an engine of TensorRT-RTX", ("ort", "rtx"), gpu=True),
     Ability("embed", "an engine of TensorRT", ("ort", "tensorrt"), gpu=True),
     Ability("embed", "to .parquet", ("ort", "parquet")),
+    Ability("evaluate", "an .onnx file or an engine", ("ort",)),
+    Ability("evaluate", "a checkpoint", ("export",)),
     Ability("triton", "write or check a model repository", ("graph", "triton")),
     Ability("doctor", "this"),
 )

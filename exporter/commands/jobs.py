@@ -346,6 +346,41 @@ class BenchJob(Job):
 
 
 @dataclass(frozen=True, slots=True)
+class EvaluateJob(Job):
+    """Arguments of ``msn-export evaluate``; ``limit`` None is all pictures."""
+
+    model: str | Path
+    labelled: Path
+    knn: Annotated[
+        Count | None,
+        Opt("Let this many neighbours vote. Default: 20 for a model without logits.", metavar="K"),
+    ] = None
+    train: Annotated[
+        Path | None,
+        Opt("Labelled pictures whose neighbours vote. Default: the others.", exists=True),
+    ] = None
+    limit: Annotated[
+        Count | None,
+        Opt("Pictures that are run. Default: all.", read=options.number_or_all, form="N|all"),
+    ] = None
+    output_name: Annotated[str | None, Opt("Output whose neighbours vote.")] = None
+    batch: Annotated[Count | None, Opt("Default: what the model is tuned for.")] = None
+    preprocess: options.Preprocess = None
+    exif: options.Exif = None
+    image_size: options.OpenSize = None
+    variant: options.Variant = None
+    weights: options.Weights = None
+    labels: options.Labels = None
+    providers: options.Providers = ()
+    device: options.Device = None
+    trust: options.Trust = False
+
+    @property
+    def choices(self) -> Choices:
+        return Choices(self.variant, self.weights, self.labels)
+
+
+@dataclass(frozen=True, slots=True)
 class TritonJob(Job):
     """Options of ``msn-export triton``."""
 

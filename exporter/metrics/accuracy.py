@@ -1,4 +1,4 @@
-"""How often a classifier is right, how sure that is, and what neighbours say without one."""
+"""Accuracy of a classifier with its interval, and the votes of neighbours where there is none."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ PACKAGE = Path(msn_export.__file__).parent
 # from the bottom up: folders and the modules beside them; each may import those before it, in its
 # functions too
 ORDER = (
-    "errors", "spec", "progress", "schema", "host", "preprocessing", "manifest",
-    "files", "images", "image_folder", "engine_header", "golden", "models", "processor_config",
+    "errors", "spec", "progress", "schema", "host", "preprocessing", "manifest", "files", "images",
+    "image_folder", "labelled", "engine_header", "golden", "models", "processor_config",
     "options", "metrics", "graph", "runtime", "mixed_precision", "artifact", "engine",
     "benchmark", "calibration", "baseline", "compare", "reporting", "embedding", "cluster",
     "triton_server", "commands", "cli", "api", "__main__",

@@ -1,0 +1,308 @@
+"""The steps of ``msn-export evaluate``: labelled pictures, one model, how often it is right."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from msn_export.artifact import feed_of, is_checkpoint
+from msn_export.commands.jobs import EvaluateJob
+from msn_export.embedding.decode import Decoder, read
+from msn_export.embedding.inference import reading_of, require_selftest, stack
+from msn_export.errors import ImageError, SpecError, ToleranceError
+from msn_export.host import usable_cores
+from msn_export.image_folder import notes_on
+from msn_export.labelled import Labelled, read_labelled
+from msn_export.metrics.accuracy import NEIGHBOURS, Accuracy, accuracy, votes
+from msn_export.preprocessing import Exif, Preprocessing
+from msn_export.progress import SILENT
+from msn_export.runtime import open_runner
+from msn_export.schema import Result
+from msn_export.spec import BatchRange, Head, InputFormat, TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from msn_export.artifact import Feed
+    from msn_export.progress import Progress
+
+__all__ = ["EvaluateJob", "run_evaluate"]
+_FEW = 30  # images below which a share says next to nothing: its interval is wider than 30 points
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Evaluated(Result):
+    """A model's accuracy on labelled pictures.
+
+    ``images`` of ``given`` pictures were judged; ``broken`` names those that could not be read, or
+    that the model answered with NaN. ``top1``, ``top5``, ``interval`` (Wilson's, 95 %),
+    ``per_class`` and ``confusion`` [true][predicted] are those of its logits, and None without
+    them. ``knn`` is what ``k`` neighbours by cosine say: of ``train``, or of the other pictures.
+    """
+
+    model: str
+    labelled: str
+    classes: tuple[str, ...]
+    images: int
+    given: int
+    output: str
+    top1: float | None
+    top5: float | None
+    interval: tuple[float, float] | None
+    per_class: dict[str, float | None] | None
+    confusion: tuple[tuple[int, ...], ...] | None
+    knn: Accuracy | None
+    k: int | None
+    train: str | None
+    runner: str
+    preprocessing: Preprocessing
+    exif: Exif
+    selftest: str
+    broken: tuple[str, ...]
+    skipped: dict[str, int]
+    notes: tuple[str, ...]
+    seconds: float
+
+    @property
+    def sentence(self) -> str:
+        """The figures as a person reads them."""
+        parts = []
+        if self.top1 is not None and self.interval is not None:
+            low, high = self.interval
+            best = f", top-5 {self.top5:.1%}" if self.top5 is not None else ""
+            parts.append(f"top-1 {self.top1:.1%} ({low:.1%} to {high:.1%}){best}")
+        if self.knn is not None:
+            parts.append(f"{self.k} neighbours: {self.knn.sentence}")
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputRows:
+    """Outputs for pictures: ``values`` [n, width] by output; ``errors`` say why a row has none."""
+
+    values: dict[str, NDArray[np.float32]]
+    errors: dict[int, str]
+    turned: int
+
+    def whole(self) -> NDArray[np.intp]:
+        """List the rows that have values."""
+        count = len(next(iter(self.values.values())))
+        return np.array([row for row in range(count) if row not in self.errors], np.intp)
+
+
+class EvaluatedModel:
+    """A checkpoint, a graph or an engine that is open; give pictures, take rows."""
+
+    feed: Feed
+    notes: tuple[str, ...]
+
+    def __init__(self, job: EvaluateJob, opened: ExitStack) -> None:
+        name = str(job.model)
+        if is_checkpoint(name):
+            runner: Any = opened.enter_context(closing(_CheckpointRunner(job)))
+            self.notes, self.feed = runner.notes, runner.feed
+            self.selftest = "none: a checkpoint is its own reference"
+        else:
+            if job.choices:
+                raise SpecError("--variant, --weights and --labels are for a checkpoint")
+            path = Path(name)
+            runner = opened.enter_context(
+                open_runner(
+                    path,
+                    device=job.device,
+                    providers=job.providers or None,
+                    trust=job.trust,
+                    eager_kernels=True,  # a row does not depend on which kernels were ready
+                )
+            )
+            self.notes = ()
+            self.selftest = require_selftest(runner, check=True)
+            self.feed = feed_of(
+                name,
+                runner.inputs,
+                runner.manifest,
+                preprocess=job.preprocess,
+                exif=job.exif,
+                size=job.image_size or path,
+            )
+        self.runner, self.name, self.labels = runner, runner.name, runner.labels
+        self.batch = job.batch or runner.batch.opt
+        self.outputs = [spec.name for spec in runner.outputs]
+
+    def rows(self, labelled: Labelled, names: Sequence[str], progress: Progress) -> OutputRows:
+        """Run labelled pictures once; ``names`` are the outputs to keep."""
+        preprocessing = self.feed.preprocessing
+        parts: dict[str, list[NDArray[np.float32]]] = {name: [] for name in names}
+        errors, turned, total = dict[int, str](), 0, len(labelled)
+        workers = min(16, len(usable_cores()))
+        reader, ahead = partial(read, preprocessing=preprocessing), 2 * self.batch + workers
+        with closing(Decoder(reader, workers=workers, ahead=ahead)) as decoder:
+            decoded = decoder(labelled.paths)
+            for start in range(0, total, self.batch):
+                pictures = list(islice(decoded, min(self.batch, total - start)))
+                pixels, broken, more = stack(pictures, preprocessing.size, preprocessing.channels)
+                outputs = self.runner(self.feed(pixels))
+                for name in names:
+                    rows = np.asarray(outputs[name], np.float32).reshape(len(pictures), -1)
+                    parts[name].append(rows)
+                    for row in np.flatnonzero(~np.isfinite(rows).all(axis=1)).tolist():
+                        broken.setdefault(
+                            row, f"{labelled.paths[start + row]}: {name} is not finite"
+                        )
+                errors |= {start + row: text for row, text in broken.items()}
+                turned += more
+                done = start + len(pictures)
+                progress.advance(done, total, f"{done} of {total}, {len(errors)} broken")
+        if len(errors) == total:
+            raise ImageError(
+                f"none of the {total} pictures of {labelled.source} gave a row; the first: "
+                f"{errors[0]}"
+            )
+        return OutputRows(
+            {name: np.concatenate(part) for name, part in parts.items()}, errors, turned
+        )
+
+
+class _CheckpointRunner:
+    """A checkpoint in PyTorch on the CPU, with what the executor asks of a runner."""
+
+    def __init__(self, job: EvaluateJob) -> None:
+        from msn_export.artifact import Feed
+        from msn_export.compare.sides import preprocessing_of, sized
+        from msn_export.graph.torch_reference import TorchRunner
+        from msn_export.models.checkpoint import load_checkpoint
+
+        if job.providers or job.device is not None:
+            raise SpecError("--providers and --device are for a graph or an engine")
+        checkpoint = sized(load_checkpoint(str(job.model), job.choices), job.image_size)
+        config = checkpoint.config
+        heads = [Head.LOGITS] if config.labels else []
+        heads += [Head.CLS] if checkpoint.model.norm is not None else [Head.FEATURES]
+        self._runner = TorchRunner(checkpoint.model, heads)
+        self.name, self.manifest = self._runner.name, None
+        self.labels, self.notes = config.labels, checkpoint.notes
+        preprocessing = preprocessing_of(checkpoint, job.preprocess, job.exif)
+        self.feed = Feed(InputFormat.FLOAT, preprocessing)
+        self.batch = BatchRange()
+        sides = config.image_size
+        self.inputs = (TensorSpec("pixel_values", "float", ("batch", config.channels, *sides)),)
+        self.outputs = tuple(
+            TensorSpec(head.output, "float", ("batch", 1)) for head in self._runner.heads
+        )
+
+    def __call__(self, images: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+        return self._runner(images)
+
+    def close(self) -> None:
+        self._runner.close()
+
+
+def run_evaluate(job: EvaluateJob, progress: Progress = SILENT) -> Evaluated:
+    """Run labelled pictures through a model, and count how often it is right.
+
+    Raises:
+        MsnExportError: nothing could be judged; the message says why.
+    """
+    started = time.monotonic()
+    with progress.step("list pictures"):
+        labelled = read_labelled(job.labelled)
+        given = len(labelled)
+        if job.limit is not None and job.limit < given:
+            labelled = labelled.some([row * given // job.limit for row in range(job.limit)])
+        train = read_labelled(job.train) if job.train is not None else None
+    with ExitStack() as opened:
+        with progress.step("open the model"):
+            model = EvaluatedModel(job, opened)
+        has_logits = Head.LOGITS.output in model.outputs
+        if has_logits:
+            labelled = labelled.as_classes(model.labels, f"model {job.model}")
+        elif train is not None:
+            labelled = labelled.as_classes(train.classes, str(train.source))
+        k = job.knn or (None if has_logits else NEIGHBOURS)
+        vector = _vector(model, job) if k is not None else None
+        names = [*([Head.LOGITS.output] if has_logits else []), *([vector] if vector else [])]
+        with progress.step("run the pictures"):
+            rows = model.rows(labelled, names, progress)
+        judged, kept = labelled.some(rows.whole()), rows.whole()
+        found = neighbours = None
+        if has_logits:
+            logits = rows.values[Head.LOGITS.output][kept]
+            found = accuracy(logits, judged.labels, judged.classes)
+        if k is not None and vector is not None:
+            voters = judged, rows.values[vector][kept]
+            if train is not None:
+                train = train.as_classes(judged.classes, str(judged.source))
+                with progress.step("run the training pictures"):
+                    others = model.rows(train, [vector], progress)
+                voters = train.some(others.whole()), others.values[vector][others.whole()]
+            neighbours = _neighbours(judged, rows.values[vector][kept], voters, k)
+    broken = tuple(rows.errors[row] for row in sorted(rows.errors))
+    return Evaluated(
+        model=str(job.model),
+        labelled=str(job.labelled),
+        classes=labelled.classes,
+        images=len(judged),
+        given=given,
+        output=names[0],
+        top1=found.top1 if found is not None else None,
+        top5=found.top5 if found is not None else None,
+        interval=found.interval if found is not None else None,
+        per_class=found.per_class if found is not None else None,
+        confusion=found.confusion if found is not None else None,
+        knn=neighbours,
+        k=k,
+        train=str(job.train) if job.train is not None else None,
+        runner=model.name,
+        preprocessing=model.feed.preprocessing,
+        exif=model.feed.preprocessing.exif,
+        selftest=model.selftest,
+        broken=broken,
+        skipped=dict(labelled.skipped),
+        notes=(*model.notes, *model.feed.notes, *notes_on((), labelled.skipped, rows.turned),
+               *_few(len(judged))),
+        seconds=round(time.monotonic() - started, 3),
+    )  # fmt: skip
+
+
+def _vector(model: EvaluatedModel, job: EvaluateJob) -> str:
+    """Choose the output that neighbours are told by: a vector an image, not logits."""
+    names = [Head.FEATURES.output, Head.CLS.output, Head.MEAN.output, "pooler_output"]
+    names += [name for name in model.outputs if name != Head.LOGITS.output]
+    vector = job.output_name or next((name for name in names if name in model.outputs), None)
+    if vector is None:
+        raise SpecError(
+            f"{job.model} has logits alone, which have no neighbours; leave --knn out, or export "
+            "it with --head cls too"
+        )
+    reading_of(str(job.model), model.runner.outputs, vector)  # refuses a name that is none
+    return vector
+
+
+def _neighbours(
+    judged: Labelled,
+    features: NDArray[np.float32],
+    voters: tuple[Labelled, NDArray[np.float32]],
+    k: int,
+) -> Accuracy:
+    others, vectors = voters
+    alone = others is judged
+    if alone and len(judged) < 2:
+        raise ToleranceError("one image has no neighbours; give more, or --train FOLDER")
+    queries = None if alone else features
+    scores = votes(vectors, others.labels, len(judged.classes), queries, k=k)
+    return accuracy(scores, judged.labels, judged.classes)
+
+
+def _few(images: int) -> tuple[str, ...]:
+    if images >= _FEW:
+        return ()
+    return (f"{images} images say little: see the interval",)
