@@ -42,7 +42,7 @@ def make_folder(photographs: Path, folder: Path, count: int) -> int:
 
 def start(model: Path, folder: Path, output: Path, *options: str) -> "subprocess.Popen[str]":
     """Start the command."""
-    command = [sys.executable, "-m", "msn_export.cli", "embed", model, folder, "-o", output]
+    command = [sys.executable, "-m", "msn_export", "embed", model, folder, "-o", output]
     return subprocess.Popen([*command, "--json", *options], stdout=subprocess.PIPE, text=True)
 
 

@@ -69,7 +69,7 @@ def prepare(folder: Path, optimum: Path) -> dict[str, list[str]]:
     script = ROOT / "scripts" / "photographs.py"
     subprocess.run([sys.executable, str(script), str(photographs)], check=True, stdout=sys.stderr)
     model = str(folder / "hf")
-    ours = [sys.executable, "-m", "msn_export.cli", "onnx", model, "-o", str(folder / "m.onnx")]
+    ours = [sys.executable, "-m", "msn_export", "onnx", model, "-o", str(folder / "m.onnx")]
     theirs = [str(optimum), "export", "onnx", "--model", model, "--task", "feature-extraction"]
     torchs = [sys.executable, str(Path(__file__).with_name("torch_export.py")), model]
     return {

@@ -78,7 +78,7 @@ def build(master: Path, engine: Path, images: Path) -> None:
     driver = find_driver()
     assert isinstance(driver, Driver)
     row, card = find_backend().row, driver.devices[0].capability
-    command = [sys.executable, "-P", "-m", "msn_export.cli", "trt", master, "-o", engine, "--fp16"]
+    command = [sys.executable, "-P", "-m", "msn_export", "trt", master, "-o", engine, "--fp16"]
     run = subprocess.run(
         [*command, "--images", images, *target(row.targets_capabilities, card)],
         capture_output=True,

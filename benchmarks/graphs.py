@@ -82,13 +82,13 @@ def build(options: argparse.Namespace, folder: Path) -> dict[str, Contender]:
     model.save_pretrained(folder / "hf")
     own = folder / "own.onnx"
     export = ["onnx", str(folder / "hf"), "-o", str(own), "--target", "onnxruntime", "--no-check"]
-    run(sys.executable, "-m", "msn_export.cli", *export, "--head", "cls")
+    run(sys.executable, "-m", "msn_export", *export, "--head", "cls")
     found = {"msn-export": session(own, options.threads)}
     calibrate = ["calibrate", str(own), "--int8", "--no-compile", "--smooth", "off"]
     for name, base in (("msn-export int8", "fp32"), ("msn-export int8, the rest fp16", "fp16")):
         eight = folder / f"{base}.onnx"
         asked = ["--base", base, "--images", str(folder / "photographs"), "-o", str(eight)]
-        run(sys.executable, "-m", "msn_export.cli", *calibrate, *asked)
+        run(sys.executable, "-m", "msn_export", *calibrate, *asked)
         found[name] = session(eight, options.threads)
     if options.optimum:
         task = ["--task", "feature-extraction", str(folder / "peer")]

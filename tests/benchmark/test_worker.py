@@ -63,8 +63,8 @@ def test_a_checkpoint_that_cannot_be_compared_is_refused(model) -> None:
     other = {**request, "origin": {**request["origin"], "sha256": "ab" * 32}}
     with pytest.raises(CheckpointError, match=r"has other weights \(.* than the artifact was made"):
         Server().open(other)
-    none = {**request, "origin": {**request["origin"], "outputs": ["features"]}}
-    with pytest.raises(SpecError, match=r"outputs \(features\) are none of .*nothing to compare"):
+    none = {**request, "origin": {**request["origin"], "outputs": ["pooled"]}}
+    with pytest.raises(SpecError, match=r"outputs \(pooled\) are none of .*nothing to compare"):
         Server().open(none)
 
 

@@ -156,7 +156,7 @@ def test_another_checkpoint_is_refused_by_its_hash(model, tmp_path) -> None:
 def test_a_graph_of_another_tool_that_leaves_its_size_open_takes_that_of_the_others(
     model, tmp_path
 ) -> None:
-    other = foreign(tmp_path / "other.onnx", ["b", "c", "h", "w"], {"features": 6})
+    other = foreign(tmp_path / "other.onnx", ["b", "c", "h", "w"], {"vectors": 6})
     result = bench(other, model, "--against", "none", "--batch", "2", "--json")
     assert result.exit_code == 0, result.output
     timing = json.loads(result.stdout)["timings"][0]
@@ -170,7 +170,7 @@ def test_a_graph_of_another_tool_that_leaves_its_size_open_takes_that_of_the_oth
 
 
 def test_where_there_is_no_reference_it_is_said_once(tmp_path) -> None:
-    other = foreign(tmp_path / "other.onnx", ["b", "c", "h", "w"], {"features": 6})
+    other = foreign(tmp_path / "other.onnx", ["b", "c", "h", "w"], {"vectors": 6})
     options = ("--against", "none", "--batch", "1", "--image-size", "48")
     result = bench(other, *options)
     assert result.exit_code == 0, result.output

@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from msn_export import manifest as manifests
+from msn_export.artifact import Artifact
 from msn_export.calibration import verdict
 from msn_export.cli import main
 from msn_export.graph import io
@@ -79,7 +80,7 @@ def test_the_verdict_has_what_it_costs_beside_the_fp16_twin(int8) -> None:
 
 def test_a_report_shows_the_split_and_the_verdict(int8) -> None:
     output, told = int8
-    shown = report_file(output, live=None)
+    shown = report_file(Artifact.examine(output), live=None)
     rows = dict(file_rows(shown.inspection, shown.manifest))
     assert rows["quantised"] == f"{PRODUCTS} of {PRODUCTS} products to int8"
     assert rows["images"].startswith("33 calibrated on, 11 held out (seed ")
@@ -239,7 +240,7 @@ def test_time_that_is_lost_is_told_with_both_engines_times(
         "bytes": 70,
     }  # fmt: skip
     compiled = {"compiler": "pretended", "fp16": {**built, "bytes": 100}, "int8": built}
-    monkeypatch.setattr(verdict, "compile_both", lambda *_: compiled)
+    monkeypatch.setattr(verdict, "_compile", lambda *_: compiled)
     timed = {"fp16": 1.0, "int8": 1.5, "ratio": {"int8": 1.5}, "batch": 8, "device": "a GPU"}
     asked = []
     monkeypatch.setattr(verdict, "time_engines", lambda *given: asked.append(given) or timed)
