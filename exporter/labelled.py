@@ -38,12 +38,6 @@ class Labelled:
     def __len__(self) -> int:
         return len(self.paths)
 
-    @property
-    def counts(self) -> dict[str, int]:
-        """Pictures of each class."""
-        found = np.bincount(self.labels, minlength=len(self.classes))
-        return dict(zip(self.classes, found.tolist(), strict=True))
-
     def some(self, rows: Sequence[int] | NDArray[np.intp]) -> Labelled:
         """Give some of the pictures, with all classes."""
         paths = tuple(self.paths[row] for row in rows)
@@ -89,25 +83,6 @@ def read_labelled(source: Path) -> Labelled:
     index = {name: number for number, name in enumerate(classes)}
     labels = np.array([index[label] for _, label in rows], np.intp)
     return Labelled(source, tuple(path for path, _ in rows), labels, classes, dict(skipped))
-
-
-def draw(labelled: Labelled, shots: int, seed: int) -> NDArray[np.intp]:
-    """Choose ``shots`` pictures of each class by seed; the rows in order.
-
-    A class's pictures are chosen whatever others there are: another class changes nothing.
-    """
-    few = [name for name, count in labelled.counts.items() if count < shots]
-    if few:
-        raise ImageError(
-            f"{labelled.source} has fewer than {shots} pictures of {_listed(few, 'class')}; give "
-            "fewer --shots or more pictures"
-        )
-    chosen = []
-    for label, name in enumerate(labelled.classes):
-        rows = np.flatnonzero(labelled.labels == label)
-        generator = np.random.default_rng([seed, *name.encode()])
-        chosen.append(generator.choice(rows, shots, replace=False))
-    return np.sort(np.concatenate(chosen))
 
 
 def _folder(source: Path) -> tuple[list[tuple[Path, str]], Counter[str]]:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from msn_export.errors import ImageError
-from msn_export.labelled import draw, read_labelled
+from msn_export.labelled import read_labelled
 
 
 def picture(path: Path, seed: int) -> Path:
@@ -28,7 +28,6 @@ def folder(tmp_path):
 def test_a_folder_of_folders_has_its_classes_in_sorted_order(folder) -> None:
     found = read_labelled(folder)
     assert found.classes == ("cat", "dog")
-    assert found.counts == {"cat": 3, "dog": 3}
     assert [path.name for path in found.paths] == ["0.png", "2.png", "4.png", "1.png", "3.png",
                                                    "5.png"]  # fmt: skip
     assert found.labels.tolist() == [0, 0, 0, 1, 1, 1]
@@ -103,26 +102,6 @@ def test_one_picture_in_two_classes_is_named_whatever_it_is_called(folder) -> No
     (folder / "dog" / "copy.png").write_bytes((folder / "cat" / "0.png").read_bytes())
     with pytest.raises(ImageError, match=r"cat/0.png is 'cat' and .*dog/copy.png is 'dog'"):
         read_labelled(folder)
-
-
-def test_shots_are_drawn_by_seed_and_class(folder) -> None:
-    found = read_labelled(folder)
-    rows = draw(found, 2, seed=0)
-    assert found.some(rows).counts == {"cat": 2, "dog": 2}
-    assert rows.tolist() == draw(found, 2, seed=0).tolist() == sorted(rows)
-    drawn = {tuple(draw(found, 1, seed=seed)) for seed in range(20)}
-    assert len(drawn) > 3
-    with pytest.raises(ImageError, match="fewer than 4 pictures of 2 classes"):
-        draw(found, 4, seed=0)
-
-
-def test_another_class_does_not_change_what_is_drawn_of_the_first(folder) -> None:
-    few = read_labelled(folder)
-    before = [few.paths[row] for row in draw(few, 2, 3)]
-    for number in range(3):
-        picture(folder / "ant" / f"{number}.png", 20 + number)
-    more = read_labelled(folder)
-    assert set(before) <= {more.paths[row] for row in draw(more, 2, 3)}
 
 
 def test_classes_are_matched_by_name(folder) -> None:

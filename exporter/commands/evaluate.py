@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +12,8 @@ import numpy as np
 
 from msn_export.artifact import feed_of, is_checkpoint
 from msn_export.commands.jobs import EvaluateJob
-from msn_export.embedding.decode import Decoder, read
-from msn_export.embedding.inference import reading_of, require_selftest, stack
+from msn_export.embedding.inference import decoded, decoders, reading_of, require_selftest
 from msn_export.errors import ImageError, SpecError, ToleranceError
-from msn_export.host import usable_cores
 from msn_export.image_folder import notes_on
 from msn_export.labelled import Labelled, read_labelled
 from msn_export.metrics.accuracy import NEIGHBOURS, Accuracy, accuracy, votes
@@ -28,7 +24,7 @@ from msn_export.schema import Result
 from msn_export.spec import BatchRange, Head, InputFormat, TensorSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -43,8 +39,8 @@ _FEW = 30  # images below which a share says next to nothing: its interval is wi
 class Evaluated(Result):
     """A model's accuracy on labelled pictures.
 
-    ``images`` of ``given`` pictures were judged; ``broken`` names those that could not be read, or
-    that the model answered with NaN. ``top1``, ``top5``, ``interval`` (Wilson's, 95 %),
+    ``images`` of ``given`` pictures were judged; ``broken`` names those that could not be read. An
+    answer with NaN or infinity is wrong. ``top1``, ``top5``, ``interval`` (Wilson's, 95 %),
     ``per_class`` and ``confusion`` [true][predicted] are those of its logits, and None without
     them. ``knn`` is what ``k`` neighbours by cosine say: of ``train``, or of the other pictures.
     """
@@ -72,29 +68,17 @@ class Evaluated(Result):
     notes: tuple[str, ...]
     seconds: float
 
-    @property
-    def sentence(self) -> str:
-        """The figures as a person reads them."""
-        parts = []
-        if self.top1 is not None and self.interval is not None:
-            low, high = self.interval
-            best = f", top-5 {self.top5:.1%}" if self.top5 is not None else ""
-            parts.append(f"top-1 {self.top1:.1%} ({low:.1%} to {high:.1%}){best}")
-        if self.knn is not None:
-            parts.append(f"{self.k} neighbours: {self.knn.sentence}")
-        return "; ".join(parts)
-
 
 @dataclass(frozen=True, slots=True)
 class OutputRows:
-    """Outputs for pictures: ``values`` [n, width] by output; ``errors`` say why a row has none."""
+    """Outputs for pictures: ``values`` [n, width] by output; ``errors`` say what cannot be read."""
 
     values: dict[str, NDArray[np.float32]]
     errors: dict[int, str]
     turned: int
 
     def whole(self) -> NDArray[np.intp]:
-        """List the rows that have values."""
+        """List the rows of pictures that can be read."""
         count = len(next(iter(self.values.values())))
         return np.array([row for row in range(count) if row not in self.errors], np.intp)
 
@@ -140,31 +124,23 @@ class EvaluatedModel:
 
     def rows(self, labelled: Labelled, names: Sequence[str], progress: Progress) -> OutputRows:
         """Run labelled pictures once; ``names`` are the outputs to keep."""
-        preprocessing = self.feed.preprocessing
         parts: dict[str, list[NDArray[np.float32]]] = {name: [] for name in names}
         errors, turned, total = dict[int, str](), 0, len(labelled)
-        workers = min(16, len(usable_cores()))
-        reader, ahead = partial(read, preprocessing=preprocessing), 2 * self.batch + workers
-        with closing(Decoder(reader, workers=workers, ahead=ahead)) as decoder:
-            decoded = decoder(labelled.paths)
-            for start in range(0, total, self.batch):
-                pictures = list(islice(decoded, min(self.batch, total - start)))
-                pixels, broken, more = stack(pictures, preprocessing.size, preprocessing.channels)
-                outputs = self.runner(self.feed(pixels))
-                for name in names:
-                    rows = np.asarray(outputs[name], np.float32).reshape(len(pictures), -1)
-                    parts[name].append(rows)
-                    for row in np.flatnonzero(~np.isfinite(rows).all(axis=1)).tolist():
-                        broken.setdefault(
-                            row, f"{labelled.paths[start + row]}: {name} is not finite"
-                        )
-                errors |= {start + row: text for row, text in broken.items()}
-                turned += more
-                done = start + len(pictures)
-                progress.advance(done, total, f"{done} of {total}, {len(errors)} broken")
+        batches = [
+            range(start, min(start + self.batch, total)) for start in range(0, total, self.batch)
+        ]
+        for one, pixels, broken, more in decoded(
+            labelled.paths, self.feed, self.batch, decoders(), batches
+        ):
+            outputs = self.runner(self.feed(pixels))
+            for name in names:
+                parts[name].append(np.asarray(outputs[name], np.float32).reshape(len(one), -1))
+            errors |= {one.start + row: text for row, text in broken.items()}
+            turned += more
+            progress.advance(one.stop, total, f"{one.stop} of {total}, {len(errors)} broken")
         if len(errors) == total:
             raise ImageError(
-                f"none of the {total} pictures of {labelled.source} gave a row; the first: "
+                f"none of the {total} pictures of {labelled.source} can be read; the first: "
                 f"{errors[0]}"
             )
         return OutputRows(
@@ -268,7 +244,7 @@ def run_evaluate(job: EvaluateJob, progress: Progress = SILENT) -> Evaluated:
         broken=broken,
         skipped=dict(labelled.skipped),
         notes=(*model.notes, *model.feed.notes, *notes_on((), labelled.skipped, rows.turned),
-               *_few(len(judged))),
+               *_not_finite(rows, kept), *_few(len(judged))),
         seconds=round(time.monotonic() - started, 3),
     )  # fmt: skip
 
@@ -300,6 +276,13 @@ def _neighbours(
     queries = None if alone else features
     scores = votes(vectors, others.labels, len(judged.classes), queries, k=k)
     return accuracy(scores, judged.labels, judged.classes)
+
+
+def _not_finite(rows: OutputRows, kept: NDArray[np.intp]) -> Iterator[str]:
+    for name, values in rows.values.items():
+        count = int((~np.isfinite(values[kept]).all(axis=1)).sum())
+        if count:
+            yield f"{name} has NaN or infinity on {count} of {len(kept)} images: they count as wrong"
 
 
 def _few(images: int) -> tuple[str, ...]:

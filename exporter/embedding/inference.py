@@ -250,21 +250,43 @@ class LocalExecutor:
     ) -> None:
         self.pictures, self._runner = listing, runner
         self.model = OpenModel.of(runner, selftest)
-        # one a core: decoders that are ahead of the model wait, and leave the core to it
-        self.workers = workers or min(16, len(usable_cores()))
+        self.workers = workers or decoders()
 
     def rows(
         self, feed: Feed, reading: Reading, batch: int, missing: Sequence[range]
     ) -> Iterator[tuple[int, Rows]]:
         """Make the rows of each batch of ``missing``, in order, with the first's number."""
-        paths = chain.from_iterable(self.pictures.paths[one.start : one.stop] for one in missing)
-        preprocessing = feed.preprocessing
-        reader = partial(read, preprocessing=preprocessing)
-        ahead = 2 * batch + self.workers
-        with closing(Decoder(reader, workers=self.workers, ahead=ahead)) as decoder:
-            decoded = decoder(map(Path, paths))
-            for one in missing:
-                pictures = list(islice(decoded, len(one)))
-                pixels, errors, turned = stack(pictures, preprocessing.size, preprocessing.channels)
-                outputs = self._runner(feed(pixels))
-                yield one.start, read_rows(outputs, reading, len(one), errors, turned)
+        paths = self.pictures.paths
+        for one, pixels, errors, turned in decoded(paths, feed, batch, self.workers, missing):
+            outputs = self._runner(feed(pixels))
+            yield one.start, read_rows(outputs, reading, len(one), errors, turned)
+
+
+def decoders() -> int:
+    """Count decoding processes: one a core, for those that are ahead of the model wait."""
+    return min(16, len(usable_cores()))
+
+
+def decoded(
+    paths: Sequence[Path | str], feed: Feed, batch: int, workers: int, missing: Sequence[range]
+) -> Iterator[tuple[range, NDArray[np.uint8], dict[int, str], int]]:
+    """Decode batches of pictures ahead of a model.
+
+    Args:
+        paths: the pictures.
+        feed: how a model takes them.
+        batch: its batch size.
+        workers: processes that decode.
+        missing: the batches to decode, as ranges of ``paths``.
+
+    Returns:
+        For each batch its range, its pixels [b, h, w, c], and what ``stack`` says of them.
+    """
+    chosen = chain.from_iterable(paths[one.start : one.stop] for one in missing)
+    preprocessing = feed.preprocessing
+    reader = partial(read, preprocessing=preprocessing)
+    with closing(Decoder(reader, workers=workers, ahead=2 * batch + workers)) as decoder:
+        pictures = decoder(map(Path, chosen))
+        for one in missing:
+            few = list(islice(pictures, len(one)))
+            yield one, *stack(few, preprocessing.size, preprocessing.channels)

@@ -96,25 +96,6 @@ def wilson(hits: int, of: int, confidence: float = CONFIDENCE) -> tuple[float, f
     return (0.0 if hits == 0 else centre - half, 1.0 if hits == of else centre + half)
 
 
-def mcnemar(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
-    """Give the exact two-sided p of McNemar's test: do two classifiers err equally often?
-
-    Args:
-        first: where the one is right [n].
-        second: where the other is right, on the same images.
-
-    Returns:
-        The probability of a difference at least this large between equals; 1 where they never
-        differ. Q. McNemar, Psychometrika 1947; exact, by the binomial distribution.
-    """
-    if first.shape != second.shape:
-        raise ToleranceError(f"{len(first)} images and {len(second)}; expected the same images")
-    gained, lost = int((second & ~first).sum()), int((first & ~second).sum())
-    differing = gained + lost
-    tail = sum(math.comb(differing, k) for k in range(min(gained, lost) + 1))
-    return float(min(1.0, 2 * tail / 2**differing))
-
-
 def votes(
     features: NDArray[np.floating],
     labels: NDArray[np.intp],
@@ -135,7 +116,8 @@ def votes(
         k: how many vote, or all where there are fewer.
 
     Returns:
-        The sum of the votes for each class [m, classes].
+        The sum of the votes for each class [m, classes]; NaN for an image whose embedding is zero
+        or not finite, which has no neighbours and is none.
     """
     alone = queries is None
     given = _unit(features)
@@ -147,18 +129,18 @@ def votes(
     for start in range(0, len(asked), _ROWS):
         rows = np.arange(start, min(start + _ROWS, len(asked)))
         cosines = asked[rows] @ given.T
+        cosines = np.where(np.isnan(cosines), -np.inf, cosines)
         if alone:
             cosines[rows - start, rows] = -np.inf
         nearest = np.argpartition(-cosines, k - 1, axis=1)[:, :k]
         weights = np.exp(np.take_along_axis(cosines, nearest, axis=1) / _TEMPERATURE)
         np.add.at(found, (rows[:, None], labels[nearest]), weights)
+    found[np.isnan(asked).any(axis=1)] = np.nan
     return found
 
 
 def _unit(vectors: NDArray[np.floating]) -> NDArray[np.float64]:
     wide: NDArray[np.float64] = vectors.astype(np.float64)
     norms: NDArray[np.float64] = np.linalg.norm(wide, axis=1, keepdims=True)
-    if not np.isfinite(norms).all() or not norms.all():
-        raise ToleranceError("an embedding is zero or not finite, so it has no neighbours")
-    wide /= norms
-    return wide
+    has_direction = np.isfinite(norms) & (norms > 0)
+    return np.where(has_direction, wide / np.where(has_direction, norms, 1), np.nan)

@@ -109,7 +109,6 @@ def test_a_model_without_logits_is_judged_by_twenty_neighbours(labelled, tmp_pat
     found = run_evaluate(EvaluateJob(graph, labelled))
     assert (found.k, found.output, found.top1) == (20, "embedding", None)
     assert found.knn.images == 12
-    assert found.sentence.startswith("20 neighbours: ")
 
 
 def test_what_cannot_be_read_is_named_and_left_out(graph, labelled, tmp_path) -> None:
@@ -124,6 +123,18 @@ def test_what_cannot_be_read_is_named_and_left_out(graph, labelled, tmp_path) ->
     assert (found.images, found.given) == (11, 12)
     assert len(found.broken) == 1
     assert str(broken) in found.broken[0]
+
+
+def test_what_a_model_answers_with_nan_is_wrong_not_left_out(tmp_path) -> None:
+    """The foreign model has NaN for dark pictures, whose means are below zero."""
+    for number in range(4):
+        picture(tmp_path / "set" / "ab"[number % 2] / f"{number}.png", number)
+    Image.new("RGB", (40, 48)).save(tmp_path / "set" / "a" / "dark.png")
+    graph = tiny_artifacts.foreign(tmp_path / "f.onnx", ["b", 3, 32, 32], {"vector": 6}, bad=True)
+    found = run_evaluate(EvaluateJob(graph, tmp_path / "set", knn=1))
+    assert (found.images, found.given, found.broken) == (5, 5, ())
+    assert any("vector has NaN or infinity on" in note for note in found.notes)
+    assert found.knn.per_class["a"] < 1
 
 
 def test_a_limit_is_spread_and_said(graph, labelled) -> None:

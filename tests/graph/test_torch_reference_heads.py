@@ -245,7 +245,7 @@ def test_what_is_read_costs_an_engine_few_kernels(heads, keep, most, tmp_path) -
             "random:vit-msn-small", tmp_path / "m.onnx", heads=chosen, keep_patches=kept,
             check=False, force=True,
         )  # fmt: skip
-        graph, manifest = run_onnx(job)
+        graph, _ = run_onnx(job)
         built = run_trt(
             TrtJob(
                 graph, tmp_path / "m.engine", Dtype.FP16, "tensorrt-rtx",
@@ -255,9 +255,6 @@ def test_what_is_read_costs_an_engine_few_kernels(heads, keep, most, tmp_path) -
         assert built.engine.fused_attention == 12
         kernels.append(built.engine.kernels)
     assert 0 <= kernels[1] - kernels[0] <= most
-    if keep is not None:
-        # 59 of 197 tokens: the blocks' products are fewer in that proportion
-        assert manifest.ops["Gather"] >= 1
 
 
 def test_kept_patches_save_multiply_adds_as_computed(folder, tmp_path) -> None:
