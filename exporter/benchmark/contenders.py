@@ -11,6 +11,7 @@ from msn_export import manifest as manifests
 from msn_export.errors import BenchError, GraphError
 from msn_export.manifest import sha256_of
 from msn_export.models.checkpoint import AS_IT_SAYS, Choices
+from msn_export.models.config import readout_in
 from msn_export.schema import to_plain
 from msn_export.spec import Dtype, ImageSize
 
@@ -117,13 +118,20 @@ def source_graphs(
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The checkpoint that PyTorch contenders load, and the artifacts' outputs and image size."""
+    """The checkpoint that PyTorch contenders load, and the artifacts' outputs and image size.
+
+    ``kept``, ``blocks`` and ``normalize`` are those of ``VitConfig``, as the first
+    artifact with a checkpoint has them.
+    """
 
     checkpoint: str
     sha256: str | None
     outputs: tuple[str, ...]
     size: ImageSize
     choices: Choices = AS_IT_SAYS
+    kept: tuple[int, ...] = ()
+    blocks: int = 1
+    normalize: bool = False
 
 
 def origin_of(
@@ -137,10 +145,13 @@ def origin_of(
 
     It is read as the manifest says it was, unless ``choices`` say otherwise.
     """
-    record = next((entry.checkpoint for entry in entries if entry.checkpoint is not None), None)
-    if record is not None:
+    of = next((entry for entry in entries if entry.checkpoint is not None), None)
+    if of is not None and of.checkpoint is not None:
+        record = of.checkpoint
         choices = choices or Choices(record.variant, record.weights)
-        return Origin(checkpoint or record.source, record.sha256, outputs, size, choices)
+        config = of.manifest.config if of.manifest is not None else None
+        readout = readout_in(config or {}, f"manifest of {of.name}")
+        return Origin(checkpoint or record.source, record.sha256, outputs, size, choices, **readout)
     if checkpoint is None:
         raise BenchError("no manifest names a checkpoint; name it with --checkpoint")
     return Origin(checkpoint, None, outputs, size, choices)

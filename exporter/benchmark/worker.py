@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -150,6 +151,11 @@ def open_reference(origin: Origin, attention: AttentionKind) -> Heads:
     size = (origin.size.height, origin.size.width)
     if size != model.config.image_size:
         model = model.for_image_size(size)
+    config = replace(
+        model.config, kept=origin.kept, blocks=origin.blocks, normalize=origin.normalize
+    )
+    if config != model.config:
+        model = model.with_config(config)
     if attention != model.attention:
         with torch.device("meta"):
             other = VitMsn(model.config, attention=attention)

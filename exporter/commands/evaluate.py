@@ -282,7 +282,7 @@ def _not_finite(rows: OutputRows, kept: NDArray[np.intp]) -> Iterator[str]:
     for name, values in rows.values.items():
         count = int((~np.isfinite(values[kept]).all(axis=1)).sum())
         if count:
-            yield f"{name} has NaN or infinity on {count} of {len(kept)} images: they count as wrong"
+            yield f"{name} has NaN or infinity on {count} of {len(kept)} images, counted as wrong"
 
 
 def _few(images: int) -> tuple[str, ...]:

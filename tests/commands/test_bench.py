@@ -153,6 +153,18 @@ def test_another_checkpoint_is_refused_by_its_hash(model, tmp_path) -> None:
     assert "has other weights" in told["contenders"][-1]["skipped"]
 
 
+def test_pytorch_computes_the_patches_and_blocks_that_the_graph_does(tmp_path) -> None:
+    options = ("--keep-patches", "0.5", "--blocks", "2", "--normalize")
+    kept = classifier(tmp_path, *options, heads=("cls", "features"))
+    result = bench(kept, "--batch", "2", "--json")
+    assert result.exit_code == 0, result.output
+    measured = json.loads(result.stdout)
+    (timing,) = [one for one in measured["timings"] if one["contender"] == kept.name]
+    assert "torch" in measured["reference"]
+    assert timing["not_compared"] is None
+    assert timing["agreement"]["cosine_min"] > 0.9999
+
+
 def test_a_graph_of_another_tool_that_leaves_its_size_open_takes_that_of_the_others(
     model, tmp_path
 ) -> None:
