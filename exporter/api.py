@@ -52,7 +52,7 @@ __all__ = [
     "drift", "embed", "evaluate", "export", "inspect", "load", "report", "triton", "validate",
 ]  # fmt: skip
 Name = str | os.PathLike[str]
-_ITS_OWN = ("command", "bf16_attention", "stages")  # fields that no caller gives
+_ITS_OWN = ("command", "bf16_attention", "stages", "classifier")  # fields that no caller gives
 _COMMAND = re.compile(r"(msn-export [a-z]+ [^;,]*)")
 _FLAG = re.compile(r"(?<![\w-])(?:--[a-z][a-z0-9-]*|-o)(?![\w-])")
 

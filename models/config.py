@@ -8,9 +8,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from msn_export.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 # No real ViT comes near these; a hostile config.json may, and a model is built from it
 _LARGEST = 1 << 20
@@ -19,12 +23,13 @@ _DEEPEST = 1024
 
 # What a classifier reads. cls: transformers, torchvision, timm, MAE with --cls_token; patches: MAE,
 # timm with global_pool="avg", both with a LayerNorm behind it; blocks: facebookresearch/msn
-# linear_eval.py
-Pooling = Literal["cls", "patches", "blocks"]
+# linear_eval.py; features: facebookresearch/msn logreg_eval.py
+Pooling = Literal["cls", "patches", "blocks", "features"]
 READS = {
     "cls": "[CLS] after the final LayerNorm",
     "patches": "the mean of the last block's patches",
     "blocks": "[CLS] of the last blocks before the final LayerNorm",
+    "features": "[CLS] of the last blocks before the final LayerNorm, centred and of norm 1",
 }
 
 
@@ -36,8 +41,8 @@ _READOUT: Mapping[str, Any] = {"kept": (), "blocks": 1, "normalize": False}
 class VitConfig:
     """The shape of a model. Sizes are (height, width) in pixels; ``labels`` () means no head.
 
-    ``pooling`` is what the classifier reads, ``pooled_blocks`` of how many last blocks where that
-    is ``blocks``. A model whose pooling is not ``cls`` has no final LayerNorm. ``problem_type`` is
+    ``pooling`` is what the classifier reads, ``pooled_blocks`` of how many last blocks. A model
+    whose pooling is ``patches`` or ``blocks`` has no final LayerNorm. ``problem_type`` is
     transformers' word for what a head's outputs mean; None says nothing.
 
     ``kept`` are the patches that are computed, all where it is empty, in ascending order from 0;
@@ -124,6 +129,11 @@ class VitConfig:
         return self.grid[0] * self.grid[1] + 1
 
     @property
+    def has_final_norm(self) -> bool:
+        """True if the tokens go through a final LayerNorm."""
+        return self.pooling in {"cls", "features"}
+
+    @property
     def sequence(self) -> int:
         """Tokens that the blocks compute: [CLS], and the patches that are kept."""
         return 1 + len(self.kept) if self.kept else self.tokens
@@ -137,6 +147,20 @@ class VitConfig:
             for name, value in asdict(self).items()
             if name not in _READOUT or value != _READOUT[name]
         }
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LinearClassifier:
+    """A linear classifier without intercept for a backbone that has none.
+
+    ``weight`` [classes, blocks * dim] fp32 has a row for each of ``labels``. ``pooling`` is
+    ``features`` or ``cls``: what it reads, of the last ``blocks`` blocks side by side.
+    """
+
+    weight: NDArray[np.float32]
+    labels: tuple[str, ...]
+    pooling: Pooling
+    blocks: int = 1
 
 
 def readout_in(config: Mapping[str, Any], where: str) -> dict[str, Any]:

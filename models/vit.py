@@ -8,7 +8,8 @@ TensorRT builds the fewest kernels (docs/performance.md).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msn_export.errors import CheckpointError
-from msn_export.models.config import VitConfig
+from msn_export.models.config import READS, LinearClassifier, VitConfig
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -183,7 +184,7 @@ class VitMsn(nn.Module):
             TransformerBlock(config, attention) for _ in range(config.depth)
         )
         norm = nn.LayerNorm(config.dim, eps=config.eps)
-        self.norm = norm if config.pooling == "cls" else None
+        self.norm = norm if config.has_final_norm else None
         self.fc_norm = norm if config.pooling == "patches" else None
         self.classifier = _classifier(config)
 
@@ -217,7 +218,7 @@ class VitMsn(nn.Module):
         x = F.pad(patches.flatten(2).transpose(1, 2), (0, 0, 1, 0)) + positions
         if self.config.kept:  # facebookresearch/msn src/deit.py drops behind the position embedding
             x = x[:, [0, *(1 + patch for patch in self.config.kept)]]
-        if self.config.pooling == "blocks":
+        if self.config.pooling in {"blocks", "features"} or self.config.pooled_blocks > 1:
             blocks = max(blocks, self.config.pooled_blocks)
         read, maps, last = [], list[Tensor](), len(self.blocks) - 1
         for number, block in enumerate(self.blocks):
@@ -234,10 +235,32 @@ class VitMsn(nn.Module):
             read = self.fc_norm(hidden.tokens[:, 1:].mean(dim=1))
         elif self.config.pooling == "blocks":
             read = cls_of(hidden.blocks[-self.config.pooled_blocks :])
+        elif self.config.pooling == "features":
+            read = self.features(hidden, self.config.pooled_blocks)
         else:
-            read = hidden.tokens[:, 0]
+            read = self.embedding(hidden, self.config.pooled_blocks)
         logits: Tensor = self.classifier(read)
         return logits
+
+    def embedding(self, hidden: Hidden, blocks: int) -> Tensor:
+        """Give [CLS] of the last blocks behind the final LayerNorm, [b, blocks * dim]."""
+        if blocks == 1:
+            return hidden.tokens[:, 0]
+        assert self.norm is not None
+        return cls_of([self.norm(block) for block in hidden.blocks[-blocks:]])
+
+    def features(self, hidden: Hidden, blocks: int) -> Tensor:
+        """Give [CLS] of the last blocks before the final LayerNorm, [b, blocks * dim].
+
+        The rows are centred by their own mean and divided by their norm: facebookresearch/msn
+        logreg_eval.py prepares the features of its classifier so. That is a LayerNorm with a gain
+        of one over the root of the width, whose eps makes the rows shorter by eps / (2 variance),
+        relatively.
+        """
+        width = blocks * self.config.dim
+        rows = cls_of(hidden.blocks[-blocks:])
+        unit: Tensor = F.layer_norm(rows, (width,), eps=self.config.eps) * width**-0.5
+        return unit
 
     def for_image_size(self, size: tuple[int, int]) -> VitMsn:
         """Give the model for images of ``size`` (height, width); weights are shared."""
@@ -245,12 +268,40 @@ class VitMsn(nn.Module):
 
     def with_config(self, config: VitConfig) -> VitMsn:
         """Give the model with another image size, patches and heads; weights are shared."""
-        with torch.device("meta"):
-            model = VitMsn(config, attention=self.attention)
-        for name, parameter in self.named_parameters():  # assigned, each takes over what is here
-            model.get_parameter(name).requires_grad_(parameter.requires_grad)
         weights = self.state_dict(keep_vars=True)
         weights["pos_embed"] = interpolate(self.pos_embed.detach(), self.config.grid, config.grid)
+        return self._sharing(weights, config)
+
+    def with_classifier(self, classifier: LinearClassifier) -> VitMsn:
+        """Give the model with a classifier in its own's place; the other weights are shared."""
+        if not self.config.has_final_norm:
+            raise CheckpointError(
+                f"it has no final LayerNorm (its own classifier reads "
+                f"{READS[self.config.pooling]}); give the pre-trained checkpoint"
+            )
+        config = replace(
+            self.config,
+            labels=classifier.labels,
+            pooling=classifier.pooling,
+            pooled_blocks=classifier.blocks,
+            problem_type=None,
+        )
+        weights = {
+            name: weight
+            for name, weight in self.state_dict(keep_vars=True).items()
+            if not name.startswith("classifier.")
+        }
+        weights["classifier.weight"] = torch.from_numpy(classifier.weight)
+        if config.pooling == "cls":
+            weights["classifier.bias"] = torch.zeros(len(config.labels))
+        return self._sharing(weights, config)
+
+    def _sharing(self, weights: Mapping[str, Tensor], config: VitConfig) -> VitMsn:
+        with torch.device("meta"):
+            model = VitMsn(config, attention=self.attention)
+        own = dict(self.named_parameters())
+        for name, parameter in model.named_parameters():  # assigned, each takes over what is here
+            parameter.requires_grad_(name in own and own[name].requires_grad)
         model.load_state_dict(weights, assign=True)
         return model.train(self.training)
 
@@ -267,7 +318,8 @@ def _classifier(config: VitConfig) -> nn.Module | None:
         return None
     if config.pooling == "blocks":
         return LinearProbe(config.pooled_blocks * config.dim, labels)
-    return nn.Linear(config.dim, labels)
+    has_bias = config.pooling != "features"  # logreg_eval.py fits no intercept
+    return nn.Linear(config.pooled_blocks * config.dim, labels, bias=has_bias)
 
 
 def interpolate(pos_embed: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:

@@ -12,6 +12,7 @@ from msn_export.errors import SpecError
 from msn_export.files import require_writable
 from msn_export.manifest import manifest_path
 from msn_export.models.checkpoint import MEMORY, WEIGHTS, Choices, files_of, kind_of
+from msn_export.models.config import LinearClassifier
 from msn_export.options import DTYPES, OUTPUT, Opt
 from msn_export.processor_config import require_choice
 from msn_export.schema import Count, Job, Within
@@ -43,7 +44,7 @@ GATE_NUMBERS = {
 
 @dataclass(frozen=True, slots=True)
 class OnnxJob(Job):
-    """Options of ``msn-export onnx``."""
+    """Options of ``msn-export onnx``; ``classifier`` takes the place of the checkpoint's own."""
 
     checkpoint: str
     output: options.Output = None
@@ -83,6 +84,7 @@ class OnnxJob(Job):
     islands: options.Islands = "measured"
     check: options.Check = True
     force: options.Force = False
+    classifier: LinearClassifier | None = None
     command: str = ""
 
     @property

@@ -17,6 +17,7 @@ from msn_export.compare.sides import (
     preprocessing_of,
     require_one_size,
     sized,
+    with_classifier,
     with_config,
 )
 from msn_export.files import apart, publish, staging
@@ -149,7 +150,9 @@ def run_onnx(job: OnnxJob, progress: Progress = SILENT) -> tuple[Path, Manifest]
 
 
 def read_as(checkpoint: Checkpoint, job: OnnxJob) -> Checkpoint:
-    """Give a checkpoint with the patches that are computed, and what its heads hold."""
+    """Give a checkpoint with the job's classifier, patches that are computed, and blocks read."""
+    if job.classifier is not None:
+        checkpoint = with_classifier(checkpoint, job.classifier)
     config = checkpoint.config
     kept = job.keep_patches.of(config.tokens - 1) if job.keep_patches is not None else ()
     config = replace(config, kept=kept, blocks=job.blocks, normalize=job.normalize)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from msn_export.artifact import Artifact, ImageInput, is_checkpoint, named
-from msn_export.errors import RunnerError, SpecError, ToleranceError
+from msn_export.errors import CheckpointError, RunnerError, SpecError, ToleranceError
 from msn_export.graph import io
 from msn_export.graph.summary import differences, structure_of_module
 from msn_export.host import NoDriver, find_driver
@@ -21,7 +21,7 @@ from msn_export.metrics.evaluate import Evaluation, OutputsOf, max_batch_in_memo
 from msn_export.metrics.tolerances import Gate
 from msn_export.mixed_precision import cpu_runner
 from msn_export.models.checkpoint import AS_IT_SAYS, Choices
-from msn_export.models.config import VitConfig, readout_in
+from msn_export.models.config import LinearClassifier, VitConfig, readout_in
 from msn_export.preprocessing import Exif, Preprocessing, assumed
 from msn_export.processor_config import choose, from_processor_config, size_in
 from msn_export.runtime import opening
@@ -249,6 +249,18 @@ def with_config(checkpoint: Checkpoint, config: VitConfig) -> Checkpoint:
     if config == checkpoint.config:
         return checkpoint
     return replace(checkpoint, model=checkpoint.model.with_config(config), config=config)
+
+
+def with_classifier(checkpoint: Checkpoint, classifier: LinearClassifier) -> Checkpoint:
+    """Give a checkpoint with a classifier in its own's place; the other weights are shared."""
+    try:
+        model = checkpoint.model.with_classifier(classifier)
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint {checkpoint.source}: {error}") from error
+    notes, own = checkpoint.notes, len(checkpoint.config.labels)
+    if own:
+        notes = (*notes, f"the checkpoint's own classifier ({own} classes) is not used")
+    return replace(checkpoint, model=model, config=model.config, notes=notes)
 
 
 def require_one_size(checkpoint: Checkpoint) -> None:

@@ -23,7 +23,7 @@ from msn_export.graph.blocks import ENTRY, TENSORS
 from msn_export.graph.builder import GraphBuilder
 from msn_export.graph.torch_ops import CALLS, MODULES, weight_of
 from msn_export.models.config import READS, VitConfig
-from msn_export.models.vit import Hidden, VitMsn, cls_of
+from msn_export.models.vit import Hidden, VitMsn
 from msn_export.preprocessing import Preprocessing
 from msn_export.spec import BatchRange, Head, InputFormat
 
@@ -49,26 +49,11 @@ def read_head(model: VitMsn, head: Head, hidden: Hidden) -> Tensor:
             return maps
         case Head.MEAN:
             row = hidden.tokens[:, 1:].mean(dim=1)
-        case Head.CLS if config.blocks == 1:
-            row = hidden.tokens[:, 0]
         case Head.CLS:
-            assert model.norm is not None
-            row = cls_of([model.norm(block) for block in hidden.blocks[-config.blocks :]])
+            row = model.embedding(hidden, config.blocks)
         case Head.FEATURES:
-            row = centred(cls_of(hidden.blocks[-config.blocks :]), config)
+            row = model.features(hidden, config.blocks)
     return F.normalize(row, dim=-1) if config.normalize else row
-
-
-def centred(row: Tensor, config: VitConfig) -> Tensor:
-    """Centre rows [b, blocks * dim] by their own mean and divide them by their norm.
-
-    facebookresearch/msn logreg_eval.py prepares the features of its classifier so. It is a
-    LayerNorm with a gain of one over the root of the width, whose eps makes the rows shorter by
-    eps / (2 variance), relatively.
-    """
-    width = config.blocks * config.dim
-    unit: Tensor = F.layer_norm(row, (width,), eps=config.eps) * width**-0.5
-    return unit
 
 
 def states(heads: Sequence[Head], config: VitConfig) -> dict[str, Any]:

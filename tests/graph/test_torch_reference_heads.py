@@ -1,5 +1,6 @@
 """Features, several blocks, attention maps and kept patches: what transformers and MSN compute."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from msn_export.compare.inspection import inspect
 from msn_export.errors import CheckpointError, GraphError, SpecError
 from msn_export.graph.torch_reference import TorchRunner
 from msn_export.models.checkpoint import load_checkpoint
-from msn_export.models.config import readout_in
+from msn_export.models.config import LinearClassifier, readout_in
 from msn_export.runtime import open_runner
 from msn_export.spec import BatchRange, ComputeCapability, Dtype, Head, KeptPatches, Target
 from tests.builders.engine_builds import NEEDS_RTX
@@ -99,6 +100,28 @@ def test_cls_of_two_blocks_is_each_ones_behind_the_final_layer_norm(folder, peer
     with torch.no_grad():
         rows = torch.cat([peer.layernorm(state)[:, 0] for state in states[-2:]], dim=1)
     np.testing.assert_allclose(found["embedding"], rows.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["features", "cls"])
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_a_given_classifier_reads_what_its_head_holds(folder, peer, tmp_path, pooling, blocks):
+    rows = np.random.default_rng(1).standard_normal((5, blocks * DIM), np.float32)
+    classifier = LinearClassifier(rows, tuple("abcde"), pooling, blocks)
+    found = exported(folder, tmp_path / "m.onnx", heads=(Head.LOGITS,), classifier=classifier)
+    states, _ = of_transformers(peer)
+    if pooling == "features":
+        read = unit(torch.cat([state[:, 0] for state in states[-blocks:]], dim=1))
+    else:
+        with torch.no_grad():
+            tokens = [peer.layernorm(state)[:, 0] for state in states[-blocks:]]
+        read = torch.cat(tokens, dim=1).double().numpy()
+    wanted = read @ rows.T.astype(np.float64)
+    error = np.linalg.norm(found["logits"] - wanted) / np.linalg.norm(wanted)
+    assert error < 5e-6
+    manifest = json.loads((tmp_path / "m.onnx.json").read_text())
+    assert manifest["labels"] == list("abcde")
+    assert manifest["scores"] == "softmax"
+    assert manifest["check"]["passed"]
 
 
 def test_the_map_of_attention_is_transformers(folder, peer, tmp_path) -> None:

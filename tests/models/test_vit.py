@@ -1,5 +1,8 @@
 """The reference's own properties; that it agrees with transformers is test_vit_parity.py's."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from msn_export.errors import CheckpointError
-from msn_export.models.config import VitConfig
+from msn_export.models.config import LinearClassifier, VitConfig
 from msn_export.models.vit import VitMsn, interpolate
 
 TINY = VitConfig((16, 24), (8, 4), 3, dim=8, depth=2, heads=2, mlp_dim=12, labels=("a", "b", "c"))
@@ -117,6 +120,39 @@ def test_another_size_keeps_the_form_of_attention_and_the_parameters_themselves(
     assert {block.attn.kind for block in other.blocks} == {"eager"}
     assert other.norm.weight is written.norm.weight
     assert not any(parameter.requires_grad for parameter in other.parameters())
+
+
+@pytest.mark.parametrize("pooling", ["features", "cls"])
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_a_classifier_that_is_given_replaces_its_own(pooling, blocks) -> None:
+    tiny = model()
+    rows = np.random.default_rng(0).standard_normal((2, blocks * 8), np.float32)
+    other = tiny.with_classifier(LinearClassifier(rows, ("x", "y"), pooling, blocks))
+    images = torch.randn(5, 3, 16, 24)
+    with torch.no_grad():
+        states = tiny.hidden(images, blocks=blocks).blocks
+        if pooling == "cls":
+            read = torch.cat([tiny.norm(state[:, :1]).flatten(1) for state in states], dim=1)
+        else:
+            read = torch.cat([state[:, 0] for state in states], dim=1).double()
+            read -= read.mean(dim=1, keepdim=True)
+            read /= read.norm(dim=1, keepdim=True)
+        logits = other.classify(other.hidden(images))
+    wanted = read.double().numpy() @ rows.T
+    np.testing.assert_allclose(logits.numpy(), wanted, rtol=1e-4, atol=1e-4)  # the eps of 1e-6
+    assert other.config.labels == ("x", "y")
+    assert not other.training
+    mine, theirs = tiny.state_dict(), other.state_dict()
+    shared = [name for name in mine if not name.startswith("classifier.")]
+    assert all(mine[name].data_ptr() == theirs[name].data_ptr() for name in shared)
+    assert other.blocks[0].norm1.weight.requires_grad
+
+
+@pytest.mark.parametrize("pooling", ["patches", "blocks"])
+def test_a_model_without_a_final_layer_norm_takes_no_other_classifier(pooling) -> None:
+    tuned = model(replace(TINY, pooling=pooling))
+    with pytest.raises(CheckpointError, match=r"has no final LayerNorm .*; give the pre-trained"):
+        tuned.with_classifier(LinearClassifier(np.zeros((2, 8), np.float32), ("x", "y"), "cls"))
 
 
 def test_its_own_size_changes_nothing() -> None:
