@@ -50,14 +50,44 @@ class Labelled:
             classes: the model's.
             of: what to call the model in errors.
         """
-        lacking = [name for name in self.classes if name not in classes]
+        place = {name: number for number, name in enumerate(classes)}
+        lacking = [name for name in self.classes if name not in place]
         if lacking:
             raise ImageError(
                 f"{self.source} has {_listed(lacking, 'class')} that {of} lacks; its classes are "
                 f"{', '.join(map(_shown, classes[:_NAMED]))}{', …' * (len(classes) > _NAMED)}"
             )
-        index = np.array([classes.index(name) for name in self.classes], np.intp)
+        index = np.array([place[name] for name in self.classes], np.intp)
         return replace(self, labels=index[self.labels], classes=classes)
+
+    def drawn(self, shots: int, seed: int, number: int = 0) -> NDArray[np.intp]:
+        """Draw ``shots`` pictures of each class; give their rows in ascending order.
+
+        Args:
+            shots: pictures of each class.
+            seed: what is drawn follows from it, and from ``number``.
+            number: tells several draws of one seed apart.
+        """
+        counts = np.bincount(self.labels, minlength=len(self.classes))
+        few = [f"{self.classes[i]} has {counts[i]}" for i in np.flatnonzero(counts < shots)]
+        if few:
+            raise ImageError(
+                f"{self.source} has {_listed(few, 'class')} with fewer than {shots} pictures; "
+                f"choose --shots {counts.min()} or less, or add pictures"
+            )
+        shuffled = np.random.default_rng([seed, number]).permutation(len(self))
+        by_class = shuffled[np.argsort(self.labels[shuffled], kind="stable")]
+        starts = np.cumsum(counts) - counts
+        return np.sort(np.concatenate([by_class[at : at + shots] for at in starts]))
+
+    def without(self, other: Labelled) -> Labelled:
+        """Leave out the pictures that ``other`` has too: files of the same bytes."""
+        sizes = {path.stat().st_size for path in other.paths}
+        own = [row for row, path in enumerate(self.paths) if path.stat().st_size in sizes]
+        theirs = {self.paths[row].stat().st_size for row in own}
+        digests = {_digest(path) for path in other.paths if path.stat().st_size in theirs}
+        both = {row for row in own if _digest(self.paths[row]) in digests}
+        return self.some([row for row in range(len(self)) if row not in both]) if both else self
 
 
 def read_labelled(source: Path) -> Labelled:
@@ -179,8 +209,7 @@ def _require_once(source: Path, rows: Sequence[tuple[Path, str]]) -> None:
     for same in sizes.values():
         if len({label for _, label in same}) > 1:  # others need not be read
             for path, label in same:
-                with path.open("rb") as file:
-                    classes[hashlib.file_digest(file, "sha256").digest()].setdefault(label, path)
+                classes[_digest(path)].setdefault(label, path)
     twice = [list(found.items()) for found in classes.values() if len(found) > 1]
     if twice:
         (one, first), (other, second), *_ = twice[0]
@@ -189,6 +218,11 @@ def _require_once(source: Path, rows: Sequence[tuple[Path, str]]) -> None:
             f"{source} has one picture in two classes: {first} is {one!r} and {second} is "
             f"{other!r}{more}; remove one"
         )
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _listed(names: Sequence[str], noun: str) -> str:

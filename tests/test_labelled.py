@@ -109,3 +109,39 @@ def test_classes_are_matched_by_name(folder) -> None:
     assert found.labels.tolist() == [2, 2, 2, 0, 0, 0]
     with pytest.raises(ImageError, match=r"has 1 class \(cat\) that the model lacks"):
         read_labelled(folder).as_classes(("dog", "fish"), "the model")
+
+
+def test_shots_are_drawn_of_each_class_by_the_seed(folder) -> None:
+    found = read_labelled(folder)
+    rows = found.drawn(2, seed=0)
+    assert rows.tolist() == sorted(set(rows.tolist()))
+    assert np.bincount(found.labels[rows]).tolist() == [2, 2]
+    assert found.drawn(2, seed=0).tolist() == rows.tolist()
+    draws = {tuple(found.drawn(1, seed=0, number=number)) for number in range(30)}
+    assert len(draws) == 9  # every pair of one cat and one dog
+    assert {tuple(found.drawn(1, seed=seed)) for seed in range(30)} == draws
+    assert found.drawn(3, seed=0).tolist() == list(range(6))
+
+
+def test_a_class_with_too_few_pictures_is_named(folder) -> None:
+    (folder / "cat" / "2.png").unlink()
+    with pytest.raises(ImageError) as error:
+        read_labelled(folder).drawn(3, seed=0)
+    assert str(error.value) == (
+        f"{folder} has 1 class (cat has 2) with fewer than 3 pictures; choose --shots 2 or less, "
+        "or add pictures"
+    )
+
+
+def test_pictures_that_another_set_has_too_are_left_out(folder, tmp_path) -> None:
+    other = tmp_path / "other"
+    (other / "cat").mkdir(parents=True)
+    (other / "cat" / "renamed.png").write_bytes((folder / "cat" / "2.png").read_bytes())
+    picture(other / "cat" / "new.png", 77)
+    picture(other / "dog" / "new.png", 78)
+    test, train = read_labelled(other), read_labelled(folder)
+    found = test.without(train)
+    assert [path.name for path in found.paths] == ["new.png", "new.png"]
+    assert found.labels.tolist() == [0, 1]
+    assert len(train.without(train)) == 0
+    assert found.without(train) is found

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +17,7 @@ CONFIDENCE = 0.95
 NEIGHBOURS = 20  # k of DINO's and MSN's k-NN evaluation: facebookresearch/dino eval_knn.py
 _TEMPERATURE = 0.07  # of the votes there
 _ROWS = 1024  # of cosines at once
+CONFUSED = 1000  # classes; of ten thousand the pairs take gigabytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +25,8 @@ class Accuracy:
     """Shares of images whose class is right; ``interval`` is Wilson's of ``top1`` at 95 %.
 
     ``confusion`` [true][predicted] counts images, ``per_class`` is the share of each class's
-    images that is right, None of a class without one. ``top5`` is None below six classes.
+    images that is right, None of a class without one. ``top5`` is None below six classes,
+    ``confusion`` above a thousand.
     """
 
     images: int
@@ -30,13 +34,64 @@ class Accuracy:
     top5: float | None
     interval: tuple[float, float]
     per_class: dict[str, float | None]
-    confusion: tuple[tuple[int, ...], ...]
+    confusion: tuple[tuple[int, ...], ...] | None
 
     @property
     def sentence(self) -> str:
         """The figure as a person reads it."""
         low, high = self.interval
         return f"{self.top1:.1%} of {self.images} images ({low:.1%} to {high:.1%})"
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Predicted classes of images whose own classes are labelled.
+
+    ``guesses`` [n] are the classes of the highest scores, -1 for a row with NaN or infinity;
+    ``in_five`` [n] says whether the right class is among the five highest, None below six classes.
+    """
+
+    guesses: NDArray[np.intp]
+    in_five: NDArray[np.bool_] | None
+
+    @classmethod
+    def of(cls, scores: NDArray[np.floating], labels: NDArray[np.intp]) -> Self:
+        """Read scores [n, classes] of images of the classes ``labels`` [n]."""
+        finite = np.isfinite(scores).all(axis=1)
+        guesses = np.where(finite, np.nan_to_num(scores).argmax(axis=1), -1)
+        if scores.shape[1] <= 5:
+            return cls(guesses, None)
+        five = np.argpartition(-np.nan_to_num(scores), 4, axis=1)[:, :5]
+        return cls(guesses, (five == labels[:, None]).any(axis=1) & finite)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """Put the answers of several batches one behind the other."""
+        fives = [part.in_five for part in parts if part.in_five is not None]
+        guesses = np.concatenate([part.guesses for part in parts])
+        return cls(guesses, np.concatenate(fives) if fives else None)
+
+    def accuracy(self, labels: NDArray[np.intp], classes: tuple[str, ...]) -> Accuracy:
+        """Count the answers that are right, of one image or more."""
+        right, answered = self.guesses == labels, self.guesses >= 0
+        counts = np.bincount(labels, minlength=len(classes))
+        hits = np.bincount(labels[right], minlength=len(classes))
+        confusion = None
+        if len(classes) <= CONFUSED:
+            pairs = np.zeros((len(classes), len(classes)), np.int64)
+            np.add.at(pairs, (labels[answered], self.guesses[answered]), 1)
+            confusion = tuple(tuple(row) for row in pairs.tolist())
+        return Accuracy(
+            images=len(labels),
+            top1=float(right.mean()),
+            top5=float(self.in_five.mean()) if self.in_five is not None else None,
+            interval=wilson(int(right.sum()), len(labels)),
+            per_class={
+                name: float(hit / count) if count else None
+                for name, hit, count in zip(classes, hits, counts, strict=True)
+            },
+            confusion=confusion,
+        )
 
 
 def accuracy(
@@ -54,31 +109,7 @@ def accuracy(
             f"scores have shape {list(scores.shape)}; expected [{len(labels)}, {len(classes)}] "
             "for one image or more"
         )
-    finite = np.isfinite(scores).all(axis=1)
-    guesses = np.where(finite, np.nan_to_num(scores).argmax(axis=1), -1)
-    right = guesses == labels
-    confusion = np.zeros((len(classes), len(classes)), np.int64)
-    np.add.at(confusion, (labels[finite], guesses[finite]), 1)
-    counts = np.bincount(labels, minlength=len(classes))
-    hits = np.bincount(labels[right], minlength=len(classes))
-    return Accuracy(
-        images=len(labels),
-        top1=float(right.mean()),
-        top5=_in_best(scores, labels, finite, 5) if len(classes) > 5 else None,
-        interval=wilson(int(right.sum()), len(labels)),
-        per_class={
-            name: float(hit / count) if count else None
-            for name, hit, count in zip(classes, hits, counts, strict=True)
-        },
-        confusion=tuple(tuple(row) for row in confusion.tolist()),
-    )
-
-
-def _in_best(
-    scores: NDArray[np.floating], labels: NDArray[np.intp], finite: NDArray[np.bool_], k: int
-) -> float:
-    best = np.argpartition(-np.nan_to_num(scores), k - 1, axis=1)[:, :k]
-    return float(((best == labels[:, None]).any(axis=1) & finite).mean())
+    return Answers.of(scores, labels).accuracy(labels, classes)
 
 
 def wilson(hits: int, of: int, confidence: float = CONFIDENCE) -> tuple[float, float]:

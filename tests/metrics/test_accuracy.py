@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 
 from msn_export.errors import ToleranceError
-from msn_export.metrics.accuracy import accuracy, votes, wilson
+from msn_export.metrics.accuracy import Answers, accuracy, votes, wilson
 
 
 def test_accuracy_counts_what_is_right() -> None:
@@ -25,6 +25,27 @@ def test_top_5_counts_the_right_class_among_the_best_five() -> None:
     names = tuple("abcdefgh")
     assert accuracy(scores, np.array([7, 3]), names).top5 == 1.0
     assert accuracy(scores, np.array([7, 2]), names).top5 == 0.5
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 9), st.integers(1, 40))
+def test_batches_count_what_all_images_together_do(seed, classes, images) -> None:
+    rng = np.random.default_rng(seed)
+    scores, labels = rng.standard_normal((images, classes)), rng.integers(0, classes, images)
+    scores[rng.random(images) < 0.1] = np.nan
+    names = tuple(map(str, range(classes)))
+    cut = rng.integers(0, images + 1)
+    parts = [Answers.of(scores[part], labels[part]) for part in (slice(cut), slice(cut, None))]
+    assert Answers.joined(parts).accuracy(labels, names) == accuracy(scores, labels, names)
+
+
+def test_ten_thousand_classes_are_counted_without_their_pairs() -> None:
+    names = tuple(map(str, range(10_000)))
+    scores = np.eye(10_000, dtype=np.float32)[[5, 9_999, 17]]
+    found = accuracy(scores, np.array([5, 9_999, 18]), names)
+    assert found.top1 == pytest.approx(2 / 3)
+    assert found.confusion is None
+    assert found.per_class["9999"] == 1.0
+    assert found.per_class["18"] == 0.0
 
 
 @pytest.mark.parametrize("shape", [(2, 2), (3, 3), (0, 3)])
