@@ -19,14 +19,14 @@ PACKAGE = Path(msn_export.__file__).parent
 ORDER = (
     "errors", "spec", "progress", "schema", "host", "preprocessing", "manifest", "files", "images",
     "image_folder", "labelled", "engine_header", "golden", "models", "processor_config",
-    "options", "metrics", "graph", "runtime", "mixed_precision", "artifact", "engine",
-    "benchmark", "calibration", "baseline", "compare", "reporting", "embedding", "cluster",
+    "options", "metrics", "logistic_regression", "graph", "runtime", "mixed_precision", "artifact",
+    "engine", "benchmark", "calibration", "baseline", "compare", "reporting", "embedding", "cluster",
     "triton_server", "commands", "cli", "api", "__main__",
 )  # fmt: skip
 HEAVY = frozenset(
     {"torch", "onnx", "onnx_ir", "onnxscript", "onnxsim", "onnxruntime", "transformers",
      "safetensors", "huggingface_hub", "PIL", "click", "rich", "tensorrt", "tensorrt_lean",
-     "tensorrt_rtx", "cuda", "tritonclient", "ray", "starlette", "pyarrow"}
+     "tensorrt_rtx", "cuda", "tritonclient", "ray", "starlette", "pyarrow", "sklearn"}
 )  # fmt: skip
 # folder -> the packages of others that its modules may import; at import, or inside a function
 MAY_IMPORT = {
