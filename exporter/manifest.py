@@ -9,7 +9,7 @@ import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from msn_export import __version__
 from msn_export.errors import ManifestError
@@ -74,6 +74,49 @@ class ImageRecord:
     max_abs: float | None
 
 
+Conclusion: TypeAlias = Literal[
+    "significant loss", "allowed loss", "no significant loss", "too few images"
+]
+
+
+@dataclass(frozen=True, slots=True)
+class ShareRecord:
+    """The share of images whose class is right, with Wilson's interval at 95 %."""
+
+    top1: float
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class AccuracyRecord:
+    """Accuracy of both sides on the same labelled images.
+
+    ``lost`` images are right in the reference alone, ``gained`` ones in the candidate alone.
+    ``p_value`` is McNemar's exact test, one-sided: the probability that chance alone loses as many.
+    ``loss_bound`` is not exceeded by the loss, with 95 % confidence. ``allowed`` is the loss that
+    does not fail, ``not_finite`` counts the candidate's answers with NaN or infinity. Shares are
+    from 0 to 1 (``msn_export.metrics.accuracy``). ``images`` of the ``given`` pictures of
+    ``labelled`` were judged; ``by`` says by what: logits, or neighbours.
+    """
+
+    images: int
+    reference: ShareRecord
+    candidate: ShareRecord
+    difference: float
+    lost: int
+    gained: int
+    p_value: float
+    loss_bound: float
+    allowed: float
+    not_finite: int
+    conclusion: Conclusion
+    passed: bool
+    labelled: str = ""
+    classes: int = 0
+    by: str = ""
+    given: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class CheckRecord:
     """The figures of a check, those of the worst output. None: not a number.
@@ -85,7 +128,7 @@ class CheckRecord:
     ``neighbours`` and ``classes`` are the shares of images whose nearest neighbour and whose class
     are the reference's, None where not measured. ``gate`` holds the numbers that had to be reached
     beside the limits. ``skipped`` says by reason how many files of the folder are no pictures that
-    can be read.
+    can be read. ``accuracy`` is that of both sides on labelled images, where some were given.
     """
 
     images: int
@@ -115,6 +158,7 @@ class CheckRecord:
     limits: dict[str, dict[str, float | None]] = field(default_factory=dict)
     limits_from: str = ""
     skipped: dict[str, int] = field(default_factory=dict)
+    accuracy: AccuracyRecord | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Accuracy of a classifier with its interval, and the votes of neighbours where there is none."""
+"""Accuracy with its interval, the votes of neighbours, and the test of two sides' difference."""
 
 from __future__ import annotations
 
@@ -12,8 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msn_export.errors import ToleranceError
+from msn_export.manifest import AccuracyRecord, Conclusion, ShareRecord
 
 CONFIDENCE = 0.95
+# A loss of accuracy fails where chance alone would bring it less often: one sound candidate in a
+# hundred at most
+SIGNIFICANCE = 0.01
+TELLING = 0.05  # a loss that images must be able to exclude, or they are too few to tell
+_PAIRS = 50  # of classes that are confused, the most often first
 NEIGHBOURS = 20  # k of DINO's and MSN's k-NN evaluation: facebookresearch/dino eval_knn.py
 _TEMPERATURE = 0.07  # of the votes there
 _ROWS = 1024  # of cosines at once
@@ -21,12 +27,22 @@ CONFUSED = 1000  # classes; of ten thousand the pairs take gigabytes
 
 
 @dataclass(frozen=True, slots=True)
+class ConfusedPair:
+    """The number of images of the class ``true`` that were taken for the class ``predicted``."""
+
+    true: str
+    predicted: str
+    images: int
+
+
+@dataclass(frozen=True, slots=True)
 class Accuracy:
     """Shares of images whose class is right; ``interval`` is Wilson's of ``top1`` at 95 %.
 
-    ``confusion`` [true][predicted] counts images, ``per_class`` is the share of each class's
-    images that is right, None of a class without one. ``top5`` is None below six classes,
-    ``confusion`` above a thousand.
+    ``per_class`` is the share of each class's images that is right, None of a class without one,
+    and ``class_images`` how many it has. ``confusion`` [true][predicted] counts images, None above
+    ``CONFUSED`` classes; ``confused`` are the pairs of classes that are confused most often, up to
+    ``_PAIRS``. ``top5`` is None below six classes.
     """
 
     images: int
@@ -34,7 +50,9 @@ class Accuracy:
     top5: float | None
     interval: tuple[float, float]
     per_class: dict[str, float | None]
+    class_images: dict[str, int]
     confusion: tuple[tuple[int, ...], ...] | None
+    confused: tuple[ConfusedPair, ...]
 
     @property
     def sentence(self) -> str:
@@ -57,12 +75,11 @@ class Answers:
     @classmethod
     def of(cls, scores: NDArray[np.floating], labels: NDArray[np.intp]) -> Self:
         """Read scores [n, classes] of images of the classes ``labels`` [n]."""
-        finite = np.isfinite(scores).all(axis=1)
-        guesses = np.where(finite, np.nan_to_num(scores).argmax(axis=1), -1)
+        guesses = predicted(scores)
         if scores.shape[1] <= 5:
             return cls(guesses, None)
         five = np.argpartition(-np.nan_to_num(scores), 4, axis=1)[:, :5]
-        return cls(guesses, (five == labels[:, None]).any(axis=1) & finite)
+        return cls(guesses, (five == labels[:, None]).any(axis=1) & (guesses >= 0))
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
@@ -76,11 +93,7 @@ class Answers:
         right, answered = self.guesses == labels, self.guesses >= 0
         counts = np.bincount(labels, minlength=len(classes))
         hits = np.bincount(labels[right], minlength=len(classes))
-        confusion = None
-        if len(classes) <= CONFUSED:
-            pairs = np.zeros((len(classes), len(classes)), np.int64)
-            np.add.at(pairs, (labels[answered], self.guesses[answered]), 1)
-            confusion = tuple(tuple(row) for row in pairs.tolist())
+        answers = labels[answered], self.guesses[answered]
         return Accuracy(
             images=len(labels),
             top1=float(right.mean()),
@@ -90,7 +103,9 @@ class Answers:
                 name: float(hit / count) if count else None
                 for name, hit, count in zip(classes, hits, counts, strict=True)
             },
-            confusion=confusion,
+            class_images=dict(zip(classes, counts.tolist(), strict=True)),
+            confusion=_matrix(*answers, len(classes)),
+            confused=_confused(*answers, classes),
         )
 
 
@@ -112,6 +127,40 @@ def accuracy(
     return Answers.of(scores, labels).accuracy(labels, classes)
 
 
+def predicted(scores: NDArray[np.floating]) -> NDArray[np.intp]:
+    """Give the class of each row's highest score; -1 of a row with NaN or infinity.
+
+    Args:
+        scores: logits or votes [n, classes].
+    """
+    finite = np.isfinite(scores).all(axis=1)
+    return np.where(finite, np.nan_to_num(scores).argmax(axis=1), -1)
+
+
+def _matrix(
+    labels: NDArray[np.intp], guesses: NDArray[np.intp], classes: int
+) -> tuple[tuple[int, ...], ...] | None:
+    if classes > CONFUSED:
+        return None
+    matrix = np.zeros((classes, classes), np.int64)
+    np.add.at(matrix, (labels, guesses), 1)
+    return tuple(tuple(row) for row in matrix.tolist())
+
+
+def _confused(
+    labels: NDArray[np.intp], guesses: NDArray[np.intp], classes: tuple[str, ...]
+) -> tuple[ConfusedPair, ...]:
+    wrong = labels != guesses
+    pairs, counts = np.unique(
+        labels[wrong] * len(classes) + guesses[wrong], return_counts=True
+    )  # of n images at most n pairs, however many classes there are
+    most = np.argsort(-counts, kind="stable")[:_PAIRS]
+    return tuple(
+        ConfusedPair(classes[pair // len(classes)], classes[pair % len(classes)], count)
+        for pair, count in zip(pairs[most].tolist(), counts[most].tolist(), strict=True)
+    )
+
+
 def wilson(hits: int, of: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Give Wilson's score interval of a share.
 
@@ -125,6 +174,114 @@ def wilson(hits: int, of: int, confidence: float = CONFIDENCE) -> tuple[float, f
     half = z / (1 + spread) * math.sqrt(share * (1 - share) / of + spread / (4 * of))
     # at the ends the interval reaches the end itself; the sum may miss it by a rounding
     return (0.0 if hits == 0 else centre - half, 1.0 if hits == of else centre + half)
+
+
+def mcnemar(lost: int, gained: int) -> float:
+    """Give the probability that chance alone loses ``lost`` images or more.
+
+    The exact test of two classifiers on the same images, one-sided: where both are right equally
+    often, each image that only one of them has right is lost or gained with probability 1/2.
+    Q. McNemar, Note on the Sampling Error of the Difference Between Correlated Proportions,
+    Psychometrika 1947.
+
+    Args:
+        lost: images that are right in the reference alone.
+        gained: images that are right in the candidate alone.
+    """
+    differ = lost + gained
+    of_all = math.lgamma(differ + 1) - differ * math.log(2)
+    return min(1.0, math.fsum(
+        math.exp(of_all - math.lgamma(count + 1) - math.lgamma(differ - count + 1))
+        for count in range(lost, differ + 1)
+    ))  # fmt: skip
+
+
+def loss_bound(lost: int, gained: int, images: int, confidence: float = CONFIDENCE) -> float:
+    """Give the loss of accuracy that is not exceeded with ``confidence``, as a share.
+
+    A. Agresti and Y. Min, Simple Improved Confidence Intervals for Comparing Matched Proportions,
+    Statistics in Medicine 2005: Wald's interval after half an image is added to each of the four
+    counts; here its upper end.
+    """
+    z = NormalDist().inv_cdf(confidence)
+    loss = (lost - gained) / (images + 2)
+    spread = math.sqrt((lost + gained + 1) / (images + 2) - loss * loss)
+    return min(1.0, loss + z * spread / math.sqrt(images + 2))
+
+
+def compared(
+    reference: NDArray[np.bool_],
+    candidate: NDArray[np.bool_],
+    *,
+    allowed: float = 0.0,
+    not_finite: int = 0,
+) -> AccuracyRecord:
+    """Compare two sides on the same images.
+
+    Args:
+        reference: the images [n] whose class is right in the reference.
+        candidate: the same of the candidate.
+        allowed: the loss of accuracy that does not fail, as a share.
+        not_finite: images for which the candidate has NaN or infinity: any fails.
+
+    Returns:
+        The record, without the names of what was compared.
+    """
+    if reference.shape != candidate.shape or not len(reference):
+        raise ToleranceError(
+            f"{len(reference)} images of the reference and {len(candidate)} of the candidate; "
+            "expected the same, one or more"
+        )
+    images = len(reference)
+    lost, gained = int((reference & ~candidate).sum()), int((candidate & ~reference).sum())
+    p_value, bound = mcnemar(lost, gained), loss_bound(lost, gained, images)
+    conclusion: Conclusion
+    if p_value < SIGNIFICANCE:
+        conclusion = "significant loss" if lost - gained > allowed * images else "allowed loss"
+    else:
+        conclusion = "too few images" if bound > max(TELLING, allowed) else "no significant loss"
+    return AccuracyRecord(
+        images=images,
+        reference=_share(reference),
+        candidate=_share(candidate),
+        difference=(gained - lost) / images,
+        lost=lost,
+        gained=gained,
+        p_value=p_value,
+        loss_bound=bound,
+        allowed=allowed,
+        not_finite=not_finite,
+        conclusion=conclusion,
+        passed=conclusion != "significant loss" and not not_finite,
+    )
+
+
+def _share(right: NDArray[np.bool_]) -> ShareRecord:
+    return ShareRecord(float(right.mean()), wilson(int(right.sum()), len(right)))
+
+
+def failures(found: AccuracyRecord) -> list[str]:
+    """Name what fails in a comparison of accuracy; nothing where it passed."""
+    reasons = []
+    if found.not_finite:
+        reasons.append(f"NaN or infinity on {found.not_finite} of {found.images} labelled images")
+    if found.conclusion == "significant loss":
+        reasons.append(
+            f"accuracy {found.candidate.top1:.1%} of {found.images} labelled images, the "
+            f"reference's {found.reference.top1:.1%}: {found.lost} lost, {found.gained} gained, "
+            f"McNemar's p = {found.p_value:.2g}, below {SIGNIFICANCE:g} it is a significant loss"
+        )
+    return reasons
+
+
+def notes(found: AccuracyRecord) -> list[str]:
+    """List what a comparison of accuracy leaves open."""
+    if found.conclusion != "too few images":
+        return []
+    return [
+        f"{found.images} labelled images are too few to tell: a loss of up to "
+        f"{100 * found.loss_bound:.1f} points is not excluded"
+    ]
 
 
 def votes(

@@ -4,10 +4,23 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 from sklearn.neighbors import KNeighborsClassifier
 
 from msn_export.errors import ToleranceError
-from msn_export.metrics.accuracy import Answers, accuracy, votes, wilson
+from msn_export.metrics.accuracy import (
+    CONFUSED,
+    Answers,
+    ConfusedPair,
+    accuracy,
+    compared,
+    failures,
+    loss_bound,
+    mcnemar,
+    notes,
+    votes,
+    wilson,
+)
 
 
 def test_accuracy_counts_what_is_right() -> None:
@@ -16,7 +29,9 @@ def test_accuracy_counts_what_is_right() -> None:
     assert found.top1 == 0.5
     assert found.top5 is None
     assert found.per_class == {"a": 1.0, "b": pytest.approx(1 / 3), "c": None}
+    assert found.class_images == {"a": 1, "b": 3, "c": 0}
     assert found.confusion == ((1, 0, 0), (1, 1, 0), (0, 0, 0))
+    assert found.confused == (ConfusedPair("b", "a", 1),)
     assert found.sentence == "50.0% of 4 images (15.0% to 85.0%)"
 
 
@@ -46,6 +61,19 @@ def test_ten_thousand_classes_are_counted_without_their_pairs() -> None:
     assert found.confusion is None
     assert found.per_class["9999"] == 1.0
     assert found.per_class["18"] == 0.0
+
+
+def test_of_many_classes_only_the_most_confused_pairs_are_given() -> None:
+    classes = tuple(f"c{number:05}" for number in range(10 * CONFUSED))
+    labels = np.arange(40) % 4
+    scores = np.zeros((40, len(classes)), np.float32)
+    scores[np.arange(40), np.where(labels == 3, 9_999, labels)] = 1
+    scores[0, 5] = 2
+    found = accuracy(scores, labels, classes)
+    assert found.confusion is None
+    assert found.confused == (
+        ConfusedPair("c00003", "c09999", 10), ConfusedPair("c00000", "c00005", 1)
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", [(2, 2), (3, 3), (0, 3)])
@@ -98,3 +126,89 @@ def test_an_embedding_without_a_direction_votes_for_nothing_and_is_wrong(bad) ->
     assert np.isnan(found[1]).all()
     assert found[[0, 2, 3]].argmax(axis=1).tolist() == [0, 0, 0]
     assert accuracy(found, labels, ("a", "b")).top1 == 0.5
+
+
+# --- two sides on the same images -----------------------------------------------------------------
+
+
+def sides(both: int, lost: int, gained: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
+    """Make two sides of these counts."""
+    counts = (both, lost, gained, neither)
+    return np.repeat([True, True, False, False], counts), np.repeat(
+        [True, False, True, False], counts
+    )
+
+
+@given(st.integers(0, 200), st.integers(0, 200))
+def test_mcnemars_test_is_scipys_binomial_test(lost, gained) -> None:
+    wanted = binomtest(lost, lost + gained, alternative="greater").pvalue if lost + gained else 1.0
+    assert mcnemar(lost, gained) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_mcnemars_test_of_very_many_images_is_a_number() -> None:
+    assert mcnemar(500_000, 500_000) == pytest.approx(0.5004, abs=1e-4)
+    assert mcnemar(40_000, 0) == 0.0
+
+
+def test_the_bound_of_the_loss_is_the_published_one() -> None:
+    # A. Agresti, Categorical Data Analysis, approval ratings: 150 and 86 of 1,600 change sides;
+    # the interval of the difference is 0.02 to 0.06
+    assert loss_bound(150, 86, 1600, 0.975) == pytest.approx(0.0587, abs=2e-4)
+    assert loss_bound(0, 0, 1) < 1
+
+
+def test_a_bound_is_exceeded_one_time_in_twenty_and_a_sound_candidate_fails_one_in_a_hundred() -> (
+    None
+):
+    rng, runs, images = np.random.default_rng(0), 4000, 300
+    drawn = rng.multinomial(images, [0.85, 0.06, 0.03, 0.06], runs)  # 3 points are lost
+    exceeded = np.mean([loss_bound(lost, gained, images) < 0.03 for _, lost, gained, _ in drawn])
+    assert 0.04 < exceeded < 0.07  # an approximation
+    alike = rng.multinomial(images, [0.8, 0.05, 0.05, 0.1], runs)
+    alarms = np.mean([not compared(*sides(*counts)).passed for counts in alike])
+    assert alarms < 0.01
+
+
+def test_a_significant_loss_fails_and_a_gain_does_not() -> None:
+    found = compared(*sides(500, 41, 4, 54))
+    assert (found.lost, found.gained, found.images) == (41, 4, 599)
+    assert found.difference == pytest.approx(-37 / 599)
+    assert (found.conclusion, found.passed) == ("significant loss", False)
+    (reason,) = failures(found)
+    assert reason == (
+        "accuracy 84.1% of 599 labelled images, the reference's 90.3%: 41 lost, 4 gained, "
+        "McNemar's p = 4.7e-09, below 0.01 it is a significant loss"
+    )
+    gained = compared(*sides(500, 4, 41, 54))
+    assert (gained.conclusion, gained.passed) == ("no significant loss", True)
+    assert failures(gained) == notes(gained) == []
+
+
+def test_a_loss_that_is_allowed_does_not_fail_and_is_named() -> None:
+    found = compared(*sides(500, 41, 4, 54), allowed=0.07)
+    assert (found.conclusion, found.passed) == ("allowed loss", True)
+    assert not compared(*sides(500, 41, 4, 54), allowed=0.06).passed
+
+
+def test_twelve_images_are_no_proof() -> None:
+    found = compared(*sides(6, 4, 0, 2))  # 10 of 12 against 6 of 12
+    assert (found.conclusion, found.passed) == ("too few images", True)
+    assert found.p_value == pytest.approx(1 / 16)
+    (note,) = notes(found)
+    assert note == (
+        "12 labelled images are too few to tell: a loss of up to 51.6 points is not excluded"
+    )
+    assert compared(*sides(12, 0, 0, 0)).conclusion == "too few images"
+    assert compared(*sides(100, 0, 0, 0)).conclusion == "no significant loss"
+
+
+def test_an_answer_that_is_no_number_fails_however_accurate_the_rest_is() -> None:
+    found = compared(*sides(100, 0, 0, 0), not_finite=1)
+    assert not found.passed
+    assert failures(found) == ["NaN or infinity on 1 of 100 labelled images"]
+
+
+@pytest.mark.parametrize(("one", "other"), [(0, 0), (3, 2)])
+def test_sides_of_other_images_and_of_none_are_refused(one, other) -> None:
+    with pytest.raises(ToleranceError, match="expected the same, one or more"):
+        compared(np.ones(one, bool), np.ones(other, bool))
