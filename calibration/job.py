@@ -51,6 +51,8 @@ class CalibrateJob(Job):
     ]
     images: Annotated[Path, Opt("Pictures like those to come.", exists=True)]
     output: options.Output = None
+    labelled: options.LabelledPictures = None
+    accuracy_drop: options.AccuracyDrop = 0.0
     preprocess: options.Preprocess = None
     exif: options.Exif = None
     limit: Annotated[

@@ -97,6 +97,13 @@ def summary(
         )
         if share is not None
     ]
+    if quantised.accuracy is not None:
+        found, beside = quantised.accuracy, baseline.accuracy
+        also = "" if beside is None else f"{benefit.base}: {beside.candidate.top1:.1%}, "
+        shares.append(
+            f"accuracy {found.candidate.top1:.1%} ({also}fp32: {found.reference.top1:.1%}; "
+            f"{found.conclusion})"
+        )
     if kept:
         shares.append(f"{kept} of {depth} blocks kept in {benefit.base}")
     detail = "; ".join([cost, *shares, *benefit.faults, _times(benefit)])
@@ -131,13 +138,17 @@ def require_target(capability: ComputeCapability, dtypes: Sequence[Dtype]) -> No
 
 @dataclass(frozen=True, slots=True)
 class Calibrated:
-    """Results of a calibration: the quantised graph, and its baseline in the base type."""
+    """Results of a calibration: the quantised graph, and its baseline in the base type.
+
+    ``notes`` are those on labelled pictures.
+    """
 
     source: GraphFile
     images: Split
     collected: CollectedRanges
     chosen: Candidate
     baseline: Candidate
+    notes: tuple[str, ...] = ()
 
 
 def measure(

@@ -50,6 +50,11 @@ class Labelled:
             classes: the model's.
             of: what to call the model in errors.
         """
+        if not classes:
+            raise ImageError(
+                f"{of} does not name its classes, so the labels of {self.source} cannot be matched "
+                "with them; name them with --labels when the checkpoint is exported"
+            )
         place = {name: number for number, name in enumerate(classes)}
         lacking = [name for name in self.classes if name not in place]
         if lacking:

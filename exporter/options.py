@@ -180,6 +180,20 @@ Providers = Annotated[
 Device = Annotated[Index | None, Opt("GPU to run on.")]
 Trust = Annotated[bool, Opt("Run an engine that has no manifest.")]
 
+# labelled pictures: how often both sides of a comparison are right
+LabelledPictures = Annotated[
+    Path | None,
+    Opt(
+        "Labelled pictures, all of them run: a significant loss of accuracy fails. A folder with a"
+        " subfolder for each class, or a .csv or .parquet with the columns path and label.",
+        exists=True,
+    ),
+]
+AccuracyDrop = Annotated[
+    Annotated[float, Within(0, 1)],
+    Opt("--labelled: loss of accuracy that is allowed, as in 0.01."),
+]
+
 # what is written, and how it is checked
 Output = Annotated[Path | None, Opt("The .onnx file to write.", OUTPUT)]
 Images = Annotated[Path | None, Opt("Pictures to check on; without, seeded noise.", exists=True)]

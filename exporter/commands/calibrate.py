@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from msn_export import __version__, golden
-from msn_export.artifact import GraphFile, max_batch_of
+from msn_export.artifact import Feed, GraphFile, max_batch_of
 from msn_export.calibration import ranges as ranges_file
-from msn_export.calibration.images import FEW, Split, split
+from msn_export.calibration.images import FEW, Split, hash_of, split
 from msn_export.calibration.job import CalibrateJob, settled
 from msn_export.calibration.qdq import FORMATS
 from msn_export.calibration.ranges import require_finite, require_meaning
@@ -27,13 +27,20 @@ from msn_export.calibration.verdict import (
     require_target,
     summary,
 )
-from msn_export.errors import GraphError, SpecError, ToleranceError
+from msn_export.embedding.accuracy import (
+    LabelledModel,
+    LabelledReference,
+    output_to_compare,
+    require_classes,
+)
+from msn_export.errors import GraphError, ImageError, SpecError, ToleranceError
 from msn_export.files import apart, publish, require_writable, staging
 from msn_export.graph import io
 from msn_export.graph.precision import quantised_products, type_graph
 from msn_export.graph.summary import GraphSummary
 from msn_export.host import peak_rss
 from msn_export.image_folder import notes_on
+from msn_export.labelled import Labelled, read_labelled
 from msn_export.manifest import (
     AttentionRecord,
     GoldenRecord,
@@ -45,8 +52,9 @@ from msn_export.manifest import (
     sha256_of,
     versions_of,
 )
+from msn_export.metrics.accuracy import notes as notes_of
 from msn_export.metrics.evaluate import Evaluation, Reference, Sample, evaluate, run_reference
-from msn_export.metrics.tolerances import GATES, Gate
+from msn_export.metrics.tolerances import GATES
 from msn_export.mixed_precision import cpu_runner
 from msn_export.progress import SILENT, Progress
 from msn_export.runtime.onnxruntime import OrtRunner
@@ -184,6 +192,9 @@ def _notes(done: Calibrated) -> Iterator[str]:
     if pictures.broken:
         yield f"{len(pictures.broken)} broken images skipped"
     yield from notes_on(tuple(pictures.broken.values()), pictures.skipped, len(pictures.turned))
+    yield from done.notes
+    if done.chosen.evaluation.accuracy is not None:
+        yield from notes_of(done.chosen.evaluation.accuracy)
     if done.baseline.evaluation.failures:
         yield (
             f"the {done.baseline.evaluation.check.executed_on} baseline misses its own gate: "
@@ -208,8 +219,14 @@ def run_calibrate(job: CalibrateJob, progress: Progress = SILENT) -> tuple[Path,
     require_writable(outputs, force=job.force, sources=read)
     require_meaning(job.observer, FORMATS[job.dtype])
     _require_target(replace(job, base=job.base or Dtype.FP16))
+    labelled = None
+    if job.labelled is not None:
+        with progress.step("list labelled pictures"):
+            labelled = read_labelled(job.labelled)
     with progress.step("read the graph"):
         source = _read(job)
+        if labelled is not None:
+            require_classes(labelled, source.outputs, source.labels, str(source.path))
         job = settled(job, source)
         _require_target(job)  # by the type of the rest that the graph asks for
         given = given_ranges(job, source)
@@ -221,9 +238,12 @@ def run_calibrate(job: CalibrateJob, progress: Progress = SILENT) -> tuple[Path,
     with staging(output.parent) as stage:
         reference = _run_fp32(job, source, split_images, stage, progress)
         collected = collect_ranges(job, source, split_images.calibration, given, stage, progress)
-        chosen = _choose(job, source, collected, reference, stage / output.name, progress)
-        baseline = _baseline(job, source, collected, reference, stage, progress)
-        done = Calibrated(source, split_images, collected, chosen, baseline)
+        counted = _run_labelled(source, labelled, collected, progress) if labelled else None
+        fp32 = _Fp32(source, reference, counted)
+        chosen = _choose(job, fp32, collected, stage / output.name, progress)
+        baseline = _baseline(job, fp32, collected, stage, progress)
+        counts = _notes_on_labelled(counted) if counted else ()
+        done = Calibrated(source, split_images, collected, chosen, baseline, tuple(counts))
         manifest = to_manifest(done, job, stage, ranges.name, progress)
         manifest = replace(
             manifest,
@@ -296,28 +316,70 @@ def _one(sample: Sample, input_format: InputFormat, index: int) -> NDArray[Any]:
     return sample.preprocess([index], input_format)
 
 
-def _choose(
-    job: CalibrateJob,
+def _run_labelled(
     source: GraphFile,
+    labelled: Labelled,
     collected: CollectedRanges,
-    reference: Reference,
-    path: Path,
     progress: Progress,
+) -> LabelledReference:
+    """Run the fp32 graph on the labelled pictures that were not calibrated on."""
+    taken = frozenset(collected.ranges.images.sha256)
+    feed = Feed(source.input_format, source.preprocessing)
+    title = "run the fp32 graph on labelled pictures"
+    with progress.step(title), OrtRunner(source.path) as runner:
+        outputs = (output_to_compare(source.outputs),)
+        model = LabelledModel(str(source.path), runner, feed, outputs, source.labels)
+        reference = LabelledReference.run(
+            labelled, model, progress, lambda pixels: hash_of(pixels) in taken
+        )
+    if not len(reference.labelled):
+        raise ImageError(
+            f"all {len(labelled)} pictures of {labelled.source} were calibrated on; give others "
+            "with --labelled, or calibrate on fewer with --limit"
+        )
+    return reference
+
+
+def _notes_on_labelled(reference: LabelledReference) -> Iterator[str]:
+    yield from reference.notes
+    if reference.withheld:
+        yield (
+            f"{reference.withheld} of {reference.given} labelled pictures were calibrated on, and "
+            "are not judged by"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Fp32:
+    """The fp32 graph and what it made of the images that its quantised forms are judged on."""
+
+    source: GraphFile
+    reference: Reference
+    labelled: LabelledReference | None
+
+
+def _choose(
+    job: CalibrateJob, fp32: _Fp32, collected: CollectedRanges, path: Path, progress: Progress
 ) -> Candidate:
     """Quantise as many blocks as reach the gate, on calibration images and on held-out ones."""
-    failures: tuple[str, ...] = ()
-    where = "held-out"
+    failed: Evaluation | None = None
     with progress.step(f"quantise to {job.dtype} and judge"):
         for exclusion in exclusions(collected.plan, collected.probe, job.gate, progress):
             model = collected.plan.quantised(exclusion.kept)
             _write(model, collected, job.rest, path)
-            evaluation = _evaluate(path, job.dtype, reference, source, job.gate)
+            evaluation = _evaluate(job, path, job.dtype, fp32, progress)
             if not evaluation.failures:
                 return Candidate(path, model, evaluation, exclusion)
-            failures = evaluation.failures
-        if not failures:
-            where = "calibration"
-            failures = tuple(collected.probe.failures(collected.plan.quantised(), job.gate))
+            failed = evaluation
+    if failed is not None and not failed.disagreements:
+        raise ToleranceError(
+            f"every choice of blocks in {job.dtype} fails on labelled pictures "
+            f"({failed.losses[0]}); keep {job.rest}, or allow it with --accuracy-drop"
+        )
+    where, failures = "held-out", failed.failures if failed is not None else ()
+    if not failures:
+        where = "calibration"
+        failures = tuple(collected.probe.failures(collected.plan.quantised(), job.gate))
     raise ToleranceError(
         f"no choice of blocks reaches --gate-cosine {job.gate.cosine_p1} in {job.dtype} on {where} "
         f"images ({failures[0]}); keep {job.rest}, or lower the gate"
@@ -325,27 +387,29 @@ def _choose(
 
 
 def _evaluate(
-    path: Path, dtype: Dtype, reference: Reference, source: GraphFile, gate: Gate
+    job: CalibrateJob, path: Path, dtype: Dtype, fp32: _Fp32, progress: Progress
 ) -> Evaluation:
+    """Judge a graph on held-out images; on labelled pictures too, once it agrees on those."""
+    source, reference = fp32.source, fp32.reference
     size = source.fixed_batch or min(8, reference.sample.max_batch, len(reference.sample))
+    gate = job.gate if dtype is job.dtype else GATES[dtype]
     with cpu_runner(path, dtype, path.parent) as runner:
-        return evaluate(runner, reference, source.input_format, (size,), gate)
+        found = evaluate(runner, reference, source.input_format, (size,), gate)
+        if fp32.labelled is None or found.failures:
+            return found
+        accuracy = fp32.labelled.accuracy_of(runner, job.accuracy_drop, progress)
+        return replace(found, accuracy=accuracy)
 
 
 def _baseline(
-    job: CalibrateJob,
-    source: GraphFile,
-    collected: CollectedRanges,
-    reference: Reference,
-    stage: Path,
-    progress: Progress,
+    job: CalibrateJob, fp32: _Fp32, collected: CollectedRanges, stage: Path, progress: Progress
 ) -> Candidate:
     """Make the same graph in the base type, which is what quantising has to be better than."""
     path = apart(stage) / f"baseline.{job.rest}.onnx"
     with progress.step(f"judge the {job.rest} graph beside it"):
         model = collected.plan.unquantised()
         _write(model, collected, job.rest, path)
-        evaluation = _evaluate(path, job.rest, reference, source, GATES[job.rest])
+        evaluation = _evaluate(job, path, job.rest, fp32, progress)
     return Candidate(path, model, evaluation)
 
 

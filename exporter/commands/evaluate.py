@@ -12,11 +12,12 @@ import numpy as np
 
 from msn_export.artifact import feed_of, is_checkpoint
 from msn_export.commands.jobs import EvaluateJob
-from msn_export.embedding.inference import decoded, decoders, reading_of, require_selftest
-from msn_export.errors import ImageError, SpecError, ToleranceError
+from msn_export.embedding.accuracy import LabelledModel, OutputRows, run_labelled, vector_of
+from msn_export.embedding.inference import reading_of, require_selftest
+from msn_export.errors import SpecError, ToleranceError
 from msn_export.image_folder import notes_on
 from msn_export.labelled import Labelled, read_labelled
-from msn_export.metrics.accuracy import NEIGHBOURS, Accuracy, accuracy, votes
+from msn_export.metrics.accuracy import NEIGHBOURS, Accuracy, ConfusedPair, accuracy, votes
 from msn_export.preprocessing import Exif, Preprocessing
 from msn_export.progress import SILENT
 from msn_export.runtime import open_runner
@@ -42,7 +43,9 @@ class Evaluated(Result):
     ``images`` of ``given`` pictures were judged; ``broken`` names those that could not be read. An
     answer with NaN or infinity is wrong. ``top1``, ``top5``, ``interval`` (Wilson's, 95 %),
     ``per_class`` and ``confusion`` [true][predicted] are those of its logits, and None without
-    them. ``knn`` is what ``k`` neighbours by cosine say: of ``train``, or of the other pictures.
+    them; the matrix is None for very many classes, too. ``confused`` are the pairs of classes that
+    are confused most often. ``knn`` is what ``k`` neighbours by cosine say: of ``train``, or of the
+    other pictures.
     """
 
     model: str
@@ -56,6 +59,7 @@ class Evaluated(Result):
     interval: tuple[float, float] | None
     per_class: dict[str, float | None] | None
     confusion: tuple[tuple[int, ...], ...] | None
+    confused: tuple[ConfusedPair, ...]
     knn: Accuracy | None
     k: int | None
     train: str | None
@@ -67,20 +71,6 @@ class Evaluated(Result):
     skipped: dict[str, int]
     notes: tuple[str, ...]
     seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class OutputRows:
-    """Outputs for pictures: ``values`` [n, width] by output; ``errors`` say what cannot be read."""
-
-    values: dict[str, NDArray[np.float32]]
-    errors: dict[int, str]
-    turned: int
-
-    def whole(self) -> NDArray[np.intp]:
-        """List the rows of pictures that can be read."""
-        count = len(next(iter(self.values.values())))
-        return np.array([row for row in range(count) if row not in self.errors], np.intp)
 
 
 class EvaluatedModel:
@@ -124,28 +114,9 @@ class EvaluatedModel:
 
     def rows(self, labelled: Labelled, names: Sequence[str], progress: Progress) -> OutputRows:
         """Run labelled pictures once; ``names`` are the outputs to keep."""
-        parts: dict[str, list[NDArray[np.float32]]] = {name: [] for name in names}
-        errors, turned, total = dict[int, str](), 0, len(labelled)
-        batches = [
-            range(start, min(start + self.batch, total)) for start in range(0, total, self.batch)
-        ]
-        for one, pixels, broken, more in decoded(
-            labelled.paths, self.feed, self.batch, decoders(), batches
-        ):
-            outputs = self.runner(self.feed(pixels))
-            for name in names:
-                parts[name].append(np.asarray(outputs[name], np.float32).reshape(len(one), -1))
-            errors |= {one.start + row: text for row, text in broken.items()}
-            turned += more
-            progress.advance(one.stop, total, f"{one.stop} of {total}, {len(errors)} broken")
-        if len(errors) == total:
-            raise ImageError(
-                f"none of the {total} pictures of {labelled.source} can be read; the first: "
-                f"{errors[0]}"
-            )
-        return OutputRows(
-            {name: np.concatenate(part) for name, part in parts.items()}, errors, turned
-        )
+        asked = LabelledModel(self.name, self.runner, self.feed, tuple(names), self.labels)
+        (found,) = run_labelled(labelled, [asked], self.batch, progress)
+        return found
 
 
 class _CheckpointRunner:
@@ -234,6 +205,7 @@ def run_evaluate(job: EvaluateJob, progress: Progress = SILENT) -> Evaluated:
         interval=found.interval if found is not None else None,
         per_class=found.per_class if found is not None else None,
         confusion=found.confusion if found is not None else None,
+        confused=found.confused if found is not None else (),
         knn=neighbours,
         k=k,
         train=str(job.train) if job.train is not None else None,
@@ -251,9 +223,7 @@ def run_evaluate(job: EvaluateJob, progress: Progress = SILENT) -> Evaluated:
 
 def _vector(model: EvaluatedModel, job: EvaluateJob) -> str:
     """Choose the output that neighbours are told by: a vector an image, not logits."""
-    names = [Head.FEATURES.output, Head.CLS.output, Head.MEAN.output, "pooler_output"]
-    names += [name for name in model.outputs if name != Head.LOGITS.output]
-    vector = job.output_name or next((name for name in names if name in model.outputs), None)
+    vector = job.output_name or vector_of(model.outputs)
     if vector is None:
         raise SpecError(
             f"{job.model} has logits alone, which have no neighbours; leave --knn out, or export "

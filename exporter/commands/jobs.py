@@ -215,6 +215,8 @@ class ValidateJob(Job):
         Count | None,
         Opt("Pictures that are run.", read=options.number_or_all, form="N|all"),
     ] = 64  # enough for a first percentile, seconds of a ViT-S on two cores
+    labelled: options.LabelledPictures = None
+    accuracy_drop: options.AccuracyDrop = 0.0
     batch: Annotated[
         BatchRange | None, Opt("Batch sizes to run. Default: the candidate's own.")
     ] = None
@@ -278,6 +280,8 @@ class ReportJob(Job):
     preprocess: options.Preprocess = None
     exif: options.Exif = None
     limit: Annotated[int, Within(3), Opt("Pictures.")] = 64
+    labelled: options.LabelledPictures = None
+    accuracy_drop: options.AccuracyDrop = 0.0
     bench: Annotated[Path | None, Opt("What 'msn-export bench --json' wrote.")] = None
     variant: options.Variant = None
     weights: options.Weights = None

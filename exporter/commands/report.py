@@ -56,6 +56,7 @@ def run_report(job: ReportJob, progress: Progress = SILENT) -> Page:
     """
     _require_outputs(job)
     require_packages()
+    job = _with_pictures(job)
     from msn_export.reporting.render import html, markdown
 
     files = _examine(job.artifacts)
@@ -80,6 +81,15 @@ def run_report(job: ReportJob, progress: Progress = SILENT) -> Page:
                 with placing([output], force=job.force):
                     staged.replace(output)
     return page
+
+
+def _with_pictures(job: ReportJob) -> ReportJob:
+    """Run on labelled pictures where no others are given."""
+    if job.images is not None or job.labelled is None:
+        return job
+    if not job.labelled.is_dir():
+        raise SpecError(f"--labelled {job.labelled} is a table; give --images too, a folder")
+    return replace(job, images=job.labelled)
 
 
 def _require_outputs(job: ReportJob) -> None:
@@ -135,7 +145,14 @@ def _jobs(job: ReportJob, reference: str, candidate: str) -> tuple[ValidateJob, 
     """Ask for both comparisons of a pair; what is said of a checkpoint goes where there is one."""
     preprocess, exif = job.preprocess, job.exif
     asked = ValidateJob(
-        reference, candidate, job.images, job.limit, preprocess=preprocess, exif=exif
+        reference,
+        candidate,
+        job.images,
+        job.limit,
+        labelled=job.labelled,
+        accuracy_drop=job.accuracy_drop,
+        preprocess=preprocess,
+        exif=exif,
     )
     walked = DriftJob(reference, candidate, job.images, preprocess=preprocess, exif=exif)
     if not any(map(is_checkpoint, (reference, candidate))):

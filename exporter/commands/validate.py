@@ -11,11 +11,23 @@ from pathlib import Path
 import onnx_ir as ir
 
 from msn_export import baseline, image_folder
-from msn_export.artifact import Artifact
+from msn_export.artifact import Artifact, Feed
 from msn_export.commands.jobs import ValidateJob
 from msn_export.compare.sides import Pair, Validation, decide, heads_of, open_pair, open_side
+from msn_export.embedding.accuracy import (
+    BATCH,
+    LabelledModel,
+    compare_accuracy,
+    output_to_compare,
+    require_classes,
+    run_labelled,
+)
 from msn_export.errors import GraphError, ImageError
 from msn_export.graph.fuse import attention_form
+from msn_export.image_folder import notes_on
+from msn_export.labelled import Labelled, read_labelled
+from msn_export.manifest import AccuracyRecord
+from msn_export.metrics.accuracy import notes as notes_of
 from msn_export.metrics.diagnose import diagnose
 from msn_export.metrics.evaluate import (
     Evaluation,
@@ -70,9 +82,18 @@ def validate_in_full(
 ) -> tuple[Validation, Evaluation]:
     """Compare two artifacts, those of ``files`` being open already; give also what was compared."""
     choices = Choices(job.variant, job.weights, job.labels)
+    labelled = None
+    if job.labelled is not None:
+        with progress.step("list labelled pictures"):
+            labelled = read_labelled(job.labelled)
+        if job.labelled.is_dir():  # pictures, and they are at hand
+            job = replace(job, images=job.images or job.labelled)
     with progress.step("read both sides"):
         pair = open_pair(str(job.reference), str(job.candidate), choices, files)
         preprocessing, own = _preprocessings(job, pair)
+        if labelled is not None:
+            for side, labels in zip((pair.reference, pair.candidate), _labels(pair), strict=True):
+                require_classes(labelled, pair.outputs, labels, side.name)
     name = job.gate or coarsest(pair.reference.dtype, pair.candidate.dtype)
     gate = gate_of(name, job.numbers)
     with tempfile.TemporaryDirectory(prefix="msn-export-") as folder, ExitStack() as opened:
@@ -96,6 +117,10 @@ def validate_in_full(
             if same.failures:
                 side = pair.candidate
                 cause = diagnose(runner, reference, side.input_format, gate, fixed=side.fixed_batch)
+        if labelled is not None:
+            with progress.step("count what is right"):
+                accuracy = trials.count(labelled, preprocessing, runner, progress)
+            same = replace(same, accuracy=accuracy)
     found = decide(pair, name, same, fed, trials.notes, numbers_only=job.numbers_only)
     return replace(found, cause=cause), same
 
@@ -217,6 +242,40 @@ class _Trials:
         if len(shared.sample) < len(sample):
             self.notes.append(f"{len(shared.sample)} pictures can be read with both preprocessings")
         self.mine.run(runner, shared, self.pair.candidate.input_format, self.sizes)
+
+    def count(
+        self, labelled: Labelled, shared: Preprocessing, runner: OutputsOf, progress: Progress
+    ) -> AccuracyRecord:
+        """Run labelled pictures through both sides, each fed as it is in production."""
+        pair, output = self.pair, output_to_compare(self.pair.outputs)
+        with closing(open_side(pair.reference, (output,), self.stage)) as reference:
+            models = [
+                LabelledModel(
+                    side.name, run, Feed(side.input_format, preprocessing), (output,), labels
+                )
+                for side, run, preprocessing, labels in (
+                    (pair.reference, reference, shared, _labels(pair)[0]),
+                    (pair.candidate, runner, self.own or shared, _labels(pair)[1]),
+                )
+            ]
+            batch = min(BATCH, pair.max_batch)
+            together = [models] if self.own is None else [[model] for model in models]
+            rows = [
+                found
+                for alike in together
+                for found in run_labelled(labelled, alike, batch, progress)
+            ]
+        first, second = zip(models, rows, strict=True)
+        record = compare_accuracy(labelled, first, second, allowed=self.job.accuracy_drop)
+        self.notes += [*rows[0].notes, *rows[-1].notes, *notes_on((), labelled.skipped, 0)]
+        self.notes += notes_of(record)
+        return record
+
+
+def _labels(pair: Pair) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Give the names of both sides' classes; one that has none takes the other's."""
+    reference, candidate = pair.reference.labels, pair.candidate.labels
+    return reference or candidate, candidate or reference
 
 
 def run_pair_reference(pair: Pair, sample: Sample, stage: Path, *, exact: bool) -> Reference:

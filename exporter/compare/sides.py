@@ -300,7 +300,8 @@ class Validation(Result):
     """The verdict, the figures behind it, and why.
 
     ``check`` gave both sides the same pixels; ``own``, where preprocessing differs, gave each what
-    its own makes of the same pictures. ``reasons`` is empty when ``passed``.
+    its own makes of the same pictures, and so does ``check.accuracy``. ``reasons`` is empty when
+    ``passed``.
     """
 
     reference: Side
@@ -329,13 +330,13 @@ def decide(
     Args:
         pair: what was compared.
         name: whose gate it was.
-        same: the candidate on the reference's pixels.
+        same: the candidate on the reference's pixels; its accuracy as it is fed in production.
         mine: the candidate on the same pictures as it is fed in production, where that differs.
         notes: what else is to be said of the runs.
         numbers_only: contradictions between the graphs, and outputs that only one of them has, are
             notes, not reasons.
     """
-    model, fed = same.failures, mine.failures if mine is not None else ()
+    model, fed = same.disagreements, mine.disagreements if mine is not None else ()
     reasons, notes = list(model), [*pair.notes, *notes]
     if mine is not None:
         shown = (
@@ -351,6 +352,7 @@ def decide(
             notes.append(
                 f"the preprocessing differs and the verdict is that of both together: {shown}"
             )
+    reasons += same.losses
     reasons += label_faults(pair.reference.labels, pair.candidate.labels)
     contradictions = [*differences(pair.reference.structure, pair.candidate.structure), *pair.alone]
     if numbers_only:

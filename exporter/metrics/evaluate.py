@@ -13,7 +13,8 @@ import numpy as np
 from msn_export import image_folder, images
 from msn_export.errors import ImageError, SpecError, ToleranceError
 from msn_export.host import available_memory
-from msn_export.manifest import CheckRecord, ImageRecord
+from msn_export.manifest import AccuracyRecord, CheckRecord, ImageRecord
+from msn_export.metrics.accuracy import failures as failures_of
 from msn_export.metrics.metrics import (
     Agreement,
     Comparison,
@@ -355,7 +356,7 @@ class Evaluation:
     """Agreement of a candidate with its reference at the sizes that ran, output by output.
 
     ``gate`` is what was asked of each. ``vectors`` are the candidate's embeddings, [count, dim] by
-    output.
+    output. ``accuracy`` is that of both on labelled images, where some were given.
     """
 
     outputs: Mapping[str, Agreement]
@@ -365,14 +366,25 @@ class Evaluation:
     gate: Gate
     per_image: tuple[ImageRecord, ...] = ()
     vectors: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    accuracy: AccuracyRecord | None = None
 
     @property
     def failures(self) -> tuple[str, ...]:
+        return self.disagreements + self.losses
+
+    @property
+    def disagreements(self) -> tuple[str, ...]:
+        """Name each figure of an output that is past its limit."""
         return tuple(
             f"output {name!r}: {failure}"
             for name, agreement in self.outputs.items()
             for failure in self.gate.failures(agreement, self.reference.limit(name))
         )
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """Name what fails in the accuracy; nothing where none was counted."""
+        return () if self.accuracy is None else tuple(failures_of(self.accuracy))
 
     def require(self, what: str) -> CheckRecord:
         for name, agreement in self.outputs.items():
@@ -404,6 +416,7 @@ class Evaluation:
             limits={name: errors.to_json() for name, errors in limits.items()},
             limits_from=reference.limits_from if gate.is_measured else "",
             skipped=dict(reference.sample.skipped),
+            accuracy=self.accuracy,
         )
 
 

@@ -9,11 +9,13 @@ from msn_export.artifact import is_checkpoint
 from msn_export.compare.inspection import Inspection
 from msn_export.compare.sides import Side, Validation
 from msn_export.manifest import (
+    AccuracyRecord,
     CheckRecord,
     EngineRecord,
     ImageRecord,
     Manifest,
     QuantizationRecord,
+    ShareRecord,
     SumsRecord,
 )
 from msn_export.metrics.tolerances import in_words
@@ -182,6 +184,31 @@ def check_rows(check: CheckRecord) -> Iterator[tuple[str, str]]:
     for name, figures in check.outputs.items():
         yield f"  {name}", _figures(figures, check.limits.get(name, {}))
     yield "worst", _worst(check.per_image)
+    yield from accuracy_rows(check.accuracy)
+
+
+def accuracy_rows(found: AccuracyRecord | None) -> Iterator[tuple[str, str]]:
+    """Give the accuracy of both sides on labelled images, and what McNemar's test makes of it."""
+    if found is None:
+        return
+    of = f" of {found.given:,}" if found.given > found.images else ""
+    yield (
+        "accuracy",
+        f"{_share(found.candidate)} in the candidate, {_share(found.reference)} in the reference",
+    )
+    yield "", f"by {found.by} on {found.images:,}{of} images of {found.labelled}"
+    allowed = f", {100 * found.allowed:g} points are allowed" if found.allowed else ""
+    yield (
+        "",
+        f"{found.conclusion}{allowed}: {found.lost} lost, {found.gained} gained, McNemar's exact "
+        f"test p = {found.p_value:.2g}; with 95 % confidence the loss is below "
+        f"{100 * found.loss_bound:.1f} points",
+    )
+
+
+def _share(found: ShareRecord) -> str:
+    low, high = found.interval
+    return f"{found.top1:.1%} ({low:.1%} to {high:.1%})"
 
 
 def _figures(figures: dict[str, float | None], limits: dict[str, float | None]) -> str:
@@ -320,6 +347,7 @@ def _check_rows(check: CheckRecord | None) -> Iterator[tuple[str, str]]:
         yield "relative error", f"{check.relative:.2e}{most}"
     if check.limits_from:
         yield "", check.limits_from
+    yield from accuracy_rows(check.accuracy)
     verdict = "passed" if check.passed else "failed"
     yield "verdict", f"{verdict} on {counted(check)}"
 

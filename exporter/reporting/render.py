@@ -31,7 +31,7 @@ from msn_export.compare.drift import Drift
 from msn_export.graph.summary import PARTS
 from msn_export.metrics.diagnose import StageDrift
 from msn_export.metrics.tolerances import HEADROOM
-from msn_export.reporting.describe import file_rows, fused, short
+from msn_export.reporting.describe import accuracy_rows, file_rows, fused, short
 from msn_export.reporting.gather import (
     Page,
     ReportedAgreement,
@@ -308,7 +308,8 @@ def environment(*, autoescape: bool) -> Environment:
     )
     opened.filters |= {"cell": _cell, "line": _line, "short": short, "spelled": spelled}
     opened.globals |= {
-        "file_rows": file_rows, "fused": fused, "multiplied": multiplied, "strips": strips,
+        "accuracy_rows": accuracy_rows, "file_rows": file_rows, "fused": fused,
+        "multiplied": multiplied, "strips": strips,
         "timed_on": timed_on, "timing_columns": timing_columns, "timing_rows": timing_rows,
         "PARTS": PARTS, "HEADROOM": HEADROOM,
     }  # fmt: skip

@@ -10,6 +10,7 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from msn_export.cli import main
+from msn_export.runtime import open_runner
 from tests.builders.checkpoints import hugging_face
 
 
@@ -34,6 +35,26 @@ def pictures(folder: Path, count: int, broken: tuple[int, ...] = ()) -> Path:
         Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(path)
         if number in broken:
             path.write_bytes(path.read_bytes()[: 40 + zlib.crc32(path.name.encode()) % 40])
+    return folder
+
+
+def predicted(folder: Path, graph: Path, count: int, wrong: tuple[int, ...] = ()) -> Path:
+    """Write plain pictures under the class that a graph takes them for; ``wrong`` under the next.
+
+    So the graph's accuracy is known: that of random weights is chance.
+    """
+    for number in range(count):
+        rng = np.random.default_rng(number)
+        grain = rng.integers(0, 256, (1, 1, 3)) + rng.integers(-20, 20, (40, 48, 3))
+        path = folder / f"{number:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(grain.clip(0, 255).astype(np.uint8)).save(path)
+    with open_runner(graph) as runner:
+        paths = sorted(folder.glob("*.png"))
+        for number, row in enumerate(runner(paths).logits):
+            name = runner.labels[(int(row.argmax()) + (number in wrong)) % len(row)]
+            (folder / name).mkdir(exist_ok=True)
+            paths[number].rename(folder / name / paths[number].name)
     return folder
 
 
