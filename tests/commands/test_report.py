@@ -28,7 +28,7 @@ from tests.builders.artifacts import classifier, copy_of, engine, no_driver
 from tests.builders.benches import made_up
 from tests.builders.checkpoints import hugging_face
 from tests.builders.pages import read
-from tests.builders.tiny_artifacts import pictures
+from tests.builders.tiny_artifacts import pictures, predicted
 from tests.contracts import faults
 from tests.fakes.browser import chromium, look_at
 
@@ -404,6 +404,26 @@ def test_nor_is_what_a_manifest_says_markdown(folder, tmp_path) -> None:
     lines = card.read_text(encoding="utf-8").splitlines()
     assert lines[0] == r"# x \# Verified \<b\>"
     assert lines[2].startswith(r"ViT-MSN, \<script\> blocks of \| with")
+
+
+def test_it_shows_the_accuracy_on_labelled_pictures(folder, tmp_path) -> None:
+    labelled = predicted(tmp_path / "set", folder / "m.onnx", 36)
+    output, card = tmp_path / "report.html", tmp_path / "card.md"
+    options = ("--labelled", labelled, "-o", output, "--markdown", card)
+    result = report(folder / "m.onnx", folder / "half.onnx", *options)
+    assert result.exit_code == 0, result.output
+    text = text_of(output)
+    assert "100.0% (90.4% to 100.0%) in the reference by logits on 36 images of " in text
+    assert "36 of " in text  # the outputs are compared on the same pictures
+    assert "no significant loss: 0 lost, 0 gained, McNemar&#39;s exact test p = 1" in text
+    assert "  * accuracy 100.0% (90.4% to 100.0%) in the candidate" in card.read_text("utf-8")
+
+
+def test_labels_in_a_table_need_pictures_beside_them(folder, tmp_path) -> None:
+    table = tmp_path / "labels.csv"
+    table.write_text("path,label\n")
+    message = refused(folder / "m.onnx", "--labelled", table, "-o", tmp_path / "r.html")
+    assert message == f"error: --labelled {table} is a table; give --images too, a folder"
 
 
 # --- what is refused ------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ from msn_export.metrics.evaluate import Evaluation, Reference, Sample
 from msn_export.metrics.tolerances import GATES, Gate
 from msn_export.preprocessing import preset
 from msn_export.reporting import gather
-from msn_export.reporting.describe import origin_of
+from msn_export.reporting.describe import accuracy_rows, check_rows, origin_of
 from msn_export.spec import Dtype, ImageSize
-from tests.builders.manifests import example
+from tests.builders.manifests import check, counted, example
 from tests.reporting.test_render import agreement, artifact, drift, stage
 
 PREPROCESSING = preset("hf", ImageSize(32, 32))
@@ -100,3 +100,26 @@ def test_the_date_can_be_fixed_for_builds_that_are_to_be_the_same(monkeypatch) -
     assert gather.now() == "01 January 1970, 00:00 UTC"
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "soon")
     assert gather.now().endswith(f"{datetime.now(UTC):%Y, %H}:{gather.now()[-6:-4]} UTC")
+
+
+def test_accuracy_is_both_sides_the_images_and_the_test() -> None:
+    assert list(accuracy_rows(None)) == []
+    rows = list(accuracy_rows(counted()))
+    assert rows == [
+        (
+            "accuracy",
+            "96.3% (94.5% to 97.6%) in the candidate, 96.8% (95.1% to 98.0%) in the reference",
+        ),
+        ("", "by logits on 599 of 1,797 images of digits"),
+        (
+            "",
+            "no significant loss: 4 lost, 1 gained, McNemar's exact test p = 0.19; with 95 % "
+            "confidence the loss is below 1.2 points",
+        ),
+    ]
+    assert list(check_rows(check(accuracy=counted())))[-3:] == rows
+
+
+def test_a_loss_that_is_allowed_is_named_with_what_is() -> None:
+    *_, (_, last) = accuracy_rows(counted(conclusion="allowed loss", allowed=0.01))
+    assert last.startswith("allowed loss, 1 points are allowed: 4 lost, 1 gained, ")
