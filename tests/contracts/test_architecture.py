@@ -20,8 +20,8 @@ ORDER = (
     "errors", "spec", "progress", "schema", "host", "preprocessing", "manifest", "files", "images",
     "image_folder", "labelled", "engine_header", "golden", "models", "processor_config",
     "options", "metrics", "logistic_regression", "graph", "runtime", "mixed_precision", "artifact",
-    "engine", "benchmark", "calibration", "baseline", "compare", "reporting", "embedding", "cluster",
-    "triton_server", "commands", "cli", "api", "__main__",
+    "engine", "benchmark", "calibration", "baseline", "compare", "reporting", "embedding",
+    "cluster", "triton_server", "commands", "cli", "api", "__main__",
 )  # fmt: skip
 HEAVY = frozenset(
     {"torch", "onnx", "onnx_ir", "onnxscript", "onnxsim", "onnxruntime", "transformers",
