@@ -76,8 +76,8 @@ class CalibrateJob(Job):
     base: Annotated[
         Dtype | None,
         Opt(
-            "The type of all that is not 8-bit; auto: fp32 for int8 graphs of --target onnxruntime,"
-            " else fp16.",
+            "The type of all that is not 8-bit; auto: fp32 for int8 graphs of --target onnxruntime"
+            " and portable, else fp16.",
             words=DTYPES,
             none="auto",
         ),
@@ -140,16 +140,16 @@ def settled(job: CalibrateJob, source: GraphFile) -> CalibrateJob:
     types itself. Another tool's of an older opset does too, unless a half precision is asked for.
     """
     exported_for = source.manifest.target if source.manifest is not None else None
-    target = job.target or next((one for one in Target if one == exported_for), None)
-    if target is Target.TENSORRT_8:
+    target = job.target or Target.of(exported_for)
+    if target is Target.PORTABLE:
         _require_opset_17(job)
     elif target is None and source.opset < _HALF_SCALES and job.dtype is Dtype.INT8:
-        target = Target.TENSORRT_8 if job.base in {None, Dtype.FP32} else None
+        target = Target.PORTABLE if job.base in {None, Dtype.FP32} else None
     on_cpu = target is Target.ONNXRUNTIME and job.dtype is Dtype.INT8
     base = job.base
     if base is None:
-        base = Dtype.FP32 if on_cpu or target is Target.TENSORRT_8 else Dtype.FP16
-    return replace(job, base=base, target=target if target is Target.TENSORRT_8 else None)
+        base = Dtype.FP32 if on_cpu or target is Target.PORTABLE else Dtype.FP16
+    return replace(job, base=base, target=target if target is Target.PORTABLE else None)
 
 
 _HALF_SCALES = 19  # onnx.ai operators, QuantizeLinear: the first opset with scales in fp16, and fp8
@@ -158,12 +158,12 @@ _HALF_SCALES = 19  # onnx.ai operators, QuantizeLinear: the first opset with sca
 def _require_opset_17(job: CalibrateJob) -> None:
     if job.dtype is Dtype.FP8:
         raise SpecError(
-            f"{job.model} is for {Target.TENSORRT_8}, opset 17, which has no fp8; quantise it to "
+            f"{job.model} is for {Target.PORTABLE}, opset 17, which has no fp8; quantise it to "
             "int8, or export it with --target tensorrt"
         )
     if job.base not in {None, Dtype.FP32}:
         raise SpecError(
-            f"{job.model} is for {Target.TENSORRT_8}, opset 17, whose Q/DQ take fp32 scales only: "
+            f"{job.model} is for {Target.PORTABLE}, opset 17, whose Q/DQ take fp32 scales only: "
             f"--base {job.base} cannot be written; leave it out (trt types the rest itself), or "
             "export the graph with --target tensorrt"
         )

@@ -279,7 +279,7 @@ class Scheme:
     @property
     def scale(self) -> Dtype:
         """The type that holds every scale exactly; of opset 17 the one that trt gives the rest."""
-        return Dtype.FP16 if self.target is Target.TENSORRT_8 else self.base
+        return Dtype.FP16 if self.target is Target.PORTABLE else self.base
 
     @property
     def weights(self) -> Format:

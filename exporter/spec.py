@@ -88,17 +88,30 @@ class AttentionForm(StrEnum):
     PLAIN = "MatMul, Softmax, MatMul"
 
 
+TENSORRT_8 = "tensorrt-8"  # another name of Target.PORTABLE, in commands and older manifests
+
+
 class Target(StrEnum):
     """The runtime that a graph is written for; it decides opset and the form of attention."""
 
     TENSORRT = "tensorrt"
     ONNXRUNTIME = "onnxruntime"
-    TENSORRT_8 = "tensorrt-8"
+    PORTABLE = "portable"
+
+    @classmethod
+    def _missing_(cls, value: object) -> Self | None:
+        """Read the name that ``portable`` had before."""
+        return cls("portable") if value == TENSORRT_8 else None
+
+    @classmethod
+    def of(cls, name: str | None) -> Self | None:
+        """Read a manifest's target; None where that is none of these, as an engine's."""
+        return cls(name) if name is not None and name in {TENSORRT_8, *cls} else None
 
     @property
     def opset(self) -> int:
-        """ONNX opset: 23 brought Attention; TensorRT 8.6's parser ends at 17."""
-        return 17 if self is Target.TENSORRT_8 else 23
+        """ONNX opset: 23 brought Attention; 17 is the last that TensorRT 8.6's parser reads."""
+        return 17 if self is Target.PORTABLE else 23
 
     @property
     def attention(self) -> AttentionForm:
@@ -117,7 +130,7 @@ class Target(StrEnum):
 _ATTENTION_FORMS = {
     Target.TENSORRT: AttentionForm.HEADS,
     Target.ONNXRUNTIME: AttentionForm.PACKED,
-    Target.TENSORRT_8: AttentionForm.PLAIN,
+    Target.PORTABLE: AttentionForm.PLAIN,
 }
 
 

@@ -94,7 +94,7 @@ def errors(runner, reference: Reference, input_format: InputFormat) -> dict[str,
     ("name", "target", "form"),
     [("fp32", Target.TENSORRT, AttentionForm.HEADS),
      ("fp32-ort", Target.ONNXRUNTIME, AttentionForm.PACKED),
-     ("fp32-17", Target.TENSORRT_8, AttentionForm.PLAIN)],
+     ("fp32-17", Target.PORTABLE, AttentionForm.PLAIN)],
 )  # fmt: skip
 @pytest.mark.parametrize("input_format", [InputFormat.FLOAT, InputFormat.UINT8])
 def test_the_reference_is_the_same_function_in_every_form_and_input(

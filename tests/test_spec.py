@@ -165,6 +165,14 @@ def test_every_target_has_an_opset_that_its_attention_exists_in() -> None:
             assert target.opset >= 23
 
 
+def test_portable_has_another_name() -> None:
+    assert Target("tensorrt-8") is Target.PORTABLE
+    assert Target.of("tensorrt-8") is Target.PORTABLE  # in a manifest that was written before
+    assert (Target.of("portable"), Target.of("tensorrt-rtx")) == (Target.PORTABLE, None)
+    with pytest.raises(ValueError, match="'tensorrt-9' is not a valid Target"):
+        Target("tensorrt-9")
+
+
 def test_inputs_are_named_after_what_they_hold() -> None:
     assert InputFormat.FLOAT.tensor == "pixel_values"
     assert InputFormat.UINT8.tensor == "images"

@@ -17,6 +17,7 @@ from msn_export.options import DTYPES, OUTPUT, Opt
 from msn_export.processor_config import require_choice
 from msn_export.schema import Count, Job, Within
 from msn_export.spec import (
+    TENSORRT_8,
     BatchRange,
     ComputeCapability,
     Dtype,
@@ -28,6 +29,7 @@ from msn_export.spec import (
     parse_bytes,
 )
 
+TARGETS = (*(target.value for target in Target), TENSORRT_8)
 FIRST_BF16 = 22  # the first opset whose Conv takes bfloat16: onnx/onnx docs/Changelog.md, Conv-22
 _MEMORY = "bytes, as in 4GiB"
 GATE_NUMBERS = {
@@ -71,7 +73,7 @@ class OnnxJob(Job):
     image_size: Annotated[
         ImageSize | None, Opt("Interpolate the position embedding to this size.")
     ] = None
-    target: Annotated[Target, Opt("Form of attention and opset.")] = Target.TENSORRT
+    target: Annotated[Target, Opt("Form of attention and opset.", words=TARGETS)] = Target.TENSORRT
     preprocess: Annotated[
         str,
         options.preprocess(

@@ -29,8 +29,9 @@ def graph(target: str | None, opset: int = 23) -> SimpleNamespace:
         (INT8, graph("onnxruntime"), Dtype.FP32, None),
         (FP8, graph("onnxruntime"), Dtype.FP16, None),
         (replace(INT8, base=Dtype.BF16), graph("onnxruntime"), Dtype.BF16, None),
-        (INT8, graph("tensorrt-8", 17), Dtype.FP32, Target.TENSORRT_8),
-        (INT8, graph(None, 17), Dtype.FP32, Target.TENSORRT_8),
+        (INT8, graph("portable", 17), Dtype.FP32, Target.PORTABLE),
+        (INT8, graph("tensorrt-8", 17), Dtype.FP32, Target.PORTABLE),
+        (INT8, graph(None, 17), Dtype.FP32, Target.PORTABLE),
         (replace(INT8, base=Dtype.FP16), graph(None, 17), Dtype.FP16, None),
         (INT8, graph(None, 19), Dtype.FP16, None),
     ],
@@ -44,13 +45,13 @@ def test_the_type_of_the_rest_follows_what_the_graph_is_for(job, source, base, t
 @pytest.mark.parametrize(
     ("job", "message"),
     [
-        (FP8, r"is for tensorrt-8, opset 17, which has no fp8; quantise it to int8, or export"),
+        (FP8, r"is for portable, opset 17, which has no fp8; quantise it to int8, or export"),
         (replace(INT8, base=Dtype.FP16), r"takes? fp32 scales only: --base fp16 cannot be written"),
     ],
 )
 def test_what_opset_17_does_not_have_is_refused(job, message) -> None:
     with pytest.raises(SpecError, match=message):
-        settled(job, graph("tensorrt-8", 17))
+        settled(job, graph("portable", 17))
 
 
 def test_options_name_what_is_quantised_besides_the_blocks() -> None:

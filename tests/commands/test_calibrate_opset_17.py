@@ -23,7 +23,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def portable(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return classifier(tmp_path_factory.mktemp("portable"), "--target", "tensorrt-8")
+    return classifier(tmp_path_factory.mktemp("portable"), "--target", "portable")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_it_stays_opset_17_with_plain_attention_and_fp32_scales(
 ) -> None:
     source, output = request.getfixturevalue(graph), tmp_path / "m.onnx"
     told = done(source, images, output, "--int8", *QUICK)
-    assert (told["opset"], told["target"], told["dtype"]) == (17, "tensorrt-8", "int8")
+    assert (told["opset"], told["target"], told["dtype"]) == (17, "portable", "int8")
     assert (told["quantization"]["base"], told["quantization"]["products"]) == ("fp32", products)
     model = io.load(output)
     operators = [node.op_type for node in model.graph]
@@ -90,7 +90,7 @@ def test_what_opset_17_cannot_hold_is_refused_before_any_work(
     empty = tmp_path / "empty"  # would be refused as soon as a picture is looked for
     empty.mkdir()
     line = refused(portable, empty, tmp_path / "m.onnx", *options)
-    assert line.startswith(f"error: {portable} is for tensorrt-8, opset 17, ")
+    assert line.startswith(f"error: {portable} is for portable, opset 17, ")
     assert reason in line
 
 

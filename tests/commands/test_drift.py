@@ -115,7 +115,7 @@ def test_the_table_has_a_line_a_stage_and_the_block_that_errs_most(images, half)
 
 @pytest.mark.parametrize(
     ("dtype", "target"),
-    [("fp16", "tensorrt"), ("fp16", "tensorrt-8"), ("fp16", "onnxruntime"), ("bf16", "tensorrt")],
+    [("fp16", "tensorrt"), ("fp16", "portable"), ("fp16", "onnxruntime"), ("bf16", "tensorrt")],
 )
 def test_a_typed_graph_errs_as_the_reference_does_in_its_precision(
     dtype, target, images, tmp_path
@@ -181,7 +181,7 @@ def test_8_bits_with_other_scales_are_judged_by_the_other_blocks(images, tmp_pat
 
 
 def test_every_target_is_matched_with_every_other(images, tmp_path) -> None:
-    found = told(classifier(), exported(tmp_path, "--target", "tensorrt-8"), "--images", images)
+    found = told(classifier(), exported(tmp_path, "--target", "portable"), "--images", images)
     assert found["passed"]
     assert [stage["tensor"]["name"] for stage in found["stages"]] == STAGES
 

@@ -96,8 +96,11 @@ VARIATIONS = {
     "uint8": (["--input", "uint8"], {}),
     "uint8 fp16": (["--input", "uint8", "--dtype", "fp16"], {"dtype": "fp16"}),
     "onnxruntime": (["--target", "onnxruntime"], {"opset": 23}),
-    "tensorrt-8": (["--target", "tensorrt-8"], {"opset": 17}),
-    "tensorrt-8 fp16": (["--target", "tensorrt-8", "--dtype", "fp16"], {"opset": 17}),
+    "portable": (["--target", "portable"], {"opset": 17, "target": "portable"}),
+    "tensorrt-8 fp16": (
+        ["--target", "tensorrt-8", "--dtype", "fp16"],
+        {"opset": 17, "target": "portable"},
+    ),
     "static": (["--batch", "3"], {"profiles": [{"min": 3, "opt": 3, "max": 3}]}),
     "size": (["--image-size", "48x64"], {}),
     "all heads": ([f"--head={head}" for head in ("cls", "mean", "tokens", "logits")], {}),

@@ -56,7 +56,7 @@ BAD = {
     ),
     "bf16 for TensorRT 8.6": (
         lambda tmp: (TINY_FOLDER(tmp), ["--dtype", "bf16", "--target", "tensorrt-8"]),
-        "bf16 needs opset 22 and tensorrt-8 is opset 17, whose convolution has no bf16; take fp16",
+        "bf16 needs opset 22 and portable is opset 17, whose convolution has no bf16; take fp16",
     ),
     "empty image folder": (
         lambda tmp: (TINY_FOLDER(tmp), ["--images", fill(tmp / "i")]),

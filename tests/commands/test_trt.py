@@ -102,7 +102,7 @@ def test_a_half_precision_engine_is_half_and_fused(graph, tmp_path, option, gemm
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.engine", "m.engine.json"]
 
 
-@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-8"])
+@pytest.mark.parametrize("target", ["onnxruntime", "portable"])
 def test_a_graph_for_another_target_compiles_into_as_few_kernels(graph, target, tmp_path) -> None:
     other = tmp_path / "other.onnx"
     source = str(graph.parent / "hf")

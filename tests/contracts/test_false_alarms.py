@@ -57,7 +57,7 @@ Form = tuple[Target, InputFormat, Head]
 FORMS: tuple[Form, ...] = (
     (Target.TENSORRT, InputFormat.FLOAT, Head.CLS),
     (Target.ONNXRUNTIME, InputFormat.UINT8, Head.TOKENS),
-    (Target.TENSORRT_8, InputFormat.FLOAT, Head.LOGITS),
+    (Target.PORTABLE, InputFormat.FLOAT, Head.LOGITS),
 )
 
 
@@ -94,7 +94,7 @@ def grid() -> list[Case]:
     ]  # fmt: skip
     # opset 17 has no bf16 convolution and no fp8; packed attention computes queries inside
     absent = {
-        *((Target.TENSORRT_8, dtype, head) for dtype in (Dtype.BF16, Dtype.FP8) for head in Head),
+        *((Target.PORTABLE, dtype, head) for dtype in (Dtype.BF16, Dtype.FP8) for head in Head),
         *((Target.ONNXRUNTIME, dtype, Head.ATTENTION) for dtype in Dtype),
     }
     return [case for case in cases if (case.target, case.dtype, case.head) not in absent]
@@ -117,8 +117,8 @@ def drawn() -> list[Case]:
     few = [case for case in grid() if case.shape in {"small", "base", "large"}]
     failed = [
         # one row is multiplied in another order than many; a few logits are rounded well by chance
-        Case("small", Dtype.FP32, Target.TENSORRT_8, head=Head.LOGITS, trained="massive 12000"),
-        Case("small", Dtype.FP32, Target.TENSORRT_8, head=Head.LOGITS, trained="channel 300"),
+        Case("small", Dtype.FP32, Target.PORTABLE, head=Head.LOGITS, trained="massive 12000"),
+        Case("small", Dtype.FP32, Target.PORTABLE, head=Head.LOGITS, trained="channel 300"),
         # an error that all embeddings share leaves them apart
         Case("small", Dtype.BF16, trained="channel 300"),
     ]
