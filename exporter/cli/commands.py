@@ -198,7 +198,7 @@ def evaluate(as_json: bool, **options: Any) -> None:
 
     console = Console(as_json=as_json)
     with console.progress() as progress:
-        found = run_evaluate(EvaluateJob(**options), progress)
+        found = run_evaluate(EvaluateJob(command=command_line(), **options), progress)
     show_evaluated(console, found)
 
 

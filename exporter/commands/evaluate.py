@@ -10,14 +10,27 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from msn_export import __version__
 from msn_export.artifact import feed_of, is_checkpoint
 from msn_export.commands.jobs import EvaluateJob
 from msn_export.embedding.accuracy import LabelledModel, OutputRows, run_labelled, vector_of
 from msn_export.embedding.inference import reading_of, require_selftest
-from msn_export.errors import SpecError, ToleranceError
+from msn_export.errors import ImageError, MissingPackageError, SpecError, ToleranceError
+from msn_export.files import placing, require_writable, staging
 from msn_export.image_folder import notes_on
+from msn_export.images import read
 from msn_export.labelled import Labelled, read_labelled
-from msn_export.metrics.accuracy import NEIGHBOURS, Accuracy, ConfusedPair, accuracy, votes
+from msn_export.manifest import manifest_path
+from msn_export.metrics.accuracy import (
+    NEIGHBOURS,
+    Accuracy,
+    ConfusedPair,
+    WrongImage,
+    accuracy,
+    most_wrong,
+    predicted,
+    votes,
+)
 from msn_export.preprocessing import Exif, Preprocessing
 from msn_export.progress import SILENT
 from msn_export.runtime import open_runner
@@ -33,6 +46,7 @@ if TYPE_CHECKING:
     from msn_export.progress import Progress
 
 __all__ = ["EvaluateJob", "run_evaluate"]
+WRONG = 24  # pictures that were taken wrongly: named, and shown on the page
 _FEW = 30  # images below which a share says next to nothing: its interval is wider than 30 points
 
 
@@ -44,8 +58,9 @@ class Evaluated(Result):
     answer with NaN or infinity is wrong. ``top1``, ``top5``, ``interval`` (Wilson's, 95 %),
     ``per_class`` and ``confusion`` [true][predicted] are those of its logits, and None without
     them; the matrix is None for very many classes, too. ``confused`` are the pairs of classes that
-    are confused most often. ``knn`` is what ``k`` neighbours by cosine say: of ``train``, or of the
-    other pictures.
+    are confused most often, and ``wrong`` up to ``WRONG`` pictures, the clearest mistakes first;
+    both by logits, or by neighbours where there are none. ``knn`` is what ``k`` neighbours by
+    cosine say: of ``train``, or of the other pictures.
     """
 
     model: str
@@ -60,6 +75,7 @@ class Evaluated(Result):
     per_class: dict[str, float | None] | None
     confusion: tuple[tuple[int, ...], ...] | None
     confused: tuple[ConfusedPair, ...]
+    wrong: tuple[WrongImage, ...]
     knn: Accuracy | None
     k: int | None
     train: str | None
@@ -160,6 +176,7 @@ def run_evaluate(job: EvaluateJob, progress: Progress = SILENT) -> Evaluated:
         MsnExportError: nothing could be judged; the message says why.
     """
     started = time.monotonic()
+    _require_page(job)
     with progress.step("list pictures"):
         labelled = read_labelled(job.labelled)
         given = len(labelled)
@@ -180,10 +197,9 @@ def run_evaluate(job: EvaluateJob, progress: Progress = SILENT) -> Evaluated:
         with progress.step("run the pictures"):
             rows = model.rows(labelled, names, progress)
         judged, kept = labelled.some(rows.whole()), rows.whole()
-        found = neighbours = None
+        scores: dict[str, NDArray[Any]] = {}
         if has_logits:
-            logits = rows.values[Head.LOGITS.output][kept]
-            found = accuracy(logits, judged.labels, judged.classes)
+            scores["logits"] = rows.values[Head.LOGITS.output][kept]
         if k is not None and vector is not None:
             voters = judged, rows.values[vector][kept]
             if train is not None:
@@ -191,9 +207,11 @@ def run_evaluate(job: EvaluateJob, progress: Progress = SILENT) -> Evaluated:
                 with progress.step("run the training pictures"):
                     others = model.rows(train, [vector], progress)
                 voters = train.some(others.whole()), others.values[vector][others.whole()]
-            neighbours = _neighbours(judged, rows.values[vector][kept], voters, k)
-    broken = tuple(rows.errors[row] for row in sorted(rows.errors))
-    return Evaluated(
+            scores["knn"] = _votes(judged, rows.values[vector][kept], voters, k)
+    counted = {by: accuracy(each, judged.labels, judged.classes) for by, each in scores.items()}
+    found = counted.get("logits")
+    wrong = _wrong(judged, next(iter(scores.values())))
+    result = Evaluated(
         model=str(job.model),
         labelled=str(job.labelled),
         classes=labelled.classes,
@@ -205,20 +223,100 @@ def run_evaluate(job: EvaluateJob, progress: Progress = SILENT) -> Evaluated:
         interval=found.interval if found is not None else None,
         per_class=found.per_class if found is not None else None,
         confusion=found.confusion if found is not None else None,
-        confused=found.confused if found is not None else (),
-        knn=neighbours,
+        confused=next(iter(counted.values())).confused,
+        wrong=wrong,
+        knn=counted.get("knn"),
         k=k,
         train=str(job.train) if job.train is not None else None,
         runner=model.name,
         preprocessing=model.feed.preprocessing,
         exif=model.feed.preprocessing.exif,
         selftest=model.selftest,
-        broken=broken,
+        broken=tuple(rows.errors[row] for row in sorted(rows.errors)),
         skipped=dict(labelled.skipped),
         notes=(*model.notes, *model.feed.notes, *notes_on((), labelled.skipped, rows.turned),
                *_not_finite(rows, kept), *_few(len(judged))),
         seconds=round(time.monotonic() - started, 3),
     )  # fmt: skip
+    if job.report is not None:
+        _write_page(job, job.report, result, found, progress)
+    return result
+
+
+def _require_page(job: EvaluateJob) -> None:
+    """Refuse, before anything ran, a page that could not be written."""
+    if job.report is None:
+        return
+    model, labelled = Path(str(job.model)), job.labelled
+    sources = [model, manifest_path(model), *([labelled] if labelled.is_file() else [])]
+    require_writable([job.report], force=job.force, sources=sources)
+    try:
+        import msn_export.reporting.accuracy  # noqa: F401
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        raise MissingPackageError(
+            f"--report needs the package {package}; pip install 'msn-export[report]'"
+        ) from error
+
+
+def _write_page(
+    job: EvaluateJob,
+    report: Path,
+    result: Evaluated,
+    logits: Accuracy | None,
+    progress: Progress,
+) -> None:
+    from msn_export.reporting import gather
+    from msn_export.reporting.accuracy import AccuracyPage, write_page
+
+    of = "" if result.images == result.given else f" of {result.given:,}"
+    page = AccuracyPage(
+        model=result.model,
+        labelled=result.labelled,
+        logits=logits,
+        neighbours=result.knn,
+        voters=f"{result.k} neighbours in {result.train or 'the other pictures'}",
+        wrong=result.wrong,
+        thumbnails=tuple(_thumbnail(one.picture, result.preprocessing) for one in result.wrong),
+        facts=(
+            ("pictures", f"{result.images:,}{of} in {len(result.classes):,} classes"),
+            *(("broken", text) for text in result.broken[:WRONG]),
+            ("runner", result.runner),
+            ("selftest", result.selftest),
+            ("preprocessing", str(result.preprocessing)),
+        ),
+        notes=result.notes,
+        command=job.command,
+        written=gather.now(),
+        product=f"msn-export {__version__}",
+    )
+    with progress.step(f"write {report}"), staging(report.parent) as stage:
+        write_page(page, stage / "page.html")
+        with placing([report], force=job.force):
+            (stage / "page.html").replace(report)
+
+
+def _thumbnail(picture: str, preprocessing: Preprocessing) -> str:
+    """Show a picture as the model sees it; nothing where it can no longer be read."""
+    from msn_export.reporting.gather import thumbnail
+
+    try:
+        return thumbnail(read(Path(picture), preprocessing))
+    except ImageError:
+        return ""
+
+
+def _wrong(judged: Labelled, scores: NDArray[np.floating]) -> tuple[WrongImage, ...]:
+    """Name some pictures that were taken wrongly."""
+    guesses, classes = predicted(scores), judged.classes
+    return tuple(
+        WrongImage(
+            str(judged.paths[row]),
+            classes[judged.labels[row]],
+            classes[guesses[row]] if guesses[row] >= 0 else None,
+        )
+        for row in most_wrong(scores, judged.labels, WRONG).tolist()
+    )
 
 
 def _vector(model: EvaluatedModel, job: EvaluateJob) -> str:
@@ -233,19 +331,18 @@ def _vector(model: EvaluatedModel, job: EvaluateJob) -> str:
     return vector
 
 
-def _neighbours(
+def _votes(
     judged: Labelled,
     features: NDArray[np.float32],
     voters: tuple[Labelled, NDArray[np.float32]],
     k: int,
-) -> Accuracy:
+) -> NDArray[np.float64]:
     others, vectors = voters
     alone = others is judged
     if alone and len(judged) < 2:
         raise ToleranceError("one image has no neighbours; give more, or --train FOLDER")
     queries = None if alone else features
-    scores = votes(vectors, others.labels, len(judged.classes), queries, k=k)
-    return accuracy(scores, judged.labels, judged.classes)
+    return votes(vectors, others.labels, len(judged.classes), queries, k=k)
 
 
 def _not_finite(rows: OutputRows, kept: NDArray[np.intp]) -> Iterator[str]:

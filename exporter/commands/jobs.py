@@ -379,9 +379,14 @@ class EvaluateJob(Job):
     variant: options.Variant = None
     weights: options.Weights = None
     labels: options.Labels = None
+    report: Annotated[
+        Path | None, Opt("Write a page with the confusion matrix and wrong pictures here.")
+    ] = None
     providers: options.Providers = ()
     device: options.Device = None
     trust: options.Trust = False
+    force: options.Force = False
+    command: str = ""
 
     @property
     def choices(self) -> Choices:

@@ -36,6 +36,15 @@ class ConfusedPair:
 
 
 @dataclass(frozen=True, slots=True)
+class WrongImage:
+    """A picture of the class ``true`` that was taken for another, or None: for no class at all."""
+
+    picture: str
+    true: str
+    predicted: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Accuracy:
     """Shares of images whose class is right; ``interval`` is Wilson's of ``top1`` at 95 %.
 
@@ -135,6 +144,25 @@ def predicted(scores: NDArray[np.floating]) -> NDArray[np.intp]:
     """
     finite = np.isfinite(scores).all(axis=1)
     return np.where(finite, np.nan_to_num(scores).argmax(axis=1), -1)
+
+
+def most_wrong(
+    scores: NDArray[np.floating], labels: NDArray[np.intp], count: int
+) -> NDArray[np.intp]:
+    """List rows that are wrong, those first whose answer is the furthest above the right class.
+
+    Args:
+        scores: logits or votes [n, classes]; a row with NaN or infinity comes before all others.
+        labels: the right classes [n].
+        count: rows at most.
+    """
+    guesses, rows = predicted(scores), np.arange(len(labels))
+    margins = np.where(
+        guesses < 0, np.inf, np.nan_to_num(scores[rows, guesses] - scores[rows, labels])
+    )
+    wrong = np.flatnonzero(guesses != labels)
+    order: NDArray[np.intp] = wrong[np.argsort(-margins[wrong], kind="stable")][:count]
+    return order
 
 
 def _matrix(

@@ -207,14 +207,14 @@ def _worst(ran: Evaluation) -> tuple[Worst, ...]:
     order = np.argsort(np.nan_to_num(cosines, nan=-2.0), kind="stable")[:WORST]
 
     def shown(index: int) -> PageImage:
-        return PageImage(sample.names[index], _thumbnail(sample.pixels[index]))
+        return PageImage(sample.names[index], thumbnail(sample.pixels[index]))
 
     return tuple(
         Worst(records[i], (shown(i), shown(theirs[i]), shown(mine[i]))) for i in order.tolist()
     )
 
 
-def _thumbnail(pixels: NDArray[np.uint8]) -> str:
+def thumbnail(pixels: NDArray[np.uint8]) -> str:
     """Make a small JPEG of decoded pixels [h, w, c] as a data URI."""
     from PIL import Image
 

@@ -75,12 +75,12 @@ def _quoted(text: str) -> str:
 
 
 # Colours that stand for the page's: matplotlib writes them, and they become its variables
-_INK, _SOFT, _LINE = "#010101", "#020202", "#030303"
-_SERIES = ("#040404", "#050505", "#060606", "#070707")
+_INK, SOFT, _LINE = "#010101", "#020202", "#030303"
+SERIES = ("#040404", "#050505", "#060606", "#070707")
 _WARN, _PAPER = "#080808", "#090909"
 _NAMES = {
-    _INK: "--ink", _SOFT: "--soft", _LINE: "--line", _WARN: "--bad", _PAPER: "--paper",
-    **{colour: f"--series-{index}" for index, colour in enumerate(_SERIES)},
+    _INK: "--ink", SOFT: "--soft", _LINE: "--line", _WARN: "--bad", _PAPER: "--paper",
+    **{colour: f"--series-{index}" for index, colour in enumerate(SERIES)},
 }  # fmt: skip
 _STYLE: Any = {  # matplotlib types its settings one by one
     "text.parse_math": False,  # a "$" in a file's name is a "$"
@@ -88,11 +88,11 @@ _STYLE: Any = {  # matplotlib types its settings one by one
     "svg.hashsalt": "msn-export",  # the same figures give the same bytes
     "font.size": 10,
     "text.color": _INK,
-    "axes.labelcolor": _SOFT,
+    "axes.labelcolor": SOFT,
     "axes.edgecolor": _LINE,
     "axes.facecolor": "none",
-    "xtick.color": _SOFT,
-    "ytick.color": _SOFT,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
     "grid.color": _LINE,
     "grid.linewidth": 0.6,
     "axes.spines.top": False,
@@ -134,7 +134,7 @@ def histogram(agreements: Sequence[ReportedAgreement]) -> str:
     bins = np.logspace(low, max(high, low + 1), 4 * (max(high, low + 1) - low) + 1)
 
     def paint(axes: Axes) -> None:
-        colours = [_SERIES[index % 4] for index in range(len(gaps))]
+        colours = [SERIES[index % 4] for index in range(len(gaps))]
         names = [agreement.candidate for agreement in agreements]
         axes.hist(gaps, bins.tolist(), color=colours, label=names)
         axes.set_xscale("log")
@@ -155,7 +155,7 @@ def drift(drifts: Sequence[Drift]) -> str:
         for index, found in enumerate(drifts):
             errors = [_error(stage) for stage in found.stages]
             places = range(len(errors))
-            colour, mark = _SERIES[index % 4], _MARKS[index % 4]
+            colour, mark = SERIES[index % 4], _MARKS[index % 4]
             axes.plot(
                 places, errors, f"{mark}-", color=colour, markersize=4, label=short(found.candidate)
             )
@@ -194,7 +194,7 @@ def _whole_decades(axes: Axes) -> None:
 def headroom(found: Drift) -> str:
     """Draw how often each stage's largest value fits below fp16's largest number."""
     values = [stage.headroom for stage in found.stages]
-    colours = [_SERIES[0] if value >= HEADROOM else _WARN for value in values]
+    colours = [SERIES[0] if value >= HEADROOM else _WARN for value in values]
 
     def paint(axes: Axes) -> None:
         # zeros fit any number of times, a peak that is no number or infinite not even once
@@ -240,8 +240,8 @@ def per_block(artifact: ReportedArtifact) -> str:
     counts = artifact.census.kernels_per_block
 
     def paint(axes: Axes) -> None:
-        bars = axes.bar(range(len(counts)), list(counts.values()), color=_SERIES[0], width=0.7)
-        axes.bar_label(bars, color=_SOFT, fontsize=8)
+        bars = axes.bar(range(len(counts)), list(counts.values()), color=SERIES[0], width=0.7)
+        axes.bar_label(bars, color=SOFT, fontsize=8)
         axes.set_xticks(range(len(counts)), list(map(str, counts)))
         axes.tick_params(length=0)
         axes.set_xlabel("block")
@@ -271,7 +271,7 @@ def latency(found: Bench) -> str:
 
 
 def _bars(axes: Axes, values: Mapping[str, float], form: str) -> None:
-    bars = axes.barh(range(len(values)), list(values.values()), color=_SERIES[0], height=0.62)
+    bars = axes.barh(range(len(values)), list(values.values()), color=SERIES[0], height=0.62)
     axes.bar_label(bars, fmt=form, color=_INK, padding=4)
     axes.set_yticks(range(len(values)), list(values))
     axes.tick_params(length=0)

@@ -1,6 +1,7 @@
 """``msn-export evaluate``: how often a model is right on labelled pictures, in whatever form."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +11,14 @@ from click.testing import CliRunner
 from PIL import Image
 
 from msn_export.cli import main
+from msn_export.commands import evaluate
 from msn_export.commands.evaluate import EvaluateJob, run_evaluate
-from msn_export.errors import MsnExportError
+from msn_export.errors import ImageError, MsnExportError
 from msn_export.metrics.accuracy import votes
 from msn_export.runtime import open_runner
 from tests.builders import tiny_artifacts
+from tests.builders.pages import read
+from tests.builders.tiny_artifacts import predicted
 
 CLASSES = ("LABEL_0", "LABEL_1", "LABEL_2")
 
@@ -184,3 +188,66 @@ def test_the_command_prints_a_table_or_one_json_object(graph, labelled) -> None:
 def test_a_folder_that_is_not_there_is_a_mistake_of_usage(graph, tmp_path) -> None:
     shown = CliRunner().invoke(main, ["evaluate", str(graph), str(tmp_path / "none")])
     assert shown.exit_code == 2
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+def test_a_page_shows_the_wrong_pictures(graph, tmp_path) -> None:
+    folder = predicted(tmp_path / "set", graph, 20, wrong=(2, 3, 5))
+    report = tmp_path / "page.html"
+    arguments = ["evaluate", str(graph), str(folder), "--knn", "3", "--report", str(report)]
+    shown = CliRunner().invoke(main, [*arguments, "--json"])
+    assert shown.exit_code == 0, shown.output
+    wrong = json.loads(shown.stdout)["wrong"]
+    assert {Path(one["picture"]).name for one in wrong} == {"002.png", "003.png", "005.png"}
+    assert all(one["true"] == Path(one["picture"]).parent.name for one in wrong)
+    text, reader = report.read_text("utf-8"), read(report)
+    assert "All 3 mistakes" in text
+    assert reader.tags.count("img") == 3
+    assert all(one["picture"] in text for one in wrong)
+    assert "85.0 %" in text  # 17 of 20
+    assert "3 neighbours in the other pictures" in text
+    assert {path.name for path in tmp_path.iterdir()} == {"set", "page.html"}
+    again = CliRunner().invoke(main, arguments)
+    assert again.exit_code == 1
+    assert f"output {report} exists; --force replaces it" in " ".join(again.stderr.split())
+    assert CliRunner().invoke(main, [*arguments, "--force"]).exit_code == 0
+
+
+@pytest.mark.parametrize("what", ["model", "manifest", "nowhere"])
+def test_a_page_that_cannot_be_written_is_refused_before_the_work(
+    graph, labelled, tmp_path, what
+) -> None:
+    path = {
+        "model": graph,
+        "manifest": graph.with_name(f"{graph.name}.json"),
+        "nowhere": tmp_path / "none" / "page.html",
+    }[what]
+    before = graph.read_bytes()
+    with pytest.raises(MsnExportError, match=r"is what is read|does not exist"):
+        run_evaluate(EvaluateJob(graph, labelled, report=path, force=True))
+    assert graph.read_bytes() == before
+
+
+def test_a_page_needs_its_packages(graph, labelled, tmp_path, monkeypatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("msn_export.reporting.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MsnExportError) as error:
+        run_evaluate(EvaluateJob(graph, labelled, report=tmp_path / "page.html"))
+    assert str(error.value) == (
+        "--report needs the package matplotlib; pip install 'msn-export[report]'"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_that_is_gone_by_then_is_shown_as_such(graph, tmp_path, monkeypatch) -> None:
+    folder = predicted(tmp_path / "set", graph, 6, wrong=(0,))
+
+    def gone(path: Path, *_: object) -> None:
+        raise ImageError(f"{path} is not a readable picture (No such file or directory)")
+
+    monkeypatch.setattr(evaluate, "read", gone)
+    run_evaluate(EvaluateJob(graph, folder, report=tmp_path / "page.html"))
+    assert "cannot be read any more" in (tmp_path / "page.html").read_text("utf-8")

@@ -1,0 +1,194 @@
+"""The page of an accuracy: confusion matrix, accuracy of each class, pictures taken wrongly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from markupsafe import Markup
+from matplotlib.collections import PatchCollection
+from matplotlib.colors import to_rgba
+from matplotlib.patches import Rectangle
+
+from msn_export.metrics.accuracy import Accuracy, WrongImage, wilson
+from msn_export.reporting.render import SERIES, SOFT, draw, environment
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from matplotlib.axes import Axes
+
+MATRIX = 100  # classes up to which the matrix is drawn; of more the confused pairs are listed
+PLOTTED = 40  # classes whose accuracies are drawn, the least right ones
+LISTED = 1000  # classes in the table, the least right ones
+_COUNTED = 20  # classes up to which each cell has its count
+_FAINTEST, _STRONGEST = 0.25, 0.6  # of a cell's colour: its count stays readable in either scheme
+_HIT, _ERROR = SERIES[:2]
+_NAME = 28  # characters of a class's name beside a plot
+
+
+@dataclass(frozen=True, slots=True)
+class AccuracyPage:
+    """All that the page shows.
+
+    ``logits`` and ``neighbours`` are accuracies by what tells the classes, one of them at least;
+    ``voters`` says whose neighbours. ``wrong`` are some pictures that were taken wrongly, and
+    ``thumbnails`` show them as data URIs, empty where one could not be read again. ``facts`` are
+    rows of a name and a text.
+    """
+
+    model: str
+    labelled: str
+    logits: Accuracy | None
+    neighbours: Accuracy | None
+    voters: str
+    wrong: tuple[WrongImage, ...]
+    thumbnails: tuple[str, ...]
+    facts: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+    command: str
+    written: str
+    product: str
+
+    @property
+    def main(self) -> Accuracy:
+        """The accuracy by logits, or by neighbours where there are none."""
+        found = self.logits or self.neighbours
+        assert found is not None, "one of them is measured"
+        return found
+
+    @property
+    def wrong_in_all(self) -> int:
+        """Count all mistakes."""
+        return self.main.images - sum(row.right for row in class_rows(self.main))
+
+    @property
+    def by(self) -> str:
+        """The name of what tells the classes."""
+        return "the highest logit" if self.logits is not None else self.voters
+
+
+@dataclass(frozen=True, slots=True)
+class ClassRow:
+    """One class: its images, those that are right, and Wilson's interval of their share."""
+
+    name: str
+    images: int
+    right: int
+    share: float
+    interval: tuple[float, float]
+
+
+def class_rows(found: Accuracy) -> list[ClassRow]:
+    """Describe each class that has images, the least right first."""
+    rows = []
+    for name, share in found.per_class.items():
+        if share is not None:
+            images = found.class_images[name]
+            right = round(share * images)
+            rows.append(ClassRow(name, images, right, share, wilson(right, images)))
+    return sorted(rows, key=lambda row: (row.share, row.name))
+
+
+def visible(text: str) -> str:
+    """Write characters that cannot be seen, or turn the text around, as their escapes."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode()
+        for char in text
+    )
+
+
+def _label(name: str) -> str:
+    shown = visible(name)
+    return shown if len(shown) <= _NAME else f"{shown[: _NAME - 1]}…"
+
+
+def matrix(found: Accuracy, by: str) -> str:
+    """Draw the confusion matrix: right answers in one colour, wrong ones in another.
+
+    The stronger a cell, the more of the class's images it holds.
+    """
+    assert found.confusion is not None, "above a thousand classes there is none"
+    counts = np.array(found.confusion, np.int64)
+    names = [_label(name) for name in found.per_class]
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    rows, columns = np.nonzero(counts)
+
+    def paint(axes: Axes) -> None:
+        cells = [Rectangle((x - 0.5, y - 0.5), 1, 1) for y, x in zip(rows, columns, strict=True)]
+        colours = [
+            to_rgba(
+                _HIT if y == x else _ERROR,
+                _FAINTEST + (_STRONGEST - _FAINTEST) * float(shares[y, x]),
+            )
+            for y, x in zip(rows, columns, strict=True)
+        ]
+        axes.add_collection(PatchCollection(cells, facecolors=colours, edgecolors="none"))
+        if len(names) <= _COUNTED:
+            for y, x in zip(rows.tolist(), columns.tolist(), strict=True):
+                axes.text(x, y, str(counts[y, x]), ha="center", va="center", fontsize=8)
+        ticks = range(len(names))
+        size = 9 if len(names) <= PLOTTED else 5
+        axes.set_xticks(ticks, names, rotation=90, fontsize=size)
+        axes.set_yticks(ticks, names, fontsize=size)
+        axes.tick_params(length=0)
+        axes.set(
+            xlim=(-0.5, len(names) - 0.5),
+            ylim=(len(names) - 0.5, -0.5),
+            aspect="equal",
+            xlabel=f"class by {by}",
+            ylabel="true class",
+        )
+
+    side = min(10.0, 2.6 + 0.32 * len(names))
+    title = f"Confusion matrix of {len(names)} classes by {by}"
+    return draw("confusion", title, paint, (10.4, side))
+
+
+def shares(found: Accuracy) -> str:
+    """Draw the accuracy of each class with its interval, the least right first."""
+    rows = class_rows(found)[:PLOTTED]
+
+    def paint(axes: Axes) -> None:
+        places = range(len(rows))
+        middle = [100 * row.share for row in rows]
+        below = [100 * max(0.0, row.share - row.interval[0]) for row in rows]
+        above = [100 * max(0.0, row.interval[1] - row.share) for row in rows]
+        axes.errorbar(
+            middle, places, xerr=[below, above], fmt="o", color=_HIT, ecolor=SOFT, capsize=3
+        )
+        axes.set_yticks(places, [_label(row.name) for row in rows])
+        axes.tick_params(length=0)
+        axes.set(xlim=(-2, 102), ylim=(len(rows) - 0.4, -0.6), xlabel="% of the images are right")
+        axes.grid(axis="x")
+
+    return draw("classes", "Accuracy of each class", paint, (10.4, 1.0 + 0.26 * len(rows)))
+
+
+def _plots(page: AccuracyPage) -> Iterator[tuple[str, str]]:
+    found = page.main
+    if found.confusion is not None and len(found.per_class) <= MATRIX:
+        yield "matrix", matrix(found, page.by)
+    yield "classes", shares(found)
+
+
+def write_page(page: AccuracyPage, path: Path) -> None:
+    """Write the page with its plots: one file that loads nothing."""
+    opened = environment(autoescape=True)
+    # whoever names a class or a file may have put anything in it
+    opened.finalize = lambda value: value if isinstance(value, Markup) else visible(str(value))
+    drawn = {name: Markup(svg) for name, svg in _plots(page)}  # noqa: S704  ours
+    text = opened.get_template("accuracy.html.j2").render(
+        page=page, plots=drawn, rows=_rows(page), limits={"plotted": PLOTTED, "listed": LISTED}
+    )
+    path.write_text(text.lstrip(), encoding="utf-8")
+
+
+def _rows(page: AccuracyPage) -> Sequence[tuple[ClassRow, ClassRow | None]]:
+    """Put each class beside what neighbours make of it, where both were asked."""
+    beside: dict[str, ClassRow] = {}
+    if page.logits is not None and page.neighbours is not None:
+        beside = {row.name: row for row in class_rows(page.neighbours)}
+    return [(row, beside.get(row.name)) for row in class_rows(page.main)]
