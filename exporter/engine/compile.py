@@ -150,23 +150,40 @@ class BuilderLog:
     records: list[str] = field(default_factory=list)
 
 
-def make_log(trt: TensorRT, builder_log: BuilderLog, raw: TextIO) -> ILogger:
-    """Make a logger at VERBOSE; keep a reference to it as long as the builder lives."""
+_LOGGERS: dict[Any, ILogger] = {}  # by the module's class
 
+
+def make_log(trt: TensorRT, builder_log: BuilderLog, raw: TextIO) -> ILogger:
+    """Make a logger at VERBOSE, or direct the one there is at another build.
+
+    TensorRT keeps the first logger of a process for ever, whatever later builders are given.
+    """
+    logger = _LOGGERS.get(trt.ILogger)
+    if logger is None:
+        logger = _LOGGERS[trt.ILogger] = _new_logger(trt)
+    logger.builder_log, logger.raw = builder_log, raw
+    return logger
+
+
+def _new_logger(trt: TensorRT) -> ILogger:
     class BuilderLogger(trt.ILogger):  # type: ignore[misc]  # the modules have no types
+        builder_log: BuilderLog
+        raw: TextIO
+
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, msg: str) -> None:
             name = severity.name
             if name in _ERRORS:
-                builder_log.errors.append(msg)
+                self.builder_log.errors.append(msg)
             elif name == "WARNING":
-                builder_log.warnings.append(msg)
+                self.builder_log.warnings.append(msg)
             elif msg.startswith(_RECORDS):
-                builder_log.records.append(msg)
-            with contextlib.suppress(OSError):  # a full disk must not raise into TensorRT
-                raw.write(f"[{name[0]}] {msg}\n")
+                self.builder_log.records.append(msg)
+            # a full disk must not raise into TensorRT, nor a message after the build
+            with contextlib.suppress(OSError, ValueError):
+                self.raw.write(f"[{name[0]}] {msg}\n")
 
     return BuilderLogger()
 

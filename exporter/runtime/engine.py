@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from msn_export import manifest as manifests
 from msn_export.engine_header import EngineHeader, may_target, parse_header, tries_any_gpu
@@ -17,11 +15,11 @@ from msn_export.host import Device
 from msn_export.manifest import EngineRecord, Manifest, manifest_path
 from msn_export.runtime.cuda import Handle
 from msn_export.runtime.dlpack import OF_ONNX, OF_TENSORRT
+from msn_export.runtime.log import EngineErrors, logger_of
 from msn_export.runtime.versions import (
     DataType,
     ICudaEngine,
     IExecutionContext,
-    ILogger,
     IRuntimeConfig,
     LoadedTensorRT,
     Runtime,
@@ -168,10 +166,12 @@ class Execution:
 
     def close(self) -> None:
         """Free the context; its stream must have done what it was given."""
+        context: IExecutionContext = self._context
+        if context is not None:
+            # a report would wait for Python's lock, which the destructor holds while it may wait
+            # for the thread that reports
+            context.error_recorder = None
         self._context = None
-
-
-_KEPT = 8  # of TensorRT's errors, for the message
 
 
 class Engine:
@@ -195,14 +195,14 @@ class Engine:
         self.loaded = loaded
         self.file = file
         self._eager_kernels = eager_kernels
-        self._errors: deque[str] = deque(maxlen=_KEPT)
-        self._log: ILogger = _make_log(trt, self._errors)  # the runtime does not keep it alive
-        runtime: Runtime = trt.Runtime(self._log)
-        if compatible and not loaded.row.only_compatible:
+        self._errors = EngineErrors(trt)
+        runtime: Runtime = trt.Runtime(logger_of(trt))
+        runtime.error_recorder = self._errors.recorder
+        if compatible:  # in every runtime, as trtexec (NVIDIA/TensorRT samples/common)
             runtime.engine_host_code_allowed = True
         engine: ICudaEngine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            raise DeviceError(f"{loaded} refuses {file}: {self.quote_errors()}")
+            raise DeviceError(f"{loaded} refuses {file}: {self._errors.quote()}")
         self._runtime: Runtime | None = runtime
         self._engine: ICudaEngine | None = engine
         self.inputs, self.outputs = _tensors(engine, file)
@@ -235,9 +235,9 @@ class Engine:
             context, why = None, " ".join(str(error).split())
         if context is None:
             raise DeviceError(
-                f"{self.loaded} makes no context for {self.file}: {why or self.quote_errors()}"
+                f"{self.loaded} makes no context for {self.file}: {why or self._errors.quote()}"
             )
-        return Execution(context, self.input, f"{self.loaded} on {self.file}", self.quote_errors)
+        return Execution(context, self.input, f"{self.loaded} on {self.file}", self._errors.quote)
 
     def _make_context(self, scratch: Handle | None, *, graphs: bool) -> IExecutionContext:
         trt: TensorRT = self.loaded.trt
@@ -264,12 +264,6 @@ class Engine:
             bare.device_memory = int(scratch)
         return bare
 
-    def quote_errors(self) -> str:
-        """Quote and forget the errors that TensorRT logged."""
-        quoted = "; ".join(self._errors)
-        self._errors.clear()
-        return quoted or "it does not say why"
-
     def close(self) -> None:
         """Free the engine; its contexts must be gone."""
         self._engine = None
@@ -278,18 +272,6 @@ class Engine:
 
 def row_bytes(spec: TensorSpec) -> int:
     return OF_ONNX[spec.dtype].bytes * math.prod(int(size) for size in spec.shape[1:])
-
-
-def _make_log(trt: TensorRT, errors: deque[str]) -> ILogger:
-    class EngineLogger(trt.ILogger):  # type: ignore[misc]  # the modules have no types
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, msg: str) -> None:
-            if severity.name in {"ERROR", "INTERNAL_ERROR"}:
-                errors.append(" ".join(msg.split()))
-
-    return EngineLogger()
 
 
 def _tensors(

@@ -24,6 +24,7 @@ CudaDriver: TypeAlias = Any  # the module cuda.bindings.driver
 
 DataType: TypeAlias = Any
 ICudaEngine: TypeAlias = Any
+IErrorRecorder: TypeAlias = Any
 IExecutionContext: TypeAlias = Any
 ILogger: TypeAlias = Any
 IRuntimeConfig: TypeAlias = Any
