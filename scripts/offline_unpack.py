@@ -13,7 +13,8 @@ import tarfile
 from pathlib import Path
 from typing import IO, Any
 
-SUITE = "tests/gpu tests/runtime/test_tensorrt.py"  # all tests that need a card
+# all tests that need a card
+SUITE = "tests/gpu tests/runtime/test_tensorrt.py tests/runtime/test_tensorrt_lifetime.py"
 
 
 def verify(here: Path) -> tuple[dict[str, Any], list[Path]]:

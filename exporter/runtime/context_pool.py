@@ -12,6 +12,7 @@ TensorRT asks; a run that never comes again costs nothing.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -67,17 +68,17 @@ class Lease:
     def __del__(self) -> None:
         # anywhere: in another thread, in the garbage collector, while a graph is captured. So
         # nothing of CUDA here, and no lock, unless the runner is gone.
-        self._output_memory.give_back(self._block)
+        if not sys.is_finalizing():  # the driver frees what a process that ends still holds
+            self._output_memory.give_back(self._block)
 
 
 class OutputMemory:
-    """Lends blocks. Its memory may outlive the runner: the last block that comes back ends it."""
+    """Lends blocks. Those that are lent may outlive the runner: each is freed when it comes back."""
 
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
         self._returned: deque[MemoryBlock] = deque()
         self._idle: list[MemoryBlock] = []
-        self._lent = 0
         self._is_open = True
         self._lock = threading.RLock()  # __del__ may come while this thread holds it
 
@@ -87,7 +88,6 @@ class OutputMemory:
         with self._lock:
             self._collect()
             block = self._reuse(capacity, stream) or self._allocate(capacity)
-            self._lent += 1
         return Lease(self, block)
 
     def give_back(self, block: MemoryBlock) -> None:
@@ -96,12 +96,10 @@ class OutputMemory:
             self.close()
 
     def close(self) -> None:
-        """Free what is not lent, and once nothing is, let go of the GPU."""
+        """Free what is not lent, and from now on what comes back."""
         self._is_open = False
-        with self._lock, ExitStack() as owned:
+        with self._lock:
             self._collect()
-            if self._lent == 0:
-                owned.callback(self.gpu.close)
             if self._idle:
                 self.gpu.release(self._free_idle)
 
@@ -113,7 +111,6 @@ class OutputMemory:
     def _collect(self) -> None:
         while self._returned:
             self._idle.append(self._returned.popleft())
-            self._lent -= 1
 
     def _reuse(self, capacity: int, stream: int | None) -> MemoryBlock | None:
         for index, block in enumerate(self._idle):

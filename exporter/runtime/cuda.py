@@ -6,9 +6,12 @@ its owner (an ``ExitStack`` in whoever holds several).
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from numpy.typing import NDArray
 
@@ -66,21 +69,47 @@ class Graph:
         self.close = owned.close
 
 
+_CONTEXTS: WeakKeyDictionary[CudaDriver, dict[int, Any]] = WeakKeyDictionary()
+_RETAINING = threading.Lock()
+
+
+def _primary_context(cuda: CudaDriver, index: int) -> Any:
+    """Retain a GPU's primary context, once per process and device, and never release it.
+
+    Whoever releases it last destroys it, with all that is in it: memory of libraries that use it
+    without retaining it, and the state that the CUDA runtime inside TensorRT keeps of it and does
+    not make anew. It costs some memory of the GPU until the process ends.
+    """
+    with _RETAINING:
+        contexts = _CONTEXTS.setdefault(cuda, {})
+        if index not in contexts:
+            call(cuda.cuInit, 0)
+            contexts[index] = call(cuda.cuDevicePrimaryCtxRetain, call(cuda.cuDeviceGet, index))
+        return contexts[index]
+
+
+class _Capture(threading.local):
+    """Frees that wait until the capture under way in this thread has ended; None without one."""
+
+    frees: list[Callable[[], None]] | None = None
+
+
+_CAPTURE = _Capture()
+
+
 class Gpu:
     """A GPU's primary context, which CUDA programs in a process share, and what is made in it."""
 
     def __init__(self, cuda: CudaDriver, index: int) -> None:
         self.cuda: CudaDriver = cuda
         self.index = index
-        call(cuda.cuInit, 0)
-        device = call(cuda.cuDeviceGet, index)
-        context = call(cuda.cuDevicePrimaryCtxRetain, device)
-        self._retained = Handle(device, cuda.cuDevicePrimaryCtxRelease)
-        self._context = context
+        self._process = os.getpid()
+        self._context = _primary_context(cuda, index)
 
-    def close(self) -> None:
-        """Give the primary context back; others in the process may go on using it."""
-        self._retained.close()
+    @property
+    def is_inherited(self) -> bool:
+        """True in a process that was forked: CUDA does not work there, not even to free."""
+        return os.getpid() != self._process
 
     @contextmanager
     def current(self) -> Iterator[None]:
@@ -94,8 +123,14 @@ class Gpu:
     def release(self, free: Callable[[], None]) -> None:
         """Free things with this GPU current, whatever CUDA says to that.
 
-        A call may report an error of earlier work, and to free nothing would be worse.
+        A call may report an error of earlier work, and to free nothing would be worse. While this
+        thread captures a graph, CUDA refuses to free and drops the graph: it is done after that.
         """
+        if self.is_inherited:
+            return
+        if _CAPTURE.frees is not None:
+            _CAPTURE.frees.append(lambda: self.release(free))
+            return
         failure = None
         with ExitStack() as owned:
             try:
@@ -147,12 +182,14 @@ class Gpu:
         cuda: CudaDriver = self.cuda
         mode = cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         with ExitStack() as owned:
-            call(cuda.cuStreamBeginCapture, stream.handle, mode)
-            try:
-                enqueue()
-            finally:  # also what failed must be ended, or the stream stays unusable
-                graph = Handle(call(cuda.cuStreamEndCapture, stream.handle), cuda.cuGraphDestroy)
-                owned.callback(graph.close)
+            with _later():
+                call(cuda.cuStreamBeginCapture, stream.handle, mode)
+                try:
+                    enqueue()
+                finally:  # also what failed must be ended, or the stream stays unusable
+                    captured = call(cuda.cuStreamEndCapture, stream.handle)
+                    graph = Handle(captured, cuda.cuGraphDestroy)
+                    owned.callback(graph.close)
             launched = Handle(
                 call(cuda.cuGraphInstantiate, graph.handle, 0), cuda.cuGraphExecDestroy
             )
@@ -161,6 +198,20 @@ class Gpu:
 
     def launch(self, graph: Graph, stream: Handle) -> None:
         call(self.cuda.cuGraphLaunch, graph.executable.handle, stream.handle)
+
+
+@contextmanager
+def _later() -> Iterator[None]:
+    """Put off what the garbage collector frees in this thread, of any runner."""
+    frees: list[Callable[[], None]] = []
+    _CAPTURE.frees = frees
+    try:
+        yield
+    finally:
+        _CAPTURE.frees = None
+        for free in frees:
+            with suppress(DeviceError):  # of another runner: not this call's
+                free()
 
 
 def bytes_of(pinned: Handle, size: int) -> NDArray[Any]:

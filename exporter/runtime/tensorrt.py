@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from weakref import finalize
 
 import numpy as np
 from numpy.typing import NDArray
@@ -155,10 +157,13 @@ class TrtRunner(Runner):
     ) -> None:
         self._cuda_graphs = cuda_graphs
         self._closing = threading.Lock()
-        self._gpu = Gpu(host.cuda, host.device.index)
-        self._engine = loaded = _load(engine, host, self._gpu, eager_kernels=eager_kernels)
-        self._memory = OutputMemory(self._gpu)
-        self._pool = SlotPool(self._make_slot, max(1, contexts), str(host))
+        self._gpu = gpu = Gpu(host.cuda, host.device.index)
+        self._engine = loaded = _load(engine, host, gpu, eager_kernels=eager_kernels)
+        self._memory = OutputMemory(gpu)
+        make = partial(ExecutionSlot, gpu, loaded, graphs=cuda_graphs)  # keeps no runner alive
+        self._pool = SlotPool(make, max(1, contexts), str(host))
+        # also where nobody calls close(), and when the process ends
+        self._end = finalize(self, _drop, gpu, loaded, self._memory, self._pool)
         super().__init__(str(host), engine.manifest, loaded.inputs, loaded.outputs, loaded.profiles)
 
     def __call__(self, images: Any, *, stream: Any = None, profile: int | None = None) -> Outputs:
@@ -205,23 +210,13 @@ class TrtRunner(Runner):
     def close(self) -> None:
         """Free the engine, its contexts and their memory, after calls under way have ended.
 
-        Outputs on the GPU stay valid as long as someone uses them.
+        Outputs on the GPU stay valid as long as someone uses them. A runner that is dropped, or
+        still open when the process ends, does the same.
         """
         with self._closing:
-            if not self._is_open:
-                return
             self._is_open = False
-            with ExitStack() as owned:
-                owned.callback(self._memory.close)
-                self._gpu.release(self._free)
-
-    def _free(self) -> None:
-        with ExitStack() as owned:
-            owned.callback(self._engine.close)
-            owned.callback(self._pool.close)
-
-    def _make_slot(self) -> ExecutionSlot:
-        return ExecutionSlot(self._gpu, self._engine, graphs=self._cuda_graphs)
+            if self._end.detach() is not None:
+                _close(self._gpu, self._engine, self._memory, self._pool)
 
     def _on_host(self, images: NDArray[Any], profile: int | None) -> dict[str, NDArray[Any]]:
         chunks = split_batch(len(images), self.profiles, profile)
@@ -264,6 +259,29 @@ class TrtRunner(Runner):
         return next(OF_ONNX[spec.dtype] for spec in self.outputs if spec.name == name)
 
 
+_INHERITED: list[object] = []
+
+
+def _close(gpu: Gpu, engine: Engine, memory: OutputMemory, pool: SlotPool) -> None:
+    if gpu.is_inherited:  # TensorRT's destructors would call CUDA in a process that was forked
+        _INHERITED.append((engine, memory, pool))
+        return
+
+    def free() -> None:
+        with ExitStack() as owned:
+            owned.callback(engine.close)
+            owned.callback(pool.close)
+
+    with ExitStack() as owned:
+        owned.callback(memory.close)
+        gpu.release(free)
+
+
+def _drop(gpu: Gpu, engine: Engine, memory: OutputMemory, pool: SlotPool) -> None:
+    with suppress(DeviceError):  # nobody is there to be told; all is freed that CUDA lets go
+        _close(gpu, engine, memory, pool)
+
+
 def _load(file: VerifiedEngine, host: EngineHost, gpu: Gpu, *, eager_kernels: bool) -> Engine:
     engine = None
     try:
@@ -285,9 +303,7 @@ def _load(file: VerifiedEngine, host: EngineHost, gpu: Gpu, *, eager_kernels: bo
         if engine is not None:
             engine.close()
 
-    with ExitStack() as owned:
-        owned.callback(gpu.close)
-        gpu.release(forget)
+    gpu.release(forget)
     if isinstance(failure, MsnExportError):
         raise failure
     raise DeviceError(f"{host.loaded} failed on {file.path.name}: {failure}")

@@ -120,7 +120,8 @@ def test_the_command_that_runs_the_suite_is_told(bundle, tmp_path) -> None:
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[-1] == (
         f"its tests: cd {tmp_path}/out/suite && PYTHONPATH={tmp_path}/out/site "
-        "python3 -m pytest -m gpu tests/gpu tests/runtime/test_tensorrt.py"
+        "python3 -m pytest -m gpu tests/gpu tests/runtime/test_tensorrt.py "
+        "tests/runtime/test_tensorrt_lifetime.py"
     )
 
 

@@ -88,7 +88,6 @@ class CudaStandIn:
         self._graphs: dict[int, list[Work]] = {}
         self._memory: dict[int, Memory] = {}
         self._number = 1000
-        self._retained = 0
         self._threads = threading.local()
         self._problems: list[str] = []
         self._configs: list[Any] = []  # of TensorRT's contexts, where they have one
@@ -138,16 +137,7 @@ class CudaStandIn:
         return CUresult.CUDA_SUCCESS, Handle(ordinal)
 
     def cuDevicePrimaryCtxRetain(self, dev: Any) -> tuple[Any, ...]:
-        with self._lock:
-            self._retained += 1
-        return CUresult.CUDA_SUCCESS, Handle(77)
-
-    def cuDevicePrimaryCtxRelease(self, dev: Any) -> tuple[Any, ...]:
-        with self._lock:
-            self._retained -= 1
-            if self._retained == 0 and self._memory:
-                self._problems.append("the context goes with memory allocated in it")
-        return (CUresult.CUDA_SUCCESS,)
+        return CUresult.CUDA_SUCCESS, Handle(77)  # nobody releases it: there is no call for that
 
     def cuCtxPushCurrent(self, ctx: Any) -> tuple[Any, ...]:
         self._stack.append(ctx)

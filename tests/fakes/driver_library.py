@@ -41,7 +41,6 @@ FUNCTIONS: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "cuInit": ((), (_FLAGS,)),
     "cuDeviceGet": ((_INT,), (_INT,)),
     "cuDevicePrimaryCtxRetain": ((_WORD,), (_INT,)),
-    "cuDevicePrimaryCtxRelease": ((), (_INT,)),
     "cuCtxPushCurrent": ((), (_WORD,)),
     "cuCtxPopCurrent": ((_WORD,), ()),
     "cuMemAlloc": ((_WORD,), (_SIZE,)),

@@ -13,7 +13,6 @@ from collections import Counter
 from typing import Any
 
 PAIRS = {
-    "cuDevicePrimaryCtxRetain": "cuDevicePrimaryCtxRelease",
     "cuCtxPushCurrent": "cuCtxPopCurrent",
     "cuMemAlloc": "cuMemFree",
     "cuMemHostAlloc": "cuMemFreeHost",
@@ -37,7 +36,8 @@ class Recorder:
     """Counts calls of both modules together.
 
     ``calls`` are their names in order; ``fail_at`` is the number of the call to fail, from 0.
-    ``addresses`` are those that a context was told to read or write.
+    ``addresses`` are those that a context was told to read or write. ``retained`` counts how often
+    the primary context was retained: it is never released.
     """
 
     def __init__(self) -> None:
@@ -45,8 +45,9 @@ class Recorder:
         self.addresses: set[int] = set()
         self.fail_at: int | None = None
         self.problems: list[str] = []
+        self.retained = 0
         self._live: Counter[str] = Counter()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the garbage collector may free something inside it
         self._depth = threading.local()
         self._error: Any = None
 
@@ -128,6 +129,8 @@ class _Cuda:
         with recorder._lock:
             if name in PAIRS:
                 recorder._live[name] += 1
+            if name == "cuDevicePrimaryCtxRetain":
+                recorder.retained += 1
             if ends is not None:
                 recorder._live[ends] -= 1
         step = {"cuCtxPushCurrent": 1, "cuCtxPopCurrent": -1}.get(name, 0)
@@ -141,7 +144,7 @@ class _Object:
         self.__dict__.update(_recorder=recorder, _real=real)
         with recorder._lock:
             recorder._live[kind] += 1
-        weakref.finalize(self, recorder._gone, kind)
+        weakref.finalize(self, recorder._gone, kind).atexit = False  # not gone then, only not told
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._real, name)

@@ -33,7 +33,6 @@ def plan_of(network: Network, version: str = "11.4.0.106") -> bytes:
 
 class Severity(IntEnum):
     INTERNAL_ERROR = 0
-    ERROR = 1
 
 
 class _Named(Enum):
@@ -48,6 +47,21 @@ class _Named(Enum):
 
 class ILogger:
     Severity = Severity
+    INTERNAL_ERROR = Severity.INTERNAL_ERROR
+
+
+class Logger(ILogger):
+    def __init__(self, min_severity: Severity) -> None:
+        self.min_severity = min_severity
+
+
+class IErrorRecorder:
+    """What a program derives its own from."""
+
+
+class ErrorCodeTRT(Enum):
+    UNSPECIFIED_ERROR = 1
+    INVALID_ARGUMENT = 3
 
 
 class ExecutionContextAllocationStrategy(Enum):
@@ -83,6 +97,7 @@ class _Context:
 
     def __init__(self, engine: "_Engine") -> None:
         self._engine = engine
+        self.error_recorder = engine._recorder
         self._profile: int | None = None
         self._batch: int | None = None
         self._addresses: dict[str, int] = {}
@@ -95,7 +110,7 @@ class _Context:
             if state.pending:
                 cuda._problems.append("a context goes while its work is waiting")
 
-        weakref.finalize(self, gone)
+        weakref.finalize(self, gone).atexit = False
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
         if not 0 <= profile_index < len(self._engine._network.profiles):
@@ -159,8 +174,8 @@ class _Engine:
 
     _needs_scratch = True
 
-    def __init__(self, cuda: CudaStandIn, log: Any, network: Network, run: Any = None) -> None:
-        self._cuda, self._log, self._network = cuda, log, network
+    def __init__(self, cuda: CudaStandIn, recorder: Any, network: Network, run: Any = None) -> None:
+        self._cuda, self._recorder, self._network = cuda, recorder, network
         self._compute: Callable[..., Any] = run or compute
         self._names = [network.input, *(name for name, _, _ in network.outputs)]
 
@@ -190,7 +205,7 @@ class _Engine:
         return [(batch, *sizes) for batch in self._network.profiles[profile_index]]
 
     def _refuse(self, why: str) -> bool:
-        self._log.log(Severity.ERROR, f"stand-in: {why}")
+        self._recorder.report_error(ErrorCodeTRT.INVALID_ARGUMENT, f"stand-in: {why}")
         return False
 
     def _run(self, batch: int, addresses: dict[str, int]) -> None:
@@ -250,10 +265,11 @@ class _ConfigEngine(_Engine):
 
 class Runtime:
     engine_host_code_allowed = False
+    error_recorder: Any = None
     _home: Any = None  # set by tensorrt_stand_in
 
     def __init__(self, logger: Any) -> None:
-        self._logger = logger
+        assert isinstance(logger, Logger)  # one of Python's takes its lock in every thread
 
     def deserialize_cuda_engine(self, serialized_engine: bytes) -> _Engine | None:
         cuda, kind, network, run = self._home
@@ -263,10 +279,14 @@ class Runtime:
             try:
                 network = Network.from_json(json.loads(serialized_engine[HEADER:]))
             except ValueError:
-                self._logger.log(Severity.ERROR, "stand-in: Magic tag does not match")
+                why = "stand-in: Magic tag does not match"
+                self.error_recorder.report_error(ErrorCodeTRT.UNSPECIFIED_ERROR, why)
                 return None
-        engine: _Engine = kind(cuda, self._logger, network, run)
+        engine: _Engine = kind(cuda, self.error_recorder, network, run)
         return engine
+
+
+COMMON = (ILogger, Logger, IErrorRecorder, ErrorCodeTRT)  # in every module
 
 
 @dataclass(frozen=True)
@@ -307,7 +327,7 @@ def tensorrt_stand_in(
     row = ROWS[contexts]
     module = types.ModuleType("tensorrt_stand_in_module")
     home = (cuda, row.engine, network, run)
-    names = {kind.__name__: kind for kind in (ILogger, *row.names)}
+    names = {kind.__name__: kind for kind in (*COMMON, *row.names)}
     runtime = type("Runtime", (Runtime,), {"_home": home})
     vars(module).update(names, Runtime=runtime, __version__=row.version)
     return module

@@ -24,7 +24,6 @@ class Library:
     def __init__(self, cuda: CudaStandIn) -> None:
         self.cuda = cuda
         self.stream = 1
-        cuda.cuDevicePrimaryCtxRetain(0)  # as torch does, for as long as the process lives
         module = types.ModuleType(NAME)
         vars(module)["from_dlpack"] = self.from_dlpack
         sys.modules[NAME] = module
