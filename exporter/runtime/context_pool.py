@@ -1,8 +1,10 @@
 """Memory of the GPU for outputs that callers keep, used again once they let go of it.
 
-A caller's last use may still be waiting in its stream when it lets go, and a stream that is not
-ours may be gone by then: it cannot be asked. So a block goes back only to calls that are ordered
-after that stream, because they name it as theirs; other blocks are freed, for which CUDA waits.
+A caller's last use may still be waiting in its stream when it lets go. So a block goes back to
+calls of that stream, which are ordered after it, or to one that is made to wait for that stream.
+That takes a stream that still exists: the block keeps the object of torch or cupy that owns it. A
+stream that is known by its number alone may be gone and cannot be asked. Blocks that it used go
+back to its own calls, or are freed, for which CUDA waits.
 
 A graph holds shapes and addresses as they were when it was captured, and the state of its execution
 context: so each has a context of its own, which nothing else touches, over the slot's memory. It is
@@ -24,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msn_export.errors import DeviceError, RunnerError
+from msn_export.runtime import dlpack
 from msn_export.runtime.cuda import Gpu, Graph, Handle, bytes_of
 from msn_export.runtime.engine import Engine, Execution, row_bytes
 
@@ -33,14 +36,14 @@ _IDLE = 8  # blocks kept for later
 class MemoryBlock:
     """Memory with an event that is recorded after what was written last.
 
-    ``streams`` are those of callers that were given it.
+    ``streams`` are those that use it, each with what keeps it alive, None where nothing does.
     """
 
     def __init__(self, size: int, memory: Handle, event: Handle) -> None:
         self.size = size
         self.memory = memory
         self.event = event
-        self.streams: set[int] = set()
+        self.streams: dict[int, object] = {}
 
     def close(self) -> None:
         with ExitStack() as owned:
@@ -49,21 +52,35 @@ class MemoryBlock:
 
 
 class Lease:
-    """A block as long as an output in it is used; then the output memory has it back."""
+    """A block as long as an output in it is used; then the output memory has it back.
 
-    def __init__(self, output_memory: OutputMemory, block: MemoryBlock) -> None:
+    ``owners`` are what keeps the streams alive that are known when it is lent.
+    """
+
+    def __init__(
+        self, output_memory: OutputMemory, block: MemoryBlock, owners: Mapping[int, object]
+    ) -> None:
         self._output_memory = output_memory
         self._block = block
+        self._owners = owners
         self.pointer = int(block.memory)
 
     def written(self, stream: Handle) -> None:
         self._output_memory.gpu.record(self._block.event, stream)
 
     def give_to(self, stream: int) -> None:
-        """Make a caller's stream wait for what is written, and remember it."""
-        self._block.streams.add(stream)
-        with self._output_memory.gpu.current():
-            self._output_memory.gpu.wait(stream, self._block.event)
+        """Make a stream wait for what is written, and remember it."""
+        self._give(stream, self._owners.get(stream))
+
+    def use_on(self, stream: Any) -> None:
+        """Do the same for a stream as callers name it."""
+        self._give(dlpack.handle_of(stream), dlpack.owner_of(stream))
+
+    def _give(self, stream: int, owner: object) -> None:
+        streams, gpu = self._block.streams, self._output_memory.gpu
+        streams[stream] = owner if owner is not None else streams.get(stream)
+        with gpu.current():
+            gpu.wait(stream, self._block.event)
 
     def __del__(self) -> None:
         # anywhere: in another thread, in the garbage collector, while a graph is captured. So
@@ -73,7 +90,7 @@ class Lease:
 
 
 class OutputMemory:
-    """Lends blocks. Those that are lent may outlive the runner: each is freed when it comes back."""
+    """Lends blocks. Those that are lent may outlive the runner: each is freed as it comes back."""
 
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
@@ -82,13 +99,16 @@ class OutputMemory:
         self._is_open = True
         self._lock = threading.RLock()  # __del__ may come while this thread holds it
 
-    def lend(self, size: int, stream: int | None) -> Lease:
-        """Lend a block of at least ``size`` bytes to a run that is ordered after ``stream``."""
+    def lend(self, size: int, stream: int, owners: Mapping[int, object]) -> Lease:
+        """Lend a block of at least ``size`` bytes to a run that is ordered after ``stream``.
+
+        ``owners`` are what keeps streams alive.
+        """
         capacity = 1 << max(size - 1, 255).bit_length()
         with self._lock:
             self._collect()
             block = self._reuse(capacity, stream) or self._allocate(capacity)
-        return Lease(self, block)
+        return Lease(self, block, owners)
 
     def give_back(self, block: MemoryBlock) -> None:
         self._returned.append(block)
@@ -112,13 +132,28 @@ class OutputMemory:
         while self._returned:
             self._idle.append(self._returned.popleft())
 
-    def _reuse(self, capacity: int, stream: int | None) -> MemoryBlock | None:
-        for index, block in enumerate(self._idle):
-            if block.size == capacity and block.streams <= {stream}:
-                return self._idle.pop(index)
+    def _reuse(self, capacity: int, stream: int) -> MemoryBlock | None:
+        fitting = [block for block in self._idle if block.size == capacity]
+        for block in sorted(fitting, key=lambda block: len(_others(block, stream))):
+            if self._wait_for_use(block, stream):
+                self._idle.remove(block)
+                block.streams.clear()
+                return block
         while len(self._idle) >= _IDLE:
             self._idle.pop(0).close()
         return None
+
+    def _wait_for_use(self, block: MemoryBlock, stream: int) -> bool:
+        """Make a stream wait for all others that use a block; False where one cannot be asked."""
+        others = _others(block, stream)
+        if any(block.streams[other] is None for other in others):
+            return False
+        if any(self.gpu.is_capturing(other) for other in others):
+            return False
+        for other in others:
+            self.gpu.record(block.event, other)
+            self.gpu.wait(stream, block.event)
+        return True
 
     def _allocate(self, capacity: int) -> MemoryBlock:
         with ExitStack() as owned:
@@ -129,8 +164,16 @@ class OutputMemory:
         return MemoryBlock(capacity, memory, event)
 
 
+def _others(block: MemoryBlock, stream: int) -> list[int]:
+    """List the streams of a block that a call of ``stream`` is not ordered after."""
+    # the default stream per thread is another in each
+    return [one for one in block.streams if one != stream or one == dlpack.PER_THREAD]
+
+
 LIMIT = 8  # graphs a slot keeps; each holds a context (host memory, little of the GPU's)
 _REMEMBERED = 64  # runs that were seen once
+_PAUSE = 16  # runs after the first refusal; four times as many after each further one
+_ATTEMPTS = 5  # that fail one after the other
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,13 +199,18 @@ class _Captured:
 
 
 class Graphs:
-    """Graphs of one slot. ``refusal`` says why nothing more is captured, where that is so."""
+    """Graphs of one slot. ``refusal`` says why nothing is captured at the moment, where that is so.
+
+    Memory may be short for a moment only: after a pause it is tried again, a few times.
+    """
 
     def __init__(self, gpu: Gpu, engine: Engine, scratch: Handle | None, stream: Handle) -> None:
         self._gpu, self._engine, self._scratch, self._stream = gpu, engine, scratch, stream
         self._captured: OrderedDict[Run, _Captured] = OrderedDict()
         self._seen: OrderedDict[Run, int] = OrderedDict()
         self._now = 0
+        self._failed = 0  # attempts, since the last that did not
+        self._paused_until = 0
         self.refusal = ""
 
     def __len__(self) -> int:
@@ -178,7 +226,7 @@ class Graphs:
             self._gpu.launch(found.graph, self._stream)
             return True
         first = self._seen.pop(run, None)
-        if first is None or self.refusal or not self._has_room(first):
+        if first is None or not self._may_capture() or not self._has_room(first):
             self._seen[run] = self._now
             if len(self._seen) > _REMEMBERED:
                 self._seen.popitem(last=False)
@@ -189,6 +237,15 @@ class Graphs:
         with ExitStack() as owned:
             while self._captured:
                 owned.callback(self._captured.popitem()[1].close)
+
+    def _may_capture(self) -> bool:
+        return self._failed < _ATTEMPTS and self._now >= self._paused_until
+
+    def _refuse(self, error: DeviceError) -> None:
+        self._paused_until = self._now + _PAUSE * 4**self._failed
+        self._failed += 1
+        later = "it is not tried again" if self._failed == _ATTEMPTS else "it is tried again later"
+        self.refusal = f"{error}; {later}"
 
     def _has_room(self, first: int) -> bool:
         """Make room; a graph goes only for a run that came up twice since it was launched last.
@@ -209,7 +266,7 @@ class Graphs:
             try:
                 execution = self._engine.context(self._scratch, graphs=False)
             except DeviceError as error:
-                self.refusal = str(error)
+                self._refuse(error)
                 return False
             owned.callback(execution.close)
             owned.callback(self._gpu.synchronize, self._stream)  # before the context goes
@@ -217,10 +274,11 @@ class Graphs:
             try:
                 graph = self._gpu.capture(self._stream, lambda: self._enqueue(execution, run))
             except DeviceError as error:
-                self.refusal = str(error)
+                self._refuse(error)
                 return True
             owned.callback(graph.close)
             self._captured[run] = _Captured(graph, owned.pop_all(), self._now)
+            self._failed, self.refusal = 0, ""
             return True
 
     def _enqueue(self, execution: Execution, run: Run) -> None:

@@ -164,6 +164,13 @@ class Gpu:
         """Make a stream wait for what an event noted."""
         call(self.cuda.cuStreamWaitEvent, _plain(waiting), event.handle, 0)
 
+    def is_capturing(self, stream: int) -> bool:
+        """True where a stream is captured now: what it is given would become part of the graph."""
+        try:
+            return int(call(self.cuda.cuStreamIsCapturing, stream)) != 0
+        except DeviceError:  # the legacy default stream cannot be asked while another is captured
+            return True
+
     def synchronize(self, stream: Handle) -> None:
         """Wait, in this thread, until a stream has done all it was given."""
         call(self.cuda.cuStreamSynchronize, stream.handle)

@@ -282,9 +282,9 @@ def _tensor_of(capsule: object) -> _Tensor:
 
 # Calls that give the stream a library's thread works on, given the GPU's index. For others
 # the caller names the stream, or the call waits until its work is done.
-CURRENT_STREAM: dict[str, Callable[[Any, int], int]] = {
-    "torch": lambda torch, device: torch.cuda.current_stream(device).cuda_stream,
-    "cupy": lambda cupy, device: cupy.cuda.get_current_stream(device).ptr,
+CURRENT_STREAM: dict[str, Callable[[Any, int], Any]] = {
+    "torch": lambda torch, device: torch.cuda.current_stream(device),
+    "cupy": lambda cupy, device: cupy.cuda.get_current_stream(device),
 }
 # Calls that wait for what a library computes, where its reader cannot wait in a stream.
 FINISH: dict[str, Callable[[Any, Any, int], object]] = {
@@ -308,10 +308,10 @@ def take_back(tensor: Any) -> Callable[[Any], Any]:
     return module.from_dlpack if module is not None else lambda output: output
 
 
-def current_stream(tensor: Any, device: int) -> int | None:
+def current_stream(tensor: Any, device: int) -> Any:
     """Ask the library of a GPU tensor for its current stream; None where that is not known."""
     root = _root_in(CURRENT_STREAM, tensor)
-    return None if root is None else int(CURRENT_STREAM[root](sys.modules[root], device))
+    return None if root is None else CURRENT_STREAM[root](sys.modules[root], device)
 
 
 def finish(tensor: Any, device: int, stream: Any = None) -> None:
@@ -326,16 +326,40 @@ def finish(tensor: Any, device: int, stream: Any = None) -> None:
         FINISH[root](sys.modules[root], tensor, device)
 
 
+LEGACY, PER_THREAD = 1, 2  # CU_STREAM_LEGACY, CU_STREAM_PER_THREAD: the default streams
+
+
 def handle_of(stream: Any) -> int:
-    """Take a stream as a number or an object: CUDA's protocol, torch, cupy, cuda-bindings."""
-    protocol = getattr(stream, "__cuda_stream__", None)
-    if protocol is not None:
-        return int(protocol()[1])
-    for name in ("cuda_stream", "ptr"):
-        handle = getattr(stream, name, None)
-        if handle is not None:
-            return int(handle)
-    return int(stream)
+    """Take a stream as a number or an object: CUDA's protocol, torch, cupy, cuda-bindings.
+
+    The legacy default stream is 1, whether it is named so or 0.
+    """
+    try:
+        protocol = getattr(stream, "__cuda_stream__", None)
+        if protocol is not None:
+            return int(protocol()[1]) or LEGACY
+        for name in ("cuda_stream", "ptr"):
+            handle = getattr(stream, name, None)
+            if handle is not None:
+                return int(handle) or LEGACY
+        return int(stream) or LEGACY
+    except Exception as error:
+        raise InputError(
+            f"stream is a {type(stream).__name__}; expected a CUDA stream as a number, or an "
+            "object of torch, cupy or cuda-bindings"
+        ) from error
+
+
+def owner_of(stream: Any) -> object:
+    """Give the object that keeps a stream from being destroyed; None where there is none.
+
+    A number keeps nothing, nor do cuda-bindings' handles or the streams that torch and cupy call
+    external. The legacy default stream is never destroyed.
+    """
+    if handle_of(stream) == LEGACY:
+        return "the legacy default stream"
+    owns = any(hasattr(stream, name) for name in ("__cuda_stream__", "cuda_stream", "ptr"))
+    return stream if owns and type(stream).__name__ != "ExternalStream" else None
 
 
 def _root_in(table: Mapping[str, object], tensor: Any) -> str | None:
@@ -404,7 +428,7 @@ class Tensor:
         if copy or (dl_device is not None and tuple(map(int, dl_device)) != self._device):
             raise BufferError(f"{self!r} is lent where it lies, without a copy")
         if self._wait is not None and stream != -1:
-            self._wait(1 if stream is None else int(stream))
+            self._wait(LEGACY if stream is None else handle_of(stream))
         array = array_at(self.pointer, self.shape, self._element, self._owner)
         versioned = max_version is not None and max_version[0] >= 1
         return lend(array, self._element, self._device, versioned=versioned)

@@ -261,7 +261,8 @@ class OrtRunner(Runner):
             outputs: dict[str, Any] = self._run_arrays(borrowed.array())
         else:
             outputs = self._run_bound(borrowed)
-        return Outputs({name: back(array) for name, array in outputs.items()})
+        use_on = None if borrowed.device is None else _refuse_stream
+        return Outputs({name: back(array) for name, array in outputs.items()}, use_on)
 
     def close(self) -> None:
         """Free the session once no call is under way."""
@@ -333,6 +334,13 @@ class OrtRunner(Runner):
         session = self._session
         self._require_open()
         return session
+
+
+def _refuse_stream(_stream: Any) -> None:
+    raise RunnerError(
+        "onnxruntime frees an output when it is dropped, whatever streams still use it; wait for "
+        "the stream (torch: stream.synchronize()) before you drop the output"
+    )
 
 
 def _fixed(spec: TensorSpec) -> list[int]:

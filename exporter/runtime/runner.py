@@ -31,10 +31,29 @@ class Outputs(Mapping[str, Any]):
     An output that is called like a method (``keys``, ``get``) is reached by name only.
     """
 
-    __slots__ = ("_arrays",)
+    __slots__ = ("_arrays", "_use_on")
 
-    def __init__(self, arrays: dict[str, Any]) -> None:
+    def __init__(self, arrays: dict[str, Any], use_on: Callable[[Any], None] | None = None) -> None:
         self._arrays = arrays
+        self._use_on = use_on
+
+    def record_stream(self, stream: Any) -> None:
+        """Let a further stream use outputs that lie on the GPU, as torch's ``record_stream``.
+
+        What ``stream`` is given from now on starts after the outputs are written. Their memory is
+        not written again before ``stream`` has done what it is given until they are dropped. The
+        stream of the call needs no such line, nor do outputs on the host: for them it does nothing.
+
+        Args:
+            stream: an object of torch or cupy, or a number. A stream that is known by its number
+                alone cannot be asked later, so memory that it used is freed and not used again.
+
+        Raises:
+            InputError: it is no stream.
+            RunnerError: the outputs are onnxruntime's, which frees them when they are dropped.
+        """
+        if self._use_on is not None:
+            self._use_on(stream)
 
     def __getitem__(self, name: str) -> Any:
         try:
@@ -43,7 +62,7 @@ class Outputs(Mapping[str, Any]):
             raise KeyError(self._lacks(name)) from None
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_arrays":  # asked for before __init__: by copy, by pickle
+        if name in Outputs.__slots__:  # asked for before __init__: by copy, by pickle
             raise AttributeError(name)
         try:
             return self._arrays[name]

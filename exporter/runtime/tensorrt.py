@@ -7,7 +7,7 @@ the padding are not read.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -58,25 +58,27 @@ def run_on_device(
     images: Borrowed,
     chunks: Sequence[Chunk],
     caller: int,
-) -> dict[str, Tensor]:
+    owners: Mapping[int, object],
+) -> tuple[dict[str, Tensor], Lease]:
     """Run contiguous images that lie on the GPU; the outputs stay where they are made.
 
     Nothing is copied but what has to be padded or is not aligned. ``caller`` is the stream on which
-    the images are made and the outputs are used.
+    the images are made and the outputs are used, ``owners`` what keeps streams alive.
     """
     rows = max(chunk.start + chunk.size for chunk in chunks)
     offsets, total = _layout(slot, rows)
-    lease = memory.lend(total, caller)
+    lease = memory.lend(total, caller, owners)
     slot.gpu.record(slot.ready, caller)
     slot.gpu.wait(slot.stream, slot.ready)
     for chunk in chunks:
         _run_in_place(slot, images, chunk, lease.pointer, offsets)
     lease.written(slot.stream)
     lease.give_to(caller)
-    return {
+    outputs = {
         spec.name: _tensor(spec, images, lease, lease.pointer + offsets[spec.name])
         for spec in slot.engine.outputs
     }
+    return outputs, lease
 
 
 def _layout(slot: ExecutionSlot, rows: int) -> tuple[dict[str, int], int]:
@@ -123,9 +125,6 @@ def _tensor(spec: TensorSpec, images: Borrowed, lease: Lease, pointer: int) -> T
 
 def _sizes(spec: TensorSpec) -> tuple[int, ...]:
     return tuple(int(size) for size in spec.shape[1:])
-
-
-_LEGACY = 1  # CU_STREAM_LEGACY: the default stream by a number that is not 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +186,7 @@ class TrtRunner(Runner):
             return Outputs({name: self._for_numpy(name, array) for name, array in outputs.items()})
         device = dlpack.device_of(images)
         if device is not None:
-            return Outputs(self._on_gpu(images, device, stream, profile))
+            return self._on_gpu(images, device, stream, profile)
         borrowed = dlpack.borrow(images)
         require_fit(borrowed.shape, borrowed.element, self.inputs[0])
         back = dlpack.take_back(images)
@@ -223,20 +222,25 @@ class TrtRunner(Runner):
         with self._pool.slot() as slot, self._gpu.current():
             return run_on_host(slot, images, chunks)
 
-    def _on_gpu(self, images: Any, device: int, stream: Any, profile: int | None) -> dict[str, Any]:
-        asked = None if stream is None else dlpack.handle_of(stream)
-        current = dlpack.current_stream(images, device) if asked is None else asked
-        caller = current or _LEGACY
+    def _on_gpu(self, images: Any, device: int, stream: Any, profile: int | None) -> Outputs:
+        current = dlpack.current_stream(images, device)
+        asked = current if stream is None else stream
+        caller = dlpack.LEGACY if asked is None else dlpack.handle_of(asked)
         borrowed = dlpack.borrow(images, caller)
         require_fit(borrowed.shape, borrowed.element, self.inputs[0])
         self._require_here(borrowed)
         chunks = split_batch(borrowed.shape[0], self.profiles, profile)
+        owners: dict[int, object] = {}
+        for one in (dlpack.LEGACY, current, asked):
+            if one is not None and (owner := dlpack.owner_of(one)) is not None:
+                owners[dlpack.handle_of(one)] = owner
         with self._pool.slot() as slot, self._gpu.current():
-            outputs = run_on_device(self._memory, slot, borrowed, chunks, caller)
-            if current is None:  # nobody orders the images' end after this: wait for it here
+            tensors, lease = run_on_device(self._memory, slot, borrowed, chunks, caller, owners)
+            if asked is None:  # nobody orders the images' end after this: wait for it here
                 self._gpu.synchronize(slot.stream)
         back = dlpack.take_back(images)
-        return {name: back(tensor) for name, tensor in outputs.items()}
+        outputs = {name: back(tensor) for name, tensor in tensors.items()}
+        return Outputs(outputs, lease.use_on)
 
     def _require_here(self, images: Borrowed) -> None:
         if images.device != self._gpu.index:

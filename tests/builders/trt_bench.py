@@ -69,6 +69,10 @@ class Bench:
     def library(self) -> Any:
         return Library(self.stand_in)
 
+    def current_stream(self, _module: Any, _device: int) -> Any:
+        """Answer as torch and cupy do where they are asked for their current stream."""
+        return self.library().stream_object(self.library().stream)
+
     def settle(self) -> None:
         """Wait for everything."""
         with self.stand_in._lock:
@@ -136,7 +140,7 @@ class Torch:
 
     def __init__(self, torch: Any) -> None:
         self.torch = torch
-        self._kept: list[Any] = []
+        self._kept: dict[int, Any] = {}
 
     @property
     def stream(self) -> int:
@@ -148,8 +152,15 @@ class Torch:
         cuda.set_stream(cuda.default_stream() if handle == 1 else cuda.ExternalStream(handle))
 
     def new_stream(self) -> int:
-        self._kept.append(self.torch.cuda.Stream())
-        return int(self._kept[-1].cuda_stream)
+        stream = self.torch.cuda.Stream()
+        self._kept[int(stream.cuda_stream)] = stream
+        return int(stream.cuda_stream)
+
+    def stream_object(self, number: int) -> Any:
+        return self._kept.get(number) or self.torch.cuda.default_stream()
+
+    def forget_stream(self, number: int) -> None:
+        del self._kept[number]  # torch's streams are of a pool that is never freed
 
     def to_gpu(self, array: np.ndarray[Any, Any], *, offset: int = 0) -> Any:
         size = array.dtype.itemsize
@@ -180,11 +191,8 @@ class Torch:
 def make_bench(where: str, monkeypatch: pytest.MonkeyPatch) -> Bench:
     if where == "gpu":
         return GpuBench()
-    # what torch and cupy have: the library can be asked for its stream
     bench = Bench(where)
-    monkeypatch.setitem(
-        libraries.CURRENT_STREAM, NAME, lambda _module, _device: bench.library().stream
-    )
+    monkeypatch.setitem(libraries.CURRENT_STREAM, NAME, bench.current_stream)
     return bench
 
 

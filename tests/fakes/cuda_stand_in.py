@@ -36,6 +36,12 @@ class CUstreamCaptureMode(IntEnum):
     CU_STREAM_CAPTURE_MODE_RELAXED = 2
 
 
+class CUstreamCaptureStatus(IntEnum):
+    CU_STREAM_CAPTURE_STATUS_NONE = 0
+    CU_STREAM_CAPTURE_STATUS_ACTIVE = 1
+    CU_STREAM_CAPTURE_STATUS_INVALIDATED = 2
+
+
 class Handle:
     """A driver handle: a number, and nothing to count with."""
 
@@ -79,6 +85,7 @@ class CudaStandIn:
 
     CUresult = CUresult
     CUstreamCaptureMode = CUstreamCaptureMode
+    CUstreamCaptureStatus = CUstreamCaptureStatus
 
     def __init__(self, memory: int = 1 << 30) -> None:
         self._room = memory
@@ -190,9 +197,9 @@ class CudaStandIn:
         with self._lock:
             if (code := self._refusal(capturing=True)) is not None:
                 return (code,)
-            if int(hStream) not in self._streams:
-                return (CUresult.CUDA_ERROR_INVALID_HANDLE,)
             stream = self._streams[int(hStream)]
+            if stream.captured is not None:
+                self._problems.append("an event becomes part of a graph")
             self._events[int(hEvent)] = (stream, stream.issued)
         return (CUresult.CUDA_SUCCESS,)
 
@@ -227,6 +234,13 @@ class CudaStandIn:
             stream.captured, stream.is_invalid = [], False
             stream.captured_by = threading.get_ident()
         return (CUresult.CUDA_SUCCESS,)
+
+    def cuStreamIsCapturing(self, hStream: Any) -> tuple[Any, ...]:
+        stream = self._streams[int(hStream)]  # one that is gone: what CUDA does is undefined
+        status = CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
+        if stream.captured is not None:
+            status = CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE
+        return CUresult.CUDA_SUCCESS, status
 
     def cuStreamEndCapture(self, hStream: Any) -> tuple[Any, ...]:
         with self._lock:

@@ -59,12 +59,15 @@ FUNCTIONS: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "cuMemcpyDtoHAsync": ((), (_WORD, _WORD, _SIZE, _WORD)),
     "cuMemcpyDtoDAsync": ((), (_WORD, _WORD, _SIZE, _WORD)),
     "cuStreamBeginCapture": ((), (_WORD, _INT)),
+    "cuStreamIsCapturing": ((), (_WORD, _OUT)),
     "cuStreamEndCapture": ((), (_WORD, _OUT)),
     "cuGraphInstantiateWithFlags": ((_WORD,), (_WORD, _LONG)),
     "cuGraphDestroy": ((), (_WORD,)),
     "cuGraphExecDestroy": ((), (_WORD,)),
     "cuGraphLaunch": ((), (_WORD, _WORD)),
 }
+
+BEHIND = {"cuStreamIsCapturing": _INT, "cuStreamEndCapture": _WORD}  # whose result comes last
 
 
 def make(folder: Path) -> Path:
@@ -102,12 +105,12 @@ class DriverLibrary:
             results, rest = arguments[: len(written)], list(arguments[len(written) :])
             if name == "cuStreamBeginCapture":
                 rest[1] = CUstreamCaptureMode(rest[1])
-            if name == "cuStreamEndCapture":  # its result is behind the stream
+            if name in BEHIND:
                 results = (rest.pop(),)
             plain = name.removesuffix("WithFlags")  # what the bindings call behind the plain name
             call: Callable[..., tuple[Any, ...]] = getattr(self.device, plain)
             code, *values = call(*(value or 0 for value in rest))
-            targets = written or (_WORD,) * len(results)
+            targets = written or (BEHIND.get(name),)
             for target, value, word in zip(results, values, targets, strict=False):
                 word.from_address(target).value = int(value or 0)
             return int(code)

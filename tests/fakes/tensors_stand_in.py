@@ -12,28 +12,48 @@ from typing import Any
 import numpy as np
 
 from msn_export.runtime import dlpack
-from msn_export.runtime.dlpack import OF_NUMPY, TensorType
+from msn_export.runtime.dlpack import LEGACY, OF_NUMPY, TensorType
 from tests.fakes.cuda_stand_in import CudaStandIn, Memory
 
 NAME = "tensors_stand_in_module"
 
 
+class Stream:
+    """A stream as an object that owns it; ``ptr`` is its number, as in cupy."""
+
+    def __init__(self, cuda: CudaStandIn, number: int) -> None:
+        self._cuda, self.ptr = cuda, number
+
+    def __del__(self) -> None:
+        if self.ptr != LEGACY:
+            self._cuda.cuStreamDestroy(self.ptr)
+
+
 class Library:
-    """Tensors on the device; ``stream`` is the current one."""
+    """Tensors on the device; ``stream`` is the number of the current one."""
 
     def __init__(self, cuda: CudaStandIn) -> None:
         self.cuda = cuda
-        self.stream = 1
+        self.stream = LEGACY
         module = types.ModuleType(NAME)
         vars(module)["from_dlpack"] = self.from_dlpack
         sys.modules[NAME] = module
         self._kind = type("Tensor", (_Tensor,), {"__module__": NAME})
+        self._streams = {LEGACY: Stream(cuda, LEGACY)}
 
     def new_stream(self) -> int:
         self.cuda.cuCtxPushCurrent(77)
         _, stream = self.cuda.cuStreamCreate(0)
         self.cuda.cuCtxPopCurrent()
+        self._streams[int(stream)] = Stream(self.cuda, int(stream))
         return int(stream)
+
+    def stream_object(self, number: int) -> Stream:
+        return self._streams[number]
+
+    def forget_stream(self, number: int) -> None:
+        """Let go of a stream, as cupy does: it is destroyed where nothing else keeps it."""
+        del self._streams[number]
 
     def to_gpu(self, array: np.ndarray[Any, Any], *, offset: int = 0) -> Any:
         """Copy an array to the GPU, in stream order; ``offset`` bytes behind an aligned address."""

@@ -28,7 +28,7 @@ def test_the_runners_tests_pass_through_the_real_bindings(tmp_path) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "tests.fakes.with_real_bindings",
          "-p", "no:cacheprovider", "-m", "not gpu", "-n", "0", "-k", "not whichever and not bare",
-         "tests/runtime/test_tensorrt.py"],
+         "tests/runtime/test_tensorrt.py", "tests/runtime/test_tensorrt_streams.py"],
         env=driver_library.environment(tmp_path) | {"PYTHONPATH": str(ROOT)},
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip

@@ -155,6 +155,16 @@ def test_sizes_that_a_graph_of_another_tool_leaves_open_are_open(tmp_path) -> No
         runner._run_bound(dlpack.borrow(np.ones((1, 1, 8, 8), np.float32)))
 
 
+def test_a_further_stream_cannot_keep_onnxruntimes_outputs(plain, monkeypatch) -> None:
+    with OrtRunner(plain) as runner:
+        runner(NETWORK.images(2)).record_stream(7)  # on the host it is not needed
+        monkeypatch.setattr(runner, "_run_bound", lambda _images: {"embedding": None})
+        images = NETWORK.images(2)
+        on_gpu = dlpack.Tensor(images.ctypes.data, images.shape, dlpack.OF_ONNX["float"], 0, images)
+        with pytest.raises(RunnerError, match=r"^onnxruntime frees .*; wait for the stream \("):
+            runner(on_gpu).record_stream(7)
+
+
 def test_what_fails_inside_onnxruntime_is_our_error(tmp_path) -> None:
     text = """g (float[b,4] x) => (float[3,4] y) <float[3,4] w = {1,1,1,1,1,1,1,1,1,1,1,1}>
     { y = Add (x, w) }"""

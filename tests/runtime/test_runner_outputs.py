@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from msn_export.errors import InputError
 from msn_export.runtime import Outputs
 from msn_export.runtime import dlpack as library
 
@@ -73,6 +74,23 @@ def test_streams_of_every_library_are_numbers() -> None:
         assert library.handle_of(stream) == 7
     driver = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
     assert library.handle_of(driver.CUstream(7)) == 7
+    assert library.handle_of(0) == library.handle_of(driver.CUstream(0)) == library.LEGACY
+
+
+@pytest.mark.parametrize("stream", ["a stream", None, object(), types.SimpleNamespace(ptr="x")])
+def test_what_is_no_stream_is_told(stream) -> None:
+    kind = type(stream).__name__
+    with pytest.raises(InputError, match=f"^stream is a {kind}; expected a CUDA stream as a numb"):
+        library.handle_of(stream)
+
+
+def test_only_objects_of_a_library_own_their_stream() -> None:
+    own = types.SimpleNamespace(ptr=7)
+    external = type("ExternalStream", (), {"ptr": 7})()
+    assert library.owner_of(own) is own
+    assert library.owner_of(external) is None
+    assert library.owner_of(7) is None
+    assert library.owner_of(0) is not None  # the legacy default stream is always there
 
 
 @pytest.mark.parametrize("name", sorted(library.CURRENT_STREAM))
@@ -83,7 +101,7 @@ def test_a_librarys_current_stream_is_asked_for(monkeypatch, name) -> None:
     )
     monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(cuda=cuda))
     tensor = type("Tensor", (), {"__module__": f"{name}.deep"})()
-    assert library.current_stream(tensor, 0) == 9
+    assert library.current_stream(tensor, 0) is stream
     assert library.current_stream(object(), 0) is None
 
 

@@ -1,5 +1,6 @@
 """The TensorRT runner's state machine, over stand-ins here and, unchanged, on a GPU (-m gpu)."""
 
+import re
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +9,10 @@ import numpy as np
 import pytest
 
 from msn_export.errors import DeviceError, GraphError, InputError, RunnerError
+from msn_export.runtime import context_pool
+from msn_export.runtime.context_pool import _ATTEMPTS as ATTEMPTS
 from msn_export.runtime.context_pool import _IDLE as IDLE
+from msn_export.runtime.context_pool import _PAUSE as PAUSE
 from msn_export.runtime.context_pool import LIMIT
 from msn_export.runtime.cuda import Gpu
 from tests.builders.networks import Network, compute
@@ -577,14 +581,13 @@ def test_after_a_failed_call_the_runner_goes_on(bench, name) -> None:
     assert bench.recorder.live() == {}
 
 
-def test_a_graph_that_cannot_be_captured_is_told_and_done_without(bench) -> None:
+def test_a_graph_that_cannot_be_captured_is_told_and_tried_again_later(bench) -> None:
     if not bench.captures:
         pytest.skip("TensorRT-RTX captures by itself")
     images = NETWORK.images(2)
     with bench.open() as runner:
         runner(images)
         bench.recorder.calls.clear()
-        bench.recorder.fail_at = 10**9
         runner(images)
         number = bench.recorder.calls.index("cuStreamBeginCapture")
     with bench.open() as runner:
@@ -594,9 +597,35 @@ def test_a_graph_that_cannot_be_captured_is_told_and_done_without(bench) -> None
         check(runner(images), NETWORK, images)
         bench.recorder.fail_at = None
         assert bench.recorder.count("execute_async_v3") == 1  # it was done, and is not done again
-        for _ in range(3):
+        assert re.fullmatch(
+            "0 captured; cuStreamBeginCapture failed: .*; it is tried again later",
+            runner.cuda_graphs,
+        )
+        for _ in range(PAUSE - 1):
             check(runner(images), NETWORK, images)
-        assert runner.cuda_graphs.startswith("0 captured; cuStreamBeginCapture failed: ")
+        assert bench.recorder.count("cuStreamBeginCapture") == 1
+        check(runner(images), NETWORK, images)
+        assert runner.cuda_graphs == "1 captured"
+
+
+def test_a_graph_that_never_can_be_captured_is_tried_a_few_times(bench, monkeypatch) -> None:
+    if not bench.captures:
+        pytest.skip("TensorRT-RTX captures by itself")
+    tried = []
+
+    def refuse(_gpu: Gpu, _stream: Any, _enqueue: Any) -> Any:
+        tried.append(1)
+        raise DeviceError("cuGraphInstantiate failed: CUDA_ERROR_OUT_OF_MEMORY")
+
+    monkeypatch.setattr(Gpu, "capture", refuse)
+    monkeypatch.setattr(context_pool, "_PAUSE", 1)
+    with bench.open() as runner:
+        for seed in range(4**ATTEMPTS):
+            runner(NETWORK.images(1, seed))
+        assert len(tried) == ATTEMPTS
+        assert runner.cuda_graphs == (
+            "0 captured; cuGraphInstantiate failed: CUDA_ERROR_OUT_OF_MEMORY; it is not tried again"
+        )
 
 
 def test_a_context_that_tensorrt_does_not_make_is_told(bench) -> None:

@@ -152,7 +152,7 @@ from tests.fakes.tensors_stand_in import NAME
 from msn_export.runtime import dlpack
 
 def used(bench):
-    dlpack.CURRENT_STREAM[NAME] = lambda _module, _device: bench.library().stream
+    dlpack.CURRENT_STREAM[NAME] = bench.current_stream
     runner, images = bench.open(), Network().images(3)
     for _ in range(3):
         runner(images)
