@@ -59,7 +59,7 @@ def main() -> int:
         check=True,
     )
     tree = ENVIRONMENT / "tree"
-    for name in ("tests", "scripts", "pyproject.toml"):
+    for name in ("tests", "scripts", "examples", "pyproject.toml"):
         source = Path(name)
         if source.is_dir():
             shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
