@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -111,6 +112,62 @@ def _lock_on(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+def cache_folder() -> Path | None:
+    """Give the folder of this package in the user's cache; it may not exist yet.
+
+    None for a user without a home, as in a container that runs as a number.
+    """
+    # os.path's leaves a home that there is not as it is; Path's raises
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
+    if not Path(root).is_absolute():  # the XDG Base Directory Specification ignores such a path
+        return None
+    return Path(root) / "msn-export"
+
+
+_PATIENCE = 10.0  # seconds
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Have a cache folder alone; a process that stopped while it has it is not waited for.
+
+    Raises:
+        TimeoutError: another process has it for too long.
+    """
+    lock = os.open(folder, os.O_RDONLY)
+    until = time.monotonic() + _PATIENCE
+    try:
+        while not _try_lock(lock):
+            if time.monotonic() > until:
+                raise TimeoutError(errno.ETIMEDOUT, "another process keeps the folder locked")
+            time.sleep(0.02)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _try_lock(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write a file of a cache beside its place and move it there: it is whole or not there."""
+    with tempfile.NamedTemporaryFile(
+        prefix=f".{path.name}-", dir=path.parent, delete=False
+    ) as file:
+        try:
+            file.write(content)
+            file.close()
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
 
 
 def _remove_abandoned(folder: Path) -> None:

@@ -319,3 +319,44 @@ def test_two_runs_never_mix_an_artifact_with_the_others_manifest(tmp_path, monke
     for thread in runs:
         thread.join()
     assert output.read_text() == manifest_path(output).read_text()
+
+
+# --- the user's cache -----------------------------------------------------------------------------
+
+
+def test_a_file_of_the_cache_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "timing"
+    files.write_whole(path, b"first")
+    files.write_whole(path, memoryview(b"second"))
+    assert path.read_bytes() == b"second"
+
+    def full(_self: Path, _target: Path) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        files.write_whole(path, b"third")
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [
+        ("timing", b"second")
+    ]
+
+
+def test_a_process_that_keeps_the_lock_is_waited_for_but_not_for_ever(
+    tmp_path, monkeypatch
+) -> None:
+    with files.locked(tmp_path):
+        monkeypatch.setattr(files, "_PATIENCE", 0.05)
+        with pytest.raises(TimeoutError, match="another process keeps the folder locked"):
+            files.locked(tmp_path).__enter__()
+        monkeypatch.setattr(files, "_PATIENCE", 60.0)
+        entered = threading.Event()
+
+        def enter() -> None:
+            with files.locked(tmp_path):
+                entered.set()
+
+        waiting = threading.Thread(target=enter)
+        waiting.start()
+        assert not entered.wait(0.1)
+    assert entered.wait(60)
+    waiting.join()

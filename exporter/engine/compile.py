@@ -6,12 +6,8 @@ member used on such a variable from the source and looks them up in the real 10.
 """
 
 import contextlib
-import fcntl
-import os
 import re
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO, TypeAlias
@@ -19,7 +15,15 @@ from typing import Any, TextIO, TypeAlias
 from msn_export.engine.kernels import Kernel, read_inspector, read_log, with_accumulators
 from msn_export.engine.options import BuildSpec, no_kernels, require_capable
 from msn_export.errors import BuildError
-from msn_export.runtime.versions import ICudaEngine, ILogger, Runtime, TensorRT, TensorRTVersion
+from msn_export.files import cache_folder, locked, write_whole
+from msn_export.runtime.versions import (
+    ICudaEngine,
+    IHostMemory,
+    ILogger,
+    Runtime,
+    TensorRT,
+    TensorRTVersion,
+)
 from msn_export.spec import BatchRange, ComputeCapability, Dtype
 
 # Errors of the builder and the parser, and what they mean to the user. The texts are those of
@@ -128,7 +132,6 @@ EngineInspector: TypeAlias = Any
 IAttention: TypeAlias = Any
 IAttentionInputLayer: TypeAlias = Any
 IBuilderConfig: TypeAlias = Any
-IHostMemory: TypeAlias = Any
 ILayer: TypeAlias = Any
 INetworkDefinition: TypeAlias = Any
 IOptimizationProfile: TypeAlias = Any
@@ -193,13 +196,12 @@ def default_path(version: str, gpu: str, capability: ComputeCapability) -> Path 
 
     None for a user without a home, as in a container that runs as a number.
     """
-    # os.path's leaves a home that there is not as it is; Path's raises
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
-    if not Path(root).is_absolute():  # the XDG Base Directory Specification ignores such a path
+    folder = cache_folder()
+    if folder is None:
         return None
     model = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
     sm = f"sm{capability.major}{capability.minor}"
-    return Path(root) / "msn-export" / f"timing-{version}-{sm}-{model}"
+    return folder / f"timing-{version}-{sm}-{model}"
 
 
 def attach(config: IBuilderConfig, path: Path) -> str | None:
@@ -226,7 +228,7 @@ def store(config: IBuilderConfig, path: Path) -> str | None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _lock_on(path.parent):
+        with locked(path.parent):
             _merge(config, path)
     except OSError as error:
         return f"timing cache {path} cannot be written ({error.strerror}); timings are not kept"
@@ -240,26 +242,7 @@ def _merge(config: IBuilderConfig, path: Path) -> None:
         if other is not None:
             cache.combine(other, ignore_mismatch=False)
     content: IHostMemory = cache.serialize()
-    with tempfile.NamedTemporaryFile(
-        prefix=f".{path.name}-", dir=path.parent, delete=False
-    ) as file:
-        try:
-            file.write(memoryview(content))
-            file.close()
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
-
-
-@contextmanager
-def _lock_on(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+    write_whole(path, memoryview(content))
 
 
 def add_profiles(

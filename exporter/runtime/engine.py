@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import shlex
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from msn_export.manifest import EngineRecord, Manifest, manifest_path
 from msn_export.runtime.cuda import Handle
 from msn_export.runtime.dlpack import OF_ONNX, OF_TENSORRT
 from msn_export.runtime.log import EngineErrors, logger_of
+from msn_export.runtime.runtime_cache import RuntimeCache
 from msn_export.runtime.versions import (
     DataType,
     ICudaEngine,
@@ -46,6 +48,12 @@ class VerifiedEngine:
     def compatible(self) -> bool:
         """True where it was built to load in later versions of TensorRT too."""
         return self.record is not None and bool(self.record.options.get("version_compatible"))
+
+    @property
+    def sha256(self) -> str:
+        """The manifest's hash, which ``manifest.read`` compared, or else the file's."""
+        described = self.manifest.sha256 if self.manifest is not None else ""
+        return described or hashlib.sha256(self.content).hexdigest()
 
     @property
     def version(self) -> str:
@@ -179,7 +187,7 @@ class Engine:
 
     One built with ``--version-compatible`` (``compatible``) brings code of the host, which is then
     allowed to run. With ``eager_kernels`` TensorRT-RTX compiles the kernels of a batch size before
-    it first runs one, and not behind runs that use general ones.
+    it first runs one, and not behind runs that use general ones. ``cache`` keeps its kernels.
     """
 
     def __init__(
@@ -190,10 +198,12 @@ class Engine:
         *,
         compatible: bool,
         eager_kernels: bool = False,
+        cache: RuntimeCache | None = None,
     ) -> None:
         trt: TensorRT = loaded.trt
         self.loaded = loaded
         self.file = file
+        self.cache = cache
         self._eager_kernels = eager_kernels
         self._errors = EngineErrors(trt)
         runtime: Runtime = trt.Runtime(logger_of(trt))
@@ -252,6 +262,8 @@ class Engine:
             if self._eager_kernels:
                 eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
                 config.dynamic_shapes_kernel_specialization_strategy = eager
+            if self.cache is not None:
+                self.cache.attach(config)
             return engine.create_execution_context(config)
         if kind == "strategy":
             strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -266,6 +278,9 @@ class Engine:
 
     def close(self) -> None:
         """Free the engine; its contexts must be gone."""
+        if self.cache is not None:
+            self.cache.store()
+            self.cache.close()
         self._engine = None
         self._runtime = None
 

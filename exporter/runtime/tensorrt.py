@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any
 from weakref import finalize
 
@@ -25,6 +26,7 @@ from msn_export.runtime.cuda import Gpu
 from msn_export.runtime.dlpack import OF_ONNX, Borrowed, Tensor, widen
 from msn_export.runtime.engine import Engine, VerifiedEngine
 from msn_export.runtime.runner import Chunk, Outputs, Runner, element_of, require_fit, split_batch
+from msn_export.runtime.runtime_cache import RuntimeCache, cache_path
 from msn_export.runtime.versions import CudaDriver, LoadedTensorRT
 from msn_export.spec import TensorSpec
 
@@ -155,6 +157,7 @@ class TrtRunner(Runner):
         eager_kernels: bool = False,
     ) -> None:
         self._cuda_graphs = cuda_graphs
+        self._calls = count(1)
         self._closing = threading.Lock()
         self._gpu = gpu = Gpu(host.cuda, host.device.index)
         self._engine = loaded = _load(engine, host, gpu, eager_kernels=eager_kernels)
@@ -206,6 +209,12 @@ class TrtRunner(Runner):
         refusals = {one.refusal for one in graphs if one.refusal}
         return "; ".join([f"{sum(map(len, graphs))} captured", *sorted(refusals)])
 
+    @property
+    def runtime_cache(self) -> str:
+        """Kernels that TensorRT-RTX compiled: what was loaded, and what was written, or why not."""
+        cache = self._engine.cache
+        return "none: TensorRT compiles kernels into the engine" if cache is None else cache.state
+
     def close(self) -> None:
         """Free the engine, its contexts and their memory, after calls under way have ended.
 
@@ -220,7 +229,9 @@ class TrtRunner(Runner):
     def _on_host(self, images: NDArray[Any], profile: int | None) -> dict[str, NDArray[Any]]:
         chunks = split_batch(len(images), self.profiles, profile)
         with self._pool.slot() as slot, self._gpu.current():
-            return run_on_host(slot, images, chunks)
+            outputs = run_on_host(slot, images, chunks)
+            self._keep_kernels()
+            return outputs
 
     def _on_gpu(self, images: Any, device: int, stream: Any, profile: int | None) -> Outputs:
         current = dlpack.current_stream(images, device)
@@ -238,9 +249,15 @@ class TrtRunner(Runner):
             tensors, lease = run_on_device(self._memory, slot, borrowed, chunks, caller, owners)
             if asked is None:  # nobody orders the images' end after this: wait for it here
                 self._gpu.synchronize(slot.stream)
+            self._keep_kernels()
         back = dlpack.take_back(images)
         outputs = {name: back(tensor) for name, tensor in tensors.items()}
         return Outputs(outputs, lease.use_on)
+
+    def _keep_kernels(self) -> None:
+        """Write what was compiled while a service runs: it may end by a signal, without an end."""
+        if self._engine.cache is not None and next(self._calls) in _STORED_AFTER:
+            self._engine.cache.store()
 
     def _require_here(self, images: Borrowed) -> None:
         if images.device != self._gpu.index:
@@ -263,6 +280,7 @@ class TrtRunner(Runner):
         return next(OF_ONNX[spec.dtype] for spec in self.outputs if spec.name == name)
 
 
+_STORED_AFTER = frozenset({1, 10, 100, 1000})  # calls
 _INHERITED: list[object] = []
 
 
@@ -288,6 +306,9 @@ def _drop(gpu: Gpu, engine: Engine, memory: OutputMemory, pool: SlotPool) -> Non
 
 def _load(file: VerifiedEngine, host: EngineHost, gpu: Gpu, *, eager_kernels: bool) -> Engine:
     engine = None
+    cache = None
+    if host.loaded.row.contexts == "config":
+        cache = RuntimeCache(cache_path(file.sha256, host.loaded.version, host.device))
     try:
         with gpu.current():
             engine = Engine(
@@ -296,6 +317,7 @@ def _load(file: VerifiedEngine, host: EngineHost, gpu: Gpu, *, eager_kernels: bo
                 file.path.name,
                 compatible=file.compatible,
                 eager_kernels=eager_kernels,
+                cache=cache,
             )
     except Exception as error:  # noqa: BLE001  pybind raises what it likes
         failure = error

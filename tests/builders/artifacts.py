@@ -69,6 +69,7 @@ def pretend(
     version: str | None = None,
 ) -> Recorder:
     """Have a stand-in GPU and TensorRT found on this machine."""
+    monkeypatch.setenv("XDG_CACHE_HOME", tempfile.mkdtemp(dir=_FOLDER.name))
     cuda, recorder = CudaStandIn(), Recorder()
     module = tensorrt_stand_in(cuda, contexts, network, compute)
     loaded = LoadedTensorRT(

@@ -29,6 +29,7 @@ from tests.fakes.recorder import Recorder
 from tests.fakes.tensorrt_stand_in import plan_of, tensorrt_stand_in
 from tests.fakes.tensors_stand_in import NAME, Library
 
+_FOLDER = tempfile.TemporaryDirectory(prefix="msn-export-networks-")
 DEVICE = Device(0, "Stand-in GPU", ComputeCapability(8, 9), 1 << 30)
 ROWS = {row.contexts: row for row in reversed(VERSIONS) if row.contexts and not row.only_compatible}
 AMPERE = ComputeCapability(8, 0)
@@ -189,6 +190,8 @@ class Torch:
 
 
 def make_bench(where: str, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    # what TensorRT-RTX compiles is kept there
+    monkeypatch.setenv("XDG_CACHE_HOME", tempfile.mkdtemp(dir=_FOLDER.name))
     if where == "gpu":
         return GpuBench()
     bench = Bench(where)
@@ -227,9 +230,6 @@ def _obstacle(capability: ComputeCapability) -> str:
             "no target"
         )
     return "" if capability >= AMPERE else f"{_backend()} has no fp32 products on SM {capability}"
-
-
-_FOLDER = tempfile.TemporaryDirectory(prefix="msn-export-networks-")
 
 
 @cache

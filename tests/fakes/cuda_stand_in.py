@@ -98,6 +98,8 @@ class CudaStandIn:
         self._threads = threading.local()
         self._problems: list[str] = []
         self._configs: list[Any] = []  # of TensorRT's contexts, where they have one
+        self._compiled = 0  # kernels that TensorRT compiled for this GPU
+        self._fingerprint = "driver 580, SM 8.9"
 
     # what the tests and the TensorRT stand-in see
 

@@ -28,6 +28,7 @@ _CLASSES = {
     "create_execution_context": "context",
     "create_execution_context_without_device_memory": "context",
     "create_runtime_config": "config",
+    "create_runtime_cache": "cache",
 }
 _RAISES = frozenset({"infer_shapes", "set_device_memory"})  # pybind raises where these fail
 

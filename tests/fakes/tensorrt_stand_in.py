@@ -79,9 +79,42 @@ class DynamicShapesKernelSpecializationStrategy(Enum):
     EAGER = 1
 
 
+class IRuntimeCache:
+    """Batches whose kernels are compiled. It wants a current GPU, and takes that GPU's alone."""
+
+    def __init__(self, cuda: CudaStandIn) -> None:
+        self._cuda = cuda
+        self._batches: set[int] = set()
+
+    def serialize(self) -> bytes | None:
+        if not self._cuda._stack:
+            self._cuda._problems.append("a runtime cache is serialised without a GPU")
+            return None
+        return json.dumps([self._cuda._fingerprint, sorted(self._batches)]).encode()
+
+    def deserialize(self, blob: bytes) -> bool:
+        try:
+            fingerprint, batches = json.loads(blob)
+        except ValueError:
+            return False
+        if not self._cuda._stack or fingerprint != self._cuda._fingerprint:
+            return False
+        self._batches |= set(batches)
+        return True
+
+
 class IRuntimeConfig:
     cuda_graph_strategy = CudaGraphStrategy.DISABLED
     dynamic_shapes_kernel_specialization_strategy = DynamicShapesKernelSpecializationStrategy.LAZY
+    _cache: IRuntimeCache | None = None
+    _cuda: Any = None
+
+    def create_runtime_cache(self) -> IRuntimeCache | None:
+        return IRuntimeCache(self._cuda)
+
+    def set_runtime_cache(self, cache: IRuntimeCache | None = None) -> bool:
+        self._cache = cache
+        return True
 
 
 class _State:
@@ -102,6 +135,8 @@ class _Context:
         self._batch: int | None = None
         self._addresses: dict[str, int] = {}
         self._scratch: int | None = None
+        self._cache: Any = None
+        self._own: set[int | None] = set()
         self._state = state = _State()
         cuda = engine._cuda
 
@@ -111,6 +146,13 @@ class _Context:
                 cuda._problems.append("a context goes while its work is waiting")
 
         weakref.finalize(self, gone).atexit = False
+
+    def _compile(self) -> None:
+        """Compile the kernels of this batch, where TensorRT does so at run time."""
+        compiled = self._own if self._cache is None else self._cache._batches
+        if self._engine._compiles and self._batch not in compiled:
+            self._engine._cuda._compiled += 1
+            compiled.add(self._batch)
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
         if not 0 <= profile_index < len(self._engine._network.profiles):
@@ -143,6 +185,7 @@ class _Context:
 
     def execute_async_v3(self, stream_handle: int) -> bool:
         engine, cuda, state = self._engine, self._engine._cuda, self._state
+        self._compile()
         if self._batch is None or set(self._addresses) != set(engine._names):
             return engine._refuse("shapes or addresses are missing")
         if self._scratch is None and engine._needs_scratch:
@@ -173,6 +216,7 @@ class _Engine:
     """What every TensorRT's ICudaEngine has."""
 
     _needs_scratch = True
+    _compiles = False
 
     def __init__(self, cuda: CudaStandIn, recorder: Any, network: Network, run: Any = None) -> None:
         self._cuda, self._recorder, self._network = cuda, recorder, network
@@ -253,14 +297,19 @@ class _BareEngine(_Engine):
 
 class _ConfigEngine(_Engine):
     _needs_scratch = False
+    _compiles = True
 
     def create_runtime_config(self) -> IRuntimeConfig:
-        return IRuntimeConfig()
+        config = IRuntimeConfig()
+        config._cuda = self._cuda
+        return config
 
     def create_execution_context(self, runtime_config: IRuntimeConfig) -> _Context:
         assert isinstance(runtime_config, IRuntimeConfig)
         self._cuda._configs.append(runtime_config)
-        return _Context(self)
+        context = _Context(self)
+        context._cache = runtime_config._cache
+        return context
 
 
 class Runtime:

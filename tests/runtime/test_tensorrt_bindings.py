@@ -42,8 +42,10 @@ OWN = {
         "DynamicShapesKernelSpecializationStrategy",
         "DynamicShapesKernelSpecializationStrategy.EAGER",
         "ICudaEngine.create_execution_context", "ICudaEngine.create_runtime_config",
-        "IRuntimeConfig.cuda_graph_strategy",
+        "IRuntimeCache.deserialize", "IRuntimeCache.serialize",
+        "IRuntimeConfig.create_runtime_cache", "IRuntimeConfig.cuda_graph_strategy",
         "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
+        "IRuntimeConfig.set_runtime_cache",
     },
 }  # fmt: skip
 
@@ -191,6 +193,7 @@ def promised(contexts: str) -> set[str]:
     kinds |= {kind.__name__: kind for kind in (*COMMON, *row.names)}
     if contexts == "config":
         kinds["IRuntimeConfig"] = tensorrt_stand_in.IRuntimeConfig
+        kinds["IRuntimeCache"] = tensorrt_stand_in.IRuntimeCache
     members = {f"{name}.{one}" for name, kind in kinds.items() for one in public(kind)}
     plain = {f"{name}.{one}" for name in kinds for one in ("name", "value")}
     return members | set(kinds) - plain
