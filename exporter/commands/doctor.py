@@ -41,6 +41,14 @@ if TYPE_CHECKING:
 _FIRST_DRIVER = {11: "r450", 12: "r525", 13: "r580"}
 
 
+# Why an older release of a package does not do
+_REASONS = {
+    "onnxruntime-gpu": (
+        "the CUDA provider of an older one has no kernel for Attention, which then runs on the CPU"
+    )
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """Something installed that does not work; ``package`` is the one it shows in."""
@@ -72,6 +80,7 @@ def find_faults(
         probed = probes.get(package.module or "")
         if not package.fits:
             what = f"{package.version} is installed, {package.range} is needed"
+            what += f": {_REASONS[package.name]}" if package.name in _REASONS else ""
             found.append(Finding(package.name, what, f"pip install {package.line}"))
         elif probed is not None and probed.fault is not None:
             found.append(Finding(package.name, probed.fault, _mend(package, probed.fault)))
@@ -231,7 +240,8 @@ def _needs(
     if ability.gpu and isinstance(driver, NoDriver):
         yield "an NVIDIA GPU with its driver"
     for package in packages:
-        if ability.gpu and package.stand_in == "onnxruntime" and "ort" in ability.extras:
+        lacks_cuda = package.stand_in == "onnxruntime" and package.plugin is None
+        if ability.gpu and lacks_cuda and "ort" in ability.extras:
             yield "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
     if ability.tool is not None and (line := tools.get(ability.tool)) is not None:
         yield line
@@ -307,7 +317,8 @@ def _state(
     elif package.module is not None:
         detail = probes[package.module].fact
     if package.stand_in is not None:
-        detail = f"{package.stand_in} in its place; {detail}"
+        plugin = f" with {package.plugin}" if package.plugin is not None else ""
+        detail = f"{package.stand_in}{plugin} in its place; {detail}"
     return PackageState(package.name, package.range, package.extras, package.version, state, detail)
 
 
@@ -316,6 +327,7 @@ BASE = ""  # the extra that is always there
 
 # Two builds of one module. Installing the one that is asked for beside the other breaks both.
 _STANDS_IN = {"onnxruntime-gpu": "onnxruntime", "onnxruntime": "onnxruntime-gpu"}
+_PLUGINS = ("onnxruntime-ep-cuda13", "onnxruntime-ep-cuda12")  # onnxruntime's CUDA provider
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,7 +335,7 @@ class Wanted:
     """A package that extras ask for; ``module`` is what proves that it works, if it has one.
 
     ``parts`` are the package's own extras that are asked for. ``stand_in`` is another build of it
-    that is installed in its place.
+    that is installed in its place, and ``plugin`` what gives that build the GPU.
     """
 
     name: str
@@ -334,12 +346,13 @@ class Wanted:
     module: str | None = None
     stand_in: str | None = None
     parts: tuple[str, ...] = ()
+    plugin: str | None = None
 
     @property
     def line(self) -> str:
-        """The requirement as pip takes it."""
+        """The requirement as pip takes it, of the build that is installed."""
         parts = f"[{','.join(self.parts)}]" if self.parts else ""
-        return f"'{self.name}{parts}{self.range}'"
+        return f"'{self.stand_in or self.name}{parts}{self.range}'"
 
 
 def wanted_packages() -> tuple[Wanted, ...]:
@@ -400,7 +413,10 @@ def _found(requirement: Requirement, extras: tuple[str, ...]) -> Wanted:
     except InvalidVersion:
         fits = False
     module = module_of(distribution)
-    return Wanted(name, wanted, extras, version, fits, module, stand_in, parts)
+    plugin = None
+    if stand_in == "onnxruntime":
+        plugin = next((one for one in _PLUGINS if _installed(one) is not None), None)
+    return Wanted(name, wanted, extras, version, fits, module, stand_in, parts, plugin)
 
 
 def _installed(name: str) -> Distribution | None:

@@ -21,7 +21,8 @@ from msn_export.graph.builder import GIVEN, MARK, mark_outputs, with_inputs
 from msn_export.graph.emulate import emulate_bf16, has_bf16
 from msn_export.graph.precision import MAXIMA, observe
 from msn_export.mixed_precision import cpu_runner
-from msn_export.runtime.onnxruntime import CPU, open_session, translated
+from msn_export.runtime.onnxruntime import open_session, translated
+from msn_export.runtime.providers import CPU
 from msn_export.spec import Dtype
 
 if TYPE_CHECKING:

@@ -1,12 +1,12 @@
-"""ONNX files in onnxruntime, and the execution providers that run them."""
+"""ONNX files in onnxruntime."""
 
 from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
-from io import StringIO
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,21 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from msn_export.errors import DeviceError, GraphError, InputError, MsnExportError, RunnerError
-from msn_export.host import Driver, NoDriver, find_driver
+from msn_export.host import find_driver
 from msn_export.manifest import Manifest
 from msn_export.runtime import dlpack
 from msn_export.runtime.dlpack import OF_ONNX, Borrowed, Tensor, finish, take_back
+from msn_export.runtime.providers import (
+    CPU,
+    ON_GPU,
+    available_providers,
+    choose,
+    load_gpu,
+    nodes_on_cpu,
+    one_line,
+    require_obtained,
+    require_on_gpu,
+)
 from msn_export.runtime.runner import (
     Chunk,
     Outputs,
@@ -31,83 +42,6 @@ from msn_export.runtime.runner import (
 )
 from msn_export.spec import BatchRange, TensorSpec
 
-CPU = "CPUExecutionProvider"
-CUDA = "CUDAExecutionProvider"
-_SHORT = {
-    "cpu": CPU,
-    "cuda": CUDA,
-    "tensorrt": "TensorrtExecutionProvider",
-    "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
-}
-# Options of a provider beside the GPU. By default CUDA's products of fp32 round to TF32: an fp32
-# graph would not reproduce its golden input.
-_OPTIONS = {CUDA: {"use_tf32": "0"}}
-# Providers whose tensors may stay on the GPU; each takes a device_id
-ON_GPU = frozenset({CUDA, "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider"})
-
-
-def choose(
-    asked: Sequence[str] | None,
-    device: int | None,
-    available: Sequence[str],
-    driver: Driver | NoDriver,
-) -> list[tuple[str, dict[str, Any]]]:
-    """Choose the providers to open with, in order, each with its options.
-
-    Unasked, that is CUDA where a GPU is found and this onnxruntime knows CUDA, or where
-    ``device`` names a GPU; else the CPU. ``available`` are those this onnxruntime was built with.
-    """
-    if isinstance(asked, str):
-        raise RunnerError(f"providers is {asked!r}; give a list, as [{asked!r}]")
-    if asked is None:
-        on_gpu = device is not None or (isinstance(driver, Driver) and CUDA in available)
-        asked = [CUDA] if on_gpu else [CPU]
-    if not asked:
-        raise RunnerError(f"no provider is asked for; give one of {', '.join(_SHORT)}")
-    names = [_SHORT.get(name, name) for name in asked]
-    for name in names:
-        _require_available(name, available)
-        if name in ON_GPU:
-            _require_device(name, device or 0, driver)
-    if device is not None and not ON_GPU.intersection(names):
-        raise RunnerError(
-            f"device {device} is a GPU and the providers asked for ({', '.join(asked)}) use none; "
-            "leave device out, or ask for cuda"
-        )
-    return [
-        (name, {"device_id": device or 0, **_OPTIONS.get(name, {})} if name in ON_GPU else {})
-        for name in names
-    ]
-
-
-def require_obtained(asked: Sequence[str], obtained: Sequence[str], file: str) -> None:
-    """Require that onnxruntime uses every provider: it leaves out what it fails to load."""
-    for name in asked:
-        if name not in obtained:
-            raise RunnerError(
-                f"{file}: {name} was asked for and onnxruntime could not load it (it runs on "
-                f"{', '.join(obtained)}); install what it needs (for CUDA: cuDNN and the CUDA "
-                "libraries, see 'msn-export doctor'), or ask for providers=['cpu']"
-            )
-
-
-def _require_available(name: str, available: Sequence[str]) -> None:
-    if name not in available:
-        short = {full: short for short, full in _SHORT.items()}
-        names = ", ".join(short.get(one, one) for one in available)
-        hint = "; pip install onnxruntime-gpu instead of onnxruntime" if name == CUDA else ""
-        raise RunnerError(f"this onnxruntime has no provider {name!r}; it has {names}{hint}")
-
-
-def _require_device(name: str, device: int, driver: Driver | NoDriver) -> None:
-    if isinstance(driver, NoDriver):
-        raise RunnerError(
-            f"{name} was asked for, and here: {driver.reason}; ask for providers=['cpu'], or run "
-            "where an NVIDIA GPU is"
-        )
-    driver.require_index(device)
-
-
 # What onnxruntime's errors on its own Q/DQ passes name
 _QUANTISED = re.compile("float8|QLinear|QuantizeLinear|MatMulInteger")
 
@@ -118,18 +52,27 @@ _ANY = BatchRange(1, 8, 65536)
 def open_session(
     model: Path, providers: list[tuple[str, dict[str, Any]]], threads: int | None
 ) -> Any:
+    """Open a session on these providers and no others; ``require_on_gpu`` judges where it runs."""
     options = onnxruntime.SessionOptions()
     # Failures are raised too, and require_obtained names what cannot be loaded; the log would
     # print the names in a hostile file as they are, with the characters that a terminal obeys
     options.log_severity_level = 4
-    if ON_GPU.intersection(name for name, _ in providers):
-        _preload()
+    names = [name for name, _ in providers]
+    load_gpu(names)
+    if ON_GPU.intersection(names):
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        options.add_session_config_entry(_STRICT, "0" if CPU in names else "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
         return _open(model, options, providers)
     except Exception as error:
-        raise GraphError(f"onnxruntime refuses {model.name}: {_one_line(error)}") from error
+        raise GraphError(f"onnxruntime refuses {model.name}: {one_line(error)}") from error
+
+
+# With it no session is made that would run a node on the CPU, which onnxruntime else does silently
+_STRICT = "session.disable_cpu_ep_fallback"
+_ASSIGNED = "assigned to the default CPU EP"  # what it then raises
 
 
 def _open(
@@ -139,31 +82,41 @@ def _open(
 
     Where the batch is fixed, MatMulAddFusion makes Gemm of MatMul and Add and then changes a zero
     point's type. Its Q/DQ passes make integer operators of products in fp8, and of others with
-    fp16 scales, which have no kernel for either.
+    fp16 scales, which have no kernel for either. Where nodes would run on the CPU, it is opened all
+    the same: only then can they be listed.
     """
-    try:
-        return onnxruntime.InferenceSession(str(model), options, providers=providers)
-    except Exception as error:
-        without = ["MatMulAddFusion"] if "gemm_input_reshape" in str(error) else []
-        if not without and not _QUANTISED.search(str(error)):
-            raise
-        if not without:
-            options.add_session_config_entry("session.disable_quant_qdq", "1")
+    without: list[str] = []
+    for _ in range(3):  # each of the three reasons once
+        try:
+            return _session(model, options, providers, without)
+        except Exception as error:
+            if _ASSIGNED in str(error):
+                options.add_session_config_entry(_STRICT, "0")
+            elif "gemm_input_reshape" in str(error):
+                without = ["MatMulAddFusion"]
+            elif _QUANTISED.search(str(error)):
+                options.add_session_config_entry("session.disable_quant_qdq", "1")
+            else:
+                raise
+    return _session(model, options, providers, without)
+
+
+def _session(
+    model: Path,
+    options: onnxruntime.SessionOptions,
+    providers: list[tuple[str, dict[str, Any]]],
+    without: list[str],
+) -> Any:
+    with warnings.catch_warnings():
+        # that a provider is none of the built-in ones: so it is where it comes as a plugin
+        warnings.filterwarnings("ignore", message="Specified provider")
         return onnxruntime.InferenceSession(
-            str(model), options, providers=providers, disabled_optimizers=without
+            str(model),
+            options,
+            providers=providers,
+            disabled_optimizers=without,
+            enable_fallback=0,  # else it prints a failure on stdout, and runs on the CPU
         )
-
-
-def _preload() -> None:
-    """Load the CUDA libraries of the ``nvidia-*`` packages, which no loader path names.
-
-    onnxruntime finds them by itself only where torch has loaded them. It prints what it misses,
-    and stdout is for results; require_obtained names what then cannot be opened.
-    """
-    preload = getattr(onnxruntime, "preload_dlls", None)  # from 1.21 on
-    if preload is not None:
-        with redirect_stdout(StringIO()):
-            preload()
 
 
 def spec_of(node: Any) -> TensorSpec:
@@ -191,11 +144,7 @@ def translated() -> Iterator[None]:
     except MsnExportError:
         raise
     except Exception as error:
-        raise DeviceError(f"onnxruntime failed on a batch: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+        raise DeviceError(f"onnxruntime failed on a batch: {one_line(error)}") from error
 
 
 class OrtRunner(Runner):
@@ -203,7 +152,9 @@ class OrtRunner(Runner):
 
     ``providers`` are execution providers in order of preference, ``cpu``, ``cuda``, ``tensorrt`` or
     in full; None is ``choose``'s default. ``threads`` compute one call on the CPU; None leaves it
-    to onnxruntime. The manifest's profiles bound the batch.
+    to onnxruntime. The manifest's profiles bound the batch. ``on_cpu`` counts the operators that
+    run on the CPU although a GPU's provider was asked for: of shapes, and where ``cpu`` is asked
+    for too, those without a kernel.
     """
 
     def __init__(
@@ -215,11 +166,12 @@ class OrtRunner(Runner):
         threads: int | None = None,
         manifest: Manifest | None = None,
     ) -> None:
-        available = onnxruntime.get_available_providers()
-        chosen = choose(providers, device, available, find_driver())
+        chosen = choose(providers, device, available_providers(), find_driver())
+        names = [name for name, _ in chosen]
         self._session: Any = open_session(model, chosen, threads)
-        obtained = self._session.get_providers()
-        require_obtained([name for name, _ in chosen], obtained, model.name)
+        require_obtained(names, self._session.get_providers(), model.name)
+        self.on_cpu = nodes_on_cpu(self._session) if ON_GPU.intersection(names) else {}
+        require_on_gpu(self.on_cpu, names, model.name)
         inputs = tuple(spec_of(node) for node in self._session.get_inputs())
         if len(inputs) != 1 or inputs[0].dtype not in OF_ONNX or not inputs[0].shape:
             raise GraphError(f"{model} takes {inputs}; expected one image input")

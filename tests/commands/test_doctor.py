@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def driver(cuda: str) -> Driver:
     return Driver(cuda, (Device(0, "a card", ComputeCapability(8, 9), 2**34),))
 
 
-ORT = Wanted("onnxruntime-gpu", ">=1.24", ("ort",), "1.31.1", module="onnxruntime")
+ORT = Wanted("onnxruntime-gpu", ">=1.25", ("ort",), "1.31.1", module="onnxruntime")
 CUDA = Wanted("cuda-bindings", ">=13", ("rtx",), "13.5.0", module="cuda.bindings")
 TENSORRT = Wanted("tensorrt", ">=10.14", ("tensorrt",), "11.4.0", module="tensorrt")
 RTX = Wanted("tensorrt-rtx", ">=1.5", ("rtx",), "1.7.1", module="tensorrt_rtx")
@@ -46,7 +47,7 @@ def test_two_onnxruntimes_are_a_fault_that_no_import_shows() -> None:
     (found,) = faults(ORT, providers=both)
     assert "onnxruntime and onnxruntime-gpu both install the module onnxruntime" in found.what
     assert found.mend == (
-        "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'onnxruntime-gpu>=1.24'"
+        "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'onnxruntime-gpu>=1.25'"
     )
     assert faults(ORT, providers={"onnxruntime": ["onnxruntime-gpu"]}) == ()
 
@@ -77,6 +78,19 @@ def test_a_version_outside_the_range_is_a_fault() -> None:
     assert found == Finding(
         "torch", "2.1 is installed, >=2.9 is needed", "pip install 'torch>=2.9'"
     )
+
+
+def test_an_onnxruntime_without_attention_on_the_gpu_is_a_fault_with_its_reason() -> None:
+    old = replace(ORT, version="1.24.4", fits=False)
+    (found,) = faults(old)
+    assert found == Finding(
+        "onnxruntime-gpu",
+        "1.24.4 is installed, >=1.25 is needed: the CUDA provider of an older one has no kernel "
+        "for Attention, which then runs on the CPU",
+        "pip install 'onnxruntime-gpu>=1.25'",
+    )
+    (found,) = faults(replace(old, stand_in="onnxruntime"))
+    assert found.mend == "pip install 'onnxruntime>=1.25'"  # and not the other beside it
 
 
 def test_every_command_that_there_is_is_judged() -> None:
@@ -114,7 +128,7 @@ def test_compile_needs_a_compiler() -> None:
 def test_the_other_onnxruntime_is_not_told_to_be_installed_beside_the_first() -> None:
     other = Wanted(
         "onnxruntime-gpu",
-        ">=1.24",
+        ">=1.25",
         ("ort",),
         "1.31.1",
         module="onnxruntime",
@@ -125,6 +139,8 @@ def test_the_other_onnxruntime_is_not_told_to_be_installed_beside_the_first() ->
     assert judged["embed", "an .onnx file on a GPU"].mend == (
         "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
     )
+    with_plugin = verdicts(replace(other, plugin="onnxruntime-ep-cuda13"), found=driver("13.0"))
+    assert with_plugin["embed", "an .onnx file on a GPU"].works
 
 
 @pytest.mark.parametrize(

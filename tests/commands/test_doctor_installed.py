@@ -3,8 +3,11 @@
 import importlib.metadata
 
 import pytest
+from packaging.requirements import Requirement
 
+from msn_export.commands import doctor
 from msn_export.commands.doctor import (
+    ImportProbe,
     module_of,
     modules_of,
     probe,
@@ -52,6 +55,22 @@ def test_a_module_is_found_where_a_distribution_keeps_it(tmp_path) -> None:
     assert module_of(found["single"]) == "single"
     assert module_of(found["shared"]) == "space.part"
     assert module_of(found["nothing"]) is None
+
+
+@pytest.mark.parametrize("plugin", [None, "onnxruntime-ep-cuda12", "onnxruntime-ep-cuda13"])
+def test_an_onnxruntime_with_its_cuda_provider_as_a_plugin_stands_in(
+    tmp_path, monkeypatch, plugin
+) -> None:
+    install(tmp_path, "onnxruntime", "1.31.1", {"onnxruntime/__init__.py": ""})
+    if plugin is not None:
+        install(tmp_path, plugin, "1.31.1", {"onnxruntime_ep_cuda/__init__.py": ""})
+    listed = importlib.metadata.distributions(path=[str(tmp_path)])
+    monkeypatch.setattr(doctor, "_installed", {one.name: one for one in listed}.get)
+    found = doctor._found(Requirement("onnxruntime-gpu>=1.25"), ("ort",))
+    assert (found.stand_in, found.plugin, found.fits) == ("onnxruntime", plugin, True)
+    state = doctor._state(found, {"onnxruntime": ImportProbe("onnxruntime", None, "cpu")}, ())
+    with_it = f" with {plugin}" if plugin else ""
+    assert state.detail == f"onnxruntime{with_it} in its place; cpu"
 
 
 @pytest.mark.parametrize(

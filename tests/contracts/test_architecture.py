@@ -54,6 +54,7 @@ EXCEPTIONS = {
     "cluster/cluster.py": {"ray"},  # inside its functions: loaded when a cluster is joined
     "cluster/serve.py": {"ray", "starlette"},
     "runtime/onnxruntime.py": {"onnxruntime"},
+    "runtime/providers.py": {"onnxruntime"},
     "runtime/runner.py": {"PIL"},  # named in annotations
 }
 

@@ -12,7 +12,8 @@ from msn_export.errors import DeviceError, GraphError, InputError, RunnerError
 from msn_export.graph import io
 from msn_export.runtime import dlpack, open_runner
 from msn_export.runtime import onnxruntime as subject
-from msn_export.runtime.onnxruntime import CPU, CUDA, OrtRunner, open_session
+from msn_export.runtime.onnxruntime import OrtRunner, open_session
+from msn_export.runtime.providers import CPU, CUDA
 from tests.builders.artifacts import classifier
 from tests.builders.graphs import parse
 from tests.builders.networks import Network, compute
@@ -227,33 +228,42 @@ def test_threads_of_a_call_can_be_set() -> None:
         assert runner._session.get_session_options().intra_op_num_threads == 1
 
 
+GEMM, FP8 = "node gemm_input_reshape: no", "Type 'tensor(float8e4m3fn)' of input is invalid"
+
+
 @pytest.mark.parametrize(
-    ("refusal", "again"),
-    [
-        ("node gemm_input_reshape: no", {"disabled_optimizers": ["MatMulAddFusion"]}),
-        ("Type 'tensor(float8e4m3fn)' of input is invalid", {"disabled_optimizers": []}),
-    ],
+    ("refusals", "disabled", "qdq"),
+    [([GEMM], ["MatMulAddFusion"], ""), ([FP8], [], "1"), ([FP8, GEMM], ["MatMulAddFusion"], "1")],
 )
 def test_a_graph_that_onnxruntime_spoils_itself_is_opened_again_on_the_same_providers(
-    tmp_path, monkeypatch, refusal, again
+    tmp_path, monkeypatch, refusals, disabled, qdq
 ) -> None:
     given: list[tuple[object, dict[str, object]]] = []
 
     def session(path: str, options: object, **told: object) -> str:
         given.append((options, told))
-        if len(given) == 1:
-            raise RuntimeError(refusal)
+        if len(given) <= len(refusals):
+            raise RuntimeError(refusals[len(given) - 1])
         return path
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     asked = [(CPU, {"arena_extend_strategy": "kSameAsRequested"})]
     assert open_session(tmp_path / "m.onnx", asked, 3) == str(tmp_path / "m.onnx")
-    (_, first), (options, second) = given
-    assert first == {"providers": asked}
-    assert second == {"providers": asked, **again}
+    assert len(given) == len(refusals) + 1
+    assert [told["providers"] for _, told in given] == [asked] * len(given)
+    assert [told["enable_fallback"] for _, told in given] == [0] * len(given)
+    assert given[0][1]["disabled_optimizers"] == []
+    options, last = given[-1]
+    assert last["disabled_optimizers"] == disabled
     assert options.intra_op_num_threads == 3
-    if "float8" in refusal:
-        assert options.get_session_config_entry("session.disable_quant_qdq") == "1"
+    if qdq:
+        assert options.get_session_config_entry("session.disable_quant_qdq") == qdq
+
+
+def test_a_call_that_fails_is_not_run_again_on_the_cpu() -> None:
+    """onnxruntime would make another session on the CPU, and print that on stdout."""
+    with open_runner(classifier(), providers=["cpu"]) as runner:
+        assert runner._session._enable_fallback is False
 
 
 # providers
