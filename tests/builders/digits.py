@@ -3,9 +3,11 @@
 1,797 real images of 8x8 pixels (Alpaydin and Kaynak, 1998), a third of them for testing.
 """
 
+import fcntl
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,8 +49,17 @@ class Digits:
             Image.fromarray(picture).save(folder / f"{index:04}.png")
         return folder
 
-    def planes(self) -> np.ndarray:
-        return preprocess(map(Image.fromarray, self.pictures), preset("hf", ImageSize(32, 32)))
+    def write_labelled(self, folder: Path, rows: Sequence[int] | np.ndarray | None = None) -> Path:
+        """Write pictures, or some of them, with a subfolder for each class."""
+        for index in range(len(self.labels)) if rows is None else rows:
+            path = folder / str(self.labels[index]) / f"{index:04}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(self.pictures[index]).save(path)
+        return folder
+
+    def planes(self, side: int = 32) -> np.ndarray:
+        """Give what a model sees, [count, 3, side, side] float32."""
+        return preprocess(map(Image.fromarray, self.pictures), preset("hf", ImageSize(side, side)))
 
 
 def load() -> tuple[Digits, Digits]:
@@ -62,31 +73,46 @@ def load() -> tuple[Digits, Digits]:
     )
 
 
-def recipe() -> str:
-    """Name what a trained model depends on: this file and torch's version."""
-    content = Path(__file__).read_bytes() + torch.__version__.encode()
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
-def kept(folder: Path) -> Path:
-    """Give the trained model in a folder; train it where there is none of this recipe."""
-    model = folder / recipe()
-    if not model.is_dir():
-        stage = model.with_suffix(".stage")
-        shutil.rmtree(stage, ignore_errors=True)
-        train(stage)
-        stage.rename(model)
-    return model
+def recipe(*files: str) -> str:
+    """Name what a trained model depends on: this file, others given, and torch's version."""
+    content = b"".join(Path(file).read_bytes() for file in (__file__, *files))
+    return hashlib.sha256(content + torch.__version__.encode()).hexdigest()[:16]
 
 
 def train(folder: Path) -> None:
-    """Train on one thread (more of them only wait for each other here), save as Hugging Face."""
+    """Train the classifier and save it as Hugging Face does."""
+    with seeded(SEED):
+        _fit().save_pretrained(folder)
+
+
+def kept(folder: Path, train: Callable[[Path], None] = train, *files: str) -> Path:
+    """Give the trained model in a folder; train it where there is none of this recipe.
+
+    Args:
+        folder: where models are kept, each under its recipe.
+        train: writes a model into a folder that it is given.
+        files: further files that the model depends on.
+    """
+    model = folder / recipe(*files)
+    with model.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of several pytest processes trains
+        if not model.is_dir():
+            stage = model.with_suffix(".stage")
+            shutil.rmtree(stage, ignore_errors=True)
+            train(stage)
+            stage.rename(model)
+    return model
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Train from a seed on one thread: more of them only wait for each other here."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.random.fork_rng():
-            torch.manual_seed(SEED)
-            _fit().save_pretrained(folder)
+            torch.manual_seed(seed)
+            yield
     finally:
         torch.set_num_threads(threads)
 
