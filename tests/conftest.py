@@ -62,6 +62,18 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """A folder with the trained classifier of digits; not to be changed."""
     from tests.builders import digits
 
+    return digits.kept(_models(request, tmp_path_factory))
+
+
+@pytest.fixture(scope="session")
+def backbone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the backbone trained without labels on digits; not to be changed."""
+    from tests.builders import digits_backbone
+
+    return digits_backbone.kept(_models(request, tmp_path_factory))
+
+
+def _models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give the folder where trained models stay between runs, if pytest has a cache."""
     cache = getattr(request.config, "cache", None)
-    folder = cache.mkdir("digits") if cache is not None else tmp_path_factory.mktemp("digits")
-    return digits.kept(folder)
+    return cache.mkdir("digits") if cache is not None else tmp_path_factory.mktemp("digits")

@@ -29,7 +29,7 @@ SHAPE = {
     "initializer_range": 0.1,
 }
 PATCHES = 16
-SEED, EPOCHS, BATCH, RATE = 0, 60, 64, 2e-3
+SEED, EPOCHS, BATCH, RATE = 0, 90, 64, 2e-3
 # facebookresearch/msn src/losses.py and its configurations: temperature, sharpening of the targets,
 # steps that even the targets out, weight of the mean prediction's entropy. There are 1024
 # prototypes for ImageNet; here 64 for ten digits, each in several hands
