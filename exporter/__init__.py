@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         EmbedJob,
         EvaluateJob,
         Exported,
+        FitJob,
         OnnxJob,
         ReportJob,
         TritonJob,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         embed,
         evaluate,
         export,
+        fit,
         inspect,
         load,
         report,
@@ -39,9 +41,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "BenchJob", "CalibrateJob", "DriftJob", "EmbedJob", "EvaluateJob", "Exported", "OnnxJob",
-    "ReportJob", "TritonJob", "TrtJob", "ValidateJob", "bench", "calibrate", "compile", "doctor",
-    "drift", "embed", "evaluate", "export", "inspect", "load", "report", "triton", "validate",
+    "BenchJob", "CalibrateJob", "DriftJob", "EmbedJob", "EvaluateJob", "Exported", "FitJob",
+    "OnnxJob", "ReportJob", "TritonJob", "TrtJob", "ValidateJob", "bench", "calibrate", "compile",
+    "doctor", "drift", "embed", "evaluate", "export", "fit", "inspect", "load", "report", "triton",
+    "validate",
 ]  # fmt: skip
 
 

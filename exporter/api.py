@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msn_export.calibration.job import CalibrateJob
+from msn_export.commands.fit_job import FitJob
 from msn_export.commands.jobs import (
     BenchJob,
     DriftJob,
@@ -47,12 +48,14 @@ if TYPE_CHECKING:
     from msn_export.reporting.gather import Page
 
 __all__ = [
-    "BenchJob", "CalibrateJob", "DriftJob", "EmbedJob", "EvaluateJob", "Exported", "OnnxJob",
-    "ReportJob", "TritonJob", "TrtJob", "ValidateJob", "bench", "calibrate", "compile", "doctor",
-    "drift", "embed", "evaluate", "export", "inspect", "load", "report", "triton", "validate",
+    "BenchJob", "CalibrateJob", "DriftJob", "EmbedJob", "EvaluateJob", "Exported", "FitJob",
+    "OnnxJob", "ReportJob", "TritonJob", "TrtJob", "ValidateJob", "bench", "calibrate", "compile",
+    "doctor", "drift", "embed", "evaluate", "export", "fit", "inspect", "load", "report", "triton",
+    "validate",
 ]  # fmt: skip
 Name = str | os.PathLike[str]
-_ITS_OWN = ("command", "bf16_attention", "stages", "classifier")  # fields that no caller gives
+# fields that no caller gives
+_ITS_OWN = ("command", "bf16_attention", "stages", "classifier", "pictures")
 _COMMAND = re.compile(r"(msn-export [a-z]+ [^;,]*)")
 _FLAG = re.compile(r"(?<![\w-])(?:--[a-z][a-z0-9-]*|-o)(?![\w-])")
 
@@ -83,6 +86,8 @@ class Exported(Result):
         if check is not None:
             found["check"] = "passed" if check.passed else "failed"
             found |= {"images": check.images, "relative": check.relative}
+        if manifest.fit is not None and manifest.fit.accuracy is not None:
+            found["accuracy"] = manifest.fit.accuracy.top1
         return found
 
 
@@ -110,6 +115,38 @@ def export(
         from msn_export.commands.onnx import run_onnx
 
         return Exported(*run_onnx(job, steps))
+
+
+def fit(
+    checkpoint: Any,
+    labelled: Name,
+    output: Name | None = None,
+    *,
+    progress: bool | Progress = False,
+    **options: Any,
+) -> Exported:
+    """Fit a classifier on a checkpoint's features, and export both as one checked ONNX graph.
+
+    Args:
+        checkpoint: as of ``export``.
+        labelled: a folder with a subfolder for each class, or a .csv or .parquet with the columns
+            path and label.
+        output: the .onnx file to write; ``classifier.onnx`` by default.
+        progress: as of ``export``.
+        options: the other fields of ``FitJob``.
+
+    Returns:
+        The file, and its manifest, whose ``fit`` has the accuracy.
+
+    Raises:
+        MsnExportError: nothing was written; the message says why.
+    """
+    given = {"checkpoint": checkpoint, "labelled": labelled, "output": output}
+    with _job(FitJob, progress, options, **given) as (job, steps):
+        job.validate_paths()
+        from msn_export.commands.fit import run_fit
+
+        return Exported(*run_fit(job, steps))
 
 
 def compile(
@@ -445,6 +482,7 @@ def _describe(function: Callable[..., Any], job: Any) -> None:
 
 for _function, _kind in (
     (export, OnnxJob),
+    (fit, FitJob),
     (compile, TrtJob),
     (calibrate, CalibrateJob),
     (validate, ValidateJob),

@@ -141,7 +141,7 @@ def load_parts(
     found = find(folder)
     paths = found.paths if limit is None else spread(found.paths, limit)
     for start in range(0, len(paths), part):
-        loaded = _decode(folder, paths[start : start + part], preprocessing)
+        loaded = decode(folder, paths[start : start + part], preprocessing)
         skipped = found.skipped if start == 0 else {}  # the folder's, to be counted once
         yield replace(loaded, skipped=skipped, given=len(found.paths))
 
@@ -149,10 +149,16 @@ def load_parts(
 def load_named(folder: Path, names: Sequence[str], preprocessing: Preprocessing) -> ImageSet:
     """Decode the pictures of a folder that ``load_parts`` gave these names."""
     paths = [folder if folder.is_file() else folder / name for name in names]
-    return _decode(folder, paths, preprocessing)
+    return decode(folder, paths, preprocessing)
 
 
-def _decode(folder: Path, paths: Sequence[Path], preprocessing: Preprocessing) -> ImageSet:
+def decode(folder: Path, paths: Sequence[Path], preprocessing: Preprocessing) -> ImageSet:
+    """Decode pictures of a folder, which may be one picture, or a table of pictures beside it.
+
+    Raises:
+        ImageError: none of them can be decoded.
+    """
+    base = folder if folder.is_dir() else folder.parent
     pixels: list[NDArray[np.uint8]] = []
     names: list[str] = []
     broken: list[str] = []
@@ -165,7 +171,7 @@ def _decode(folder: Path, paths: Sequence[Path], preprocessing: Preprocessing) -
             continue
         pixels.append(fitted.pixels)
         turned += fitted.turned
-        names.append(str(path.relative_to(folder)) if path != folder else path.name)
+        names.append(str(path.relative_to(base) if path.is_relative_to(base) else path))
     if not pixels:
         raise ImageError(
             f"all {len(paths)} pictures of {folder} are broken; the first: {broken[0]}"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from msn_export.errors import ImageError, MissingPackageError, ToleranceError
+from msn_export.errors import MissingPackageError, ToleranceError
 from msn_export.metrics.accuracy import Answers
 from msn_export.progress import SILENT
 
@@ -98,13 +98,17 @@ class Solution:
     steps: int
     estimator: Any
 
-    def answers(self, features: NDArray[np.floating], labels: NDArray[np.intp]) -> Answers:
-        """Classify features [k, d] of images of the classes ``labels`` [k]."""
+    def answers(
+        self,
+        features: NDArray[np.floating],
+        labels: NDArray[np.intp],
+        rows: NDArray[np.intp] | None = None,
+    ) -> Answers:
+        """Classify features [n, d] of images of the classes ``labels`` [n], or some ``rows``."""
+        chosen = np.arange(len(labels)) if rows is None else rows
+        parts = (chosen[chunk] for chunk in _chunks(len(chosen), len(self.weights)))
         return Answers.joined(
-            [
-                Answers.of(features[rows] @ self.weights.T, labels[rows])
-                for rows in _chunks(len(labels), len(self.weights))
-            ]
+            [Answers.of(features[part] @ self.weights.T, labels[part]) for part in parts]
         )
 
 
@@ -179,22 +183,15 @@ def gradient_at(
 def choose(training: Training, seed: int) -> Choice:
     """Choose C on the training images alone, by stratified cross-validation.
 
-    The share that is right decides; of equal ones the smallest C.
-
-    Raises:
-        ImageError: a class has one image.
+    The share that is right decides; of equal ones the smallest C. Each class has two images or
+    more.
     """
-    if training.smallest < 2:
-        raise ImageError(
-            "--C auto cross-validates inside the training images, and a class has one image; give "
-            "two or more of each class, or a number for --C"
-        )
     right = dict.fromkeys(GRID, 0)
     for rest, held in training.folds(seed):
         solution = None
         for C in GRID:  # noqa: N806
             solution = solve(rest, C, solution)
-            guesses = solution.answers(training.features[held], training.labels[held]).guesses
+            guesses = solution.answers(training.features, training.labels, held).guesses
             right[C] += int(np.count_nonzero(guesses == training.labels[held]))
     shares = {C: count / training.count for C, count in right.items()}
     return Choice(max(shares, key=lambda C: (shares[C], -C)), shares)  # noqa: N803
@@ -219,7 +216,7 @@ def cross_validate(
     count = min(FOLDS, training.smallest)
     for number, (rest, held) in enumerate(training.folds(seed), 1):
         chosen = C if C is not None else choose(rest, seed).C
-        found = solve(rest, chosen).answers(training.features[held], training.labels[held])
+        found = solve(rest, chosen).answers(training.features, training.labels, held)
         guesses[held] = found.guesses
         if found.in_five is not None:
             fives[held] = found.in_five

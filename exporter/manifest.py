@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 from msn_export import __version__
 from msn_export.errors import ManifestError
+from msn_export.fit_record import FitRecord
 from msn_export.preprocessing import Preprocessing
 from msn_export.schema import from_plain, to_plain
 from msn_export.spec import BatchRange, ComputeCapability, Dtype, Scores, Targets, TensorSpec
@@ -309,6 +310,7 @@ class Manifest:
     engine: EngineRecord | None = None
     golden: GoldenRecord | None = None
     quantization: QuantizationRecord | None = None
+    fit: FitRecord | None = None
     notes: tuple[str, ...] = ()
     command: str = ""
     versions: dict[str, str] = field(default_factory=dict)

@@ -279,6 +279,12 @@ class VitMsn(nn.Module):
                 f"it has no final LayerNorm (its own classifier reads "
                 f"{READS[self.config.pooling]}); give the pre-trained checkpoint"
             )
+        width = classifier.weight.shape[1]
+        if width != classifier.blocks * self.config.dim:
+            raise CheckpointError(
+                f"its features have {classifier.blocks * self.config.dim} numbers and the "
+                f"classifier reads {width}; give the checkpoint that it was fitted on"
+            )
         config = replace(
             self.config,
             labels=classifier.labels,

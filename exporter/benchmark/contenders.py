@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from msn_export import manifest as manifests
 from msn_export.errors import BenchError, GraphError
 from msn_export.manifest import sha256_of
 from msn_export.models.checkpoint import AS_IT_SAYS, Choices
-from msn_export.models.config import readout_in
+from msn_export.models.config import Pooling, readout_in
 from msn_export.schema import to_plain
 from msn_export.spec import Dtype, ImageSize
 
@@ -121,7 +123,8 @@ class Origin:
     """The checkpoint that PyTorch contenders load, and the artifacts' outputs and image size.
 
     ``kept``, ``blocks`` and ``normalize`` are those of ``VitConfig``, as the first
-    artifact with a checkpoint has them.
+    artifact with a checkpoint has them. ``classifier`` is a file with the rows [classes, width] of
+    a classifier that was fitted on it, which reads ``pooling`` of the last ``pooled_blocks``.
     """
 
     checkpoint: str
@@ -132,6 +135,9 @@ class Origin:
     kept: tuple[int, ...] = ()
     blocks: int = 1
     normalize: bool = False
+    classifier: str | None = None
+    pooling: Pooling = "features"
+    pooled_blocks: int = 1
 
 
 def origin_of(
@@ -140,10 +146,12 @@ def origin_of(
     outputs: tuple[str, ...],
     size: ImageSize,
     choices: Choices = AS_IT_SAYS,
+    folder: Path | None = None,
 ) -> Origin:
     """Find the checkpoint: the one that was named, or the first artifact's own.
 
-    It is read as the manifest says it was, unless ``choices`` say otherwise.
+    It is read as the manifest says it was, unless ``choices`` say otherwise. A classifier that was
+    fitted on it is written into ``folder``.
     """
     of = next((entry for entry in entries if entry.checkpoint is not None), None)
     if of is not None and of.checkpoint is not None:
@@ -151,10 +159,31 @@ def origin_of(
         choices = choices or Choices(record.variant, record.weights)
         config = of.manifest.config if of.manifest is not None else None
         readout = readout_in(config or {}, f"manifest of {of.name}")
-        return Origin(checkpoint or record.source, record.sha256, outputs, size, choices, **readout)
+        found = Origin(
+            checkpoint or record.source, record.sha256, outputs, size, choices, **readout
+        )
+        return replace(found, **fitted(of, folder))
     if checkpoint is None:
         raise BenchError("no manifest names a checkpoint; name it with --checkpoint")
     return Origin(checkpoint, None, outputs, size, choices)
+
+
+def fitted(entry: ContenderSpec, folder: Path | None) -> dict[str, Any]:
+    """Write a classifier that was fitted into a folder; give what ``Origin`` says of it."""
+    manifest = entry.manifest
+    if manifest is None or manifest.fit is None or entry.file is None or folder is None:
+        return {}
+    from msn_export.graph.classifier import fitted_classifier  # onnx, which bench alone needs not
+
+    try:
+        found = fitted_classifier(entry.file, manifest)
+    except GraphError as error:
+        raise BenchError(str(error)) from error
+    path = folder / "classifier.npy"
+    np.save(path, found.weight)
+    return {
+        "classifier": str(path), "pooling": found.pooling, "pooled_blocks": found.blocks,
+    }  # fmt: skip
 
 
 def torch_dtype(entry: ContenderSpec, placement: Placement) -> Dtype:

@@ -229,7 +229,7 @@ class BenchSession:
                 names |= dict.fromkeys(spec["name"] for spec in one.reply["outputs"])
         entries = [one.entry for one in self.opened]
         size = self.feed.preprocessing.size
-        return origin_of(entries, checkpoint, tuple(names), size, self.choices)
+        return origin_of(entries, checkpoint, tuple(names), size, self.choices, self.folder)
 
     @property
     def _pixels(self) -> Path:

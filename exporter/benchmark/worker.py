@@ -131,6 +131,7 @@ def open_reference(origin: Origin, attention: AttentionKind) -> Heads:
 
     from msn_export.graph.torch_reference import Heads
     from msn_export.models.checkpoint import load_checkpoint
+    from msn_export.models.config import LinearClassifier
     from msn_export.models.vit import VitMsn
 
     loaded = load_checkpoint(origin.checkpoint, origin.choices)
@@ -147,6 +148,12 @@ def open_reference(origin: Origin, attention: AttentionKind) -> Heads:
             f"{', '.join(head.output for head in Head)}: there is nothing to compare"
         )
     model = loaded.model
+    if origin.classifier is not None:
+        rows = np.load(origin.classifier, allow_pickle=False)
+        names = tuple(map(str, range(len(rows))))
+        model = model.with_classifier(
+            LinearClassifier(rows, names, origin.pooling, origin.pooled_blocks)
+        )
     # not compare.sides: that brings onnxruntime, and the memory of this process is measured
     size = (origin.size.height, origin.size.width)
     if size != model.config.image_size:

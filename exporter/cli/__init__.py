@@ -17,6 +17,7 @@ from msn_export.cli.commands import (
     drift,
     embed,
     evaluate,
+    fit,
     inspect,
     onnx,
     report,
@@ -47,7 +48,7 @@ class Commands(click.Group):
         except ModuleNotFoundError as error:
             if (error.name or "").startswith("msn_export"):
                 raise
-            needs = ctx.invoked_subcommand == "onnx" or error.name in _OF_CHECKPOINTS
+            needs = ctx.invoked_subcommand in {"onnx", "fit"} or error.name in _OF_CHECKPOINTS
             line = f"pip install 'msn-export[{'export' if needs else 'graph'}]'"
             self._fail(ctx, f"package {error.name} is not installed; {line}", 1)
         except OSError as error:  # of a file that no step expects to fail, as when a disk breaks
@@ -106,7 +107,7 @@ def main(verbose: bool) -> None:
 
 
 _COMMANDS = (
-    onnx, calibrate, trt, validate, drift, report, inspect, bench, embed, evaluate,
+    onnx, fit, calibrate, trt, validate, drift, report, inspect, bench, embed, evaluate,
     triton, doctor,
 )  # fmt: skip
 for _command in _COMMANDS:

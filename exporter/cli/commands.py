@@ -38,6 +38,30 @@ def onnx(as_json: bool, **options: Any) -> None:
     show_artifact(console, output, manifest)
 
 
+@click.command(cls=JobCommand, job="msn_export.commands.fit_job:FitJob")
+@click.argument("checkpoint")
+@click.argument("labelled", type=IMAGES)
+@json_option
+def fit(as_json: bool, **options: Any) -> None:
+    """Fit a classifier on CHECKPOINT's features of LABELLED, as one checked ONNX graph.
+
+    The backbone stays as it is: logistic regression on its [CLS]. LABELLED is a folder with a
+    subfolder for each class, or a .csv or .parquet with the columns path and label.
+    """
+    from msn_export.cli.console import Console
+    from msn_export.cli.tables import show_fit
+    from msn_export.commands.fit_job import FitJob
+
+    console = Console(as_json=as_json)
+    job = FitJob(command=command_line(), **options)
+    job.validate_paths()
+    from msn_export.commands.fit import run_fit  # torch: seconds, which no mistake is to wait for
+
+    with console.progress() as progress:
+        output, manifest = run_fit(job, progress)
+    show_fit(console, output, manifest)
+
+
 @click.command(cls=JobCommand, job="msn_export.commands.jobs:TrtJob")
 @click.argument("model", type=FILE)
 @json_option

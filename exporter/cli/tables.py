@@ -50,6 +50,20 @@ def show_artifact(console: Console, output: Path, manifest: Manifest) -> None:
     console.print(table)
 
 
+def show_fit(console: Console, output: Path, manifest: Manifest) -> None:
+    """Print an artifact with a classifier that was fitted, and how often it is right."""
+    if not console.as_json:
+        show_artifact(console, output, manifest)
+        return
+    record = manifest.fit
+    assert record is not None  # of what fit wrote
+    fitted = {
+        "accuracy": record.accuracy, "classes": manifest.labels, "shots": record.shots,
+        "C": record.C,
+    }  # fmt: skip
+    console.print_json({**to_plain(manifest), "output": str(output), **fitted})
+
+
 def show_drift(console: Console, found: Drift) -> None:
     """Print every stage, and inside the block that parted or errs the most."""
     if console.as_json:

@@ -99,6 +99,7 @@ def to_manifest(
         scores=origin.scores if origin else None,
         checkpoint=origin.checkpoint if origin else None,
         config=origin.config if origin else None,
+        fit=origin.fit if origin else None,
         islands=dict(done.collected.islands),
         source=SourceRecord(done.source.path.name, done.collected.ranges.graph),
         quantization=quantization,

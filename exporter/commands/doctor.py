@@ -158,6 +158,7 @@ class Ability:
 
 ABILITIES = (
     Ability("onnx", "checkpoint to ONNX graph", ("export",)),
+    Ability("fit", "a classifier of labelled pictures", ("fit",)),
     Ability("trt", "compile with TensorRT-RTX", ("graph", "rtx")),
     Ability("trt", "compile with TensorRT", ("graph", "tensorrt"), gpu=True),
     Ability("calibrate", "fp32 graph to int8 or fp8", ("graph",)),

@@ -15,7 +15,7 @@ from msn_export.cluster.storage import list_sources
 from msn_export.embedding import outputs
 from msn_export.embedding.inference import LocalExecutor, Reading, reading_of, require_selftest
 from msn_export.embedding.job import Embedded, EmbedJob, list_pictures
-from msn_export.embedding.outputs import Journal
+from msn_export.embedding.outputs import START_OVER, Journal
 from msn_export.errors import ClusterError, ImageError, MsnExportError, SpecError
 from msn_export.files import no_room_reported, placing, require_writable, staging
 from msn_export.host import peak_rss
@@ -27,6 +27,7 @@ from msn_export.schema import to_plain
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from msn_export.embedding.job import Listing
     from msn_export.progress import Progress
 
 Executor: TypeAlias = LocalExecutor | RayExecutor
@@ -34,7 +35,10 @@ __all__ = ["EmbedJob", "run_embed"]  # the two that docs/python.md speaks of
 
 
 @contextmanager
-def open_here(job: EmbedJob, progress: Progress) -> Iterator[Executor]:
+def open_here(
+    job: EmbedJob, progress: Progress, listing: Listing | None = None
+) -> Iterator[Executor]:
+    """Open the model on this machine; ``listing`` are pictures instead of the job's folder."""
     if not isinstance(job.images, Path):
         raise SpecError(
             f"{job.images} is read on a Ray cluster alone; add --ray local, or copy it to a folder"
@@ -43,8 +47,9 @@ def open_here(job: EmbedJob, progress: Progress) -> Iterator[Executor]:
         raise SpecError("--actors is of a Ray cluster; add --ray, or leave it out")
     if job.threads is not None and job.model.suffix != ".onnx":
         raise SpecError(f"--threads is for graphs on a CPU, and {job.model} is an engine")
-    with progress.step("list pictures"):
-        listing = list_pictures(job.images)
+    if listing is None:
+        with progress.step("list pictures"):
+            listing = list_pictures(job.images)
     with progress.step("open the model"):
         runner = open_runner(
             job.model,
@@ -117,20 +122,13 @@ def run_embed(job: EmbedJob, progress: Progress = SILENT) -> Embedded:
     require_output(job)
     site = open_here if job.ray is None else open_on_cluster
     with site(job, progress) as executor, no_room_reported(job.output.parent):
-        run = _Run(job, executor)
+        run = EmbedRun(job, executor)
         parts = run.begin()
-        with closing(parts):
+        with closing(parts), kept(parts, "the same command with --resume"):
             resumed_at = parts.done
-            try:
-                run.fill(parts, progress)
-                with progress.step("finish the output"):
-                    shape = run.finish(parts)
-            except KeyboardInterrupt as stop:
-                parts.end_part()
-                raise KeyboardInterrupt(_how_to_go_on(parts)) from stop
-            except MsnExportError:
-                parts.end_part()  # hours of rows are not lost with a device
-                raise
+            run.fill(parts, progress)
+            with progress.step("finish the output"):
+                shape = run.finish(parts)
     seconds = time.monotonic() - started
     images = len(executor.pictures)
     return Embedded(
@@ -168,16 +166,23 @@ def require_output(job: EmbedJob) -> None:
         outputs.require_parquet()
 
 
-def _how_to_go_on(parts: Journal) -> str:
-    if not parts.done:
-        return ""
-    return (
-        f"interrupted; {parts.done} of {parts.total} rows are kept in {parts.folder}, the same "
-        "command with --resume goes on from there"
-    )
+@contextmanager
+def kept(parts: Journal, again: str) -> Iterator[None]:
+    """Keep the rows of a run that ends early; ``again`` is the command that goes on from there."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        parts.end_part()
+        text = (
+            f"interrupted; {parts.done} of {parts.total} rows are kept in {parts.folder}, {again}"
+        )
+        raise KeyboardInterrupt(f"{text} goes on from there" if parts.done else "") from stop
+    except MsnExportError:
+        parts.end_part()  # hours of rows are not lost with a device
+        raise
 
 
-class _Run:
+class EmbedRun:
     """One run over one folder: what is read, how, and where it goes."""
 
     def __init__(self, job: EmbedJob, executor: Executor) -> None:
@@ -200,8 +205,11 @@ class _Run:
         )
         self.batch = job.batch or self.model.batch.opt
 
-    def begin(self) -> Journal:
-        """Begin the output's parts, or go on with those that are there."""
+    def begin(self, start_over: str = START_OVER) -> Journal:
+        """Begin the output's parts, or go on with those that are there.
+
+        ``start_over`` says in errors how to throw them away.
+        """
         output = self.job.output
         return Journal.begin(
             output.with_name(output.name + ".parts"),
@@ -209,6 +217,7 @@ class _Run:
             self.origin(),
             resume=self.job.resume,
             force=self.job.force,
+            start_over=start_over,
         )
 
     def origin(self) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from msn_export.metrics.accuracy import (
     ConfusedPair,
     WrongImage,
     accuracy,
+    caution,
     most_wrong,
     predicted,
     votes,
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
 
 __all__ = ["EvaluateJob", "run_evaluate"]
 WRONG = 24  # pictures that were taken wrongly: named, and shown on the page
-_FEW = 30  # images below which a share says next to nothing: its interval is wider than 30 points
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -235,7 +235,7 @@ def run_evaluate(job: EvaluateJob, progress: Progress = SILENT) -> Evaluated:
         broken=tuple(rows.errors[row] for row in sorted(rows.errors)),
         skipped=dict(labelled.skipped),
         notes=(*model.notes, *model.feed.notes, *notes_on((), labelled.skipped, rows.turned),
-               *_not_finite(rows, kept), *_few(len(judged))),
+               *_not_finite(rows, kept), *caution(len(judged))),
         seconds=round(time.monotonic() - started, 3),
     )  # fmt: skip
     if job.report is not None:
@@ -350,9 +350,3 @@ def _not_finite(rows: OutputRows, kept: NDArray[np.intp]) -> Iterator[str]:
         count = int((~np.isfinite(values[kept]).all(axis=1)).sum())
         if count:
             yield f"{name} has NaN or infinity on {count} of {len(kept)} images, counted as wrong"
-
-
-def _few(images: int) -> tuple[str, ...]:
-    if images >= _FEW:
-        return ()
-    return (f"{images} images say little: see the interval",)

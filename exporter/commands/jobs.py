@@ -46,7 +46,11 @@ GATE_NUMBERS = {
 
 @dataclass(frozen=True, slots=True)
 class OnnxJob(Job):
-    """Options of ``msn-export onnx``; ``classifier`` takes the place of the checkpoint's own."""
+    """Options of ``msn-export onnx``.
+
+    ``classifier`` takes the place of the checkpoint's own; ``pictures`` are those of ``images``
+    that the check reads.
+    """
 
     checkpoint: str
     output: options.Output = None
@@ -87,6 +91,7 @@ class OnnxJob(Job):
     check: options.Check = True
     force: options.Force = False
     classifier: LinearClassifier | None = None
+    pictures: tuple[Path, ...] = ()
     command: str = ""
 
     @property
@@ -123,9 +128,11 @@ class OnnxJob(Job):
         kind_of(self.checkpoint, self.variant)
         require_choice(self.preprocess)
         outputs = [output, manifest_path(output)]
-        sources = [Path(self.checkpoint), *files_of(self.checkpoint)]
-        require_writable(outputs, force=self.force, sources=sources)
+        require_writable(outputs, force=self.force, sources=self._sources())
         return output
+
+    def _sources(self) -> list[Path]:
+        return [Path(self.checkpoint), *files_of(self.checkpoint)]
 
     def _default_output(self) -> Path:
         """Name the file after the checkpoint: ``vit-msn-small.onnx`` in the current folder."""

@@ -47,6 +47,7 @@ from msn_export.metrics.evaluate import (
     add_rounding,
     batch_sizes,
     draw,
+    draw_files,
     evaluate,
     max_batch_in_memory,
     measure_rounding,
@@ -56,6 +57,7 @@ from msn_export.metrics.evaluate import (
 from msn_export.metrics.tolerances import BYTES_ROUNDING, GATES, ROUNDED_MARGIN
 from msn_export.mixed_precision import Fp32Islands, convert, cpu_runner
 from msn_export.models.checkpoint import Checkpoint, load_checkpoint
+from msn_export.preprocessing import Preprocessing
 from msn_export.progress import SILENT, Progress
 from msn_export.runtime.onnxruntime import OrtRunner
 from msn_export.schema import to_json
@@ -120,7 +122,7 @@ def run_onnx(job: OnnxJob, progress: Progress = SILENT) -> tuple[Path, Manifest]
         )  # refuses before the work what could not be checked after it
     with progress.step("read images"):
         preprocessing = preprocessing_of(checkpoint, job.preprocess, job.exif)
-        sample = draw(job.images, preprocessing, max_batch=max_batch)
+        sample = _sample(job, preprocessing, max_batch)
         if job.check:
             require_different(sample)
     with staging(output.parent) as stage:
@@ -147,6 +149,12 @@ def run_onnx(job: OnnxJob, progress: Progress = SILENT) -> tuple[Path, Manifest]
         )
         publish(built.path, output, seal(manifest), force=job.force)
     return output, manifest
+
+
+def _sample(job: OnnxJob, preprocessing: Preprocessing, max_batch: int) -> Sample:
+    if job.pictures and job.images is not None:
+        return draw_files(job.pictures, job.images, preprocessing, max_batch=max_batch)
+    return draw(job.images, preprocessing, max_batch=max_batch)
 
 
 def read_as(checkpoint: Checkpoint, job: OnnxJob) -> Checkpoint:

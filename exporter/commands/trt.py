@@ -197,6 +197,7 @@ def to_manifest(
         scores=origin.scores if origin else None,
         checkpoint=origin.checkpoint if origin else None,
         config=origin.config if origin else None,
+        fit=origin.fit if origin else None,
         islands=dict(graph.islands.maxima),
         source=SourceRecord(source.path.name, sha256_of(source.path)),
         engine=engine,

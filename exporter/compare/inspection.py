@@ -60,6 +60,7 @@ class Inspection(Result):
     layout_only: tuple[str, ...] = ()
     weight_bytes: int | None = None
     islands: tuple[str, ...] = ()
+    fitted: str | None = None
     check: str = "unknown"
     executed: str = "unknown"
     distrusted: str | None = None
@@ -180,6 +181,7 @@ def _from_manifest(manifest: Manifest) -> dict[str, Any]:
         "attention_expected": manifest.attention.expected,
         "attention_fused": manifest.attention.fused,
         "islands": tuple(sorted(manifest.islands)),
+        "fitted": manifest.fit.sentence if manifest.fit is not None else None,
         "check": "none" if check is None else _verdict(manifest),
         "executed": "on the CPU, in its check" if check is not None else "never",
     }

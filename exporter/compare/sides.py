@@ -13,6 +13,7 @@ import numpy as np
 from msn_export.artifact import Artifact, ImageInput, is_checkpoint, named
 from msn_export.errors import CheckpointError, RunnerError, SpecError, ToleranceError
 from msn_export.graph import io
+from msn_export.graph.classifier import fitted_classifier
 from msn_export.graph.summary import differences, structure_of_module
 from msn_export.host import NoDriver, find_driver
 from msn_export.manifest import CheckRecord
@@ -30,7 +31,6 @@ from msn_export.schema import Result
 from msn_export.spec import Dtype, Head, ImageSize, InputFormat
 
 if TYPE_CHECKING:
-    from msn_export.manifest import Manifest
     from msn_export.models.checkpoint import Checkpoint
 
 
@@ -43,12 +43,12 @@ class OpenSide(OutputsOf, Protocol):
 class CheckpointArtifact(Artifact):
     """A checkpoint, read for images of ``size``: it takes any batch and gives any head it has.
 
-    ``other`` is the manifest of the other side: the patches that graph computes, and the blocks
-    that its heads hold, are this side's, too.
+    ``other`` is the other side: the patches that it computes, the blocks that its heads hold, and
+    a classifier that was fitted on this checkpoint, are this side's, too.
     """
 
     def __init__(
-        self, name: str, choices: Choices, size: ImageSize | None, other: Manifest | None = None
+        self, name: str, choices: Choices, size: ImageSize | None, other: Artifact | None = None
     ) -> None:
         from msn_export.graph.torch_reference import readable_heads
         from msn_export.models.checkpoint import load_checkpoint
@@ -56,8 +56,13 @@ class CheckpointArtifact(Artifact):
         read = load_checkpoint(name, choices)
         differs = size_difference(read) if size is None else None
         checkpoint = sized(read, size)
-        if other is not None and other.config is not None:
-            readout = readout_in(other.config, f"manifest of {other.output}")
+        manifest = other.manifest if other is not None else None
+        if other is not None and manifest is not None and manifest.fit is not None:
+            checkpoint = with_classifier(checkpoint, fitted_classifier(other.path, manifest))
+            note = f"the checkpoint's classifier is the one that was fitted for {other.path.name}"
+            checkpoint = replace(checkpoint, notes=(*checkpoint.notes, note))
+        if manifest is not None and manifest.config is not None:
+            readout = readout_in(manifest.config, f"manifest of {manifest.output}")
             checkpoint = with_config(checkpoint, replace(checkpoint.config, **readout))
         config, model = checkpoint.config, checkpoint.model
         super().__init__(Path(name))
@@ -86,7 +91,7 @@ def open_artifact(
     *,
     choices: Choices = AS_IT_SAYS,
     size: ImageSize | None = None,
-    other: Manifest | None = None,
+    other: Artifact | None = None,
 ) -> Artifact:
     """Open what is to be compared: a file by its ending, else a checkpoint.
 
@@ -94,7 +99,7 @@ def open_artifact(
         name: as the user gave it.
         choices: what a checkpoint does not say itself, or holds several of.
         size: the image size a checkpoint is to be read for; a file has its own.
-        other: the manifest of what a checkpoint is compared with.
+        other: what a checkpoint is compared with.
     """
     if is_checkpoint(name):
         return CheckpointArtifact(name, choices, size, other)
@@ -175,14 +180,14 @@ def open_pair(
             "--variant, --weights and --labels are for a checkpoint, and neither side is one"
         )
     opened: dict[str, Artifact] = {}
-    size = beside = None
+    size, beside = None, None
     for name in sorted(dict.fromkeys((reference, candidate)), key=is_checkpoint):
         opened[name] = (
             require_comparable(files[name])
             if name in files
             else open_artifact(name, choices=choices, size=size, other=beside)
         )
-        size, beside = size or opened[name].size, beside or opened[name].manifest
+        size, beside = size or opened[name].size, beside or opened[name]
     left, right = opened[reference], opened[candidate]
     if left.size != right.size:
         raise SpecError(

@@ -107,14 +107,17 @@ SECONDS = 10.0
 BYTES = 8 * 2**20
 
 
+START_OVER = "--force without --resume starts over"
+
+
 class Journal:
     """The finished parts of an output of ``total`` rows.
 
     ``errors`` is by row; ``turned`` counts the pictures that their EXIF orientation turned.
     """
 
-    def __init__(self, folder: Path, total: int) -> None:
-        self.folder, self.total = folder, total
+    def __init__(self, folder: Path, total: int, start_over: str = START_OVER) -> None:
+        self.folder, self.total, self._start_over = folder, total, start_over
         self.vectors = GrowingArray(folder / "vectors.npy", total)
         self.best = GrowingArray(folder / "best.npy", total)
         self.journal = folder / "parts.jsonl"
@@ -127,7 +130,14 @@ class Journal:
 
     @classmethod
     def begin(
-        cls, folder: Path, total: int, origin: Mapping[str, Any], *, resume: bool, force: bool
+        cls,
+        folder: Path,
+        total: int,
+        origin: Mapping[str, Any],
+        *,
+        resume: bool,
+        force: bool,
+        start_over: str = START_OVER,
     ) -> Self:
         """Start an output, or go on with one that was begun.
 
@@ -137,8 +147,9 @@ class Journal:
             origin: all that the rows follow from, by name; parts of another origin are refused.
             resume: go on with those that are there.
             force: throw them away, unless they are to be resumed.
+            start_over: how to throw them away, for errors.
         """
-        parts = cls(folder, total)
+        parts = cls(folder, total, start_over)
         folder.mkdir(exist_ok=True)
         parts._claim()
         try:
@@ -247,7 +258,7 @@ class Journal:
                 self._take(spans, errors, int(line["turned"]))
         except _MALFORMED as error:
             raise OutputError(
-                f"{self.journal} is damaged ({error!r}); --force without --resume starts over"
+                f"{self.journal} is damaged ({error!r}); {self._start_over}"
             ) from error
         if not held:
             return
@@ -266,7 +277,7 @@ class Journal:
             if before != now:
                 raise OutputError(
                     f"{self.folder} was begun with another {name.replace('_', ' ')} "
-                    f"({_short(before)}, now {_short(now)}); --force without --resume starts over"
+                    f"({_short(before)}, now {_short(now)}); {self._start_over}"
                 )
 
     def _require_rows(self, held: int) -> None:
@@ -275,7 +286,7 @@ class Journal:
         if self.done != held or not self.vectors.holds(last) or not best:
             raise OutputError(
                 f"{self.folder} is damaged: its journal counts {held} rows and the arrays "
-                "have fewer; --force without --resume starts over"
+                f"have fewer; {self._start_over}"
             )
 
     def _take(

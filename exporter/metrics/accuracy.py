@@ -23,6 +23,7 @@ _PAIRS = 50  # of classes that are confused, the most often first
 NEIGHBOURS = 20  # k of DINO's and MSN's k-NN evaluation: facebookresearch/dino eval_knn.py
 _TEMPERATURE = 0.07  # of the votes there
 _ROWS = 1024  # of cosines at once
+_FEW = 30  # images below which a share says next to nothing: its interval is over 30 points wide
 CONFUSED = 1000  # classes; of ten thousand the pairs take gigabytes
 
 
@@ -187,6 +188,11 @@ def _confused(
         ConfusedPair(classes[pair // len(classes)], classes[pair % len(classes)], count)
         for pair, count in zip(pairs[most].tolist(), counts[most].tolist(), strict=True)
     )
+
+
+def caution(images: int) -> tuple[str, ...]:
+    """Give a note where a share of few images is about to be read as proof."""
+    return () if images >= _FEW else (f"{images} images say little: see the interval",)
 
 
 def wilson(hits: int, of: int, confidence: float = CONFIDENCE) -> tuple[float, float]:

@@ -110,6 +110,17 @@ def draw_parts(
         )  # fmt: skip
 
 
+def draw_files(
+    paths: Sequence[Path], folder: Path, preprocessing: Preprocessing, *, max_batch: int = 8
+) -> Sample:
+    """Decode pictures that were chosen from ``folder``, or from a table of that path."""
+    loaded = image_folder.decode(folder, paths, preprocessing)
+    return Sample(
+        loaded.pixels, loaded.names, str(folder), preprocessing, loaded.broken, max_batch,
+        turned=loaded.turned, given=len(paths),
+    )  # fmt: skip
+
+
 def require_different(sample: Sample) -> Sample:
     """Require pictures that differ: on others a model that ignores its image would pass."""
     if len(sample) < 2:

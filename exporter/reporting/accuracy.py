@@ -6,13 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 from markupsafe import Markup
-from matplotlib.collections import PatchCollection
-from matplotlib.colors import to_rgba
-from matplotlib.patches import Rectangle
 
 from msn_export.metrics.accuracy import Accuracy, WrongImage, wilson
+from msn_export.reporting import confusion
+from msn_export.reporting.confusion import MATRIX, label, visible
 from msn_export.reporting.render import SERIES, SOFT, draw, environment
 
 if TYPE_CHECKING:
@@ -20,13 +18,9 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-MATRIX = 100  # classes up to which the matrix is drawn; of more the confused pairs are listed
 PLOTTED = 40  # classes whose accuracies are drawn, the least right ones
 LISTED = 1000  # classes in the table, the least right ones
-_COUNTED = 20  # classes up to which each cell has its count
-_FAINTEST, _STRONGEST = 0.25, 0.6  # of a cell's colour: its count stays readable in either scheme
-_HIT, _ERROR = SERIES[:2]
-_NAME = 28  # characters of a class's name beside a plot
+_HIT = SERIES[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,59 +86,19 @@ def class_rows(found: Accuracy) -> list[ClassRow]:
     return sorted(rows, key=lambda row: (row.share, row.name))
 
 
-def visible(text: str) -> str:
-    """Write characters that cannot be seen, or turn the text around, as their escapes."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode()
-        for char in text
-    )
-
-
-def _label(name: str) -> str:
-    shown = visible(name)
-    return shown if len(shown) <= _NAME else f"{shown[: _NAME - 1]}…"
-
-
 def matrix(found: Accuracy, by: str) -> str:
     """Draw the confusion matrix: right answers in one colour, wrong ones in another.
 
     The stronger a cell, the more of the class's images it holds.
     """
     assert found.confusion is not None, "above a thousand classes there is none"
-    counts = np.array(found.confusion, np.int64)
-    names = [_label(name) for name in found.per_class]
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    rows, columns = np.nonzero(counts)
+    pairs, names = found.confusion, tuple(found.per_class)
 
     def paint(axes: Axes) -> None:
-        cells = [Rectangle((x - 0.5, y - 0.5), 1, 1) for y, x in zip(rows, columns, strict=True)]
-        colours = [
-            to_rgba(
-                _HIT if y == x else _ERROR,
-                _FAINTEST + (_STRONGEST - _FAINTEST) * float(shares[y, x]),
-            )
-            for y, x in zip(rows, columns, strict=True)
-        ]
-        axes.add_collection(PatchCollection(cells, facecolors=colours, edgecolors="none"))
-        if len(names) <= _COUNTED:
-            for y, x in zip(rows.tolist(), columns.tolist(), strict=True):
-                axes.text(x, y, str(counts[y, x]), ha="center", va="center", fontsize=8)
-        ticks = range(len(names))
-        size = 9 if len(names) <= PLOTTED else 5
-        axes.set_xticks(ticks, names, rotation=90, fontsize=size)
-        axes.set_yticks(ticks, names, fontsize=size)
-        axes.tick_params(length=0)
-        axes.set(
-            xlim=(-0.5, len(names) - 0.5),
-            ylim=(len(names) - 0.5, -0.5),
-            aspect="equal",
-            xlabel=f"class by {by}",
-            ylabel="true class",
-        )
+        confusion.paint(axes, pairs, names, by, SERIES)
 
-    side = min(10.0, 2.6 + 0.32 * len(names))
     title = f"Confusion matrix of {len(names)} classes by {by}"
-    return draw("confusion", title, paint, (10.4, side))
+    return draw("confusion", title, paint, confusion.size_of(len(names)))
 
 
 def shares(found: Accuracy) -> str:
@@ -159,7 +113,7 @@ def shares(found: Accuracy) -> str:
         axes.errorbar(
             middle, places, xerr=[below, above], fmt="o", color=_HIT, ecolor=SOFT, capsize=3
         )
-        axes.set_yticks(places, [_label(row.name) for row in rows])
+        axes.set_yticks(places, [label(row.name) for row in rows])
         axes.tick_params(length=0)
         axes.set(xlim=(-2, 102), ylim=(len(rows) - 0.4, -0.6), xlabel="% of the images are right")
         axes.grid(axis="x")

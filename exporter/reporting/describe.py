@@ -19,6 +19,7 @@ from msn_export.manifest import (
     SumsRecord,
 )
 from msn_export.metrics.tolerances import in_words
+from msn_export.reporting.describe_fit import fit_rows
 from msn_export.spec import Scores, TensorSpec
 
 WORST = 3  # images that are named
@@ -121,6 +122,8 @@ def file_rows(found: Inspection, manifest: Manifest | None) -> Iterator[tuple[st
     if manifest.quantization is not None:
         yield from quantization_rows(manifest.quantization)
         yield "in short", manifest.quantization.verdict
+    if manifest.fit is not None:
+        yield from fit_rows(manifest.fit, itself=manifest.source is None)
     for note in manifest.notes:
         yield "note", note
 
@@ -282,6 +285,8 @@ def artifact_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield from _engine_rows(manifest.engine)
     if manifest.quantization is not None:
         yield from quantization_rows(manifest.quantization)
+    if manifest.fit is not None:
+        yield from fit_rows(manifest.fit, itself=manifest.source is None)
     yield from _check_rows(manifest.check)
     if manifest.quantization is not None:
         yield "in short", manifest.quantization.verdict
@@ -376,6 +381,8 @@ def inspection_rows(found: Inspection) -> Iterator[tuple[str, str]]:
     yield "fused attention", fused(found)
     if found.islands:
         yield "fp32 islands", ", ".join(found.islands)
+    if found.fitted is not None:
+        yield "classifier", found.fitted
     yield "nodes", str(found.nodes or "unknown")
     if found.multiply_adds is not None:
         yield "multiply-adds", f"{found.multiply_adds / 1e9:.3f} billion an image"

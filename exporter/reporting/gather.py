@@ -72,6 +72,11 @@ class ReportedArtifact:
         return self.inspection.kind != "checkpoint"
 
     @property
+    def is_fitted(self) -> bool:
+        """True if its classifier was fitted by this product."""
+        return self.manifest is not None and self.manifest.fit is not None
+
+    @property
     def executed(self) -> str:
         """The word for an engine that ran, or the reason why it did not."""
         engine = self.manifest.engine if self.manifest is not None else None

@@ -31,7 +31,9 @@ from msn_export.compare.drift import Drift
 from msn_export.graph.summary import PARTS
 from msn_export.metrics.diagnose import StageDrift
 from msn_export.metrics.tolerances import HEADROOM
+from msn_export.reporting import confusion
 from msn_export.reporting.describe import accuracy_rows, file_rows, fused, short
+from msn_export.reporting.describe_fit import fit_rows
 from msn_export.reporting.gather import (
     Page,
     ReportedAgreement,
@@ -270,6 +272,23 @@ def latency(found: Bench) -> str:
     )  # fmt: skip
 
 
+def confused(artifact: ReportedArtifact) -> str:
+    """Draw which classes a fitted classifier takes for which; empty where that is not there."""
+    manifest = artifact.manifest
+    found = manifest.fit.accuracy if manifest is not None and manifest.fit is not None else None
+    if manifest is None or found is None or found.confusion is None:
+        return ""
+    pairs, names = found.confusion, manifest.labels
+    if len(names) > confusion.MATRIX:
+        return ""
+
+    def paint(axes: Axes) -> None:
+        confusion.paint(axes, pairs, names, "the highest logit", SERIES)
+
+    title = f"Confusion matrix of {len(names)} classes"
+    return draw("confusion", title, paint, confusion.size_of(len(names)))
+
+
 def _bars(axes: Axes, values: Mapping[str, float], form: str) -> None:
     bars = axes.barh(range(len(values)), list(values.values()), color=SERIES[0], height=0.62)
     axes.bar_label(bars, fmt=form, color=_INK, padding=4)
@@ -308,8 +327,8 @@ def environment(*, autoescape: bool) -> Environment:
     )
     opened.filters |= {"cell": _cell, "line": _line, "short": short, "spelled": spelled}
     opened.globals |= {
-        "accuracy_rows": accuracy_rows, "file_rows": file_rows, "fused": fused,
-        "multiplied": multiplied, "strips": strips,
+        "accuracy_rows": accuracy_rows, "file_rows": file_rows, "fit_rows": fit_rows,
+        "fused": fused, "multiplied": multiplied, "strips": strips,
         "timed_on": timed_on, "timing_columns": timing_columns, "timing_rows": timing_rows,
         "PARTS": PARTS, "HEADROOM": HEADROOM,
     }  # fmt: skip
@@ -335,6 +354,9 @@ def _plots(page: Page) -> dict[str, str]:
         if artifact.census is not None:
             drawn[f"kinds {artifact.name}"] = kinds(artifact)
             drawn[f"blocks {artifact.name}"] = per_block(artifact)
+    fitted = next((artifact for artifact in page.artifacts if artifact.is_fitted), None)
+    if fitted is not None:
+        drawn["confusion"] = confused(fitted)
     if page.latency is not None:
         drawn["latency"] = latency(page.latency)
     return drawn

@@ -17,11 +17,11 @@ PACKAGE = Path(msn_export.__file__).parent
 # from the bottom up: folders and the modules beside them; each may import those before it, in its
 # functions too
 ORDER = (
-    "errors", "spec", "progress", "schema", "host", "preprocessing", "manifest", "files", "images",
-    "image_folder", "labelled", "engine_header", "golden", "models", "processor_config",
-    "options", "metrics", "logistic_regression", "graph", "runtime", "mixed_precision", "artifact",
-    "engine", "benchmark", "calibration", "baseline", "compare", "reporting", "embedding",
-    "cluster", "triton_server", "commands", "cli", "api", "__main__",
+    "errors", "spec", "progress", "schema", "host", "preprocessing", "fit_record", "manifest",
+    "files", "images", "image_folder", "labelled", "engine_header", "golden", "models",
+    "processor_config", "options", "metrics", "logistic_regression", "graph", "runtime",
+    "mixed_precision", "artifact", "engine", "benchmark", "calibration", "baseline", "compare",
+    "reporting", "embedding", "cluster", "triton_server", "commands", "cli", "api", "__main__",
 )  # fmt: skip
 HEAVY = frozenset(
     {"torch", "onnx", "onnx_ir", "onnxscript", "onnxsim", "onnxruntime", "transformers",

@@ -13,6 +13,7 @@ from msn_export.metrics.accuracy import (
     Answers,
     ConfusedPair,
     accuracy,
+    caution,
     compared,
     failures,
     loss_bound,
@@ -212,3 +213,8 @@ def test_an_answer_that_is_no_number_fails_however_accurate_the_rest_is() -> Non
 def test_sides_of_other_images_and_of_none_are_refused(one, other) -> None:
     with pytest.raises(ToleranceError, match="expected the same, one or more"):
         compared(np.ones(one, bool), np.ones(other, bool))
+
+
+def test_few_images_get_a_note() -> None:
+    assert caution(30) == ()
+    assert caution(29) == ("29 images say little: see the interval",)

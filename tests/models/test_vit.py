@@ -155,6 +155,12 @@ def test_a_model_without_a_final_layer_norm_takes_no_other_classifier(pooling) -
         tuned.with_classifier(LinearClassifier(np.zeros((2, 8), np.float32), ("x", "y"), "cls"))
 
 
+def test_a_classifier_of_another_width_is_refused() -> None:
+    other = LinearClassifier(np.zeros((2, 9), np.float32), ("x", "y"), "features")
+    with pytest.raises(CheckpointError, match="its features have 8 numbers and the classifier re"):
+        model().with_classifier(other)
+
+
 def test_its_own_size_changes_nothing() -> None:
     tiny = model()
     assert tiny.for_image_size((16, 24)).pos_embed is not None
