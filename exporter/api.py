@@ -57,7 +57,7 @@ Name = str | os.PathLike[str]
 # fields that no caller gives
 _ITS_OWN = ("command", "bf16_attention", "stages", "classifier", "pictures")
 _COMMAND = re.compile(r"(msn-export [a-z]+ [^;,]*)")
-_FLAG = re.compile(r"(?<![\w-])(?:--[a-z][a-z0-9-]*|-o)(?![\w-])")
+_FLAG = re.compile(r"(?<![\w-])(?:--[A-Za-z][a-z0-9-]*|-o)(?![\w-])")
 
 
 @dataclass(frozen=True, repr=False)

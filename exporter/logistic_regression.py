@@ -1,6 +1,6 @@
 """Logistic regression on frozen features: solved by scikit-learn, its optimum verified here.
 
-The classifier of facebookresearch/msn logreg_eval.py: no intercept, and the objective
+The classifier of facebookresearch/msn logistic_eval.py: no intercept, and the objective
 ``mean loss + lambda / 2 * ||W||^2`` with ``lambda = L / n``. scikit-learn divides its objective by
 C, so that L is 1 / C whatever n is: 0.00025 in the code is C = 4000, 0.0025 in its README's example
 is C = 400. Two classes are its binary problem, as there.

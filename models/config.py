@@ -23,7 +23,7 @@ _DEEPEST = 1024
 
 # What a classifier reads. cls: transformers, torchvision, timm, MAE with --cls_token; patches: MAE,
 # timm with global_pool="avg", both with a LayerNorm behind it; blocks: facebookresearch/msn
-# linear_eval.py; features: facebookresearch/msn logreg_eval.py
+# linear_eval.py; features: facebookresearch/msn logistic_eval.py
 Pooling = Literal["cls", "patches", "blocks", "features"]
 READS = {
     "cls": "[CLS] after the final LayerNorm",

@@ -253,7 +253,7 @@ class VitMsn(nn.Module):
         """Give [CLS] of the last blocks before the final LayerNorm, [b, blocks * dim].
 
         The rows are centred by their own mean and divided by their norm: facebookresearch/msn
-        logreg_eval.py prepares the features of its classifier so. That is a LayerNorm with a gain
+        logistic_eval.py prepares the features of its classifier so. That is a LayerNorm with a gain
         of one over the root of the width, whose eps makes the rows shorter by eps / (2 variance),
         relatively.
         """
@@ -324,7 +324,7 @@ def _classifier(config: VitConfig) -> nn.Module | None:
         return None
     if config.pooling == "blocks":
         return LinearProbe(config.pooled_blocks * config.dim, labels)
-    has_bias = config.pooling != "features"  # logreg_eval.py fits no intercept
+    has_bias = config.pooling != "features"  # logistic_eval.py fits no intercept
     return nn.Linear(config.pooled_blocks * config.dim, labels, bias=has_bias)
 
 

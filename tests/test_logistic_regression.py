@@ -39,7 +39,7 @@ def digits(count: int, classes: int = 10) -> Training:
 
 
 def objective(training: Training, weights: np.ndarray, penalty: float) -> float:
-    """Compute ``mean loss + penalty / (2 n) * ||W||^2`` of msn's logreg_eval.py."""
+    """Compute ``mean loss + penalty / (2 n) * ||W||^2`` of msn's logistic_eval.py."""
     scores = training.features @ weights.T
     high = scores.max(axis=1)
     own = scores[np.arange(len(scores)), training.labels]

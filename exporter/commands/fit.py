@@ -13,7 +13,7 @@ import numpy as np
 
 from msn_export.commands.fit_features import (
     FeatureRows,
-    Pictures,
+    FitPictures,
     extract,
     hash_of,
     listing_of,
@@ -68,7 +68,7 @@ CONFUSED = 200  # classes; of more the pairs would be most of a manifest
 
 
 @dataclass(frozen=True, slots=True)
-class Fitted:
+class FittedDraw:
     """The first draw's classifier, with what its draws were measured to be worth."""
 
     solution: Solution
@@ -93,7 +93,7 @@ def run_fit(job: FitJob, progress: Progress = SILENT) -> tuple[Path, Manifest]:
     output = job.validate_paths()
     require_scikit_learn()
     with progress.step("list pictures"):
-        pictures = Pictures.of(job)
+        pictures = FitPictures.of(job)
     with progress.step("load checkpoint"):
         checkpoint = _load(job)
         origin = _origin(job, checkpoint, pictures)
@@ -142,7 +142,7 @@ def _load(job: FitJob) -> Checkpoint:
     return read_as(sized(checkpoint, job.image_size), job.onnx_job(normalize=False))
 
 
-def _origin(job: FitJob, checkpoint: Checkpoint, pictures: Pictures) -> dict[str, Any]:
+def _origin(job: FitJob, checkpoint: Checkpoint, pictures: FitPictures) -> dict[str, Any]:
     """Collect all that the features follow from."""
     test = pictures.test
     return {
@@ -159,7 +159,7 @@ def _origin(job: FitJob, checkpoint: Checkpoint, pictures: Pictures) -> dict[str
     }
 
 
-def _require_possible(job: FitJob, checkpoint: Checkpoint, pictures: Pictures) -> None:
+def _require_possible(job: FitJob, checkpoint: Checkpoint, pictures: FitPictures) -> None:
     """Refuse before the work what could not be done after it."""
     classes = pictures.labelled.classes
     width = job.blocks * checkpoint.config.dim
@@ -193,7 +193,7 @@ def _require_two_of_each(job: FitJob, labelled: Labelled, rows: NDArray[np.intp]
 
 
 def _features(
-    job: FitJob, pictures: Pictures, folder: Path, progress: Progress
+    job: FitJob, pictures: FitPictures, folder: Path, progress: Progress
 ) -> tuple[FeatureRows, FeatureRows | None]:
     """Export the graph of features, and run the pictures through it."""
     exported = job.onnx_job(
@@ -221,11 +221,11 @@ def _checked_on(job: FitJob, labelled: Labelled) -> dict[str, Any]:
 
 def _fit(
     job: FitJob,
-    pictures: Pictures,
+    pictures: FitPictures,
     features: FeatureRows,
     test: FeatureRows | None,
     progress: Progress,
-) -> Fitted:
+) -> FittedDraw:
     """Fit a classifier for each draw, and measure it on what it was not fitted on."""
     count, found = len(pictures.draws), []
     for number, drawn in enumerate(pictures.draws, 1):
@@ -248,7 +248,7 @@ def _of_draw(
     test: FeatureRows | None,
     progress: Progress,
     of: str,
-) -> Fitted:
+) -> FittedDraw:
     rows, labelled = _usable(job, features, drawn), features.labelled
     training = Training(features.taken(rows), labelled.labels[rows], len(labelled.classes))
     strength, strengths = job.C, dict[float, float]()
@@ -272,7 +272,7 @@ def _of_draw(
             accuracy = _described(counted, "stratified cross-validation")
     if accuracy is not None:
         unmeasured = ""
-    return Fitted(solution, strengths, len(rows), accuracy, unmeasured)
+    return FittedDraw(solution, strengths, len(rows), accuracy, unmeasured)
 
 
 def _unmeasurable(
@@ -357,9 +357,9 @@ def _left_out(features: FeatureRows, test: FeatureRows | None) -> Iterator[str]:
 
 def _record(
     job: FitJob,
-    pictures: Pictures,
+    pictures: FitPictures,
     features: FeatureRows,
-    fitted: Fitted,
+    fitted: FittedDraw,
     classifier: LinearClassifier,
 ) -> FitRecord:
     labelled, test, solution = pictures.labelled, pictures.test, fitted.solution

@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 _RECORD, _LOCK = "fit.json", "lock"
 _CHUNK = 2**20  # numbers of features that are read at once
-DRAWS = 3  # as facebookresearch/msn's low-shot evaluation has splits
+DRAWS = 3  # facebookresearch/msn has imagenet_subsets1 to imagenet_subsets3
 
 
 @dataclass(frozen=True, slots=True)
-class Pictures:
+class FitPictures:
     """The pictures that are run: to train on, and to test on where those are others.
 
     ``draws`` are the rows of ``labelled`` that each draw trains on, the first being exported.
@@ -48,7 +48,7 @@ class Pictures:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, job: FitJob) -> Pictures:
+    def of(cls, job: FitJob) -> FitPictures:
         labelled = read_labelled(job.labelled)
         test = notes = None
         if job.test is not None:

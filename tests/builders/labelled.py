@@ -21,9 +21,9 @@ def write(folder: Path, *, each: int, classes: int = 10, test: bool = False) -> 
     return folder
 
 
-def noise(folder: Path, *, each: int, classes: int, side: int = 8) -> Path:
-    """Write seeded pictures that say nothing of their class."""
-    for number in range(each * classes):
+def noise(folder: Path, *, each: int, classes: int, side: int = 8, first: int = 0) -> Path:
+    """Write seeded pictures that say nothing of their class; ``first`` is the first's seed."""
+    for number in range(first, first + each * classes):
         path = folder / f"class {number % classes:05}" / f"{number:06}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from msn_export.fit_record import FitRecord, HeldOutAccuracy
 from msn_export.manifest import (
     AccuracyRecord,
     AttentionRecord,
@@ -90,6 +91,47 @@ def counted(**changes: Any) -> AccuracyRecord:
         "given": 1797,
     }
     return AccuracyRecord(**{**fields, **changes})
+
+
+def fit(**changes: Any) -> FitRecord:
+    """Make a record of ten digits, five pictures each."""
+    fields: dict[str, Any] = {
+        "features": "msn",
+        "blocks": 1,
+        "C": 400.0,
+        "strengths": {},
+        "images": 50,
+        "classes": 3,
+        "shots": 5,
+        "seed": 0,
+        "labelled": "digits",
+        "labelled_sha256": "12" * 32,
+        "test": None,
+        "test_sha256": None,
+        "broken": 1,
+        "errors": ("digits/a.png is not a readable picture",),
+        "turned": 0,
+        "skipped": {"no picture": 2},
+        "gradient": 1e-6,
+        "steps": 100,
+        "weights": "34" * 32,
+        "compared": 50,
+        "relative": 3e-7,
+        "same": 1.0,
+        "accuracy": HeldOutAccuracy(
+            "the images not drawn",
+            30,
+            0.9,
+            None,
+            (0.744, 0.965),
+            {"cat": 1.0, "dög": None, "[bird]": 0.7},
+            ((10, 0, 0), (0, 0, 0), (3, 0, 17)),
+            (0.9, 0.8),
+            0.85,
+            0.0707,
+        ),
+    }
+    return FitRecord(**{**fields, **changes})
 
 
 def engine(**changes: Any) -> EngineRecord:
