@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from msn_export.cli import main
 from msn_export.runtime import open_runner
@@ -108,6 +109,59 @@ def test_smoothing_recovers_it_to_within_a_point(planted, observer) -> None:
     assert errors["off"] > 10 * min(errors.values())
     assert told["quantization"]["kept"] == {}
     assert accuracy(planted) - accuracy(graph) <= 1.0
+
+
+# --- the accuracy in a verdict --------------------------------------------------------------------
+
+COARSE = ("--int8", "--observer", "max", "--smooth", "off", "--gate-cosine", "0")
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All 1,797 images, a folder for each class as the model names it."""
+    folder = tmp_path_factory.mktemp("labelled")
+    for name, part in (("train", TRAIN), ("test", TEST)):
+        for index, (picture, label) in enumerate(zip(part.pictures, part.labels, strict=True)):
+            path = folder / f"LABEL_{label}" / f"{name}-{index:04}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(picture).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weak(trained, folder) -> Path:
+    """A graph with outliers in block 1 that 8 bits do not hold."""
+    return exported(digits.plant(folder / "outliers", trained, [1], 110.0), folder / "weak.onnx")
+
+
+def test_a_loss_of_accuracy_keeps_a_block_that_the_cosine_does_not(weak, labelled) -> None:
+    _, lossy = calibrated(weak, "lossy", *COARSE)
+    assert lossy["quantization"]["kept"] == {}
+    graph, told = calibrated(weak, "saved", *COARSE, "--labelled", str(labelled))
+    assert list(told["quantization"]["kept"]) == ["block 1"]
+    record = told["check"]["accuracy"]
+    # three of four of the 200 images, copies aside, were calibrated on
+    assert 1797 - 150 <= record["images"] < 1797
+    assert record["conclusion"] == "no significant loss"
+    assert record["lost"] - record["gained"] <= 5
+    assert accuracy(weak) - accuracy(graph) <= 0.5
+
+
+def test_validate_finds_that_loss_and_none_in_fp16(weak, fp32, trained, folder, labelled) -> None:
+    lossy, _ = calibrated(weak, "lost", *COARSE)
+    given = ["validate", str(weak), str(lossy), "--labelled", str(labelled), "--relative", "9"]
+    result = CliRunner().invoke(main, [*given, "--json"])
+    assert result.exit_code == 1
+    told = json.loads(result.stdout)
+    assert [reason for reason in told["reasons"] if "it is a significant loss" in reason]
+    assert told["check"]["accuracy"]["p_value"] < 1e-4
+    half = exported(trained, folder / "half.onnx", "--dtype", "fp16")
+    record = run("validate", fp32, half, "--labelled", labelled)["check"]["accuracy"]
+    assert record["conclusion"] == "no significant loss"
+    assert record["loss_bound"] < 0.01
+
+
+# --- blocks that are kept -------------------------------------------------------------------------
 
 
 def test_a_sensitive_block_is_kept_until_the_gate_is_met(trained, folder) -> None:
