@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -71,3 +72,39 @@ def test_an_int8_graph_and_its_source_are_compared_on_pictures_not_calibrated_on
     again = told("validate", graph, output, "--labelled", folder)
     assert again["check"]["accuracy"]["images"] == 2000
     assert again["passed"]
+
+
+def table(path: Path, folder: Path, first: int, last: int) -> Path:
+    """Write a table of some pictures of each class."""
+    rows = [
+        f"{picture},{name}"
+        for name in COUNTS
+        for picture in sorted((folder / name).iterdir())[first:last]
+    ]
+    path.write_text("\n".join(["path,label", *rows]))
+    return path
+
+
+def test_a_fitted_classifier_is_as_accurate_as_fit_says_and_stays_so_in_fp16(
+    graph, folder, tmp_path
+) -> None:
+    train, test = (
+        table(tmp_path / f"{name}.csv", folder, *rows)
+        for name, rows in {"train": (0, 100), "test": (100, 500)}.items()
+    )
+    checkpoint, output = graph.parent / "checkpoint", tmp_path / "classifier.onnx"
+    fitted = told("fit", checkpoint, train, "--test", test, "-o", output)
+    accuracy = fitted["accuracy"]
+    assert (accuracy["images"], fitted["labels"]) == (1200, [*COUNTS])
+    assert accuracy["interval"][0] > 1 / 3  # noise has a third of these right
+    found = told("evaluate", output, test)
+    # the graph computes in fp32 what scikit-learn computes in fp64
+    assert abs(found["top1"] - accuracy["top1"]) <= 1 / 1200
+    assert np.abs(np.subtract(found["confusion"], accuracy["confusion"])).sum() <= 2
+    half = tmp_path / "half.onnx"
+    told("fit", checkpoint, train, "--test", test, "-o", half, "--dtype", "fp16")
+    record = told("validate", output, half, "--images", folder, "--labelled", test)
+    record = record["check"]["accuracy"]
+    assert (record["by"], record["images"], record["given"]) == ("logits", 1200, 1200)
+    assert record["reference"]["top1"] == pytest.approx(found["top1"])
+    assert record["conclusion"] == "no significant loss"
