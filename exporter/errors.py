@@ -1,8 +1,27 @@
 """Every error a user can meet; ``str(error)`` is one line: what, where, expected, what to do."""
 
+# What a terminal obeys or what turns text around: names in files are hostile. As JSON escapes them.
+_OBEYED = (
+    *(code for code in range(0x20) if chr(code) not in "\n\t"), *range(0x7F, 0xA0),
+    0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A),
+)  # fmt: skip
+ESCAPES = {code: f"\\u{code:04x}" for code in _OBEYED}
+_IN_A_LINE = {**ESCAPES, ord("\n"): "\\n", ord("\t"): "\\t"}
+_LONGEST = 2000  # characters; a path or a label of a file may be of any length
+
 
 class MsnExportError(Exception):
-    """The base of all errors this package raises on purpose."""
+    """The base of all errors this package raises on purpose.
+
+    ``str(error)`` is one line of at most 2,000 characters that can be printed anywhere: names of
+    files and of what is in them are part of it. ``args`` has them as they are.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__().translate(_IN_A_LINE)
+        if len(text) > _LONGEST:  # the end says what to do
+            text = f"{text[: _LONGEST // 2]} … {text[3 - _LONGEST // 2 :]}"
+        return text.encode("utf-8", "backslashreplace").decode()  # names that are not UTF-8
 
 
 class SpecError(MsnExportError):

@@ -13,28 +13,22 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from msn_export.errors import ESCAPES
 from msn_export.schema import to_plain
 
 _TELL = 30.0  # seconds between two lines of a long step in a log
 
-# What a terminal obeys or what turns text around: names in files are hostile. As JSON escapes them.
-_OBEYED = (
-    *(code for code in range(0x20) if chr(code) not in "\n\t"), *range(0x7F, 0xA0),
-    0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A),
-)  # fmt: skip
-_ESCAPES = {code: f"\\u{code:04x}" for code in _OBEYED}
-
 
 class _Shown(RichConsole):
-    """A console that shows the characters a terminal would obey."""
+    """A console that shows the characters a terminal would obey: names in files are hostile."""
 
     def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str(text.translate(_ESCAPES), **options)
+        return super().render_str(text.translate(ESCAPES), **options)
 
 
 def _plain(text: str) -> str:
     """Keep a title from being markup, or a terminal's commands."""
-    return escape(text.translate(_ESCAPES))
+    return escape(text.translate(ESCAPES))
 
 
 class Steps:
@@ -99,4 +93,4 @@ class Console:
     def print_json(self, record: Any) -> None:
         """Print one JSON object on stdout, and nothing else there."""
         text = json.dumps(to_plain(record), ensure_ascii=False, allow_nan=False)
-        sys.stdout.write(text.translate(_ESCAPES) + "\n")
+        sys.stdout.write(text.translate(ESCAPES) + "\n")

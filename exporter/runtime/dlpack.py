@@ -180,9 +180,17 @@ class Borrowed:
         return array_at(self.pointer, self.shape, self.element, self.capsule, strides)
 
 
+def has(given: Any, name: str) -> bool:
+    """True where an object has an attribute; one that raises when it is asked has it not."""
+    try:
+        return hasattr(given, name)
+    except Exception:  # noqa: BLE001  anything may be given as images
+        return False
+
+
 def device_of(tensor: Any) -> int | None:
     """Index of the GPU a DLPack tensor lies on; None for the host."""
-    if not hasattr(tensor, "__dlpack__") or not hasattr(tensor, "__dlpack_device__"):
+    if not has(tensor, "__dlpack__") or not has(tensor, "__dlpack_device__"):
         raise InputError(
             f"images are a {type(tensor).__name__}; expected a numpy array or a tensor with "
             "DLPack (torch, cupy, jax)"

@@ -7,9 +7,11 @@ be the one its manifest describes, and a driver was found.
 from __future__ import annotations
 
 import importlib
+import operator
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from msn_export import manifest as manifests
 from msn_export.errors import ManifestError, MissingPackageError, RunnerError
@@ -58,9 +60,10 @@ def open_runner(  # noqa: PLR0913  each names one thing a service may have to ch
         MissingPackageError: a package is not installed; the message has the line that does.
         DeviceError: the GPU or TensorRT failed.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise RunnerError(f"{file} does not exist; give an .onnx file or an engine")
+    file = _require_file(path)
+    device = require_whole("device", device, at_least=0)
+    threads = require_whole("threads", threads, at_least=1, at_most=_MOST_THREADS)
+    contexts = require_whole("contexts", contexts, at_least=1) or 1
     if file.suffix == ".onnx":
         return _open_graph(file, device, providers, threads)
     if providers is not None:
@@ -73,6 +76,45 @@ def open_runner(  # noqa: PLR0913  each names one thing a service may have to ch
         cuda_graphs=cuda_graphs,
         eager_kernels=eager_kernels,
     )
+
+
+_MOST_THREADS = 4096  # of a call; onnxruntime starts them all
+
+
+def _require_file(path: str | os.PathLike[str]) -> Path:
+    hint = "give an .onnx file or an engine"
+    try:
+        file = Path(path)
+    except TypeError as error:
+        raise RunnerError(f"path is a {type(path).__name__}; {hint}, as text or a Path") from error
+    try:
+        if file.is_file():
+            return file
+        exists = file.exists()
+    except OSError as error:  # a name that is too long, a loop of links
+        raise RunnerError(f"{file} cannot be opened: {error.strerror}; {hint}") from error
+    if not str(path):
+        raise RunnerError(f"the path is empty; {hint}")
+    if exists:
+        what = "a folder" if file.is_dir() else "no regular file"
+        raise RunnerError(f"{file} is {what}; {hint}")
+    raise RunnerError(f"{file} does not exist; {hint}")
+
+
+def require_whole(
+    name: str, value: Any, *, at_least: int, at_most: int | None = None
+) -> int | None:
+    """Require an argument to be a whole number in a range, or None."""
+    if value is None:
+        return None
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = at_least - 1
+    if isinstance(value, bool) or number < at_least or number > (at_most or number):
+        limits = f"of at least {at_least}" if at_most is None else f"from {at_least} to {at_most}"
+        raise RunnerError(f"{name} is {value!r}; expected a whole number {limits}")
+    return number
 
 
 def _open_graph(

@@ -46,9 +46,11 @@ def choose(
     if asked is None:
         on_gpu = device is not None or (isinstance(driver, Driver) and CUDA in available)
         asked = [CUDA] if on_gpu else [CPU]
+    if not isinstance(asked, Sequence) or not all(isinstance(name, str) for name in asked):
+        raise RunnerError(f"providers is {asked!r}; give a list of names, as ['cuda', 'cpu']")
     if not asked:
         raise RunnerError(f"no provider is asked for; give one of {', '.join(_SHORT)}")
-    names = [_SHORT.get(name, name) for name in asked]
+    names = list(dict.fromkeys(_SHORT.get(name, name) for name in asked))
     for name in names:
         _require_available(name, available)
         if name in ON_GPU:

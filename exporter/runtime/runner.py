@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from msn_export.errors import InputError, ManifestError, RunnerError
 from msn_export.manifest import Manifest
-from msn_export.runtime.dlpack import OF_NUMPY, OF_ONNX, TensorType
+from msn_export.runtime.dlpack import OF_NUMPY, OF_ONNX, TensorType, has
 from msn_export.spec import BatchRange, InputFormat, Scores, TensorSpec
 
 if TYPE_CHECKING:
@@ -120,7 +121,13 @@ def scores_of(logits: NDArray[Any], scores: Scores | None = None) -> NDArray[np.
 def top_k(
     logits: Any, labels: Sequence[str] = (), scores: Scores | None = None, k: int = 5
 ) -> list[list[Guess]]:
-    values = np.asarray(logits, np.float64)
+    try:
+        values, k = np.asarray(logits, np.float64), operator.index(k)
+    except Exception as error:
+        raise InputError(
+            f"logits are a {type(logits).__name__} and k is {k!r}; expected numbers [b, classes] "
+            "on the host, and a whole k"
+        ) from error
     named = len(labels)
     if values.ndim != 2 or 0 in values.shape or named not in {0, values.shape[1]} or k < 1:
         wanted = f"[b, {named or 'classes'}]"
@@ -240,7 +247,7 @@ class Runner(ABC):
     def _pixels(self, images: Any) -> Any:
         """Preprocess pictures; arrays and tensors are pixels already."""
         first = images[0] if isinstance(images, list | tuple) and images else images
-        is_picture = isinstance(first, str | os.PathLike) or hasattr(first, "getexif")
+        is_picture = isinstance(first, str | os.PathLike) or has(first, "getexif")
         return self.preprocess(images) if is_picture else images
 
     @property
@@ -305,6 +312,8 @@ def require_fit(shape: Sequence[int], element: TensorType, spec: TensorSpec) -> 
 
 
 def element_of(array: NDArray[Any]) -> TensorType:
+    if isinstance(array, np.ma.MaskedArray):
+        raise InputError("images are a masked array; fill what is masked, as images.filled(0)")
     element = OF_NUMPY.get(array.dtype)
     if element is None:
         raise InputError(f"images are {array.dtype}; expected a plain float, integer or bool")
@@ -348,9 +357,12 @@ def split_batch(
     """
     if count < 1:
         raise InputError("there is no image in the batch; give at least one")
-    if profile is not None and not 0 <= profile < len(profiles):
-        raise InputError(f"profile {profile} does not exist; there are {len(profiles)}, from 0 on")
-    usable = range(len(profiles)) if profile is None else (profile,)
+    numbers = range(len(profiles))
+    if profile is not None and profile not in numbers:
+        raise InputError(
+            f"profile {profile!r} does not exist; there are {len(profiles)}, from 0 on"
+        )
+    usable = numbers if profile is None else (int(profile),)
     most = max(profiles[index].max for index in usable)
     chunks = []
     for start in range(0, count, most):

@@ -32,6 +32,64 @@ def test_what_does_not_exist_is_told(tmp_path) -> None:
         open_runner(tmp_path / "none.engine")
 
 
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (None, "path is a NoneType; give an .onnx file or an engine, as text or a Path"),
+        (5, "path is a int; give an .onnx file or an engine, as text or a Path"),
+        (b"m.onnx", "path is a bytes; give an .onnx file or an engine, as text or a Path"),
+        ("", "the path is empty; give an .onnx file or an engine"),
+        (".", ". is a folder; give an .onnx file or an engine"),
+        ("/dev/null", "/dev/null is no regular file; give an .onnx file or an engine"),
+        ("a\0b.onnx", "a\\u0000b.onnx does not exist; give an .onnx file or an engine"),
+        ("\x1b[31mm.onnx", "\\u001b[31mm.onnx does not exist; give an .onnx file or an engine"),
+        ("a\udc80.onnx", "a\\udc80.onnx does not exist; give an .onnx file or an engine"),
+        ("x" * 300, f"{'x' * 300} cannot be opened: File name too long; give an .onnx file or an"
+         " engine"),
+    ],
+    ids=lambda value: repr(value)[:20],
+)  # fmt: skip
+def test_a_path_that_is_none_is_told(path, message) -> None:
+    with pytest.raises(RunnerError) as at:
+        open_runner(path)
+    assert str(at.value) == message
+
+
+def test_a_loop_of_links_is_told(tmp_path) -> None:
+    (tmp_path / "m.onnx").symlink_to(tmp_path / "m.onnx")
+    with pytest.raises(RunnerError, match=r"m\.onnx (does not exist|cannot be opened: Too many)"):
+        open_runner(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"device": "0"}, "device is '0'; expected a whole number of at least 0"),
+        ({"device": -1}, "device is -1; expected a whole number of at least 0"),
+        ({"device": True}, "device is True; expected a whole number of at least 0"),
+        ({"threads": 0}, "threads is 0; expected a whole number from 1 to 4096"),
+        ({"threads": 10**30}, f"threads is {10**30}; expected a whole number from 1 to 4096"),
+        ({"threads": 1.5}, "threads is 1.5; expected a whole number from 1 to 4096"),
+        ({"contexts": "2"}, "contexts is '2'; expected a whole number of at least 1"),
+        ({"contexts": 0}, "contexts is 0; expected a whole number of at least 1"),
+        ({"providers": 5}, "providers is 5; give a list of names, as ['cuda', 'cpu']"),
+        ({"providers": [None]}, "providers is [None]; give a list of names, as ['cuda', 'cpu']"),
+        ({"providers": [("cpu", {})]}, "providers is [('cpu', {})]; give a list of names, as ['cu"
+         "da', 'cpu']"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_argument_of_another_kind_is_told(argument, message) -> None:
+    with pytest.raises(RunnerError) as at:
+        open_runner(classifier(), **argument)
+    assert str(at.value) == message
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    with open_runner(classifier(), providers=["cpu", "cpu"], threads=np.int64(1)) as runner:
+        assert runner._session.get_session_options().intra_op_num_threads == 1
+
+
 def test_an_engine_takes_no_providers() -> None:
     with pytest.raises(RunnerError, match="takes no providers; it runs in the TensorRT it is for"):
         open_runner(engine(), providers=["cuda"])
