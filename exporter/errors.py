@@ -6,7 +6,9 @@ _OBEYED = (
     0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A),
 )  # fmt: skip
 ESCAPES = {code: f"\\u{code:04x}" for code in _OBEYED}
-_IN_A_LINE = {**ESCAPES, ord("\n"): "\\n", ord("\t"): "\\t"}
+# Of a name that is not UTF-8 Python makes surrogates, which cannot be written anywhere
+_IN_A_LINE = ESCAPES | {ord("\n"): "\\n", ord("\t"): "\\t"}
+_IN_A_LINE |= dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
 _LONGEST = 2000  # characters; a path or a label of a file may be of any length
 
 
@@ -21,7 +23,7 @@ class MsnExportError(Exception):
         text = super().__str__().translate(_IN_A_LINE)
         if len(text) > _LONGEST:  # the end says what to do
             text = f"{text[: _LONGEST // 2]} … {text[3 - _LONGEST // 2 :]}"
-        return text.encode("utf-8", "backslashreplace").decode()  # names that are not UTF-8
+        return text
 
 
 class SpecError(MsnExportError):

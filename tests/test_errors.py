@@ -33,7 +33,7 @@ def test_who_catches_the_wider_one_catches_the_narrower() -> None:
         ("a\x1b[31m\x07b\x9b", "a\\u001b[31m\\u0007b\\u009b"),
         ("two\nlines\tand a tab\r", "two\\nlines\\tand a tab\\u000d"),
         ("name\u202egpj.exe\u2066", "name\\u202egpj.exe\\u2066"),
-        ("not UTF-8: \udc80", "not UTF-8: \\udc80"),
+        ("not UTF-8: \udc80", "not UTF-8: \ufffd"),
     ],
 )
 def test_a_message_is_one_line_that_no_terminal_obeys(message, told) -> None:

@@ -43,7 +43,7 @@ def test_what_does_not_exist_is_told(tmp_path) -> None:
         ("/dev/null", "/dev/null is no regular file; give an .onnx file or an engine"),
         ("a\0b.onnx", "a\\u0000b.onnx does not exist; give an .onnx file or an engine"),
         ("\x1b[31mm.onnx", "\\u001b[31mm.onnx does not exist; give an .onnx file or an engine"),
-        ("a\udc80.onnx", "a\\udc80.onnx does not exist; give an .onnx file or an engine"),
+        ("a\udc80.onnx", "a\ufffd.onnx does not exist; give an .onnx file or an engine"),
         ("x" * 300, f"{'x' * 300} cannot be opened: File name too long; give an .onnx file or an"
          " engine"),
     ],
