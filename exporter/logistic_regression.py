@@ -213,15 +213,16 @@ def cross_validate(
     """
     guesses = np.full(len(training.labels), -1, np.intp)
     fives = np.zeros(len(training.labels), np.bool_)
+    margins = np.zeros(len(training.labels))
     count = min(FOLDS, training.smallest)
     for number, (rest, held) in enumerate(training.folds(seed), 1):
         chosen = C if C is not None else choose(rest, seed).C
         found = solve(rest, chosen).answers(training.features, training.labels, held)
-        guesses[held] = found.guesses
+        guesses[held], margins[held] = found.guesses, found.margins
         if found.in_five is not None:
             fives[held] = found.in_five
         progress.advance(number, count, f"fold {number} of {count}")
-    return Answers(guesses, fives if training.classes > 5 else None)
+    return Answers(guesses, fives if training.classes > 5 else None, margins)
 
 
 def require_scikit_learn() -> None:

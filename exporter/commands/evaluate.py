@@ -24,13 +24,11 @@ from msn_export.manifest import manifest_path
 from msn_export.metrics.accuracy import (
     NEIGHBOURS,
     Accuracy,
+    Answers,
     ConfusedPair,
     WrongImage,
-    accuracy,
+    answers_of_neighbours,
     caution,
-    most_wrong,
-    predicted,
-    votes,
 )
 from msn_export.preprocessing import Exif, Preprocessing
 from msn_export.progress import SILENT
@@ -197,9 +195,9 @@ def run_evaluate(job: EvaluateJob, progress: Progress = SILENT) -> Evaluated:
         with progress.step("run the pictures"):
             rows = model.rows(labelled, names, progress)
         judged, kept = labelled.some(rows.whole()), rows.whole()
-        scores: dict[str, NDArray[Any]] = {}
-        if has_logits:
-            scores["logits"] = rows.values[Head.LOGITS.output][kept]
+        answers: dict[str, Answers] = {}
+        if rows.answers is not None:
+            answers["logits"] = rows.answers.some(kept)
         if k is not None and vector is not None:
             voters = judged, rows.values[vector][kept]
             if train is not None:
@@ -207,10 +205,10 @@ def run_evaluate(job: EvaluateJob, progress: Progress = SILENT) -> Evaluated:
                 with progress.step("run the training pictures"):
                     others = model.rows(train, [vector], progress)
                 voters = train.some(others.whole()), others.values[vector][others.whole()]
-            scores["knn"] = _votes(judged, rows.values[vector][kept], voters, k)
-    counted = {by: accuracy(each, judged.labels, judged.classes) for by, each in scores.items()}
+            answers["knn"] = _voted(judged, rows.values[vector][kept], voters, k)
+    counted = {by: one.accuracy(judged.labels, judged.classes) for by, one in answers.items()}
     found = counted.get("logits")
-    wrong = _wrong(judged, next(iter(scores.values())))
+    wrong = _wrong(judged, next(iter(answers.values())))
     result = Evaluated(
         model=str(job.model),
         labelled=str(job.labelled),
@@ -306,16 +304,16 @@ def _thumbnail(picture: str, preprocessing: Preprocessing) -> str:
         return ""
 
 
-def _wrong(judged: Labelled, scores: NDArray[np.floating]) -> tuple[WrongImage, ...]:
+def _wrong(judged: Labelled, answers: Answers) -> tuple[WrongImage, ...]:
     """Name some pictures that were taken wrongly."""
-    guesses, classes = predicted(scores), judged.classes
+    guesses, classes = answers.guesses, judged.classes
     return tuple(
         WrongImage(
             str(judged.paths[row]),
             classes[judged.labels[row]],
             classes[guesses[row]] if guesses[row] >= 0 else None,
         )
-        for row in most_wrong(scores, judged.labels, WRONG).tolist()
+        for row in answers.most_wrong(judged.labels, WRONG).tolist()
     )
 
 
@@ -331,22 +329,27 @@ def _vector(model: EvaluatedModel, job: EvaluateJob) -> str:
     return vector
 
 
-def _votes(
+def _voted(
     judged: Labelled,
     features: NDArray[np.float32],
     voters: tuple[Labelled, NDArray[np.float32]],
     k: int,
-) -> NDArray[np.float64]:
+) -> Answers:
     others, vectors = voters
     alone = others is judged
     if alone and len(judged) < 2:
         raise ToleranceError("one image has no neighbours; give more, or --train FOLDER")
-    queries = None if alone else features
-    return votes(vectors, others.labels, len(judged.classes), queries, k=k)
+    asked = None if alone else (features, judged.labels)
+    return answers_of_neighbours(vectors, others.labels, len(judged.classes), asked, k=k)
 
 
 def _not_finite(rows: OutputRows, kept: NDArray[np.intp]) -> Iterator[str]:
-    for name, values in rows.values.items():
-        count = int((~np.isfinite(values[kept]).all(axis=1)).sum())
+    infinite = {
+        name: np.asarray(~np.isfinite(each).all(axis=1)) for name, each in rows.values.items()
+    }
+    if rows.answers is not None:
+        infinite["logits"] = ~rows.answers.finite
+    for name, each in infinite.items():
+        count = int(each[kept].sum())
         if count:
             yield f"{name} has NaN or infinity on {count} of {len(kept)} images, counted as wrong"

@@ -14,7 +14,7 @@ import numpy as np
 from msn_export.embedding.inference import decoded, decoders
 from msn_export.errors import ImageError, SpecError, ToleranceError
 from msn_export.image_folder import notes_on
-from msn_export.metrics.accuracy import NEIGHBOURS, compared, predicted, votes
+from msn_export.metrics.accuracy import NEIGHBOURS, Answers, answers_of_neighbours, compared
 from msn_export.metrics.metrics import embedding_of
 from msn_export.spec import Head
 
@@ -48,25 +48,30 @@ class LabelledModel:
 
 @dataclass(frozen=True, slots=True)
 class OutputRows:
-    """Outputs for pictures: ``values`` [n, width] by output; ``errors`` say what cannot be read.
+    """Outputs for ``count`` pictures; ``errors`` say by row what cannot be read.
 
-    ``withheld`` are pictures that were not to be run; ``turned`` counts those that EXIF turned.
+    Of logits only the ``answers`` are kept: those of 10,000 classes would be 40 kB a picture.
+    ``values`` [count, width] are the other outputs. ``withheld`` are pictures that were not to be
+    run; ``turned`` counts those that EXIF turned.
     """
 
+    count: int
     values: dict[str, NDArray[np.float32]]
+    answers: Answers | None
     errors: dict[int, str]
-    turned: int
+    turned: int = 0
     withheld: frozenset[int] = field(default_factory=frozenset)
 
     def whole(self) -> NDArray[np.intp]:
         """List the rows of pictures that were read and run."""
-        count = len(next(iter(self.values.values())))
         left_out = self.errors.keys() | self.withheld
-        return np.array([row for row in range(count) if row not in left_out], np.intp)
+        return np.array([row for row in range(self.count) if row not in left_out], np.intp)
 
     def some(self, rows: NDArray[np.intp]) -> OutputRows:
         """Give rows of pictures that were read and run."""
-        return OutputRows({name: values[rows] for name, values in self.values.items()}, {}, 0)
+        values = {name: each[rows] for name, each in self.values.items()}
+        answers = self.answers.some(rows) if self.answers is not None else None
+        return OutputRows(len(rows), values, answers, {})
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -87,17 +92,17 @@ def run_labelled(
     Of an output of tokens [b, n, dim] the first is kept, of others all numbers of an image.
 
     Args:
-        labelled: the pictures.
+        labelled: the pictures; their classes are matched with each model's that has logits.
         models: their feeds differ in the input format alone.
         batch: pictures at a time.
         progress: shows how far it is.
         withhold: says of a picture's pixels [h, w, c] whether it is left out.
 
     Raises:
-        ImageError: no picture can be read.
+        ImageError: no picture can be read, or a model lacks a class.
+        SpecError: a model has more or fewer logits than names of classes.
     """
-    parts: list[dict[str, list[NDArray[np.float32]]]]
-    parts = [{name: [] for name in model.outputs} for model in models]
+    kept = [_Kept(model, labelled) for model in models]
     errors, withheld, turned, total = dict[int, str](), set[int](), 0, len(labelled)
     batches = [range(start, min(start + batch, total)) for start in range(0, total, batch)]
     for one, pixels, broken, more in decoded(
@@ -106,26 +111,48 @@ def run_labelled(
         errors |= {one.start + row: text for row, text in broken.items()}
         if withhold is not None:
             withheld |= {one.start + row for row, each in enumerate(pixels) if withhold(each)}
-        for model, kept in zip(models, parts, strict=True):
-            outputs = model.runner(model.feed(pixels))
-            for name in model.outputs:
-                rows = embedding_of(np.asarray(outputs[name], np.float32))
-                kept[name].append(rows)
+        for each in kept:
+            each.run(pixels, one)
         turned += more
         progress.advance(one.stop, total, f"{one.stop} of {total}, {len(errors)} broken")
     if len(errors) == total:
         raise ImageError(
             f"none of the {total} pictures of {labelled.source} can be read; the first: {errors[0]}"
         )
+    left_out = frozenset(withheld - errors.keys())
     return [
-        OutputRows(
-            {name: np.concatenate(part) for name, part in kept.items()},
-            errors,
-            turned,
-            frozenset(withheld - errors.keys()),
-        )
-        for kept in parts
+        OutputRows(total, each.rows(), each.answers(), errors, turned, left_out) for each in kept
     ]
+
+
+class _Kept:
+    """A model with what is kept of its outputs, batch by batch."""
+
+    def __init__(self, model: LabelledModel, labelled: Labelled) -> None:
+        self._model = model
+        self._values: dict[str, list[NDArray[np.float32]]]
+        self._values = {name: [] for name in model.outputs if name != Head.LOGITS.output}
+        self._answers: list[Answers] = []
+        self._labels: NDArray[np.intp] | None = None
+        if Head.LOGITS.output in model.outputs:
+            self._labels = labelled.as_classes(model.labels, model.name).labels
+
+    def run(self, pixels: NDArray[np.uint8], rows: range) -> None:
+        """Run the pictures of some rows."""
+        model = self._model
+        outputs = model.runner(model.feed(pixels))
+        for name, parts in self._values.items():
+            parts.append(embedding_of(np.asarray(outputs[name], np.float32)))
+        if self._labels is not None:
+            logits = embedding_of(np.asarray(outputs[Head.LOGITS.output], np.float32))
+            _require_width(model, logits)
+            self._answers.append(Answers.of(logits, self._labels[rows.start : rows.stop]))
+
+    def rows(self) -> dict[str, NDArray[np.float32]]:
+        return {name: np.concatenate(parts) for name, parts in self._values.items()}
+
+    def answers(self) -> Answers | None:
+        return Answers.joined(self._answers) if self._answers else None
 
 
 # Outputs whose neighbours tell classes, best first; the last is that of other exporters
@@ -222,25 +249,23 @@ def compare_accuracy(
     Raises:
         ToleranceError: the reference itself is not finite, or no picture is left.
     """
-    sides = reference, candidate
     (output,) = reference[0].outputs
     kept = np.intersect1d(reference[1].whole(), candidate[1].whole())
     if not len(kept):
         raise ToleranceError(f"no picture of {labelled.source} is left to judge by")
-    judged = labelled.some(kept)
-    by_logits, k = output == Head.LOGITS.output, min(NEIGHBOURS, len(kept) - 1)
+    judged, k = labelled.some(kept), min(NEIGHBOURS, len(kept) - 1)
     right, not_finite = [], []
-    for model, rows in sides:
-        values = rows.values[output][kept]
-        not_finite.append(~np.isfinite(values).all(axis=1))
-        if by_logits:
+    for model, rows in (reference, candidate):
+        if (answers := rows.answers) is not None:
+            answers = answers.some(kept)
             wanted = judged.as_classes(model.labels, model.name).labels
-            _require_width(model, values)
-            answers = predicted(values)
+            finite = answers.finite
         else:
-            wanted = judged.labels
-            answers = predicted(votes(values, wanted, len(judged.classes), k=k))
-        right.append(answers == wanted)
+            values, wanted = rows.values[output][kept], judged.labels
+            answers = answers_of_neighbours(values, wanted, len(judged.classes), k=k)
+            finite = np.asarray(np.isfinite(values).all(axis=1))
+        not_finite.append(~finite)
+        right.append(answers.guesses == wanted)
     if not_finite[0].any():
         first = judged.paths[int(np.argmax(not_finite[0]))]
         raise ToleranceError(
@@ -253,7 +278,7 @@ def compare_accuracy(
         found,
         labelled=str(labelled.source),
         classes=len(judged.classes),
-        by="logits" if by_logits else f"{k} neighbours of {output}",
+        by=output if output == Head.LOGITS.output else f"{k} neighbours of {output}",
         given=len(labelled),
     )
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Self
 
@@ -77,26 +77,49 @@ class Answers:
 
     ``guesses`` [n] are the classes of the highest scores, -1 for a row with NaN or infinity;
     ``in_five`` [n] says whether the right class is among the five highest, None below six classes.
+    ``margins`` [n] is the highest score above the right class's, infinite for a guess of -1.
     """
 
     guesses: NDArray[np.intp]
     in_five: NDArray[np.bool_] | None
+    margins: NDArray[np.float64]
 
     @classmethod
     def of(cls, scores: NDArray[np.floating], labels: NDArray[np.intp]) -> Self:
         """Read scores [n, classes] of images of the classes ``labels`` [n]."""
-        guesses = predicted(scores)
+        finite, rows = np.isfinite(scores).all(axis=1), np.arange(len(scores))
+        filled = np.where(finite[:, None], scores, 0.0)
+        guesses = np.where(finite, filled.argmax(axis=1), -1)
+        best, right = (filled[rows, at].astype(np.float64) for at in (guesses, labels))
+        margins = np.where(finite, best - right, np.inf)
         if scores.shape[1] <= 5:
-            return cls(guesses, None)
-        five = np.argpartition(-np.nan_to_num(scores), 4, axis=1)[:, :5]
-        return cls(guesses, (five == labels[:, None]).any(axis=1) & (guesses >= 0))
+            return cls(guesses, None, margins)
+        five = np.argpartition(-filled, 4, axis=1)[:, :5]
+        return cls(guesses, (five == labels[:, None]).any(axis=1) & finite, margins)
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
         """Put the answers of several batches one behind the other."""
         fives = [part.in_five for part in parts if part.in_five is not None]
         guesses = np.concatenate([part.guesses for part in parts])
-        return cls(guesses, np.concatenate(fives) if fives else None)
+        margins = np.concatenate([part.margins for part in parts])
+        return cls(guesses, np.concatenate(fives) if fives else None, margins)
+
+    @property
+    def finite(self) -> NDArray[np.bool_]:
+        """True for each image whose scores [n] are all finite."""
+        return np.asarray(self.guesses >= 0)
+
+    def some(self, rows: NDArray[np.intp]) -> Self:
+        """Give the answers of some images."""
+        fives = None if self.in_five is None else self.in_five[rows]
+        return replace(self, guesses=self.guesses[rows], in_five=fives, margins=self.margins[rows])
+
+    def most_wrong(self, labels: NDArray[np.intp], count: int) -> NDArray[np.intp]:
+        """List up to ``count`` images that are wrong, those of the largest margins first."""
+        wrong = np.flatnonzero(self.guesses != labels)
+        order: NDArray[np.intp] = wrong[np.argsort(-self.margins[wrong], kind="stable")][:count]
+        return order
 
     def accuracy(self, labels: NDArray[np.intp], classes: tuple[str, ...]) -> Accuracy:
         """Count the answers that are right, of one image or more."""
@@ -135,35 +158,6 @@ def accuracy(
             "for one image or more"
         )
     return Answers.of(scores, labels).accuracy(labels, classes)
-
-
-def predicted(scores: NDArray[np.floating]) -> NDArray[np.intp]:
-    """Give the class of each row's highest score; -1 of a row with NaN or infinity.
-
-    Args:
-        scores: logits or votes [n, classes].
-    """
-    finite = np.isfinite(scores).all(axis=1)
-    return np.where(finite, np.nan_to_num(scores).argmax(axis=1), -1)
-
-
-def most_wrong(
-    scores: NDArray[np.floating], labels: NDArray[np.intp], count: int
-) -> NDArray[np.intp]:
-    """List rows that are wrong, those first whose answer is the furthest above the right class.
-
-    Args:
-        scores: logits or votes [n, classes]; a row with NaN or infinity comes before all others.
-        labels: the right classes [n].
-        count: rows at most.
-    """
-    guesses, rows = predicted(scores), np.arange(len(labels))
-    margins = np.where(
-        guesses < 0, np.inf, np.nan_to_num(scores[rows, guesses] - scores[rows, labels])
-    )
-    wrong = np.flatnonzero(guesses != labels)
-    order: NDArray[np.intp] = wrong[np.argsort(-margins[wrong], kind="stable")][:count]
-    return order
 
 
 def _matrix(
@@ -318,6 +312,27 @@ def notes(found: AccuracyRecord) -> list[str]:
     ]
 
 
+def answers_of_neighbours(
+    features: NDArray[np.floating],
+    labels: NDArray[np.intp],
+    classes: int,
+    asked: tuple[NDArray[np.floating], NDArray[np.intp]] | None = None,
+    k: int = NEIGHBOURS,
+) -> Answers:
+    """Answer with the votes of each image's neighbours; arguments as of ``votes``.
+
+    Args:
+        features: as there.
+        labels: as there.
+        classes: as there.
+        asked: the images that are asked for, with their classes; None: each without itself.
+        k: as there.
+    """
+    queries, wanted = (None, labels) if asked is None else asked
+    parts = _votes(features, labels, classes, queries, k)
+    return Answers.joined([Answers.of(scores, wanted[rows]) for rows, scores in parts])
+
+
 def votes(
     features: NDArray[np.floating],
     labels: NDArray[np.intp],
@@ -341,13 +356,24 @@ def votes(
         The sum of the votes for each class [m, classes]; NaN for an image whose embedding is zero
         or not finite, which has no neighbours and is none.
     """
+    parts = _votes(features, labels, classes, queries, k)
+    return np.concatenate([scores for _, scores in parts])
+
+
+def _votes(
+    features: NDArray[np.floating],
+    labels: NDArray[np.intp],
+    classes: int,
+    queries: NDArray[np.floating] | None,
+    k: int,
+) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float64]]]:
+    """Give ``votes`` of a few images at a time, with their rows."""
     alone = queries is None
     given = _unit(features)
     asked = given if queries is None else _unit(queries)
     k = min(k, len(given) - alone)
     if k < 1:
         raise ToleranceError(f"{len(given)} image has no neighbour; give at least two")
-    found = np.zeros((len(asked), classes))
     for start in range(0, len(asked), _ROWS):
         rows = np.arange(start, min(start + _ROWS, len(asked)))
         cosines = asked[rows] @ given.T
@@ -356,9 +382,10 @@ def votes(
             cosines[rows - start, rows] = -np.inf
         nearest = np.argpartition(-cosines, k - 1, axis=1)[:, :k]
         weights = np.exp(np.take_along_axis(cosines, nearest, axis=1) / _TEMPERATURE)
-        np.add.at(found, (rows[:, None], labels[nearest]), weights)
-    found[np.isnan(asked).any(axis=1)] = np.nan
-    return found
+        found = np.zeros((len(rows), classes))
+        np.add.at(found, (rows[:, None] - start, labels[nearest]), weights)
+        found[np.isnan(asked[rows]).any(axis=1)] = np.nan
+        yield rows, found
 
 
 def _unit(vectors: NDArray[np.floating]) -> NDArray[np.float64]:

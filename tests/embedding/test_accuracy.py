@@ -1,5 +1,6 @@
 """Labelled pictures through open models: rows by output, who is right, and what is left out."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,16 +65,24 @@ def rows(labelled: Labelled, *models: LabelledModel, batch: int = 4) -> list[Out
 
 
 def test_rows_come_in_order_and_do_not_depend_on_the_batch(labelled) -> None:
-    one, *_ = rows(labelled, model())
-    other, *_ = rows(labelled, model(), batch=3)
-    assert one.values["logits"].shape == (10, 2)
-    assert (np.diff(one.values["logits"][:, 1]) > 0).all()
-    np.testing.assert_array_equal(one.values["logits"], other.values["logits"])
+    one, *_ = rows(labelled, model("tokens"))
+    other, *_ = rows(labelled, model("tokens"), batch=3)
+    assert one.values["tokens"].shape == (10, 2)
+    assert (np.diff(one.values["tokens"][:, 0]) > 0).all()
+    np.testing.assert_array_equal(one.values["tokens"], other.values["tokens"])
+
+
+def test_of_logits_the_answers_are_kept_and_not_the_numbers(labelled) -> None:
+    (found,) = rows(labelled, model(middle=60))
+    assert found.values == {}
+    assert found.answers.guesses.tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 1, 1]
+    # the answer's logit above the right class's: nothing where it is right
+    np.testing.assert_allclose(found.answers.margins, [0, 0, 0, 40, 90, 0, 0, 0, 0, 0])
 
 
 def test_models_of_other_input_formats_share_the_decoded_pictures(labelled) -> None:
     whole, planes = rows(labelled, model(), model(feed=Feed(InputFormat.FLOAT, RAW)))
-    np.testing.assert_array_equal(whole.values["logits"], planes.values["logits"])
+    np.testing.assert_array_equal(whole.answers.guesses, planes.answers.guesses)
 
 
 def test_of_tokens_the_first_is_kept(labelled) -> None:
@@ -121,10 +130,10 @@ def test_each_side_has_its_own_order_of_classes(labelled) -> None:
 
 def test_only_pictures_that_both_sides_read_count(labelled) -> None:
     first, second = rows(labelled, model(), model())
-    second = OutputRows(second.values, {0: "x", 1: "y"}, 0)
+    second = replace(second, errors={0: "x", 1: "y"})
     found = compare_accuracy(labelled, (model(), first), (model(), second), allowed=0.0)
     assert (found.images, found.given) == (8, 10)
-    none = OutputRows(second.values, dict.fromkeys(range(10), "x"), 0)
+    none = replace(second, errors=dict.fromkeys(range(10), "x"))
     with pytest.raises(ToleranceError, match=r"no picture of .* is left to judge by"):
         compare_accuracy(labelled, (model(), first), (model(), none), allowed=0.0)
 
@@ -137,25 +146,41 @@ def test_neighbours_tell_the_class_of_what_has_no_logits(labelled) -> None:
     assert found.reference.top1 == found.candidate.top1 > 0.5
 
 
+class Spoiled(Brightness):
+    """One that answers with no number for the fourth picture."""
+
+    def __init__(self, bad: float) -> None:
+        super().__init__()
+        self.bad = bad
+
+    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        outputs = super().__call__(images)
+        for values in outputs.values():
+            values[images.mean(axis=(1, 2, 3)) == 5 + 25 * 3] = self.bad
+        return outputs
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("output", ["logits", "tokens"])
 def test_what_is_no_number_fails_in_the_candidate_and_ends_it_in_the_reference(
-    labelled, bad
+    labelled, output, bad
 ) -> None:
-    first, second = rows(labelled, model(), model())
-    second.values["logits"][3, 1] = bad
-    found = compare_accuracy(labelled, (model(), first), (model(), second), allowed=1.0)
-    assert (found.not_finite, found.passed, found.lost) == (1, False, 1)
+    spoiled = replace(model(output), runner=Spoiled(bad))
+    first, second = rows(labelled, model(output), spoiled)
+    found = compare_accuracy(labelled, (model(output), first), (spoiled, second), allowed=1.0)
+    assert (found.not_finite, found.passed) == (1, False)
+    assert found.candidate.top1 < found.reference.top1
     with pytest.raises(
         ToleranceError, match=r"the reference itself is not finite: .*3\.png \(1 of"
     ):
-        compare_accuracy(labelled, (model(), second), (model(), first), allowed=1.0)
+        compare_accuracy(labelled, (spoiled, second), (model(output), first), allowed=1.0)
 
 
 def test_logits_of_other_classes_are_refused(labelled) -> None:
-    named = model(labels=("dark", "light", "grey"))
-    (found,) = rows(labelled, named)
     with pytest.raises(SpecError, match="m has 2 logits and 3 names of classes"):
-        compare_accuracy(labelled, (named, found), (named, found), allowed=0.0)
+        rows(labelled, model(labels=("dark", "light", "grey")))
+    with pytest.raises(ImageError, match=r"has 1 class \(light\) that m lacks"):
+        rows(labelled, model(labels=("dark", "grey")))
 
 
 def test_a_reference_is_run_once_for_several_candidates(labelled) -> None:

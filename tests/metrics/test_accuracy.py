@@ -13,6 +13,7 @@ from msn_export.metrics.accuracy import (
     Answers,
     ConfusedPair,
     accuracy,
+    answers_of_neighbours,
     caution,
     compared,
     failures,
@@ -218,3 +219,39 @@ def test_sides_of_other_images_and_of_none_are_refused(one, other) -> None:
 def test_few_images_get_a_note() -> None:
     assert caution(30) == ()
     assert caution(29) == ("29 images say little: see the interval",)
+
+
+# --- a few images at a time -----------------------------------------------------------------------
+
+
+def test_neighbours_answer_as_their_votes_do(monkeypatch) -> None:
+    monkeypatch.setattr("msn_export.metrics.accuracy._ROWS", 16)
+    rng = np.random.default_rng(0)
+    features, labels = rng.standard_normal((50, 8)), rng.integers(0, 7, 50)
+    features[3] = np.nan
+    queries, wanted = rng.standard_normal((40, 8)), rng.integers(0, 7, 40)
+    for asked in (None, (queries, wanted)):
+        given, right = (None, labels) if asked is None else asked
+        scores = votes(features, labels, 7, given, k=5)
+        found = answers_of_neighbours(features, labels, 7, asked, k=5)
+        whole = Answers.of(scores, right)
+        np.testing.assert_array_equal(found.guesses, whole.guesses)
+        np.testing.assert_array_equal(found.in_five, whole.in_five)
+        np.testing.assert_array_equal(found.margins, whole.margins)
+
+
+def test_the_clearest_mistakes_come_first_and_what_is_no_number_before_them() -> None:
+    scores = np.array([[3, 1], [1, 9], [0, 2], [np.nan, 0], [5, 0], [2, 1.5]], np.float32)
+    found = Answers.of(scores, np.array([0, 0, 0, 0, 1, 1]))
+    assert found.most_wrong(np.array([0, 0, 0, 0, 1, 1]), 4).tolist() == [3, 1, 4, 2]
+    assert found.finite.tolist() == [True, True, True, False, True, True]
+    huge = np.float32([[3e38, -3e38]])
+    assert Answers.of(huge, np.array([1])).margins[0] == pytest.approx(6e38)
+
+
+def test_some_answers_are_those_of_the_rows() -> None:
+    scores = np.random.default_rng(0).standard_normal((9, 7))
+    labels, rows = np.arange(9) % 7, np.array([7, 2, 2])
+    found, wanted = Answers.of(scores, labels).some(rows), Answers.of(scores[rows], labels[rows])
+    for name in ("guesses", "in_five", "margins"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name))
