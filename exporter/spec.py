@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar, Literal, Self
@@ -224,6 +225,31 @@ class ImageSize:
         return cls(int(match[1]), int(match[2] or match[1]))
 
 
+# Sixteenths of a step at which a row may start, neighbours far apart: van der Corput's sequence
+_STARTS = (8, 0, 12, 4, 10, 2, 14, 6, 9, 1, 13, 5, 11, 3, 15, 7)
+
+
+def _spread(count: int, rows: int, columns: int) -> Iterator[int]:
+    """Spread patches over a grid: as many in each row, at even steps, as many in each column.
+
+    A row starts where its columns hold the fewest so far. Even steps through all rows at once meet
+    the same columns in each row: half of 14 x 14 patches would be seven whole columns.
+    """
+    held = [0] * columns
+    for row in range(rows):
+        wanted = (row + 1) * count // rows - row * count // rows
+        chosen = min(
+            (
+                [int((place + start / 16) * columns / wanted) for place in range(wanted)]
+                for start in _STARTS
+            ),
+            key=lambda places: sum(held[place] for place in places),
+        )
+        for column in chosen:
+            held[column] += 1
+            yield row * columns + column
+
+
 @dataclass(frozen=True, slots=True)
 class KeptPatches:
     """A share of the patches, in a fixed pattern: ``0.3``, ``0.3:random`` or ``0.3:random:7``.
@@ -257,8 +283,9 @@ class KeptPatches:
             raise SpecError(f"{text!r} is no share of the patches; expected {cls.form}, as in 0.3")
         return cls(share, "random" if match[3] else "grid", int(match[4] or 0))
 
-    def of(self, patches: int) -> tuple[int, ...]:
-        """Choose the patches, in ascending order from 0; empty where all are kept."""
+    def of(self, grid: tuple[int, int]) -> tuple[int, ...]:
+        """Choose patches of a grid (rows, columns), ascending from 0; empty where all are kept."""
+        patches = grid[0] * grid[1]
         count = math.floor(patches * self.share + 1e-9)  # 0.3 * 10 is not 3 in binary
         if not count:
             raise SpecError(f"{self.share:g} of {patches} patches is less than one; keep more")
@@ -269,7 +296,7 @@ class KeptPatches:
 
             drawn = random.Random(self.seed).sample(range(patches), count)  # noqa: S311
             return tuple(sorted(drawn))
-        return tuple(int((i + 0.5) * patches / count) for i in range(count))
+        return tuple(_spread(count, *grid))
 
 
 @dataclass(frozen=True, slots=True, order=True)

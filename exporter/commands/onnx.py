@@ -162,7 +162,7 @@ def read_as(checkpoint: Checkpoint, job: OnnxJob) -> Checkpoint:
     if job.classifier is not None:
         checkpoint = with_classifier(checkpoint, job.classifier)
     config = checkpoint.config
-    kept = job.keep_patches.of(config.tokens - 1) if job.keep_patches is not None else ()
+    kept = job.keep_patches.of(config.grid) if job.keep_patches is not None else ()
     config = replace(config, kept=kept, blocks=job.blocks, normalize=job.normalize)
     read = with_config(checkpoint, config)
     if not kept:

@@ -144,7 +144,7 @@ def test_normalised_rows_have_norm_1(folder, tmp_path, head) -> None:
 def test_kept_patches_are_those_that_msns_dropping_leaves(folder, peer, tmp_path) -> None:
     kept = KeptPatches.parse("0.5:random:3")
     found = exported(folder, tmp_path / "m.onnx", heads=(Head.CLS, Head.TOKENS), keep_patches=kept)
-    rows = [0, *(1 + patch for patch in kept.of(16))]
+    rows = [0, *(1 + patch for patch in kept.of((4, 4)))]
     with torch.no_grad():
         tokens = peer.embeddings(torch.from_numpy(pixels()))[:, rows]
         for block in next(m for m in peer.modules() if isinstance(m, torch.nn.ModuleList)):
@@ -204,14 +204,16 @@ def test_the_reference_in_fp64_reads_the_same_heads(folder) -> None:
         np.testing.assert_allclose(single[name], exact[name], atol=1e-6)
 
 
-@given(st.integers(1, 1000), st.floats(0.001, 1), st.sampled_from(["grid", "random"]))
-def test_a_pattern_is_ascending_and_of_the_share(patches, share, pattern) -> None:
-    kept = KeptPatches(share, pattern)
+@given(
+    st.integers(1, 40), st.integers(1, 40), st.floats(0.001, 1), st.sampled_from(["grid", "random"])
+)
+def test_a_pattern_is_ascending_and_of_the_share(rows, columns, share, pattern) -> None:
+    kept, grid, patches = KeptPatches(share, pattern), (rows, columns), rows * columns
     if int(patches * share + 1e-9) == 0:
         with pytest.raises(SpecError, match="is less than one; keep more"):
-            kept.of(patches)
+            kept.of(grid)
         return
-    found = kept.of(patches)
+    found = kept.of(grid)
     assert list(found) == sorted(set(found))
     assert not found or 0 <= found[0] <= found[-1] < patches
     assert len(found) in {0, int(patches * share + 1e-9)}
@@ -229,9 +231,19 @@ def test_what_is_no_share_is_refused(text) -> None:
 
 
 def test_a_grid_is_even() -> None:
-    assert KeptPatches(0.25).of(16) == (2, 6, 10, 14)
-    assert KeptPatches(0.3).of(10) == (1, 5, 8)
-    assert KeptPatches(1).of(10) == ()
+    assert KeptPatches(0.25).of((4, 4)) == (2, 4, 11, 13)
+    assert KeptPatches(0.5).of((4, 4)) == (1, 3, 4, 6, 9, 11, 12, 14)  # a chessboard
+    assert KeptPatches(1).of((2, 5)) == ()
+
+
+@pytest.mark.parametrize("share", [0.15, 0.25, 0.3, 0.5, 0.7, 0.85])
+@pytest.mark.parametrize("grid", [(14, 14), (56, 56), (32, 32), (14, 20), (37, 37)])
+def test_each_row_and_each_column_has_its_share_of_a_grid(grid, share) -> None:
+    """Half of 14 x 14 patches is no seven columns."""
+    chosen = np.zeros(grid, bool)
+    chosen.flat[list(KeptPatches(share).of(grid))] = True
+    assert np.ptp(chosen.sum(axis=1)) <= 1
+    assert np.ptp(chosen.mean(axis=0)) <= 0.15
 
 
 @pytest.mark.parametrize("options", [{"keep_patches": KeptPatches(0.5)}, {"blocks": 2}])
