@@ -12,7 +12,7 @@ import pytest
 import msn_export
 from msn_export.commands.evaluate import Evaluated
 from msn_export.labelled import Labelled, read_labelled
-from tests.builders import digits, digits_backbone
+from tests.builders import digits, digits_backbone, low_shot
 from tests.builders.low_shot import Features, accuracies, of_graph, of_pixels
 
 TRAIN, TEST = digits.load()
@@ -144,3 +144,22 @@ def test_dropped_patches_cost_what_evaluate_measures(
     assert found[1.0] - 0.04 < min(found[0.7], found[0.5])
     assert found[0.3] + 0.025 < min(found[0.7], found[0.5])
     assert few[0.3] + 4 < min(few[0.7], few[0.5])
+
+
+def test_fit_has_the_accuracy_of_each_draw_and_int8_keeps_it(
+    backbone, folder, learned, asked
+) -> None:
+    output, images = folder / "classifier.onnx", folder / "images"
+    given = {"shots": 5, "draws": low_shot.DRAWS, "test": folder / "test", "images": images}
+    fitted = msn_export.fit(backbone, folder / "train", output, **given).manifest.fit.accuracy
+    # one image of 599 may have two classes whose logits are as good as equal
+    np.testing.assert_allclose(fitted.draws, accuracies(learned, asked, 5), atol=1.5 / 599)
+    assert fitted.top1 == fitted.draws[0]
+    top1 = msn_export.evaluate(output, folder / "test").top1
+    assert top1 == pytest.approx(fitted.top1, abs=1.5 / 599)
+    int8 = folder / "classifier-int8.onnx"
+    told = msn_export.calibrate(
+        output, "int8", images, int8, labelled=folder / "test", compile=False
+    )
+    assert told.manifest.check.accuracy.conclusion == "no significant loss"
+    assert msn_export.evaluate(int8, folder / "test").top1 > top1 - 0.01
