@@ -16,6 +16,7 @@ from transformers import ViTMSNConfig, ViTMSNForImageClassification, ViTMSNModel
 import msn_export
 from msn_export.errors import MsnExportError
 from msn_export.models.checkpoint import load_checkpoint
+from msn_export.models.config import LinearClassifier
 from msn_export.models.vit import VitMsn
 from tests.builders.engine_builds import NEEDS_RTX
 from tests.builders.tiny_artifacts import classifier, pictures
@@ -126,6 +127,31 @@ def test_a_model_of_transformers_is_exported_from_memory(kind, tmp_path) -> None
     np.testing.assert_allclose(ran(path, images), wanted.numpy(), atol=2e-5)
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
     assert msn_export.validate(model, path).passed
+
+
+def test_a_classifier_is_fitted_on_a_model_in_memory(model, folder, tmp_path) -> None:
+    fitted = msn_export.fit(
+        model, str(folder), str(tmp_path / "c.onnx"), shots=4, draws=2, C=4000, features="embedding"
+    )
+    assert fitted.manifest.labels == ("a", "b")
+    assert fitted.summary()["accuracy"] == fitted.manifest.fit.accuracy.top1
+    assert (fitted.manifest.fit.C, len(fitted.manifest.fit.accuracy.draws)) == (4000.0, 2)
+    assert msn_export.validate(model, fitted.path).passed
+    with msn_export.load(fitted.path) as runner:
+        (guesses,) = runner.top_k(runner(min(folder.rglob("*.png"))).logits, k=2)
+    assert {guess.label for guess in guesses} == {"a", "b"}
+
+
+def test_our_own_model_with_a_classifier_is_exported_from_memory(graph, tmp_path) -> None:
+    model = load_checkpoint(str(graph.parent / "checkpoint")).model
+    rows = np.random.default_rng(0).standard_normal((4, 2 * model.config.dim), np.float32)
+    other = model.with_classifier(LinearClassifier(rows, tuple("abcd"), "features", 2))
+    path, manifest = msn_export.export(other, tmp_path / "m.onnx")
+    assert (manifest.labels, manifest.config["pooling"]) == (tuple("abcd"), "features")
+    images = torch.from_numpy(pixels())
+    with torch.no_grad():
+        wanted = other.classify(other.hidden(images)).numpy()
+    np.testing.assert_allclose(ran(path, pixels()), wanted, atol=2e-5)
 
 
 def test_our_own_model_is_exported_from_memory(graph, tmp_path) -> None:
