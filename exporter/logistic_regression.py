@@ -37,10 +37,10 @@ GRADIENT = 1e-2
 _STEPS = 100_000
 GRID = (0.4, 4.0, 40.0, 400.0, 4000.0, 40000.0)  # of C, around both of facebookresearch/msn
 FOLDS = 5
-_SCORES = 2**20  # numbers: of images times classes, in memory at once
-# Multiply-adds of a step below which threads cost more than they save: 1,797 digits of 64 numbers
-# in 10 classes took 0.15 s a step on two busy cores, 0.002 s on one thread
-_THREADED = 10**8
+_NUMBERS = 2**20  # of features, or of scores, that are copied at once
+# Products of images, numbers and classes below which threads cost more than they save: where other
+# processes had the second core too, 1.5e8 took 0.11 s a step on one thread and 0.9 s on two
+_THREADED = 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ class Solution:
     ) -> Answers:
         """Classify features [n, d] of images of the classes ``labels`` [n], or some ``rows``."""
         chosen = np.arange(len(labels)) if rows is None else rows
-        parts = (chosen[chunk] for chunk in _chunks(len(chosen), len(self.weights)))
+        parts = (chosen[chunk] for chunk in _chunks(len(chosen), self.weights))
         return Answers.joined(
             [Answers.of(features[part] @ self.weights.T, labels[part]) for part in parts]
         )
@@ -167,7 +167,7 @@ def gradient_at(
     problem's penalty is on the difference of its two rows, so it counts twice.
     """
     total = np.zeros_like(weights)
-    for chunk in _chunks(len(training.labels), training.classes):
+    for chunk in _chunks(len(training.labels), weights):
         rows = chunk if training.part is None else chunk[training.part[chunk]]
         features = training.features[rows]
         scores = features @ weights.T
@@ -234,9 +234,9 @@ def require_scikit_learn() -> None:
         ) from error
 
 
-def _chunks(count: int, classes: int) -> Iterator[NDArray[np.intp]]:
-    """Divide rows into parts whose scores take little memory."""
-    rows = max(1, _SCORES // classes)
+def _chunks(count: int, weights: NDArray[np.float64]) -> Iterator[NDArray[np.intp]]:
+    """Divide rows into parts whose features and scores take little memory."""
+    rows = max(1, _NUMBERS // max(weights.shape))
     for start in range(0, count, rows):
         yield np.arange(start, min(start + rows, count))
 

@@ -76,7 +76,7 @@ def test_ten_thousand_pictures_take_the_memory_of_their_features_and_are_resumed
 ) -> None:
     (tmp_path / "whole").mkdir()
     whole, output = tmp_path / "whole" / "m.onnx", tmp_path / "m.onnx"
-    options = ("--blocks", BLOCKS, "--no-check")
+    options = ("--blocks", BLOCKS, "--no-check", "--C", "0.4")  # a hundred steps on noise
     with start(tmp_path / "whole", checkpoint, folder, "-o", whole, *options) as run:
         first = finished(run)
     assert first["fit"]["images"] == COUNT
