@@ -323,7 +323,7 @@ def own_error_in(error: BaseException) -> MsnExportError | None:
         seen.add(id(one))
         # Ray's own subclass of our error has its remote traceback for a message
         if isinstance(one, MsnExportError) and not hasattr(one, "cause"):
-            text, remark = _REMARK.subn("", str(one))
+            text, remark = _REMARK.subn("", Exception.__str__(one))  # its own has no line breaks
             return type(one)(text) if remark else one
         waiting += [getattr(one, "cause", None), one.__cause__, one.__context__]
     return None
