@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from msn_export import image_folder, images
 from msn_export.errors import ImageError
-from msn_export.image_folder import ImageSet
+from msn_export.image_folder import Found, ImageSet
 from msn_export.preprocessing import Preprocessing
 from msn_export.spec import InputFormat
 
@@ -105,7 +105,7 @@ def split(
     found = image_folder.find(folder)
     order = [found.paths[i] for i in np.random.default_rng(seed).permutation(len(found.paths))]
     pictures = Pictures([], preprocessing, input_format, limit, skipped=found.skipped)
-    held_out = _hold_out(pictures, order, folder, taken)
+    held_out = _hold_out(pictures, order, found, taken)
     if len(pictures.broken) == len(order):
         first = next(iter(pictures.broken.values()))
         raise ImageError(f"all {len(order)} pictures of {folder} are broken; the first: {first}")
@@ -124,7 +124,7 @@ def split(
 
 
 def _hold_out(
-    pictures: Pictures, order: Sequence[Path], folder: Path, taken: Container[str]
+    pictures: Pictures, order: Sequence[Path], found: Found, taken: Container[str]
 ) -> dict[str, NDArray[np.uint8]]:
     """Decode pictures, by name, until enough are held out; the others are left to ``pictures``."""
     wanted = min(HELD_OUT_MOST, max(1, len(order) // HELD_OUT_SHARE))
@@ -144,6 +144,6 @@ def _hold_out(
             hashes.add(digest)
             if turned:
                 pictures.turned.add(path)
-            held_out[str(path.relative_to(folder)) if path != folder else path.name] = decoded
+            held_out[found.name_of(path)] = decoded
     pictures.paths += rest
     return held_out

@@ -12,6 +12,7 @@ import numpy as np
 
 from msn_export.errors import ImageError
 from msn_export.images import HEADER, kind_of, read_file, unreadable
+from msn_export.picture_table import LISTS, read_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -30,20 +31,30 @@ ENDINGS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The pictures below a folder, sorted by path, and by reason how many entries were skipped."""
+    """The pictures below a folder, sorted by path, and by reason how many entries were skipped.
+
+    ``base`` is what their names are relative to.
+    """
 
     paths: tuple[Path, ...]
+    base: Path
     skipped: Mapping[str, int] = field(default_factory=dict)
+
+    def name_of(self, path: Path) -> str:
+        """Name a picture: its path below the folder, or the whole where it lies elsewhere."""
+        return str(path.relative_to(self.base) if path.is_relative_to(self.base) else path)
 
 
 def find(folder: Path) -> Found:
-    """List the pictures below a folder; a single file is itself.
+    """List the pictures below a folder, or those of a table; a single picture is itself.
 
     Hidden files and folders are skipped, and so is what is no picture or cannot be read here; links
     to folders are not followed.
     """
     if folder.is_file():
-        return Found((folder,))
+        is_list = folder.suffix.lower() in LISTS
+        paths = tuple(path for path, _ in read_rows(folder)) if is_list else (folder,)
+        return Found(paths, folder.parent)
     if not folder.is_dir():
         raise ImageError(f"image folder {folder} does not exist; give a folder of pictures")
     skipped: Counter[str] = Counter()
@@ -51,7 +62,7 @@ def find(folder: Path) -> Found:
     if not paths:
         why = f" ({skips(skipped)})" if skipped else ""
         raise ImageError(f"image folder {folder} holds no picture that can be read{why}")
-    return Found(paths, dict(sorted(skipped.items())))
+    return Found(paths, folder, dict(sorted(skipped.items())))
 
 
 def skips(skipped: Mapping[str, int]) -> str:
@@ -136,7 +147,7 @@ def load_parts(
 ) -> Iterator[ImageSet]:
     """Decode up to ``limit`` pictures (None: all) of a folder, ``part`` of them at a time.
 
-    They are evenly spread over its sorted list. ``folder`` may be one picture.
+    They are evenly spread over its sorted list. ``folder`` may be one picture, or a table of them.
     """
     found = find(folder)
     paths = found.paths if limit is None else spread(found.paths, limit)
@@ -148,8 +159,8 @@ def load_parts(
 
 def load_named(folder: Path, names: Sequence[str], preprocessing: Preprocessing) -> ImageSet:
     """Decode the pictures of a folder that ``load_parts`` gave these names."""
-    paths = [folder if folder.is_file() else folder / name for name in names]
-    return decode(folder, paths, preprocessing)
+    base = folder if folder.is_dir() else folder.parent
+    return decode(folder, [base / name for name in names], preprocessing)
 
 
 def decode(folder: Path, paths: Sequence[Path], preprocessing: Preprocessing) -> ImageSet:
@@ -158,7 +169,7 @@ def decode(folder: Path, paths: Sequence[Path], preprocessing: Preprocessing) ->
     Raises:
         ImageError: none of them can be decoded.
     """
-    base = folder if folder.is_dir() else folder.parent
+    found = Found((), folder if folder.is_dir() else folder.parent)
     pixels: list[NDArray[np.uint8]] = []
     names: list[str] = []
     broken: list[str] = []
@@ -171,7 +182,7 @@ def decode(folder: Path, paths: Sequence[Path], preprocessing: Preprocessing) ->
             continue
         pixels.append(fitted.pixels)
         turned += fitted.turned
-        names.append(str(path.relative_to(base) if path.is_relative_to(base) else path))
+        names.append(found.name_of(path))
     if not pixels:
         raise ImageError(
             f"all {len(paths)} pictures of {folder} are broken; the first: {broken[0]}"

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from msn_export.errors import ImageError, MissingPackageError
+from msn_export.errors import ImageError
 from msn_export.image_folder import find
+from msn_export.picture_table import TABLES, listed, read_rows, shown
 
-TABLES = (".csv", ".parquet")
 _COLUMNS = ("path", "label")
-_BYTES = 2**30  # of a table: a hundred bytes a picture are ten million pictures
-_NAMED = 3  # faults of one kind that a message names
+_NAMED = 3  # classes of a model that a message names
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +54,18 @@ class Labelled:
                 "with them; name them with --labels when the checkpoint is exported"
             )
         place = {name: number for number, name in enumerate(classes)}
+        twice = [name for name, count in Counter(classes).items() if count > 1]
+        if unsure := set(twice).intersection(self.classes):
+            raise ImageError(
+                f"{of} has more than one class of the name {shown(min(unsure))}, so the labels of "
+                f"{self.source} cannot be matched with them; name them apart with --labels when "
+                "the checkpoint is exported"
+            )
         lacking = [name for name in self.classes if name not in place]
         if lacking:
             raise ImageError(
-                f"{self.source} has {_listed(lacking, 'class')} that {of} lacks; its classes are "
-                f"{', '.join(map(_shown, classes[:_NAMED]))}{', …' * (len(classes) > _NAMED)}"
+                f"{self.source} has {listed(lacking, 'class')} that {of} lacks; its classes are "
+                f"{', '.join(map(shown, classes[:_NAMED]))}{', …' * (len(classes) > _NAMED)}"
             )
         index = np.array([place[name] for name in self.classes], np.intp)
         return replace(self, labels=index[self.labels], classes=classes)
@@ -77,7 +82,7 @@ class Labelled:
         few = [f"{self.classes[i]} has {counts[i]}" for i in np.flatnonzero(counts < shots)]
         if few:
             raise ImageError(
-                f"{self.source} has {_listed(few, 'class')} with fewer than {shots} pictures; "
+                f"{self.source} has {listed(few, 'class')} with fewer than {shots} pictures; "
                 f"choose --shots {counts.min()} or less, or add pictures"
             )
         shuffled = np.random.default_rng([seed, number]).permutation(len(self))
@@ -90,7 +95,7 @@ class Labelled:
         sizes = {path.stat().st_size for path in other.paths}
         own = [row for row, path in enumerate(self.paths) if path.stat().st_size in sizes]
         theirs = {self.paths[row].stat().st_size for row in own}
-        digests = {_digest(path) for path in other.paths if path.stat().st_size in theirs}
+        digests = {_digest(path) for path in other.paths if path.stat().st_size in theirs} - {None}
         both = {row for row in own if _digest(self.paths[row]) in digests}
         return self.some([row for row in range(len(self)) if row not in both]) if both else self
 
@@ -99,22 +104,29 @@ def read_labelled(source: Path) -> Labelled:
     """Read a folder with a subfolder for each class, or a .csv or .parquet with path and label.
 
     The classes of a folder are its subfolders in sorted order, as torchvision's ImageFolder has
-    them; those of a table its labels in sorted order. Paths of a table are relative to it.
+    them; those of a table its labels in sorted order. Paths of a table are relative to it. A
+    picture that is there twice counts once: trained on and tested on, it would be an answer known
+    before.
     """
-    if source.suffix in TABLES and source.is_file():
-        rows, skipped = list(_table(source)), Counter[str]()
-    else:
+    if source.is_dir():
         rows, skipped = _folder(source)
+    elif source.suffix.lower() in TABLES and source.is_file():
+        rows, skipped = _table(source), Counter[str]()
+    else:
+        raise ImageError(
+            f"{source} is neither a folder with a subfolder for each class nor a "
+            f"{' or '.join(TABLES)} with the columns {' and '.join(_COLUMNS)}"
+        )
     classes = tuple(sorted({label for _, label in rows}))
     for name in classes:
         if not name.isprintable():
             raise ImageError(f"{source}: the class {name!r} is not printable text; rename it")
     if len(classes) < 2:
         raise ImageError(
-            f"{source} has {_listed(classes, 'class') or 'no class'}; a classifier needs two or "
+            f"{source} has {listed(classes, 'class') or 'no class'}; a classifier needs two or "
             "more: a subfolder each, or labels in a table"
         )
-    _require_once(source, rows)
+    rows = _once(source, rows, skipped)
     index = {name: number for number, name in enumerate(classes)}
     labels = np.array([index[label] for _, label in rows], np.intp)
     return Labelled(source, tuple(path for path, _ in rows), labels, classes, dict(skipped))
@@ -131,112 +143,58 @@ def _folder(source: Path) -> tuple[list[tuple[Path, str]], Counter[str]]:
             rows.append((path, inside[0]))
     named = {label for _, label in rows}
     empty = sorted(
-        entry.name
+        (entry.name, entry.is_symlink())
         for entry in source.iterdir()
         if entry.is_dir() and not entry.name.startswith(".") and entry.name not in named
     )
     if empty:
+        names, links = zip(*empty, strict=True)
+        links_too = "; links to folders are not followed" if any(links) else ""
         raise ImageError(
-            f"{source} has {_listed(empty, 'class')} without a picture that can be read; remove "
-            "the folder or fill it"
+            f"{source} has {listed(names, 'class')} without a picture that can be read; remove "
+            f"the folder or fill it{links_too}"
         )
     if not rows:
         raise ImageError(f"{source} has no subfolders; give one with a subfolder for each class")
     return rows, skipped
 
 
-def _table(source: Path) -> Iterator[tuple[Path, str]]:
-    if source.stat().st_size > _BYTES:
-        raise ImageError(f"{source} is larger than {_BYTES >> 30} GiB; split it")
-    paths, labels = _read_csv(source) if source.suffix == ".csv" else _read_parquet(source)
-    rows = [
-        (source.parent / path, label) for path, label in zip(paths, labels, strict=True) if path
-    ]
-    lacking = [path for path, _ in rows if not path.is_file()]
-    if lacking:
-        raise ImageError(
-            f"{source} names {_listed([str(path) for path in lacking], 'file')} that "
-            f"{'does' if len(lacking) == 1 else 'do'} not exist; paths are relative to the table"
-        )
-    if not rows:
-        raise ImageError(f"{source} has no rows; expected the columns path and label")
+def _table(source: Path) -> list[tuple[Path, str]]:
+    rows = read_rows(source, _COLUMNS)
     without = [str(path) for path, label in rows if not label]
     if without:
-        raise ImageError(f"{source} has no label for {_listed(without, 'file')}")
-    yield from rows
+        raise ImageError(f"{source} has no label for {listed(without, 'file')}")
+    return rows
 
 
-def _read_csv(source: Path) -> tuple[list[str], list[str]]:
-    try:
-        with source.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            _require_columns(source, reader.fieldnames or ())
-            rows = [(row["path"] or "", row["label"] or "") for row in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ImageError(f"{source} is no table in UTF-8: {error}") from error
-    return [path for path, _ in rows], [label for _, label in rows]
-
-
-def _read_parquet(source: Path) -> tuple[list[str], list[str]]:
-    try:
-        import pyarrow as pa
-        from pyarrow import parquet
-    except ImportError as error:
-        raise MissingPackageError(
-            f"{source} needs pyarrow ({error}); pip install 'msn-export[parquet]', or give a .csv"
-        ) from error
-    try:
-        file = parquet.ParquetFile(source)
-        _require_columns(source, file.schema_arrow.names)
-        table = file.read(list(_COLUMNS))
-    except (OSError, pa.ArrowException) as error:
-        reason = str(error).partition("\n")[0]
-        raise ImageError(f"{source} is no parquet file: {reason}") from error
-    paths, labels = (table.column(name).to_pylist() for name in _COLUMNS)
-    return [str(path or "") for path in paths], ["" if x is None else str(x) for x in labels]
-
-
-def _require_columns(source: Path, names: Sequence[str]) -> None:
-    lacking = [name for name in _COLUMNS if name not in names]
-    if lacking:
-        shown = ", ".join(map(_shown, names[:8])) or "none"
-        raise ImageError(
-            f"{source} has no column {' and no column '.join(lacking)}; its columns are {shown}"
-        )
-
-
-def _require_once(source: Path, rows: Sequence[tuple[Path, str]]) -> None:
-    """Refuse one picture in two classes: the same file, or files of the same bytes."""
-    sizes: dict[int, list[tuple[Path, str]]] = defaultdict(list)
+def _once(
+    source: Path, rows: Sequence[tuple[Path, str]], skipped: Counter[str]
+) -> list[tuple[Path, str]]:
+    """Leave out copies: files of the same bytes; one picture in two classes is refused."""
+    sizes = Counter(path.stat().st_size for path, _ in rows)
+    seen: dict[bytes, tuple[Path, str]] = {}
+    kept, twice = [], []
     for path, label in rows:
-        sizes[path.stat().st_size].append((path, label))
-    classes: dict[bytes, dict[str, Path]] = defaultdict(dict)
-    for same in sizes.values():
-        if len({label for _, label in same}) > 1:  # others need not be read
-            for path, label in same:
-                classes[_digest(path)].setdefault(label, path)
-    twice = [list(found.items()) for found in classes.values() if len(found) > 1]
+        size = path.stat().st_size
+        # a size that no other has need not be read; an empty file is no picture
+        digest = _digest(path) if size and sizes[size] > 1 else None
+        first, one = (path, label) if digest is None else seen.setdefault(digest, (path, label))
+        if one != label:
+            twice.append(f"{shown(str(first))} is {one!r} and {shown(str(path))} is {label!r}")
+        elif first is path:
+            kept.append((path, label))
+        else:
+            skipped["copy of another picture"] += 1
     if twice:
-        (one, first), (other, second), *_ = twice[0]
         more = f", and {len(twice) - 1} more" if len(twice) > 1 else ""
-        raise ImageError(
-            f"{source} has one picture in two classes: {first} is {one!r} and {second} is "
-            f"{other!r}{more}; remove one"
-        )
+        raise ImageError(f"{source} has one picture in two classes: {twice[0]}{more}; remove one")
+    return kept
 
 
-def _digest(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
-
-
-def _listed(names: Sequence[str], noun: str) -> str:
-    if not names:
-        return ""
-    shown = ", ".join(map(_shown, names[:_NAMED])) + (", …" if len(names) > _NAMED else "")
-    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
-    return f"{len(names)} {noun if len(names) == 1 else plural} ({shown})"
-
-
-def _shown(name: str) -> str:
-    return name if name.isprintable() else ascii(name)
+def _digest(path: Path) -> bytes | None:
+    """Hash a file; None of one that cannot be read, which decoding it will say."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError:
+        return None

@@ -36,6 +36,18 @@ def test_pictures_are_found_at_every_depth_in_order(folder) -> None:
     assert image_folder.find(folder / "b.png").paths == (folder / "b.png",)
 
 
+def test_a_table_or_a_list_names_pictures_that_may_lie_elsewhere(folder, tmp_path_factory) -> None:
+    table = tmp_path_factory.mktemp("table") / "pictures.txt"
+    table.write_text(f"{folder / 'b.png'}\n{folder / 'a.JPG'}\n")
+    (table.parent / "own.png").write_bytes((folder / "b.png").read_bytes())
+    table.with_suffix(".csv").write_text(f"path\n{folder / 'b.png'}\nown.png\n")
+    assert image_folder.find(table).paths == (folder / "b.png", folder / "a.JPG")
+    found = image_folder.load(table.with_suffix(".csv"), SMALL, 5)
+    assert found.names == (str(folder / "b.png"), "own.png")
+    again = image_folder.load_named(table.with_suffix(".csv"), found.names, SMALL)
+    assert (again.pixels == found.pixels).all()
+
+
 def test_what_is_none_or_hidden_is_skipped_and_counted_by_reason(folder, monkeypatch) -> None:
     picture = Image.new("RGB", (40, 30), "teal")
     (folder / ".ipynb_checkpoints").mkdir()

@@ -104,6 +104,49 @@ def test_one_picture_in_two_classes_is_named_whatever_it_is_called(folder) -> No
         read_labelled(folder)
 
 
+def test_a_copy_within_a_class_counts_once(folder, tmp_path) -> None:
+    """Else a fold of cross-validation is tested on what it was trained on."""
+    (folder / "cat" / "copy.png").write_bytes((folder / "cat" / "0.png").read_bytes())
+    found = read_labelled(folder)
+    assert [path.name for path in found.paths[:3]] == ["0.png", "2.png", "4.png"]
+    assert (len(found), found.skipped) == (6, {"copy of another picture": 1})
+    table = tmp_path / "labels.csv"
+    table.write_text("path,label\nset/cat/0.png,a\nset/dog/1.png,b\nset/cat/0.png,a\n")
+    assert len(read_labelled(table)) == 2
+
+
+def test_empty_files_are_no_copies_of_one_picture(folder) -> None:
+    for name in ("cat", "dog"):
+        (folder / name / "empty.png").touch()
+    assert len(read_labelled(folder)) == 8  # decoding them will name them
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "photo.png", "labels.tsv"])
+def test_a_file_that_is_no_table_of_labels_is_one_line(tmp_path, name) -> None:
+    (tmp_path / name).write_text("path,label\n")
+    with pytest.raises(ImageError) as error:
+        read_labelled(tmp_path / name)
+    assert str(error.value) == (
+        f"{tmp_path / name} is neither a folder with a subfolder for each class nor a .csv or "
+        ".parquet with the columns path and label"
+    )
+
+
+def test_a_link_to_a_class_is_said_not_to_be_followed(folder, tmp_path) -> None:
+    picture(tmp_path / "elsewhere" / "1.png", 60)
+    (folder / "eel").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ImageError, match=r"\(eel\) without .*; links to folders are not followed$"):
+        read_labelled(folder)
+
+
+def test_a_model_with_two_classes_of_one_name_is_refused(folder) -> None:
+    with pytest.raises(ImageError) as error:
+        read_labelled(folder).as_classes(("dog", "cat", "cat"), "the model")
+    assert str(error.value).startswith("the model has more than one class of the name cat, so the")
+    found = read_labelled(folder).as_classes(("crane", "cat", "crane", "dog"), "the model")
+    assert found.labels.tolist() == [1, 1, 1, 3, 3, 3]  # crane is not asked for
+
+
 def test_classes_are_matched_by_name(folder) -> None:
     found = read_labelled(folder).as_classes(("dog", "fish", "cat"), "the model")
     assert found.labels.tolist() == [2, 2, 2, 0, 0, 0]

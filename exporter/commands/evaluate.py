@@ -185,9 +185,16 @@ def run_evaluate(job: EvaluateJob, progress: Progress = SILENT) -> Evaluated:
         with progress.step("open the model"):
             model = EvaluatedModel(job, opened)
         has_logits = Head.LOGITS.output in model.outputs
+        unjudged: tuple[str, ...] = ()
         if has_logits:
-            labelled = labelled.as_classes(model.labels, f"model {job.model}")
-        elif train is not None:
+            try:
+                labelled = labelled.as_classes(model.labels, f"model {job.model}")
+            except ImageError as error:
+                if job.knn is None:
+                    raise
+                # neighbours need no class of the model's
+                has_logits, unjudged = False, (f"logits were not judged: {error}",)
+        if not has_logits and train is not None:
             labelled = labelled.as_classes(train.classes, str(train.source))
         k = job.knn or (None if has_logits else NEIGHBOURS)
         vector = _vector(model, job) if k is not None else None
@@ -232,7 +239,8 @@ def run_evaluate(job: EvaluateJob, progress: Progress = SILENT) -> Evaluated:
         selftest=model.selftest,
         broken=tuple(rows.errors[row] for row in sorted(rows.errors)),
         skipped=dict(labelled.skipped),
-        notes=(*model.notes, *model.feed.notes, *notes_on((), labelled.skipped, rows.turned),
+        notes=(*model.notes, *model.feed.notes, *unjudged,
+               *notes_on((), labelled.skipped, rows.turned),
                *_not_finite(rows, kept), *caution(len(judged))),
         seconds=round(time.monotonic() - started, 3),
     )  # fmt: skip

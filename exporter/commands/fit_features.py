@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from msn_export.commands.embed import EmbedRun, kept, open_here
+from msn_export.embedding import job as embed_job
 from msn_export.embedding.job import EmbedJob, Listing
 from msn_export.embedding.outputs import GrowingArray
 from msn_export.errors import ImageError, OutputError
 from msn_export.files import no_room_reported
+from msn_export.image_folder import Found
 from msn_export.labelled import Labelled, read_labelled
 from msn_export.schema import to_plain
 
@@ -227,10 +229,9 @@ def extract(
 
 
 def listing_of(labelled: Labelled) -> Listing:
-    source, paths = labelled.source, labelled.paths
-    below = len(str(source)) + 1 if source.is_dir() else 0
-    sizes = (path.stat().st_size for path in paths)
-    return Listing.of(source, paths, sizes, below, labelled.skipped)
+    source = labelled.source
+    base = source if source.is_dir() else source.parent
+    return embed_job.listing_of(source, Found(labelled.paths, base, labelled.skipped))
 
 
 def hash_of(labelled: Labelled) -> str:

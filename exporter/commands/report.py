@@ -87,8 +87,6 @@ def _with_pictures(job: ReportJob) -> ReportJob:
     """Run on labelled pictures where no others are given."""
     if job.images is not None or job.labelled is None:
         return job
-    if not job.labelled.is_dir():
-        raise SpecError(f"--labelled {job.labelled} is a table; give --images too, a folder")
     return replace(job, images=job.labelled)
 
 
@@ -118,6 +116,8 @@ def _measure(job: ReportJob, files: Mapping[str, Artifact], progress: Progress) 
     notes = ["nothing was run for this report: --images compares the artifacts on pictures"]
     if job.images is not None:
         runnable, notes = _runnable(job.artifacts, files)
+        if len(runnable) < 2:
+            notes.append(f"{job.images} was not run: pictures compare two artifacts that run here")
     described: dict[str, ReportedArtifact] = {}
     agreements: dict[str, ReportedAgreement] = {}
     drifts = []

@@ -86,8 +86,7 @@ def validate_in_full(
     if job.labelled is not None:
         with progress.step("list labelled pictures"):
             labelled = read_labelled(job.labelled)
-        if job.labelled.is_dir():  # pictures, and they are at hand
-            job = replace(job, images=job.images or job.labelled)
+        job = replace(job, images=job.images or job.labelled)  # pictures, and they are at hand
     with progress.step("read both sides"):
         pair = open_pair(str(job.reference), str(job.candidate), choices, files)
         preprocessing, own = _preprocessings(job, pair)

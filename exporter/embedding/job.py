@@ -16,6 +16,7 @@ from msn_export.schema import Count, Job, Result, Within
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    from msn_export.image_folder import Found
     from msn_export.preprocessing import Exif, Preprocessing
     from msn_export.spec import Scores
 
@@ -59,14 +60,18 @@ class Listing:
 
 
 def list_pictures(folder: Path) -> Listing:
-    """List the pictures below a folder, or one file."""
+    """List the pictures below a folder, those of a table, or one picture."""
     from msn_export import image_folder  # numpy, which --help is not to wait for
 
-    found = image_folder.find(folder)
+    return listing_of(folder, image_folder.find(folder))
+
+
+def listing_of(source: Path, found: Found) -> Listing:
+    """List pictures that were found; those of a table may lie elsewhere than beside it."""
     first = found.paths[0]
-    name = first.relative_to(folder) if first != folder else first.name
-    below = len(str(first)) - len(str(name))
-    return Listing.of(folder, found.paths, map(_size, found.paths), below, found.skipped)
+    inside = source.is_dir() or all(path.is_relative_to(found.base) for path in found.paths)
+    below = len(str(first)) - len(found.name_of(first)) if inside else 0
+    return Listing.of(source, found.paths, map(_size, found.paths), below, found.skipped)
 
 
 def _size(path: Path) -> int:

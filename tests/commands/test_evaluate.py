@@ -168,6 +168,22 @@ def test_a_class_that_the_model_lacks_is_named(graph, labelled, tmp_path) -> Non
         run_evaluate(EvaluateJob(graph, tmp_path))
 
 
+def test_neighbours_need_no_class_of_the_models(graph, tmp_path) -> None:
+    for number in range(12):
+        picture(tmp_path / "set" / ("cat", "dog")[number % 2] / f"{number:02}.png", number)
+    with pytest.raises(ImageError, match=r"has 2 classes \(cat, dog\) that model .* lacks"):
+        run_evaluate(EvaluateJob(graph, tmp_path / "set"))
+    found = run_evaluate(EvaluateJob(graph, tmp_path / "set", knn=3))
+    assert (found.top1, found.confusion, found.output) == (None, None, "embedding")
+    assert (found.classes, found.knn.images) == (("cat", "dog"), 12)
+    (note,) = [note for note in found.notes if "not judged" in note]
+    assert note.startswith(f"logits were not judged: {tmp_path / 'set'} has 2 classes (cat, dog)")
+    picture(tmp_path / "train" / "dog" / "a.png", 90)
+    picture(tmp_path / "train" / "cat" / "b.png", 91)
+    found = run_evaluate(EvaluateJob(graph, tmp_path / "set", knn=1, train=tmp_path / "train"))
+    assert found.knn.images == 12
+
+
 def test_logits_alone_have_no_neighbours(labelled, tmp_path) -> None:
     graph = tiny_artifacts.classifier(tmp_path / "graph", heads=("logits",))
     with pytest.raises(MsnExportError, match="has logits alone, which have no neighbours"):

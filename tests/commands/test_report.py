@@ -419,11 +419,25 @@ def test_it_shows_the_accuracy_on_labelled_pictures(folder, tmp_path) -> None:
     assert "  * accuracy 100.0% (90.4% to 100.0%) in the candidate" in card.read_text("utf-8")
 
 
-def test_labels_in_a_table_need_pictures_beside_them(folder, tmp_path) -> None:
+def test_the_pictures_of_a_table_of_labels_are_compared_on(folder, tmp_path) -> None:
+    labelled = predicted(tmp_path / "set", folder / "m.onnx", 6)
+    pictures = sorted(labelled.rglob("*.png"))
     table = tmp_path / "labels.csv"
-    table.write_text("path,label\n")
-    message = refused(folder / "m.onnx", "--labelled", table, "-o", tmp_path / "r.html")
-    assert message == f"error: --labelled {table} is a table; give --images too, a folder"
+    rows = [f"{path.relative_to(tmp_path)},{path.parent.name}" for path in pictures]
+    table.write_text("path,label\n" + "\n".join(rows))
+    output = tmp_path / "report.html"
+    result = report(folder / "m.onnx", folder / "half.onnx", "--labelled", table, "-o", output)
+    assert result.exit_code == 0, result.output
+    assert f"in the reference by logits on 6 images of {table}" in text_of(output)
+
+
+def test_pictures_that_compare_nothing_are_said(folder, tmp_path) -> None:
+    labelled = predicted(tmp_path / "set", folder / "m.onnx", 6)
+    output = tmp_path / "report.html"
+    result = report(folder / "m.onnx", "--labelled", labelled, "-o", output)
+    assert result.exit_code == 0, result.output
+    note = f"{labelled} was not run: pictures compare two artifacts that run here"
+    assert note in text_of(output)
 
 
 # --- what is refused ------------------------------------------------------------------------------

@@ -79,6 +79,21 @@ def test_a_checkpoint_and_its_graph_are_right_equally_often(graph, labelled) -> 
     assert (found["check"]["source"], found["check"]["images"]) == (str(labelled), 40)
 
 
+def test_the_pictures_of_a_table_are_those_that_outputs_are_compared_on(
+    graph, labelled, tmp_path
+) -> None:
+    """Also where the candidate makes other pixels of them, and where they lie elsewhere."""
+    pictures = sorted(labelled.rglob("*.png"))
+    table = tmp_path / "labels.csv"
+    rows = [f"{path},{path.parent.name}" for path in pictures]
+    table.write_text("path,label\n" + "\n".join(rows))
+    found = told(graph, graph, "--labelled", table, "--preprocess", "msn-eval", *LOOSE)
+    assert (found["check"]["source"], found["check"]["images"]) == (str(table), 40)
+    assert found["check"]["per_image"][0]["name"] == str(pictures[0])
+    assert found["check"]["accuracy"]["images"] == 40
+    assert not any("noise" in note for note in found["notes"])
+
+
 def test_a_significant_loss_fails_though_the_outputs_may_differ(graph, labelled, partial) -> None:
     found = told(graph, partial, "--labelled", labelled, *LOOSE)
     (reason,) = found["reasons"]
@@ -209,17 +224,6 @@ def test_a_broken_picture_is_left_out_and_named(graph, labelled, tmp_path) -> No
     assert (record["images"], record["given"]) == (39, 40)
     assert any(str(broken) in note for note in found["notes"])
     assert "skipped 1 no picture" in found["notes"]
-
-
-def test_a_table_is_taken_and_noise_is_compared_on_unless_pictures_are_given(
-    graph, labelled, tmp_path
-) -> None:
-    table = tmp_path / "labels.csv"
-    rows = [f"{path},{path.parent.name}" for path in sorted(labelled.rglob("*.png"))]
-    table.write_text("\n".join(["path,label", *rows]))
-    found = told(graph, graph, "--labelled", table)
-    assert found["check"]["accuracy"]["images"] == 40
-    assert found["check"]["source"].startswith("seeded noise")
 
 
 def one_class(folder: Path) -> None:

@@ -18,10 +18,11 @@ PACKAGE = Path(msn_export.__file__).parent
 # functions too
 ORDER = (
     "errors", "spec", "progress", "schema", "host", "preprocessing", "fit_record", "manifest",
-    "files", "images", "image_folder", "labelled", "engine_header", "golden", "models",
-    "processor_config", "options", "metrics", "logistic_regression", "graph", "runtime",
-    "mixed_precision", "artifact", "engine", "benchmark", "calibration", "baseline", "compare",
-    "reporting", "embedding", "cluster", "triton_server", "commands", "cli", "api", "__main__",
+    "files", "images", "picture_table", "image_folder", "labelled", "engine_header", "golden",
+    "models", "processor_config", "options", "metrics", "logistic_regression", "graph",
+    "runtime", "mixed_precision", "artifact", "engine", "benchmark", "calibration", "baseline",
+    "compare", "reporting", "embedding", "cluster", "triton_server", "commands", "cli", "api",
+    "__main__",
 )  # fmt: skip
 HEAVY = frozenset(
     {"torch", "onnx", "onnx_ir", "onnxscript", "onnxsim", "onnxruntime", "transformers",
