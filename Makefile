@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo report test lint same slow mutants drills gpu performance wheel packaged clean
+.PHONY: demo report test lint same slow mutants drills clients gpu performance wheel packaged clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -13,7 +13,7 @@ BIN := .venv/bin
 	touch $@
 
 # The strict editable install links each file: a new file needs a new install.
-MODULES := $(shell find exporter models calibration -name '*.py' -o -name '*.j2')
+MODULES := $(shell find exporter models calibration -name '*.py' -o -name '*.j2' -o -name '*.json')
 .venv/linked: .venv/installed $(MODULES)
 	$(BIN)/pip install --quiet --no-deps --editable . -C editable_mode=strict
 	touch $@
@@ -65,6 +65,10 @@ same: .venv/linked
 # Against a real tritonserver and a real Ray; their environments are made in build/ on the first run
 drills: .venv/linked
 	$(BIN)/python -m pytest -m slow tests/triton_server/test_repository_drills.py tests/cluster/test_cluster_drills.py tests/cluster/test_serve_drills.py
+
+# In other runtimes of ONNX files, old and new; their environments are made in build/ on first use
+clients: .venv/linked
+	$(BIN)/python -m pytest -m 'slow or not slow' tests/clients
 
 gpu: .venv/linked
 	$(BIN)/python -m pytest -m gpu

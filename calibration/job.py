@@ -139,8 +139,8 @@ def settled(job: CalibrateJob, source: GraphFile) -> CalibrateJob:
     A graph of opset 17 stays one: its Q/DQ take fp32 scales only, so the rest is fp32, which trt
     types itself. Another tool's of an older opset does too, unless a half precision is asked for.
     """
-    exported_for = source.manifest.target if source.manifest is not None else None
-    target = job.target or Target.of(exported_for)
+    stated = source.stated
+    target = job.target or (Target.of(stated.target) if stated is not None else None)
     if target is Target.PORTABLE:
         _require_opset_17(job)
     elif target is None and source.opset < _HALF_SCALES and job.dtype is Dtype.INT8:

@@ -1,4 +1,4 @@
-"""Artifacts as commands take them: opened, verified and read once; and the input that each takes.
+"""Artifacts as commands take them: opened, verified and read once.
 
 Nothing is loaded here before a graph is asked for: what runs an artifact needs neither onnx nor
 torch.
@@ -6,27 +6,24 @@ torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
-from msn_export import images
 from msn_export import manifest as manifests
 from msn_export.errors import EngineFileError, GraphError, ManifestError, SpecError
-from msn_export.manifest import Manifest, sha256_of
+from msn_export.manifest import Described, Manifest, sha256_of
 from msn_export.metrics.evaluate import max_batch_in_memory
+from msn_export.onnx_header import UNSEALED, GraphMetadata
 from msn_export.preprocessing import Exif, Preprocessing, preset
 from msn_export.processor_config import choose
 from msn_export.runtime.runner import combine
-from msn_export.spec import BatchRange, Dtype, ImageSize, InputFormat, TensorSpec
+from msn_export.spec import BatchRange, Dtype, ImageSize, InputFormat
 
 if TYPE_CHECKING:
-    import numpy as np
     import onnx_ir as ir
-    from numpy.typing import NDArray
 
     from msn_export.graph.blocks import Stream
     from msn_export.graph.summary import GraphSummary, Structure
@@ -44,7 +41,7 @@ class ImageInput(NamedTuple):
     batch: BatchRange | None
 
 
-class Artifact:
+class Artifact(Described):
     """An ONNX file, an engine or a checkpoint. Each fact is read where it is first asked for.
 
     ``manifest`` is None where there is none, and where ``distrusted`` says why the one there is not
@@ -92,8 +89,15 @@ class Artifact:
             self.__dict__.pop(name, None)
 
     @cached_property
-    def manifest(self) -> Manifest | None:
+    def manifest(self) -> Manifest | None:  # type: ignore[override]
         return manifests.read(self.path)
+
+    @cached_property
+    def metadata(self) -> GraphMetadata | None:  # type: ignore[override]
+        """The part of a manifest that a graph's own file holds, where there is no other."""
+        if self.manifest is not None or self.kind != "onnx":
+            return None
+        return GraphMetadata.of(self.path)
 
     @cached_property
     def sha256(self) -> str:
@@ -182,7 +186,7 @@ class Artifact:
         """Decisions taken for a graph, and the reason why something could not be read."""
         if self.kind != "onnx":
             return ()
-        found = list(self._understood[1])
+        found = [*([UNSEALED] if self.metadata is not None else []), *self._understood[1]]
         if isinstance(self._stream, GraphError):
             what = "its epsilons, activations and additions were not compared"
             found.append(f"{what}: {self._stream}")
@@ -249,7 +253,9 @@ class Artifact:
 
     @cached_property
     def preprocessing(self) -> Preprocessing | None:
-        return self.manifest.preprocessing if self.manifest is not None else None
+        if self.metadata is not None:
+            self.metadata.require_fit(self.size, self.channels, self.name)
+        return self.stated.preprocessing if self.stated is not None else None
 
     @cached_property
     def outputs(self) -> tuple[str, ...]:
@@ -258,7 +264,7 @@ class Artifact:
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
-        return self.manifest.labels if self.manifest is not None else ()
+        return super().labels
 
     def require_comparable(self) -> None:
         """Refuse outputs that no check can judge: those of integers, and of one axis."""
@@ -304,11 +310,12 @@ class GraphFile(Artifact):
             notes: tuple[str, ...] = ()
             if opened.manifest is None:
                 model, done = tidy(model)
-                notes = (f"{path.name} has no manifest; {done}", *found)
+                unsealed = [f"{path.name}: {UNSEALED}"] if opened.metadata is not None else []
+                notes = (f"{path.name} has no manifest; {done}", *unsealed, *found)
         opened.graph, opened.opset = model, opened.summary.opset
         _ = opened.dtype  # before the graph is typed
         inside = taken.format is InputFormat.UINT8
-        own = opened.manifest.preprocessing if opened.manifest is not None else None
+        own = opened.preprocessing
         opened.preprocessing = choose(
             own, taken.size, taken.channels, preprocess=preprocess, exif=exif, inside=inside
         )
@@ -430,88 +437,3 @@ def _max_batch_of_patches(model: ir.Model) -> int:
             dim, tokens = sizes[0], sizes[1] * sizes[2] + 1
             return max_batch_in_memory(tokens, dim, 4 * dim, max(1, dim // 64))
     return 1
-
-
-@dataclass(frozen=True, slots=True)
-class Feed:
-    """A model's input, made of pictures; ``fixed`` is a size that the model itself leaves open."""
-
-    input_format: InputFormat
-    preprocessing: Preprocessing
-    fixed: ImageSize | None = None
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        size = f"its image size was dynamic, and is {self.fixed} as its position embedding has it"
-        return (*self.preprocessing.notes, *([] if self.fixed is None else [size]))
-
-    def __call__(self, pixels: NDArray[np.uint8]) -> NDArray[Any]:
-        """Turn decoded pictures [b, h, w, c] into the artifact's input."""
-        return images.model_input(pixels, self.preprocessing, self.input_format)
-
-
-def feed_of(
-    name: str,
-    inputs: Sequence[TensorSpec],
-    manifest: Manifest | None,
-    *,
-    preprocess: str | None = None,
-    exif: Exif | None = None,
-    size: ImageSize | Path | None = None,
-) -> Feed:
-    """Find out how an artifact is fed.
-
-    Args:
-        name: of the artifact, for messages.
-        inputs: what its runner says it takes.
-        manifest: where its preprocessing stands; without one, ``hf`` is assumed and noted.
-        preprocess: a preset or JSON file that is to be used instead.
-        exif: instead of what the manifest says.
-        size: of a graph that leaves height and width open, or its file: its position embedding
-            may tell.
-    """
-    if len(inputs) != 1:
-        names = ", ".join(repr(spec.name) for spec in inputs) or "nothing"
-        raise GraphError(f"{name} takes {names}; expected one image input")
-    spec = inputs[0]
-    described = f"{name}: input {spec.name!r} is {spec.dtype}{list(spec.shape)}"
-    formats = {one.value for one in InputFormat}
-    if spec.dtype not in formats or len(spec.shape) != 4:
-        raise GraphError(f"{described}; expected float [b, c, h, w] or uint8 [b, h, w, c] images")
-    taken = InputFormat(spec.dtype)
-    inside = taken is InputFormat.UINT8
-    _, *rest = spec.shape
-    channels, *sides = (rest[2], *rest[:2]) if inside else rest
-    own = manifest.preprocessing if manifest is not None else None
-    given = size if isinstance(size, ImageSize) else own.size if own else None
-    fixed = None
-    if given is None and isinstance(size, Path) and not all(isinstance(s, int) for s in sides):
-        given = fixed = _size_in(size)
-    found = _size(described, sides, given)
-    count = channels if isinstance(channels, int) else 3
-    chosen = choose(own, found, count, preprocess=preprocess, exif=exif, inside=inside)
-    return Feed(taken, chosen, fixed)
-
-
-def _size_in(file: Path) -> ImageSize | None:
-    """Read the image size off a graph's position embedding, where onnx is installed."""
-    if file.suffix != ".onnx":
-        return None
-    try:
-        from msn_export.graph import io
-        from msn_export.graph.simplify import fix_image_size
-    except ImportError:
-        return None
-    return fix_image_size(io.load(file))
-
-
-def _size(described: str, sides: Sequence[int | str], given: ImageSize | None) -> ImageSize:
-    height, width = sides
-    if isinstance(height, int) and isinstance(width, int):
-        fixed = ImageSize(height, width)
-        if given is not None and given != fixed:
-            raise SpecError(f"{described}; images of {given} do not fit")
-        return fixed
-    if given is None:
-        raise SpecError(f"{described}; it leaves height and width open, --image-size says them")
-    return given

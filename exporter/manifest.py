@@ -7,16 +7,26 @@ import functools
 import hashlib
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from msn_export import __version__
 from msn_export.errors import ManifestError
 from msn_export.fit_record import FitRecord
+from msn_export.onnx_header import GraphMetadata
 from msn_export.preprocessing import Preprocessing
 from msn_export.schema import from_plain, to_plain
-from msn_export.spec import BatchRange, ComputeCapability, Dtype, Scores, Targets, TensorSpec
+from msn_export.spec import (
+    BatchRange,
+    ComputeCapability,
+    Dtype,
+    Scores,
+    Target,
+    Targets,
+    TensorSpec,
+)
+from msn_export.version_table import Row, row_of
 
 # A file that changed less long ago may change again within one tick of its file system's clock
 _SETTLED = 2 * 10**9  # nanoseconds; FAT keeps times to 2 s
@@ -283,7 +293,11 @@ LIMIT = 16 * 2**20  # bytes; a larger file is no manifest of ours
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """All that is known of an artifact."""
+    """All that is known of an artifact.
+
+    ``least_versions`` says of other runtimes the first version that takes a graph (None: none
+    does), as the version table had it when the graph was written.
+    """
 
     kind: Literal["onnx", "engine"]
     output: str
@@ -311,6 +325,7 @@ class Manifest:
     golden: GoldenRecord | None = None
     quantization: QuantizationRecord | None = None
     fit: FitRecord | None = None
+    least_versions: dict[str, str | None] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     command: str = ""
     versions: dict[str, str] = field(default_factory=dict)
@@ -325,6 +340,42 @@ class Manifest:
         tf32 = self.engine is not None and self.engine.options.get("tf32") is True
         return Dtype.FP16 if tf32 and self.dtype is Dtype.FP32 else self.dtype
 
+    @property
+    def row(self) -> Row | None:
+        """A graph's row of the version table; None of an engine."""
+        base = Dtype(self.quantization.base) if self.quantization is not None else None
+        return row_of(Target.of(self.target), self.dtype, base) if self.kind == "onnx" else None
+
+    @property
+    def metadata(self) -> GraphMetadata:
+        """The part of it that a graph's own file holds."""
+        return GraphMetadata(
+            self.preprocessing, self.labels, self.scores, Target.of(self.target), self.dtype
+        )
+
+
+class Described:
+    """An artifact that is described by a manifest, else by the metadata in its own file."""
+
+    __slots__ = ()
+    manifest: Manifest | None
+    metadata: GraphMetadata | None
+
+    @property
+    def stated(self) -> Manifest | GraphMetadata | None:
+        """Whatever says how it is used."""
+        return self.manifest or self.metadata
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The classifier's labels; empty where the artifact has none."""
+        return self.stated.labels if self.stated is not None else ()
+
+    @property
+    def scores(self) -> Scores | None:
+        """Kind of scores that logits become; None decides by the number of classes."""
+        return self.stated.scores if self.stated is not None else None
+
 
 def read(artifact: Path, content: bytes | None = None) -> Manifest | None:
     """Read the manifest beside ``artifact`` and verify that it describes this file.
@@ -337,14 +388,27 @@ def read(artifact: Path, content: bytes | None = None) -> Manifest | None:
         The manifest, or None if there is none.
 
     Raises:
-        ManifestError: it is malformed, of a later schema, or of another file (size or sha256).
+        ManifestError: it is malformed, of a later schema, or of another file (size or sha256), or
+            says other things than the file itself.
     """
     path = manifest_path(artifact)
     if not path.is_file():
         return None
     manifest = read_unverified(path)
     _require_match(artifact, manifest, content)
+    if manifest.kind == "onnx" and _is_graph(artifact):
+        _require_agreement(artifact, manifest)
     return manifest
+
+
+def read_stated(artifact: Path) -> Manifest | GraphMetadata | None:
+    """Read the manifest beside an artifact; of a graph without one what its own file says."""
+    manifest = read(artifact)
+    return GraphMetadata.of(artifact) if manifest is None and _is_graph(artifact) else manifest
+
+
+def _is_graph(artifact: Path) -> bool:
+    return artifact.suffix == ".onnx"
 
 
 def read_unverified(path: Path) -> Manifest:
@@ -409,6 +473,18 @@ def _require_match(artifact: Path, manifest: Manifest, content: bytes | None) ->
     raise ManifestError(
         f"{artifact} is not the file its manifest describes ({differs}); put the manifest that was "
         "written with it beside it, or export it again"
+    )
+
+
+def _require_agreement(artifact: Path, manifest: Manifest) -> None:
+    """Refuse a manifest that says something else of a graph than the graph's own file does."""
+    own, stated = GraphMetadata.of(artifact), manifest.metadata
+    if own is None or own.target is None or own == stated:  # None: written before it was whole
+        return
+    names = [one.name for one in fields(own) if getattr(own, one.name) != getattr(stated, one.name)]
+    raise ManifestError(
+        f"{manifest_path(artifact)} and {artifact} say different things of its {', '.join(names)}; "
+        "one of the two was changed: export it again, or take the manifest away to use the file's"
     )
 
 

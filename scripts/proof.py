@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import photographs
 import torch
-from tolerances import replace_part
+from pages import replace_part
 
 from msn_export.commands.calibrate import CalibrateJob, run_calibrate
 from msn_export.commands.drift import DriftJob, run_drift

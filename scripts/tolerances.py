@@ -7,7 +7,6 @@ reference and the typed and quantised graphs with the fp32 graph, by the command
 nine faults are planted one at a time in half a vit-msn-small. Some twenty minutes on two cores.
 """
 
-import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from pages import replace_part
 from safetensors.torch import save_file
 
 from msn_export import manifest
@@ -169,16 +169,6 @@ def write(page: Path, name: str, head: str, rows: list[str]) -> None:
     """Replace one table of a page."""
     columns = head.count("|") - 1
     replace_part(page, name, "\n".join([head, "|---" * columns + "|", *rows]))
-
-
-def replace_part(page: Path, name: str, part: str) -> None:
-    """Replace what a page has between the marks of a name."""
-    text = page.read_text(encoding="utf-8")
-    pattern = rf"(<!-- measured: {name} -->\n).*?(\n<!-- /measured -->)"
-    changed, times = re.subn(pattern, lambda m: m[1] + part + m[2], text, flags=re.DOTALL)
-    if times != 1:
-        raise SystemExit(f"{page} has {times} places for the table {name!r}; expected one")
-    page.write_text(changed, encoding="utf-8")
 
 
 def main(images: Path, variants: list[str]) -> None:

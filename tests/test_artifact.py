@@ -9,12 +9,14 @@ import pytest
 from click.testing import CliRunner
 
 from msn_export import manifest
-from msn_export.artifact import DYNAMIC, GraphFile
+from msn_export.artifact import DYNAMIC, Artifact, GraphFile
 from msn_export.cli import main
 from msn_export.errors import GraphError, ManifestError
 from msn_export.graph import io
+from msn_export.onnx_header import UNSEALED, GraphMetadata
 from msn_export.preprocessing import assumed, preset
-from msn_export.spec import BatchRange, Dtype, ImageSize, InputFormat
+from msn_export.spec import BatchRange, Dtype, ImageSize, InputFormat, Target
+from tests.builders.artifacts import alone
 from tests.builders.checkpoints import hugging_face, processor
 from tests.builders.graphs import parse
 
@@ -54,9 +56,61 @@ def test_bytes_and_half_precision_are_told_apart(ours) -> None:
     assert (source.input_format, source.dtype) == (InputFormat.UINT8, Dtype.FP16)
 
 
-def test_without_its_manifest_it_is_read_as_anyones(ours, tmp_path) -> None:
-    path = tmp_path / "theirs.onnx"
-    path.write_bytes((ours / "bytes.onnx").read_bytes())
+def test_without_its_manifest_it_is_what_its_own_file_says(ours, tmp_path) -> None:
+    path = alone(ours / "m.onnx", tmp_path / "lone.onnx")
+    source, sealed = GraphFile.read(path), GraphFile.read(ours / "m.onnx")
+    assert source.manifest is None
+    assert (source.labels, source.scores) == (sealed.labels, sealed.scores)
+    assert source.preprocessing == sealed.preprocessing
+    assert source.notes == (
+        "lone.onnx has no manifest; simplification nothing left to simplify",
+        f"lone.onnx: {UNSEALED}",
+    )
+    assert Artifact.open(path).notes == (f"lone.onnx: {UNSEALED}",)
+
+
+def test_what_the_file_says_has_to_fit_its_graph(ours, tmp_path) -> None:
+    other = GraphMetadata(preset("hf", ImageSize(64, 64)), target=Target.TENSORRT).props()
+    path = alone(ours / "m.onnx", tmp_path / "lone.onnx", **other)
+    with pytest.raises(
+        ManifestError, match=r"lone\.onnx takes images of 32x32 with 3 channels, and"
+    ):
+        GraphFile.read(path)
+    with pytest.raises(ManifestError, match="makes them of 64x64 with 3; export it again"):
+        _ = Artifact.open(path).preprocessing
+
+
+def test_a_manifest_that_differs_from_its_file_is_refused(ours, tmp_path) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes((ours / "m.onnx").read_bytes())
+    written = manifest.read(ours / "m.onnx")
+    assert written is not None
+    changed = replace(written, labels=("dog", *written.labels[1:]), scores=None)
+    manifest.manifest_path(path).write_text(manifest.seal(changed))
+    with pytest.raises(ManifestError) as raised:
+        Artifact.open(path)
+    assert str(raised.value) == (
+        f"{path}.json and {path} say different things of its labels, scores; one of the two was "
+        "changed: export it again, or take the manifest away to use the file's"
+    )
+    examined = Artifact.examine(path)  # inspect shows what the file says, and why
+    assert examined.distrusted == str(raised.value)
+    assert examined.labels == written.labels
+
+
+def test_a_manifest_of_before_the_metadata_was_whole_is_believed(ours, tmp_path) -> None:
+    written = manifest.read(ours / "m.onnx")
+    assert written is not None
+    props = {"product": "msn-export 0.1.0", "preprocessing": "null"}
+    path = alone(ours / "m.onnx", tmp_path / "m.onnx", **props)
+    size = path.stat().st_size
+    known = replace(written, sha256=manifest.sha256_of(path), bytes=size, target="tensorrt-8")
+    manifest.manifest_path(path).write_text(manifest.seal(known))
+    assert Artifact.open(path).manifest == known
+
+
+def test_a_graph_of_another_tool_is_read_as_anyones(ours, tmp_path) -> None:
+    path = alone(ours / "bytes.onnx", tmp_path / "theirs.onnx", product="")
     source = GraphFile.read(path)
     assert source.manifest is None
     assert (source.input_format, source.dtype, source.batch) == (
@@ -208,11 +262,11 @@ def test_an_operator_that_no_parser_has_is_named(tmp_path, domain, hint) -> None
 
 
 def test_preprocessing_that_the_manifest_lacks_is_the_default(ours, tmp_path) -> None:
-    path = tmp_path / "m.onnx"
-    path.write_bytes((ours / "m.onnx").read_bytes())
+    path = alone(ours / "m.onnx", tmp_path / "m.onnx", product="")
     written = manifest.read(ours / "m.onnx")
     assert written is not None
-    bare = manifest.seal(replace(written, preprocessing=None))
+    size, digest = path.stat().st_size, manifest.sha256_of(path)
+    bare = manifest.seal(replace(written, preprocessing=None, bytes=size, sha256=digest))
     manifest.manifest_path(path).write_text(bare)
     assert json.loads(bare)["preprocessing"] is None
     assert GraphFile.read(path).preprocessing == assumed(ImageSize(32, 32))

@@ -11,9 +11,10 @@ import numpy as np
 
 from msn_export import manifest as manifests
 from msn_export.errors import BenchError, GraphError
-from msn_export.manifest import sha256_of
+from msn_export.manifest import Described, sha256_of
 from msn_export.models.checkpoint import AS_IT_SAYS, Choices
 from msn_export.models.config import Pooling, readout_in
+from msn_export.onnx_header import GraphMetadata
 from msn_export.schema import to_plain
 from msn_export.spec import Dtype, ImageSize
 
@@ -33,7 +34,7 @@ TORCH: dict[str, tuple[AttentionKind, bool]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class ContenderSpec:
+class ContenderSpec(Described):
     """A contender that is to be timed; ``opening`` is what its process is asked to open."""
 
     name: str
@@ -43,6 +44,7 @@ class ContenderSpec:
     manifest: Manifest | None = None
     sha256: str | None = None
     dtype: str | None = None
+    metadata: GraphMetadata | None = None
 
     @property
     def checkpoint(self) -> CheckpointRecord | None:
@@ -83,6 +85,7 @@ def artifact(path: Path, placement: Placement, name: str) -> ContenderSpec:
         raise GraphError(f"{path} does not exist; give an .onnx or .engine file")
     manifest = manifests.read(path)
     kind = "onnx" if path.suffix == ".onnx" else "engine"
+    metadata = GraphMetadata.of(path) if manifest is None and kind == "onnx" else None
     return ContenderSpec(
         name,
         kind,
@@ -91,6 +94,7 @@ def artifact(path: Path, placement: Placement, name: str) -> ContenderSpec:
         manifest=manifest,
         sha256=manifest.sha256 if manifest is not None else sha256_of(path),
         dtype=str(manifest.dtype) if manifest is not None else None,
+        metadata=metadata,
     )
 
 

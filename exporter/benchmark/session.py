@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from msn_export.artifact import Feed, feed_of
 from msn_export.benchmark.contenders import Origin, Placement, origin_of, torch_entry
 from msn_export.benchmark.results import Agreed, Contender, figures, ratio_of, rotated
 from msn_export.engine_header import parse_header
@@ -28,6 +27,7 @@ from msn_export.errors import (
     SpecError,
     ToleranceError,
 )
+from msn_export.feed import Feed, feed_of
 from msn_export.host import ChildProcess, NoDriver, find_driver, last_line, signal_name
 from msn_export.metrics.metrics import Comparison, worst_of
 from msn_export.models.checkpoint import AS_IT_SAYS, Choices
@@ -186,14 +186,14 @@ class BenchSession:
         ``preprocess`` and ``exif`` stand instead of what the manifests say.
         """
         feeds: dict[str, Feed] = {}
-        for one in sorted(self.opened, key=lambda one: one.entry.manifest is None):
+        for one in sorted(self.opened, key=lambda one: one.entry.stated is None):
             own = size
-            if own is None and feeds and one.entry.manifest is None:
+            if own is None and feeds and one.entry.stated is None:
                 own = next(iter(feeds.values())).preprocessing.size
             feeds[one.name] = feed_of(
                 one.name,
                 from_plain(tuple[TensorSpec, ...], one.reply["inputs"], "inputs"),
-                one.entry.manifest,
+                one.entry.stated,
                 preprocess=preprocess,
                 exif=exif,
                 size=own or one.entry.file,
@@ -203,7 +203,7 @@ class BenchSession:
             raise SpecError(
                 f"artifacts take images of {' and '.join(sorted(sizes))}; bench those of one size"
             )
-        chosen = next(iter(feeds.values()))  # of the first that has a manifest, if any has
+        chosen = next(iter(feeds.values()))  # of the first that says something, if any does
         self.notes += chosen.notes
         return chosen
 

@@ -12,7 +12,7 @@ from msn_export.cli.options import FILE, IMAGES, JobCommand, command_line, json_
 if TYPE_CHECKING:
     from msn_export.calibration.job import CalibrateJob
     from msn_export.cli.console import Console
-    from msn_export.commands.doctor import Diagnosis
+    from msn_export.commands.doctor import Diagnosis, GraphSupport
     from msn_export.embedding.job import Embedded
 
 
@@ -400,6 +400,14 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
         ctx.exit(1)
 
 
+def _graphs(found: GraphSupport) -> str:
+    """Name the graphs that an installed runtime does not load, by target and dtype."""
+    if not found.refuses:
+        return "every graph that is written here"
+    needs = [f"{name} ({least or 'no version'})" for name, least in found.refuses.items()]
+    return f"every graph but {', '.join(needs)}"
+
+
 def _show_machine(console: Console, found: Diagnosis) -> None:
     from rich.markup import escape
     from rich.table import Table
@@ -430,6 +438,8 @@ def _show_machine(console: Console, found: Diagnosis) -> None:
         works = "[green]yes[/]" if verdict.works else "[yellow]no[/]"
         commands.add_row(verdict.command, verdict.does, works, escape(verdict.mend))
     console.print(commands)
+    for one in found.graphs:
+        console.print(f"[bold]{one.client} {escape(one.version)}[/] loads {_graphs(one)}")
     for fault in found.faults:
         console.print(f"[red]broken[/] {escape(f'{fault.package}: {fault.what}')}")
         console.print(f"       {escape(fault.mend)}")

@@ -38,10 +38,10 @@ from msn_export.runtime import open_runner
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from msn_export.artifact import Feed
     from msn_export.cluster.storage import ArtifactBytes, Record, Store
     from msn_export.embedding.inference import Reading, Rows
     from msn_export.embedding.job import EmbedJob, Listing
+    from msn_export.feed import Feed
     from msn_export.preprocessing import Preprocessing
     from msn_export.runtime import Runner
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Self, get_args
 
 import numpy as np
 
-from msn_export.artifact import feed_of
 from msn_export.embedding.decode import Decoder, decoded_or_reason
 from msn_export.embedding.inference import read_rows, reading_of, require_selftest
 from msn_export.errors import ImageError, SpecError
+from msn_export.feed import feed_of
 from msn_export.preprocessing import Exif
 from msn_export.processor_config import require_choice
 from msn_export.runtime import open_runner
@@ -124,7 +124,7 @@ class Replica:
             self._feed = feed_of(
                 name,
                 runner.inputs,
-                runner.manifest,
+                runner.stated,
                 preprocess=serving.preprocess,
                 exif=serving.exif,
                 size=serving.model,

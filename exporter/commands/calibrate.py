@@ -11,7 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from msn_export import __version__, golden
-from msn_export.artifact import Feed, GraphFile, max_batch_of
+from msn_export.artifact import GraphFile, max_batch_of
 from msn_export.calibration import ranges as ranges_file
 from msn_export.calibration.images import FEW, Split, hash_of, split
 from msn_export.calibration.job import CalibrateJob, settled
@@ -34,6 +34,7 @@ from msn_export.embedding.accuracy import (
     require_classes,
 )
 from msn_export.errors import GraphError, ImageError, SpecError, ToleranceError
+from msn_export.feed import Feed
 from msn_export.files import apart, publish, require_writable, staging
 from msn_export.graph import io
 from msn_export.graph.precision import quantised_products, type_graph
@@ -56,9 +57,11 @@ from msn_export.metrics.accuracy import notes as notes_of
 from msn_export.metrics.evaluate import Evaluation, Reference, Sample, evaluate, run_reference
 from msn_export.metrics.tolerances import GATES
 from msn_export.mixed_precision import cpu_runner
+from msn_export.onnx_header import GraphMetadata
 from msn_export.progress import SILENT, Progress
 from msn_export.runtime.onnxruntime import OrtRunner
 from msn_export.spec import Dtype, InputFormat
+from msn_export.version_table import least_versions, row_of
 
 __all__ = ["CalibrateJob", "run_calibrate"]  # the two that docs/python.md speaks of
 
@@ -79,6 +82,8 @@ def to_manifest(
     quantization = _quantization(done, job, job.ranges or stage / ranges, compiled, latency)
     cores = done.collected.plan.depth
     path = done.chosen.path
+    row = row_of(job.scheme.target, job.dtype, job.rest)
+    assert row is not None  # the table has a row for everything that a job may ask for
     return Manifest(
         kind="onnx",
         output=path.name,
@@ -95,12 +100,13 @@ def to_manifest(
         check=done.chosen.evaluation.check,
         opset=graph.opset,
         target=job.scheme.target,
-        labels=origin.labels if origin else (),
-        scores=origin.scores if origin else None,
+        labels=done.source.labels,
+        scores=done.source.scores,
         checkpoint=origin.checkpoint if origin else None,
         config=origin.config if origin else None,
         fit=origin.fit if origin else None,
         islands=dict(done.collected.islands),
+        least_versions=least_versions(row),
         source=SourceRecord(done.source.path.name, done.collected.ranges.graph),
         quantization=quantization,
         notes=tuple(_notes(done)),
@@ -367,7 +373,7 @@ def _choose(
     with progress.step(f"quantise to {job.dtype} and judge"):
         for exclusion in exclusions(collected.plan, collected.probe, job.gate, progress):
             model = collected.plan.quantised(exclusion.kept)
-            _write(model, collected, job.rest, path)
+            _write(model, collected, job.rest, path, _metadata(job, fp32.source))
             evaluation = _evaluate(job, path, job.dtype, fp32, progress)
             if not evaluation.failures:
                 return Candidate(path, model, evaluation, exclusion)
@@ -409,15 +415,24 @@ def _baseline(
     path = apart(stage) / f"baseline.{job.rest}.onnx"
     with progress.step(f"judge the {job.rest} graph beside it"):
         model = collected.plan.unquantised()
-        _write(model, collected, job.rest, path)
+        _write(model, collected, job.rest, path, _metadata(job, fp32.source))
         evaluation = _evaluate(job, path, job.rest, fp32, progress)
     return Candidate(path, model, evaluation)
 
 
-def _write(model: ir.Model, collected: CollectedRanges, base: Dtype, path: Path) -> None:
+def _metadata(job: CalibrateJob, source: GraphFile) -> GraphMetadata:
+    return GraphMetadata(
+        source.preprocessing, source.labels, source.scores, job.scheme.target, job.dtype
+    )
+
+
+def _write(
+    model: ir.Model, collected: CollectedRanges, base: Dtype, path: Path, metadata: GraphMetadata
+) -> None:
     if base is not Dtype.FP32:
         named = {value.name for node in model.graph for value in node.outputs}
         type_graph(model, base, collected.islands.keys() & named)
     model.producer_name, model.producer_version = "msn-export", __version__
+    model.metadata_props.update(metadata.props())
     io.save(model, path)
     io.check(path)

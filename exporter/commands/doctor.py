@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import re
 import shutil
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -18,17 +15,18 @@ from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion
 
 from msn_export import __version__
+from msn_export.commands.import_probe import ImportProbe, probe_all
 from msn_export.errors import MissingPackageError
 from msn_export.host import (
     Driver,
     Machine,
     NoDriver,
     find_driver,
-    signal_name,
     this_machine,
     usable_cores,
 )
 from msn_export.schema import Result
+from msn_export.version_table import Client, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -263,6 +261,46 @@ class PackageState:
     detail: str
 
 
+@dataclass(frozen=True, slots=True)
+class GraphSupport:
+    """An installed runtime of ONNX files: the graphs that its version takes, and the others.
+
+    A graph is named by its target and dtype; of the others it says the least version, or none.
+    """
+
+    client: str
+    version: str
+    takes: tuple[str, ...]
+    refuses: dict[str, str | None]
+
+
+# What a distribution is in the version table
+_CLIENTS = {
+    "onnxruntime-gpu": Client.ONNXRUNTIME,
+    "onnxruntime": Client.ONNXRUNTIME,
+    "openvino": Client.OPENVINO,
+    "tensorrt": Client.TENSORRT,
+    "tensorrt-rtx": Client.TENSORRT_RTX,
+}
+
+
+def graph_support() -> Iterator[GraphSupport]:
+    """Compare the installed runtimes with the version table."""
+    for name, client in _CLIENTS.items():
+        distribution = _installed(name)
+        if distribution is None:
+            continue
+        cells = {
+            f"{target} {dtype}": row[client]
+            for target, rows in table().items()
+            for dtype, row in rows.items()
+        }
+        version = distribution.version
+        takes = tuple(graph for graph, cell in cells.items() if cell.takes(version))
+        others = {graph: cell.least for graph, cell in cells.items() if graph not in takes}
+        yield GraphSupport(client.full_name, version, takes, others)
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class Diagnosis(Result):
     """All that the doctor found; ``healthy`` is that nothing installed is broken."""
@@ -276,6 +314,7 @@ class Diagnosis(Result):
     packages: tuple[PackageState, ...]
     faults: tuple[Finding, ...]
     commands: tuple[Verdict, ...]
+    graphs: tuple[GraphSupport, ...] = ()
 
 
 def run_doctor(commands: Iterable[str], progress: Progress) -> Diagnosis:
@@ -303,6 +342,7 @@ def run_doctor(commands: Iterable[str], progress: Progress) -> Diagnosis:
         packages=tuple(_state(package, probes, faults) for package in packages),
         faults=faults,
         commands=decide(commands, packages, faults, driver, tools),
+        graphs=tuple(graph_support()),
     )
 
 
@@ -462,75 +502,3 @@ def modules_of(distribution: Distribution) -> set[str]:
         if len(parts) == 1 and parts[0].endswith((".py", ".so"))
     }
     return {name for name in found if name.replace(".", "_").isidentifier() and name[0] != "_"}
-
-
-_TIMEOUT = 180.0  # seconds; torch from a cold network disk takes one minute
-
-# What else of a module must load for it to be of use
-_DEEPER = {
-    "cuda.bindings": ("cuda.bindings.driver", "cuda.bindings.runtime"),
-    "tritonclient": ("tritonclient.grpc",),
-}
-
-# What a module says of itself, as an expression of ``m``
-_FACTS = {
-    "torch": "f'CUDA {m.version.cuda}' if m.version.cuda else 'CPU build'",
-    "onnxruntime": "', '.join(m.get_available_providers())",
-}
-
-_SCRIPT = """
-import importlib, json, sys
-for name in sys.argv[3:]:
-    importlib.import_module(name)
-m = importlib.import_module(sys.argv[1])
-print("\\n" + json.dumps(eval(sys.argv[2])))
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class ImportProbe:
-    """The import of a module: ``fault`` is why it fails, ``fact`` what it says of itself."""
-
-    module: str
-    fault: str | None
-    fact: str
-
-
-def probe_all(modules: Iterable[str], workers: int) -> Mapping[str, ImportProbe]:
-    """Import every module, each in a process of its own, several at a time."""
-    names = sorted(set(modules))
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        return dict(zip(names, pool.map(probe, names), strict=True))
-
-
-def probe(module: str) -> ImportProbe:
-    """Import one module. A crash is a fault with its signal, a hang one with its time."""
-    command = [
-        sys.executable,
-        "-P",
-        "-W",
-        "ignore",
-        "-c",
-        _SCRIPT,
-        module,
-        _FACTS.get(module, "''"),
-        *_DEEPER.get(module, ()),
-    ]
-    try:
-        # this interpreter, and module names out of installed packages' metadata
-        run = subprocess.run(  # noqa: S603
-            command, capture_output=True, text=True, check=False, timeout=_TIMEOUT
-        )
-    except subprocess.TimeoutExpired:
-        return ImportProbe(module, f"importing it takes more than {_TIMEOUT:.0f} s", "")
-    if run.returncode == 0:
-        return ImportProbe(module, None, str(json.loads(run.stdout.splitlines()[-1])))
-    return ImportProbe(module, _fault(run.returncode, run.stderr), "")
-
-
-def _fault(code: int, stderr: str) -> str:
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    last = lines[-1][:300] if lines else "it says nothing"
-    if code < 0:
-        return f"importing it ends the process ({signal_name(code)}); {last}"
-    return last

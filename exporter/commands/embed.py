@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from msn_export import __version__
-from msn_export.artifact import Feed, feed_of
 from msn_export.cluster.cluster import LOCAL, RayExecutor, address_of, connected
 from msn_export.cluster.storage import list_sources
 from msn_export.embedding import outputs
@@ -17,6 +16,7 @@ from msn_export.embedding.inference import LocalExecutor, Reading, reading_of, r
 from msn_export.embedding.job import Embedded, EmbedJob, list_pictures
 from msn_export.embedding.outputs import START_OVER, Journal
 from msn_export.errors import ClusterError, ImageError, MsnExportError, SpecError
+from msn_export.feed import Feed, feed_of
 from msn_export.files import no_room_reported, placing, require_writable, staging
 from msn_export.host import peak_rss
 from msn_export.manifest import sha256_of
@@ -190,18 +190,17 @@ class EmbedRun:
         self.feed: Feed = feed_of(
             job.model.name,
             self.model.inputs,
-            self.model.manifest,
+            self.model.stated,
             preprocess=job.preprocess,
             exif=job.exif,
             size=job.image_size or job.model,
         )
-        manifest = self.model.manifest
-        self.labels = manifest.labels if manifest is not None else ()
+        self.labels = self.model.labels
         self.reading: Reading = reading_of(
             job.model.name,
             self.model.outputs,
             job.output_name,
-            manifest.scores if manifest is not None else None,
+            self.model.scores,
         )
         self.batch = job.batch or self.model.batch.opt
 

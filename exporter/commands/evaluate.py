@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from msn_export import __version__
-from msn_export.artifact import feed_of, is_checkpoint
+from msn_export.artifact import is_checkpoint
 from msn_export.commands.jobs import EvaluateJob
 from msn_export.embedding.accuracy import LabelledModel, OutputRows, run_labelled, vector_of
 from msn_export.embedding.inference import reading_of, require_selftest
 from msn_export.errors import ImageError, MissingPackageError, SpecError, ToleranceError
+from msn_export.feed import feed_of
 from msn_export.files import placing, require_writable, staging
 from msn_export.image_folder import notes_on
 from msn_export.images import read
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from msn_export.artifact import Feed
+    from msn_export.feed import Feed
     from msn_export.progress import Progress
 
 __all__ = ["EvaluateJob", "run_evaluate"]
@@ -117,7 +118,7 @@ class EvaluatedModel:
             self.feed = feed_of(
                 name,
                 runner.inputs,
-                runner.manifest,
+                runner.stated,
                 preprocess=job.preprocess,
                 exif=job.exif,
                 size=job.image_size or path,
@@ -137,8 +138,8 @@ class _CheckpointRunner:
     """A checkpoint in PyTorch on the CPU, with what the executor asks of a runner."""
 
     def __init__(self, job: EvaluateJob) -> None:
-        from msn_export.artifact import Feed
         from msn_export.compare.sides import preprocessing_of, sized
+        from msn_export.feed import Feed
         from msn_export.graph.torch_reference import TorchRunner
         from msn_export.models.checkpoint import load_checkpoint
 

@@ -28,7 +28,24 @@ from msn_export.spec import (
     Target,
     parse_bytes,
 )
+from msn_export.version_table import Client, table
 
+
+def _target_help() -> str:
+    """Name the form of each target, and the first onnxruntime and TensorRT that take it in fp16."""
+    lines = []
+    for target, form in _FORMS.items():
+        row = table()[target][Dtype.FP16]
+        runtime, tensorrt = row[Client.ONNXRUNTIME].least, row[Client.TENSORRT].least
+        lines.append(f"{target}: {form}; onnxruntime >= {runtime}, TensorRT >= {tensorrt}.")
+    return f"{' '.join(lines)} Versions for fp16; {TENSORRT_8} is portable's other name."
+
+
+_FORMS = {
+    Target.TENSORRT: "opset 23, 4-D Attention",
+    Target.ONNXRUNTIME: "the same with 3-D Attention",
+    Target.PORTABLE: "opset 17, plain attention",
+}
 TARGETS = (*(target.value for target in Target), TENSORRT_8)
 FIRST_BF16 = 22  # the first opset whose Conv takes bfloat16: onnx/onnx docs/Changelog.md, Conv-22
 _MEMORY = "bytes, as in 4GiB"
@@ -77,7 +94,7 @@ class OnnxJob(Job):
     image_size: Annotated[
         ImageSize | None, Opt("Interpolate the position embedding to this size.")
     ] = None
-    target: Annotated[Target, Opt("Form of attention and opset.", words=TARGETS)] = Target.TENSORRT
+    target: Annotated[Target, Opt(_target_help(), words=TARGETS)] = Target.TENSORRT
     preprocess: Annotated[
         str,
         options.preprocess(

@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,11 +57,12 @@ from msn_export.metrics.evaluate import (
 from msn_export.metrics.tolerances import BYTES_ROUNDING, GATES, ROUNDED_MARGIN
 from msn_export.mixed_precision import Fp32Islands, convert, cpu_runner
 from msn_export.models.checkpoint import Checkpoint, load_checkpoint
+from msn_export.onnx_header import GraphMetadata
 from msn_export.preprocessing import Preprocessing
 from msn_export.progress import SILENT, Progress
 from msn_export.runtime.onnxruntime import OrtRunner
-from msn_export.schema import to_json
-from msn_export.spec import Dtype, Head, InputFormat, Scores
+from msn_export.spec import Dtype, Head, InputFormat, Scores, Target
+from msn_export.version_table import Client, Row, least_versions, row_of
 
 __all__ = ["OnnxJob", "run_onnx"]  # the two that docs/python.md speaks of
 
@@ -235,7 +236,7 @@ def _write(
         with progress.step(f"type as {job.dtype}"):
             islands = convert(model, job.dtype, job.islands, sample, job.input_format, path.parent)
     model.producer_name, model.producer_version = "msn-export", __version__
-    model.metadata_props.update(_metadata(checkpoint, sample))
+    model.metadata_props.update(_metadata(job, checkpoint, sample))
     with progress.step("write and check the file"):
         io.save(model, path)
         io.check(path)
@@ -263,13 +264,12 @@ def _check_fp32(
         return add_baseline(rough, runner, job.input_format, margin=ROUNDED_MARGIN, fixed=fixed)
 
 
-def _metadata(checkpoint: Checkpoint, sample: Sample) -> dict[str, str]:
-    return {
-        "product": f"msn-export {__version__}",
-        "checkpoint": checkpoint.source,
-        "checkpoint_sha256": checkpoint.sha256,
-        "preprocessing": to_json(sample.preprocessing).strip(),
-    }
+def _metadata(job: OnnxJob, checkpoint: Checkpoint, sample: Sample) -> dict[str, str]:
+    own = GraphMetadata(
+        sample.preprocessing, checkpoint.config.labels, _scores(checkpoint), job.target, job.dtype
+    )
+    origin = {"checkpoint": checkpoint.source, "checkpoint_sha256": checkpoint.sha256}
+    return {**origin, **own.props()}
 
 
 def _evaluate_fp32(
@@ -331,6 +331,16 @@ def _scores(checkpoint: Checkpoint) -> Scores | None:
     return Scores.of(config.problem_type, len(config.labels)) if config.labels else None
 
 
+def _unbuildable(job: OnnxJob, row: Row) -> Iterator[str]:
+    """Warn of a graph for TensorRT that its own parser and builder do not build as they are."""
+    if job.target is Target.TENSORRT and row[Client.TENSORRT_RTX].least is None:
+        yield (
+            f"TensorRT's parser and builder alone do not build this {job.dtype} graph: its "
+            "Attention has no fused kernel in that type. msn-export trt builds it; for other "
+            "builders take --target portable, or --dtype fp16"
+        )
+
+
 def _describe(
     job: OnnxJob,
     checkpoint: Checkpoint,
@@ -340,7 +350,8 @@ def _describe(
 ) -> Manifest:
     form = job.target.attention
     heads = heads_of(tuple(one.name for one in built.summary.outputs))
-    graph = built.summary
+    graph, row = built.summary, row_of(job.target, job.dtype)
+    assert row is not None  # the table has a row for everything that a job may ask for
     return Manifest(
         kind="onnx",
         output=built.path.name,
@@ -364,8 +375,9 @@ def _describe(
         ),
         config=checkpoint.config.to_json(),
         islands=dict(built.islands.maxima),
+        least_versions=least_versions(row),
         simplified=built.simplified,
-        notes=sample.notes,
+        notes=(*sample.notes, *_unbuildable(job, row)),
         command=job.command,
         versions=versions_of(*PACKAGES),
     )

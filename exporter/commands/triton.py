@@ -17,10 +17,10 @@ from msn_export.triton_server.checks import Issue
 from msn_export.triton_server.config import Settings, from_text
 from msn_export.triton_server.lint import RTX, lint
 from msn_export.triton_server.model import (
+    RELEASES,
     Platform,
     Release,
     ServedArtifact,
-    for_onnx,
     for_tensorrt,
     parse_release,
     read_artifact,
@@ -218,7 +218,8 @@ def _unproved(artifact: ServedArtifact) -> str:
     """Name what nobody checked of an artifact; nothing where all was."""
     manifest, name = artifact.manifest, artifact.path.name
     if manifest is None:
-        return f"{name} has no manifest: nothing says what it is or whether it was checked"
+        what = "" if artifact.metadata is not None else "what it is or "
+        return f"{name} has no manifest: nothing says {what}whether it was checked"
     if manifest.check is None:
         return f"{name} was never compared with its source (--no-check)"
     if manifest.engine is not None and not manifest.engine.executed:
@@ -231,7 +232,7 @@ def _release(asked: str | None, artifact: ServedArtifact) -> Release:
         return parse_release(asked)
     if artifact.built_with is not None and not artifact.version_compatible:
         return for_tensorrt(artifact.built_with[1])
-    return for_onnx(artifact.opset or 0)
+    return RELEASES[0]  # the newest, whose onnxruntime takes the most
 
 
 def _preprocessing(job: TritonJob, artifact: ServedArtifact) -> Preprocessing:

@@ -11,7 +11,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from msn_export import baseline, image_folder
-from msn_export.artifact import Artifact, Feed
+from msn_export.artifact import Artifact
 from msn_export.commands.jobs import ValidateJob
 from msn_export.compare.sides import Pair, Validation, decide, heads_of, open_pair, open_side
 from msn_export.embedding.accuracy import (
@@ -23,6 +23,7 @@ from msn_export.embedding.accuracy import (
     run_labelled,
 )
 from msn_export.errors import GraphError, ImageError
+from msn_export.feed import Feed
 from msn_export.graph.fuse import attention_form
 from msn_export.image_folder import notes_on
 from msn_export.labelled import Labelled, read_labelled

@@ -22,11 +22,15 @@ from msn_export.manifest import Manifest, manifest_path
 from msn_export.preprocessing import Preprocessing
 from msn_export.schema import Result, from_plain
 from msn_export.spec import BatchRange, TensorSpec
+from msn_export.version_table import Row, in_words, least_versions
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Inspection(Result):
     """The facts of one artifact; None where the file does not tell. Sizes in bytes.
+
+    ``least_versions`` says of other runtimes the first version that takes a graph, as the version
+    table has it now; None: none does.
 
     ``described`` says whether a manifest vouches for the rest: only one whose hash is that of the
     file is believed; ``distrusted`` says why one is not. ``gemm_dtypes`` counts matrix products by
@@ -39,6 +43,7 @@ class Inspection(Result):
     sha256: str
     described: str
     runs_on: str
+    least_versions: dict[str, str | None] = field(default_factory=dict)
     made_by: str | None = None
     checkpoint: str | None = None
     command: str | None = None
@@ -93,11 +98,16 @@ def inspect_artifact(artifact: Artifact) -> Inspection:
     described = f"{name}, hash verified"
     if artifact.manifest is None:
         described = "no manifest: only what the file itself tells"
+        described += ", unsealed" if artifact.metadata is not None else ""
     if artifact.distrusted is not None:
         described = f"{name} is not believed: only what the file itself tells"
     facts = _from_manifest(artifact.manifest) if artifact.manifest is not None else {}
+    if artifact.metadata is not None:
+        facts["preprocessing"] = artifact.metadata.preprocessing
     if artifact.kind == "onnx":
-        runs_on = _runs_on_graph(artifact.summary.opset)
+        row = artifact.stated.row if artifact.stated is not None else None
+        runs_on = _runs_on_graph(artifact.summary.opset, row)
+        facts["least_versions"] = least_versions(row) if row is not None else {}
         facts = _of_graph(artifact, facts)
     else:
         header = read_header(artifact.path)
@@ -115,8 +125,10 @@ def _of_manifest(path: Path) -> Inspection:
     artifact = path.with_suffix("")
     manifest = manifests.read_unverified(path)
     described = "the manifest alone: its artifact is not beside it"
-    runs_on = _runs_on_engine(manifest) if manifest.engine else _runs_on_graph(manifest.opset)
+    row = manifest.row
+    runs_on = _runs_on_engine(manifest) if manifest.engine else _runs_on_graph(manifest.opset, row)
     facts = _from_manifest(manifest)
+    facts["least_versions"] = least_versions(row) if row is not None else {}
     return Inspection(
         artifact.name, manifest.kind, manifest.bytes, manifest.sha256, described, runs_on, **facts
     )
@@ -235,7 +247,9 @@ def _versions(manifest: Manifest) -> str:
     return ", ".join(f"{n} {v}" for n, v in manifest.versions.items() if n != "msn-export")
 
 
-def _runs_on_graph(opset: int) -> str:
+def _runs_on_graph(opset: int, row: Row | None) -> str:
+    if row is not None:
+        return in_words(row)
     return f"any onnxruntime and TensorRT whose parser knows opset {opset}"
 
 

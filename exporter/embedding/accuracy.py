@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from msn_export.artifact import Feed
+    from msn_export.feed import Feed
     from msn_export.labelled import Labelled
     from msn_export.manifest import AccuracyRecord
     from msn_export.metrics.evaluate import OutputsOf

@@ -15,6 +15,7 @@ from msn_export import __version__
 from msn_export.embedding.decode import Decoder, read
 from msn_export.errors import GraphError, SpecError, ToleranceError
 from msn_export.host import usable_cores
+from msn_export.manifest import Described
 from msn_export.runtime.runner import scores_of
 from msn_export.spec import Scores
 
@@ -23,10 +24,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from msn_export.artifact import Feed
     from msn_export.embedding.decode import Decoded
     from msn_export.embedding.job import Listing
+    from msn_export.feed import Feed
     from msn_export.manifest import Manifest
+    from msn_export.onnx_header import GraphMetadata
     from msn_export.runtime import Runner
     from msn_export.spec import BatchRange, ImageSize, TensorSpec
 
@@ -204,7 +206,7 @@ def _best_of(logits: NDArray[np.float64], scores: Scores | None) -> NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
-class OpenModel:
+class OpenModel(Described):
     """A model that is open, on this machine or on a worker with msn-export ``version``.
 
     ``name`` is what runs it and on what, ``selftest`` what came of its golden input there.
@@ -217,12 +219,14 @@ class OpenModel:
     batch: BatchRange
     selftest: str
     version: str = __version__
+    metadata: GraphMetadata | None = None
 
     @classmethod
     def of(cls, runner: Runner, selftest: str) -> OpenModel:
         return cls(
-            runner.name, runner.manifest, runner.inputs, runner.outputs, runner.batch, selftest
-        )
+            runner.name, runner.manifest, runner.inputs, runner.outputs, runner.batch, selftest,
+            metadata=runner.metadata,
+        )  # fmt: skip
 
 
 def require_selftest(runner: Runner, *, check: bool) -> str:

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from msn_export.errors import DeviceError, GraphError, InputError, MsnExportError, RunnerError
 from msn_export.host import find_driver
-from msn_export.manifest import Manifest
+from msn_export.manifest import Manifest, read_stated
+from msn_export.onnx_header import GraphMetadata, read_onnx_header
 from msn_export.runtime import dlpack
 from msn_export.runtime.dlpack import OF_ONNX, Borrowed, Tensor, finish, take_back
 from msn_export.runtime.providers import (
@@ -40,7 +41,8 @@ from msn_export.runtime.runner import (
     require_fit,
     split_batch,
 )
-from msn_export.spec import BatchRange, TensorSpec
+from msn_export.spec import BatchRange, Dtype, Target, TensorSpec
+from msn_export.version_table import Client, row_of
 
 # What onnxruntime's errors on its own Q/DQ passes name
 _QUANTISED = re.compile("float8|QLinear|QuantizeLinear|MatMulInteger")
@@ -67,7 +69,35 @@ def open_session(
     try:
         return _open(model, options, providers)
     except Exception as error:
-        raise GraphError(f"onnxruntime refuses {model.name}: {one_line(error)}") from error
+        too_old = _too_old(model, str(error))
+        refusal = f"onnxruntime refuses {model.name}: {one_line(error)}"
+        raise GraphError(too_old or refusal) from error
+
+
+# onnxruntime core/graph/model.cc, where it does not know a graph's opset
+_NEWEST = re.compile(r"Current official support for domain ai\.onnx is till opset (\d+)")
+
+
+def _too_old(model: Path, refusal: str) -> str | None:
+    """Name the onnxruntime that takes a graph this one is too old for; None where it is not."""
+    here = onnxruntime.__version__
+    stated = read_stated(model)
+    cell = stated.row[Client.ONNXRUNTIME] if stated is not None and stated.row else None
+    if cell is not None and cell.least is not None and not cell.takes(here):
+        portable = row_of(Target.PORTABLE, Dtype.FP32)
+        other = portable is not None and portable[Client.ONNXRUNTIME].takes(here)
+        instead = f", or export the model with --target portable, which {here} loads"
+        return (
+            f"{model.name} needs onnxruntime {cell.least} or later, and here is {here}; upgrade it"
+            f"{instead if other else ''}"
+        )
+    newest, opset = _NEWEST.search(refusal), read_onnx_header(model).opset
+    if newest is None or opset is None or opset <= int(newest[1]):
+        return None
+    return (
+        f"{model.name} is of opset {opset}, and onnxruntime {here} knows those to {newest[1]}; "
+        "install a later onnxruntime, or export it for an earlier opset"
+    )
 
 
 # With it no session is made that would run a node on the CPU, which onnxruntime else does silently
@@ -165,6 +195,7 @@ class OrtRunner(Runner):
         device: int | None = None,
         threads: int | None = None,
         manifest: Manifest | None = None,
+        metadata: GraphMetadata | None = None,
     ) -> None:
         chosen = choose(providers, device, available_providers(), find_driver())
         names = [name for name, _ in chosen]
@@ -183,6 +214,7 @@ class OrtRunner(Runner):
             inputs,
             tuple(spec_of(node) for node in self._session.get_outputs()),
             profiles_of(inputs[0], manifest),
+            metadata,
         )
         self._names = [spec.name for spec in self.outputs]
         self._through_numpy = all(

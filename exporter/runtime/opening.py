@@ -16,7 +16,8 @@ from typing import Any
 from msn_export import manifest as manifests
 from msn_export.errors import ManifestError, MissingPackageError, RunnerError
 from msn_export.host import Device, Driver, NoDriver, find_driver
-from msn_export.manifest import manifest_path
+from msn_export.manifest import Manifest, manifest_path
+from msn_export.onnx_header import GraphMetadata
 from msn_export.runtime.engine import VerifiedEngine, rebuild, verify_engine_file
 from msn_export.runtime.runner import Runner
 from msn_export.runtime.tensorrt import EngineHost, TrtRunner
@@ -39,7 +40,8 @@ def open_runner(  # noqa: PLR0913  each names one thing a service may have to ch
     An ``.onnx`` file runs in onnxruntime, an engine in the TensorRT that its manifest names.
 
     Args:
-        path: an ``.onnx`` file or an engine, with its manifest beside it.
+        path: an ``.onnx`` file or an engine, with its manifest beside it. Of a graph without one
+            labels and preprocessing are read from the file itself, which no hash seals.
         device: index of the GPU; by default the first that fits.
         providers: onnxruntime's, in order: ``cpu``, ``cuda``, ``tensorrt`` or in full. By default
             CUDA where a GPU is found, else the CPU. What is asked for and cannot be had is an
@@ -120,7 +122,9 @@ def require_whole(
 def _open_graph(
     file: Path, device: int | None, providers: Sequence[str] | None, threads: int | None
 ) -> Runner:
-    manifest = manifests.read(file)
+    stated = manifests.read_stated(file)
+    manifest = stated if isinstance(stated, Manifest) else None
+    metadata = stated if isinstance(stated, GraphMetadata) else None
     if manifest is not None and manifest.kind != "onnx":
         raise ManifestError(f"{manifest_path(file)} describes no graph; export {file} again")
     try:
@@ -129,7 +133,9 @@ def _open_graph(
         raise MissingPackageError(
             f"onnxruntime cannot be imported ({error}); pip install 'msn-export[ort]'"
         ) from error
-    return OrtRunner(file, providers, device=device, threads=threads, manifest=manifest)
+    return OrtRunner(
+        file, providers, device=device, threads=threads, manifest=manifest, metadata=metadata
+    )
 
 
 def require_device(engine: VerifiedEngine, driver: Driver | NoDriver, device: int | None) -> Device:

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msn_export.errors import InputError, ManifestError, RunnerError
-from msn_export.manifest import Manifest
+from msn_export.manifest import Described, Manifest
+from msn_export.onnx_header import GraphMetadata
 from msn_export.runtime.dlpack import OF_NUMPY, OF_ONNX, TensorType, has
 from msn_export.spec import BatchRange, InputFormat, Scores, TensorSpec
 
@@ -151,12 +152,13 @@ def top_k(
     ]
 
 
-class Runner(ABC):
+class Runner(Described, ABC):
     """An artifact that is loaded and runs; ``open_runner`` makes one.
 
-    Safe to share between threads. ``name`` says what runs it and on what; ``manifest`` is None
-    where there is none; ``inputs`` and ``outputs`` are the artifact's tensors, a dynamic batch
-    as a name; ``profiles`` are the batches it accepts.
+    Safe to share between threads. ``name`` says what runs it and on what. ``manifest`` is None
+    where there is none, and ``metadata`` then what a graph's own file says. ``inputs`` and
+    ``outputs`` are the artifact's tensors, a dynamic batch as a name. ``profiles`` are the batches
+    it accepts.
     """
 
     def __init__(
@@ -166,9 +168,11 @@ class Runner(ABC):
         inputs: tuple[TensorSpec, ...],
         outputs: tuple[TensorSpec, ...],
         profiles: tuple[BatchRange, ...],
+        metadata: GraphMetadata | None = None,
     ) -> None:
         self.name = name
         self.manifest = manifest
+        self.metadata = metadata
         self.inputs = inputs
         self.outputs = outputs
         self.profiles = profiles
@@ -212,13 +216,8 @@ class Runner(ABC):
     ) -> None:
         self.close()
 
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """The classifier's labels; empty where the artifact has none."""
-        return self.manifest.labels if self.manifest is not None else ()
-
     def preprocess(self, images: Picture | Iterable[Picture]) -> NDArray[Any]:
-        """Turn pictures into a batch, as the manifest says.
+        """Turn pictures into a batch, as the manifest says, else the graph's own file.
 
         Args:
             images: one or several: files, Pillow images, or uint8 [h, w, 3] in RGB (OpenCV's
@@ -229,9 +228,9 @@ class Runner(ABC):
 
         Raises:
             ImageError: a picture cannot be read (it is named), or there is none.
-            ManifestError: there is no manifest to say how.
+            ManifestError: nothing says how.
         """
-        preprocessing = self.manifest.preprocessing if self.manifest is not None else None
+        preprocessing = self.stated.preprocessing if self.stated is not None else None
         if preprocessing is None:
             raise ManifestError(
                 "there is no manifest that says how pictures are preprocessed; keep the artifact's "
@@ -249,11 +248,6 @@ class Runner(ABC):
         first = images[0] if isinstance(images, list | tuple) and images else images
         is_picture = isinstance(first, str | os.PathLike) or has(first, "getexif")
         return self.preprocess(images) if is_picture else images
-
-    @property
-    def scores(self) -> Scores | None:
-        """Kind of scores that logits become; None decides by the number of classes."""
-        return self.manifest.scores if self.manifest is not None else None
 
     def top_k(self, logits: Any, k: int = 5) -> list[list[Guess]]:
         """Give the ``k`` best labels of each image, the best first.

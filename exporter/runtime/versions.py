@@ -12,12 +12,12 @@ annotates counts like a variable. tests/runtime/test_tensorrt_bindings.py looks 
 
 import importlib
 import importlib.util
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 from msn_export.errors import MissingPackageError, RunnerError
+from msn_export.version_table import numbers
 
 TensorRT: TypeAlias = Any  # the module: tensorrt, tensorrt_lean or tensorrt_rtx
 CudaDriver: TypeAlias = Any  # the module cuda.bindings.driver
@@ -199,12 +199,6 @@ def row_for(module: str, version: str) -> TensorRTVersion | None:
         return None
     rows = [row for row in VERSIONS if row.module == module and row.since <= found]
     return max(rows, key=lambda row: row.since, default=None)
-
-
-def numbers(version: str) -> tuple[int, ...]:
-    """Read the numbers a version begins with: ``10.16.1.11`` is (10, 16, 1, 11)."""
-    match = re.match(r"\d+(?:\.\d+)*", version)
-    return tuple(int(part) for part in match[0].split(".")) if match else ()
 
 
 def may_run(loaded: LoadedTensorRT, built: str, *, compatible: bool) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from msn_export.errors import MsnExportError, SpecError
-from msn_export.spec import TensorSpec
+from msn_export.spec import Dtype, TensorSpec
 from msn_export.triton_server.checks import (
     Findings,
     Issue,
@@ -29,11 +29,14 @@ from msn_export.triton_server.model import (
     first_uncovered,
     for_tensorrt,
     parse_release,
-    runs_opset,
     same_tensorrt,
+    takes,
 )
+from msn_export.version_table import Client
 
 CONFIG = "config.pbtxt"
+# Types that nobody serves on a CPU; the version table says what onnxruntime does there
+_FOR_GPUS = frozenset({Dtype.BF16, Dtype.FP8})
 VARIANTS = "configs"
 LARGEST_CONFIG = 2**20  # bytes
 
@@ -289,16 +292,13 @@ def _check_release(subject: ModelUnderLint, artifact: ServedArtifact, file: str)
             yield file, RTX.format(version=version)
         elif release is not None and not artifact.version_compatible:
             yield from _check_tensorrt(subject, version, file)
-    elif (
-        artifact.opset is not None
-        and release is not None
-        and runs_opset(release, artifact.opset) is False
-    ):
-        yield (
-            file,
-            f"opset {artifact.opset} needs onnxruntime 1.23, and Triton {release.name} has "
-            f"{release.onnxruntime}; use a later one",
-        )
+    elif artifact.row is not None and release is not None and takes(release, artifact.row) is False:
+        cell, has = artifact.row[Client.ONNXRUNTIME], f"{release.name} has {release.onnxruntime}"
+        needs = f"onnxruntime {cell.least or f'after {cell.newest}'}, and Triton {has}"
+        if artifact.stated is not None and artifact.stated.dtype in _FOR_GPUS:
+            yield Note(file, f"on a CPU it needs {needs}")
+        else:
+            yield file, f"it needs {needs}; use a later release"
 
 
 def _check_tensorrt(subject: ModelUnderLint, version: str, file: str) -> Findings:

@@ -13,7 +13,7 @@ Sources, one row a container ``nvcr.io/nvidia/tritonserver:XX.YY-py3``:
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -24,11 +24,14 @@ from msn_export import manifest as manifests
 from msn_export.engine_header import read_header
 from msn_export.errors import GraphError, ManifestError, SpecError
 from msn_export.graph import io
+from msn_export.graph.precision import graph_dtype
 from msn_export.graph.simplify import fix_image_size
 from msn_export.graph.summary import tensor_specs
-from msn_export.manifest import Manifest
+from msn_export.manifest import Described, Manifest
+from msn_export.onnx_header import UNSEALED, GraphMetadata
 from msn_export.preprocessing import Preprocessing
 from msn_export.spec import BatchRange, ImageSize, InputFormat, Targets, TensorSpec
+from msn_export.version_table import Client, Row, numbers, row_by_opset
 
 LOGITS = "logits"
 
@@ -50,11 +53,12 @@ class Platform(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class ServedArtifact:
+class ServedArtifact(Described):
     """A file that is served; ``inputs`` and ``outputs`` are empty where they are not known.
 
     ``built_with`` names the TensorRT of an engine as (flavour, version), ``weights`` the files
-    beside an ONNX file that hold its weights. ``notes`` say what had to be decided.
+    beside an ONNX file that hold its weights. ``notes`` say what had to be decided. ``row`` is the
+    row of the version table that a graph is in, None where no row is like it.
     """
 
     path: Path
@@ -64,9 +68,10 @@ class ServedArtifact:
     profiles: tuple[BatchRange, ...] = ()
     manifest: Manifest | None = None
     weights: tuple[Path, ...] = ()
-    opset: int | None = None
     built_with: tuple[str, str] | None = None
     notes: tuple[str, ...] = ()
+    metadata: GraphMetadata | None = None
+    row: Row | None = None
 
     @property
     def fixed_batch(self) -> int | None:
@@ -96,12 +101,8 @@ class ServedArtifact:
         return bool(engine and engine.options.get("version_compatible"))
 
     @property
-    def labels(self) -> tuple[str, ...]:
-        return self.manifest.labels if self.manifest else ()
-
-    @property
     def preprocessing(self) -> Preprocessing | None:
-        return self.manifest.preprocessing if self.manifest else None
+        return self.stated.preprocessing if self.stated else None
 
     @property
     def image(self) -> tuple[ImageSize, int] | None:
@@ -165,12 +166,13 @@ def read_artifact(path: Path, platform: Platform | None = None) -> ServedArtifac
     )
 
 
-def _read_onnx(path: Path, manifest: manifests.Manifest | None) -> ServedArtifact:
+def _read_onnx(path: Path, manifest: Manifest | None) -> ServedArtifact:
     model = io.load(path)
+    metadata = GraphMetadata.of(path) if manifest is None else None
     size = None if manifest is not None else fix_image_size(model)
     weights = model.graph.initializers
     inputs = [value for value in model.graph.inputs if value.name not in weights]
-    return ServedArtifact(
+    served = ServedArtifact(
         path,
         Platform.ONNX,
         tensor_specs(inputs),
@@ -178,14 +180,28 @@ def _read_onnx(path: Path, manifest: manifests.Manifest | None) -> ServedArtifac
         manifest.profiles if manifest else (),
         manifest,
         () if manifest else _weight_files(path),  # our own graphs have no weights beside them
-        model.graph.opset_imports.get("", 0),
-        notes=()
-        if size is None
-        else (
-            f"{path.name}: its image size was dynamic, and is {size} as its position embedding has "
-            "it",
-        ),
+        notes=tuple(_notes(path.name, size, metadata)),
+        metadata=metadata,
+        row=_row(model, manifest or metadata),
     )
+    if metadata is not None and served.image is not None:
+        metadata.require_fit(*served.image, path.name)
+    return served
+
+
+def _row(model: ir.Model, stated: Manifest | GraphMetadata | None) -> Row | None:
+    if stated is not None:
+        return stated.row
+    return row_by_opset(model.graph.opset_imports.get("", 0), graph_dtype(model))
+
+
+def _notes(name: str, size: ImageSize | None, metadata: GraphMetadata | None) -> Iterator[str]:
+    if metadata is not None:
+        yield f"{name}: {UNSEALED}"
+    if size is not None:
+        yield (
+            f"{name}: its image size was dynamic, and is {size} as its position embedding has it"
+        )
 
 
 def _weight_files(path: Path) -> tuple[Path, ...]:
@@ -242,11 +258,6 @@ RELEASES = tuple(
         ("24.04", "8.6.3", "1.17.3"),
     )
 )
-# microsoft/onnxruntime pull request 25156 (label release:1.23.0) brought Attention's CPU kernel;
-# 27542 (March 2026, after 1.24) today's CUDA kernels: before it a GPU may run Attention on the CPU.
-ATTENTION_OPSET = 23
-ATTENTION_SINCE = (1, 23)
-ATTENTION_CUDA_SINCE = (1, 25)
 
 
 def parse_release(text: str) -> Release:
@@ -273,26 +284,13 @@ def for_tensorrt(version: str) -> Release:
     )
 
 
-def for_onnx(opset: int) -> Release:
-    """Choose the release for a graph of an opset: the newest, whose onnxruntime knows the most."""
-    return next(release for release in RELEASES if runs_opset(release, opset) is not False)
-
-
-def runs_opset(release: Release, opset: int) -> bool | None:
-    """True where a release's onnxruntime runs a graph of an opset; None where it is not known."""
-    if opset < ATTENTION_OPSET:
-        return True
-    if release.onnxruntime is None:
+def takes(release: Release, row: Row | None) -> bool | None:
+    """True where a release's onnxruntime takes a row's graphs; None where it is not known."""
+    if row is None or release.onnxruntime is None:
         return None
-    return numbers(release.onnxruntime)[:2] >= ATTENTION_SINCE
+    return row[Client.ONNXRUNTIME].takes(release.onnxruntime)
 
 
 def same_tensorrt(one: str | None, other: str | None) -> bool:
     """Compare two versions as far as a plan's loadability goes: major, minor and patch."""
     return bool(one and other) and numbers(one)[:3] == numbers(other)[:3]
-
-
-def numbers(version: str | None) -> tuple[int, ...]:
-    """Read the numbers a version begins with: ``10.13.3.9.post1`` is (10, 13, 3, 9)."""
-    match = re.match(r"[0-9]+(\.[0-9]+)*", version or "")
-    return tuple(int(part) for part in match[0].split(".")[:4]) if match else ()

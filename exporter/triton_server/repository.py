@@ -29,14 +29,8 @@ from msn_export.triton_server.config import (
     to_text,
 )
 from msn_export.triton_server.lint import CONFIG, VARIANTS
-from msn_export.triton_server.model import (
-    ATTENTION_CUDA_SINCE,
-    ATTENTION_OPSET,
-    LOGITS,
-    Platform,
-    ServedArtifact,
-    numbers,
-)
+from msn_export.triton_server.model import LOGITS, Platform, ServedArtifact
+from msn_export.version_table import Client, numbers
 
 HEADER = "Written by msn-export triton; msn-export triton --lint checks it after a change."
 
@@ -321,8 +315,8 @@ def _start(served: Served) -> list[str]:
             "With `--model-config-name=gpu` the model loads on a GPU or not at all, where it would "
             "quietly run on the CPU otherwise.",
         ]
-        early = numbers(release.onnxruntime)[:2] < ATTENTION_CUDA_SINCE
-        if release.onnxruntime and early and (artifact.opset or 0) >= ATTENTION_OPSET:
+        since = artifact.row[Client.ONNXRUNTIME].attention_on_cuda if artifact.row else None
+        if release.onnxruntime and since and numbers(release.onnxruntime) < numbers(since):
             lines.append("Its CUDA provider may run Attention on the CPU; later releases do not.")
     return [
         *lines, "", "Ready when this answers 200:", "", "```sh",
@@ -383,7 +377,8 @@ def _preprocessing(served: Served, imports: list[str]) -> list[str]:
     """Write the client's lines that say how pictures are made into the model's input."""
     artifact, preprocessing = served.first, served.preprocessing
     file = f"{served.repository.name}/{served.name}/{served.file_of(artifact)}"
-    read = [f'known = manifest.read(Path("{file}"))'] if artifact.manifest is not None else []
+    call = "read" if artifact.manifest is not None else "read_stated"
+    read = [f'known = manifest.{call}(Path("{file}"))'] if artifact.stated is not None else []
     if preprocessing is not None and preprocessing == artifact.preprocessing:
         first = ["from msn_export import images, manifest", *imports]
         return [*first, "", *read, "made = known.preprocessing"]

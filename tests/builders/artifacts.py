@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from click.testing import CliRunner
 
@@ -14,6 +15,7 @@ from msn_export.cli import main
 from msn_export.commands import trt
 from msn_export.compare import sides
 from msn_export.host import Driver, NoDriver, find_driver
+from msn_export.manifest import Manifest
 from msn_export.runtime import opening
 from msn_export.runtime.versions import LoadedTensorRT
 from tests.builders.checkpoints import hugging_face, processor
@@ -61,6 +63,18 @@ def copy_of(artifact: Path, folder: Path) -> Path:
     return folder / artifact.name
 
 
+def alone(artifact: Path, path: Path, **props: str) -> Path:
+    """Copy a graph without its manifest; ``props`` are the only metadata in it, if there are any.
+
+    ``product=""`` is a graph that does not say that it is ours.
+    """
+    model = onnx.load(artifact)
+    if props:
+        onnx.helper.set_model_props(model, props)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
 def pretend(
     monkeypatch: pytest.MonkeyPatch,
     contexts: str,
@@ -98,10 +112,23 @@ def found(monkeypatch: pytest.MonkeyPatch, driver: Driver | NoDriver) -> None:
 
 
 def rewrite(artifact: Path, **changes: object) -> None:
-    """Change a manifest and seal it again."""
+    """Change a manifest, and in a graph's file what that says too."""
     known = manifest.read(artifact)
     assert known is not None
-    manifest.manifest_path(artifact).write_text(manifest.seal(replace(known, **changes)))
+    seal_over(artifact, replace(known, **changes))
+
+
+def seal_over(artifact: Path, known: Manifest) -> None:
+    """Describe a file by a manifest whose size and hash are made the file's; a graph's says so."""
+    if artifact.suffix == ".onnx":
+        model = onnx.load(artifact)
+        if any(prop.key == "product" for prop in model.metadata_props):
+            props = {prop.key: prop.value for prop in model.metadata_props}
+            onnx.helper.set_model_props(model, {**props, **known.metadata.props()})
+            artifact.write_bytes(model.SerializeToString(deterministic=True))
+    size, digest = artifact.stat().st_size, manifest.sha256_of(artifact)
+    sealed = manifest.seal(replace(known, output=artifact.name, sha256=digest, bytes=size))
+    manifest.manifest_path(artifact).write_text(sealed)
 
 
 def foreign(folder: Path, network: Network, version: str = "11.4.0.106") -> Path:

@@ -55,9 +55,10 @@ def graph(
     profile: BatchRange | None = None,
     manifest: bool = True,
     opset: int = 17,
+    dtype: Dtype = Dtype.FP32,
     scale: float = 1.0,
 ) -> Path:
-    """Write an ONNX classifier of 8x8 images and its manifest."""
+    """Write an ONNX classifier of 8x8 images and its manifest, which says that it is ``dtype``."""
     source, cast = CASTS[input_format]
     text = GRAPH.format(input=source.format(batch=batch), batch=batch, cast=cast)
     model = onnx.parser.parse_model(text.replace('"" : 17', f'"" : {opset}'))
@@ -67,7 +68,8 @@ def graph(
     path.write_bytes(model.SerializeToString())
     fixed = BatchRange(batch, batch, batch) if isinstance(batch, int) else BatchRange(1, 4, 16)
     if manifest:
-        describe(path, "onnx", input_format, batch, (profile or fixed,), labels, opset=opset)
+        named = {"opset": opset, "dtype": dtype}
+        describe(path, "onnx", input_format, batch, (profile or fixed,), labels, **named)
     return path
 
 
@@ -114,8 +116,10 @@ def describe(
     *,
     engine: EngineRecord | None = None,
     opset: int = 17,
+    dtype: Dtype = Dtype.FP32,
 ) -> None:
     """Write the sealed manifest of a file."""
+    on_cpu = "onnxruntime" if opset > 17 else "portable"
     shape = (batch, 3, SIZE, SIZE) if input_format == "float" else (batch, SIZE, SIZE, 3)
     name = "pixel_values" if input_format == "float" else "images"
     manifest = Manifest(
@@ -123,7 +127,7 @@ def describe(
         output=path.name,
         sha256=sha256_of(path),
         bytes=path.stat().st_size,
-        dtype=Dtype.FP32,
+        dtype=dtype,
         inputs=(TensorSpec(name, input_format, shape),),
         outputs=(
             TensorSpec("logits", "float", (batch, 3)),
@@ -136,7 +140,7 @@ def describe(
         attention=AttentionRecord(0, 0, "none"),
         check=None,
         opset=opset,
-        target=engine.backend if engine else "onnxruntime",
+        target=engine.backend if engine else on_cpu,
         labels=labels,
         engine=engine,
     )

@@ -18,7 +18,7 @@ FP8 = replace(INT8, dtype=Dtype.FP8)
 def graph(target: str | None, opset: int = 23) -> SimpleNamespace:
     """A graph as its manifest describes it; ``target`` None has no manifest."""
     manifest = None if target is None else SimpleNamespace(target=target)
-    return SimpleNamespace(manifest=manifest, opset=opset)
+    return SimpleNamespace(stated=manifest, opset=opset)
 
 
 @pytest.mark.parametrize(

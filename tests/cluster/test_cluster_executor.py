@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from msn_export import runtime
-from msn_export.artifact import feed_of
 from msn_export.cluster.cluster import Node, RayExecutor
 from msn_export.cluster.storage import list_sources
 from msn_export.embedding.inference import LocalExecutor, reading_of
 from msn_export.embedding.job import EmbedJob
 from msn_export.errors import DeviceError
+from msn_export.feed import feed_of
 from tests.builders.tiny_artifacts import classifier, pictures
 
 COUNT, BATCH = 6, 4

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from msn_export import __version__, runtime
-from msn_export.artifact import feed_of
 from msn_export.cluster import cluster
 from msn_export.cluster.cluster import Embedder, Opening, Reader, explore, require_same
 from msn_export.cluster.storage import decode_pixels, decode_rows, list_sources, pack
 from msn_export.embedding.inference import LocalExecutor, reading_of
 from msn_export.errors import ClusterError, RunnerError, ToleranceError
+from msn_export.feed import feed_of
 from tests.builders.tiny_artifacts import classifier, pictures
 
 COUNT, BATCH = 6, 4

@@ -1,19 +1,23 @@
 """What is installed is read off metadata, and what works is proved by an import."""
 
 import importlib.metadata
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
 
+from msn_export.cli.commands import _graphs
 from msn_export.commands import doctor
 from msn_export.commands.doctor import (
     ImportProbe,
     module_of,
     modules_of,
-    probe,
     requirements_by_extra,
     wanted_packages,
 )
+from msn_export.spec import Dtype, Target
+from msn_export.version_table import Client, table
 from tests.fakes.installed import install
 
 
@@ -73,25 +77,23 @@ def test_an_onnxruntime_with_its_cuda_provider_as_a_plugin_stands_in(
     assert state.detail == f"onnxruntime{with_it} in its place; cpu"
 
 
-@pytest.mark.parametrize(
-    ("code", "fault"),
-    [
-        ("", None),
-        ("raise ImportError('no luck')", "ImportError: no luck"),
-        ("import os; os.abort()", "importing it ends the process (SIGABRT)"),
-        ("import sys; sys.exit(3)", "it says nothing"),
-        ("print('hello'); import sys; print('noise', file=sys.stderr)", None),
-    ],
-)
-def test_a_probe_survives_whatever_a_module_does(code, fault, tmp_path, monkeypatch) -> None:
-    (tmp_path / "suspect.py").write_text(code)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    found = probe("suspect")
-    assert found.fault is None if fault is None else found.fault.startswith(fault)
+def test_an_installed_runtime_is_compared_with_the_version_table(monkeypatch) -> None:
+    versions = {"onnxruntime": "1.23.2", "openvino": "9999.0"}
+    installed = {name: SimpleNamespace(version=version) for name, version in versions.items()}
+    monkeypatch.setattr(doctor, "_installed", installed.get)
+    old, new = doctor.graph_support()
+    assert (old.client, old.version) == ("onnxruntime", "1.23.2")
+    assert {"portable int8", "tensorrt fp16"} <= set(old.takes)
+    cell = table()[Target.TENSORRT][Dtype.INT8][Client.ONNXRUNTIME]
+    assert old.refuses["tensorrt int8"] == cell.least
+    assert old.refuses["tensorrt bf16"] is None
+    assert (new.client, new.refuses) == ("OpenVINO", {})
 
 
-def test_a_probe_that_hangs_is_given_up(tmp_path, monkeypatch) -> None:
-    (tmp_path / "suspect.py").write_text("import time; time.sleep(60)")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr("msn_export.commands.doctor._TIMEOUT", 0.5)
-    assert "takes more than" in (probe("suspect").fault or "")
+def test_the_doctor_says_what_this_onnxruntime_does_not_load() -> None:
+    (ours,) = [one for one in doctor.graph_support() if one.client == "onnxruntime"]
+    rows = {f"{target} {dtype}": row for target, of in table().items() for dtype, row in of.items()}
+    assert {*ours.takes, *ours.refuses} == rows.keys()
+    assert all(rows[name][Client.ONNXRUNTIME].takes(ours.version) for name in ours.takes)
+    assert "tensorrt bf16 (no version)" in _graphs(ours)
+    assert _graphs(replace(ours, refuses={})) == "every graph that is written here"

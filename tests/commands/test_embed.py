@@ -21,10 +21,12 @@ from msn_export.commands.jobs import OnnxJob
 from msn_export.commands.onnx import run_onnx
 from msn_export.embedding.inference import Rows
 from msn_export.embedding.outputs import Journal
+from msn_export.onnx_header import UNSEALED
 from msn_export.preprocessing import assumed
 from msn_export.runtime import Runner, open_runner
 from msn_export.schema import from_plain
 from msn_export.spec import ImageSize
+from tests.builders.artifacts import alone
 from tests.builders.checkpoints import hugging_face
 from tests.builders.embeds import BROKEN, COUNT, embed, is_broken, lines_of, names
 from tests.builders.tiny_artifacts import classifier, foreign, pictures
@@ -314,11 +316,22 @@ def test_phone_pictures_hidden_ones_and_what_cannot_be_read_are_counted(model, t
     assert json.loads(metadata)["skipped"] == skipped
 
 
+def test_a_graph_without_its_manifest_is_read_as_its_own_file_says(model, tmp_path) -> None:
+    lone, folder = alone(model, tmp_path / "lone.onnx"), pictures(tmp_path / "pictures", 5)
+    assert embed(model, folder, tmp_path / "sealed.parquet").exit_code == 0
+    result = embed(lone, folder, tmp_path / "lone.parquet", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["notes"][0] == UNSEALED
+    rows, sealed = (parquet.read_table(tmp_path / f"{n}.parquet") for n in ("lone", "sealed"))
+    assert rows == sealed  # the labels' names too
+
+
 def test_a_manifest_without_exif_is_of_a_model_whose_pictures_were_not_turned(
     model, tmp_path
 ) -> None:
-    copy = Path(shutil.copy(model, tmp_path / "old.onnx"))
+    copy = alone(model, tmp_path / "old.onnx", product="")  # nor did files say it themselves
     plain = json.loads(manifest.manifest_path(model).read_text())
+    plain |= {"bytes": copy.stat().st_size, "sha256": manifest.sha256_of(copy)}
     assert plain["preprocessing"].pop("exif") == "apply"
     del plain["seal"], plain["preprocessing"]["assumed"], plain["preprocessing"]["squash"]
     known = from_plain(manifest.Manifest, plain, "old")

@@ -15,8 +15,10 @@ from msn_export.commands import evaluate
 from msn_export.commands.evaluate import EvaluateJob, run_evaluate
 from msn_export.errors import ImageError, MsnExportError
 from msn_export.metrics.accuracy import votes
+from msn_export.onnx_header import UNSEALED
 from msn_export.runtime import open_runner
 from tests.builders import tiny_artifacts
+from tests.builders.artifacts import alone
 from tests.builders.pages import read
 from tests.builders.tiny_artifacts import predicted
 
@@ -68,6 +70,16 @@ def test_top_1_is_what_the_runner_says(graph, labelled) -> None:
     assert found.knn is None
     assert found.selftest.startswith("selftest passed")
     assert "12 images say little: see the interval" in found.notes
+
+
+def test_a_graph_without_its_manifest_is_judged_as_its_own_file_says(
+    graph, labelled, tmp_path
+) -> None:
+    found = run_evaluate(EvaluateJob(alone(graph, tmp_path / "lone.onnx"), labelled))
+    sealed = run_evaluate(EvaluateJob(graph, labelled))
+    assert (found.top1, found.classes) == (sealed.top1, sealed.classes)
+    assert UNSEALED in found.notes
+    assert UNSEALED not in sealed.notes
 
 
 def test_a_checkpoint_and_its_graph_are_right_equally_often(graph, labelled) -> None:

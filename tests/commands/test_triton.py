@@ -10,7 +10,10 @@ import onnx
 import pytest
 
 from msn_export import image_folder, images, manifest
+from msn_export.commands.triton import run_lint
+from msn_export.onnx_header import UNSEALED
 from msn_export.triton_server import config as messages
+from tests.builders.artifacts import alone, classifier
 from tests.builders.triton_artifacts import GRAPH, LABELS, graph, plan
 from tests.builders.triton_runs import config_of, invoke, refused
 
@@ -243,6 +246,19 @@ def test_a_failure_on_the_way_in_leaves_the_repository_as_it_was(tmp_path, monke
 def test_a_name_is_a_folders(name, message, tmp_path) -> None:
     path = graph(tmp_path / "m.onnx")
     assert message in refused(path, "-o", tmp_path / "repo", "--name", name or "-")
+
+
+def test_a_graph_without_its_manifest_is_served_as_its_own_file_says(tmp_path) -> None:
+    lone = alone(classifier(), tmp_path / "lone.onnx")
+    result = invoke(lone, "-o", tmp_path / "repo", "--name", "cats", "--ensemble", "--json")
+    assert result.exit_code == 0, result.output
+    notes = json.loads(result.stdout)["notes"]
+    assert "lone.onnx has no manifest: nothing says whether it was checked" in notes
+    assert f"lone.onnx: {UNSEALED}" in notes
+    assert (tmp_path / "repo/cats/labels.txt").read_text() == "class 0\nclass 1\nclass 2\n"
+    readme = (tmp_path / "repo/cats/README.md").read_text()
+    assert 'known = manifest.read_stated(Path("repo/cats/1/model.onnx"))' in readme
+    assert not [issue for issue in run_lint(tmp_path / "repo", None) if issue.level == "wrong"]
 
 
 def test_an_artifact_its_manifest_does_not_describe_is_refused(tmp_path) -> None:

@@ -15,9 +15,11 @@ from PIL import Image
 from msn_export import manifest
 from msn_export.cli import main
 from msn_export.graph import io
+from msn_export.onnx_header import UNSEALED
 from msn_export.preprocessing import assumed
 from msn_export.runtime import open_runner
 from msn_export.spec import ImageSize
+from tests.builders.artifacts import alone as without_manifest
 from tests.builders.artifacts import classifier, copy_of, engine, no_driver, pretend
 from tests.builders.checkpoints import hugging_face
 from tests.builders.networks import Network
@@ -334,6 +336,14 @@ def test_a_graph_that_is_not_the_one_its_manifest_describes_is_refused(tmp_path)
     faults.edit(model, "classifier.bias", lambda bias: bias + 1)
     io.save(model, copy)
     assert "is not the file" in refused(checkpoint(), copy)
+
+
+def test_a_graph_without_its_manifest_is_fed_as_its_own_file_says(tmp_path) -> None:
+    lone = without_manifest(classifier(), tmp_path / "lone.onnx")
+    found = told(lone, classifier())
+    assert found["passed"]
+    assert f"{lone.name}: {UNSEALED}" in found["notes"]
+    assert not any("assumed" in note for note in found["notes"])
 
 
 def test_a_batch_that_memory_does_not_afford_is_refused(monkeypatch) -> None:

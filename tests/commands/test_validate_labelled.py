@@ -15,6 +15,7 @@ from PIL import Image
 import msn_export
 from msn_export.cli import main
 from msn_export.embedding import accuracy
+from tests.builders.artifacts import alone
 from tests.builders.tiny_artifacts import classifier, foreign, predicted
 from tests.contracts import faults
 
@@ -201,7 +202,7 @@ def test_an_answer_that_is_no_number_fails(graph, labelled, tmp_path) -> None:
 
 def test_a_side_without_names_takes_the_others(graph, labelled) -> None:
     nameless = graph.with_name("nameless.onnx")
-    shutil.copy(graph, nameless)
+    alone(graph, nameless, product="")
     found = told(graph, nameless, "--labelled", labelled, *LOOSE)
     assert found["check"]["accuracy"]["candidate"]["top1"] == 37 / 40
     assert refused(nameless, nameless, "--labelled", labelled) == (

@@ -13,7 +13,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from msn_export import manifest
 from msn_export.graph import io
 from msn_export.graph.builder import GraphBuilder, replace
-from msn_export.manifest import Manifest, sha256_of
+from msn_export.manifest import Manifest
+from tests.builders.artifacts import seal_over
 
 Weights = NDArray[np.float32]
 BLOCK = 3  # of 6: neither the first, whose variance is small, nor the last
@@ -362,8 +363,5 @@ def describe(source: Path, target: Path, **changes: object) -> Path:
         target.write_bytes(source.read_bytes())
     known = manifest.read(source)
     assert isinstance(known, Manifest)
-    changed = dataclasses.replace(
-        known, output=target.name, sha256=sha256_of(target), bytes=target.stat().st_size, **changes
-    )
-    manifest.manifest_path(target).write_text(manifest.seal(changed))
+    seal_over(target, dataclasses.replace(known, **changes))
     return target

@@ -17,12 +17,12 @@ PACKAGE = Path(msn_export.__file__).parent
 # from the bottom up: folders and the modules beside them; each may import those before it, in its
 # functions too
 ORDER = (
-    "errors", "spec", "progress", "schema", "host", "preprocessing", "fit_record", "manifest",
-    "files", "images", "picture_table", "image_folder", "labelled", "engine_header", "golden",
-    "models", "processor_config", "options", "metrics", "logistic_regression", "graph",
-    "runtime", "mixed_precision", "artifact", "engine", "benchmark", "calibration", "baseline",
-    "compare", "reporting", "embedding", "cluster", "triton_server", "commands", "cli", "api",
-    "__main__",
+    "errors", "spec", "progress", "schema", "host", "preprocessing", "fit_record",
+    "version_table", "onnx_header", "manifest", "files", "images", "picture_table",
+    "image_folder", "labelled", "engine_header", "golden", "models", "processor_config", "options", "metrics",
+    "logistic_regression", "graph", "runtime", "mixed_precision", "feed", "artifact", "engine",
+    "benchmark", "calibration", "baseline", "compare", "reporting", "embedding", "cluster",
+    "triton_server", "commands", "cli", "api", "__main__",
 )  # fmt: skip
 HEAVY = frozenset(
     {"torch", "onnx", "onnx_ir", "onnxscript", "onnxsim", "onnxruntime", "transformers",
@@ -205,7 +205,13 @@ def test_help_loads_no_framework() -> None:
 
 
 TESTS = Path(__file__).parent.parent
-APART = {"builders", "contracts", "fakes", "gpu"}  # folders of tests that mirror no folder
+APART = {
+    "builders",
+    "clients",
+    "contracts",
+    "fakes",
+    "gpu",
+}  # folders of tests that mirror no folder
 
 
 def test_tests_mirror_the_tree() -> None:

@@ -264,7 +264,7 @@ def test_bombs_and_deep_pictures_are_named_counted_and_skipped(tiny, tmp_path, o
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
     assert told["check"]["images"] == 2
-    assumed, *notes = told["notes"]
+    assumed, *notes, builder = told["notes"]
     assert assumed.startswith("preprocessing hf was assumed")
     assert [note.split(" is not a readable picture")[0] for note in notes] == [
         f"skipped: {folder / name}" for name in ("bomb.png", "caf\ufffd.png", "deep.png")
@@ -273,7 +273,7 @@ def test_bombs_and_deep_pictures_are_named_counted_and_skipped(tiny, tmp_path, o
     assert "it has more than 8 bits a channel" in notes[2]
     written = manifest.read(outputs / "m.onnx")
     assert written is not None
-    assert list(written.notes) == [assumed, *notes]
+    assert list(written.notes) == [assumed, *notes, builder]
 
 
 def test_nothing_but_bombs_is_an_error(tiny, tmp_path, outputs) -> None:

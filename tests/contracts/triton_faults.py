@@ -13,7 +13,7 @@ from typing import Literal
 
 from msn_export.commands.triton import TritonJob, run_triton
 from msn_export.progress import Silent
-from msn_export.spec import BatchRange
+from msn_export.spec import BatchRange, Dtype
 from tests.builders.triton_artifacts import graph, plan
 
 Edit = Callable[[Path], None]
@@ -190,8 +190,10 @@ FAULTS = (
           "warmup/: input.bin does not exist"),
     Fault("warm-up batch too large", "warm", swap("batch_size: 4", "batch_size: 64"), "dies",
           "batch_size: 64 is not in 1 to 16"),
-    Fault("an onnxruntime too old for the opset", "attention", swap("26.07", "25.06"), "nobody",
-          "opset 23 needs onnxruntime 1.23, and Triton 25.06 has 1.22.0"),
+    Fault("an onnxruntime too old for Attention", "attention", swap("26.07", "25.06"), "nobody",
+          "it needs onnxruntime 1.23.0, and Triton 25.06 has 1.22.0; use a later release"),
+    Fault("an onnxruntime too old for int8", "int8", swap("26.07", "26.01"), "nobody",
+          "it needs onnxruntime 1.24.1, and Triton 26.01 has 1.23.2; use a later release"),
     Fault("an engine's profile out of range", "plan",
           swap("  count: 1\n", '  count: 1\n  profile: "1"\n'), "nobody",
           "'1' is out of range: 1/model.plan has 1 profiles"),
@@ -252,6 +254,8 @@ def write_base(base: str, name: str, repository: Path, work: Path) -> Path:
             artifacts = [graph(work / "a.onnx", batch=2)]
         case "attention":
             artifacts = [graph(work / "a.onnx", opset=23)]
+        case "int8":
+            artifacts = [graph(work / "a.onnx", opset=23, dtype=Dtype.INT8)]
         case "plan":
             artifacts = [plan(work / "a.engine")]
         case "profiles":

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from msn_export.artifact import Feed
 from msn_export.embedding.accuracy import (
     LabelledModel,
     LabelledReference,
@@ -19,6 +18,7 @@ from msn_export.embedding.accuracy import (
     vector_of,
 )
 from msn_export.errors import ImageError, SpecError, ToleranceError
+from msn_export.feed import Feed
 from msn_export.labelled import Labelled, read_labelled
 from msn_export.preprocessing import preset
 from msn_export.progress import SILENT

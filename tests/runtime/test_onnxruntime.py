@@ -14,7 +14,7 @@ from msn_export.runtime import dlpack, open_runner
 from msn_export.runtime import onnxruntime as subject
 from msn_export.runtime.onnxruntime import OrtRunner, open_session
 from msn_export.runtime.providers import CPU, CUDA
-from tests.builders.artifacts import classifier
+from tests.builders.artifacts import alone, classifier
 from tests.builders.graphs import parse
 from tests.builders.networks import Network, compute
 from tests.builders.trt_bench import one_device
@@ -142,6 +142,59 @@ def test_a_graph_of_something_else_is_refused(tmp_path) -> None:
     io.save(parse(text), tmp_path / "m.onnx")
     with pytest.raises(GraphError, match="expected one image input"):
         OrtRunner(tmp_path / "m.onnx")
+
+
+def refusal(monkeypatch, path, version: str, text: str) -> str:
+    """Open a graph in an onnxruntime of a version that refuses it with a text."""
+
+    def refuse(*_given: object, **_named: object) -> None:
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(subject.onnxruntime, "InferenceSession", refuse)
+    monkeypatch.setattr(subject.onnxruntime, "__version__", version)
+    with pytest.raises(GraphError) as raised:
+        open_runner(path, providers=["cpu"])
+    return str(raised.value)
+
+
+LATE = (
+    "[ONNXRuntimeError] : 1 : FAIL : ONNX Runtime only *guarantees* support for models stamped "
+    "with official released onnx opset versions. Opset 23 is under development and support for "
+    "this is limited. Current official support for domain ai.onnx is till opset 22."
+)
+
+
+def test_an_onnxruntime_too_old_for_a_graph_names_the_one_that_loads_it(monkeypatch) -> None:
+    message = (
+        "m.onnx needs onnxruntime 1.23.0 or later, and here is 1.22.1; upgrade it, or export the "
+        "model with --target portable, which 1.22.1 loads"
+    )
+    assert refusal(monkeypatch, classifier(), "1.22.1", LATE) == message
+    assert refusal(monkeypatch, classifier(), "1.9.0", LATE) == (
+        "m.onnx needs onnxruntime 1.23.0 or later, and here is 1.9.0; upgrade it"
+    )
+
+
+def test_so_does_one_without_its_manifest(monkeypatch, tmp_path) -> None:
+    lone = alone(classifier(), tmp_path / "lone.onnx")
+    message = refusal(monkeypatch, lone, "1.22.1", LATE)
+    assert message.startswith("lone.onnx needs onnxruntime 1.23.0 or later, and here is 1.22.1")
+
+
+def test_of_another_tools_graph_the_opsets_are_named(monkeypatch, tmp_path) -> None:
+    theirs = alone(classifier(), tmp_path / "theirs.onnx", product="")
+    assert refusal(monkeypatch, theirs, "1.22.1", LATE) == (
+        "theirs.onnx is of opset 23, and onnxruntime 1.22.1 knows those to 22; install a later "
+        "onnxruntime, or export it for an earlier opset"
+    )
+    assert refusal(monkeypatch, theirs, "1.23.0", "no kernel\nfor Unheard") == (
+        "onnxruntime refuses theirs.onnx: no kernel for Unheard"
+    )
+
+
+def test_what_a_new_onnxruntime_refuses_is_not_put_down_to_its_age(monkeypatch) -> None:
+    message = refusal(monkeypatch, classifier(), "1.31.1", "no kernel for Unheard")
+    assert message == "onnxruntime refuses m.onnx: no kernel for Unheard"
 
 
 def test_sizes_that_a_graph_of_another_tool_leaves_open_are_open(tmp_path) -> None:

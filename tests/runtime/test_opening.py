@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
 
 from msn_export import manifest as manifests
@@ -18,9 +19,10 @@ from msn_export.errors import (
 )
 from msn_export.host import Device
 from msn_export.manifest import manifest_path, sha256_of
+from msn_export.onnx_header import GraphMetadata
 from msn_export.runtime import onnxruntime, open_runner, opening
-from msn_export.spec import BatchRange, ComputeCapability
-from tests.builders.artifacts import classifier, copy_of, engine, foreign, pretend
+from msn_export.spec import BatchRange, ComputeCapability, Target
+from tests.builders.artifacts import alone, classifier, copy_of, engine, foreign, pretend
 from tests.builders.networks import Network, compute
 
 ADA = Device(0, "NVIDIA L4", ComputeCapability(8, 9), 24 << 30)
@@ -152,7 +154,7 @@ def test_every_option_arrives_where_a_graph_is_opened(monkeypatch) -> None:
     opened = open_runner(str(classifier()), providers=["cuda"], device=3, threads=7)
     assert opened == (
         (classifier(), ["cuda"]),
-        {"device": 3, "threads": 7, "manifest": known},
+        {"device": 3, "threads": 7, "manifest": known, "metadata": None},
     )
 
 
@@ -163,11 +165,40 @@ def test_a_graph_that_is_not_the_one_described_is_refused(tmp_path) -> None:
         open_runner(path)
 
 
-def test_a_graph_that_onnxruntime_refuses_is_told(tmp_path) -> None:
+def test_what_is_no_graph_is_told(tmp_path) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(b"no graph")
-    with pytest.raises(GraphError, match=r"onnxruntime refuses m\.onnx: "):
+    with pytest.raises(GraphError, match=r"m\.onnx is not an ONNX file \(wire type 6 at byte 1\)"):
         open_runner(path)
+
+
+def test_a_graph_that_onnxruntime_refuses_is_told(tmp_path) -> None:
+    path = tmp_path / "m.onnx"
+    text = "g (float[b,3,4,4] x) => (float[b,3,4,4] y) { y = Unheard (x) }"
+    path.write_bytes(onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> {text}')
+                     .SerializeToString())  # fmt: skip
+    with pytest.raises(GraphError, match=r"onnxruntime refuses m\.onnx: .*Unheard"):
+        open_runner(path, providers=["cpu"])
+
+
+def test_a_graph_alone_is_what_its_own_file_says(tmp_path, photographs) -> None:
+    known = manifests.read(classifier())
+    assert known is not None
+    path, pictures = alone(classifier(), tmp_path / "m.onnx"), sorted(photographs.iterdir())[:2]
+    with open_runner(path, providers=["cpu"]) as runner, open_runner(classifier()) as sealed:
+        assert runner.manifest is None
+        assert (runner.labels, runner.scores) == (known.labels, known.scores)
+        assert runner.stated == known.metadata
+        np.testing.assert_array_equal(runner.preprocess(pictures), sealed.preprocess(pictures))
+        with pytest.raises(ManifestError, match="no manifest with a golden input"):
+            runner.selftest()
+
+
+def test_a_graph_alone_with_metadata_of_another_form_is_refused(tmp_path) -> None:
+    props = {**GraphMetadata(target=Target.TENSORRT).props(), "labels": '{"a": 1}'}
+    path = alone(classifier(), tmp_path / "m.onnx", **props)
+    with pytest.raises(ManifestError, match=r"^m\.onnx, its metadata.labels is {'a': 1}; expected"):
+        open_runner(path, providers=["cpu"])
 
 
 def test_missing_packages_are_told_with_the_line_that_installs_them(monkeypatch) -> None:

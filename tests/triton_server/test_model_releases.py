@@ -3,16 +3,16 @@
 import pytest
 
 from msn_export.errors import SpecError
+from msn_export.spec import Dtype, Target
 from msn_export.triton_server.model import (
     RELEASES,
     Release,
-    for_onnx,
     for_tensorrt,
-    numbers,
     parse_release,
-    runs_opset,
     same_tensorrt,
+    takes,
 )
+from msn_export.version_table import numbers, row_of
 
 
 def test_the_newest_release_with_the_engines_tensorrt_is_chosen() -> None:
@@ -41,12 +41,28 @@ def test_versions_are_compared_up_to_the_patch() -> None:
     assert numbers("10.9.0.34+cuda12") == (10, 9, 0, 34)
 
 
-def test_attention_needs_onnxruntime_1_23() -> None:
-    assert runs_opset(parse_release("25.08"), 23) is True
-    assert runs_opset(parse_release("25.06"), 23) is False
-    assert runs_opset(parse_release("25.06"), 17) is True
-    assert runs_opset(parse_release("30.01"), 23) is None
-    assert for_onnx(23) == RELEASES[0]
+@pytest.mark.parametrize(
+    ("target", "dtype", "first"),
+    [
+        (Target.ONNXRUNTIME, Dtype.FP32, "25.08"),
+        (Target.TENSORRT, Dtype.FP16, "25.08"),
+        (Target.ONNXRUNTIME, Dtype.INT8, "26.02"),  # onnxruntime 1.23, before, has no kernel
+        (Target.TENSORRT, Dtype.INT8, "26.02"),
+        (Target.PORTABLE, Dtype.FP32, "24.04"),
+        (Target.PORTABLE, Dtype.INT8, "24.04"),
+    ],
+)
+def test_a_release_takes_a_graph_that_its_onnxruntime_takes(target, dtype, first) -> None:
+    row = row_of(target, dtype)
+    assert {release.name for release in RELEASES if takes(release, row)} == {
+        release.name for release in RELEASES if release.name >= first
+    }
+
+
+def test_what_is_not_known_is_not_judged() -> None:
+    assert takes(parse_release("30.01"), row_of(Target.TENSORRT, Dtype.FP32)) is None
+    assert takes(RELEASES[0], None) is None
+    assert takes(RELEASES[0], row_of(Target.TENSORRT, Dtype.BF16)) is False  # on a CPU
 
 
 @pytest.mark.parametrize("text", ["25.13", "25.1", "2.59", "latest", "25.10-py3", ""])

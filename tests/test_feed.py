@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from msn_export import images
-from msn_export.artifact import feed_of
-from msn_export.errors import GraphError, SpecError
+from msn_export.errors import GraphError, ManifestError, SpecError
+from msn_export.feed import feed_of
+from msn_export.onnx_header import UNSEALED, GraphMetadata
 from msn_export.preprocessing import preset
 from msn_export.spec import ImageSize, InputFormat, TensorSpec
 
@@ -23,6 +24,18 @@ def test_planes_are_normalised_and_typed_as_the_graph_is() -> None:
         wanted = images.normalize(PIXELS, preset("hf", ImageSize(32, 48))).astype(kind)
         np.testing.assert_array_equal(feed(PIXELS), wanted)
         assert feed(PIXELS).dtype == kind
+
+
+def test_metadata_of_the_file_is_taken_and_said(tmp_path) -> None:
+    own = GraphMetadata(preset("msn-eval", ImageSize(32, 48)))
+    feed = feed_of("m", spec("float", "b", 3, 32, 48), own)
+    assert feed.preprocessing == own.preprocessing
+    assert feed.notes == (UNSEALED,)
+    bare = feed_of("m", spec("float", "b", 3, 32, 48), GraphMetadata())
+    assert bare.notes == (UNSEALED, *bare.preprocessing.notes)
+    for wrong in (spec("float", "b", 1, 32, 48), spec("float", "b", 3, 48, 32)):
+        with pytest.raises((SpecError, ManifestError), match=r"its own metadata|do not fit"):
+            feed_of("m", wrong, own)
 
 
 def test_bytes_stay_bytes() -> None:
