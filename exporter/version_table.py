@@ -94,7 +94,7 @@ def table() -> Table:
 def row_of(target: Target | None, dtype: Dtype, base: Dtype | None = None) -> Row | None:
     """Give a row, None where there is none; of a quantised graph ``base`` is the rest's type.
 
-    The table has int8 and fp8 beside fp16, and int8 for onnxruntime and portable beside fp32. A
+    The table has int8 and fp8 beside fp16 for TensorRT, beside fp32 for onnxruntime and portable. A
     graph that is bf16 beside them also takes what bf16 graphs do.
     """
     rows = table()[target] if target is not None else {}

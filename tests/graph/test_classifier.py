@@ -77,7 +77,7 @@ def test_an_engine_of_a_typed_graph_finds_it_in_the_first_graph(graph, tmp_path)
         classifier=LinearClassifier(ROWS, tuple("abcde"), "features", 2),
     )  # fmt: skip
     run_onnx(half)
-    made_from(first, typed, manifest)
+    made_from(first, typed, manifest, dtype=Dtype.FP16)
     engine.write_bytes(b"an engine")
     last = made_from(typed, engine, manifest, kind="engine")
     np.testing.assert_array_equal(fitted_classifier(engine, last).weight, ROWS)
