@@ -381,10 +381,7 @@ def evidence(cell: Cell) -> str:
     if cell.newest and cell.least:
         parts.append(f"Run up to {cell.newest}")
     if cell.attention_on_cuda:
-        parts.append(
-            f"Its CUDA provider runs `Attention` on the GPU from {cell.attention_on_cuda} on, before "
-            f"that on the CPU, without a word ({cell.source})"
-        )
+        parts.append(f"On CUDA from {cell.attention_on_cuda} on")
     else:
         parts += filter(None, (cell.note, cell.source))
     return ". ".join(parts).replace("|", "\\|")
