@@ -19,10 +19,10 @@ PACKAGE = Path(msn_export.__file__).parent
 ORDER = (
     "errors", "spec", "progress", "schema", "host", "preprocessing", "fit_record",
     "version_table", "onnx_header", "manifest", "files", "images", "picture_table",
-    "image_folder", "labelled", "engine_header", "golden", "models", "processor_config", "options", "metrics",
-    "logistic_regression", "graph", "runtime", "mixed_precision", "feed", "artifact", "engine",
-    "benchmark", "calibration", "baseline", "compare", "reporting", "embedding", "cluster",
-    "triton_server", "commands", "cli", "api", "__main__",
+    "image_folder", "labelled", "engine_header", "golden", "models", "processor_config", "options",
+    "metrics", "logistic_regression", "graph", "runtime", "mixed_precision", "feed", "artifact",
+    "engine", "benchmark", "calibration", "baseline", "compare", "reporting", "embedding",
+    "cluster", "triton_server", "commands", "cli", "api", "__main__",
 )  # fmt: skip
 HEAVY = frozenset(
     {"torch", "onnx", "onnx_ir", "onnxscript", "onnxsim", "onnxruntime", "transformers",
