@@ -28,6 +28,7 @@ from msn_export.calibration.smoothquant import LARGEST_EXPONENT
 from msn_export.errors import GraphError, ManifestError, SpecError
 from msn_export.graph import io
 from msn_export.graph.builder import sizes_of
+from msn_export.input_files import RANGES, read_json
 from msn_export.preprocessing import Preprocessing
 from msn_export.schema import from_plain, to_plain
 from msn_export.spec import Observer
@@ -303,7 +304,6 @@ def histograms(
 
 
 SCHEMA = 1
-_LARGEST_FILE = 64 * 2**20  # bytes; ten times the file of the largest published shape
 _MOST_VALUES = 2**50  # in one bin: sums of all bins stay below int64's end
 
 
@@ -406,12 +406,7 @@ def write(ranges: Ranges, path: Path) -> None:
 
 
 def read(path: Path) -> Ranges:
-    try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise ManifestError(f"{path} is larger than a ranges file can be")
-        plain = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ManifestError(f"ranges file {path} cannot be read: {error}") from error
+    plain = read_json(path, RANGES)
     if not isinstance(plain, dict) or plain.get("kind") != "ranges":
         raise ManifestError(f"{path} is no ranges file; expected one that calibrate wrote")
     schema = plain.get("schema")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 from msn_export import manifest as manifests
 from msn_export.errors import EngineFileError, GraphError, ManifestError, SpecError
+from msn_export.input_files import ENGINE, artifact_kind, require_regular
 from msn_export.manifest import Described, Manifest, sha256_of
 from msn_export.metrics.evaluate import max_batch_in_memory
 from msn_export.onnx_header import UNSEALED, GraphMetadata
@@ -68,8 +69,8 @@ class Artifact(Described):
             opened.kind = "onnx"
         if opened.kind == "onnx":
             _ = opened.written  # first: of what is no graph no manifest is asked
-        elif not path.is_file():
-            raise GraphError(f"{path} does not exist; give an .engine file")
+        else:
+            require_regular(path, ENGINE)
         _ = opened.manifest
         return opened
 
@@ -77,6 +78,7 @@ class Artifact(Described):
     def examine(cls, path: Path) -> Self:
         """Open a file whatever its manifest says; believe only one that describes this file."""
         opened = cls(path)
+        require_regular(path, artifact_kind(path))
         try:
             _ = opened.manifest
         except ManifestError as error:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Literal
 
 from msn_export.errors import EngineFileError
+from msn_export.input_files import ENGINE, open_regular
 from msn_export.spec import ComputeCapability, Targets
 
 _RTX = b"vtrt"
@@ -72,12 +73,9 @@ class EngineHeader:
 
 
 def read_header(path: Path) -> EngineHeader:
-    try:
-        with path.open("rb") as file:
-            start = file.read(_SEARCHED)
-            size = path.stat().st_size
-    except OSError as error:
-        raise EngineFileError(f"engine {path} cannot be read: {error.strerror}") from error
+    with open_regular(path, ENGINE) as file:
+        start = file.read(_SEARCHED)
+        size = os.fstat(file.fileno()).st_size
     return parse_header(start, path, size)
 
 

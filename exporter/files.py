@@ -26,6 +26,8 @@ def require_writable(outputs: Sequence[Path], *, force: bool, sources: Sequence[
         _require_text(path)
     for index, output in enumerate(outputs):
         folder = output.parent
+        if not output.name:
+            raise OutputError(f"output {str(output)!r} names no file; name one with -o")
         if output.is_dir():
             raise OutputError(f"output {output} is a folder; name a file with -o")
         if not folder.is_dir():
@@ -58,7 +60,7 @@ def same_file(one: Path, other: Path) -> bool:
         if one.exists() and other.exists():
             return one.samefile(other)  # a hard link too
         return one.resolve() == other.resolve()
-    except (OSError, ValueError):  # one of them is no path at all
+    except (OSError, ValueError, RuntimeError):  # no path at all, or a loop of links
         return False
 
 

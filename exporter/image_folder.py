@@ -55,6 +55,8 @@ def find(folder: Path) -> Found:
         is_list = folder.suffix.lower() in LISTS
         paths = tuple(path for path, _ in read_rows(folder)) if is_list else (folder,)
         return Found(paths, folder.parent)
+    if folder.is_dir() and folder.resolve() == Path("/"):  # all of the machine, and its devices
+        raise ImageError(f"image folder {folder} is the root of all files; give a folder in it")
     if not folder.is_dir():
         raise ImageError(f"image folder {folder} does not exist; give a folder of pictures")
     skipped: Counter[str] = Counter()

@@ -133,6 +133,11 @@ def read_labelled(source: Path) -> Labelled:
 
 
 def _folder(source: Path) -> tuple[list[tuple[Path, str]], Counter[str]]:
+    if source.is_file():
+        raise ImageError(
+            f"{source} is one file; give a folder with a subfolder for each class, or a table "
+            f"({' or '.join(TABLES)})"
+        )
     found = find(source)
     rows, skipped = [], Counter(found.skipped)
     for path in found.paths:

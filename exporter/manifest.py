@@ -6,14 +6,16 @@
 import functools
 import hashlib
 import json
+import os
 import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from msn_export import __version__
-from msn_export.errors import ManifestError
+from msn_export.errors import ManifestError, SpecError
 from msn_export.fit_record import FitRecord
+from msn_export.input_files import HASHED, MANIFEST, open_regular, read_bytes
 from msn_export.onnx_header import GraphMetadata
 from msn_export.preprocessing import Preprocessing
 from msn_export.schema import from_plain, to_plain
@@ -34,6 +36,8 @@ _SETTLED = 2 * 10**9  # nanoseconds; FAT keeps times to 2 s
 
 def manifest_path(artifact: Path) -> Path:
     """Name the sidecar of an artifact: ``model.onnx`` has ``model.onnx.json``."""
+    if not artifact.name:
+        raise SpecError(f"{str(artifact)!r} names no file; give the path of an artifact")
     return artifact.with_name(artifact.name + ".json")
 
 
@@ -52,7 +56,7 @@ def _hash_once(path: Path, *_identity: int) -> str:
 
 
 def _hash(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path, HASHED) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -288,7 +292,6 @@ class QuantizationRecord:
 
 
 SCHEMA = 1
-LIMIT = 16 * 2**20  # bytes; a larger file is no manifest of ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -392,7 +395,7 @@ def read(artifact: Path, content: bytes | None = None) -> Manifest | None:
             says other things than the file itself.
     """
     path = manifest_path(artifact)
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     manifest = read_unverified(path)
     _require_match(artifact, manifest, content)
@@ -413,15 +416,14 @@ def _is_graph(artifact: Path) -> bool:
 
 def read_unverified(path: Path) -> Manifest:
     """Read a manifest for what it says of itself, as where its artifact is not there."""
-    if path.stat().st_size > LIMIT:
-        raise ManifestError(f"{path} is larger than a manifest can be; export the artifact again")
+    content = read_bytes(path, MANIFEST)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = content.decode()
         plain = json.loads(text)
         if "\\ud" in text.lower():  # half of a surrogate pair is no text: nothing could write it
             json.dumps(plain, ensure_ascii=False).encode()
         _require_seal(plain, path)
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ManifestError(f"{path} is not JSON ({error}); export the artifact again") from error
     schema = plain.get("schema") if isinstance(plain, dict) else None
     if isinstance(schema, int) and schema > SCHEMA:

@@ -1,6 +1,5 @@
 """Graphs in half precision: the choice of values that stay fp32, typing, and runs on the CPU."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from msn_export.errors import GraphError, ManifestError
 from msn_export.graph import io
 from msn_export.graph.emulate import emulate_bf16, has_bf16
 from msn_export.graph.precision import choose, observe, type_graph
+from msn_export.input_files import ISLANDS, read_json
 from msn_export.metrics.evaluate import Sample
 from msn_export.metrics.tolerances import HEADROOM
 from msn_export.runtime.onnxruntime import OrtRunner
@@ -71,10 +71,7 @@ def measure(
 
 
 def _read(path: Path) -> dict[str, float]:
-    try:
-        listed = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise GraphError(f"islands file {path} cannot be read: {error}") from error
+    listed = read_json(path, ISLANDS)
     try:
         peaks = from_plain(dict[str, float | None], listed, "islands")
     except ManifestError as error:

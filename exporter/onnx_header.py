@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 from msn_export import __version__
 from msn_export.errors import GraphError, ManifestError
+from msn_export.input_files import GRAPH, open_regular
 from msn_export.preprocessing import Preprocessing
 from msn_export.schema import from_plain, to_json, to_plain
 from msn_export.spec import Dtype, ImageSize, Scores, Target
@@ -46,10 +47,8 @@ def read_onnx_header(path: Path) -> OnnxHeader:
         GraphError: it cannot be read, is no ONNX file, or its metadata is larger than any of ours.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path, GRAPH) as file:
             return _walk(file, os.fstat(file.fileno()).st_size)
-    except OSError as error:
-        raise GraphError(f"{path} cannot be read: {error.strerror}") from error
     except _MalformedError as error:
         raise GraphError(f"{path} is not an ONNX file ({error}); export it again") from error
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msn_export.errors import ImageError, MissingPackageError
+from msn_export.input_files import TABLE, require_regular
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 TABLES = (".csv", ".parquet")
 LISTS = (*TABLES, ".txt")
-_BYTES = 2**30  # of a table: a hundred bytes a picture are ten million pictures
 _UNPACKED = 2**32  # of a parquet's columns, which may be far more than the file
 _ROWS = 10**8
 _NAMED = 3  # faults of one kind that a message names
@@ -31,9 +31,8 @@ def read_rows(source: Path, columns: tuple[str, ...] = ("path",)) -> list[tuple[
         ImageError: it is no such table, names no picture, or files that do not exist.
     """
     read = {".csv": _read_csv, ".parquet": _read_parquet}.get(source.suffix.lower(), _read_list)
+    require_regular(source, TABLE)
     try:
-        if source.stat().st_size > _BYTES:
-            raise ImageError(f"{source} is larger than {_BYTES >> 30} GiB; split it")
         read_columns = read(source, columns)
     except OSError as error:
         raise ImageError(f"{source} cannot be read: {error.strerror or error}") from error

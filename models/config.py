@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from msn_export.errors import CheckpointError
+from msn_export.input_files import CONFIGURATION, read_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -291,12 +292,7 @@ def parse_json(path: Path) -> Any:
 def _read_text(path: Path) -> str:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; is this a Hugging Face model folder?")
-    if path.stat().st_size > _LIMIT:
-        raise CheckpointError(f"{path} is larger than a configuration can be")
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    return read_bytes(path, CONFIGURATION).decode()
 
 
 def read_processor(folder: Path) -> Processor | None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import msn_export
 from msn_export import manifest
 from msn_export.errors import ManifestError
+from msn_export.input_files import MANIFEST
 from msn_export.manifest import Manifest, sha256_of
 from msn_export.spec import Dtype
 from tests.builders.manifests import example
@@ -127,7 +128,7 @@ def test_no_single_changed_character_goes_unseen(data) -> None:
         (b"{}", "m.engine.json was changed or damaged after it was written"),
         (b"[]", "m.engine.json was changed or damaged after it was written"),
         (b"null", "m.engine.json was changed or damaged after it was written"),
-        (b'"' + b" " * manifest.LIMIT + b'"', "m.engine.json is larger than a manifest can be"),
+        (b'"' + b" " * MANIFEST.limit + b'"', "m.engine.json is larger than a manifest can be"),
     ],
     ids=["empty", "cut off", "no text", "deep", "nearly deep", "object", "list", "null", "large"],
 )

@@ -8,6 +8,7 @@ from pyarrow import parquet
 
 from msn_export import picture_table
 from msn_export.errors import ImageError
+from msn_export.input_files import TABLE
 from msn_export.picture_table import listed, read_rows
 
 
@@ -102,14 +103,14 @@ def test_a_parquet_that_unpacks_to_more_than_memory_is_refused(place, monkeypatc
 
 def test_a_table_that_is_too_large_is_refused_unread(place, monkeypatch) -> None:
     (place / "t.csv").write_text("path\na.png\n")
-    monkeypatch.setattr(picture_table, "_BYTES", 8)
-    with pytest.raises(ImageError, match=r"t.csv is larger than 0 GiB; split it"):
+    monkeypatch.setattr(picture_table, "TABLE", TABLE._replace(limit=8))
+    with pytest.raises(ImageError, match=r"t.csv is larger than a table can be "):
         read_rows(place / "t.csv")
 
 
 def test_a_file_that_cannot_be_read_is_one_line(place) -> None:
     (place / "t.csv").mkdir()
-    with pytest.raises(ImageError, match=r"t.csv cannot be read: Is a directory$"):
+    with pytest.raises(ImageError, match=r"t.csv is a folder; give another file"):
         read_rows(place / "t.csv")
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from msn_export import manifest as manifests
 from msn_export.errors import BenchError, GraphError
+from msn_export.input_files import artifact_kind, require_regular
 from msn_export.manifest import Described, sha256_of
 from msn_export.models.checkpoint import AS_IT_SAYS, Choices
 from msn_export.models.config import Pooling, readout_in
@@ -81,8 +82,7 @@ def artifacts(paths: Sequence[Path], placement: Placement) -> list[ContenderSpec
 
 
 def artifact(path: Path, placement: Placement, name: str) -> ContenderSpec:
-    if not path.is_file():
-        raise GraphError(f"{path} does not exist; give an .onnx or .engine file")
+    require_regular(path, artifact_kind(path))
     manifest = manifests.read(path)
     kind = "onnx" if path.suffix == ".onnx" else "engine"
     metadata = GraphMetadata.of(path) if manifest is None and kind == "onnx" else None

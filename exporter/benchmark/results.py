@@ -11,6 +11,7 @@ import numpy as np
 
 from msn_export.errors import ManifestError, SpecError
 from msn_export.host import Machine
+from msn_export.input_files import BENCH, read_bytes
 from msn_export.schema import Result, from_plain
 
 if TYPE_CHECKING:
@@ -128,9 +129,6 @@ class Bench(Result):
         return tuple(one for one in self.contenders if one.skipped is None)
 
 
-LIMIT = 16 * 2**20  # bytes; a benchmark is kilobytes
-
-
 def read_bench(path: Path, hashes: Mapping[str, Collection[str]]) -> Bench:
     """Read what ``msn-export bench --json`` wrote.
 
@@ -139,10 +137,8 @@ def read_bench(path: Path, hashes: Mapping[str, Collection[str]]) -> Bench:
         hashes: the sha256 of each artifact here, by file name.
     """
     try:
-        if path.stat().st_size > LIMIT:
-            raise SpecError(f"--bench {path} is larger than a benchmark can be")
-        plain = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        plain = json.loads(read_bytes(path, BENCH))
+    except (ValueError, RecursionError) as error:
         raise SpecError(
             f"--bench {path} cannot be read as JSON ({error}); write it with "
             "'msn-export bench … --json > FILE.json'"

@@ -25,7 +25,7 @@ from msn_export.cli.commands import (
     trt,
     validate,
 )
-from msn_export.errors import MsnExportError
+from msn_export.errors import MsnExportError, SpecError
 
 _LONGEST = 2000  # characters of a message
 _OF_CHECKPOINTS = {"torch", "safetensors", "huggingface_hub"}  # what [export] adds to [graph]
@@ -38,10 +38,16 @@ class Commands(click.Group):
         """List the commands in the order of a job, not of the alphabet."""
         return list(self.commands)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.obj = tuple(args)
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         signal.signal(signal.SIGTERM, _interrupt)  # so that staging folders are removed
         logging.lastResort = _remarks()
         try:
+            for argument in ctx.obj:
+                _require_text(argument)
             return super().invoke(ctx)
         except MsnExportError as error:
             self._fail(ctx, _one_line(str(error)), 1)
@@ -71,6 +77,14 @@ class Commands(click.Group):
             raise  # noqa: PLE0704  called from an except clause: -v shows the traceback
         click.echo(f"error: {message}", err=True)
         ctx.exit(code)
+
+
+def _require_text(argument: str) -> None:
+    """Refuse a path that is not UTF-8: most libraries take no other, and no page can show it."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError as error:
+        raise SpecError(f"path {argument!r} is not UTF-8; rename it") from error
 
 
 def _one_line(message: str) -> str:

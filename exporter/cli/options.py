@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import pkgutil
 import shlex
 import sys
@@ -21,8 +22,18 @@ from msn_export.errors import SpecError
 if TYPE_CHECKING:  # a group's help shows no options, and loads nothing that describes them
     from msn_export.options import One, Opt
 
-IMAGES = click.Path(exists=True, path_type=Path)
-FILE = click.Path(dir_okay=False, path_type=Path)
+
+class _Named(click.Path):
+    """A path that is not empty: ``Path("")`` is the current folder."""
+
+    def convert(self, value: Any, *args: Any) -> Any:
+        if not os.fspath(value):
+            self.fail("the path is empty; name a file or a folder", *args)
+        return super().convert(value, *args)
+
+
+IMAGES = _Named(exists=True, path_type=Path)
+FILE = _Named(dir_okay=False, path_type=Path)
 
 
 class Parsed(click.ParamType[Any]):

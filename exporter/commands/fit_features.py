@@ -20,6 +20,7 @@ from msn_export.embedding.outputs import GrowingArray
 from msn_export.errors import ImageError, OutputError
 from msn_export.files import no_room_reported
 from msn_export.image_folder import Found
+from msn_export.input_files import JOURNAL, read_json
 from msn_export.labelled import Labelled, read_labelled
 from msn_export.schema import to_plain
 
@@ -148,8 +149,8 @@ def _begin(folder: Path, wanted: Mapping[str, Any], *, force: bool) -> None:
 def _origin_in(folder: Path) -> dict[str, Any]:
     """Read what a folder's rows follow from; a folder of somebody else is left alone."""
     try:
-        found = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = read_json(folder / _RECORD, JOURNAL)
+    except OutputError:
         found = None
     if not isinstance(found, dict):
         raise OutputError(

@@ -7,6 +7,7 @@ from pathlib import Path
 from msn_export.commands.jobs import TritonJob
 from msn_export.errors import OutputError, SpecError
 from msn_export.files import staging
+from msn_export.input_files import TRITON_CONFIG, read_text
 from msn_export.metrics.evaluate import draw
 from msn_export.preprocessing import MODES, Preprocessing
 from msn_export.processor_config import choose
@@ -166,11 +167,8 @@ def _is_new_version(job: TritonJob, name: str) -> bool:
 
 def _stated_release(config: Path) -> str | None:
     """Read for which Triton a model that is there was written."""
-    try:
-        text = config.read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
-        raise SpecError(f"{config} cannot be read: {error}") from error
-    return from_text(text).parameters["triton_release"].string_value or None
+    stated = from_text(read_text(config, TRITON_CONFIG))
+    return stated.parameters["triton_release"].string_value or None
 
 
 def _served(

@@ -22,6 +22,7 @@ from numpy.lib import format as npy
 
 from msn_export.embedding.inference import joined
 from msn_export.errors import MissingPackageError, OutputError
+from msn_export.input_files import JOURNAL, read_bytes
 from msn_export.manifest import manifest_path
 from msn_export.schema import to_json, to_plain
 from msn_export.spec import Scores
@@ -241,7 +242,7 @@ class Journal:
 
     def _continue(self, origin: Mapping[str, Any], *, resume: bool) -> None:
         """Read the journal up to its last whole line, and require that its rows are these."""
-        text = self.journal.read_bytes() if self.journal.exists() else b""
+        text = read_bytes(self.journal, JOURNAL) if self.journal.exists() else b""
         whole = text[: text.rfind(b"\n") + 1]
         if not whole:
             return

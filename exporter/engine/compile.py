@@ -14,8 +14,9 @@ from typing import Any, TextIO, TypeAlias
 
 from msn_export.engine.kernels import Kernel, read_inspector, read_log, with_accumulators
 from msn_export.engine.options import BuildSpec, no_kernels, require_capable
-from msn_export.errors import BuildError
+from msn_export.errors import BuildError, OutputError
 from msn_export.files import cache_folder, locked, write_whole
+from msn_export.input_files import TIMING_CACHE, read_bytes
 from msn_export.runtime.versions import (
     ICudaEngine,
     IHostMemory,
@@ -207,10 +208,10 @@ def default_path(version: str, gpu: str, capability: ComputeCapability) -> Path 
 def attach(config: IBuilderConfig, path: Path) -> str | None:
     """Give the builder the timings in ``path``; return a note where they cannot be used."""
     try:
-        content = path.read_bytes() if path.exists() else b""
-    except OSError as error:
+        content = read_bytes(path, TIMING_CACHE) if path.exists() else b""
+    except (OSError, OutputError) as error:
         content = b""
-        note = f"timing cache {path} cannot be read ({error.strerror}); it is started anew"
+        note = f"{error}; it is started anew"
     else:
         note = f"timing cache {path} is of another TensorRT or GPU, or damaged; it is started anew"
         cache: ITimingCache = config.create_timing_cache(content)
@@ -238,7 +239,7 @@ def store(config: IBuilderConfig, path: Path) -> str | None:
 def _merge(config: IBuilderConfig, path: Path) -> None:
     cache: ITimingCache = config.get_timing_cache()
     if path.is_file():
-        other: ITimingCache = config.create_timing_cache(path.read_bytes())
+        other: ITimingCache = config.create_timing_cache(read_bytes(path, TIMING_CACHE))
         if other is not None:
             cache.combine(other, ignore_mismatch=False)
     content: IHostMemory = cache.serialize()

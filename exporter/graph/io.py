@@ -15,6 +15,7 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 from onnx_ir.traversal import RecursiveGraphIterator
 
 from msn_export.errors import GraphError
+from msn_export.input_files import GRAPH, require_regular
 
 # A protobuf message holds less than 2 GiB: protobuf.dev/programming-guides/proto-limits
 PROTOBUF_LIMIT = 2**31 - 1
@@ -33,6 +34,7 @@ def load(path: Path) -> ir.Model:
     All weights come into memory: the libraries that a graph is handed to would look for them
     beside a file that there is not.
     """
+    require_regular(path, GRAPH)
     try:
         # absolute: where a path names no folder, onnx-ir follows links out of it
         model = ir.load(path.absolute())
@@ -42,8 +44,6 @@ def load(path: Path) -> ir.Model:
         skeleton(model)  # what cannot be written again has names that are no text, or no types
     except GraphError:
         raise
-    except FileNotFoundError as error:
-        raise GraphError(f"{path} does not exist; give an .onnx file") from error
     except Exception as error:  # protobuf and onnx-ir raise what they like for damaged files
         reason = _reason(error)
         raise GraphError(f"{path} is not an ONNX file ({reason}); export it again") from error

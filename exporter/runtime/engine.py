@@ -11,8 +11,9 @@ from pathlib import Path
 
 from msn_export import manifest as manifests
 from msn_export.engine_header import EngineHeader, may_target, parse_header, tries_any_gpu
-from msn_export.errors import DeviceError, GraphError, ManifestError, RunnerError
+from msn_export.errors import DeviceError, GraphError, ManifestError
 from msn_export.host import Device
+from msn_export.input_files import ENGINE, read_bytes
 from msn_export.manifest import EngineRecord, Manifest, manifest_path
 from msn_export.runtime.cuda import Handle
 from msn_export.runtime.dlpack import OF_ONNX, OF_TENSORRT
@@ -79,10 +80,7 @@ class VerifiedEngine:
 
 
 def verify_engine_file(path: Path, *, trust: bool) -> VerifiedEngine:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise RunnerError(f"engine {path} cannot be read: {error.strerror}") from error
+    content = read_bytes(path, ENGINE)
     manifest = manifests.read(path, content)
     if manifest is None and not trust:
         raise ManifestError(

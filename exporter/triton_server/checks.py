@@ -7,6 +7,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+from msn_export.errors import SpecError
+from msn_export.input_files import TRITON_LABELS, read_text
 from msn_export.spec import ComputeCapability
 from msn_export.triton_server.config import SIZES, ModelConfig, datatype_name, module
 from msn_export.triton_server.model import LOGITS, Platform, Release, ServedArtifact
@@ -267,7 +269,6 @@ def _described(tensor: Any) -> str:
     return f"{datatype_name(tensor.data_type)} {list(tensor.dims)}"
 
 
-LARGEST_LABELS = 16 * 2**20  # bytes
 WARMUP = "warmup"  # Triton looks for warm-up data in this folder of the model's
 
 
@@ -346,13 +347,10 @@ def _check_label_file(subject: ModelUnderLint, output: Any, where: str, root: Pa
     if isinstance(path, str):
         yield where, path
         return
-    if path.stat().st_size > LARGEST_LABELS:
-        yield where, f"{name} is too large for labels, one a line"
-        return
     try:
-        text = path.read_bytes().decode("utf-8")  # read_text would change line ends
-    except (OSError, UnicodeError) as error:
-        yield where, f"{name} cannot be read as UTF-8 ({error})"
+        text = read_text(path, TRITON_LABELS)
+    except SpecError as error:
+        yield where, str(error)
         return
     labels = text.split("\n")[: -1 if text.endswith("\n") else None]
     classes = output.dims[-1] if output.dims else 0

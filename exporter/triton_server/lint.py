@@ -1,5 +1,6 @@
 """Check a repository, and its configurations against the artifacts that they serve."""
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from msn_export.errors import MsnExportError, SpecError
+from msn_export.input_files import TRITON_CONFIG, read_text
 from msn_export.spec import Dtype, TensorSpec
 from msn_export.triton_server.checks import (
     Findings,
@@ -38,7 +40,6 @@ CONFIG = "config.pbtxt"
 # Types that nobody serves on a CPU; the version table says what onnxruntime does there
 _FOR_GPUS = frozenset({Dtype.BF16, Dtype.FP8})
 VARIANTS = "configs"
-LARGEST_CONFIG = 2**20  # bytes
 
 
 def lint(repository: Path, read: ReadArtifact, release: Release | None = None) -> tuple[Issue, ...]:
@@ -87,22 +88,17 @@ def _configurations(
         files += [f"{VARIANTS}/{name}" for name in variants]
     for file in files:
         path = safe_file((folder / file).parent, Path(file).name, root)
-        reason = path if isinstance(path, str) else _why_too_large(path)
-        if reason is None:
-            assert isinstance(path, Path)
+        if isinstance(path, Path):
             try:
-                yield file, from_text(path.read_text(encoding="utf-8"))
+                yield file, from_text(read_text(path, TRITON_CONFIG))
                 continue
-            except (OSError, UnicodeError, SpecError) as error:
+            except SpecError as error:
                 reason = f"is no model configuration ({error})"
-        elif not (folder / file).exists():
+        else:
+            reason = path
+        if not os.path.lexists(folder / file):
             reason += "; without one Triton makes its own up, with a batch of 4 at most"
         found.append(Issue("wrong", folder.name, file, reason))
-
-
-def _why_too_large(path: Path) -> str | None:
-    size = path.stat().st_size
-    return None if size <= LARGEST_CONFIG else f"is {size} bytes; no configuration is that large"
 
 
 def _subject(

@@ -22,11 +22,12 @@ import onnx_ir as ir
 
 from msn_export import manifest as manifests
 from msn_export.engine_header import read_header
-from msn_export.errors import GraphError, ManifestError, SpecError
+from msn_export.errors import ManifestError, SpecError
 from msn_export.graph import io
 from msn_export.graph.precision import graph_dtype
 from msn_export.graph.simplify import fix_image_size
 from msn_export.graph.summary import tensor_specs
+from msn_export.input_files import ENGINE, GRAPH, require_regular
 from msn_export.manifest import Described, Manifest
 from msn_export.onnx_header import UNSEALED, GraphMetadata
 from msn_export.preprocessing import Preprocessing
@@ -140,10 +141,8 @@ def read_artifact(path: Path, platform: Platform | None = None) -> ServedArtifac
     """
     if platform is None:
         platform = Platform.ONNX if path.suffix == ".onnx" else Platform.PLAN
-    size = path.stat().st_size if path.is_file() else 0
-    if platform is Platform.ONNX and size > io.PROTOBUF_LIMIT:
-        raise GraphError(f"{path} is {size / 2**30:.0f} GiB; no ONNX file holds 2 or more")
-    manifest = manifests.read(path) if size else None
+    require_regular(path, GRAPH if platform is Platform.ONNX else ENGINE)
+    manifest = manifests.read(path)
     if platform is Platform.ONNX:
         return _read_onnx(path, manifest)
     header = read_header(path)

@@ -14,7 +14,7 @@ from msn_export.benchmark.contenders import (
     torch_dtype,
     torch_entry,
 )
-from msn_export.errors import BenchError, GraphError
+from msn_export.errors import BenchError, EngineFileError
 from msn_export.manifest import CheckpointRecord
 from msn_export.models.checkpoint import Choices
 from msn_export.spec import Dtype, ImageSize
@@ -54,7 +54,7 @@ def test_the_graph_of_an_engine_must_lie_beside_it(model, tmp_path) -> None:
         list(source_graphs([artifact(engine, Placement(1, 0), "tiny.engine")], Placement(1, 0)))
     with pytest.raises(BenchError, match="runs in it already"):
         list(source_graphs([artifact(model, Placement(1), "tiny.onnx")], Placement(1)))
-    with pytest.raises(GraphError, match="does not exist"):
+    with pytest.raises(EngineFileError, match="does not exist"):
         artifact(tmp_path / "none.engine", Placement(1), "none.engine")
 
 

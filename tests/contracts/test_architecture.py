@@ -17,7 +17,7 @@ PACKAGE = Path(msn_export.__file__).parent
 # from the bottom up: folders and the modules beside them; each may import those before it, in its
 # functions too
 ORDER = (
-    "errors", "spec", "progress", "schema", "host", "preprocessing", "fit_record",
+    "errors", "input_files", "spec", "progress", "schema", "host", "preprocessing", "fit_record",
     "version_table", "onnx_header", "manifest", "files", "images", "picture_table",
     "image_folder", "labelled", "engine_header", "golden", "models", "processor_config", "options",
     "metrics", "logistic_regression", "graph", "runtime", "mixed_precision", "feed", "artifact",
@@ -155,12 +155,13 @@ def test_every_module_is_in_the_order() -> None:
     assert {folder_of(name) for name in MODULES} - {"__init__"} == set(ORDER)
 
 
-def test_models_know_nothing_of_the_exporter_but_its_errors() -> None:
+def test_models_know_nothing_of_the_exporter_but_its_errors_and_how_files_are_read() -> None:
+    below = ("msn_export.models", "msn_export.errors", "msn_export.input_files")
     for name, path in MODULES.items():
         if name.startswith("models/"):
             for module, _ in imports(path):
                 if module.startswith("msn_export."):
-                    assert module.startswith(("msn_export.models", "msn_export.errors")), name
+                    assert module.startswith(below), name
 
 
 def loaded_by(statement: str) -> set[str]:

@@ -345,10 +345,10 @@ def test_a_file_system_that_takes_no_more_is_named(tiny, outputs, options, messa
 def test_an_error_of_the_system_that_nobody_expects_is_one_line_too(
     tiny, outputs, monkeypatch
 ) -> None:
-    def broken(self: Path, *_: object, **__: object) -> str:
-        raise OSError(5, "Input/output error", str(self))
+    def broken(path: Path, *_: object, **__: object) -> str:
+        raise OSError(5, "Input/output error", str(path))
 
-    monkeypatch.setattr(Path, "read_text", broken)
+    monkeypatch.setattr("msn_export.input_files.os.open", broken)
     assert refused(tiny, outputs).endswith("config.json cannot be read: Input/output error")
     monkeypatch.undo()
     monkeypatch.setattr("msn_export.commands.onnx.sha256_of", broken)

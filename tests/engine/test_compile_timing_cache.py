@@ -83,7 +83,7 @@ def test_a_foreign_cache_is_started_anew(tmp_path, refusal) -> None:
 def test_a_cache_that_cannot_be_read_is_told_and_the_build_goes_on(tmp_path) -> None:
     config = holding(b"")
     assert compile.attach(config, tmp_path) == (
-        f"timing cache {tmp_path} cannot be read (Is a directory); it is started anew"
+        f"timing cache {tmp_path} is a folder; give another file; it is started anew"
     )
     config.set_timing_cache.assert_called_once()
 

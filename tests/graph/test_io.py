@@ -88,7 +88,7 @@ def test_a_skeleton_that_asks_for_an_unknown_weight_is_refused() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "does not exist; give an .onnx file"),
+        (None, "does not exist; give an .onnx or .engine file"),
         (b"", "is not an ONNX file"),
         (b"not protobuf at all", "is not an ONNX file"),
         (b"\x08\x0a", "is not an ONNX file"),

@@ -57,7 +57,7 @@ def test_times_of_another_file_of_the_same_name_are_refused(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, r"cannot be read as JSON \(.*No such file.*\); write it with 'msn-export bench …"),
+        (None, r"does not exist; write it with 'msn-export bench …"),
         ("{", "cannot be read as JSON"),
         ("[" * 100_000, "cannot be read as JSON"),
         ("{}", "is not what 'bench --json' prints: bench.json.baseline is missing"),
@@ -71,5 +71,5 @@ def test_what_is_no_benchmark_is_refused(text, message, tmp_path) -> None:
     path = tmp_path / "bench.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(SpecError, match=f"--bench .*bench.json {message}"):
+    with pytest.raises(SpecError, match=f"bench.json {message}"):
         read_bench(path, {})
