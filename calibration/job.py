@@ -60,7 +60,9 @@ class CalibrateJob(Job):
     ] = 512
     seed: Annotated[Index, Opt("Which images.")] = 0
     observer: Annotated[Observer, Opt("How a range is chosen from what was seen.")] = Observer.MSE
-    ranges: Annotated[Path | None, Opt("Ranges taken before, instead of taking them again.")] = None
+    ranges: Annotated[
+        Path | None, Opt("Ranges taken before, a .ranges.json, instead of taking them again.")
+    ] = None
     smooth: Annotated[
         Literal["auto", "off"] | Annotated[float, Within(0, 1)] | None,
         Opt(

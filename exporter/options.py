@@ -20,6 +20,12 @@ from msn_export.errors import SpecError
 from msn_export.schema import Index, Job, Within, annotated_hints
 from msn_export.spec import ImageSize
 
+OUTPUT = "-o --output"
+# parts of the help
+MODEL, PICTURES, CHECK, RUN, WRITTEN = (
+    "The checkpoint", "Pictures", "The check", "Where it runs", "Output",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Opt:
@@ -37,6 +43,7 @@ class Opt:
         each: an option apart for each key, with its help: a flag for each value of the field, or a
             number for each key of a mapping.
         kept: the manifest keeps it, where it is set.
+        panel: the part of the help that it stands in.
     """
 
     help: str | None = None
@@ -50,6 +57,7 @@ class Opt:
     bare: str | None = None
     each: Mapping[str, str | None] = field(default_factory=dict)
     kept: bool = False
+    panel: str = "Options"
 
 
 class One(NamedTuple):
@@ -121,9 +129,14 @@ def kept(job: Job) -> dict[str, Any]:
     return {n: value for n, value in given.items() if value is not None and value is not False}
 
 
-def preprocess(help: str) -> Opt:
+def preprocess(help: str, *, auto: bool = False) -> Opt:
     """Give the option that takes a preset of preprocessing or a JSON file."""
-    return Opt(help, read=_preprocess, form="hf|msn-eval|raw|FILE.json")
+    return Opt(
+        help,
+        read=_preprocess,
+        form=f"{'auto|' if auto else ''}hf|msn-eval|raw|FILE.json",
+        panel=PICTURES,
+    )
 
 
 def _preprocess(text: str) -> str:
@@ -147,7 +160,6 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(filter(None, text.split(",")))
 
 
-OUTPUT = "-o --output"
 DTYPES = ("fp32", "fp16", "bf16")  # those that are no matter of calibration
 
 # how pictures become a model's input
@@ -157,16 +169,31 @@ Preprocess = Annotated[
 ]
 Exif = Annotated[
     preprocessing.Exif | None,
-    Opt("Turn pictures by their EXIF orientation? Default: as the manifest says, else apply."),
+    Opt(
+        "Turn pictures by their EXIF orientation? Default: as the manifest says, else apply.",
+        panel=PICTURES,
+    ),
 ]
-OpenSize = Annotated[ImageSize | None, Opt("For a graph that leaves height and width open.")]
+OpenSize = Annotated[
+    ImageSize | None,
+    Opt("Pixels, for a graph that leaves height and width open.", panel=PICTURES),
+]
 
 # what a checkpoint may not say of itself
-Variant = Annotated[str | None, Opt("Published shape, where a weights file does not say.")]
-Weights = Annotated[
-    str | None, Opt("Which of several weights in one file, as model_ema.", metavar="KEY")
+Variant = Annotated[
+    str | None,
+    Opt(
+        "Published shape, where a weights file does not say: vit-msn-small, -base, -large, -base-4,"
+        " -large-7.",
+        metavar="VARIANT",
+        panel=MODEL,
+    ),
 ]
-Labels = Annotated[Path | None, Opt("Names of the classes: a line each, or JSON.")]
+Weights = Annotated[
+    str | None,
+    Opt("Which of several weights in one file, as model_ema.", metavar="KEY", panel=MODEL),
+]
+Labels = Annotated[Path | None, Opt("Names of the classes: a line each, or JSON.", panel=MODEL)]
 
 # where an artifact runs
 Providers = Annotated[
@@ -175,10 +202,11 @@ Providers = Annotated[
         "onnxruntime's, in order: cpu, cuda, tensorrt, … Default: cuda, else cpu.",
         read=names,
         form="NAME,…",
+        panel=RUN,
     ),
 ]
-Device = Annotated[Index | None, Opt("GPU to run on.")]
-Trust = Annotated[bool, Opt("Run an engine that has no manifest.")]
+Device = Annotated[Index | None, Opt("GPU to run on. Default: 0.", panel=RUN)]
+Trust = Annotated[bool, Opt("Run an engine that has no manifest.", panel=RUN)]
 
 # labelled pictures: how often both sides of a comparison are right
 LabelledPictures = Annotated[
@@ -187,16 +215,23 @@ LabelledPictures = Annotated[
         "Labelled pictures, all of them run: a significant loss of accuracy fails. A folder with a"
         " subfolder for each class, or a .csv or .parquet with the columns path and label.",
         exists=True,
+        panel=CHECK,
     ),
 ]
 AccuracyDrop = Annotated[
     Annotated[float, Within(0, 1)],
-    Opt("--labelled: loss of accuracy that is allowed, as in 0.01."),
+    Opt("--labelled: loss of accuracy that is allowed, as in 0.01.", panel=CHECK),
 ]
 
 # what is written, and how it is checked
-Output = Annotated[Path | None, Opt("The .onnx file to write.", OUTPUT)]
-Images = Annotated[Path | None, Opt("Pictures to check on; without, seeded noise.", exists=True)]
+Output = Annotated[
+    Path | None,
+    Opt("The .onnx file to write. Default: named after what is read.", OUTPUT, panel=WRITTEN),
+]
+Images = Annotated[
+    Path | None,
+    Opt("Pictures to check on; without, seeded noise.", exists=True, panel=CHECK),
+]
 Islands = Annotated[str, Opt("fp16: which tensors stay fp32.", metavar="measured|none|FILE")]
-Check = Annotated[bool, Opt("Write without comparing; the manifest says so.")]
-Force = Annotated[bool, Opt("Replace an existing output.")]
+Check = Annotated[bool, Opt("Write without comparing; the manifest says so.", panel=CHECK)]
+Force = Annotated[bool, Opt("Replace an existing output.", panel=WRITTEN)]

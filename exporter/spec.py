@@ -139,7 +139,7 @@ _ATTENTION_FORMS = {
 class BatchRange:
     """Batch sizes an artifact accepts. ``opt`` is the one TensorRT tunes for."""
 
-    form: ClassVar[str] = "N or MIN:OPT:MAX"  # what ``parse`` reads, in a few words
+    form: ClassVar[str] = "N|MIN:OPT:MAX"  # what ``parse`` reads, in a few words
     min: int = 1
     opt: int = 8
     max: int = 32
@@ -201,7 +201,7 @@ class Scores(StrEnum):
 class ImageSize:
     """Height and width of what the model receives, in pixels."""
 
-    form: ClassVar[str] = "N or HxW"
+    form: ClassVar[str] = "N|HxW"
     height: int
     width: int
 
@@ -303,7 +303,7 @@ class KeptPatches:
 class ComputeCapability:
     """An NVIDIA GPU generation, such as 8.9 (Ada)."""
 
-    form: ClassVar[str] = "M.m"
+    form: ClassVar[str] = "8.9|89|sm_89"
     major: int
     minor: int
 
@@ -312,8 +312,8 @@ class ComputeCapability:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read ``8.9``."""
-        match = re.fullmatch(r"([0-9]{1,2})\.([0-9])", text)
+        """Read ``8.9``, ``89`` or ``sm_89``."""
+        match = re.fullmatch(r"(?:sm_?)?([0-9]{1,2})\.?([0-9])", text, re.IGNORECASE)
         if match is None:
             raise SpecError(f"compute capability {text!r} is not a version; expected as in 8.9")
         return cls(int(match[1]), int(match[2]))
@@ -353,16 +353,16 @@ class TensorSpec:
     shape: tuple[int | str, ...]
 
 
-_UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def parse_bytes(text: str) -> int:
-    """Read an amount of memory: ``4GiB``, ``512MiB``, ``1048576``.
+    """Read an amount of memory: ``4GiB``, ``4G`` (the same), ``512MiB``, ``1048576``.
 
     Raises:
         SpecError: it is none, or zero.
     """
-    match = re.fullmatch(r"([0-9]{1,15})\s*([KMGT]iB|B|)", text)
+    match = re.fullmatch(r"([0-9]{1,15})\s*([KMGT](?:iB)?|B|)", text, re.IGNORECASE)
     if match is None or int(match[1]) == 0:
         raise SpecError(f"{text!r} is no amount of memory; expected as in 4GiB or 512MiB")
-    return int(match[1]) * _UNITS[match[2]]
+    return int(match[1]) * _UNITS[match[2][:1].upper()]

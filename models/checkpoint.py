@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import os
 import re
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -149,6 +150,15 @@ def kind_of(source: str, variant: str | None = None) -> Kind:
     return kind
 
 
+def require_there(source: str) -> None:
+    """Refuse a path of a checkpoint or an artifact that is not there."""
+    if os.path.lexists(source):
+        return
+    if source.endswith((".onnx", ".engine", ".json")):
+        raise CheckpointError(f"{source!r} does not exist{near(source)}")
+    _kind_of(source)
+
+
 def require_model(folder: Path, source: str) -> None:
     """Require that a folder, which a user called ``source``, holds a whole model by its files."""
     where = f"checkpoint {source if source.isprintable() else ascii(source)}"
@@ -270,7 +280,13 @@ def _kind_of(source: str) -> Kind:
         ) from error
     hub_id = _HUB_ID.fullmatch(source)
     if hub_id and not source.endswith(WEIGHTS) and not source.startswith("."):
-        return "hub"
+        folder = Path(source).parent
+        if "@" in source or not folder.is_dir():
+            return "hub"
+        raise CheckpointError(
+            f"checkpoint {source!r} does not exist in the folder {folder}; if you mean the hub's, "
+            f"give {source}@main{near(source)}"
+        )
     raise CheckpointError(
         f"checkpoint {source!r} does not exist; expected a folder, a weights file "
         f"({', '.join(WEIGHTS)}), a hub id such as facebook/vit-msn-small, or random:VARIANT"

@@ -104,6 +104,12 @@ def test_a_compute_capability_reads_what_it_prints(major, minor) -> None:
     assert ComputeCapability.parse(str(capability)) == capability
 
 
+@pytest.mark.parametrize("text", ["89", "sm_89", "SM89", "8.9"])
+def test_a_capability_may_be_written_as_compilers_write_it(text) -> None:
+    assert ComputeCapability.parse(text) == ComputeCapability(8, 9)
+    assert ComputeCapability.parse("120") == ComputeCapability(12, 0)
+
+
 def test_capabilities_are_ordered_as_numbers_not_as_text() -> None:
     texts = ["12.0", "8.9", "9.0", "8.6", "10.0"]
     assert [str(c) for c in sorted(map(ComputeCapability.parse, texts))] == [
@@ -111,7 +117,7 @@ def test_capabilities_are_ordered_as_numbers_not_as_text() -> None:
     ]
 
 
-@pytest.mark.parametrize("text", ["", "89", "sm89", "8.90", "8", "8.", ".9", "8,9", "100.0"])
+@pytest.mark.parametrize("text", ["", "8.90", "sm-89", "8900", "8", "8.", ".9", "8,9", "100.0"])
 def test_what_is_no_capability_says_what_one_is(text) -> None:
     assert message_of(ComputeCapability.parse, text) == (
         f"compute capability {text!r} is not a version; expected as in 8.9"
@@ -120,7 +126,16 @@ def test_what_is_no_capability_says_what_one_is(text) -> None:
 
 # --- bytes ----------------------------------------------------------------------------------------
 
-UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+    "TiB": 2**40,
+    "G": 2**30,
+    "m": 2**20,
+}
 
 
 @given(st.integers(1, 10**15 - 1), st.sampled_from(sorted(UNITS)), st.sampled_from(["", " "]))
@@ -128,7 +143,7 @@ def test_an_amount_of_memory_is_the_number_times_its_unit(number, unit, space) -
     assert parse_bytes(f"{number}{space}{unit}") == number * UNITS[unit]
 
 
-@pytest.mark.parametrize("text", ["", "0", "0GiB", "much", "4GB", "4gib", "-1", "1.5GiB", "GiB"])
+@pytest.mark.parametrize("text", ["", "0", "0GiB", "much", "4GB", "4iB", "-1", "1.5GiB", "GiB"])
 def test_what_is_no_amount_says_what_one_is(text) -> None:
     assert message_of(parse_bytes, text) == (
         f"{text!r} is no amount of memory; expected as in 4GiB or 512MiB"

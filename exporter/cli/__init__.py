@@ -34,6 +34,15 @@ _OF_CHECKPOINTS = {"torch", "safetensors", "huggingface_hub"}  # what [export] a
 class Commands(click.Group):
     """Turns our errors into one line and exit code 1, and an interrupt into 130."""
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """Write the commands in groups, each with the whole of its first sentence."""
+        width = max(map(len, self.commands))
+        for title, group in GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl(
+                    [(f"{c.name:{width}}", c.get_short_help_str(limit=200)) for c in group]
+                )
+
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         """List the commands in the order of a job, not of the alphabet."""
         return list(self.commands)
@@ -75,7 +84,7 @@ class Commands(click.Group):
     def _fail(self, ctx: click.Context, message: str, code: int) -> None:
         if ctx.params.get("verbose"):
             raise  # noqa: PLE0704  called from an except clause: -v shows the traceback
-        click.echo(f"error: {message}", err=True)
+        click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)
         ctx.exit(code)
 
 
@@ -113,16 +122,23 @@ def _interrupt(signum: int, frame: Any) -> None:  # noqa: ARG001  the signature 
     raise KeyboardInterrupt
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="msn-export")
+# the help is as wide as the terminal
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 1000}
+
+
+@click.group(cls=Commands, context_settings=SETTINGS)
+@click.version_option(__version__, "-V", "--version", prog_name="msn-export")
 @click.option("-v", "--verbose", is_flag=True, help="Show the traceback of an error.")
 def main(verbose: bool) -> None:
     """Take a ViT-MSN checkpoint to a proven ONNX graph and TensorRT engine."""
 
 
-_COMMANDS = (
-    onnx, fit, calibrate, trt, validate, drift, report, inspect, bench, embed, evaluate,
-    triton, doctor,
-)  # fmt: skip
-for _command in _COMMANDS:
-    main.add_command(_command)
+GROUPS = {
+    "Make": (onnx, fit, calibrate, trt),
+    "Prove": (validate, drift, evaluate, report, inspect),
+    "Run": (bench, embed),
+    "Deploy": (triton, doctor),
+}
+for _group in GROUPS.values():
+    for _command in _group:
+        main.add_command(_command)

@@ -7,31 +7,43 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from msn_export.cli.options import FILE, IMAGES, JobCommand, command_line, json_option
+from msn_export.cli.options import (
+    EXISTING,
+    IMAGES,
+    SOURCE,
+    JobCommand,
+    command_line,
+    json_option,
+)
 
 if TYPE_CHECKING:
     from msn_export.calibration.job import CalibrateJob
     from msn_export.cli.console import Console
     from msn_export.commands.doctor import Diagnosis, GraphSupport
-    from msn_export.embedding.job import Embedded
 
 
 @click.command(cls=JobCommand, job="msn_export.commands.jobs:OnnxJob")
-@click.argument("checkpoint")
+@click.argument("checkpoint", type=SOURCE)
 @json_option
 def onnx(as_json: bool, **options: Any) -> None:
     """Export CHECKPOINT to a checked ONNX graph.
 
     CHECKPOINT is a hub id, a Hugging Face folder, a weights file, or random:VARIANT[:SEED].
+
+    \b
+    Examples:
+      msn-export onnx facebook/vit-msn-small --images pictures -o small.onnx
+      msn-export onnx checkpoint/ --dtype fp16 --input uint8 -o small-fp16.onnx
     """
     from msn_export.cli.console import Console
-    from msn_export.cli.tables import show_artifact
     from msn_export.commands.jobs import OnnxJob
 
     console = Console(as_json=as_json)
     job = OnnxJob(command=command_line(), **options)
     job.validate_paths()
-    from msn_export.commands.onnx import run_onnx  # torch: seconds, which no mistake is to wait for
+    with console.loading("torch"):  # seconds, which no mistake is to wait for
+        from msn_export.cli.tables import show_artifact
+        from msn_export.commands.onnx import run_onnx
 
     with console.progress() as progress:
         output, manifest = run_onnx(job, progress)
@@ -39,7 +51,7 @@ def onnx(as_json: bool, **options: Any) -> None:
 
 
 @click.command(cls=JobCommand, job="msn_export.commands.fit_job:FitJob")
-@click.argument("checkpoint")
+@click.argument("checkpoint", type=SOURCE)
 @click.argument("labelled", type=IMAGES)
 @json_option
 def fit(as_json: bool, **options: Any) -> None:
@@ -47,15 +59,21 @@ def fit(as_json: bool, **options: Any) -> None:
 
     The backbone stays as it is: logistic regression on its [CLS]. LABELLED is a folder with a
     subfolder for each class, or a .csv or .parquet with the columns path and label.
+
+    \b
+    Examples:
+      msn-export fit facebook/vit-msn-small flowers/ -o flowers.onnx
+      msn-export fit facebook/vit-msn-small flowers/ --shots 5 --test held-out/
     """
     from msn_export.cli.console import Console
-    from msn_export.cli.tables import show_fit
     from msn_export.commands.fit_job import FitJob
 
     console = Console(as_json=as_json)
     job = FitJob(command=command_line(), **options)
     job.validate_paths()
-    from msn_export.commands.fit import run_fit  # torch: seconds, which no mistake is to wait for
+    with console.loading("torch"):  # seconds, which no mistake is to wait for
+        from msn_export.cli.tables import show_fit
+        from msn_export.commands.fit import run_fit
 
     with console.progress() as progress:
         output, manifest = run_fit(job, progress)
@@ -63,15 +81,29 @@ def fit(as_json: bool, **options: Any) -> None:
 
 
 @click.command(cls=JobCommand, job="msn_export.commands.jobs:TrtJob")
-@click.argument("model", type=FILE)
+@click.argument("model", type=EXISTING)
+@click.option("--int8", "quantised", is_flag=True, hidden=True)
+@click.option("--fp8", "quantised", is_flag=True, hidden=True)
 @json_option
-def trt(as_json: bool, **options: Any) -> None:
-    """Compile the ONNX graph MODEL into a TensorRT engine."""
+def trt(as_json: bool, quantised: bool, **options: Any) -> None:
+    """Compile the ONNX graph MODEL into a TensorRT engine.
+
+    \b
+    Examples:
+      msn-export trt small.onnx --fp16 --images pictures
+      msn-export trt small.onnx --fp16 --backend tensorrt-rtx --compute-capability 8.9
+    """
+    if quantised:
+        raise click.UsageError(
+            "8 bits take ranges: quantise the fp32 graph with msn-export calibrate --int8 or --fp8,"
+            " and compile what that writes"
+        )
     from msn_export.cli.console import Console
-    from msn_export.cli.tables import show_artifact
-    from msn_export.commands.trt import TrtJob, run_trt
 
     console = Console(as_json=as_json)
+    with console.loading("onnx"):
+        from msn_export.cli.tables import show_artifact
+        from msn_export.commands.trt import TrtJob, run_trt
     job = TrtJob(command=command_line(), **options)
     with console.progress() as progress:
         output, manifest = run_trt(job, progress)
@@ -79,10 +111,16 @@ def trt(as_json: bool, **options: Any) -> None:
 
 
 @click.command(cls=JobCommand, job="msn_export.calibration.job:CalibrateJob")
-@click.argument("model", type=FILE)
+@click.argument("model", type=EXISTING)
 @json_option
 def calibrate(as_json: bool, **options: Any) -> None:
-    """Quantise the fp32 ONNX graph MODEL to int8 or fp8, with ranges taken on images."""
+    """Quantise the fp32 ONNX graph MODEL to int8 or fp8, with ranges taken on images.
+
+    \b
+    Examples:
+      msn-export calibrate small.onnx --int8 --images pictures -o small-int8.onnx
+      msn-export calibrate small.onnx --fp8 --images pictures --labelled flowers/
+    """
     if "dtype" not in options:
         raise click.UsageError("give --int8 or --fp8")
     from msn_export.calibration.job import CalibrateJob
@@ -90,10 +128,11 @@ def calibrate(as_json: bool, **options: Any) -> None:
     job = CalibrateJob(command=command_line(), **options)
     _require_consistent(job)
     from msn_export.cli.console import Console
-    from msn_export.cli.tables import show_artifact
-    from msn_export.commands.calibrate import run_calibrate
 
     console = Console(as_json=as_json)
+    with console.loading("onnx"):
+        from msn_export.cli.tables import show_artifact
+        from msn_export.commands.calibrate import run_calibrate
     with console.progress() as progress:
         output, manifest = run_calibrate(job, progress)
     show_artifact(console, output, manifest)
@@ -112,20 +151,26 @@ def _require_consistent(job: CalibrateJob) -> None:
 
 
 @click.command(cls=JobCommand, job="msn_export.commands.jobs:ValidateJob")
-@click.argument("reference")
-@click.argument("candidate")
+@click.argument("reference", type=SOURCE)
+@click.argument("candidate", type=SOURCE)
 @json_option
 @click.pass_context
 def validate(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
     """Compare CANDIDATE with REFERENCE on the same images; the exit code is the verdict.
 
     Each is a checkpoint, an .onnx file or an engine with its manifest.
+
+    \b
+    Examples:
+      msn-export validate facebook/vit-msn-small small.engine --images pictures
+      msn-export validate small.onnx small-int8.onnx --labelled flowers/
     """
     from msn_export.cli.console import Console
-    from msn_export.cli.tables import show_validation
-    from msn_export.commands.validate import ValidateJob, run_validate
 
     console = Console(as_json=as_json)
+    with console.loading("onnx"):
+        from msn_export.cli.tables import show_validation
+        from msn_export.commands.validate import ValidateJob, run_validate
     with console.progress() as progress:
         validation = run_validate(ValidateJob(**options), progress)
     show_validation(console, validation)
@@ -133,8 +178,8 @@ def validate(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
 
 
 @click.command(cls=JobCommand, job="msn_export.commands.jobs:DriftJob")
-@click.argument("reference")
-@click.argument("candidate")
+@click.argument("reference", type=SOURCE)
+@click.argument("candidate", type=SOURCE)
 @json_option
 @click.pass_context
 def drift(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
@@ -144,12 +189,18 @@ def drift(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
     compiled once more with the blocks as outputs. Each block of a candidate that is no engine is
     given the reference's own stream; its error is judged beside what its precision costs there.
     Exit code 0: no block parts.
+
+    \b
+    Examples:
+      msn-export drift small.onnx small-fp16.onnx --images pictures
+      msn-export drift facebook/vit-msn-small other.onnx --limit 4
     """
     from msn_export.cli.console import Console
-    from msn_export.cli.tables import show_drift
-    from msn_export.commands.drift import DriftJob, run_drift
 
     console = Console(as_json=as_json)
+    with console.loading("onnx"):
+        from msn_export.cli.tables import show_drift
+        from msn_export.commands.drift import DriftJob, run_drift
     with console.progress() as progress:
         found = run_drift(DriftJob(**options), progress)
     show_drift(console, found)
@@ -157,20 +208,26 @@ def drift(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
 
 
 @click.command(cls=JobCommand, job="msn_export.commands.jobs:ReportJob")
-@click.argument("artifacts", nargs=-1, required=True, metavar="ARTIFACT…")
+@click.argument("artifacts", nargs=-1, required=True, metavar="ARTIFACT…", type=SOURCE)
 @click.pass_context
 def report(ctx: click.Context, /, **options: Any) -> None:
     """Write one page of all that is known of ARTIFACT… and was measured.
 
     With --images every artifact that runs here is compared with the first, block by block too.
     Exit code 1 where one does not agree; the page is written all the same.
+
+    \b
+    Examples:
+      msn-export report small.onnx small.engine --images pictures
+      msn-export report small.onnx small-int8.onnx --markdown README.md
     """
     from rich.markup import escape
 
     from msn_export.cli.console import Console
-    from msn_export.commands.report import ReportJob, run_report
 
     console = Console(as_json=False)
+    with console.loading("onnx"):
+        from msn_export.commands.report import ReportJob, run_report
     job = ReportJob(command=command_line(), **options)
     with console.progress() as progress:
         page = run_report(job, progress)
@@ -186,7 +243,7 @@ def report(ctx: click.Context, /, **options: Any) -> None:
     nargs=-1,
     required=True,
     metavar="ARTIFACT [OTHER]",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=EXISTING,
 )
 @json_option
 @click.pass_context
@@ -194,6 +251,11 @@ def inspect(ctx: click.Context, /, artifacts: tuple[Path, ...], as_json: bool) -
     """Show what an engine, an ONNX file or a manifest is made of; two of them side by side.
 
     Exit code 1 where a manifest is damaged or of another file; the file is shown all the same.
+
+    \b
+    Examples:
+      msn-export inspect small.engine
+      msn-export inspect small.onnx small-fp16.onnx
     """
     if len(artifacts) > 2:
         raise click.UsageError("give one artifact, or two to compare")
@@ -207,7 +269,7 @@ def inspect(ctx: click.Context, /, artifacts: tuple[Path, ...], as_json: bool) -
 
 
 @click.command(cls=JobCommand, job="msn_export.commands.jobs:EvaluateJob")
-@click.argument("model")
+@click.argument("model", type=SOURCE)
 @click.argument("labelled", type=IMAGES)
 @json_option
 def evaluate(as_json: bool, **options: Any) -> None:
@@ -215,12 +277,18 @@ def evaluate(as_json: bool, **options: Any) -> None:
 
     MODEL is a checkpoint, an .onnx file or an engine. LABELLED is a folder with a subfolder for
     each class, or a .csv or .parquet with the columns path and label.
+
+    \b
+    Examples:
+      msn-export evaluate flowers.onnx held-out/ --report flowers.html
+      msn-export evaluate facebook/vit-msn-small flowers/ --knn 5
     """
     from msn_export.cli.console import Console
-    from msn_export.cli.tables import show_evaluated
-    from msn_export.commands.evaluate import EvaluateJob, run_evaluate
 
     console = Console(as_json=as_json)
+    with console.loading("onnxruntime"):
+        from msn_export.cli.tables import show_evaluated
+        from msn_export.commands.evaluate import EvaluateJob, run_evaluate
     with console.progress() as progress:
         found = run_evaluate(EvaluateJob(command=command_line(), **options), progress)
     show_evaluated(console, found)
@@ -231,18 +299,24 @@ PAPER = {"against": ("eager", "sdpa"), "batches": (1, 2, 4, 8)}
 
 
 @click.command(cls=JobCommand, job="msn_export.commands.jobs:BenchJob")
-@click.argument("artifacts", nargs=-1, required=True, metavar="ARTIFACT…", type=FILE)
+@click.argument("artifacts", nargs=-1, required=True, metavar="ARTIFACT…", type=EXISTING)
 @json_option
 def bench(as_json: bool, **options: Any) -> None:
     """Time each ARTIFACT, an .onnx or .engine file, beside the PyTorch model it came from.
 
     Rounds are interleaved; agreement with the fp32 reference is measured beside each time.
+
+    \b
+    Examples:
+      msn-export bench small.onnx --batch 1 --batch 8 --report bench.html
+      msn-export bench small.onnx small.engine --against sdpa,compile
     """
     from msn_export.cli.console import Console
-    from msn_export.cli.tables import show_bench
-    from msn_export.commands.bench import BenchJob, run_bench
 
     console = Console(as_json=as_json)
+    with console.loading("onnx"):
+        from msn_export.cli.tables import show_bench
+        from msn_export.commands.bench import BenchJob, run_bench
     if "preset" in options:
         options = {**PAPER, **options}
     if "batches" in options:
@@ -266,7 +340,7 @@ class PicturesParam(click.ParamType[Any]):
 
 
 @click.command(cls=JobCommand, job="msn_export.embedding.job:EmbedJob")
-@click.argument("model", type=FILE)
+@click.argument("model", type=EXISTING)
 @click.argument("images", type=PicturesParam())
 @json_option
 def embed(as_json: bool, **options: Any) -> None:
@@ -275,57 +349,21 @@ def embed(as_json: bool, **options: Any) -> None:
     With --ray, IMAGES may be s3://BUCKET/FOLDER or gs://BUCKET/FOLDER.
 
     Rows are in the order of the sorted paths. A picture that cannot be read is a row with an error.
+
+    \b
+    Examples:
+      msn-export embed small.onnx pictures/ -o vectors.parquet
+      msn-export embed small.engine pictures/ -o vectors.npy --batch 64
     """
     from msn_export.cli.console import Console
-    from msn_export.commands.embed import EmbedJob, run_embed
 
     console = Console(as_json=as_json)
+    with console.loading("onnxruntime"):
+        from msn_export.cli.tables import show_embedded
+        from msn_export.commands.embed import EmbedJob, run_embed
     with console.progress() as progress:
         embedded = run_embed(EmbedJob(**options), progress)
-    _show_embedded(console, embedded)
-
-
-def _show_embedded(console: Console, embedded: Embedded) -> None:
-    if console.as_json:
-        console.print_json(embedded)
-        return
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=escape(embedded.output), title_justify="left", show_header=False)
-    shape = ", ".join(str(size) for size in embedded.shape)
-    rows = [
-        ("rows", f"{embedded.output_name} [{shape}] float32"),
-        *((("scores", str(embedded.scores)),) if embedded.scores else ()),
-        ("broken", f"{embedded.broken} of {embedded.images} pictures"),
-        *(("", text) for text in embedded.errors),
-        *(("skipped", f"{count} {reason}") for reason, count in embedded.skipped.items()),
-        ("turned", _turned(embedded)),
-        ("files", ", ".join(embedded.files)),
-        ("runner", f"{embedded.runner}, batch {embedded.batch}"),
-        *((("cluster", embedded.cluster),) if embedded.cluster else ()),
-        ("preprocessing", str(embedded.preprocessing)),
-        ("selftest", embedded.selftest),
-        *(("note", note) for note in embedded.notes),
-        ("took", _took(embedded)),
-    ]
-    for name, text in rows:
-        table.add_row(name, escape(text))
-    console.print(table)
-
-
-def _turned(embedded: Embedded) -> str:
-    if embedded.exif == "ignore":
-        return "none: EXIF orientation is ignored"
-    return f"{embedded.turned} of {embedded.images} pictures by their EXIF orientation"
-
-
-def _took(embedded: Embedded) -> str:
-    resumed = f", resumed at row {embedded.resumed_at}" if embedded.resumed_at else ""
-    return (
-        f"{embedded.seconds:.1f} s{resumed}, {embedded.images_per_second:.1f} images/s, "
-        f"{embedded.workers} decoding; peak memory {embedded.peak_rss_bytes / 1e9:.2f} GB"
-    )
+    show_embedded(console, embedded)
 
 
 @click.command(cls=JobCommand, job="msn_export.commands.jobs:TritonJob")
@@ -333,7 +371,7 @@ def _took(embedded: Embedded) -> str:
     "artifacts",
     nargs=-1,
     metavar="[ARTIFACT]...",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=EXISTING,
 )
 @click.option(
     "-o", "--output", type=click.Path(file_okay=False, path_type=Path), help="The repository."
@@ -352,12 +390,18 @@ def triton(
     """Write ARTIFACT as a model of a Triton repository, or check one with --lint.
 
     ARTIFACT is an .onnx file, or one model's engines for several GPU generations.
+
+    \b
+    Examples:
+      msn-export triton small.engine -o repository
+      msn-export triton --lint repository --release 25.10
     """
     from msn_export.cli.console import Console
-    from msn_export.cli.tables import show_findings, show_written
-    from msn_export.commands.triton import TritonJob, run_lint, run_triton
 
     console = Console(as_json=as_json)
+    with console.loading("onnx"):
+        from msn_export.cli.tables import show_findings, show_written
+        from msn_export.commands.triton import TritonJob, run_lint, run_triton
     if linted is not None:
         if artifacts or output is not None:
             raise click.UsageError("--lint takes a repository alone, no ARTIFACT and no -o")
@@ -383,6 +427,11 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     """Show what this machine can export, build and run, and what to install for the rest.
 
     Exit code 1 if something that is installed is broken.
+
+    \b
+    Examples:
+      msn-export doctor
+      msn-export doctor --json
     """
     from msn_export.cli.console import Console
     from msn_export.commands.doctor import run_doctor
@@ -392,10 +441,7 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     console = Console(as_json=as_json)
     with console.progress() as progress:
         diagnosis = run_doctor(commands, progress)
-    if as_json:
-        console.print_json(diagnosis)
-    else:
-        _show_machine(console, diagnosis)
+    _show(console, diagnosis)
     if not diagnosis.healthy:
         ctx.exit(1)
 
@@ -408,7 +454,11 @@ def _graphs(found: GraphSupport) -> str:
     return f"every graph but {', '.join(needs)}"
 
 
-def _show_machine(console: Console, found: Diagnosis) -> None:
+def _show(console: Console, found: Diagnosis) -> None:
+    """Print a diagnosis; no table of others is loaded, whose packages may be broken."""
+    if console.as_json:
+        console.print_json(found)
+        return
     from rich.markup import escape
     from rich.table import Table
 

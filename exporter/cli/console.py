@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from msn_export.cli.options import STARTED
 from msn_export.errors import ESCAPES
 from msn_export.schema import to_plain
 
@@ -86,6 +87,20 @@ class Console:
         still = not self._stderr.is_terminal
         with Progress(*columns, console=self._stderr, transient=True, disable=still) as progress:
             yield Steps(progress, self._stderr)
+
+    @contextmanager
+    def loading(self, package: str) -> Iterator[None]:
+        """Show on a terminal that packages are imported; on a slow disk that takes many seconds."""
+        if not self._stderr.is_terminal:  # a log has the steps of the work alone
+            yield
+            return
+        with self.progress() as progress, progress.step(f"load {package}"):
+            yield
+
+    @property
+    def took(self) -> str:
+        """The time since the process began, imports too, in seconds."""
+        return f"{time.monotonic() - STARTED:.1f} s"
 
     def print(self, shown: Any) -> None:
         self._stdout.print(shown)

@@ -7,6 +7,7 @@ import os
 import pkgutil
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, fields
 from enum import Enum
@@ -22,18 +23,43 @@ from msn_export.errors import SpecError
 if TYPE_CHECKING:  # a group's help shows no options, and loads nothing that describes them
     from msn_export.options import One, Opt
 
+STARTED = time.monotonic()
+OUTPUT = "Output"  # as msn_export.options.WRITTEN, which a group's help must not load
+
 
 class _Named(click.Path):
-    """A path that is not empty: ``Path("")`` is the current folder."""
+    """A path that is not empty: ``Path("")`` is the current folder. What lies near one is named."""
 
     def convert(self, value: Any, *args: Any) -> Any:
         if not os.fspath(value):
             self.fail("the path is empty; name a file or a folder", *args)
+        if self.exists and not os.path.lexists(value):
+            from msn_export.models.checkpoint import near
+
+            self.fail(f"{self.name.title()} {value!r} does not exist{near(value)}", *args)
         return super().convert(value, *args)
 
 
+class _Source(click.ParamType[str]):
+    """A checkpoint, or an artifact that is there."""
+
+    name = "checkpoint or artifact"
+
+    def convert(self, value: Any, *args: Any) -> str:
+        from msn_export.errors import CheckpointError
+        from msn_export.models.checkpoint import require_there
+
+        try:
+            require_there(value)
+        except CheckpointError as error:
+            self.fail(str(error), *args)
+        return str(value)
+
+
 IMAGES = _Named(exists=True, path_type=Path)
+EXISTING = _Named(exists=True, dir_okay=False, path_type=Path)
 FILE = _Named(dir_okay=False, path_type=Path)
+SOURCE = _Source()
 
 
 class Parsed(click.ParamType[Any]):
@@ -43,6 +69,7 @@ class Parsed(click.ParamType[Any]):
         self, form: str, read: Callable[[Any], Any], base: click.ParamType[Any] = click.STRING
     ) -> None:
         self.name = form or base.name
+        self.form = form
         self.read = read
         self.base = base
 
@@ -55,7 +82,7 @@ class Parsed(click.ParamType[Any]):
             self.fail(str(error), param, ctx)
 
     def get_metavar(self, *args: Any, **named: Any) -> str | None:
-        return self.base.get_metavar(*args, **named)
+        return self.form or self.base.get_metavar(*args, **named)
 
     def shell_complete(self, *args: Any) -> list[Any]:
         return self.base.shell_complete(*args)
@@ -82,7 +109,8 @@ def _type_of(one: One, opt: Opt) -> click.ParamType[Any]:
         return click.STRING
     meanings = {word: kind(word) if one.is_enum else word for word in words}
     meanings = {**({opt.none: None} if opt.none else {}), **meanings}
-    return Parsed("", meanings.__getitem__, click.Choice(list(meanings)))
+    choice = click.Choice(list(meanings), case_sensitive=False)
+    return Parsed("", meanings.__getitem__, choice)
 
 
 class JobCommand(click.Command):
@@ -93,6 +121,7 @@ class JobCommand(click.Command):
 
     def __init__(self, *args: Any, job: str, **attributes: Any) -> None:
         self._job = job
+        self._panels: dict[str, str] = {}
         self._opts: dict[str, tuple[One, Opt]] | None = None
         self._params: list[click.Parameter] = []
         super().__init__(*args, **attributes)
@@ -111,13 +140,26 @@ class JobCommand(click.Command):
             by_name = {field.name: field for field in fields(job)}
             for name, opt in opts_of(job).items():
                 self._opts[name] = One.of(annotated_hints(job)[name]), opt
-                self._params += _options(by_name[name], *self._opts[name])
+                choices = list(_options(by_name[name], *self._opts[name]))
+                self._panels |= {str(option.name): opt.panel for option in choices}
+                self._params += choices
             self._params += last
         return self._params
 
     @params.setter
     def params(self, params: list[click.Parameter]) -> None:
         self._params = params
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options in their panels; what is written to comes last."""
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None and not isinstance(param, click.Argument):
+                panels.setdefault(self._panels.get(str(param.name), OUTPUT), []).append(record)
+        for title in sorted(panels, key=lambda title: title == OUTPUT):
+            with formatter.section(title):
+                formatter.write_dl(panels[title])
 
     def invoke(self, ctx: click.Context) -> Any:
         for name, (one, opt) in (self._opts or {}).items():
@@ -137,12 +179,14 @@ class JobCommand(click.Command):
 def _options(field: Field[Any], one: One, opt: Opt) -> Iterator[click.Option]:
     """Make a field's option, or its several."""
     for key, text in opt.each.items():
-        kind: dict[str, Any] = {"is_flag": True} if one.is_enum else {"type": _type_of(one, opt)}
+        kind: dict[str, Any] = {"is_flag": True}
+        if not one.is_enum:
+            kind = {"type": _type_of(one, opt), "metavar": _metavar(one, opt)}
         yield click.Option([f"--{_dashed(key)}", key], help=text, **kind)
     if opt.each:
         return
     names, default = opt.flag.split() or [f"--{_dashed(field.name)}"], field.default
-    attributes: dict[str, Any] = {"help": opt.help, "metavar": opt.metavar}
+    attributes: dict[str, Any] = {"help": opt.help, "metavar": opt.metavar or _metavar(one, opt)}
     if one.kind is bool:
         names = [f"--no-{_dashed(field.name)}"] if default else names
         attributes |= {"is_flag": True, "default": default, "flag_value": not default}
@@ -156,6 +200,12 @@ def _options(field: Field[Any], one: One, opt: Opt) -> Iterator[click.Option]:
     if opt.bare is not None:
         attributes |= {"is_flag": False, "flag_value": opt.bare}
     yield click.Option([*names, field.name], **attributes)
+
+
+def _metavar(one: One, opt: Opt) -> str | None:
+    """Give a number's a letter; click has a name of its type instead."""
+    is_number = one.kind in {int, float} and opt.read is None
+    return ("N" if one.kind is int else "X") if is_number else None
 
 
 def _dashed(name: str) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +23,25 @@ from msn_export.manifest import Manifest
 from msn_export.metrics.diagnose import StageDrift, TensorDrift
 from msn_export.reporting.describe import artifact_rows, inspection_rows, validation_rows
 from msn_export.schema import to_plain
+from msn_export.spec import Target
 from msn_export.triton_server.checks import Issue
 
 if TYPE_CHECKING:
     from msn_export.benchmark.results import Bench, Timing
-    from msn_export.cli.console import Console
+    from msn_export.embedding.job import Embedded
+
+# what a cell that begins so is printed in; the word is there for who sees no colour
+COLOURS = {"passed": "green", "FAILED": "bold white on red", "not compared": "yellow"}
+
+
+def show_rows(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:
+    """Print a table of names and texts; a verdict stands out."""
+    table = Table(title=escape(title), title_justify="left", show_header=False)
+    for name, text in rows:
+        verdict = next((word for word in COLOURS if text.startswith(word)), "")
+        shown = f"[{COLOURS[verdict]}]{verdict}[/]" if verdict else ""
+        table.add_row(name, f"{shown}{escape(text[len(verdict) :])}")
+    console.print(table)
 
 
 def show_validation(console: Console, validation: Validation) -> None:
@@ -34,20 +49,34 @@ def show_validation(console: Console, validation: Validation) -> None:
         console.print_json(validation)
         return
     title = f"{validation.candidate.name} against {validation.reference.name}"
-    table = Table(title=escape(title), title_justify="left", show_header=False)
-    for name, text in validation_rows(validation):
-        table.add_row(name, escape(text))
-    console.print(table)
+    rows = list(validation_rows(validation))
+    if not validation.passed:
+        sides = (validation.reference.name, validation.candidate.name)
+        rows.append(("next", f"msn-export drift {shlex.join(sides)}"))
+    show_rows(console, title, rows)
 
 
 def show_artifact(console: Console, output: Path, manifest: Manifest) -> None:
     if console.as_json:
         console.print_json({**to_plain(manifest), "output": str(output)})
         return
-    table = Table(title=escape(str(output)), title_justify="left", show_header=False)
-    for name, text in artifact_rows(manifest):
-        table.add_row(name, escape(text))
-    console.print(table)
+    memory = f"peak memory {manifest.peak_rss_bytes / 1e9:.2f} GB"
+    took = ("took", f"{console.took}, {memory}")
+    show_rows(
+        console, str(output), [*artifact_rows(manifest), took, ("next", after(output, manifest))]
+    )
+
+
+def after(output: Path, manifest: Manifest) -> str:
+    """Give the command that comes next for what was written."""
+    file = shlex.quote(str(output))
+    if manifest.engine is not None:
+        return f"msn-export bench {file}, on its GPU"
+    if manifest.fit is not None and manifest.source is None:
+        return f"msn-export evaluate {file} LABELLED"
+    if manifest.target is Target.ONNXRUNTIME:
+        return f"msn-export bench {file}"
+    return f"msn-export trt {file} --images PICTURES"
 
 
 def show_fit(console: Console, output: Path, manifest: Manifest) -> None:
@@ -235,8 +264,6 @@ def show_evaluated(console: Console, found: Evaluated) -> None:
     if console.as_json:
         console.print_json(found)
         return
-    table = Table(title=escape(f"{found.model} on {found.labelled}"), title_justify="left",
-                  show_header=False)  # fmt: skip
     of = "" if found.images == found.given else f" of {found.given:,}"
     rows = [("images", f"{found.images:,}{of} in {len(found.classes)} classes")]
     if found.top1 is not None and found.interval is not None:
@@ -255,9 +282,7 @@ def show_evaluated(console: Console, found: Evaluated) -> None:
     rows += [("runner", found.runner), ("selftest", found.selftest),
              ("preprocessing", str(found.preprocessing))]  # fmt: skip
     rows += [("note", note) for note in found.notes]
-    for name, text in rows:
-        table.add_row(name, escape(text))
-    console.print(table)
+    show_rows(console, f"{found.model} on {found.labelled}", rows)
 
 
 def show_written(console: Console, written: Written) -> None:
@@ -295,3 +320,40 @@ def show_findings(console: Console, repository: Path, findings: Sequence[Issue])
     if findings:
         console.print(table)
     console.print(f"{escape(str(repository))}: {f'{wrong} wrong' if wrong else 'nothing wrong'}")
+
+
+def show_embedded(console: Console, embedded: Embedded) -> None:
+    if console.as_json:
+        console.print_json(embedded)
+        return
+    shape = ", ".join(str(size) for size in embedded.shape)
+    rows = [
+        ("rows", f"{embedded.output_name} [{shape}] float32"),
+        *((("scores", str(embedded.scores)),) if embedded.scores else ()),
+        ("broken", f"{embedded.broken} of {embedded.images} pictures"),
+        *(("", text) for text in embedded.errors),
+        *(("skipped", f"{count} {reason}") for reason, count in embedded.skipped.items()),
+        ("turned", _turned(embedded)),
+        ("files", ", ".join(embedded.files)),
+        ("runner", f"{embedded.runner}, batch {embedded.batch}"),
+        *((("cluster", embedded.cluster),) if embedded.cluster else ()),
+        ("preprocessing", str(embedded.preprocessing)),
+        ("selftest", embedded.selftest),
+        *(("note", note) for note in embedded.notes),
+        ("took", _took(embedded)),
+    ]
+    show_rows(console, embedded.output, rows)
+
+
+def _turned(embedded: Embedded) -> str:
+    if embedded.exif == "ignore":
+        return "none: EXIF orientation is ignored"
+    return f"{embedded.turned} of {embedded.images} pictures by their EXIF orientation"
+
+
+def _took(embedded: Embedded) -> str:
+    resumed = f", resumed at row {embedded.resumed_at}" if embedded.resumed_at else ""
+    return (
+        f"{embedded.seconds:.1f} s{resumed}, {embedded.images_per_second:.1f} images/s, "
+        f"{embedded.workers} decoding; peak memory {embedded.peak_rss_bytes / 1e9:.2f} GB"
+    )

@@ -48,7 +48,7 @@ _FORMS = {
 }
 TARGETS = (*(target.value for target in Target), TENSORRT_8)
 FIRST_BF16 = 22  # the first opset whose Conv takes bfloat16: onnx/onnx docs/Changelog.md, Conv-22
-_MEMORY = "bytes, as in 4GiB"
+_MEMORY = "4GiB|512MiB|BYTES"
 GATE_NUMBERS = {
     "relative": "Largest relative error, of all images and of the worst one; replaces the measured "
     "limit, as --max-abs and --cosine do.",
@@ -89,16 +89,22 @@ class OnnxJob(Job):
         InputFormat,
         Opt("Normalised planes, or bytes [b, h, w, 3].", "--input", words=("float", "uint8")),
     ] = InputFormat.FLOAT
-    dtype: Annotated[Dtype, Opt(words=DTYPES)] = Dtype.FP32
-    batch: Annotated[BatchRange, Opt()] = BatchRange()
+    dtype: Annotated[Dtype, Opt("Type of weights and arithmetic.", words=DTYPES)] = Dtype.FP32
+    batch: Annotated[
+        BatchRange, Opt("Images at a time: a fixed number, or a range and what it is tuned for.")
+    ] = BatchRange()
     image_size: Annotated[
-        ImageSize | None, Opt("Interpolate the position embedding to this size.")
+        ImageSize | None,
+        Opt(
+            "Interpolate the position embedding to this size, in pixels. Default: the checkpoint's."
+        ),
     ] = None
     target: Annotated[Target, Opt(_target_help(), words=TARGETS)] = Target.TENSORRT
     preprocess: Annotated[
         str,
         options.preprocess(
-            "How its pictures are made; auto: as the checkpoint's own file says, else hf."
+            "How its pictures are made; auto: as the checkpoint's own file says, else hf.",
+            auto=True,
         ),
     ] = "auto"
     exif: options.Exif = None
@@ -170,12 +176,29 @@ class TrtJob(Job):
     """
 
     model: Path
-    output: Annotated[Path | None, Opt("The .engine file to write.", OUTPUT)] = None
+    output: Annotated[
+        Path | None,
+        Opt(
+            "The .engine file to write. Default: named after MODEL.", OUTPUT, panel=options.WRITTEN
+        ),
+    ] = None
     precision: Annotated[
         Dtype | None,
-        Opt(each={"fp32": "Default: as the graph is typed.", "fp16": None, "bf16": None}),
+        Opt(
+            each={
+                "fp32": "Arithmetic in fp32. Default of the three: as the graph is typed.",
+                "fp16": "Arithmetic in fp16.",
+                "bf16": "Arithmetic in bf16, from SM 8.0 on.",
+            }
+        ),
     ] = None
-    backend: Annotated[str, Opt(words=("auto", "tensorrt", "tensorrt-rtx"))] = "auto"
+    backend: Annotated[
+        str,
+        Opt(
+            "The compiler; auto takes TensorRT where it and a GPU are there, else TensorRT-RTX.",
+            words=("auto", "tensorrt", "tensorrt-rtx"),
+        ),
+    ] = "auto"
     capabilities: Annotated[
         tuple[ComputeCapability, ...],
         Opt(
@@ -189,10 +212,20 @@ class TrtJob(Job):
     ] = ()
     workspace: Annotated[
         Count | None,
-        Opt("Scratch memory a kernel may use.", read=parse_bytes, form=_MEMORY, kept=True),
+        Opt(
+            "Scratch memory a kernel may use. Default: the compiler's.",
+            read=parse_bytes,
+            form=_MEMORY,
+            kept=True,
+        ),
     ] = None
-    optimization_level: Annotated[Annotated[int, Within(0, 5)] | None, Opt(kept=True)] = None
-    timing_cache: Annotated[Path | None, Opt()] = None
+    optimization_level: Annotated[
+        Annotated[int, Within(0, 5)] | None,
+        Opt("How long kernels are searched, 0 to 5. Default: the compiler's, 3.", kept=True),
+    ] = None
+    timing_cache: Annotated[
+        Path | None, Opt("Timings of kernels, kept for the next build. Default: the user's own.")
+    ] = None
     version_compatible: Annotated[bool, Opt("Loads in the lean runtime of others.", kept=True)] = (
         False
     )
@@ -203,18 +236,25 @@ class TrtJob(Job):
         bool, Opt("Let fp32 products round to TF32, 10 bits of mantissa.", kept=True)
     ] = False
     timeout: Annotated[
-        Annotated[float, Within(1)] | None, Opt("Seconds the compiler may take.")
+        Annotated[float, Within(1)] | None,
+        Opt("Seconds the compiler may take. Default: no limit.", metavar="SECONDS"),
     ] = None
     memory_limit: Annotated[
         Count | None,
-        Opt("Resident memory the compiler may take.", read=parse_bytes, form=_MEMORY),
+        Opt(
+            "Resident memory the compiler may take. Default: no limit.",
+            read=parse_bytes,
+            form=_MEMORY,
+        ),
     ] = None
     allow_unfused: Annotated[bool, Opt("Accept attention that is not fused.", kept=True)] = False
     allow_fp32: Annotated[
         bool,
         Opt("Accept fp32 products in a typed graph that its manifest does not declare.", kept=True),
     ] = False
-    log: Annotated[Path | None, Opt("Write everything TensorRT says here.")] = None
+    log: Annotated[
+        Path | None, Opt("Write everything TensorRT says here.", panel=options.WRITTEN)
+    ] = None
     preprocess: options.Preprocess = None
     exif: options.Exif = None
     images: options.Images = None
@@ -239,7 +279,12 @@ class ValidateJob(Job):
     images: options.Images = None
     limit: Annotated[
         Count | None,
-        Opt("Pictures that are run.", read=options.number_or_all, form="N|all"),
+        Opt(
+            "Pictures that are run.",
+            read=options.number_or_all,
+            form="N|all",
+            panel=options.CHECK,
+        ),
     ] = 64  # enough for a first percentile, seconds of a ViT-S on two cores
     labelled: options.LabelledPictures = None
     accuracy_drop: options.AccuracyDrop = 0.0
@@ -257,11 +302,12 @@ class ValidateJob(Job):
     weights: options.Weights = None
     labels: options.Labels = None
     gate: Annotated[
-        Dtype | None, Opt("Whose gate to judge by. Default: the coarser side's dtype.")
+        Dtype | None,
+        Opt("Whose gate to judge by. Default: the coarser side's dtype.", panel="The gate"),
     ] = None
-    numbers: Annotated[Mapping[str, Annotated[float, Within(0)]], Opt(each=GATE_NUMBERS)] = field(
-        default_factory=dict
-    )
+    numbers: Annotated[
+        Mapping[str, Annotated[float, Within(0)]], Opt(each=GATE_NUMBERS, panel="The gate")
+    ] = field(default_factory=dict)
     numbers_only: Annotated[
         bool,
         Opt("Judge by outputs alone, not by epsilons and activations the graphs name."),
@@ -298,8 +344,12 @@ class ReportJob(Job):
     """Options of ``msn-export report``; the first artifact is the others' reference."""
 
     artifacts: tuple[str, ...]
-    output: Annotated[Path, Opt(flag=OUTPUT)] = Path("report.html")
-    markdown: Annotated[Path | None, Opt("Write a model card here too.")] = None
+    output: Annotated[Path, Opt("The page to write.", OUTPUT, panel=options.WRITTEN)] = Path(
+        "report.html"
+    )
+    markdown: Annotated[Path | None, Opt("Write a model card here too.", panel=options.WRITTEN)] = (
+        None
+    )
     images: Annotated[
         Path | None, Opt("Pictures to run on; without, nothing runs.", exists=True)
     ] = None
@@ -344,19 +394,28 @@ class BenchJob(Job):
     ] = ("sdpa",)
     batches: Annotated[tuple[Count, ...], Opt("Repeatable. Default: 1, 8.", "--batch")] = (1, 8)
     checkpoint: Annotated[
-        str | None, Opt("Of the PyTorch model. Default: what the manifest names.")
+        str | None,
+        Opt("Of the PyTorch model. Default: what the manifest names.", metavar="CHECKPOINT"),
     ] = None
     variant: options.Variant = None
     weights: options.Weights = None
-    rounds: Annotated[Count, Opt()] = 10
-    seconds: Annotated[float, Within(0, above=True), Opt("For each contender at each batch.")] = (
-        10.0
+    rounds: Annotated[Count, Opt("Rounds in which each contender takes its turn.")] = 10
+    seconds: Annotated[
+        float,
+        Within(0, above=True),
+        Opt("Seconds for each contender at each batch, at most.", metavar="SECONDS"),
+    ] = 10.0
+    threads: Annotated[Count | None, Opt("Threads of each contender. Default: physical cores.")] = (
+        None
     )
-    threads: Annotated[Count | None, Opt("Of each contender. Default: physical cores.")] = None
     dtype: Annotated[
-        Dtype | None, Opt("Of PyTorch. Default: fp32; on a GPU, as ARTIFACT.", words=DTYPES)
+        Dtype | None,
+        Opt("Type of PyTorch's model. Default: fp32; on a GPU, as ARTIFACT.", words=DTYPES),
     ] = None
-    preset: Annotated[str | None, Opt("eager, sdpa; batches 1, 2, 4, 8.", words=("paper",))] = None
+    preset: Annotated[
+        str | None,
+        Opt("paper: against eager, sdpa at batches 1, 2, 4, 8.", words=("paper",)),
+    ] = None
     images: Annotated[Path | None, Opt("Pictures to run; without, seeded noise.", exists=True)] = (
         None
     )
@@ -365,7 +424,9 @@ class BenchJob(Job):
     image_size: options.OpenSize = None
     resident: Annotated[bool, Opt("GPU: data stays there, copies are not counted.")] = False
     cuda_graphs: Annotated[bool, Opt("Engines: launch kernel by kernel.")] = True
-    report: Annotated[Path | None, Opt("Write a page with plots here.")] = None
+    report: Annotated[Path | None, Opt("Write a page with plots here.", panel=options.WRITTEN)] = (
+        None
+    )
     providers: options.Providers = ()
     device: options.Device = None
     trust: options.Trust = False
@@ -395,8 +456,16 @@ class EvaluateJob(Job):
         Count | None,
         Opt("Pictures that are run. Default: all.", read=options.number_or_all, form="N|all"),
     ] = None
-    output_name: Annotated[str | None, Opt("Output whose neighbours vote.")] = None
-    batch: Annotated[Count | None, Opt("Default: what the model is tuned for.")] = None
+    output_name: Annotated[
+        str | None,
+        Opt(
+            "Output whose neighbours vote. Default: embedding, or what comes nearest.",
+            metavar="NAME",
+        ),
+    ] = None
+    batch: Annotated[
+        Count | None, Opt("Pictures at a time. Default: what the model is tuned for.")
+    ] = None
     preprocess: options.Preprocess = None
     exif: options.Exif = None
     image_size: options.OpenSize = None
@@ -404,7 +473,10 @@ class EvaluateJob(Job):
     weights: options.Weights = None
     labels: options.Labels = None
     report: Annotated[
-        Path | None, Opt("Write a page with the confusion matrix and wrong pictures here.")
+        Path | None,
+        Opt(
+            "Write a page with the confusion matrix and wrong pictures here.", panel=options.WRITTEN
+        ),
     ] = None
     providers: options.Providers = ()
     device: options.Device = None
@@ -424,18 +496,22 @@ class TritonJob(Job):
     artifacts: tuple[Path, ...]
     output: Path
     name: Annotated[
-        str | None, Opt("The model's name. Default: the artifact's, without its ending.")
+        str | None,
+        Opt("The model's name. Default: the artifact's, without its ending.", metavar="NAME"),
     ] = None
-    version: Annotated[Count, Opt(flag="--model-version")] = 1
+    version: Annotated[Count, Opt("Number of the model's version.", "--model-version")] = 1
     release: Annotated[
         str | None, Opt("Triton's release. Default: one that fits.", metavar="YY.MM")
     ] = None
     max_batch: Annotated[
-        Annotated[int, Within(1, 4096)] | None, Opt("Default: the largest profile's.")
+        Annotated[int, Within(1, 4096)] | None,
+        Opt("Largest batch it forms. Default: the largest profile's."),
     ] = None
-    instances: Annotated[int, Within(1, 64), Opt()] = 1
+    instances: Annotated[int, Within(1, 64), Opt("Copies of the model on each device.")] = 1
     queue_delay: Annotated[
-        int, Within(0, 1_000_000), Opt("Microseconds a request may wait for others.")
+        int,
+        Within(0, 1_000_000),
+        Opt("Microseconds a request may wait for others.", metavar="MICROSECONDS"),
     ] = 500
     ensemble: Annotated[bool, Opt("Also take bytes, and normalise them in Triton.")] = False
     warmup: Annotated[bool, Opt("Run a picture through each instance first.")] = False

@@ -101,15 +101,28 @@ class EmbedJob(Job):
     model: Path
     images: Path | str
     output: Annotated[
-        Path, Opt("The .npy or .parquet file to write.", options.OUTPUT, read=_ending)
+        Path,
+        Opt(
+            "The .npy or .parquet file to write.",
+            options.OUTPUT,
+            read=_ending,
+            panel=options.WRITTEN,
+        ),
     ]
-    batch: Annotated[Count | None, Opt("Default: what the model is tuned for.")] = None
-    workers: Annotated[
-        Annotated[int, Within(1, 256)] | None, Opt("Processes that decode pictures.")
+    batch: Annotated[
+        Count | None, Opt("Pictures at a time. Default: what the model is tuned for.")
     ] = None
-    threads: Annotated[Count | None, Opt("Of the model, on a CPU. Default: physical cores.")] = None
+    workers: Annotated[
+        Annotated[int, Within(1, 256)] | None,
+        Opt("Processes that decode pictures. Default: one a core."),
+    ] = None
+    threads: Annotated[
+        Count | None,
+        Opt("Threads of the model, on a CPU. Default: physical cores.", panel=options.RUN),
+    ] = None
     output_name: Annotated[
-        str | None, Opt("Output to keep. Default: embedding, or what comes nearest.")
+        str | None,
+        Opt("Output to keep. Default: embedding, or what comes nearest.", metavar="NAME"),
     ] = None
     preprocess: options.Preprocess = None
     exif: options.Exif = None
@@ -125,9 +138,16 @@ class EmbedJob(Job):
             "Run on a Ray cluster: HOST:PORT, auto, or one of this machine's own.",
             metavar="[ADDRESS|local]",
             bare="",
+            panel=options.RUN,
         ),
     ] = None
-    actors: Annotated[Count | None, Opt("--ray: how many hold the model.")] = None
+    actors: Annotated[
+        Count | None,
+        Opt(
+            "--ray: how many hold the model. Default: as many as there is room for.",
+            panel=options.RUN,
+        ),
+    ] = None
     force: options.Force = False
 
 

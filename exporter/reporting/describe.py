@@ -292,7 +292,6 @@ def artifact_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield "in short", manifest.quantization.verdict
     for note in manifest.notes:
         yield "note", note
-    yield "took", f"{manifest.seconds:.1f} s, peak memory {manifest.peak_rss_bytes / 1e9:.2f} GB"
 
 
 def _islands(maxima: Mapping[str, float | None]) -> str:
@@ -353,7 +352,7 @@ def _check_rows(check: CheckRecord | None) -> Iterator[tuple[str, str]]:
     if check.limits_from:
         yield "", check.limits_from
     yield from accuracy_rows(check.accuracy)
-    verdict = "passed" if check.passed else "failed"
+    verdict = "passed" if check.passed else "FAILED"
     yield "verdict", f"{verdict} on {counted(check)}"
 
 

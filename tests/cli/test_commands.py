@@ -1,15 +1,19 @@
 """Exit codes and messages: 2 for usage, naming the option; 1 with one line for our errors."""
 
 import logging
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
 from msn_export.cli import main
 from msn_export.errors import GraphError
+
+HERE = Path(__file__)
 
 
 def invoke(*arguments: str):
@@ -26,7 +30,8 @@ def invoke(*arguments: str):
         (["onnx", "x", "--dtype", "fp8"], "Invalid value for '--dtype'"),
         (["onnx", "x", "--images", "nowhere"], "'--images': Path 'nowhere' does not exist"),
         (["onnx"], "Missing argument 'CHECKPOINT'"),
-        (["trt", "x", "--compute-capability", "89"], "compute capability '89' is not a version"),
+        (["trt", "x", "--compute-capability", "ada"], "capability 'ada' is not a version"),
+        (["trt", str(HERE), "--int8"], "quantise the fp32 graph with msn-export calibrate"),
         (["trt", "x", "--workspace", "much"], "'much' is no amount of memory"),
         (["trt", "x", "--optimization-level", "9"], "Invalid value for '--optimization-level'"),
         (["nothing"], "No such command 'nothing'"),
@@ -38,7 +43,49 @@ def test_usage_errors_name_the_option_and_exit_with_2(arguments, message) -> Non
     assert message in result.output
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["onnx", "{}/smal"],
+        ["fit", "{}/smal", "{}"],
+        ["trt", "{}/smal.onnx"],
+        ["calibrate", "{}/smal.onnx", "--int8", "--images", "{}"],
+        ["calibrate", "{}/small.onnx", "--int8", "--images", "{}/smal"],
+        ["validate", "{}/small.onnx", "{}/smal.onnx"],
+        ["drift", "{}/smal.onnx", "{}/small.onnx"],
+        ["report", "{}/smal.onnx"],
+        ["inspect", "{}/smal.onnx"],
+        ["bench", "{}/smal.onnx"],
+        ["embed", "{}/small.onnx", "{}/smal", "-o", "x.npy"],
+        ["evaluate", "{}/smal.onnx", "{}"],
+        ["triton", "{}/smal.onnx", "-o", "{}/repository"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_mistyped_path_is_a_usage_error_that_names_what_is_near(tmp_path, arguments) -> None:
+    (tmp_path / "small.onnx").touch()
+    (tmp_path / "small").mkdir()
+    result = invoke(*(part.format(tmp_path) for part in arguments))
+    assert result.exit_code == 2
+    near = "small.onnx" if any("smal.onnx" in part for part in arguments) else "small"
+    assert (
+        f"does not exist{'' if near == 'small' and arguments[0] in {'onnx', 'fit'} else '; '}"
+        in (result.output)
+    )
+    assert f"did you mean {tmp_path / near}?" in result.output
+
+
+def test_a_mistyped_folder_is_no_failure_of_the_hub(tmp_path, monkeypatch) -> None:
+    (tmp_path / "models" / "small").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    result = invoke("onnx", "models/smal")
+    assert result.exit_code == 2
+    assert "does not exist in the folder models" in result.output
+    assert "give models/smal@main; did you mean models/small?" in result.output
+
+
 def test_our_errors_are_one_line_and_exit_with_1(tmp_path) -> None:
+    (tmp_path / "none.onnx").touch()
     result = invoke("trt", str(tmp_path / "none.onnx"), "-o", str(tmp_path / "x.engine"))
     assert result.exit_code == 1
     assert result.stdout == ""
@@ -47,6 +94,7 @@ def test_our_errors_are_one_line_and_exit_with_1(tmp_path) -> None:
 
 
 def test_verbose_shows_the_traceback(tmp_path) -> None:
+    (tmp_path / "none.onnx").touch()
     command = [sys.executable, "-m", "msn_export"]
     run = subprocess.run(
         [*command, "-v", "trt", "none.onnx"],
@@ -70,12 +118,13 @@ def test_verbose_shows_the_traceback(tmp_path) -> None:
 )
 def test_a_missing_package_says_what_to_install(tmp_path, missing, arguments, extra) -> None:
     # a process of its own: modules that are imported a second time here would be twice
+    (tmp_path / "x.onnx").touch()
     script = f"import sys; sys.modules[{missing!r}] = None; from msn_export.cli import main; main()"
     command = [sys.executable, "-c", script, *arguments]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.returncode == 1
     told = f"error: package {missing} is not installed; pip install 'msn-export[{extra}]'\n"
-    assert run.stderr == told
+    assert run.stderr.splitlines(keepends=True)[-1] == told
 
 
 HELP = "from msn_export.cli import main; main(['--help'], standalone_mode=False)"
@@ -115,6 +164,31 @@ def test_the_help_of_each_command_is_what_was_agreed(path) -> None:
 def test_the_help_of_a_command_loads_nothing_heavy(name) -> None:
     code = f"from msn_export.cli import main; main([{name!r}, '--help'], standalone_mode=False)"
     test_importing_loads_nothing_heavy(code)
+
+
+@pytest.mark.parametrize("name", main.commands)
+def test_the_examples_of_a_command_are_commands(name) -> None:
+    command = main.commands[name]
+    _, _, examples = str(command.help).partition("Examples:")
+    lines = [shlex.split(line) for line in examples.strip().splitlines()]
+    assert len(lines) == 2
+    for product, called, *arguments in lines:
+        assert (product, called) == ("msn-export", name)
+        parser = command.make_parser(click.Context(command))
+        _, rest, _ = parser.parse_args(arguments)  # an option that there is not raises
+        assert rest == []
+
+
+def test_the_help_is_as_wide_as_the_terminal_and_sentences_are_whole() -> None:
+    wide = CliRunner().invoke(main, ["--help"], terminal_width=150).output
+    for command in main.commands.values():
+        sentence = str(command.help).split("\n\n")[0].rstrip(".").split(". ")[0]
+        assert sentence.replace("\n", " ") in wide
+
+
+def test_choices_take_either_case() -> None:
+    parsed = main.commands["onnx"].make_context("onnx", ["random:vit-msn-small", "--dtype", "FP16"])
+    assert parsed.params["dtype"] == "fp16"
 
 
 def fail_with(monkeypatch, error: BaseException) -> None:

@@ -8,6 +8,7 @@ import pytest
 from msn_export.cli.console import Console
 from msn_export.cli.tables import show_artifact
 from msn_export.reporting.describe import artifact_rows
+from msn_export.spec import Target
 from tests.builders.manifests import check, engine, example
 
 
@@ -40,7 +41,6 @@ def test_every_row_says_what_the_manifest_says() -> None:
         ("cosine", "min 0.99991000, p1 0.99992000, median 0.99999000"),
         ("verdict", "passed on 16 images"),
         ("note", "skipped: a.png"),
-        ("took", "1.5 s, peak memory 2.00 GB"),
     ]
 
 
@@ -72,7 +72,7 @@ def test_a_figure_that_is_none_is_called_so() -> None:
     broken = check(max_abs=None, cosine_min=None, passed=False)
     assert row("max_abs", check=broken) == "not a number (mean 2.00e-04)"
     assert row("cosine", check=broken).startswith("min not a number, p1 0.9")
-    assert row("verdict", check=broken) == "failed on 16 images"
+    assert row("verdict", check=broken) == "FAILED on 16 images"
 
 
 @pytest.mark.parametrize(
@@ -97,3 +97,27 @@ def test_json_is_the_manifest_with_the_path_that_was_written(capsys) -> None:
     assert told["output"] == "deep/m.engine"
     assert told["engine"]["gemm_dtypes"] == {"Half": 8}
     assert told["labels"] == ["cat", "dög", "[bird]"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "command"),
+    [
+        ({"engine": None}, "msn-export trt 'my out.onnx' --images PICTURES"),
+        ({"engine": None, "target": Target.ONNXRUNTIME}, "msn-export bench 'my out.onnx'"),
+        ({}, "msn-export bench 'my out.onnx', on its GPU"),
+    ],
+)
+def test_the_last_row_is_the_command_that_comes_next(capsys, changes, command) -> None:
+    show_artifact(Console(as_json=False), Path("my out.onnx"), example(**changes))
+    *_, took, last, _ = capsys.readouterr().out.splitlines()
+    assert command in last
+    assert "took" in took
+    assert " s, peak memory 2.00 GB" in took
+
+
+@pytest.mark.parametrize(("passed", "code"), [(True, "\x1b[32mpassed"), (False, ";41mFAILED")])
+def test_a_verdict_stands_out_in_colour_and_in_letters(capsys, monkeypatch, passed, code) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    show_artifact(Console(as_json=False), Path("m.onnx"), example(check=check(passed=passed)))
+    assert code in capsys.readouterr().out

@@ -225,7 +225,7 @@ def test_a_report_replaces_no_artifact(model, tmp_path) -> None:
 
 
 def test_an_artifact_that_is_none_is_an_error(tmp_path, model) -> None:
-    assert "none.onnx does not exist" in bench(tmp_path / "none.onnx").stderr
+    assert "none.onnx' does not exist" in bench(tmp_path / "none.onnx").stderr
     (tmp_path / "bad.onnx").write_bytes(b"nothing")
     result = bench(tmp_path / "bad.onnx")
     assert result.exit_code == 1

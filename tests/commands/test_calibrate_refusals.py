@@ -238,5 +238,5 @@ def test_a_target_that_nothing_compiles_for_is_refused_before_the_work(
     images, tmp_path, options, message
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-    # not even the graph is read: there is none
+    (tmp_path / "none").touch()  # the graph is not even read
     assert refused(tmp_path / "none", images, tmp_path / "m.onnx", *options) == f"error: {message}"

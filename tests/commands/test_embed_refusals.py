@@ -152,9 +152,11 @@ def test_what_a_cluster_alone_can_do_says_so(model, folder, tmp_path) -> None:
 
 
 def test_an_engine_takes_no_threads(folder, tmp_path) -> None:
-    result = embed("m.engine", folder, tmp_path / "out.npy", "--threads", "2")
+    engine = tmp_path / "m.engine"
+    engine.touch()
+    result = embed(engine, folder, tmp_path / "out.npy", "--threads", "2")
     assert result.exit_code == 1
-    told = "error: --threads is for graphs on a CPU, and m.engine is an engine"
+    told = f"error: --threads is for graphs on a CPU, and {engine} is an engine"
     assert result.stderr.splitlines()[-1] == told
 
 

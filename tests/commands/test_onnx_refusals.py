@@ -38,10 +38,6 @@ def changed_config(folder: Path, **config: object) -> Path:
 
 
 BAD = {
-    "missing file": (
-        lambda tmp: (tmp / "none.safetensors", []),
-        "does not exist; expected a folder, a weights file",
-    ),
     "another model": (
         lambda tmp: (changed_config(tmp / "c", model_type="deit"), []),
         "is of model type 'deit'; expected 'vit_msn' or 'vit'",

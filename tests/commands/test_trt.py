@@ -246,7 +246,6 @@ def microsoft(tmp: Path) -> Path:
 
 
 BAD_GRAPHS = {
-    "none": (lambda tmp: tmp / "none.onnx", "none.onnx does not exist; give an .onnx file"),
     "optimised by onnxruntime": (microsoft, "is com.microsoft.BiasGelu: it was optimised by"),
     "no attention": (
         lambda tmp: save("g (float[b,3,8,8] x) => (float[b,3,8,8] y) { y = Relu (x) }", tmp / "x"),

@@ -275,10 +275,13 @@ def test_both_faults_at_once_are_both_told(images, tmp_path) -> None:
 
 
 def test_what_does_not_exist_is_named(tmp_path) -> None:
-    assert f"{tmp_path / 'a.onnx'}" in refused(tmp_path / "a.onnx", classifier())
-    assert refused(classifier(), tmp_path / "a.engine") == (
-        f"error: {tmp_path / 'a.engine'} does not exist; give an .engine file"
-    )
+    for name, sides in (
+        ("a.onnx", (tmp_path / "a.onnx", classifier())),
+        ("a.engine", (classifier(), tmp_path / "a.engine")),
+    ):
+        result = validate(*sides)
+        assert result.exit_code == 2
+        assert f"'{tmp_path / name}' does not exist" in result.stderr
     result = validate(checkpoint(), classifier(), "--images", tmp_path / "none")
     assert result.exit_code == 2
     assert "--images" in result.stderr

@@ -178,14 +178,21 @@ def test_a_broken_checkpoint_is_one_message(checkpoint, outputs, harm, message) 
         ("", "checkpoint '' does not exist; expected a folder, a weights file"),
         ("none.pth.tar", "checkpoint 'none.pth.tar' does not exist; expected a folder"),
         ("x" * 9000, "cannot be read: File name too long"),
-        ("random:vit-msn-small:x", "is malformed; expected random:VARIANT[:SEED]"),
     ],
-    ids=["empty", "missing", "long", "seed"],
+    ids=["empty", "missing", "long"],
 )
 def test_what_is_no_checkpoint_is_one_message(outputs, source, message) -> None:
-    said = refused(source, outputs)
+    result = export(source, outputs)
+    assert result.exit_code == 2
+    said = result.stderr.strip().splitlines()[-1]
+    assert said.startswith("Error: Invalid value for 'CHECKPOINT': ")
     assert message in said
     assert len(said) < 2100
+
+
+def test_a_seed_that_is_none_is_one_message(outputs) -> None:
+    said = refused("random:vit-msn-small:x", outputs)
+    assert "is malformed; expected random:VARIANT[:SEED]" in said
 
 
 def test_a_batch_that_memory_cannot_check_is_refused_before_the_work(tiny, outputs) -> None:
