@@ -20,7 +20,7 @@ from msn_export.metrics.evaluate import max_batch_in_memory
 from msn_export.onnx_header import UNSEALED, GraphMetadata
 from msn_export.preprocessing import Exif, Preprocessing, preset
 from msn_export.processor_config import choose
-from msn_export.runtime.runner import combine
+from msn_export.runtime.batches import combine
 from msn_export.spec import BatchRange, Dtype, ImageSize, InputFormat
 
 if TYPE_CHECKING:

@@ -12,6 +12,11 @@ _IN_A_LINE |= dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
 _LONGEST = 2000  # characters; a path or a label of a file may be of any length
 
 
+def one_line(error: Exception | str) -> str:
+    """Give a library's message as a part of one of ours: one line, 300 characters at most."""
+    return " ".join(str(error).split())[:300]
+
+
 class MsnExportError(Exception):
     """The base of all errors this package raises on purpose.
 

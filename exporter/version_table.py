@@ -128,6 +128,28 @@ def in_words(row: Row) -> str:
     return ", ".join(taking) + (f"; not in {', '.join(without)}" if without else "")
 
 
+def too_old(row: Row | None, client: Client, here: str) -> str | None:
+    """Say which version takes a graph that the installed one does not; None where it does.
+
+    Args:
+        row: the graph's; None where it is not known.
+        client: the runtime.
+        here: its version.
+
+    Returns:
+        The rest of a sentence that begins with the file.
+    """
+    cell = row[client] if row is not None else None
+    if cell is None or cell.least is None or cell.takes(here):
+        return None
+    instead = ""
+    if table()[Target.PORTABLE][Dtype.FP32][client].takes(here):
+        instead = f", or export the model with --target portable, which {here} loads"
+    return (
+        f"needs {client.full_name} {cell.least} or later, and here is {here}; upgrade it{instead}"
+    )
+
+
 def numbers(version: str | None) -> tuple[int, ...]:
     """Read the numbers a version begins with: ``10.13.3.9.post1`` is (10, 13, 3, 9)."""
     match = re.match(r"[0-9]+(\.[0-9]+)*", version or "")

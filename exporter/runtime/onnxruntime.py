@@ -14,11 +14,19 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from msn_export.errors import DeviceError, GraphError, InputError, MsnExportError, RunnerError
+from msn_export.errors import (
+    DeviceError,
+    GraphError,
+    InputError,
+    MsnExportError,
+    RunnerError,
+    one_line,
+)
 from msn_export.host import find_driver
 from msn_export.manifest import Manifest, read_stated
 from msn_export.onnx_header import GraphMetadata, read_onnx_header
 from msn_export.runtime import dlpack
+from msn_export.runtime.batches import Chunk, profiles_of, run_in_chunks, split_batch
 from msn_export.runtime.dlpack import OF_ONNX, Borrowed, Tensor, finish, take_back
 from msn_export.runtime.providers import (
     CPU,
@@ -27,28 +35,15 @@ from msn_export.runtime.providers import (
     choose,
     load_gpu,
     nodes_on_cpu,
-    one_line,
     require_obtained,
     require_on_gpu,
 )
-from msn_export.runtime.runner import (
-    Chunk,
-    Outputs,
-    Runner,
-    combine,
-    element_of,
-    pad,
-    require_fit,
-    split_batch,
-)
-from msn_export.spec import BatchRange, Dtype, Target, TensorSpec
-from msn_export.version_table import Client, row_of
+from msn_export.runtime.runner import Outputs, Runner, element_of, require_fit
+from msn_export.spec import TensorSpec
+from msn_export.version_table import Client, too_old
 
 # What onnxruntime's errors on its own Q/DQ passes name
 _QUANTISED = re.compile("float8|QLinear|QuantizeLinear|MatMulInteger")
-
-# A graph with a dynamic batch takes any; one larger than this is no single batch of images.
-_ANY = BatchRange(1, 8, 65536)
 
 
 def open_session(
@@ -82,15 +77,8 @@ def _too_old(model: Path, refusal: str) -> str | None:
     """Name the onnxruntime that takes a graph this one is too old for; None where it is not."""
     here = onnxruntime.__version__
     stated = read_stated(model)
-    cell = stated.row[Client.ONNXRUNTIME] if stated is not None and stated.row else None
-    if cell is not None and cell.least is not None and not cell.takes(here):
-        portable = row_of(Target.PORTABLE, Dtype.FP32)
-        other = portable is not None and portable[Client.ONNXRUNTIME].takes(here)
-        instead = f", or export the model with --target portable, which {here} loads"
-        return (
-            f"{model.name} needs onnxruntime {cell.least} or later, and here is {here}; upgrade it"
-            f"{instead if other else ''}"
-        )
+    if (reason := too_old(stated.row if stated else None, Client.ONNXRUNTIME, here)) is not None:
+        return f"{model.name} {reason}"
     newest, opset = _NEWEST.search(refusal), read_onnx_header(model).opset
     if newest is None or opset is None or opset <= int(newest[1]):
         return None
@@ -154,17 +142,6 @@ def spec_of(node: Any) -> TensorSpec:
     return TensorSpec(
         node.name, dtype, tuple(size if size is not None else "?" for size in node.shape)
     )
-
-
-def profiles_of(spec: TensorSpec, manifest: Manifest | None) -> tuple[BatchRange, ...]:
-    """Batches a graph accepts: its own where fixed, else any up to the manifest's."""
-    size = spec.shape[0]
-    if isinstance(size, int):
-        return (BatchRange(size, size, size),)
-    if manifest is None or not manifest.profiles:
-        return (_ANY,)
-    batch = combine(manifest.profiles)
-    return (BatchRange(1, batch.opt, batch.max),)
 
 
 @contextmanager
@@ -254,15 +231,8 @@ class OrtRunner(Runner):
         self._session = None
 
     def _run_arrays(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
-        chunks = split_batch(len(images), self.profiles)
-        if len(chunks) == 1 and chunks[0].size == len(images):
-            return dict(zip(self._names, self._run(images), strict=True))
-        runs = [self._run(pad(images[p.start : p.start + p.count], p.size)) for p in chunks]
-        whole = {}
-        for index, name in enumerate(self._names):
-            parts = [run[index][: chunk.count] for run, chunk in zip(runs, chunks, strict=True)]
-            whole[name] = np.concatenate(parts)
-        return whole
+        outputs = run_in_chunks(images, self.profiles, self._run)
+        return dict(zip(self._names, outputs, strict=True))
 
     def _run(self, images: NDArray[Any]) -> list[NDArray[Any]]:
         session = self._open()

@@ -34,10 +34,13 @@ def open_runner(  # noqa: PLR0913  each names one thing a service may have to ch
     contexts: int = 2,
     cuda_graphs: bool = True,
     eager_kernels: bool = False,
+    precision: str | None = None,
+    hint: str | None = None,
 ) -> Runner:
     """Load an artifact and make it ready to run.
 
-    An ``.onnx`` file runs in onnxruntime, an engine in the TensorRT that its manifest names.
+    An ``.onnx`` file runs in onnxruntime or OpenVINO, an engine in the TensorRT that its manifest
+    names.
 
     Args:
         path: an ``.onnx`` file or an engine, with its manifest beside it. Of a graph without one
@@ -45,14 +48,18 @@ def open_runner(  # noqa: PLR0913  each names one thing a service may have to ch
         device: index of the GPU; by default the first that fits.
         providers: onnxruntime's, in order: ``cpu``, ``cuda``, ``tensorrt`` or in full. By default
             CUDA where a GPU is found, else the CPU. What is asked for and cannot be had is an
-            error.
+            error. ``openvino`` alone runs the graph in OpenVINO, on the CPU.
         trust: load an engine that has no manifest. An engine runs what is in it.
-        threads: onnxruntime on the CPU: threads that one call computes with.
+        threads: onnxruntime on the CPU, and OpenVINO: threads that it computes with.
         contexts: an engine: calls that run at the same time, each with its own memory.
         cuda_graphs: an engine: replay runs that come up again as CUDA graphs.
         eager_kernels: an engine of TensorRT-RTX: compile the kernels of a batch size before its
             first run, which then takes seconds. By default that happens behind runs that use
             general kernels: later runs are faster, and round otherwise, than the first.
+        precision: OpenVINO: what an fp32 graph is computed in, ``fp32`` (default) or ``bf16``,
+            which the selftest holds to bf16's gate.
+        hint: OpenVINO: ``latency`` (default) gives a call all threads, ``throughput`` divides them
+            among several calls.
 
     Raises:
         RunnerError: the artifact does not exist, or cannot run here; the message says what would.
@@ -67,6 +74,11 @@ def open_runner(  # noqa: PLR0913  each names one thing a service may have to ch
     threads = require_whole("threads", threads, at_least=1, at_most=_MOST_THREADS)
     contexts = require_whole("contexts", contexts, at_least=1) or 1
     if file.suffix == ".onnx":
+        if providers is not None and OPENVINO in providers:
+            return _open_in_openvino(file, device, providers, threads, precision, hint)
+        for name, value in (("precision", precision), ("hint", hint)):
+            if value is not None:
+                raise RunnerError(f"{name} is for providers=['{OPENVINO}']; leave it out")
         return _open_graph(file, device, providers, threads)
     if providers is not None:
         raise RunnerError(f"engine {file} takes no providers; it runs in the TensorRT it is for")
@@ -80,6 +92,7 @@ def open_runner(  # noqa: PLR0913  each names one thing a service may have to ch
     )
 
 
+OPENVINO = "openvino"  # a runtime of its own, no provider of onnxruntime's
 _MOST_THREADS = 4096  # of a call; onnxruntime starts them all
 
 
@@ -119,14 +132,20 @@ def require_whole(
     return number
 
 
+def _stated(file: Path) -> tuple[Manifest | None, GraphMetadata | None]:
+    """Read what describes a graph: the manifest, else the file itself."""
+    stated = manifests.read_stated(file)
+    if isinstance(stated, GraphMetadata):
+        return None, stated
+    if stated is not None and stated.kind != "onnx":
+        raise ManifestError(f"{manifest_path(file)} describes no graph; export {file} again")
+    return stated, None
+
+
 def _open_graph(
     file: Path, device: int | None, providers: Sequence[str] | None, threads: int | None
 ) -> Runner:
-    stated = manifests.read_stated(file)
-    manifest = stated if isinstance(stated, Manifest) else None
-    metadata = stated if isinstance(stated, GraphMetadata) else None
-    if manifest is not None and manifest.kind != "onnx":
-        raise ManifestError(f"{manifest_path(file)} describes no graph; export {file} again")
+    manifest, metadata = _stated(file)
     try:
         from msn_export.runtime.onnxruntime import OrtRunner
     except ImportError as error:
@@ -136,6 +155,31 @@ def _open_graph(
     return OrtRunner(
         file, providers, device=device, threads=threads, manifest=manifest, metadata=metadata
     )
+
+
+def _open_in_openvino(
+    file: Path,
+    device: int | None,
+    providers: Sequence[str],
+    threads: int | None,
+    precision: str | None,
+    hint: str | None,
+) -> Runner:
+    if list(providers) != [OPENVINO]:
+        raise RunnerError(
+            f"providers is {providers!r}; OpenVINO runs a graph alone: providers=['{OPENVINO}']"
+        )
+    if device is not None:
+        raise RunnerError(f"device {device} is a GPU, and OpenVINO runs on the CPU; leave it out")
+    manifest, metadata = _stated(file)
+    try:
+        from msn_export.runtime.openvino import OpenVinoOptions, OpenVinoRunner
+    except ImportError as error:
+        raise MissingPackageError(
+            f"OpenVINO cannot be imported ({error}); pip install 'msn-export[openvino]'"
+        ) from error
+    options = OpenVinoOptions.of(precision, hint, threads)
+    return OpenVinoRunner(file, options, manifest=manifest, metadata=metadata)
 
 
 def require_device(engine: VerifiedEngine, driver: Driver | NoDriver, device: int | None) -> Device:

@@ -12,7 +12,7 @@ from typing import Any
 
 import onnxruntime
 
-from msn_export.errors import RunnerError
+from msn_export.errors import RunnerError, one_line
 from msn_export.host import Driver, NoDriver
 
 CPU = "CPUExecutionProvider"
@@ -191,7 +191,3 @@ def require_on_gpu(on_cpu: Mapping[str, int], asked: Sequence[str], file: str) -
         f"has no kernel; {update}allow it with the CPU as the last of the providers, as "
         "['cuda', 'cpu']"
     )
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from msn_export.errors import InputError, ManifestError, RunnerError
 from msn_export.manifest import Described, Manifest
 from msn_export.onnx_header import GraphMetadata
+from msn_export.runtime import dlpack
+from msn_export.runtime.batches import combine
 from msn_export.runtime.dlpack import OF_NUMPY, OF_ONNX, TensorType, has
-from msn_export.spec import BatchRange, InputFormat, Scores, TensorSpec
+from msn_export.spec import BatchRange, Dtype, InputFormat, Scores, TensorSpec
 
 if TYPE_CHECKING:
     from msn_export.images import Picture
@@ -152,14 +154,45 @@ def top_k(
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """What a compiled model computes in, read back from it; counts by dtype.
+
+    ``products`` are matrix products and convolutions, ``attention`` fused attention, ``quantised``
+    how many products the graph quantises: None where nothing says.
+    """
+
+    products: dict[str, int]
+    attention: dict[str, int]
+    quantised: int | None = None
+
+    def __str__(self) -> str:
+        total = sum(self.products.values())
+        parts = []
+        if self.quantised is not None:
+            eight = self.products.get("int8", 0)
+            parts.append(f"{eight} of {self.quantised} quantised products in int8")
+        parts += [
+            f"{count} of {total} products in {dtype}"
+            for dtype, count in self.products.items()
+            if dtype != "int8" or self.quantised is None
+        ]
+        parts += [f"{count} attention in {dtype}" for dtype, count in self.attention.items()]
+        return ", ".join(parts)
+
+
 class Runner(Described, ABC):
     """An artifact that is loaded and runs; ``open_runner`` makes one.
 
     Safe to share between threads. ``name`` says what runs it and on what. ``manifest`` is None
     where there is none, and ``metadata`` then what a graph's own file says. ``inputs`` and
     ``outputs`` are the artifact's tensors, a dynamic batch as a name. ``profiles`` are the batches
-    it accepts.
+    it accepts. ``precision`` is what was compiled, None where the runtime does not say.
+    ``rounds_as`` is a precision that was asked for, coarser than the artifact's own.
     """
+
+    precision: Precision | None = None
+    rounds_as: Dtype | None = None
 
     def __init__(
         self,
@@ -200,6 +233,18 @@ class Runner(Described, ABC):
         Returns:
             The outputs, of the kind that was given.
         """
+
+    def map(self, batches: Iterable[NDArray[Any]]) -> Iterator[Outputs]:
+        """Run batch after batch; where the runtime can, some of them at the same time.
+
+        Args:
+            batches: as for a call, NumPy arrays. Some are taken before the first outputs come.
+
+        Returns:
+            The outputs of each batch, in the order of the batches.
+        """
+        for images in batches:
+            yield self(images)
 
     @abstractmethod
     def close(self) -> None:
@@ -268,10 +313,27 @@ class Runner(Described, ABC):
     def selftest(self) -> SelfTest:
         """Run the golden input of the manifest: does this machine reproduce the golden output?
 
+        In a coarser precision than the artifact's own, the gate is that of the coarser one.
+
         Raises:
             ManifestError: there is no golden input.
         """
-        return selftest(self, self.name, self.manifest, InputFormat.of(self.inputs[0].dtype))
+        images = InputFormat.of(self.inputs[0].dtype)
+        return selftest(self, self.name, self.manifest, images, self.rounds_as)
+
+    def _for_numpy(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
+        """Give an output of the host as NumPy takes it: bfloat16, of its bytes, as float32."""
+        return array if self._element(name).numpy else dlpack.widen(array)
+
+    def _for_dlpack(self, name: str, array: NDArray[Any]) -> Any:
+        """Give an output of the host as another library takes it back."""
+        element = self._element(name)
+        if element.numpy:
+            return array
+        return dlpack.Tensor(array.ctypes.data, array.shape, element, None, array)
+
+    def _element(self, name: str) -> TensorType:
+        return next(OF_ONNX[spec.dtype] for spec in self.outputs if spec.name == name)
 
     def _require_open(self) -> None:
         if not self._is_open:
@@ -314,72 +376,12 @@ def element_of(array: NDArray[Any]) -> TensorType:
     return element
 
 
-def pad(images: NDArray[Any], size: int) -> NDArray[Any]:
-    if len(images) == size:
-        return images
-    padded = np.zeros((size, *images.shape[1:]), images.dtype)
-    padded[: len(images)] = images
-    return padded
-
-
 def _remedy(element: TensorType, wanted: TensorType) -> str:
     if wanted.numpy is None:
         return "; NumPy has no bfloat16, give a torch tensor"
     if element.numpy == "uint8":
         return "; runner.preprocess() gives what it takes, normalised"
     return ""
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """One run: ``count`` images from ``start`` on, padded to a batch of ``size``."""
-
-    start: int
-    count: int
-    size: int
-    profile: int
-
-
-def split_batch(
-    count: int, profiles: Sequence[BatchRange], profile: int | None = None
-) -> tuple[Chunk, ...]:
-    """Cut ``count`` images into runs: above the largest batch split, below the smallest padded.
-
-    Each run takes the profile that accepts its size and was tuned nearest to it; where none
-    accepts it, the one whose smallest batch is the least too large. ``profile`` is the index of the
-    only one to use.
-    """
-    if count < 1:
-        raise InputError("there is no image in the batch; give at least one")
-    numbers = range(len(profiles))
-    if profile is not None and profile not in numbers:
-        raise InputError(
-            f"profile {profile!r} does not exist; there are {len(profiles)}, from 0 on"
-        )
-    usable = numbers if profile is None else (int(profile),)
-    most = max(profiles[index].max for index in usable)
-    chunks = []
-    for start in range(0, count, most):
-        left = min(most, count - start)
-        index = min(usable, key=lambda index: _misfit(left, profiles[index]))
-        chunks.append(Chunk(start, left, max(left, profiles[index].min), index))
-    return tuple(chunks)
-
-
-def _misfit(size: int, profile: BatchRange) -> tuple[bool, int, int]:
-    """Order profiles for a run of ``size``, the best first."""
-    if size > profile.max:
-        return True, 1 << 30, 0
-    padding = max(0, profile.min - size)
-    return padding > 0, padding, abs(size - profile.opt)
-
-
-def combine(profiles: Sequence[BatchRange]) -> BatchRange:
-    return BatchRange(
-        min(profile.min for profile in profiles),
-        profiles[0].opt,
-        max(profile.max for profile in profiles),
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -418,6 +420,7 @@ def selftest(
     name: str,
     manifest: Manifest | None,
     input_format: InputFormat,
+    rounds_as: Dtype | None = None,
 ) -> SelfTest:
     record = manifest.golden if manifest is not None else None
     if manifest is None or record is None or manifest.preprocessing is None:
@@ -428,7 +431,7 @@ def selftest(
     # loaded here: they are a tenth of what importing this module would take
     from msn_export import golden
     from msn_export.metrics.metrics import Comparison, Errors
-    from msn_export.metrics.tolerances import GATES, Limit
+    from msn_export.metrics.tolerances import GATES, Limit, coarsest
 
     wanted = golden.values_of(record)
     outputs = run(golden.input_of(record, manifest.preprocessing, input_format))
@@ -439,7 +442,9 @@ def selftest(
         )
     comparison = Comparison()
     comparison.add(wanted, golden.vectors(np.asarray(outputs[record.output])))
-    agreement, gate = comparison.agreement(), GATES[manifest.rounds_as]
-    limit = None if record.limit is None else Limit(Errors.uniform(record.limit))
+    agreement, own = comparison.agreement(), manifest.rounds_as
+    gate = GATES[own if rounds_as is None else coarsest(own, rounds_as)]
+    allowed = record.limit if rounds_as is None else None  # it was measured in the artifact's own
+    limit = None if allowed is None else Limit(Errors.uniform(allowed))
     failures = tuple(gate.failures(agreement, limit))
-    return SelfTest(record.output, agreement, gate, failures, name, record.reference, record.limit)
+    return SelfTest(record.output, agreement, gate, failures, name, record.reference, allowed)

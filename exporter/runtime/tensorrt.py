@@ -21,11 +21,12 @@ from numpy.typing import NDArray
 from msn_export.errors import DeviceError, InputError, MsnExportError
 from msn_export.host import Device
 from msn_export.runtime import dlpack
+from msn_export.runtime.batches import Chunk, split_batch
 from msn_export.runtime.context_pool import ExecutionSlot, Lease, OutputMemory, SlotPool
 from msn_export.runtime.cuda import Gpu
-from msn_export.runtime.dlpack import OF_ONNX, Borrowed, Tensor, widen
+from msn_export.runtime.dlpack import OF_ONNX, Borrowed, Tensor
 from msn_export.runtime.engine import Engine, VerifiedEngine
-from msn_export.runtime.runner import Chunk, Outputs, Runner, element_of, require_fit, split_batch
+from msn_export.runtime.runner import Outputs, Runner, element_of, require_fit
 from msn_export.runtime.runtime_cache import RuntimeCache, cache_path
 from msn_export.runtime.versions import CudaDriver, LoadedTensorRT
 from msn_export.spec import TensorSpec
@@ -266,18 +267,6 @@ class TrtRunner(Runner):
             )
         if not images.is_contiguous:
             raise InputError("images are not contiguous; make them so (torch: .contiguous())")
-
-    def _for_numpy(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
-        return array if self._element(name).numpy else widen(array)
-
-    def _for_dlpack(self, name: str, array: NDArray[Any]) -> Any:
-        element = self._element(name)
-        if element.numpy:
-            return array
-        return Tensor(array.ctypes.data, array.shape, element, None, array)
-
-    def _element(self, name: str) -> Any:
-        return next(OF_ONNX[spec.dtype] for spec in self.outputs if spec.name == name)
 
 
 _STORED_AFTER = frozenset({1, 10, 100, 1000})  # calls

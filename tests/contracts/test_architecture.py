@@ -27,7 +27,7 @@ ORDER = (
 HEAVY = frozenset(
     {"torch", "onnx", "onnx_ir", "onnxscript", "onnxsim", "onnxruntime", "transformers",
      "safetensors", "huggingface_hub", "PIL", "click", "rich", "tensorrt", "tensorrt_lean",
-     "tensorrt_rtx", "cuda", "tritonclient", "ray", "starlette", "pyarrow", "sklearn"}
+     "tensorrt_rtx", "cuda", "openvino", "tritonclient", "ray", "starlette", "pyarrow", "sklearn"}
 )  # fmt: skip
 # folder -> the packages of others that its modules may import; at import, or inside a function
 MAY_IMPORT = {

@@ -6,7 +6,8 @@ import torch
 
 from msn_export.errors import InputError
 from msn_export.runtime import open_runner
-from msn_export.runtime.runner import element_of, pad, require_fit, split_batch, top_k
+from msn_export.runtime.batches import pad, split_batch
+from msn_export.runtime.runner import element_of, require_fit, top_k
 from msn_export.spec import BatchRange, TensorSpec
 from tests.builders.artifacts import classifier
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from msn_export.errors import InputError
-from msn_export.runtime.runner import Chunk, combine, split_batch
+from msn_export.runtime.batches import Chunk, combine, split_batch
 from msn_export.spec import BatchRange
 
 
