@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, dataclass, fields
 from inspect import Parameter, signature
@@ -358,8 +358,12 @@ def triton(
         return run_triton(job, steps)
 
 
-def inspect(artifact: Name) -> Inspection:
+def inspect(artifact: Name, *, providers: Sequence[str] = ()) -> Inspection:
     """Read what an engine, an ONNX file or a manifest is made of; no GPU is needed.
+
+    Args:
+        artifact: the file.
+        providers: ``["openvino"]`` compiles a graph there, and reads back what it computes in.
 
     Raises:
         MsnExportError: it cannot be read; the message says why.
@@ -367,7 +371,7 @@ def inspect(artifact: Name) -> Inspection:
     from msn_export.compare.inspection import inspect as inspect_file
 
     with _naming_arguments({}):
-        return inspect_file(Path(artifact))
+        return inspect_file(Path(artifact), providers)
 
 
 def doctor(*, progress: bool | Progress = False) -> Diagnosis:

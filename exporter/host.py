@@ -173,7 +173,10 @@ _NVIDIA = Path("/proc/driver/nvidia/version")
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Processor, usable cores, memory in bytes, system, and GPUs by name."""
+    """Processor, usable cores, memory in bytes, system, and GPUs by name.
+
+    ``instructions`` are those of the processor that decide how fast products are.
+    """
 
     cpu: str
     cores: int
@@ -184,10 +187,14 @@ class Machine:
     gpus: tuple[str, ...] = ()
     cuda: str | None = None
     driver: str | None = None
+    instructions: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        instructions = f" ({', '.join(self.instructions)})" if self.instructions else ""
         gpus = f", {', '.join(self.gpus)}" if self.gpus else ""
-        return f"{self.cores} cores of {self.cpu}, {self.memory / 2**30:.0f} GiB{gpus}"
+        return (
+            f"{self.cores} cores of {self.cpu}{instructions}, {self.memory / 2**30:.0f} GiB{gpus}"
+        )
 
 
 def this_machine() -> Machine:
@@ -208,6 +215,7 @@ def this_machine() -> Machine:
         ),
         cuda=driver.cuda if isinstance(driver, Driver) else None,
         driver=driver_release(),
+        instructions=_instructions(),
     )
 
 
@@ -290,12 +298,29 @@ def driver_release(path: Path = _NVIDIA) -> str | None:
 
 
 def _cpu() -> str:
+    return _of_cpu("model name") or platform.processor() or platform.machine()
+
+
+# Flags of Linux for x86 and Arm (proc(5)): vectors, and products of bf16 and int8
+_FLAGS = (
+    "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16",
+    "asimd", "asimddp", "i8mm", "bf16", "sve",
+)  # fmt: skip
+
+
+def _instructions() -> tuple[str, ...]:
+    flags = {*_of_cpu("flags").split(), *_of_cpu("Features").split()}
+    return tuple(flag for flag in _FLAGS if flag in flags)
+
+
+def _of_cpu(name: str) -> str:
+    """Read what the first processor's line of a name says; nothing where there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+        return ""
+    pairs = (line.partition(":") for line in lines)
+    return next((text.strip() for key, _, text in pairs if key.strip() == name), "")
 
 
 _TIMEOUT = 20.0  # seconds

@@ -199,9 +199,17 @@ Labels = Annotated[Path | None, Opt("Names of the classes: a line each, or JSON.
 Providers = Annotated[
     tuple[str, ...],
     Opt(
-        "onnxruntime's, in order: cpu, cuda, tensorrt, … Default: cuda, else cpu.",
+        "onnxruntime's, in order: cpu, cuda, tensorrt, … Or openvino. Default: cuda, else cpu.",
         read=names,
         form="NAME,…",
+        panel=RUN,
+    ),
+]
+Precision = Annotated[
+    str | None,
+    Opt(
+        "OpenVINO: what an fp32 graph is computed in. Default: fp32.",
+        words=("fp32", "bf16"),
         panel=RUN,
     ),
 ]

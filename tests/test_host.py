@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from msn_export.host import Device, Driver, NoDriver, find_driver
+from msn_export.host import Device, Driver, NoDriver, find_driver, this_machine
 from msn_export.spec import ComputeCapability
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here")
@@ -104,3 +104,28 @@ def test_a_library_that_is_no_driver_is_told(tmp_path) -> None:
     found = find_driver(library(tmp_path, "int something(void) { return 0; }"))
     assert reason(found).startswith("the NVIDIA driver does not work (")
     assert "undefined symbol: cuInit" in reason(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "instructions"),
+    [
+        (
+            "flags\t\t: fpu avx2 avx512f avx512_vnni amx_int8\n",
+            "avx2, avx512f, avx512_vnni, amx_int8",
+        ),
+        ("Features\t: fp asimd bf16 i8mm\n", "asimd, i8mm, bf16"),
+        ("processor\t: 0\n", ""),
+    ],
+)
+def test_a_machine_is_named_with_the_instructions_of_its_processor(
+    monkeypatch, text, instructions
+) -> None:
+    read = Path.read_text
+    monkeypatch.setattr(
+        Path,
+        "read_text",
+        lambda self, **how: text if str(self) == "/proc/cpuinfo" else read(self, **how),
+    )
+    found = this_machine()
+    assert ", ".join(found.instructions) == instructions
+    assert (f"({instructions})" in str(found)) == bool(instructions)

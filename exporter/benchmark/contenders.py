@@ -16,6 +16,7 @@ from msn_export.manifest import Described, sha256_of
 from msn_export.models.checkpoint import AS_IT_SAYS, Choices
 from msn_export.models.config import Pooling, readout_in
 from msn_export.onnx_header import GraphMetadata
+from msn_export.runtime.opening import OPENVINO
 from msn_export.schema import to_plain
 from msn_export.spec import Dtype, ImageSize
 
@@ -62,6 +63,7 @@ class Placement:
     trust: bool = False
     resident: bool = False
     cuda_graphs: bool = True
+    precision: str | None = None
 
     @property
     def torch_device(self) -> str:
@@ -101,7 +103,16 @@ def artifact(path: Path, placement: Placement, name: str) -> ContenderSpec:
 def source_graphs(
     entries: Sequence[ContenderSpec], placement: Placement
 ) -> Iterator[ContenderSpec]:
-    """Enter the graphs that engines were compiled from: ``--against onnxruntime``."""
+    """Enter what ``--against onnxruntime`` runs.
+
+    That is the graphs that engines were compiled from, and those that run in OpenVINO.
+    """
+    if OPENVINO in placement.providers:
+        here = replace(placement, providers=("cpu",), precision=None)
+        for entry in entries:
+            if entry.kind == "onnx" and entry.file is not None:
+                yield artifact(entry.file, here, f"{entry.name}, onnxruntime")
+        return
     engines = [entry for entry in entries if entry.kind == "engine"]
     if not engines:
         raise BenchError("onnxruntime: every artifact here is an .onnx file and runs in it already")

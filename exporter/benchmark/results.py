@@ -26,7 +26,8 @@ class Contender:
     """Something that was timed, or the reason (``skipped``) why it was not.
 
     ``transfers`` says whether copies to and from the GPU are in its times; None on the CPU, where
-    there are none. ``cuda_graphs`` says how an engine's kernels were replayed.
+    there are none. ``cuda_graphs`` says how an engine's kernels were replayed, ``precision``
+    what a compiled graph computes in, where its runtime says it.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Contender:
     threads: int | None = None
     transfers: bool | None = None
     cuda_graphs: str | None = None
+    precision: str | None = None
     open_seconds: float | None = None
     skipped: str | None = None
 
@@ -212,6 +214,7 @@ def footnotes(bench: Bench) -> list[str]:
         f"{bench.pictures_from}.",
         f"{bench.machine}; {_count(bench.threads, 'thread')} a contender; {versions}.",
     ]
+    lines += [f"{one.name}: {one.precision}." for one in bench.timed if one.precision]
     transfers = {one.transfers for one in bench.timed} - {None}
     if transfers:
         counted = "counted" if True in transfers else "not counted"

@@ -254,6 +254,7 @@ class BenchSession:
             threads=self.placement.threads,
             transfers=not self.placement.resident if on_gpu else None,
             open_seconds=round(reply["seconds"], 3),
+            precision=reply.get("precision") or None,
         )
 
 

@@ -37,13 +37,15 @@ class ArtifactContender:
         from msn_export.runtime import open_runner
 
         path: str = request["path"]
-        providers = placement.providers if path.endswith(".onnx") else ()
+        is_graph = path.endswith(".onnx")
+        providers = placement.providers if is_graph else ()
         self._runner = open_runner(
             path,
             device=placement.device,
             providers=providers or None,
             trust=placement.trust,
             threads=placement.threads,
+            precision=placement.precision if is_graph else None,
             cuda_graphs=placement.cuda_graphs,
             eager_kernels=True,  # no kernel changes while it is timed
         )
@@ -57,6 +59,7 @@ class ArtifactContender:
             "inputs": to_plain(runner.inputs),
             "outputs": to_plain(runner.outputs),
             "batch": str(runner.batch),
+            "precision": str(runner.precision or ""),
         }
 
     @property

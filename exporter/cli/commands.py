@@ -245,9 +245,16 @@ def report(ctx: click.Context, /, **options: Any) -> None:
     metavar="ARTIFACT [OTHER]",
     type=EXISTING,
 )
+@click.option(
+    "--providers",
+    type=click.Choice(["openvino"]),
+    help="Compile a graph there, and read back what its products run in.",
+)
 @json_option
 @click.pass_context
-def inspect(ctx: click.Context, /, artifacts: tuple[Path, ...], as_json: bool) -> None:
+def inspect(
+    ctx: click.Context, /, artifacts: tuple[Path, ...], providers: str | None, as_json: bool
+) -> None:
     """Show what an engine, an ONNX file or a manifest is made of; two of them side by side.
 
     Exit code 1 where a manifest is damaged or of another file; the file is shown all the same.
@@ -263,7 +270,8 @@ def inspect(ctx: click.Context, /, artifacts: tuple[Path, ...], as_json: bool) -
     from msn_export.cli.tables import show_inspections
     from msn_export.compare.inspection import inspect as inspect_artifact
 
-    found = [inspect_artifact(path) for path in artifacts]
+    asked = [providers] if providers is not None else []
+    found = [inspect_artifact(path, asked) for path in artifacts]
     show_inspections(Console(as_json=as_json), found)
     ctx.exit(1 if any(one.distrusted for one in found) else 0)
 

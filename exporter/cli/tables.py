@@ -279,7 +279,9 @@ def show_evaluated(console: Console, found: Evaluated) -> None:
     worst = sorted((share, name) for name, share in shares.items() if share is not None)[:5]
     rows += [("least right", f"{name}: {share:.1%}") for share, name in worst]
     rows += [("broken", text) for text in found.broken[:5]]
-    rows += [("runner", found.runner), ("selftest", found.selftest),
+    rows += [("runner", found.runner)]
+    rows += [("precision", str(found.precision))] if found.precision else []
+    rows += [("selftest", found.selftest),
              ("preprocessing", str(found.preprocessing))]  # fmt: skip
     rows += [("note", note) for note in found.notes]
     show_rows(console, f"{found.model} on {found.labelled}", rows)
@@ -336,6 +338,7 @@ def show_embedded(console: Console, embedded: Embedded) -> None:
         ("turned", _turned(embedded)),
         ("files", ", ".join(embedded.files)),
         ("runner", f"{embedded.runner}, batch {embedded.batch}"),
+        *((("precision", str(embedded.precision)),) if embedded.precision else ()),
         *((("cluster", embedded.cluster),) if embedded.cluster else ()),
         ("preprocessing", str(embedded.preprocessing)),
         ("selftest", embedded.selftest),

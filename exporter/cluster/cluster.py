@@ -54,6 +54,7 @@ class Opening:
     threads: int | None = None
     trust: bool = False
     check: bool = True
+    precision: str | None = None
 
     def open(self, artifact: ArtifactBytes) -> tuple[Runner, str]:
         """Open a model that was sent to this machine; give the result of its selftest too."""
@@ -63,6 +64,7 @@ class Opening:
                 providers=self.providers or None,
                 trust=self.trust,
                 threads=self.threads,
+                precision=self.precision,
                 eager_kernels=True,  # as without a cluster: the rows are the same
             )
         try:
@@ -362,7 +364,7 @@ class RayExecutor:
         self.pictures, self._store = pictures, store
         self._layout = plan_workers(job, nodes)
         threads = self._layout.cpus if job.model.suffix == ".onnx" and self._layout.cpus else None
-        self._opening = Opening(job.providers, threads, job.trust, job.check)
+        self._opening = Opening(job.providers, threads, job.trust, job.check, job.precision)
         self._artifact = ray.put(pack(job.model))
         self.model = self._explore()
         # a reader waits for a bucket more than it computes

@@ -49,7 +49,15 @@ if TYPE_CHECKING:
 
 __all__ = ["BenchJob", "run_bench"]  # the two that docs/python.md speaks of
 
-PACKAGES = ("torch", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx", "numpy")
+PACKAGES = (
+    "torch",
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "openvino",
+    "tensorrt",
+    "tensorrt-rtx",
+    "numpy",
+)
 _GPU = re.compile("cuda|tensorrt", re.IGNORECASE)  # in the name of an execution provider
 _BUSY = 0.5  # load average, per core, from which a time is not to be trusted
 
@@ -103,7 +111,9 @@ def _where(job: BenchJob) -> Placement:
     if job.resident and device is None:
         raise SpecError("--resident leaves data on a GPU, and this run is on the CPU")
     threads = job.threads or physical_cores()
-    return Placement(threads, device, job.providers, job.trust, job.resident, job.cuda_graphs)
+    return Placement(
+        threads, device, job.providers, job.trust, job.resident, job.cuda_graphs, job.precision
+    )
 
 
 def _enter(job: BenchJob, session: BenchSession, progress: Progress) -> None:

@@ -22,6 +22,7 @@ from msn_export.host import peak_rss
 from msn_export.manifest import sha256_of
 from msn_export.progress import SILENT
 from msn_export.runtime import open_runner
+from msn_export.runtime.opening import OPENVINO
 from msn_export.schema import to_plain
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def open_here(
             providers=job.providers or None,
             trust=job.trust,
             threads=job.threads,
+            precision=job.precision,
+            hint="throughput" if OPENVINO in job.providers else None,
             eager_kernels=True,  # a row does not depend on which kernels were ready
         )
     with runner:
@@ -145,6 +148,7 @@ def run_embed(job: EmbedJob, progress: Progress = SILENT) -> Embedded:
         errors=tuple(text for _, text in sorted(parts.errors.items())[:10]),
         resumed_at=resumed_at,
         runner=executor.model.name,
+        precision=executor.model.precision,
         cluster=executor.cluster,
         batch=run.batch,
         workers=executor.workers,

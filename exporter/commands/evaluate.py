@@ -34,6 +34,7 @@ from msn_export.metrics.accuracy import (
 from msn_export.preprocessing import Exif, Preprocessing
 from msn_export.progress import SILENT
 from msn_export.runtime import open_runner
+from msn_export.runtime.runner import Precision
 from msn_export.schema import Result
 from msn_export.spec import BatchRange, Head, InputFormat, TensorSpec
 
@@ -79,6 +80,7 @@ class Evaluated(Result):
     k: int | None
     train: str | None
     runner: str
+    precision: Precision | None
     preprocessing: Preprocessing
     exif: Exif
     selftest: str
@@ -110,6 +112,7 @@ class EvaluatedModel:
                     device=job.device,
                     providers=job.providers or None,
                     trust=job.trust,
+                    precision=job.precision,
                     eager_kernels=True,  # a row does not depend on which kernels were ready
                 )
             )
@@ -124,6 +127,7 @@ class EvaluatedModel:
                 size=job.image_size or path,
             )
         self.runner, self.name, self.labels = runner, runner.name, runner.labels
+        self.precision: Precision | None = runner.precision
         self.batch = job.batch or runner.batch.opt
         self.outputs = [spec.name for spec in runner.outputs]
 
@@ -143,14 +147,14 @@ class _CheckpointRunner:
         from msn_export.graph.torch_reference import TorchRunner
         from msn_export.models.checkpoint import load_checkpoint
 
-        if job.providers or job.device is not None:
-            raise SpecError("--providers and --device are for a graph or an engine")
+        if job.providers or job.precision or job.device is not None:
+            raise SpecError("--providers, --precision and --device are for a graph or an engine")
         checkpoint = sized(load_checkpoint(str(job.model), job.choices), job.image_size)
         config = checkpoint.config
         heads = [Head.LOGITS] if config.labels else []
         heads += [Head.CLS] if checkpoint.model.norm is not None else [Head.FEATURES]
         self._runner = TorchRunner(checkpoint.model, heads)
-        self.name, self.manifest = self._runner.name, None
+        self.name, self.manifest, self.precision = self._runner.name, None, None
         self.labels, self.notes = config.labels, checkpoint.notes
         preprocessing = preprocessing_of(checkpoint, job.preprocess, job.exif)
         self.feed = Feed(InputFormat.FLOAT, preprocessing)
@@ -235,6 +239,7 @@ def run_evaluate(job: EvaluateJob, progress: Progress = SILENT) -> Evaluated:
         k=k,
         train=str(job.train) if job.train is not None else None,
         runner=model.name,
+        precision=model.precision,
         preprocessing=model.feed.preprocessing,
         exif=model.feed.preprocessing.exif,
         selftest=model.selftest,

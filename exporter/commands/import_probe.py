@@ -19,6 +19,7 @@ _TIMEOUT = 180.0  # seconds; torch from a cold network disk takes one minute
 # What else of a module must load for it to be of use
 _DEEPER = {
     "cuda.bindings": ("cuda.bindings.driver", "cuda.bindings.runtime"),
+    "openvino": ("msn_export.runtime.openvino",),  # imports it without its telemetry
     "tritonclient": ("tritonclient.grpc",),
 }
 
@@ -26,6 +27,7 @@ _DEEPER = {
 _FACTS = {
     "torch": "f'CUDA {m.version.cuda}' if m.version.cuda else 'CPU build'",
     "onnxruntime": "', '.join(m.get_available_providers())",
+    "openvino": "'CPU: ' + ', '.join(m.Core().get_property('CPU', 'OPTIMIZATION_CAPABILITIES'))",
 }
 
 _SCRIPT = """

@@ -428,6 +428,7 @@ class BenchJob(Job):
         None
     )
     providers: options.Providers = ()
+    precision: options.Precision = None
     device: options.Device = None
     trust: options.Trust = False
     force: options.Force = False
@@ -479,6 +480,7 @@ class EvaluateJob(Job):
         ),
     ] = None
     providers: options.Providers = ()
+    precision: options.Precision = None
     device: options.Device = None
     trust: options.Trust = False
     force: options.Force = False

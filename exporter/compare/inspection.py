@@ -3,7 +3,8 @@
 import itertools
 import mmap
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from msn_export.artifact import Artifact
 from msn_export.engine.census import Census, summary
 from msn_export.engine.kernels import read_accumulators
 from msn_export.engine_header import read_header
-from msn_export.errors import GraphError
+from msn_export.errors import GraphError, RunnerError
 from msn_export.graph.attention import AttentionCore, match
 from msn_export.graph.precision import graph_dtype
 from msn_export.graph.summary import macs
 from msn_export.manifest import Manifest, manifest_path
 from msn_export.preprocessing import Preprocessing
+from msn_export.runtime import open_runner
+from msn_export.runtime.runner import Precision
 from msn_export.schema import Result, from_plain
 from msn_export.spec import BatchRange, TensorSpec
 from msn_export.version_table import Row, in_words, least_versions
@@ -29,6 +32,7 @@ from msn_export.version_table import Row, in_words, least_versions
 class Inspection(Result):
     """The facts of one artifact; None where the file does not tell. Sizes in bytes.
 
+    ``compiled`` says what a graph computes in where it was compiled, by the runtime's name.
     ``least_versions`` says of other runtimes the first version that takes a graph, as the version
     table has it now; None: none does.
 
@@ -69,6 +73,7 @@ class Inspection(Result):
     check: str = "unknown"
     executed: str = "unknown"
     distrusted: str | None = None
+    compiled: dict[str, Precision] = field(default_factory=dict)
 
     @property
     def other_bytes(self) -> int | None:
@@ -76,10 +81,15 @@ class Inspection(Result):
         return None if self.weight_bytes is None else max(0, self.bytes - self.weight_bytes)
 
 
-def inspect(path: Path) -> Inspection:
+def inspect(path: Path, providers: Sequence[str] = ()) -> Inspection:
     """Read an engine, an ONNX file, or a manifest.
 
+    Args:
+        path: the file.
+        providers: of a graph: compile it there, and read back what it computes in.
+
     Raises:
+        RunnerError: it cannot be compiled there.
         GraphError: there is no such file, or it is none of these.
         EngineFileError: an engine is damaged.
         ManifestError: a manifest that is given by itself is malformed.
@@ -89,7 +99,13 @@ def inspect(path: Path) -> Inspection:
     if path.suffix == ".json":
         artifact = path.with_suffix("")
         return inspect(artifact) if artifact.is_file() else _of_manifest(path)
-    return inspect_artifact(Artifact.examine(path))
+    found = inspect_artifact(Artifact.examine(path))
+    if not providers:
+        return found
+    with open_runner(path, providers=providers) as runner:
+        if runner.precision is None:
+            raise RunnerError(f"{runner.name} does not say what it computes in; OpenVINO does")
+        return replace(found, compiled={runner.name: runner.precision})
 
 
 def inspect_artifact(artifact: Artifact) -> Inspection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from msn_export.manifest import Manifest
     from msn_export.onnx_header import GraphMetadata
     from msn_export.runtime import Runner
+    from msn_export.runtime.runner import Precision
     from msn_export.spec import BatchRange, ImageSize, TensorSpec
 
 
@@ -220,12 +222,13 @@ class OpenModel(Described):
     selftest: str
     version: str = __version__
     metadata: GraphMetadata | None = None
+    precision: Precision | None = None
 
     @classmethod
     def of(cls, runner: Runner, selftest: str) -> OpenModel:
         return cls(
             runner.name, runner.manifest, runner.inputs, runner.outputs, runner.batch, selftest,
-            metadata=runner.metadata,
+            metadata=runner.metadata, precision=runner.precision,
         )  # fmt: skip
 
 
@@ -261,8 +264,15 @@ class LocalExecutor:
     ) -> Iterator[tuple[int, Rows]]:
         """Make the rows of each batch of ``missing``, in order, with the first's number."""
         paths = self.pictures.paths
-        for one, pixels, errors, turned in decoded(paths, feed, batch, self.workers, missing):
-            outputs = self._runner(feed(pixels))
+        under_way: deque[tuple[range, dict[int, str], int]] = deque()
+
+        def batches() -> Iterator[NDArray[Any]]:
+            for one, pixels, errors, turned in decoded(paths, feed, batch, self.workers, missing):
+                under_way.append((one, errors, turned))
+                yield feed(pixels)
+
+        for outputs in self._runner.map(batches()):
+            one, errors, turned = under_way.popleft()
             yield one.start, read_rows(outputs, reading, len(one), errors, turned)
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from msn_export.image_folder import Found
     from msn_export.preprocessing import Exif, Preprocessing
+    from msn_export.runtime.runner import Precision
     from msn_export.spec import Scores
 
 
@@ -128,6 +129,7 @@ class EmbedJob(Job):
     exif: options.Exif = None
     image_size: options.OpenSize = None
     providers: options.Providers = ()
+    precision: options.Precision = None
     device: options.Device = None
     trust: options.Trust = False
     check: Annotated[bool, Opt("Do not run the model's golden input first.")] = True
@@ -157,7 +159,8 @@ class Embedded(Result):
 
     ``turned`` counts the pictures that their EXIF orientation turned, ``skipped`` by reason what
     the folder holds besides pictures that can be read. ``scores`` says what a classifier's logits
-    became. ``images_per_second`` is of the rows that this run made.
+    became. ``images_per_second`` is of the rows that this run made. ``precision`` is what was
+    compiled, where the runtime says it.
     """
 
     output: str
@@ -173,6 +176,7 @@ class Embedded(Result):
     errors: tuple[str, ...]
     resumed_at: int
     runner: str
+    precision: Precision | None
     cluster: str | None
     batch: int
     workers: int

@@ -378,6 +378,8 @@ def inspection_rows(found: Inspection) -> Iterator[tuple[str, str]]:
     yield "precision", found.precision or "unknown"
     yield "matrix products", counted_by(found.gemm_dtypes) or "unknown"
     yield "fused attention", fused(found)
+    for runtime, precision in found.compiled.items():
+        yield f"in {runtime}", str(precision)
     if found.islands:
         yield "fp32 islands", ", ".join(found.islands)
     if found.fitted is not None:

@@ -76,10 +76,9 @@ def open_runner(  # noqa: PLR0913  each names one thing a service may have to ch
     if file.suffix == ".onnx":
         if providers is not None and OPENVINO in providers:
             return _open_in_openvino(file, device, providers, threads, precision, hint)
-        for name, value in (("precision", precision), ("hint", hint)):
-            if value is not None:
-                raise RunnerError(f"{name} is for providers=['{OPENVINO}']; leave it out")
+        _require_unasked(precision=precision, hint=hint)
         return _open_graph(file, device, providers, threads)
+    _require_unasked(precision=precision, hint=hint)
     if providers is not None:
         raise RunnerError(f"engine {file} takes no providers; it runs in the TensorRT it is for")
 
@@ -94,6 +93,12 @@ def open_runner(  # noqa: PLR0913  each names one thing a service may have to ch
 
 OPENVINO = "openvino"  # a runtime of its own, no provider of onnxruntime's
 _MOST_THREADS = 4096  # of a call; onnxruntime starts them all
+
+
+def _require_unasked(**options: str | None) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise RunnerError(f"{name} is for a graph with providers=['{OPENVINO}']; leave it out")
 
 
 def _require_file(path: str | os.PathLike[str]) -> Path:

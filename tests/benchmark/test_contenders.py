@@ -58,6 +58,14 @@ def test_the_graph_of_an_engine_must_lie_beside_it(model, tmp_path) -> None:
         artifact(tmp_path / "none.engine", Placement(1), "none.engine")
 
 
+def test_a_graph_in_openvino_is_entered_in_onnxruntime_too(model) -> None:
+    placement = Placement(1, providers=("openvino",), precision="bf16")
+    (entry,) = source_graphs([artifact(model, placement, "tiny.onnx")], placement)
+    assert (entry.name, entry.file) == ("tiny.onnx, onnxruntime", model)
+    there = entry.opening["placement"]
+    assert (there["providers"], there["precision"]) == (["cpu"], None)
+
+
 def test_the_checkpoint_is_read_as_the_manifest_says_unless_another_choice_is_made() -> None:
     record = CheckpointRecord("w.pth", "ab" * 32, variant="vit-msn-small", weights="model_ema")
     entry = ContenderSpec("m.onnx", "onnx", {}, manifest=example(checkpoint=record))

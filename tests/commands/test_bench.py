@@ -277,3 +277,21 @@ def test_compile_runs_or_says_what_it_lacks(model, monkeypatch) -> None:
     (absent,) = [one for one in told["contenders"] if one["skipped"]]
     assert absent["name"] == "compile"
     assert "/nowhere/c++" in absent["skipped"]
+
+
+def test_a_graph_in_openvino_is_timed_beside_itself_in_onnxruntime(
+    model, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    against = ["--against", "onnxruntime,sdpa", "--batch", "2", "--threads", "1"]
+    result = bench(model, "--providers", "openvino", *against, "--json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    by_name = {one["name"]: one for one in told["contenders"]}
+    assert list(by_name) == ["tiny.onnx, onnxruntime", "sdpa", "tiny.onnx"]
+    assert by_name["tiny.onnx"]["runs"].startswith("OpenVINO ")
+    assert by_name["tiny.onnx, onnxruntime"]["runs"].startswith("onnxruntime ")
+    assert by_name["tiny.onnx"]["precision"] == "10 of 10 products in fp32, 2 attention in fp32"
+    assert by_name["sdpa"]["precision"] is None
+    assert all(timing["agreement"]["cosine_min"] > 0.9999 for timing in told["timings"])
+    assert {"openvino", "torch"} <= told["versions"].keys()

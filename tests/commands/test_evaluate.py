@@ -279,3 +279,18 @@ def test_a_picture_that_is_gone_by_then_is_shown_as_such(graph, tmp_path, monkey
     monkeypatch.setattr(evaluate, "read", gone)
     run_evaluate(EvaluateJob(graph, folder, report=tmp_path / "page.html"))
     assert "cannot be read any more" in (tmp_path / "page.html").read_text("utf-8")
+
+
+def test_a_graph_in_openvino_is_right_as_often_and_says_what_it_computes_in(
+    graph, labelled, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = run_evaluate(EvaluateJob(graph, labelled, providers=("openvino",)))
+    wanted = run_evaluate(EvaluateJob(graph, labelled, providers=("cpu",)))
+    assert (found.top1, found.confusion) == (wanted.top1, wanted.confusion)
+    assert str(found.precision) == "10 of 10 products in fp32, 2 attention in fp32"
+    assert wanted.precision is None
+    result = CliRunner().invoke(
+        main, ["evaluate", str(graph), str(labelled), "--providers", "openvino"]
+    )
+    assert "10 of 10 products in fp32" in " ".join(result.output.split())

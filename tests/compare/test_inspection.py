@@ -167,3 +167,26 @@ def test_a_mutated_engine_or_manifest_is_refused_or_not_believed(
         return
     believed = found.described == "m.engine.json, hash verified"
     assert not (believed and changed)
+
+
+def test_a_graph_is_compiled_in_openvino_to_see_what_it_computes_in(
+    artifacts, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    plain = inspect(artifacts / "m.onnx")
+    assert plain.compiled == {}
+    found = inspect(artifacts / "m.onnx", ["openvino"])
+    ((name, precision),) = found.compiled.items()
+    assert name.startswith("OpenVINO ")
+    assert precision.products == {"fp32": 9}
+    arguments = ["inspect", str(artifacts / "m.onnx"), "--providers", "openvino"]
+    result = CliRunner().invoke(main, arguments)
+    assert "9 of 9 products in fp32, 2 attention in fp32" in " ".join(result.output.split())
+    told = json.loads(CliRunner().invoke(main, [*arguments, "--json"]).stdout)
+    assert told["compiled"][name]["products"] == {"fp32": 9}
+    with pytest.raises(
+        MsnExportError, match=r"onnxruntime .* does not say what it computes in; Op"
+    ):
+        inspect(artifacts / "m.onnx", ["cpu"])
+    with pytest.raises(MsnExportError, match="takes no providers"):
+        inspect(artifacts / "m.engine", ["openvino"])

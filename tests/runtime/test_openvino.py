@@ -375,9 +375,12 @@ def test_a_processor_without_bf16_is_told(monkeypatch) -> None:
         ({"hint": "fast"}, "hint is 'fast'; expected latency or throughput"),
         (
             {"providers": ["cpu"], "precision": "bf16"},
-            r"precision is for providers=\['openvino'\];",
+            r"precision is for a graph with providers=\['openvino'\];",
         ),
-        ({"providers": None, "hint": "latency"}, r"hint is for providers=\['openvino'\]; leave it"),
+        (
+            {"providers": None, "hint": "latency"},
+            r"hint is for a graph with providers=\['openvino'\]; leave it",
+        ),
         ({"threads": 0}, "threads is 0; expected a whole number from 1 to 4096"),
     ],
 )
