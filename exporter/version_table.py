@@ -129,7 +129,7 @@ def in_words(row: Row) -> str:
 
 
 def too_old(row: Row | None, client: Client, here: str) -> str | None:
-    """Say which version takes a graph that the installed one does not; None where it does.
+    """Name the version that takes a graph the installed one does not; None where it does.
 
     Args:
         row: the graph's; None where it is not known.

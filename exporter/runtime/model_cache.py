@@ -21,7 +21,7 @@ from msn_export.files import cache_folder, locked, write_whole
 _PREFIX = "openvino-"
 _HASH = "sha256"
 _BYTES = 4 << 30  # of all models; those used last are kept
-_PIECE = 1 << 20
+_CHUNK = 1 << 20
 
 Compile = Callable[[Mapping[str, Any]], Any]
 
@@ -35,8 +35,8 @@ def cache_path(model: Path, sha256: str, key: str) -> Path | None:
     if folder is None:
         return None
     status = model.stat()
-    place = f"{model.resolve()} {status.st_mtime_ns} {status.st_size} {key}"
-    return folder / f"{_PREFIX}{sha256[:16]}-{hashlib.sha256(place.encode()).hexdigest()[:16]}"
+    origin = f"{model.resolve()} {status.st_mtime_ns} {status.st_size} {key}"
+    return folder / f"{_PREFIX}{sha256[:16]}-{hashlib.sha256(origin.encode()).hexdigest()[:16]}"
 
 
 class ModelCache:
@@ -114,8 +114,8 @@ def _hash(blobs: list[Path]) -> str:
     digest = hashlib.sha256()
     for blob in blobs:
         with blob.open("rb") as file:
-            while piece := file.read(_PIECE):
-                digest.update(piece)
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
     return digest.hexdigest()
 
 

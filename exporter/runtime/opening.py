@@ -74,7 +74,7 @@ def open_runner(  # noqa: PLR0913  each names one thing a service may have to ch
     threads = require_whole("threads", threads, at_least=1, at_most=_MOST_THREADS)
     contexts = require_whole("contexts", contexts, at_least=1) or 1
     if file.suffix == ".onnx":
-        if providers is not None and OPENVINO in providers:
+        if isinstance(providers, Sequence) and OPENVINO in providers:
             return _open_in_openvino(file, device, providers, threads, precision, hint)
         _require_unasked(precision=precision, hint=hint)
         return _open_graph(file, device, providers, threads)

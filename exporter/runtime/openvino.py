@@ -90,8 +90,8 @@ def read_precision(compiled: Any, quantised: int | None) -> Precision:
     products: Counter[str] = Counter()
     attention: Counter[str] = Counter()
     for layer in compiled.get_runtime_model().get_ordered_ops():
-        said = layer.rt_info
-        kind, name = str(said["layerType"].value), str(said["runtimePrecision"].value)
+        info = layer.rt_info
+        kind, name = str(info["layerType"].value), str(info["runtimePrecision"].value)
         counts = products if kind in _PRODUCTS else attention if kind in _ATTENTION else None
         if counts is not None:
             counts[_DTYPES.get(name, name)] += 1
@@ -99,14 +99,14 @@ def read_precision(compiled: Any, quantised: int | None) -> Precision:
 
 
 # What OpenVINO puts before the sentence that says what is wrong
-_PLACES = re.compile(
+_SOURCE_LINES = re.compile(
     r"Exception from \S+:\d+:|Check '.*?' failed at \S+:\d+:|FrontEnd API failed with \S+:"
     r"|Model wasn't fully converted\.|Summary:"
 )
 
 
 def _reason(error: Exception) -> str:
-    return one_line(_PLACES.sub(" ", str(error)))
+    return one_line(_SOURCE_LINES.sub(" ", str(error)))
 
 
 @contextmanager

@@ -156,7 +156,7 @@ def top_k(
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """What a compiled model computes in, read back from it; counts by dtype.
+    """Precision of a compiled model, read back from it; counts by dtype.
 
     ``products`` are matrix products and convolutions, ``attention`` fused attention, ``quantised``
     how many products the graph quantises: None where nothing says.
