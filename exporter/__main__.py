@@ -1,5 +1,5 @@
 """``python -m msn_export``."""
 
-from msn_export.cli import main
+from msn_export.cli import run
 
-main(prog_name="msn-export")
+run()

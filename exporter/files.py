@@ -172,6 +172,15 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
             raise
 
 
+def sweep(folder: Path) -> None:
+    """Remove what runs that were killed left in a folder."""
+    try:
+        with _lock_on(folder):
+            _remove_abandoned(folder)
+    except OSError:
+        return  # the next run that writes there does
+
+
 def _remove_abandoned(folder: Path) -> None:
     for stage in folder.glob(f"{STAGING_PREFIX}*"):
         try:

@@ -49,55 +49,56 @@ def read_onnx_header(path: Path) -> OnnxHeader:
     try:
         with open_regular(path, GRAPH) as file:
             return _walk(file, os.fstat(file.fileno()).st_size)
-    except _MalformedError as error:
+    except MalformedError as error:
         raise GraphError(f"{path} is not an ONNX file ({error}); export it again") from error
 
 
-class _MalformedError(Exception):
-    pass
+class MalformedError(Exception):
+    """A file that is no ONNX file, with the reason."""
 
 
 def _walk(file: BinaryIO, size: int) -> OnnxHeader:
     opset, metadata, read, has_graph = None, dict[str, str](), 0, False
-    for number, wire, length in _fields(file, size):
+    for number, wire, length, _ in fields(file, size):
         has_graph |= number == _GRAPH and wire == _LENGTH
         if number not in {_OPSETS, _METADATA} or wire != _LENGTH:
             file.seek(length, os.SEEK_CUR)
             continue
         read += length
         if read > LARGEST or len(metadata) > _ENTRIES:
-            raise _MalformedError(f"its metadata is larger than {LARGEST} bytes")
+            raise MalformedError(f"its metadata is larger than {LARGEST} bytes")
         found = _message(file.read(length))
         if number == _METADATA:
-            metadata[_text(found.get(_KEY, b""))] = _text(found.get(_VALUE, b""))
-        elif _text(found.get(_DOMAIN, b"")) in {"", "ai.onnx"}:
+            metadata[text(found.get(_KEY, b""))] = text(found.get(_VALUE, b""))
+        elif text(found.get(_DOMAIN, b"")) in {"", "ai.onnx"}:
             version = found.get(_VERSION)
             opset = version if isinstance(version, int) else None
     if not has_graph:
-        raise _MalformedError("no graph in it")
+        raise MalformedError("no graph in it")
     return OnnxHeader(opset, metadata)
 
 
-def _fields(file: BinaryIO, end: int) -> Iterator[tuple[int, int, int]]:
-    """Give each field's number, wire type and the bytes that follow, up to ``end``.
+def fields(file: BinaryIO, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """Give each field's number, wire type, the bytes that follow, and its value, up to ``end``.
 
-    Whoever takes one leaves the file at that field's end. A number's bytes are read here.
+    Whoever takes one leaves the file at that field's end. A number is read here: no bytes follow
+    it; the value of all else is 0.
     """
     while file.tell() < end:
-        tag = _varint(file)
+        tag = varint(file)
         number, wire = tag >> 3, tag & 7
+        length = value = 0
         if wire == _VARINT:
-            _varint(file)
-            length = 0
+            value = varint(file)
         elif wire in {_FIXED64, _FIXED32}:
             length = 8 if wire == _FIXED64 else 4
         elif wire == _LENGTH:
-            length = _varint(file)
+            length = varint(file)
         else:
-            raise _MalformedError(f"wire type {wire} at byte {file.tell()}")
+            raise MalformedError(f"wire type {wire} at byte {file.tell()}")
         if not number or length > end - file.tell():
-            raise _MalformedError(f"a field of {length} bytes where {end - file.tell()} are left")
-        yield number, wire, length
+            raise MalformedError(f"a field of {length} bytes where {end - file.tell()} are left")
+        yield number, wire, length, value
 
 
 def _message(content: bytes) -> dict[int, int | bytes]:
@@ -107,37 +108,37 @@ def _message(content: bytes) -> dict[int, int | bytes]:
     found: dict[int, int | bytes] = {}
     file = io.BytesIO(content)
     while file.tell() < len(content):
-        tag = _varint(file)
+        tag = varint(file)
         number, wire = tag >> 3, tag & 7
         if wire == _VARINT:
-            found[number] = _varint(file)
+            found[number] = varint(file)
         elif wire == _LENGTH:
-            length = _varint(file)
+            length = varint(file)
             if length > len(content) - file.tell():
-                raise _MalformedError(f"a text of {length} bytes in {len(content)}")
+                raise MalformedError(f"a text of {length} bytes in {len(content)}")
             found[number] = file.read(length)
         else:
-            raise _MalformedError(f"wire type {wire} in its metadata")
+            raise MalformedError(f"wire type {wire} in its metadata")
     return found
 
 
-def _varint(file: BinaryIO | Any) -> int:
+def varint(file: BinaryIO | Any) -> int:
     number = 0
     for shift in range(0, 70, 7):
         byte = file.read(1)
         if not byte:
-            raise _MalformedError("it is cut short")
+            raise MalformedError("it is cut short")
         number |= (byte[0] & 0x7F) << shift
         if byte[0] < 0x80:
             return number
-    raise _MalformedError("a number of more than 64 bits")
+    raise MalformedError("a number of more than 64 bits")
 
 
-def _text(value: int | bytes) -> str:
+def text(value: int | bytes) -> str:
     try:
         return value.decode() if isinstance(value, bytes) else ""
     except UnicodeDecodeError as error:
-        raise _MalformedError("metadata that is not UTF-8") from error
+        raise MalformedError("metadata that is not UTF-8") from error
 
 
 UNSEALED = "no manifest beside it: labels and preprocessing are read from the file itself, unsealed"

@@ -25,8 +25,10 @@ from msn_export.cli.commands import (
     trt,
     validate,
 )
+from msn_export.cli.options import OwnProcess
 from msn_export.errors import MsnExportError, SpecError
 
+_ARGUMENTS = "msn_export.cli.arguments"
 _LONGEST = 2000  # characters of a message
 _OF_CHECKPOINTS = {"torch", "safetensors", "huggingface_hub"}  # what [export] adds to [graph]
 
@@ -48,14 +50,14 @@ class Commands(click.Group):
         return list(self.commands)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        ctx.obj = tuple(args)
+        ctx.meta[_ARGUMENTS] = tuple(args)
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         signal.signal(signal.SIGTERM, _interrupt)  # so that staging folders are removed
         logging.lastResort = _remarks()
         try:
-            for argument in ctx.obj:
+            for argument in ctx.meta[_ARGUMENTS]:
                 _require_text(argument)
             return super().invoke(ctx)
         except MsnExportError as error:
@@ -142,3 +144,8 @@ GROUPS = {
 for _group in GROUPS.values():
     for _command in _group:
         main.add_command(_command)
+
+
+def run() -> None:
+    """Be the command line of a process of its own."""
+    main(prog_name="msn-export", obj=OwnProcess())

@@ -14,6 +14,7 @@ from msn_export.cli.options import (
     JobCommand,
     command_line,
     json_option,
+    timeout_option,
 )
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ def trt(as_json: bool, quantised: bool, **options: Any) -> None:
 
 @click.command(cls=JobCommand, job="msn_export.calibration.job:CalibrateJob")
 @click.argument("model", type=EXISTING)
+@timeout_option
 @json_option
 def calibrate(as_json: bool, **options: Any) -> None:
     """Quantise the fp32 ONNX graph MODEL to int8 or fp8, with ranges taken on images.
@@ -153,6 +155,7 @@ def _require_consistent(job: CalibrateJob) -> None:
 @click.command(cls=JobCommand, job="msn_export.commands.jobs:ValidateJob")
 @click.argument("reference", type=SOURCE)
 @click.argument("candidate", type=SOURCE)
+@timeout_option
 @json_option
 @click.pass_context
 def validate(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
@@ -180,6 +183,7 @@ def validate(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
 @click.command(cls=JobCommand, job="msn_export.commands.jobs:DriftJob")
 @click.argument("reference", type=SOURCE)
 @click.argument("candidate", type=SOURCE)
+@timeout_option
 @json_option
 @click.pass_context
 def drift(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
@@ -209,6 +213,7 @@ def drift(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
 
 @click.command(cls=JobCommand, job="msn_export.commands.jobs:ReportJob")
 @click.argument("artifacts", nargs=-1, required=True, metavar="ARTIFACT…", type=SOURCE)
+@timeout_option
 @click.pass_context
 def report(ctx: click.Context, /, **options: Any) -> None:
     """Write one page of all that is known of ARTIFACT… and was measured.
@@ -279,6 +284,7 @@ def inspect(
 @click.command(cls=JobCommand, job="msn_export.commands.jobs:EvaluateJob")
 @click.argument("model", type=SOURCE)
 @click.argument("labelled", type=IMAGES)
+@timeout_option
 @json_option
 def evaluate(as_json: bool, **options: Any) -> None:
     """Count how often MODEL is right on the labelled pictures of LABELLED.
@@ -308,6 +314,7 @@ PAPER = {"against": ("eager", "sdpa"), "batches": (1, 2, 4, 8)}
 
 @click.command(cls=JobCommand, job="msn_export.commands.jobs:BenchJob")
 @click.argument("artifacts", nargs=-1, required=True, metavar="ARTIFACT…", type=EXISTING)
+@timeout_option
 @json_option
 def bench(as_json: bool, **options: Any) -> None:
     """Time each ARTIFACT, an .onnx or .engine file, beside the PyTorch model it came from.
@@ -350,6 +357,7 @@ class PicturesParam(click.ParamType[Any]):
 @click.command(cls=JobCommand, job="msn_export.embedding.job:EmbedJob")
 @click.argument("model", type=EXISTING)
 @click.argument("images", type=PicturesParam())
+@timeout_option
 @json_option
 def embed(as_json: bool, **options: Any) -> None:
     """Run the pictures of the folder IMAGES through MODEL, an .onnx or .engine file.

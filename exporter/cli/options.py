@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 import click
 from click.core import ParameterSource
 
+from msn_export.cli.child import go_on_in_child, graphs_of_others
 from msn_export.errors import SpecError
 
 if TYPE_CHECKING:  # a group's help shows no options, and loads nothing that describes them
@@ -135,7 +136,7 @@ class JobCommand(click.Command):
 
             self._opts = {}
             job = pkgutil.resolve_name(self._job)
-            last = [param for param in self._params if param.name == "as_json"]
+            last = [param for param in self._params if param.name in {"timeout", "as_json"}]
             self._params = [param for param in self._params if param not in last]
             by_name = {field.name: field for field in fields(job)}
             for name, opt in opts_of(job).items():
@@ -173,7 +174,24 @@ class JobCommand(click.Command):
                 ctx.params[name] = one.kind(*given) if one.is_enum else given
             else:
                 ctx.params |= given
+        self._go_on_in_child(ctx)
         return super().invoke(ctx)
+
+    def _go_on_in_child(self, ctx: click.Context) -> None:
+        """Leave what another tool wrote to a child, where this process is the command's own."""
+        if all(param.name != "timeout" for param in self.params):
+            return
+        limit = ctx.params.get("timeout") or TIMEOUT
+        if "timeout" not in (self._opts or {}):
+            ctx.params.pop("timeout")
+        graphs = graphs_of_others(ctx.params.values())
+        if graphs and ctx.find_object(OwnProcess) is not None:
+            output = ctx.params.get("output")
+            go_on_in_child(graphs, limit, Path.cwd() if output is None else Path(output).parent)
+
+
+class OwnProcess:
+    """Marks a run of the command line that has a process to itself."""
 
 
 def _options(field: Field[Any], one: One, opt: Opt) -> Iterator[click.Option]:
@@ -214,6 +232,17 @@ def _dashed(name: str) -> str:
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on stdout."
+)
+
+
+TIMEOUT = 600.0  # seconds
+timeout_option = click.option(
+    "--timeout",
+    type=click.FloatRange(1),
+    default=TIMEOUT,
+    show_default=True,
+    metavar="SECONDS",
+    help="Seconds that a graph of another tool may run.",
 )
 
 

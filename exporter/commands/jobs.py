@@ -237,7 +237,10 @@ class TrtJob(Job):
     ] = False
     timeout: Annotated[
         Annotated[float, Within(1)] | None,
-        Opt("Seconds the compiler may take. Default: no limit.", metavar="SECONDS"),
+        Opt(
+            "Seconds the compiler may take; all of it for a graph of another tool, default 600.",
+            metavar="SECONDS",
+        ),
     ] = None
     memory_limit: Annotated[
         Count | None,

@@ -15,7 +15,7 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 from onnx_ir.traversal import RecursiveGraphIterator
 
 from msn_export.errors import GraphError
-from msn_export.input_files import GRAPH, require_regular
+from msn_export.onnx_loops import require_bounded_loops
 
 # A protobuf message holds less than 2 GiB: protobuf.dev/programming-guides/proto-limits
 PROTOBUF_LIMIT = 2**31 - 1
@@ -34,7 +34,7 @@ def load(path: Path) -> ir.Model:
     All weights come into memory: the libraries that a graph is handed to would look for them
     beside a file that there is not.
     """
-    require_regular(path, GRAPH)
+    require_bounded_loops(path)
     try:
         # absolute: where a path names no folder, onnx-ir follows links out of it
         model = ir.load(path.absolute())

@@ -25,6 +25,7 @@ from msn_export.errors import (
 from msn_export.host import find_driver
 from msn_export.manifest import Manifest, read_stated
 from msn_export.onnx_header import GraphMetadata, read_onnx_header
+from msn_export.onnx_loops import require_bounded_loops
 from msn_export.runtime import dlpack
 from msn_export.runtime.batches import Chunk, profiles_of, run_in_chunks, split_batch
 from msn_export.runtime.dlpack import OF_ONNX, Borrowed, Tensor, finish, take_back
@@ -50,6 +51,7 @@ def open_session(
     model: Path, providers: list[tuple[str, dict[str, Any]]], threads: int | None
 ) -> Any:
     """Open a session on these providers and no others; ``require_on_gpu`` judges where it runs."""
+    require_bounded_loops(model)
     options = onnxruntime.SessionOptions()
     # Failures are raised too, and require_obtained names what cannot be loaded; the log would
     # print the names in a hostile file as they are, with the characters that a terminal obeys

@@ -18,7 +18,7 @@ PACKAGE = Path(msn_export.__file__).parent
 # functions too
 ORDER = (
     "errors", "input_files", "spec", "progress", "schema", "host", "preprocessing", "fit_record",
-    "version_table", "onnx_header", "manifest", "files", "images", "picture_table",
+    "version_table", "onnx_header", "onnx_loops", "manifest", "files", "images", "picture_table",
     "image_folder", "labelled", "engine_header", "golden", "models", "processor_config", "options",
     "metrics", "logistic_regression", "graph", "runtime", "mixed_precision", "feed", "artifact",
     "engine", "benchmark", "calibration", "baseline", "compare", "reporting", "embedding",
