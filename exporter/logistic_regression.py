@@ -156,6 +156,16 @@ def solve(training: Training, C: float, start: Solution | None = None) -> Soluti
     return Solution(weights, C, gradient, steps, estimator)
 
 
+def solver_bytes(images: int, width: int, classes: int) -> int:
+    """Give the memory that ``solve`` takes beside the features, in bytes.
+
+    Scores and slopes of all images, and 40 times the weights: lbfgs keeps ten steps and ten
+    gradients, scikit-learn and SciPy copies. 208 MiB were measured on 5,000 images of 384 numbers
+    in 1,000 classes, 193 by this rule; 15 MiB are constant.
+    """
+    return 8 * classes * (2 * images + 40 * width)
+
+
 def gradient_at(
     training: Training,
     weights: NDArray[np.float64],

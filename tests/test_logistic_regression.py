@@ -1,5 +1,7 @@
 """The classifier is the optimum of msn's objective, and what judges it has not seen the image."""
 
+import json
+import subprocess
 import sys
 from itertools import pairwise
 
@@ -18,6 +20,7 @@ from msn_export.logistic_regression import (
     cross_validate,
     gradient_at,
     solve,
+    solver_bytes,
 )
 
 
@@ -190,3 +193,32 @@ def test_a_missing_scikit_learn_is_one_line(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(MissingPackageError, match=r"pip install 'msn-export\[fit\]'"):
         solve(training, 400.0)
+
+
+MEMORY = """
+import json, sys
+import numpy as np
+from msn_export.host import peak_rss, reset_peak, rss
+from msn_export.logistic_regression import Training, solve
+
+def training(images, width, classes):
+    rows = np.random.default_rng(0).standard_normal((images, width))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return Training(rows, np.arange(images) % classes, classes)
+
+solve(training(40, 8, 4), 0.4)  # loads what is loaded once
+large = training(*map(int, sys.argv[1:]))
+before = rss()
+reset_peak()
+steps = solve(large, 40.0).steps
+print(json.dumps([peak_rss() - before, steps]))
+"""
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_thousand_classes_is_what_the_rule_says() -> None:
+    shape = (5000, 384, 1000)
+    command = [sys.executable, "-c", MEMORY, *map(str, shape)]
+    grown, steps = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    assert steps > 10  # so many lbfgs keeps
+    assert 0.9 * solver_bytes(*shape) < grown < solver_bytes(*shape) + 48 * 2**20

@@ -36,6 +36,7 @@ from msn_export.logistic_regression import (
     cross_validate,
     require_scikit_learn,
     solve,
+    solver_bytes,
 )
 from msn_export.manifest import CheckRecord, Manifest, seal, versions_of
 from msn_export.metrics.accuracy import Accuracy, Answers, caution
@@ -171,7 +172,7 @@ def _require_possible(job: FitJob, checkpoint: Checkpoint, pictures: FitPictures
     for rows in pictures.draws:
         _require_two_of_each(job, pictures.labelled, rows)
     most = max(map(len, pictures.draws))
-    needed = 8 * most * (width + 3 * len(classes))  # features, and lbfgs' scores and slopes
+    needed = 8 * most * width + solver_bytes(most, width, len(classes))
     free = available_memory()
     if needed > free:
         raise SpecError(

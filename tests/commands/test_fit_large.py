@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from msn_export.logistic_regression import solver_bytes
 from tests.builders.checkpoints import hugging_face
 from tests.builders.labelled import noise
 
@@ -82,7 +83,7 @@ def test_ten_thousand_pictures_take_the_memory_of_their_features_and_are_resumed
     assert first["fit"]["images"] == COUNT
     memory = json.loads((tmp_path / "whole" / "memory.json").read_text())
     features = COUNT * BLOCKS * DIM * 8
-    solver = 3 * COUNT * CLASSES * 8  # lbfgs: scores and slopes
+    solver = solver_bytes(COUNT, BLOCKS * DIM, CLASSES)
     # the rest is constant: scikit-learn's modules, lbfgs' steps, parts of rows
     assert features < memory["peak"] - memory["before"] < features + solver + 48 * 2**20
 
