@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         FitJob,
         OnnxJob,
         ReportJob,
+        SearchJob,
         TritonJob,
         TrtJob,
         ValidateJob,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         inspect,
         load,
         report,
+        search,
         triton,
         validate,
     )
@@ -42,9 +44,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "BenchJob", "CalibrateJob", "DriftJob", "EmbedJob", "EvaluateJob", "Exported", "FitJob",
-    "OnnxJob", "ReportJob", "TritonJob", "TrtJob", "ValidateJob", "bench", "calibrate", "compile",
-    "doctor", "drift", "embed", "evaluate", "export", "fit", "inspect", "load", "report", "triton",
-    "validate",
+    "OnnxJob", "ReportJob", "SearchJob", "TritonJob", "TrtJob", "ValidateJob", "bench", "calibrate",
+    "compile", "doctor", "drift", "embed", "evaluate", "export", "fit", "inspect", "load", "report",
+    "search", "triton", "validate",
 ]  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from msn_export.commands.jobs import (
     EvaluateJob,
     OnnxJob,
     ReportJob,
+    SearchJob,
     TritonJob,
     TrtJob,
     ValidateJob,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from msn_export.benchmark.results import Bench
     from msn_export.commands.doctor import Diagnosis
     from msn_export.commands.evaluate import Evaluated
+    from msn_export.commands.search import Searched
     from msn_export.commands.triton import Written
     from msn_export.compare.drift import Drift
     from msn_export.compare.inspection import Inspection
@@ -49,9 +51,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BenchJob", "CalibrateJob", "DriftJob", "EmbedJob", "EvaluateJob", "Exported", "FitJob",
-    "OnnxJob", "ReportJob", "TritonJob", "TrtJob", "ValidateJob", "bench", "calibrate", "compile",
-    "doctor", "drift", "embed", "evaluate", "export", "fit", "inspect", "load", "report", "triton",
-    "validate",
+    "OnnxJob", "ReportJob", "SearchJob", "TritonJob", "TrtJob", "ValidateJob", "bench", "calibrate",
+    "compile", "doctor", "drift", "embed", "evaluate", "export", "fit", "inspect", "load", "report",
+    "search", "triton", "validate",
 ]  # fmt: skip
 Name = str | os.PathLike[str]
 # fields that no caller gives
@@ -299,7 +301,7 @@ def embed(
     Args:
         model: an .onnx file or an engine.
         images: the folder; with ``ray`` it may be the URI of a bucket.
-        output: the .npy or .parquet file to write.
+        output: the .npy, .parquet or .usearch file to write.
         progress: as of ``export``.
         options: the other fields of ``EmbedJob``.
 
@@ -335,6 +337,27 @@ def evaluate(
         from msn_export.commands.evaluate import run_evaluate
 
         return run_evaluate(job, steps)
+
+
+def search(
+    index: Name, *pictures: Name, progress: bool | Progress = False, **options: Any
+) -> Searched:
+    """Find the pictures of an index that are nearest to others.
+
+    Args:
+        index: a .usearch file that ``embed`` wrote, its .parquet and .json beside it.
+        pictures: files.
+        progress: as of ``export``.
+        options: the other fields of ``SearchJob``.
+
+    Raises:
+        MsnExportError: nothing could be searched; the message says why.
+    """
+    given = tuple(map(Path, pictures))
+    with _job(SearchJob, progress, options, index=index, queries=given) as (job, steps):
+        from msn_export.commands.search import run_search
+
+        return run_search(job, steps)
 
 
 def triton(
@@ -495,6 +518,7 @@ for _function, _kind in (
     (bench, BenchJob),
     (embed, EmbedJob),
     (evaluate, EvaluateJob),
+    (search, SearchJob),
     (triton, TritonJob),
 ):
     _describe(_function, _kind)

@@ -21,6 +21,7 @@ from msn_export.cli.commands import (
     inspect,
     onnx,
     report,
+    search,
     triton,
     trt,
     validate,
@@ -138,7 +139,7 @@ def main(verbose: bool) -> None:
 GROUPS = {
     "Make": (onnx, fit, calibrate, trt),
     "Prove": (validate, drift, evaluate, report, inspect),
-    "Run": (bench, embed),
+    "Run": (bench, embed, search),
     "Deploy": (triton, doctor),
 }
 for _group in GROUPS.values():

@@ -308,6 +308,31 @@ def evaluate(as_json: bool, **options: Any) -> None:
     show_evaluated(console, found)
 
 
+@click.command(cls=JobCommand, job="msn_export.commands.jobs:SearchJob")
+@click.argument("index", type=EXISTING)
+@click.argument("queries", nargs=-1, required=True, metavar="PICTURE…", type=EXISTING)
+@json_option
+def search(as_json: bool, **options: Any) -> None:
+    """Find the nearest pictures of each PICTURE in INDEX, a .usearch file that embed wrote.
+
+    The pictures run through the model that the index was made with; another one is refused.
+
+    \b
+    Examples:
+      msn-export search photographs.usearch query.jpg
+      msn-export search photographs.usearch queries/*.jpg -k 5 -o page.html
+    """
+    from msn_export.cli.console import Console
+
+    console = Console(as_json=as_json)
+    with console.loading("onnxruntime"):
+        from msn_export.cli.tables import show_searched
+        from msn_export.commands.search import SearchJob, run_search
+    with console.progress() as progress:
+        found = run_search(SearchJob(command=command_line(), **options), progress)
+    show_searched(console, found)
+
+
 # Hugging Face's table of attention implementations for ViT-MSN: eager against SDPA, batch 1 to 8
 PAPER = {"against": ("eager", "sdpa"), "batches": (1, 2, 4, 8)}
 

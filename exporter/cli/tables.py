@@ -15,6 +15,7 @@ from rich.table import Table
 from msn_export.benchmark.results import footnotes
 from msn_export.cli.console import Console
 from msn_export.commands.evaluate import Evaluated
+from msn_export.commands.search import Searched
 from msn_export.commands.triton import Written
 from msn_export.compare.drift import Drift
 from msn_export.compare.inspection import Inspection
@@ -285,6 +286,28 @@ def show_evaluated(console: Console, found: Evaluated) -> None:
              ("preprocessing", str(found.preprocessing))]  # fmt: skip
     rows += [("note", note) for note in found.notes]
     show_rows(console, f"{found.model} on {found.labelled}", rows)
+
+
+def show_searched(console: Console, found: Searched) -> None:
+    if console.as_json:
+        console.print_json(found)
+        return
+    for query in found.queries:
+        table = Table(title=escape(query.picture), title_justify="left")
+        labelled = any(one.label is not None for one in query.neighbours)
+        table.add_column("cosine", justify="right")
+        for title in ("picture", *(["label"] if labelled else [])):
+            table.add_column(title, overflow="fold")
+        for one in query.neighbours:
+            label = [escape(one.label or "")] if labelled else []
+            table.add_row(f"{one.cosine:.4f}", escape(one.picture), *label)
+        if query.error is not None:
+            table.add_row("", escape(query.error))
+        console.print(table)
+    how = "all compared" if found.exact else "approximate"
+    console.print(escape(f"{found.images:,} pictures of {found.folder}, {how}; {found.runner}"))
+    for note in (*found.notes, *([f"written to {found.output}"] if found.output else [])):
+        console.print(escape(note))
 
 
 def show_written(console: Console, written: Written) -> None:

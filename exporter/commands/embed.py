@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -12,6 +13,7 @@ from msn_export import __version__
 from msn_export.cluster.cluster import LOCAL, RayExecutor, address_of, connected
 from msn_export.cluster.storage import list_sources
 from msn_export.embedding import outputs
+from msn_export.embedding.index import ENDING, require_usearch, write_index
 from msn_export.embedding.inference import LocalExecutor, Reading, reading_of, require_selftest
 from msn_export.embedding.job import Embedded, EmbedJob, list_pictures
 from msn_export.embedding.outputs import START_OVER, Journal
@@ -164,10 +166,15 @@ def run_embed(job: EmbedJob, progress: Progress = SILENT) -> Embedded:
 def require_output(job: EmbedJob) -> None:
     """Refuse, before any work is done, an output that could not be written."""
     if job.output.suffix not in outputs.ENDINGS:
-        raise SpecError(f"output {job.output} ends in neither {' nor '.join(outputs.ENDINGS)}")
+        raise SpecError(
+            f"output {job.output} ends in none of {', '.join(outputs.ENDINGS[:-1])} and "
+            f"{outputs.ENDINGS[-1]}"
+        )
     require_writable(outputs.files_of(job.output), force=job.force)
-    if job.output.suffix == ".parquet":
+    if job.output.suffix != ".npy":
         outputs.require_parquet()
+    if job.output.suffix == ENDING:
+        require_usearch()
 
 
 @contextmanager
@@ -271,8 +278,11 @@ class EmbedRun:
             "skipped": dict(self.executor.pictures.skipped),
             "notes": self.feed.notes,
         }
-        npy = self.job.output.suffix == ".npy"
-        write = outputs.write_npy if npy else outputs.write_parquet
+        ending = self.job.output.suffix
+        write: Callable[..., tuple[Path, ...]]
+        write = outputs.write_npy if ending == ".npy" else outputs.write_parquet
+        if ending == ENDING:
+            write = partial(write_index, model=self.job.model)
         with staging(self.job.output.parent) as stage:
             finished = write(parts, self.executor.pictures, self.labels, about, stage)
             with placing(outputs.files_of(self.job.output), force=self.job.force):

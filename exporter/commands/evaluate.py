@@ -19,7 +19,6 @@ from msn_export.errors import ImageError, MissingPackageError, SpecError, Tolera
 from msn_export.feed import feed_of
 from msn_export.files import placing, require_writable, staging
 from msn_export.image_folder import notes_on
-from msn_export.images import read
 from msn_export.labelled import Labelled, read_labelled
 from msn_export.manifest import manifest_path
 from msn_export.metrics.accuracy import (
@@ -289,7 +288,10 @@ def _write_page(
         neighbours=result.knn,
         voters=f"{result.k} neighbours in {result.train or 'the other pictures'}",
         wrong=result.wrong,
-        thumbnails=tuple(_thumbnail(one.picture, result.preprocessing) for one in result.wrong),
+        thumbnails=tuple(
+            gather.picture_thumbnail(Path(one.picture), result.preprocessing)
+            for one in result.wrong
+        ),
         facts=(
             ("pictures", f"{result.images:,}{of} in {len(result.classes):,} classes"),
             *(("broken", text) for text in result.broken[:WRONG]),
@@ -306,16 +308,6 @@ def _write_page(
         write_page(page, stage / "page.html")
         with placing([report], force=job.force):
             (stage / "page.html").replace(report)
-
-
-def _thumbnail(picture: str, preprocessing: Preprocessing) -> str:
-    """Show a picture as the model sees it; nothing where it can no longer be read."""
-    from msn_export.reporting.gather import thumbnail
-
-    try:
-        return thumbnail(read(Path(picture), preprocessing))
-    except ImageError:
-        return ""
 
 
 def _wrong(judged: Labelled, answers: Answers) -> tuple[WrongImage, ...]:

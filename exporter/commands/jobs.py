@@ -443,6 +443,32 @@ class BenchJob(Job):
 
 
 @dataclass(frozen=True, slots=True)
+class SearchJob(Job):
+    """Arguments of ``msn-export search``; ``model`` None is the index's own, where it was."""
+
+    index: Path
+    queries: tuple[Path, ...]
+    k: Annotated[Count, Opt("Nearest pictures of each.", "-k")] = 10
+    model: Annotated[
+        Path | None,
+        Opt("The model that the index was made with. Default: where it was.", exists=True),
+    ] = None
+    output: Annotated[
+        Path | None,
+        Opt("Write a page of thumbnails here, an .html.", options.OUTPUT, panel=options.WRITTEN),
+    ] = None
+    providers: options.Providers = ()
+    device: options.Device = None
+    trust: options.Trust = False
+    force: options.Force = False
+    command: str = ""
+
+    def require_consistent(self) -> None:
+        if not self.queries:
+            raise SpecError("a SearchJob takes at least one picture")
+
+
+@dataclass(frozen=True, slots=True)
 class EvaluateJob(Job):
     """Arguments of ``msn-export evaluate``; ``limit`` None is all pictures."""
 

@@ -85,8 +85,8 @@ def _size(path: Path) -> int:
 def _ending(path: Path) -> Path:
     if path.parts[:1] and path.parts[0] in {"s3:", "gs:", "gcs:"}:
         raise SpecError("the output is a file here; write one and copy it to the bucket")
-    if path.suffix not in {".npy", ".parquet"}:
-        raise SpecError(f"{path} ends in neither .npy nor .parquet")
+    if path.suffix not in {".npy", ".parquet", ".usearch"}:
+        raise SpecError(f"{path} ends in none of .npy, .parquet and .usearch")
     return path
 
 
@@ -104,7 +104,7 @@ class EmbedJob(Job):
     output: Annotated[
         Path,
         Opt(
-            "The .npy or .parquet file to write.",
+            "The .npy or .parquet file to write, or a .usearch: a .parquet with an index.",
             options.OUTPUT,
             read=_ending,
             panel=options.WRITTEN,

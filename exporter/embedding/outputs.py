@@ -312,14 +312,16 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-ENDINGS = (".npy", ".parquet")
+ENDINGS = (".npy", ".parquet", ".usearch")
 _CHUNK = 8 * 2**20  # bytes of vectors that are in memory at once
 
 
 def files_of(output: Path) -> tuple[Path, ...]:
-    """Name every file of an output, the array or table last."""
+    """Name every file of an output, the array, table or index last."""
     if output.suffix == ".parquet":
         return (output,)
+    if output.suffix == ".usearch":
+        return (output.with_suffix(".parquet"), manifest_path(output), output)
     return (manifest_path(output), output.with_name(output.name + ".rows.jsonl"), output)
 
 
@@ -334,10 +336,10 @@ def require_parquet() -> None:
 
 
 def require_fit(output: Path, row: Sequence[int]) -> None:
-    if output.suffix == ".parquet" and len(row) != 1:
+    if output.suffix != ".npy" and len(row) != 1:
         raise OutputError(
-            f"an image gives {list(row)} numbers and a .parquet row holds one vector; write .npy, "
-            "or export the model with --head cls"
+            f"an image gives {list(row)} numbers and a {output.suffix} row holds one vector; write "
+            ".npy, or export the model with --head cls"
         )
 
 

@@ -10,11 +10,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from msn_export import images
 from msn_export.artifact import Artifact
 from msn_export.benchmark.results import Bench
 from msn_export.compare.drift import Drift
@@ -29,12 +31,13 @@ from msn_export.engine.kernels import (
     is_gemm,
     is_layout_only,
 )
-from msn_export.errors import GraphError
+from msn_export.errors import GraphError, ImageError
 from msn_export.graph.summary import BlockPrecision, precision_map
 from msn_export.manifest import CheckRecord, ImageRecord, Manifest
 from msn_export.metrics.evaluate import Evaluation
 from msn_export.metrics.metrics import embedding_of, nearest
 from msn_export.metrics.tolerances import GATES, in_words
+from msn_export.preprocessing import Preprocessing
 from msn_export.reporting.describe import counted_by, short
 from msn_export.schema import Result, from_plain
 
@@ -228,6 +231,14 @@ def thumbnail(pixels: NDArray[np.uint8]) -> str:
     packed = io.BytesIO()
     picture.save(packed, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(packed.getvalue()).decode()}"
+
+
+def picture_thumbnail(path: Path, preprocessing: Preprocessing) -> str:
+    """Show a picture as a model sees it; nothing where it cannot be read any more."""
+    try:
+        return thumbnail(images.read(path, preprocessing))
+    except ImageError:
+        return ""
 
 
 def recorded_agreement(name: str, manifest: Manifest) -> ReportedAgreement:

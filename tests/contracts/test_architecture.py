@@ -27,7 +27,8 @@ ORDER = (
 HEAVY = frozenset(
     {"torch", "onnx", "onnx_ir", "onnxscript", "onnxsim", "onnxruntime", "transformers",
      "safetensors", "huggingface_hub", "PIL", "click", "rich", "tensorrt", "tensorrt_lean",
-     "tensorrt_rtx", "cuda", "openvino", "tritonclient", "ray", "starlette", "pyarrow", "sklearn"}
+     "tensorrt_rtx", "cuda", "openvino", "tritonclient", "ray", "starlette", "pyarrow", "sklearn",
+     "usearch"}
 )  # fmt: skip
 # folder -> the packages of others that its modules may import; at import, or inside a function
 MAY_IMPORT = {
@@ -40,10 +41,10 @@ MAY_IMPORT = {
     "calibration": ({"numpy", "onnxruntime", "onnx_ir", "onnx"}, set()),
     "compare": ({"numpy", "onnx_ir"}, set()),
     "reporting": ({"numpy"}, {"PIL"}),
-    "embedding": ({"numpy"}, {"PIL", "pyarrow"}),
+    "embedding": ({"numpy"}, {"PIL", "pyarrow", "usearch"}),
     "cluster": ({"numpy"}, {"pyarrow"}),
     "triton_server": ({"numpy", "onnx", "onnx_ir"}, set()),
-    "commands": ({"numpy", "onnx_ir"}, {"jinja2", "matplotlib"}),
+    "commands": ({"numpy", "onnx_ir"}, {"jinja2", "matplotlib", "pyarrow"}),
     "cli": ({"click", "rich"}, set()),
 }
 # module -> what it may import beyond its folder's row, each for the reason that is its subject
