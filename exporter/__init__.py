@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         EvaluateJob,
         Exported,
         FitJob,
+        HubJob,
         OnnxJob,
         ReportJob,
         SearchJob,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         evaluate,
         export,
         fit,
+        hub,
         inspect,
         load,
         report,
@@ -44,9 +46,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "BenchJob", "CalibrateJob", "DriftJob", "EmbedJob", "EvaluateJob", "Exported", "FitJob",
-    "OnnxJob", "ReportJob", "SearchJob", "TritonJob", "TrtJob", "ValidateJob", "bench", "calibrate",
-    "compile", "doctor", "drift", "embed", "evaluate", "export", "fit", "inspect", "load", "report",
-    "search", "triton", "validate",
+    "HubJob", "OnnxJob", "ReportJob", "SearchJob", "TritonJob", "TrtJob", "ValidateJob", "bench",
+    "calibrate", "compile", "doctor", "drift", "embed", "evaluate", "export", "fit", "hub", "inspect",
+    "load", "report", "search", "triton", "validate",
 ]  # fmt: skip
 
 

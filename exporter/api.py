@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from msn_export.calibration.job import CalibrateJob
 from msn_export.commands.fit_job import FitJob
+from msn_export.commands.hub_job import HubJob
 from msn_export.commands.jobs import (
     BenchJob,
     DriftJob,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from msn_export.benchmark.results import Bench
     from msn_export.commands.doctor import Diagnosis
     from msn_export.commands.evaluate import Evaluated
+    from msn_export.commands.hub import HubFolder
     from msn_export.commands.search import Searched
     from msn_export.commands.triton import Written
     from msn_export.compare.drift import Drift
@@ -51,9 +53,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BenchJob", "CalibrateJob", "DriftJob", "EmbedJob", "EvaluateJob", "Exported", "FitJob",
-    "OnnxJob", "ReportJob", "SearchJob", "TritonJob", "TrtJob", "ValidateJob", "bench", "calibrate",
-    "compile", "doctor", "drift", "embed", "evaluate", "export", "fit", "inspect", "load", "report",
-    "search", "triton", "validate",
+    "HubJob", "OnnxJob", "ReportJob", "SearchJob", "TritonJob", "TrtJob", "ValidateJob", "bench",
+    "calibrate", "compile", "doctor", "drift", "embed", "evaluate", "export", "fit", "hub", "inspect",
+    "load", "report", "search", "triton", "validate",
 ]  # fmt: skip
 Name = str | os.PathLike[str]
 # fields that no caller gives
@@ -381,6 +383,27 @@ def triton(
         return run_triton(job, steps)
 
 
+def hub(
+    checkpoint: Any, output: Name, *, progress: bool | Progress = False, **options: Any
+) -> HubFolder:
+    """Write a checkpoint as a folder that optimum and transformers.js load unchanged.
+
+    Args:
+        checkpoint: as of ``export``, or an .onnx file with its manifest.
+        output: the folder to write.
+        progress: as of ``export``.
+        options: the other fields of ``HubJob``.
+
+    Raises:
+        MsnExportError: nothing was written, or what was written was not uploaded; the message says
+            why.
+    """
+    with _job(HubJob, progress, options, checkpoint=checkpoint, output=output) as (job, steps):
+        from msn_export.commands.hub import run_hub
+
+        return run_hub(job, steps)
+
+
 def inspect(artifact: Name, *, providers: Sequence[str] = ()) -> Inspection:
     """Read what an engine, an ONNX file or a manifest is made of; no GPU is needed.
 
@@ -520,5 +543,6 @@ for _function, _kind in (
     (evaluate, EvaluateJob),
     (search, SearchJob),
     (triton, TritonJob),
+    (hub, HubJob),
 ):
     _describe(_function, _kind)

@@ -232,3 +232,33 @@ def placing(outputs: Sequence[Path], *, force: bool) -> Iterator[None]:
                     "-o writes elsewhere"
                 )
         yield
+
+
+def move_in(names: Sequence[str], stage: Path, folder: Path) -> None:
+    """Move finished files and folders from ``stage`` into a folder, each by one rename.
+
+    What they replace goes to ``stage``, and back if a later move fails. They come in their order:
+    in a Triton repository a model before the ensemble that names it, so that a server that polls
+    never sees the one without the other.
+    """
+    aside = stage / ".replaced"
+    moved: list[str] = []
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(exist_ok=True)
+        for name in names:
+            target = folder / name
+            if os.path.lexists(target):
+                (aside / name).parent.mkdir(parents=True, exist_ok=True)
+                target.rename(aside / name)
+            moved.append(name)
+            (stage / name).rename(target)
+    except OSError as error:
+        for name in reversed(moved):
+            if (folder / name).exists():
+                (folder / name).rename(stage / name)
+            if os.path.lexists(aside / name):
+                (aside / name).rename(folder / name)
+        if is_new:
+            folder.rmdir()
+        raise OutputError(f"cannot write {folder}: {error.strerror}") from error

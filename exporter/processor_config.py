@@ -287,6 +287,36 @@ def _per_channel(value: Any, name: str, channels: int) -> tuple[float, ...]:
     return tuple(_number(x, name) for x in values)
 
 
+def to_processor_config(preprocessing: Preprocessing) -> dict[str, Any]:
+    """Write a preprocessing as transformers' image processors do; read back, it is the same.
+
+    But for the side that a crop's odd pixel is taken from: transformers' is written.
+    """
+    size, short, squash = preprocessing.size, preprocessing.short_side, preprocessing.squash
+    final = {"height": size.height, "width": size.width}
+    written: dict[str, Any] = {
+        "do_convert_rgb": preprocessing.channels == 3,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": preprocessing.resample is not None,
+        "image_mean": list(preprocessing.mean),
+        "image_processor_type": "ViTImageProcessor",
+        "image_std": list(preprocessing.std),
+        "rescale_factor": preprocessing.scale,
+        "size": final,
+    }
+    if preprocessing.resample is not None:
+        written["resample"] = RESAMPLING.index(preprocessing.resample)
+    if squash is not None:
+        resized_to = {"height": squash.height, "width": squash.width}
+        written |= {"image_processor_type": "DeiTImageProcessor", "size": resized_to}
+    elif short is not None:
+        written |= {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": short}}
+    if preprocessing.crops:
+        written |= {"do_center_crop": True, "crop_size": final}
+    return dict(sorted(written.items()))
+
+
 def require_choice(preprocess: str | None) -> None:
     """Refuse, before any work is done, what is neither a preset nor a JSON file that is there."""
     if preprocess in {None, "auto", *PRESETS}:

@@ -62,6 +62,11 @@ CLIENTS = {
                arguments=("onnxruntime-web",)),
         Client("openvino", "openvino", "with_openvino.py"),
         Client("transformers.js", "@huggingface/transformers", "with_transformers.mjs"),
+        # in one environment: what optimum asks of transformers is not what the tests run
+        Client("optimum", "optimum-onnx", "with_optimum.py", also=(
+            "optimum==2.1.0", "transformers==4.57.6", "torch==2.13.0", "onnx==1.23.2",
+            "onnxruntime==1.32.0", "pillow",
+        )),
         Client("tract", "tract", "with_tract.py", also=("numpy",)),
         Client("tensorrt-rtx", "tensorrt-rtx-cu13", "with_tensorrt_rtx.py",
                also=("numpy",), arguments=("8.9",), executes=False),
@@ -77,6 +82,7 @@ TESTED = {
     "openvino": "2026.4.1",
     "transformers.js": "4.3.2",
     "tract": "0.23.9",
+    "optimum": "0.1.0",
 }
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -30,8 +31,9 @@ from msn_export.processor_config import (
     from_processor_config,
     require_choice,
     size_in,
+    to_processor_config,
 )
-from msn_export.spec import ImageSize
+from msn_export.spec import ImageSize, InputFormat
 
 SQUARE = ImageSize(224, 224)
 IMAGENET = {"image_mean": list(IMAGENET_MEAN), "image_std": list(IMAGENET_STD)}
@@ -395,3 +397,37 @@ def test_what_is_inside_a_graph_cannot_be_chosen_anew() -> None:
         "normalises them itself with scale 1/255, mean 0.485, 0.456, 0.406, std 0.229, 0.224, "
         "0.225; export it again with --preprocess raw"
     )
+
+
+# --- written again -------------------------------------------------------------------------------
+
+WRITTEN = {
+    "squashed": preset("hf", SQUARE),
+    "cropped, short side": preset("msn-eval", SQUARE),
+    "cropped, squashed": Preprocessing("x", SQUARE, squash=ImageSize(256, 260), resample="bicubic"),
+    "as it is": Preprocessing("x", SQUARE, resample=None),
+    "bytes": preset("raw", SQUARE),
+    "one channel": preset("hf", SQUARE, channels=1),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_preprocessing_that_is_written_is_read_back(name) -> None:
+    made = WRITTEN[name]
+    read = from_processor_config(to_processor_config(made), SQUARE, made.channels)
+    assert not read.notes
+    assert read.makes_the_same_as(replace(made, exif="apply", crop_rounds_down=True))
+
+
+@pytest.mark.parametrize("name", sorted(set(WRITTEN) - {"one channel", "as it is"}))
+def test_transformers_makes_the_same_of_what_is_written(tmp_path, photographs, name) -> None:
+    written = to_processor_config(WRITTEN[name])
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(written))
+    theirs = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    assert type(theirs).__name__.startswith(written["image_processor_type"])
+    paths = sorted(photographs.iterdir())[:3]
+    opened = [Image.open(path).convert("RGB") for path in paths]
+    right = theirs(opened, return_tensors="np")["pixel_values"]
+    ours = replace(WRITTEN[name], crop_rounds_down=True)
+    found = images.model_input(images.decode(paths, ours), ours, InputFormat.FLOAT)
+    np.testing.assert_allclose(found, right, rtol=1e-5, atol=1e-5)

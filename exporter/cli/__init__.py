@@ -18,6 +18,7 @@ from msn_export.cli.commands import (
     embed,
     evaluate,
     fit,
+    hub,
     inspect,
     onnx,
     report,
@@ -66,7 +67,9 @@ class Commands(click.Group):
         except ModuleNotFoundError as error:
             if (error.name or "").startswith("msn_export"):
                 raise
-            needs = ctx.invoked_subcommand in {"onnx", "fit"} or error.name in _OF_CHECKPOINTS
+            needs = (
+                ctx.invoked_subcommand in {"onnx", "fit", "hub"} or error.name in _OF_CHECKPOINTS
+            )
             line = f"pip install 'msn-export[{'export' if needs else 'graph'}]'"
             self._fail(ctx, f"package {error.name} is not installed; {line}", 1)
         except OSError as error:  # of a file that no step expects to fail, as when a disk breaks
@@ -140,7 +143,7 @@ GROUPS = {
     "Make": (onnx, fit, calibrate, trt),
     "Prove": (validate, drift, evaluate, report, inspect),
     "Run": (bench, embed, search),
-    "Deploy": (triton, doctor),
+    "Deploy": (triton, hub, doctor),
 }
 for _group in GROUPS.values():
     for _command in _group:

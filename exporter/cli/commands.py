@@ -461,6 +461,36 @@ def triton(
     show_written(console, written)
 
 
+@click.command(cls=JobCommand, job="msn_export.commands.hub_job:HubJob")
+@click.argument("checkpoint")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The folder to write.",
+)
+@json_option
+def hub(as_json: bool, **options: Any) -> None:
+    """Write CHECKPOINT as a folder that optimum and transformers.js load unchanged.
+
+    CHECKPOINT is as of 'msn-export onnx', or an .onnx file with its manifest, as 'msn-export fit'
+    writes it. Every graph in the folder has passed its check.
+    """
+    from msn_export.cli.console import Console
+    from msn_export.cli.tables import show_hub
+    from msn_export.commands.hub_job import HubJob
+
+    console = Console(as_json=as_json)
+    job = HubJob(command=command_line(), **options)
+    job.validate_paths()
+    from msn_export.commands.hub import run_hub  # torch: seconds, which no mistake is to wait for
+
+    with console.progress() as progress:
+        written = run_hub(job, progress)
+    show_hub(console, written)
+
+
 @click.command()
 @json_option
 @click.pass_context

@@ -29,6 +29,7 @@ from msn_export.triton_server.checks import Issue
 
 if TYPE_CHECKING:
     from msn_export.benchmark.results import Bench, Timing
+    from msn_export.commands.hub import HubFolder
     from msn_export.embedding.job import Embedded
 
 # what a cell that begins so is printed in; the word is there for who sees no colour
@@ -322,6 +323,22 @@ def show_written(console: Console, written: Written) -> None:
         table.add_row("note", escape(note))
     table.add_row("how to", escape(str(Path(written.repository, written.model, "README.md"))))
     console.print(table)
+
+
+def show_hub(console: Console, written: HubFolder) -> None:
+    if console.as_json:
+        console.print_json(written)
+        return
+    rows = [("pipeline", written.task)]
+    for graph in written.graphs:
+        text = f"{graph.file}, {graph.dtype}, {graph.bytes / 1e6:.1f} MB"
+        if graph.check is not None and graph.check.relative is not None:
+            text += f"; relative error {graph.check.relative:.1e} on {graph.check.images} images"
+        rows.append(("graph", text))
+    rows += [("note", note) for note in written.notes]
+    rows.append(("pushed", written.pushed or "no"))
+    rows.append(("how to", str(Path(written.output, "README.md"))))
+    show_rows(console, written.output, rows)
 
 
 def show_findings(console: Console, repository: Path, findings: Sequence[Issue]) -> None:

@@ -186,6 +186,7 @@ ABILITIES = (
     Ability("evaluate", "an .onnx file in OpenVINO", ("openvino",)),
     Ability("evaluate", "a checkpoint", ("export",)),
     Ability("triton", "write or check a model repository", ("graph", "triton")),
+    Ability("hub", "a folder for optimum and transformers.js", ("export",)),
     Ability("doctor", "this"),
 )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from msn_export.commands.jobs import TritonJob
 from msn_export.errors import OutputError, SpecError
-from msn_export.files import staging
+from msn_export.files import move_in, staging
 from msn_export.input_files import TRITON_CONFIG, read_text
 from msn_export.metrics.evaluate import draw
 from msn_export.preprocessing import MODES, Preprocessing
@@ -30,7 +30,6 @@ from msn_export.triton_server.repository import (
     Served,
     join_version,
     model_folders,
-    move_in,
     require_free,
     require_name,
     write,

@@ -16,17 +16,20 @@ from typing import Any
 from msn_export import manifest as manifests
 from msn_export.errors import ManifestError, MissingPackageError, RunnerError
 from msn_export.host import Device, Driver, NoDriver, find_driver
+from msn_export.hub_folder import GRAPHS, graph_in
 from msn_export.manifest import Manifest, manifest_path
 from msn_export.onnx_header import GraphMetadata
 from msn_export.runtime.engine import VerifiedEngine, rebuild, verify_engine_file
 from msn_export.runtime.runner import Runner
 from msn_export.runtime.tensorrt import EngineHost, TrtRunner
 from msn_export.runtime.versions import INSTALL, CudaDriver, LoadedTensorRT, load, may_run
+from msn_export.spec import Dtype
 
 
 def open_runner(  # noqa: PLR0913  each names one thing a service may have to choose
     path: str | os.PathLike[str],
     *,
+    dtype: Dtype | str | None = None,
     device: int | None = None,
     providers: Sequence[str] | None = None,
     trust: bool = False,
@@ -43,8 +46,11 @@ def open_runner(  # noqa: PLR0913  each names one thing a service may have to ch
     names.
 
     Args:
-        path: an ``.onnx`` file or an engine, with its manifest beside it. Of a graph without one
-            labels and preprocessing are read from the file itself, which no hash seals.
+        path: an ``.onnx`` file or an engine, with its manifest beside it, or a folder that
+            ``msn-export hub`` wrote. Of a graph without a manifest labels and preprocessing are
+            read from the file itself, which no hash seals.
+        dtype: of a folder's graphs: ``fp32``, ``fp16`` or ``int8``. By default fp16 on a GPU and
+            int8 on a CPU, where the folder has them, else fp32.
         device: index of the GPU; by default the first that fits.
         providers: onnxruntime's, in order: ``cpu``, ``cuda``, ``tensorrt`` or in full. By default
             CUDA where a GPU is found, else the CPU. What is asked for and cannot be had is an
@@ -73,6 +79,10 @@ def open_runner(  # noqa: PLR0913  each names one thing a service may have to ch
     device = require_whole("device", device, at_least=0)
     threads = require_whole("threads", threads, at_least=1, at_most=_MOST_THREADS)
     contexts = require_whole("contexts", contexts, at_least=1) or 1
+    if file.is_dir():
+        file = _graph_in(file, dtype, device, providers)
+    elif dtype is not None:
+        raise RunnerError(f"dtype chooses among a folder's graphs; leave it out for {file}")
     if file.suffix == ".onnx":
         if isinstance(providers, Sequence) and OPENVINO in providers:
             return _open_in_openvino(file, device, providers, threads, precision, hint)
@@ -108,7 +118,7 @@ def _require_file(path: str | os.PathLike[str]) -> Path:
     except TypeError as error:
         raise RunnerError(f"path is a {type(path).__name__}; {hint}, as text or a Path") from error
     try:
-        if file.is_file():
+        if file.is_file() or (file / "onnx").is_dir():
             return file
         exists = file.exists()
     except OSError as error:  # a name that is too long, a loop of links
@@ -147,16 +157,37 @@ def _stated(file: Path) -> tuple[Manifest | None, GraphMetadata | None]:
     return stated, None
 
 
-def _open_graph(
-    file: Path, device: int | None, providers: Sequence[str] | None, threads: int | None
-) -> Runner:
-    manifest, metadata = _stated(file)
+def _graph_in(
+    folder: Path, dtype: Dtype | str | None, device: int | None, providers: Sequence[str] | None
+) -> Path:
+    """Choose a folder's graph by where it will run."""
+    if dtype is not None and dtype not in GRAPHS:
+        raise RunnerError(f"dtype is {dtype!r}; expected one of {', '.join(GRAPHS)}")
+    wanted, on_gpu = Dtype(dtype) if dtype is not None else None, False
+    if not (isinstance(providers, Sequence) and OPENVINO in providers):
+        _require_onnxruntime()
+        from msn_export.runtime.providers import ON_GPU, available_providers, choose
+
+        chosen = choose(providers, device, available_providers(), find_driver())
+        on_gpu = chosen[0][0] in ON_GPU
+    return graph_in(folder, wanted, on_gpu=on_gpu)
+
+
+def _require_onnxruntime() -> None:
     try:
-        from msn_export.runtime.onnxruntime import OrtRunner
+        importlib.import_module("onnxruntime")
     except ImportError as error:
         raise MissingPackageError(
             f"onnxruntime cannot be imported ({error}); pip install 'msn-export[ort]'"
         ) from error
+
+
+def _open_graph(
+    file: Path, device: int | None, providers: Sequence[str] | None, threads: int | None
+) -> Runner:
+    manifest, metadata = _stated(file)
+    _require_onnxruntime()
+    from msn_export.runtime.onnxruntime import OrtRunner
     return OrtRunner(
         file, providers, device=device, threads=threads, manifest=manifest, metadata=metadata
     )

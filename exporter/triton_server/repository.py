@@ -86,35 +86,6 @@ def write(models: Sequence[ModelFolder], stage: Path) -> None:
             shutil.copyfile(source, folder / name)
 
 
-def move_in(names: Sequence[str], stage: Path, repository: Path) -> None:
-    """Move checked folders from ``stage`` into the repository, each by one rename.
-
-    What they replace goes to ``stage``, and back if a later move fails. A model comes before the
-    ensemble that names it, so that a server that polls never sees the one without the other.
-    """
-    aside = stage / ".replaced"
-    moved: list[str] = []
-    is_new = not repository.exists()
-    try:
-        repository.mkdir(exist_ok=True)
-        for name in names:
-            target = repository / name
-            if os.path.lexists(target):
-                (aside / name).parent.mkdir(parents=True, exist_ok=True)
-                target.rename(aside / name)
-            moved.append(name)
-            (stage / name).rename(target)
-    except OSError as error:
-        for name in reversed(moved):
-            if (repository / name).exists():
-                (repository / name).rename(stage / name)
-            if os.path.lexists(aside / name):
-                (aside / name).rename(repository / name)
-        if is_new:
-            repository.rmdir()
-        raise OutputError(f"cannot write {repository}: {error.strerror}") from error
-
-
 def join_version(existing: Path, staged: Path, version: int) -> None:
     """Put a staged version under the configuration that a model is served with already."""
     if version in version_folders(existing):

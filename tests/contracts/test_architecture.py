@@ -17,12 +17,13 @@ PACKAGE = Path(msn_export.__file__).parent
 # from the bottom up: folders and the modules beside them; each may import those before it, in its
 # functions too
 ORDER = (
-    "errors", "input_files", "spec", "progress", "schema", "host", "preprocessing", "fit_record",
-    "version_table", "onnx_header", "onnx_loops", "manifest", "files", "images", "picture_table",
-    "image_folder", "labelled", "engine_header", "golden", "models", "processor_config", "options",
-    "metrics", "logistic_regression", "graph", "runtime", "mixed_precision", "feed", "artifact",
-    "engine", "benchmark", "calibration", "baseline", "compare", "reporting", "embedding",
-    "cluster", "triton_server", "commands", "cli", "api", "__main__",
+    "errors", "input_files", "spec", "progress", "schema", "host", "preprocessing",
+    "fit_record", "version_table", "onnx_header", "onnx_loops", "manifest", "files", "images",
+    "picture_table", "image_folder", "labelled", "engine_header", "golden", "models",
+    "processor_config", "hub_folder", "options", "metrics", "logistic_regression", "graph",
+    "runtime", "mixed_precision", "feed", "artifact", "engine", "benchmark", "calibration",
+    "baseline", "compare", "reporting", "embedding", "cluster", "triton_server", "commands",
+    "cli", "api", "__main__",
 )  # fmt: skip
 HEAVY = frozenset(
     {"torch", "onnx", "onnx_ir", "onnxscript", "onnxsim", "onnxruntime", "transformers",
@@ -53,6 +54,8 @@ EXCEPTIONS = {
     "graph/torch_ops.py": {"torch"},
     "graph/simplify.py": {"onnxruntime"},  # computes constants, and runs what came of it
     "triton_server/config.py": {"tritonclient"},
+    "reporting/hub_card.py": {"huggingface_hub"},  # inside its functions: the hub's YAML
+    "commands/hub.py": {"huggingface_hub"},  # inside its functions: uploads
     "cluster/cluster.py": {"ray"},  # inside its functions: loaded when a cluster is joined
     "cluster/serve.py": {"ray", "starlette"},
     "runtime/onnxruntime.py": {"onnxruntime"},
