@@ -476,15 +476,21 @@ def hub(as_json: bool, **options: Any) -> None:
 
     CHECKPOINT is as of 'msn-export onnx', or an .onnx file with its manifest, as 'msn-export fit'
     writes it. Every graph in the folder has passed its check.
+
+    \b
+    Examples:
+      msn-export hub facebook/vit-msn-small -o vit-msn-small --images pictures
+      msn-export hub flowers.onnx -o flowers --push me/flowers --private
     """
     from msn_export.cli.console import Console
-    from msn_export.cli.tables import show_hub
     from msn_export.commands.hub_job import HubJob
 
     console = Console(as_json=as_json)
     job = HubJob(command=command_line(), **options)
     job.validate_paths()
-    from msn_export.commands.hub import run_hub  # torch: seconds, which no mistake is to wait for
+    with console.loading("torch"):  # seconds, which no mistake is to wait for
+        from msn_export.cli.tables import show_hub
+        from msn_export.commands.hub import run_hub
 
     with console.progress() as progress:
         written = run_hub(job, progress)
