@@ -188,6 +188,7 @@ def _open_graph(
     manifest, metadata = _stated(file)
     _require_onnxruntime()
     from msn_export.runtime.onnxruntime import OrtRunner
+
     return OrtRunner(
         file, providers, device=device, threads=threads, manifest=manifest, metadata=metadata
     )
