@@ -43,7 +43,7 @@ def require_bounded_loops(path: Path) -> None:
     try:
         with open_regular(path, GRAPH) as file:
             size = os.fstat(file.fileno()).st_size
-            _Walk(file, path).model(size)
+            _LoopWalk(file, path).model(size)
     except MalformedError as error:
         raise GraphError(f"{path} is not an ONNX file ({error}); export it again") from error
 
@@ -69,7 +69,7 @@ class _Facts:
     sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
-class _Walk:
+class _LoopWalk:
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file = file
         self._path = path
