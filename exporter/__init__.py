@@ -47,8 +47,8 @@ __version__ = "0.1.0"
 __all__ = [
     "BenchJob", "CalibrateJob", "DriftJob", "EmbedJob", "EvaluateJob", "Exported", "FitJob",
     "HubJob", "OnnxJob", "ReportJob", "SearchJob", "TritonJob", "TrtJob", "ValidateJob", "bench",
-    "calibrate", "compile", "doctor", "drift", "embed", "evaluate", "export", "fit", "hub", "inspect",
-    "load", "report", "search", "triton", "validate",
+    "calibrate", "compile", "doctor", "drift", "embed", "evaluate", "export", "fit", "hub",
+    "inspect", "load", "report", "search", "triton", "validate",
 ]  # fmt: skip
 
 

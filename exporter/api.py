@@ -54,8 +54,8 @@ if TYPE_CHECKING:
 __all__ = [
     "BenchJob", "CalibrateJob", "DriftJob", "EmbedJob", "EvaluateJob", "Exported", "FitJob",
     "HubJob", "OnnxJob", "ReportJob", "SearchJob", "TritonJob", "TrtJob", "ValidateJob", "bench",
-    "calibrate", "compile", "doctor", "drift", "embed", "evaluate", "export", "fit", "hub", "inspect",
-    "load", "report", "search", "triton", "validate",
+    "calibrate", "compile", "doctor", "drift", "embed", "evaluate", "export", "fit", "hub",
+    "inspect", "load", "report", "search", "triton", "validate",
 ]  # fmt: skip
 Name = str | os.PathLike[str]
 # fields that no caller gives
