@@ -21,7 +21,7 @@ from msn_export.onnx_header import UNSEALED, GraphMetadata
 from msn_export.preprocessing import Exif, Preprocessing, preset
 from msn_export.processor_config import choose
 from msn_export.runtime.batches import combine
-from msn_export.spec import BatchRange, Dtype, ImageSize, InputFormat
+from msn_export.spec import ENGINES, BatchRange, Dtype, ImageSize, InputFormat
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from msn_export.graph.summary import GraphSummary, Structure
 
 DYNAMIC = BatchRange()  # what a foreign graph with a dynamic batch is taken for
-ENGINES = frozenset({".engine", ".plan", ".trt"})
 
 
 class ImageInput(NamedTuple):

@@ -129,6 +129,21 @@ def kept(job: Job) -> dict[str, Any]:
     return {n: value for n, value in given.items() if value is not None and value is not False}
 
 
+def ending(*endings: str) -> Callable[[Any], Path]:
+    """Give what reads the path of a file to write, whose name ends in one of ``endings``."""
+
+    def read(path: str | Path) -> Path:
+        if Path(path).suffix not in endings:
+            wanted = f"{', '.join(endings[:-1])} or {endings[-1]}" if endings[1:] else endings[0]
+            raise SpecError(f"{path} does not end in {wanted}")
+        return Path(path)
+
+    return read
+
+
+PAGE = ending(".html", ".htm")
+
+
 def preprocess(help: str, *, auto: bool = False) -> Opt:
     """Give the option that takes a preset of preprocessing or a JSON file."""
     return Opt(
@@ -234,7 +249,12 @@ AccuracyDrop = Annotated[
 # what is written, and how it is checked
 Output = Annotated[
     Path | None,
-    Opt("The .onnx file to write. Default: named after what is read.", OUTPUT, panel=WRITTEN),
+    Opt(
+        "The .onnx file to write. Default: named after what is read.",
+        OUTPUT,
+        read=ending(".onnx"),
+        panel=WRITTEN,
+    ),
 ]
 Images = Annotated[
     Path | None,

@@ -89,6 +89,7 @@ class AttentionForm(StrEnum):
     PLAIN = "MatMul, Softmax, MatMul"
 
 
+ENGINES = (".engine", ".plan", ".trt")  # endings of an engine's file
 TENSORRT_8 = "tensorrt-8"  # another name of Target.PORTABLE, in commands and older manifests
 
 

@@ -250,6 +250,7 @@ def report(ctx: click.Context, /, **options: Any) -> None:
     metavar="ARTIFACT [OTHER]",
     type=EXISTING,
 )
+@click.option("--all", "whole", is_flag=True, help="Of two, show what is alike too.")
 @click.option(
     "--providers",
     type=click.Choice(["openvino"]),
@@ -258,9 +259,14 @@ def report(ctx: click.Context, /, **options: Any) -> None:
 @json_option
 @click.pass_context
 def inspect(
-    ctx: click.Context, /, artifacts: tuple[Path, ...], providers: str | None, as_json: bool
+    ctx: click.Context,
+    /,
+    artifacts: tuple[Path, ...],
+    providers: str | None,
+    as_json: bool,
+    whole: bool,
 ) -> None:
-    """Show what an engine, an ONNX file or a manifest is made of; two of them side by side.
+    """Show what an engine, an ONNX file or a manifest is made of; of two, what differs.
 
     Exit code 1 where a manifest is damaged or of another file; the file is shown all the same.
 
@@ -277,7 +283,7 @@ def inspect(
 
     asked = [providers] if providers is not None else []
     found = [inspect_artifact(path, asked) for path in artifacts]
-    show_inspections(Console(as_json=as_json), found)
+    show_inspections(Console(as_json=as_json), found, whole=whole)
     ctx.exit(1 if any(one.distrusted for one in found) else 0)
 
 

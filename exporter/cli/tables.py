@@ -22,7 +22,12 @@ from msn_export.compare.inspection import Inspection
 from msn_export.compare.sides import Validation
 from msn_export.manifest import Manifest
 from msn_export.metrics.diagnose import StageDrift, TensorDrift
-from msn_export.reporting.describe import artifact_rows, inspection_rows, validation_rows
+from msn_export.reporting.describe import (
+    UNIMPORTANT,
+    artifact_rows,
+    inspection_rows,
+    validation_rows,
+)
 from msn_export.schema import to_plain
 from msn_export.spec import Target
 from msn_export.triton_server.checks import Issue
@@ -159,8 +164,8 @@ def _tensor_table(title: str, tensors: Sequence[TensorDrift]) -> Table:
     return table
 
 
-def show_inspections(console: Console, found: list[Inspection]) -> None:
-    """Print one artifact, or two side by side with what differs marked."""
+def show_inspections(console: Console, found: list[Inspection], *, whole: bool) -> None:
+    """Print one artifact, or what differs between two and matters; ``whole`` prints every row."""
     if console.as_json:
         plain: list[Any] = [{**to_plain(one), "other_bytes": one.other_bytes} for one in found]
         console.print_json(plain[0] if len(plain) == 1 else {"artifacts": plain})
@@ -168,11 +173,22 @@ def show_inspections(console: Console, found: list[Inspection]) -> None:
     described = [dict(inspection_rows(one)) for one in found]
     names = list(dict.fromkeys(name for one in described for name in one))
     table = Table("", *(escape(one.file) for one in found), show_lines=len(found) > 1)
+    alike, unimportant = [], []
     for name in names:
         cells = [one.get(name, "-") for one in described]
+        if len(found) > 1 and not whole:
+            if len(set(cells)) == 1:
+                alike.append(name)
+                continue
+            if name in UNIMPORTANT:
+                unimportant.append(name)
+                continue
         title = f"[bold]{name} ≠[/]" if len(set(cells)) > 1 else name
         table.add_row(title, *(escape(cell) for cell in cells))
     console.print(table)
+    for what, rest in (("the same", alike), ("different, for --all", unimportant)):
+        if rest:
+            console.print(escape(f"{what}: {', '.join(rest)}"))
 
 
 def show_bench(console: Console, bench: Bench) -> None:

@@ -403,12 +403,15 @@ class Wanted:
         return f"'{self.stand_in or self.name}{parts}{self.range}'"
 
 
+_DEVELOPERS = {"test", "dev"}  # extras that no command needs
+
+
 def wanted_packages() -> tuple[Wanted, ...]:
-    """List every package of every extra, in the order of the metadata, with what is installed."""
+    """List every package that a command may need, in the order of the metadata, as installed."""
     extras: dict[str, list[str]] = {}
     ranges: dict[str, Requirement] = {}
     for extra, requirements in requirements_by_extra().items():
-        for requirement in requirements:
+        for requirement in requirements if extra not in _DEVELOPERS else ():
             name = canonicalize_name(requirement.name)
             ranges.setdefault(name, requirement)
             extras.setdefault(name, []).append(extra)

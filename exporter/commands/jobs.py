@@ -17,6 +17,7 @@ from msn_export.options import DTYPES, OUTPUT, Opt
 from msn_export.processor_config import require_choice
 from msn_export.schema import Count, Job, Within
 from msn_export.spec import (
+    ENGINES,
     TENSORRT_8,
     BatchRange,
     ComputeCapability,
@@ -179,7 +180,10 @@ class TrtJob(Job):
     output: Annotated[
         Path | None,
         Opt(
-            "The .engine file to write. Default: named after MODEL.", OUTPUT, panel=options.WRITTEN
+            "The .engine file to write (or .plan, .trt). Default: named after MODEL.",
+            OUTPUT,
+            read=options.ending(*ENGINES),
+            panel=options.WRITTEN,
         ),
     ] = None
     precision: Annotated[
@@ -347,12 +351,13 @@ class ReportJob(Job):
     """Options of ``msn-export report``; the first artifact is the others' reference."""
 
     artifacts: tuple[str, ...]
-    output: Annotated[Path, Opt("The page to write.", OUTPUT, panel=options.WRITTEN)] = Path(
-        "report.html"
-    )
-    markdown: Annotated[Path | None, Opt("Write a model card here too.", panel=options.WRITTEN)] = (
-        None
-    )
+    output: Annotated[
+        Path, Opt("The page to write.", OUTPUT, read=options.PAGE, panel=options.WRITTEN)
+    ] = Path("report.html")
+    markdown: Annotated[
+        Path | None,
+        Opt("Write a model card here too.", read=options.ending(".md"), panel=options.WRITTEN),
+    ] = None
     images: Annotated[
         Path | None, Opt("Pictures to run on; without, nothing runs.", exists=True)
     ] = None
@@ -427,9 +432,9 @@ class BenchJob(Job):
     image_size: options.OpenSize = None
     resident: Annotated[bool, Opt("GPU: data stays there, copies are not counted.")] = False
     cuda_graphs: Annotated[bool, Opt("Engines: launch kernel by kernel.")] = True
-    report: Annotated[Path | None, Opt("Write a page with plots here.", panel=options.WRITTEN)] = (
-        None
-    )
+    report: Annotated[
+        Path | None, Opt("Write a page with plots here.", read=options.PAGE, panel=options.WRITTEN)
+    ] = None
     providers: options.Providers = ()
     precision: options.Precision = None
     device: options.Device = None
@@ -505,7 +510,9 @@ class EvaluateJob(Job):
     report: Annotated[
         Path | None,
         Opt(
-            "Write a page with the confusion matrix and wrong pictures here.", panel=options.WRITTEN
+            "Write a page with the confusion matrix and wrong pictures here.",
+            read=options.PAGE,
+            panel=options.WRITTEN,
         ),
     ] = None
     providers: options.Providers = ()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from msn_export import __version__
-from msn_export.artifact import ENGINES, Artifact, is_checkpoint
+from msn_export.artifact import Artifact, is_checkpoint
 from msn_export.benchmark.results import Bench, read_bench
 from msn_export.commands.drift import drift_of
 from msn_export.commands.jobs import DriftJob, ReportJob, ValidateJob
@@ -30,6 +30,7 @@ from msn_export.progress import SILENT, Progress
 from msn_export.reporting import gather
 from msn_export.reporting.describe import origin_of
 from msn_export.reporting.gather import Page, ReportedAgreement, ReportedArtifact
+from msn_export.spec import ENGINES
 
 __all__ = ["ReportJob", "run_report"]  # the two that docs/python.md speaks of
 

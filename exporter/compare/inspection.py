@@ -70,6 +70,7 @@ class Inspection(Result):
     weight_bytes: int | None = None
     islands: tuple[str, ...] = ()
     fitted: str | None = None
+    labels: tuple[str, ...] = ()
     check: str = "unknown"
     executed: str = "unknown"
     distrusted: str | None = None
@@ -209,6 +210,7 @@ def _from_manifest(manifest: Manifest) -> dict[str, Any]:
         "attention_expected": manifest.attention.expected,
         "attention_fused": manifest.attention.fused,
         "islands": tuple(sorted(manifest.islands)),
+        "labels": manifest.labels,
         "fitted": manifest.fit.sentence if manifest.fit is not None else None,
         "check": "none" if check is None else _verdict(manifest),
         "executed": "on the CPU, in its check" if check is not None else "never",

@@ -85,9 +85,7 @@ def _size(path: Path) -> int:
 def _ending(path: Path) -> Path:
     if path.parts[:1] and path.parts[0] in {"s3:", "gs:", "gcs:"}:
         raise SpecError("the output is a file here; write one and copy it to the bucket")
-    if path.suffix not in {".npy", ".parquet", ".usearch"}:
-        raise SpecError(f"{path} ends in none of .npy, .parquet and .usearch")
-    return path
+    return options.ending(".npy", ".parquet", ".usearch")(path)
 
 
 @dataclass(frozen=True, slots=True)

@@ -360,6 +360,23 @@ def _figure(value: float | None, form: str) -> str:
     return "not a number" if value is None else f"{value:{form}}"
 
 
+# Of layer types as TensorRT-RTX 1.7.1 names them, read beside the names of an engine's 112 kernels
+_KINDS = {
+    "kgen": "generated code: element-wise work, layout, fused attention",
+    "runtime_fusion": "a matrix product with what follows it",
+    "gemm": "a matrix product alone",
+    "correlation": "a convolution",
+    "shape_call": "sizes, on the host",
+}
+# what may differ between two artifacts of one model and changes nothing for who runs them
+UNIMPORTANT = frozenset(
+    {
+        "described by", "sha256", "made by", "command", "nodes", "kernels a block",
+        "kinds of kernel", "layout only",
+    }
+)  # fmt: skip
+
+
 def inspection_rows(found: Inspection) -> Iterator[tuple[str, str]]:
     """Describe an artifact in lines of a name and a text; the names are the same for each."""
     yield "kind", found.kind
@@ -382,6 +399,8 @@ def inspection_rows(found: Inspection) -> Iterator[tuple[str, str]]:
         yield f"in {runtime}", str(precision)
     if found.islands:
         yield "fp32 islands", ", ".join(found.islands)
+    if found.labels:
+        yield "classes", f"{len(found.labels)}: {', '.join(found.labels[:5])}, …"
     if found.fitted is not None:
         yield "classifier", found.fitted
     yield "nodes", str(found.nodes or "unknown")
@@ -391,7 +410,10 @@ def inspection_rows(found: Inspection) -> Iterator[tuple[str, str]]:
         yield "kernels", str(found.kernels or "unknown")
         yield "kernels a block", _per_block(found.kernels_per_block)
         yield "attention sums in", counted_by(found.accumulators) or "unknown"
-        yield "kinds of kernel", counted_by(found.kernel_kinds) or "unknown"
+        yield "kinds of kernel", "; ".join(
+            f"{count} {kind}{f' ({_KINDS[kind]})' if kind in _KINDS else ''}"
+            for kind, count in found.kernel_kinds.items()
+        ) or "unknown"  # fmt: skip
         yield "layout only", _layout(found)
     yield "check", found.check
     yield "executed", found.executed

@@ -75,6 +75,24 @@ def test_a_mistyped_path_is_a_usage_error_that_names_what_is_near(tmp_path, argu
     assert f"did you mean {tmp_path / near}?" in result.output
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["onnx", "random:vit-msn-small", "-o", "m.engine"], "m.engine does not end in .onnx"),
+        (["trt", "{}", "-o", "m.onnx"], "m.onnx does not end in .engine, .plan or .trt"),
+        (["calibrate", "{}", "--int8", "--images", ".", "-o", "m"], "m does not end in .onnx"),
+        (["report", "{}", "-o", "m.pdf"], "m.pdf does not end in .html or .htm"),
+        (["report", "{}", "--markdown", "m.html"], "m.html does not end in .md"),
+        (["bench", "{}", "--report", "m.json"], "m.json does not end in .html or .htm"),
+        (["embed", "{}", ".", "-o", "m.csv"], "m.csv does not end in .npy, .parquet or .usearch"),
+    ],
+)
+def test_an_ending_is_checked_before_any_work(arguments, message) -> None:
+    result = invoke(*(part.format(HERE) for part in arguments))
+    assert result.exit_code == 2
+    assert message in result.output
+
+
 def test_a_mistyped_folder_is_no_failure_of_the_hub(tmp_path, monkeypatch) -> None:
     (tmp_path / "models" / "small").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)

@@ -118,7 +118,7 @@ def test_bad_input_is_one_message(prepare, message, model, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["-o", "out.csv"], "'--output': out.csv ends in none of .npy, .parquet and .usearch"),
+        (["-o", "out.csv"], "'--output': out.csv does not end in .npy, .parquet or .usearch"),
         ([], "Missing option '-o' / '--output'"),
         (["-o", "out.npy", "--batch", "0"], "Invalid value for '--batch'"),
         (["-o", "out.npy", "--workers", "0"], "Invalid value for '--workers'"),

@@ -107,7 +107,21 @@ def test_two_artifacts_stand_side_by_side_with_differences_marked(artifacts) -> 
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     assert any("matrix products ≠" in line and "8 Half" in line for line in lines)
-    assert any("checkpoint  " in line for line in lines)
+    assert not any(line.startswith(("│ checkpoint", "│ sha256")) for line in lines)
+    assert any(line.startswith("the same: checkpoint, ") for line in lines)
+    assert any(line.startswith("different, for --all: described by, sha256, ") for line in lines)
+
+
+def test_with_all_every_row_is_there(artifacts) -> None:
+    sides = [str(artifacts / "m.onnx"), str(artifacts / "m.engine")]
+    lines = CliRunner().invoke(main, ["inspect", *sides, "--all"]).stdout.splitlines()
+    assert any(line.startswith("│ checkpoint  ") for line in lines)
+    assert any(line.startswith("│ sha256 ≠") for line in lines)
+
+
+def test_a_kind_of_kernel_is_explained(artifacts) -> None:
+    shown = CliRunner().invoke(main, ["inspect", str(artifacts / "m.engine")]).stdout
+    assert " kgen (generated code: element-wise work, layout," in " ".join(shown.split())
 
 
 def test_json_is_one_object(artifacts) -> None:
@@ -121,7 +135,6 @@ def test_json_is_one_object(artifacts) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("none.engine", None, "does not exist; give an .onnx, .engine or .json file"),
         ("x.engine", b"", "is empty"),
         ("x.engine", b"hello world", "is not a TensorRT engine"),
         ("x.engine.json", b"{", "is not JSON"),
@@ -129,8 +142,7 @@ def test_json_is_one_object(artifacts) -> None:
     ],
 )
 def test_what_is_no_artifact_is_named(name, content, message, tmp_path) -> None:
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
+    (tmp_path / name).write_bytes(content)
     result = CliRunner().invoke(main, ["inspect", str(tmp_path / name)])
     assert result.exit_code == 1
     assert message in result.stderr
