@@ -93,8 +93,6 @@ def _with_pictures(job: ReportJob) -> ReportJob:
 
 def _require_outputs(job: ReportJob) -> None:
     outputs = [path for path in (job.output, job.markdown) if path is not None]
-    if len({path.absolute() for path in outputs}) < len(outputs):
-        raise SpecError(f"--markdown {job.markdown} is the page itself; give it another name")
     sources = [Path(name) for name in job.artifacts]
     sources += [manifest_path(path) for path in sources]
     sources += [job.bench] if job.bench is not None else []
