@@ -49,7 +49,9 @@ lint: .venv/linked
 test: lint
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
+# pandas and the others read what embed writes
 slow: .venv/linked
+	$(BIN)/pip install --quiet --constraint constraints.txt pandas polars duckdb faiss-cpu
 	$(BIN)/python -m pytest -m slow
 
 # Small faults planted in the core, those listed that no test notices; not part of CI, for it takes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -46,7 +47,9 @@ class Found:
 
 
 def find(folder: Path) -> Found:
-    """List the pictures below a folder, or those of a table; a single picture is itself.
+    """List the pictures below a folder, those of a table, or the files that a pattern matches.
+
+    A single picture is itself.
 
     Hidden files and folders are skipped, and so is what is no picture or cannot be read here; links
     to folders are not followed.
@@ -57,6 +60,8 @@ def find(folder: Path) -> Found:
         return Found(paths, folder.parent)
     if folder.is_dir() and folder.resolve() == Path("/"):  # all of the machine, and its devices
         raise ImageError(f"image folder {folder} is the root of all files; give a folder in it")
+    if not folder.exists() and is_pattern(folder):
+        return _matched(folder)
     if not folder.is_dir():
         raise ImageError(f"image folder {folder} does not exist; give a folder of pictures")
     skipped: Counter[str] = Counter()
@@ -65,6 +70,24 @@ def find(folder: Path) -> Found:
         why = f" ({skips(skipped)})" if skipped else ""
         raise ImageError(f"image folder {folder} holds no picture that can be read{why}")
     return Found(paths, folder, dict(sorted(skipped.items())))
+
+
+def is_pattern(folder: Path) -> bool:
+    return any(sign in str(folder) for sign in "*?[")
+
+
+def _matched(pattern: Path) -> Found:
+    """List the files that a pattern matches; their names are below its folder without signs."""
+    signs = [is_pattern(Path(part)) for part in pattern.parts]
+    base, below = (Path(*part) for part in (pattern.parts[: signs.index(True)],
+                                            pattern.parts[signs.index(True) :]))  # fmt: skip
+    # Path.glob matches hidden files too
+    names = glob.iglob(str(below), root_dir=base, recursive=True)  # noqa: PTH207
+    found = (base / name for name in names)
+    paths = tuple(sorted(path for path in found if path.is_file()))
+    if not paths:
+        raise ImageError(f"the pattern {pattern} matches no file")
+    return Found(paths, base)
 
 
 def skips(skipped: Mapping[str, int]) -> str:

@@ -48,6 +48,18 @@ def test_a_table_or_a_list_names_pictures_that_may_lie_elsewhere(folder, tmp_pat
     assert (again.pixels == found.pixels).all()
 
 
+def test_a_pattern_names_files_below_its_folder(folder) -> None:
+    found = image_folder.find(folder / "**" / "*.[bp]*")
+    assert [found.name_of(path) for path in found.paths] == ["b.png", "deep/er/c.bmp"]
+    assert found.base == folder
+    with pytest.raises(ImageError) as error:
+        image_folder.find(folder / "*.tiff")
+    assert str(error.value) == f"the pattern {folder / '*.tiff'} matches no file"
+    (folder / "set[1]").mkdir()
+    Image.new("RGB", (4, 3)).save(folder / "set[1]" / "a.png")
+    assert len(image_folder.find(folder / "set[1]").paths) == 1  # a folder of that name
+
+
 def test_what_is_none_or_hidden_is_skipped_and_counted_by_reason(folder, monkeypatch) -> None:
     picture = Image.new("RGB", (40, 30), "teal")
     (folder / ".ipynb_checkpoints").mkdir()

@@ -374,14 +374,16 @@ def bench(as_json: bool, **options: Any) -> None:
 
 
 class PicturesParam(click.ParamType[Any]):
-    """A folder that exists, or the URI of a bucket."""
+    """A folder, a picture or a list that exists, a pattern, or the URI of a bucket."""
 
     name = "folder or URI"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Leave a URI as it is: as a path it would lose a slash."""
+        """Leave a URI as it is: as a path it would lose a slash; a pattern names no file."""
         if isinstance(value, str) and "://" in value:
             return value
+        if any(sign in str(value) for sign in "*?[") and not Path(value).exists():
+            return Path(value)
         return IMAGES.convert(value, param, ctx)
 
 
@@ -391,7 +393,10 @@ class PicturesParam(click.ParamType[Any]):
 @timeout_option
 @json_option
 def embed(as_json: bool, **options: Any) -> None:
-    """Run the pictures of the folder IMAGES through MODEL, an .onnx or .engine file.
+    """Run the pictures of IMAGES through MODEL, an .onnx or .engine file.
+
+    IMAGES is a folder, a picture, a .csv, .parquet or .txt that lists pictures, or a pattern in
+    quotes, as 'photographs/**/*.jpg'.
 
     With --ray, IMAGES may be s3://BUCKET/FOLDER or gs://BUCKET/FOLDER.
 

@@ -172,7 +172,7 @@ class Replica:
                 continue
             answer: dict[str, Any] = {"embedding": vector.tolist(), "batch": len(pictures)}
             if rows.best is not None:
-                number, score = rows.best[index]
+                number, score = rows.best[index, 0]
                 labels = self._runner.labels
                 answer["label"] = labels[number] if number < len(labels) else str(number)
                 answer["score"] = float(score)

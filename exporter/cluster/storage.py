@@ -289,7 +289,9 @@ def decode_rows(record: Record) -> tuple[int, Rows]:
             raise kind(text)
         raise ClusterError(text)
     vectors = np.frombuffer(record["vectors"], np.float32).reshape(json.loads(record["shape"]))
-    best = np.frombuffer(record["best"], BEST) if record["best"] else None
+    best = None
+    if record["best"]:
+        best = np.frombuffer(record["best"], BEST).reshape(len(vectors), -1)
     rows = Rows(vectors, best, _errors(record), int(record["turned"]))
     return int(record["start"]), rows
 

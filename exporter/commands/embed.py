@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -207,12 +208,18 @@ class EmbedRun:
             size=job.image_size or job.model,
         )
         self.labels = self.model.labels
-        self.reading: Reading = reading_of(
+        reading = reading_of(
             job.model.name,
             self.model.outputs,
             job.output_name,
             self.model.scores,
         )
+        if job.top_k is not None and reading.logits is None:
+            raise SpecError(
+                f"--top-k keeps labels, and {job.model.name} has no logits; leave it out, or "
+                "export the model with --head logits too"
+            )
+        self.reading: Reading = replace(reading, top=job.top_k or 1, normalize=job.normalize)
         self.batch = job.batch or self.model.batch.opt
 
     def begin(self, start_over: str = START_OVER) -> Journal:
@@ -236,6 +243,8 @@ class EmbedRun:
         return {
             "model": manifest.sha256 if manifest is not None else sha256_of(self.job.model),
             "output_name": self.reading.vector,
+            "normalize": self.reading.normalize,
+            "top_k": self.reading.top,
             "preprocessing": to_plain(self.feed.preprocessing),
             "listing": f"{len(pictures)} pictures, sha256 {pictures.sha256}",
             "batch": self.batch,
@@ -267,10 +276,12 @@ class EmbedRun:
                 f"row; the first: {parts.errors[0]}"
             )
         shape = (parts.total, *parts.vectors.read(0, 1).shape[1:])
+        folder = self.executor.pictures.folder
         about = {
             "product": f"msn-export {__version__}",
             "file": self.job.model.name,
             **self.origin(),
+            "folder": str(folder.absolute() if isinstance(folder, Path) else folder),
             "shape": shape,
             "scores": self.reading.scores,
             "broken": len(parts.errors),

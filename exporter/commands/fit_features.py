@@ -15,8 +15,8 @@ import numpy as np
 
 from msn_export.commands.embed import EmbedRun, kept, open_here
 from msn_export.embedding import job as embed_job
+from msn_export.embedding.growing_array import GrowingArray
 from msn_export.embedding.job import EmbedJob, Listing
-from msn_export.embedding.outputs import GrowingArray
 from msn_export.errors import ImageError, OutputError
 from msn_export.files import no_room_reported
 from msn_export.image_folder import Found

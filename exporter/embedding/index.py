@@ -91,7 +91,7 @@ def write_index(
     from usearch.index import Index
 
     (table,) = write_parquet(journal, listing, labels, about, stage)
-    (dim,), folder = journal.vectors.read(0, 1).shape[1:], listing.folder
+    (dim,) = journal.vectors.read(0, 1).shape[1:]
     index = Index(ndim=dim, metric="cos", dtype="f32")
     step = max(1, _NUMBERS // dim)
     for start in range(0, journal.total, step):
@@ -111,7 +111,7 @@ def write_index(
         model_sha256=about["model"],
         output_name=about["output_name"],
         preprocessing=from_plain(Preprocessing, about["preprocessing"], "preprocessing"),
-        folder=str(folder.absolute() if isinstance(folder, Path) else folder),
+        folder=about["folder"],
         dim=dim,
         rows=journal.total,
         indexed=len(index),

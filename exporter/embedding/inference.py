@@ -43,7 +43,8 @@ class Rows:
     """The rows of one batch.
 
     ``vectors`` is float32 [k, ...], NaN where ``errors`` (by position) says why; ``best`` is the
-    best class of each and its score, [k] of ``BEST``, where the model has a classifier. ``turned``
+    best classes of each and their scores, [k, n] of ``BEST``, the best first, where the model has a
+    classifier. ``turned``
     counts the pictures that their EXIF orientation turned.
     """
 
@@ -91,12 +92,15 @@ _FLOATS = ("float", "float16", "bfloat16", "double")
 class Reading:
     """The outputs that are read: the vector's, and the classifier's where there is one.
 
-    ``scores`` says what the logits become; None decides by the number of classes.
+    ``scores`` says what the logits become; None decides by the number of classes. ``top`` is how
+    many classes are kept; with ``normalize`` a vector is divided by its norm.
     """
 
     vector: str
     logits: str | None
     scores: Scores | None = None
+    top: int = 1
+    normalize: bool = False
 
 
 def reading_of(
@@ -186,7 +190,12 @@ def read_rows(
                 "[images, classes]"
             )
         _note_infinite(reading.logits, logits, errors)
-        best = _best_of(logits, reading.scores)
+        best = _best_of(logits, reading.scores, reading.top)
+    if reading.normalize:
+        lengths = np.linalg.norm(vectors.astype(np.float64), axis=-1, keepdims=True)
+        for index in np.flatnonzero((lengths == 0).reshape(count, -1).any(axis=1)).tolist():
+            errors.setdefault(index, f"the model's {reading.vector} is zero: it has no direction")
+        vectors = (vectors / np.where(lengths == 0, 1, lengths)).astype(np.float32)
     vectors[list(errors)] = np.nan
     return Rows(vectors, best, errors, turned)
 
@@ -197,13 +206,16 @@ def _note_infinite(name: str, values: NDArray[Any], errors: dict[int, str]) -> N
         errors.setdefault(int(index), f"the model's {name} has NaN or infinity")
 
 
-def _best_of(logits: NDArray[np.float64], scores: Scores | None) -> NDArray[Any]:
-    """Find the best class of each row [k, classes] and its score."""
-    best = np.zeros(len(logits), BEST)
-    best["class"] = logits.argmax(axis=1)
+def _best_of(logits: NDArray[np.float64], scores: Scores | None, top: int) -> NDArray[Any]:
+    """Find the ``top`` best classes of each row [k, classes] and their scores, the best first."""
+    count, classes = logits.shape
+    best = np.zeros((count, min(top, classes)), BEST)
+    if top == 1:
+        best["class"] = logits.argmax(axis=1)[:, None]
+    else:
+        best["class"] = np.argsort(-logits, axis=1, kind="stable")[:, :top]
     with np.errstate(invalid="ignore", over="ignore"):
-        scored = scores_of(logits, scores)
-        best["score"] = np.take_along_axis(scored, best["class"][:, None], 1)[:, 0]
+        best["score"] = np.take_along_axis(scores_of(logits, scores), best["class"], 1)
     return best
 
 

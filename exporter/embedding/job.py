@@ -123,6 +123,10 @@ class EmbedJob(Job):
         str | None,
         Opt("Output to keep. Default: embedding, or what comes nearest.", metavar="NAME"),
     ] = None
+    top_k: Annotated[
+        Count | None, Opt("A classifier's best labels of each picture to keep. Default: 1.")
+    ] = None
+    normalize: Annotated[bool, Opt("Divide each vector by its norm.")] = False
     preprocess: options.Preprocess = None
     exif: options.Exif = None
     image_size: options.OpenSize = None

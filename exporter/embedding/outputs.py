@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import time
 from contextlib import suppress
 from itertools import islice
-from typing import TYPE_CHECKING, Any, BinaryIO, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from numpy.lib import format as npy
 
+from msn_export.embedding.growing_array import GrowingArray
 from msn_export.embedding.inference import joined
 from msn_export.errors import MissingPackageError, OutputError
 from msn_export.input_files import JOURNAL, read_bytes
@@ -31,74 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from numpy.typing import NDArray
-
     from msn_export.embedding.inference import Rows
     from msn_export.embedding.job import Listing
-
-
-class GrowingArray:
-    """Rows on disk under a header that promises ``total`` of them from the start.
-
-    When all are written the file is, byte for byte, what ``numpy.save`` would have written. Written
-    with plain writes: a full disk is an error of theirs, and ends a process that maps the file.
-    """
-
-    def __init__(self, path: Path, total: int) -> None:
-        self.path, self.total = path, total
-
-    def write(self, start: int, rows: NDArray[Any]) -> None:
-        """Put rows [k, ...] at ``start`` and see them to disk; rows skipped are zeros so far."""
-        if not self.path.exists():
-            self._begin(rows)
-        with self.path.open("r+b") as file:
-            shape, dtype = self._header(file)
-            if (shape[1:], dtype) != (rows.shape[1:], rows.dtype):
-                raise OutputError(
-                    f"{self.path} holds rows of {dtype}{list(shape[1:])}, these are "
-                    f"{rows.dtype}{list(rows.shape[1:])}; start over with --force"
-                )
-            file.seek(start * dtype.itemsize * math.prod(shape[1:]), os.SEEK_CUR)
-            file.write(np.ascontiguousarray(rows).data)
-            file.flush()
-            os.fsync(file.fileno())
-
-    def read(self, start: int, stop: int) -> NDArray[Any]:
-        with self.path.open("rb") as file:
-            shape, dtype = self._header(file)
-            row = math.prod(shape[1:])
-            file.seek(start * row * dtype.itemsize, os.SEEK_CUR)
-            rows = np.fromfile(file, dtype, (stop - start) * row)
-        return rows.reshape(-1, *shape[1:])
-
-    def holds(self, rows: int) -> bool:
-        """True where the file reaches over the first ``rows`` rows."""
-        if not self.path.exists():
-            return rows == 0
-        with self.path.open("rb") as file:
-            shape, dtype = self._header(file)
-            end = file.tell() + rows * dtype.itemsize * math.prod(shape[1:])
-        return shape[0] == self.total and self.path.stat().st_size >= end
-
-    def _begin(self, rows: NDArray[Any]) -> None:
-        header = {
-            "descr": npy.dtype_to_descr(rows.dtype),
-            "fortran_order": False,
-            "shape": (self.total, *rows.shape[1:]),
-        }
-        with self.path.open("xb") as file:
-            npy.write_array_header_1_0(file, header)
-
-    def _header(self, file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any]]:
-        """Read the promised shape and the type of a number; then the rows begin."""
-        try:
-            npy.read_magic(file)
-            shape, _, dtype = npy.read_array_header_1_0(file)
-        except ValueError as error:
-            raise OutputError(
-                f"{self.path} is damaged ({error}); start over with --force"
-            ) from error
-        return shape, dtype
 
 
 # What a line of a journal that is none raises: JSON has infinity, and lists as deep as they like
@@ -375,7 +308,8 @@ def write_parquet(
 
     Columns: ``path``, ``embedding`` (list of a fixed size, float32; null where there is an error),
     ``error``, and for a classifier ``label``, ``score`` and ``probability`` (null where the score
-    is none). What it was made from stands in the schema's metadata under ``msn-export``.
+    is none). Where several classes were kept, ``labels`` and ``scores`` are lists of them. What it
+    was made from stands in the schema's metadata under ``msn-export``.
     """
     import pyarrow as pa
     from pyarrow import parquet
@@ -388,6 +322,8 @@ def write_parquet(
     }
     if journal.has_best:
         fields |= {"label": pa.string(), "score": pa.float32(), "probability": pa.float32()}
+        if journal.best.read(0, 1).shape[1] > 1:
+            fields |= {"labels": pa.list_(pa.string()), "scores": pa.list_(pa.float32())}
     schema = pa.schema(fields.items(), metadata={"msn-export": json.dumps(about)})
     table = stage / "table.parquet"
     step = max(1, _CHUNK // (4 * size))
@@ -416,7 +352,8 @@ def rows_of(
 ) -> Iterator[dict[str, Any]]:
     """Give each row's ``path`` and ``error``, and of a classifier its likeliest class.
 
-    That is ``label``, ``score``, and ``probability``: the score, which a ``raw`` one is not.
+    That is ``label``, ``score``, and ``probability``: the score, which a ``raw`` one is not. Where
+    several classes were kept, they are ``labels`` with their ``scores``, the likeliest first.
     """
     step = 1 << 16
     names = listing.names()
@@ -428,11 +365,17 @@ def rows_of(
             error = to_plain(journal.errors.get(number))
             row: dict[str, Any] = {"path": next(names), "error": error}
             if best is not None and error is None:
-                index = int(best["class"][number - start])
-                row["label"] = labels[index] if index < len(labels) else str(index)
+                guesses = best[number - start]
+                found = [
+                    labels[index] if index < len(labels) else str(index)
+                    for index in guesses["class"].tolist()
+                ]
                 # nine digits give a float32 back exactly
-                score = float(np.format_float_positional(best["score"][number - start]))
-                row |= {"score": score, "probability": None if raw else score}
+                scores = [float(np.format_float_positional(score)) for score in guesses["score"]]
+                row["label"] = found[0]
+                row |= {"score": scores[0], "probability": None if raw else scores[0]}
+                if len(found) > 1:
+                    row |= {"labels": found, "scores": scores}
             yield row
 
 

@@ -33,7 +33,7 @@ def test_pixels_come_back() -> None:
 def test_rows_come_back(shape, classified) -> None:
     vectors = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     vectors[0] = np.nan
-    best = np.zeros(shape[0], BEST) if classified else None
+    best = np.zeros((shape[0], 2), BEST) if classified else None
     record = encode_rows(7, Rows(vectors, best, {0: "no picture"}, 3))
     assert plain(record)
     start, got = decode_rows(record)

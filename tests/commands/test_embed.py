@@ -57,6 +57,36 @@ def wanted(model, folder):
     return found
 
 
+@pytest.mark.parametrize("ending", ["npy", "parquet"])
+def test_several_labels_and_vectors_of_norm_1_are_kept_if_asked_for(
+    model, folder, wanted, tmp_path, ending
+) -> None:
+    output = tmp_path / f"out.{ending}"
+    result = embed(model, folder / "*" / "*.png", output, "--top-k", "3", "--normalize")
+    assert result.exit_code == 0, result.output
+    rows = lines_of(output) if ending == "npy" else parquet.read_table(output).to_pylist()
+    vectors = np.load(output) if ending == "npy" else [row["embedding"] for row in rows]
+    assert [row["path"] for row in rows] == names(folder)  # the pattern matches all
+    for row, vector in zip(rows, vectors, strict=True):
+        if row["error"] is not None:
+            assert row.get("labels") is None
+            continue
+        embedding, logits = wanted[row["path"]]
+        np.testing.assert_allclose(vector, embedding / np.linalg.norm(embedding), atol=1e-6)
+        softmax = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+        order = np.argsort(-logits)[:3]
+        assert row["labels"] == [f"class {index}" for index in order]
+        assert row["scores"] == pytest.approx(softmax[order], abs=1e-5)
+        assert (row["label"], row["score"]) == (row["labels"][0], row["scores"][0])
+
+
+def test_labels_of_a_model_without_logits_are_refused(folder, tmp_path) -> None:
+    graph = foreign(tmp_path / "m.onnx", ["b", 3, 32, 32], {"features": 3})
+    result = embed(graph, folder, tmp_path / "o.npy", "--top-k", "3")
+    assert result.exit_code == 1
+    assert "error: --top-k keeps labels, and m.onnx has no logits; leave it out" in result.output
+
+
 def test_npy_holds_a_row_for_each_path_in_order(model, folder, wanted, tmp_path) -> None:
     output = tmp_path / "out.npy"
     result = embed(model, folder, output, "--json")
@@ -133,6 +163,7 @@ def test_parquet_holds_the_same(model, folder, tmp_path) -> None:
         else:
             assert row["embedding"] is None
     about = json.loads(table.schema.metadata[b"msn-export"])
+    assert about["folder"] == str(folder)
     assert about["broken"] == 2
     assert about["preprocessing"]["name"] == "hf"
     assert about["scores"] == "softmax"

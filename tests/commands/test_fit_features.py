@@ -10,7 +10,7 @@ import pytest
 
 from msn_export.commands.fit_features import FeatureRows, FitPictures, hash_of, work_folder
 from msn_export.commands.fit_job import FitJob
-from msn_export.embedding.outputs import GrowingArray
+from msn_export.embedding.growing_array import GrowingArray
 from msn_export.errors import GraphError, ImageError, OutputError
 from msn_export.labelled import read_labelled
 from tests.builders.labelled import noise

@@ -54,6 +54,21 @@ def test_logits_that_are_none_are_errors_too() -> None:
     assert not np.isnan(rows.vectors[0]).any()
 
 
+def test_a_vector_of_zeros_cannot_be_normalised() -> None:
+    outputs = {"embedding": np.array([[3.0, 4.0], [0, 0]], np.float32)}
+    rows = read_rows(outputs, Reading("embedding", None, normalize=True), 2, {})
+    assert rows.vectors[0].tolist() == pytest.approx([0.6, 0.8])
+    assert rows.errors == {1: "the model's embedding is zero: it has no direction"}
+    assert np.isnan(rows.vectors[1]).all()
+
+
+def test_of_few_classes_no_more_are_kept() -> None:
+    outputs = {"embedding": np.ones((1, 4)), "logits": np.array([[0.0, 2.0, 1.0]])}
+    rows = read_rows(outputs, Reading("embedding", "logits", top=5), 1, {})
+    assert rows.best["class"].tolist() == [[1, 2, 0]]
+    assert rows.best["score"].sum() == pytest.approx(1)
+
+
 @pytest.mark.parametrize("shape", [(2,), (2, 3, 4), (1, 3), (2, 0)])
 def test_logits_of_another_shape_are_refused(shape) -> None:
     outputs = {"embedding": np.ones((2, 4)), "logits": np.zeros(shape)}

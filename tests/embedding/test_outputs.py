@@ -20,7 +20,7 @@ def _each_batch_a_part(monkeypatch):
 
 def rows(*numbers: float, errors=None) -> Rows:
     vectors = np.asarray(numbers, np.float32)[:, None].repeat(2, axis=1)
-    return Rows(vectors, np.zeros(len(numbers), BEST), errors or {})
+    return Rows(vectors, np.zeros((len(numbers), 1), BEST), errors or {})
 
 
 def begin(tmp_path, *, resume=False, force=False, origin=ORIGIN, total=6) -> Journal:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msn_export.embedding.outputs import GrowingArray
+from msn_export.embedding.growing_array import GrowingArray
 from msn_export.errors import OutputError
 
 
