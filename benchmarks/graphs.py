@@ -2,21 +2,27 @@
 
     python benchmarks/graphs.py --optimum VENV/bin/optimum-cli [--rounds 40] [--threads 2]
 
-One process, one input, a contender after the other in random order every round: a machine that is
-busy for a while slows all of them. The ratio is the median of a round's ratios, by the clock and of
-processor time, which a busy machine disturbs less. optimum-cli lives in an environment of its own
-(benchmarks/peer.txt); without it its row is left out, and says so.
+Our graphs run in onnxruntime and in OpenVINO through the runtime; one also in OpenVINO with nothing
+around it, which shows what the runner adds. One process a contender (graphs_contender.py), stopped
+while another has its turn: the threads of a pool spin for a while after a call. A contender after
+the other in random order every round, so that a machine that is busy for a while slows all of them.
+The ratio is the median of a round's ratios, by the clock and of processor time, which a busy machine
+disturbs less. The results name the processor's instruction sets. optimum-cli lives in an environment
+of its own (benchmarks/peer.txt); without it its row is left out, and says so. ``--blocks 1`` makes a
+model of one block, to try the script.
 """
 
 import argparse
 import json
 import random
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,20 +31,67 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from forms import opened
 from transformers import ViTMSNConfig, ViTMSNModel
 
 from msn_export import image_folder, images
 from msn_export.host import this_machine
+from msn_export.manifest import versions_of
 from msn_export.preprocessing import preset
 from msn_export.spec import ImageSize
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "graphs.json"
 BATCHES = (1, 8)
-BASIS = ("optimum", "torch sdpa")
-Contender = Callable[[np.ndarray], np.ndarray]
+BASIS = ("optimum", "torch sdpa", "msn-export", "msn-export int8", "bare OpenVINO")
+BARE = "bare OpenVINO"
 Times = tuple[float, float]  # milliseconds by the clock, and of the processor
+
+
+class Contender:
+    """A process that runs one contender; it is stopped whenever nobody waits for it."""
+
+    def __init__(self, spec: Mapping[str, Any], log: Path) -> None:
+        with log.open("ab") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("graphs_contender.py"))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+        self._log = log
+        self.runs: str = self._ask(spec)["runs"]
+
+    def outputs(self, images: Path, folder: Path) -> np.ndarray:
+        """Take images as the batch of the calls to come, and give their embeddings."""
+        self._ask({"images": str(images), "outputs": str(folder / "outputs.npy")})
+        found: np.ndarray = np.load(folder / "outputs.npy")
+        return found
+
+    def times(self, calls: int) -> list[Times]:
+        """Take a turn."""
+        return [(wall, cpu) for wall, cpu in self._ask({"calls": calls})["milliseconds"]]
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+
+    def _ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.send_signal(signal.SIGCONT)
+        try:
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            sys.exit(f"a contender failed: {message}\n{self._log.read_text()[-2000:]}")
+        self._process.send_signal(signal.SIGSTOP)
+        answer: dict[str, Any] = json.loads(line)
+        return answer
 
 
 def main() -> None:
@@ -47,21 +100,30 @@ def main() -> None:
     parser.add_argument("--optimum", type=Path, help="optimum-cli of its own environment")
     parser.add_argument("--compile", action="store_true", help="torch.compile too: slow to start")
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--calls", type=int, default=1, help="that are timed in a turn")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--blocks", type=int, default=12)
     parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     told: dict[str, object] = {
         "machine": asdict(this_machine()),
+        "versions": versions_of("onnxruntime-gpu", "onnxruntime", "openvino", "torch"),
         "threads": options.threads,
         "peak_gflops": peak(options.threads),
     }
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         pictures = photographs(Path(name) / "photographs")
-        contenders = build(options, Path(name))
+        contenders = {}
+        for title, spec in build(options, Path(name)).items():
+            spec["threads"] = options.threads
+            contenders[title] = Contender(spec, Path(name) / "log.txt")
+            stack.callback(contenders[title].close)
+        told["runs"] = {title: one.runs for title, one in contenders.items()}
         for batch in BATCHES:
-            rounds = options.rounds // (1 if batch == 1 else 2)
-            told[f"batch {batch}"] = measure(contenders, pictures[:batch], rounds)
+            rounds = max(1, options.rounds // (1 if batch == 1 else 2))
+            told[f"batch {batch}"] = measure(
+                contenders, pictures[:batch], rounds, options.calls, Path(name)
+            )
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(told, indent=2) + "\n")
 
@@ -75,25 +137,30 @@ def photographs(folder: Path) -> np.ndarray:
     )
 
 
-def build(options: argparse.Namespace, folder: Path) -> dict[str, Contender]:
-    """Make every contender of one set of weights, in Hugging Face's format."""
+def build(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
+    """Make the files of every contender of one set of weights, in Hugging Face's format."""
     torch.manual_seed(0)
-    model = ViTMSNModel(ViTMSNConfig())
+    model = ViTMSNModel(ViTMSNConfig(num_hidden_layers=options.blocks))
     model.save_pretrained(folder / "hf")
     own = folder / "own.onnx"
     export = ["onnx", str(folder / "hf"), "-o", str(own), "--target", "onnxruntime", "--no-check"]
     run(sys.executable, "-m", "msn_export", *export, "--head", "cls")
-    found = {"msn-export": session(own, options.threads)}
+    found = {"msn-export": graph(own)}
     calibrate = ["calibrate", str(own), "--int8", "--no-compile", "--smooth", "off"]
     for name, base in (("msn-export int8", "fp32"), ("msn-export int8, the rest fp16", "fp16")):
         eight = folder / f"{base}.onnx"
         asked = ["--base", base, "--images", str(folder / "photographs"), "-o", str(eight)]
         run(sys.executable, "-m", "msn_export", *calibrate, *asked)
-        found[name] = session(eight, options.threads)
+        found[name] = graph(eight)
+    found["msn-export, OpenVINO"] = graph(own, "openvino")
+    if "avx512_bf16" in this_machine().instructions or "amx_bf16" in this_machine().instructions:
+        found["msn-export, OpenVINO bf16"] = graph(own, "openvino", "bf16")
+    found["msn-export int8, OpenVINO"] = graph(folder / "fp32.onnx", "openvino")
+    found[BARE] = {"kind": "openvino", "path": str(own)}
     if options.optimum:
         task = ["--task", "feature-extraction", str(folder / "peer")]
         run(str(options.optimum), "export", "onnx", "--model", str(folder / "hf"), *task)
-        found["optimum"] = session(folder / "peer" / "model.onnx", options.threads)
+        found["optimum"] = {"kind": "onnxruntime", "path": str(folder / "peer" / "model.onnx")}
     else:
         print("optimum: left out, --optimum is not given", file=sys.stderr)
     exported = folder / "torch.onnx"
@@ -103,13 +170,24 @@ def build(options: argparse.Namespace, folder: Path) -> dict[str, Contender]:
         str(folder / "hf"),
         str(exported),
     )
-    found["torch.onnx.export"] = session(exported, options.threads)
-    for kind in ("sdpa", "eager"):
-        loaded = ViTMSNModel.from_pretrained(folder / "hf", attn_implementation=kind)
-        found[f"torch {kind}"] = of_torch(loaded)
-        if kind == "sdpa" and options.compile:
-            found["torch compile"] = of_torch(torch.compile(loaded))
+    found["torch.onnx.export"] = {"kind": "onnxruntime", "path": str(exported)}
+    for name, attention, dtype, compiled in (
+        ("torch sdpa", "sdpa", "fp32", False),
+        ("torch bf16", "sdpa", "bf16", False),
+        ("torch compile", "sdpa", "fp32", True),
+        ("torch eager", "eager", "fp32", False),
+    ):
+        if options.compile or not compiled:
+            found[name] = {
+                "kind": "torch", "path": str(folder / "hf"), "attention": attention,
+                "dtype": dtype, "compiled": compiled,
+            }  # fmt: skip
     return found
+
+
+def graph(path: Path, provider: str = "cpu", precision: str | None = None) -> dict[str, Any]:
+    """Describe a graph that runs through the runtime."""
+    return {"kind": "runner", "path": str(path), "provider": provider, "precision": precision}
 
 
 def run(*command: str) -> None:
@@ -119,45 +197,22 @@ def run(*command: str) -> None:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
 
 
-def session(path: Path, threads: int) -> Contender:
-    """Open a graph in onnxruntime on the CPU; what it gives first is read at [CLS]."""
-    graph = opened(path, threads)
-    name = graph.get_inputs()[0].name
-
-    def call(batch: np.ndarray) -> np.ndarray:
-        output: np.ndarray = graph.run(None, {name: batch})[0]
-        return output[:, 0] if output.ndim == 3 else output
-
-    return call
-
-
-def of_torch(model: Callable[..., Any]) -> Contender:
-    """Run a model of transformers."""
-
-    def call(batch: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            hidden: torch.Tensor = model(torch.from_numpy(batch)).last_hidden_state
-        return hidden[:, 0].numpy()
-
-    return call
-
-
 def measure(
-    contenders: Mapping[str, Contender], batch: np.ndarray, rounds: int
+    contenders: Mapping[str, Contender], batch: np.ndarray, rounds: int, calls: int, folder: Path
 ) -> dict[str, object]:
     """Time all contenders by turns; medians, ratios, and how far outputs are apart."""
-    wanted = contenders["torch sdpa"](batch)
-    apart = {name: agreement(call(batch), wanted) for name, call in contenders.items()}
+    np.save(folder / "images.npy", batch)
+    outputs = {name: one.outputs(folder / "images.npy", folder) for name, one in contenders.items()}
+    apart = {name: agreement(output, outputs["torch sdpa"]) for name, output in outputs.items()}
     times: dict[str, list[Times]] = {name: [] for name in contenders}
     order = list(contenders)
     for _ in range(rounds):
         random.shuffle(order)
         for name in order:
-            started = time.perf_counter(), time.process_time()
-            contenders[name](batch)
-            ended = time.perf_counter(), time.process_time()
-            times[name].append((1e3 * (ended[0] - started[0]), 1e3 * (ended[1] - started[1])))
-    found: dict[str, object] = {"rounds": rounds}
+            turn = contenders[name].times(calls)
+            wall, cpu = (statistics.median(one[index] for one in turn) for index in (0, 1))
+            times[name].append((wall, cpu))
+    found: dict[str, object] = {"rounds": rounds, "calls": calls}
     for name in times:
         found[name] = figures(times, name) | apart[name]
         print(f"batch {len(batch)}: {name}: {found[name]}", flush=True)

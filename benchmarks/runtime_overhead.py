@@ -1,8 +1,8 @@
-"""Measure what the onnxruntime runner adds to a bare ``InferenceSession.run``, at batch 1.
+"""Measure what a runner adds to a bare ``InferenceSession.run``, or OpenVINO's, at batch 1.
 
-    python benchmarks/runtime_overhead.py [GRAPH.onnx] [--rounds 200] [--json FILE]
+    python benchmarks/runtime_overhead.py [GRAPH.onnx] [--provider openvino] [--rounds 200] [--json FILE]
 
-Both sides run the runner's own session, so that no second thread pool competes, by turns in random
+Both sides run the runner's own session or compiled model, so that no second thread pool competes, by turns in random
 order. The verdict is the median of the ratios of neighbours: a machine that slows down for a while
 slows both. A graph that computes next to nothing shows the overhead by itself, in microseconds.
 """
@@ -23,12 +23,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 
+from msn_export.host import this_machine
+from msn_export.manifest import versions_of
 from msn_export.runtime import open_runner
 from msn_export.runtime.runner import Runner
 
-RESULTS = Path(__file__).parent / "results" / "runtime_overhead.json"
+RESULTS = Path(__file__).parent / "results"
 NOTHING = """
 <ir_version: 10, opset_import: ["" : 17]>
 g (float[b,3,224,224] pixel_values) => (float[b,1] embedding)
@@ -41,20 +42,23 @@ def main() -> None:
     """Measure both graphs, print the figures and write them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("graph", nargs="?", type=Path, help="default: a random vit-msn-small")
+    parser.add_argument("--provider", choices=("cpu", "openvino"), default="cpu")
     parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--json", type=Path, help="default: in results, by the provider")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         graph = options.graph or export(Path(folder) / "vit-msn-small.onnx")
         nothing = Path(folder) / "nothing.onnx"
         onnx.save(onnx.parser.parse_model(NOTHING), nothing)
         told = {
-            "model": measure(graph, options.rounds),
-            "nothing": measure(nothing, 20 * options.rounds),
+            "model": measure(graph, options.rounds, options.provider),
+            "nothing": measure(nothing, 20 * options.rounds, options.provider),
             "machine": machine(),
         }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(told, indent=2) + "\n")
+    named = "runtime_overhead" + ("_openvino" if options.provider == "openvino" else "")
+    output = options.json or RESULTS / f"{named}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(told, indent=2) + "\n")
     model, nothing_told = told["model"], told["nothing"]
     print(
         f"batch 1 of {model['graph']}: {model['bare_ms']:.2f} ms bare, ratio "
@@ -74,17 +78,15 @@ def export(output: Path) -> Path:
     return output
 
 
-def measure(graph: Path, rounds: int) -> dict[str, Any]:
-    """Time the runner and the bare session by turns; milliseconds and microseconds a call."""
+def measure(graph: Path, rounds: int, provider: str) -> dict[str, Any]:
+    """Time the runner and what it runs by turns; milliseconds and microseconds a call."""
     images = np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.float32)
-    with open_runner(graph, providers=["cpu"]) as runner:
-        session, feed = session_of(runner), {runner.inputs[0].name: images}
-        names = [spec.name for spec in runner.outputs]
+    with open_runner(graph, providers=[provider]) as runner:
+        call = bare_call(runner, images)
         for _ in range(10):
-            session.run(names, feed)
+            call()
             runner(images)
-        pairs = [pair(lambda: session.run(names, feed), lambda: runner(images))
-                 for _ in range(rounds)]  # fmt: skip
+        pairs = [pair(call, lambda: runner(images)) for _ in range(rounds)]
     bare = [one for one, _ in pairs]
     ratios = [ours / one for one, ours in pairs]
     quartiles = statistics.quantiles(ratios, n=4)
@@ -115,9 +117,14 @@ def clock(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def session_of(runner: Runner) -> Any:
-    """Take the session that the runner itself uses."""
-    return runner._session  # type: ignore[attr-defined]
+def bare_call(runner: Runner, images: np.ndarray) -> Callable[[], object]:
+    """Call the session or compiled model that the runner itself uses, as its documentation does."""
+    if hasattr(runner, "_compiled"):
+        compiled = runner._compiled
+        return lambda: compiled(images)
+    session, feed = runner._session, {runner.inputs[0].name: images}  # type: ignore[attr-defined]
+    names = [spec.name for spec in runner.outputs]
+    return lambda: session.run(names, feed)
 
 
 def machine() -> dict[str, Any]:
@@ -126,7 +133,8 @@ def machine() -> dict[str, Any]:
         "processor": processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "onnxruntime": onnxruntime.__version__,
+        **versions_of("onnxruntime-gpu", "onnxruntime", "openvino"),
+        "instructions": this_machine().instructions,
         "numpy": np.__version__,
     }
 
