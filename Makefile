@@ -39,6 +39,8 @@ performance: .venv/linked .venv-peer/installed
 	$(BIN)/python benchmarks/foldings.py
 	$(BIN)/python benchmarks/export.py --optimum .venv-peer/bin/optimum-cli
 	$(BIN)/python benchmarks/graphs.py --optimum .venv-peer/bin/optimum-cli --compile
+	$(BIN)/python benchmarks/runtime_overhead.py
+	$(BIN)/python benchmarks/runtime_overhead.py --provider openvino
 
 lint: .venv/linked
 	$(BIN)/ruff check .

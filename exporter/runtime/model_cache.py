@@ -40,10 +40,17 @@ def cache_path(model: Path, sha256: str, key: str) -> Path | None:
 
 
 class ModelCache:
-    """The cache of one model; ``state`` says what was loaded or written, in one line."""
+    """The cache of one model; ``state`` says what was loaded or written, in one line.
 
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
+    ``path`` None is no cache, and ``reason`` then says why.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        reason: str = "there is no cache folder; set XDG_CACHE_HOME or HOME",
+    ) -> None:
+        self._path, self._reason = path, reason
         self.state = "not used yet"
 
     def compile(self, compile_model: Compile) -> Any:
@@ -53,7 +60,7 @@ class ModelCache:
             compile_model: is given the properties of OpenVINO that turn its cache on, or none.
         """
         if self._path is None:
-            self.state = "off: there is no cache folder; set XDG_CACHE_HOME or HOME"
+            self.state = f"off: {self._reason}"
             return compile_model({})
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)

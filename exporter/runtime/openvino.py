@@ -29,6 +29,7 @@ from msn_export.errors import (
 )
 from msn_export.manifest import Manifest, sha256_of
 from msn_export.onnx_header import GraphMetadata
+from msn_export.onnx_loops import require_bounded_loops
 from msn_export.runtime import dlpack
 from msn_export.runtime.batches import profiles_of, run_in_chunks
 from msn_export.runtime.dlpack import OF_ONNX, take_back
@@ -201,9 +202,12 @@ class OpenVinoRunner(Runner):
         row = stated.row if stated is not None else None
         if (reason := too_old(row, Client.OPENVINO, VERSION)) is not None:
             raise RunnerError(f"{model.name} {reason}")
+        require_bounded_loops(model)
         core = openvino.Core()
         _require_precision(core, options.precision)
-        cache = ModelCache(cache_path(model, sha256_of(model), _key(core, options)))
+        cache = ModelCache(None, "weights may lie in files beside a graph without a manifest")
+        if manifest is not None:
+            cache = ModelCache(cache_path(model, sha256_of(model), _key(core, options)))
         self._compiled: Any = _compiled(core, model, options, cache)
         self.model_cache = cache.state
         quantised = manifest.quantization.products if manifest and manifest.quantization else None

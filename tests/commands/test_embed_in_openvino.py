@@ -1,6 +1,8 @@
 """``msn-export embed --providers openvino``: batches under way change no row, nor their order."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -112,3 +114,15 @@ def test_a_precision_of_onnxruntime_is_refused(model, folder, tmp_path) -> None:
 def test_the_table_says_what_was_computed_in(model, folder, tmp_path) -> None:
     result = embed(model, folder, tmp_path / "o.npy", "--providers", "openvino")
     assert "10 of 10 products in fp32, 2 attention in fp32" in " ".join(result.output.split())
+
+
+def test_it_runs_where_neither_onnxruntime_nor_onnx_is_installed(model, folder, tmp_path) -> None:
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['onnxruntime', 'onnx', 'torch'])); "
+        "from msn_export.cli import main; main()"
+    )
+    given = [str(model), str(folder), "-o", str(tmp_path / "o.npy"), "--providers", "openvino"]
+    command = [sys.executable, "-c", code, "embed", *given]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "OpenVINO" in done.stdout
