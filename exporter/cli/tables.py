@@ -14,14 +14,6 @@ from rich.table import Table
 
 from msn_export.benchmark.results import footnotes
 from msn_export.cli.console import Console
-from msn_export.commands.evaluate import Evaluated
-from msn_export.commands.search import Searched
-from msn_export.commands.triton import Written
-from msn_export.compare.drift import Drift
-from msn_export.compare.inspection import Inspection
-from msn_export.compare.sides import Validation
-from msn_export.manifest import Manifest
-from msn_export.metrics.diagnose import StageDrift, TensorDrift
 from msn_export.reporting.describe import (
     UNIMPORTANT,
     artifact_rows,
@@ -30,12 +22,20 @@ from msn_export.reporting.describe import (
 )
 from msn_export.schema import to_plain
 from msn_export.spec import Target
-from msn_export.triton_server.checks import Issue
 
 if TYPE_CHECKING:
     from msn_export.benchmark.results import Bench, Timing
+    from msn_export.commands.evaluate import Evaluated
     from msn_export.commands.hub import HubFolder
+    from msn_export.commands.search import Searched
+    from msn_export.commands.triton import Written
+    from msn_export.compare.drift import Drift
+    from msn_export.compare.inspection import Inspection
+    from msn_export.compare.sides import Validation
     from msn_export.embedding.job import Embedded
+    from msn_export.manifest import Manifest
+    from msn_export.metrics.diagnose import StageDrift, TensorDrift
+    from msn_export.triton_server.checks import Issue
 
 # what a cell that begins so is printed in; the word is there for who sees no colour
 COLOURS = {"passed": "green", "FAILED": "bold white on red", "not compared": "yellow"}

@@ -167,7 +167,7 @@ ABILITIES = (
     Ability("report", "write a page", ("graph", "report")),
     Ability("inspect", "read any artifact", ("graph",)),
     Ability("bench", "time an .onnx file", ("ort",)),
-    Ability("bench", "--providers openvino", ("openvino",)),
+    Ability("bench", "--providers openvino", ("ort", "openvino")),
     Ability("bench", "against PyTorch", ("export",)),
     Ability("bench", "--against compile", ("export",), tool=COMPILER),
     Ability("bench", "--report", ("ort", "report")),

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from msn_export.artifact import is_checkpoint
-from msn_export.compare.inspection import Inspection
-from msn_export.compare.sides import Side, Validation
 from msn_export.manifest import (
     AccuracyRecord,
     CheckRecord,
@@ -21,6 +20,10 @@ from msn_export.manifest import (
 from msn_export.metrics.tolerances import in_words
 from msn_export.reporting.describe_fit import fit_rows
 from msn_export.spec import Scores, TensorSpec
+
+if TYPE_CHECKING:
+    from msn_export.compare.inspection import Inspection
+    from msn_export.compare.sides import Side, Validation
 
 WORST = 3  # images that are named
 SHOWN = 6  # islands that are named

@@ -194,6 +194,7 @@ def test_only_their_own_commands_load_ray_and_tritonclient() -> None:
 def test_embed_and_bench_need_no_onnx() -> None:
     """[ort] alone runs them."""
     modules = "msn_export.commands.embed, msn_export.commands.bench, msn_export.benchmark.worker"
+    modules += ", msn_export.cli.tables"
     assert loaded_by(f"import {modules}") & {"onnx", "onnx_ir", "onnxsim", "torch"} == set()
 
 
