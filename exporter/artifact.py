@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 from msn_export import manifest as manifests
 from msn_export.errors import EngineFileError, GraphError, ManifestError, SpecError
+from msn_export.host import require_memory
 from msn_export.input_files import ENGINE, artifact_kind, require_regular
-from msn_export.manifest import Described, Manifest, sha256_of
+from msn_export.manifest import Described, Manifest, require_input, sha256_of
 from msn_export.metrics.evaluate import max_batch_in_memory
 from msn_export.onnx_header import UNSEALED, GraphMetadata
 from msn_export.preprocessing import Exif, Preprocessing, preset
@@ -126,6 +127,7 @@ class Artifact(Described):
             self.summary,
             self.weight_bytes,
         )  # of the file, before anything is written into its graph
+        require_input(self.manifest, self.summary.inputs, str(self.path))
         with named(self.path):
             return self.written, understand(self.written) if self.manifest is None else ()
 
@@ -197,7 +199,12 @@ class Artifact(Described):
     def image_input(self) -> ImageInput:
         if self.kind == "onnx":
             with named(self.path):
-                return _image_input(self._understood[0], self.path)
+                found = _image_input(self._understood[0], self.path)
+            if found.batch is not None:
+                sides = (found.channels, found.size.height, found.size.width)
+                item = 1 if found.format is InputFormat.UINT8 else 4
+                require_memory(str(self.path), found.batch.min, sides, item)
+            return found
         if self.manifest is None or self.manifest.preprocessing is None:
             raise EngineFileError(
                 f"{self.path} has no manifest beside it that says what it takes; compare the graph "

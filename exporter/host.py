@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import platform
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,6 +237,28 @@ def physical_cores() -> int:
         except OSError:
             siblings.add(str(core))
     return len(siblings)
+
+
+_OF_INPUT = 8  # a ViT-S takes eleven times its input's memory while it runs, larger ones more
+
+
+def require_memory(name: str, batch: int, image: Sequence[int | str], item: int) -> None:
+    """Refuse a batch that a model would take no smaller, and that does not fit into memory.
+
+    Args:
+        name: of the model, for the message.
+        batch: its smallest.
+        image: sizes of one image.
+        item: bytes of one number.
+    """
+    size = batch * item * math.prod(one for one in image if isinstance(one, int))
+    free = available_memory()
+    if _OF_INPUT * size > free:
+        raise RunnerError(
+            f"{name} takes batches of {batch:,} images alone, whose input is {size / 2**30:.1f} "
+            f"GiB and {_OF_INPUT} times that while it runs; {free / 2**30:.1f} GiB are free: "
+            "export it with a smaller or a dynamic batch"
+        )
 
 
 def available_memory() -> int:

@@ -3,11 +3,13 @@
 ``model.onnx`` has ``model.onnx.json``. Standard library only: the runtime reads it first.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -434,7 +436,62 @@ def read_unverified(path: Path) -> Manifest:
     for name in ("inputs", "outputs", "profiles"):  # a graph tells them itself, an engine does not
         if manifest.kind == "engine" and not getattr(manifest, name):
             raise ManifestError(f"{path}: there are no {name}; export the artifact again")
+    _require_possible(manifest, path)
     return manifest
+
+
+_PROFILES = 64  # of one engine; each has its own kernels and memory
+_ENLARGED = 16  # a picture's side before the crop, in sides of what is cut out
+
+
+def _require_possible(manifest: Manifest, path: Path) -> None:
+    """Refuse numbers that no export writes: they decide how much memory is asked for."""
+    wrong = None
+    made = manifest.preprocessing
+    if len(manifest.profiles) > _PROFILES:
+        wrong = f"{len(manifest.profiles):,} profiles, at most {_PROFILES} can be"
+    elif made is not None:
+        sides = (made.short_side or 1, *(dataclasses.astuple(made.squash) if made.squash else ()))
+        if max(sides) > _ENLARGED * max(made.size.height, made.size.width):
+            wrong = f"pictures resized to {max(sides)} pixels for a crop of {made.size}"
+        elif manifest.inputs:
+            wrong = _misfit(manifest, made)
+    if wrong is not None:
+        raise ManifestError(f"{path} has {wrong}; export the artifact again")
+
+
+def _misfit(manifest: Manifest, made: Preprocessing) -> str | None:
+    """Say where the input is another than preprocessing makes, or than the batches are."""
+    taken = manifest.inputs[0]
+    images = (made.size.height, made.size.width, made.channels)
+    if taken.dtype != "uint8":
+        images = (made.channels, made.size.height, made.size.width)
+    batch, *rest = taken.shape if taken.shape else (0,)
+    alike = len(rest) == 3 and all(
+        isinstance(size, str) or size == one for size, one in zip(rest, images, strict=True)
+    )
+    if not alike:
+        return f"an input {list(taken.shape)}, and preprocessing that makes {list(images)}"
+    if isinstance(batch, int) and any((p.min, p.max) != (batch, batch) for p in manifest.profiles):
+        return f"an input {list(taken.shape)}, and batches {', '.join(map(str, manifest.profiles))}"
+    return None
+
+
+def require_input(manifest: Manifest | None, inputs: Sequence[TensorSpec], name: str) -> None:
+    """Refuse a manifest whose input is not the one that the graph has."""
+    if manifest is None or not manifest.inputs or len(inputs) != 1:
+        return
+    stated, taken = manifest.inputs[0], inputs[0]
+    sizes = zip(stated.shape, taken.shape, strict=False)
+    alike = (stated.name, stated.dtype, len(stated.shape)) == (
+        taken.name, taken.dtype, len(taken.shape),
+    ) and all(isinstance(a, str) == isinstance(b, str) and (isinstance(a, str) or a == b)
+              for a, b in sizes)  # fmt: skip
+    if not alike:
+        raise ManifestError(
+            f"{name} takes {taken.name} {taken.dtype}{list(taken.shape)}, and its manifest says "
+            f"{stated.name} {stated.dtype}{list(stated.shape)}; export it again"
+        )
 
 
 def seal(manifest: Manifest) -> str:

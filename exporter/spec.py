@@ -136,6 +136,9 @@ _ATTENTION_FORMS = {
 }
 
 
+LARGEST_BATCH = 999_999  # images; as many as --batch can name
+
+
 @dataclass(frozen=True, slots=True)
 class BatchRange:
     """Batch sizes an artifact accepts. ``opt`` is the one TensorRT tunes for."""
@@ -148,6 +151,8 @@ class BatchRange:
     def __post_init__(self) -> None:
         if not 1 <= self.min <= self.opt <= self.max:
             raise SpecError(f"batch range {self} is not ordered; expected 1 <= MIN <= OPT <= MAX")
+        if self.max > LARGEST_BATCH:
+            raise SpecError(f"batch range {self} is out of range; expected at most {LARGEST_BATCH}")
 
     def __str__(self) -> str:
         return f"{self.min}:{self.opt}:{self.max}"

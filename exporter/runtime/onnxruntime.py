@@ -22,8 +22,8 @@ from msn_export.errors import (
     RunnerError,
     one_line,
 )
-from msn_export.host import find_driver
-from msn_export.manifest import Manifest, read_stated
+from msn_export.host import find_driver, require_memory
+from msn_export.manifest import Manifest, read_stated, require_input
 from msn_export.onnx_header import GraphMetadata, read_onnx_header
 from msn_export.onnx_loops import require_bounded_loops
 from msn_export.runtime import dlpack
@@ -51,7 +51,6 @@ def open_session(
     model: Path, providers: list[tuple[str, dict[str, Any]]], threads: int | None
 ) -> Any:
     """Open a session on these providers and no others; ``require_on_gpu`` judges where it runs."""
-    require_bounded_loops(model)
     options = onnxruntime.SessionOptions()
     # Failures are raised too, and require_obtained names what cannot be loaded; the log would
     # print the names in a hostile file as they are, with the characters that a terminal obeys
@@ -178,6 +177,7 @@ class OrtRunner(Runner):
     ) -> None:
         chosen = choose(providers, device, available_providers(), find_driver())
         names = [name for name, _ in chosen]
+        require_bounded_loops(model)
         self._session: Any = open_session(model, chosen, threads)
         require_obtained(names, self._session.get_providers(), model.name)
         self.on_cpu = nodes_on_cpu(self._session) if ON_GPU.intersection(names) else {}
@@ -185,6 +185,10 @@ class OrtRunner(Runner):
         inputs = tuple(spec_of(node) for node in self._session.get_inputs())
         if len(inputs) != 1 or inputs[0].dtype not in OF_ONNX or not inputs[0].shape:
             raise GraphError(f"{model} takes {inputs}; expected one image input")
+        require_input(manifest, inputs, str(model))
+        profiles = profiles_of(inputs[0], manifest)
+        item = OF_ONNX[inputs[0].dtype].bytes
+        require_memory(str(model), profiles[0].min, inputs[0].shape[1:], item)
         first = chosen[0][0]
         self._device = (device or 0) if first in ON_GPU else None
         super().__init__(
@@ -192,7 +196,7 @@ class OrtRunner(Runner):
             manifest,
             inputs,
             tuple(spec_of(node) for node in self._session.get_outputs()),
-            profiles_of(inputs[0], manifest),
+            profiles,
             metadata,
         )
         self._names = [spec.name for spec in self.outputs]

@@ -27,6 +27,7 @@ from msn_export.graph import io
 from msn_export.graph.precision import graph_dtype
 from msn_export.graph.simplify import fix_image_size
 from msn_export.graph.summary import tensor_specs
+from msn_export.host import require_memory
 from msn_export.input_files import ENGINE, GRAPH, require_regular
 from msn_export.manifest import Described, Manifest
 from msn_export.onnx_header import UNSEALED, GraphMetadata
@@ -171,6 +172,10 @@ def _read_onnx(path: Path, manifest: Manifest | None) -> ServedArtifact:
     size = None if manifest is not None else fix_image_size(model)
     weights = model.graph.initializers
     inputs = [value for value in model.graph.inputs if value.name not in weights]
+    for spec in tensor_specs(inputs):
+        batch = spec.shape[0] if spec.shape else 1
+        if isinstance(batch, int):  # a sample of it is made
+            require_memory(str(path), batch, spec.shape[1:], 4)
     served = ServedArtifact(
         path,
         Platform.ONNX,
