@@ -1,5 +1,6 @@
 # Two commands set everything up on a fresh machine: `make demo` and `make test`.
 PYTHON ?= python3
+CLIENTS ?= tests/clients
 BIN := .venv/bin
 
 .PHONY: demo report test lint same slow mutants drills clients gpu performance wheel packaged clean
@@ -72,7 +73,7 @@ drills: .venv/linked
 
 # In other runtimes of ONNX files, old and new; their environments are made in build/ on first use
 clients: .venv/linked
-	$(BIN)/python -m pytest -m 'slow or not slow' tests/clients
+	$(BIN)/python -m pytest -m 'slow or not slow' $(CLIENTS)
 
 gpu: .venv/linked
 	$(BIN)/python -m pytest -m gpu

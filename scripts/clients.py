@@ -161,13 +161,40 @@ def run(
     Raises:
         ClientError: it does not run the graph.
     """
+    given = {"name": name, "dtype": str(images.dtype), "shape": images.shape}
+    content = np.ascontiguousarray(images).tobytes()
+    return _run(environment, client.program, graph, client.arguments, given, content)
+
+
+def run_folder(
+    client: Client, environment: Path, folder: Path, pictures: Sequence[Path], *arguments: str
+) -> dict[str, NDArray[np.float64]]:
+    """Run pictures through a folder that ``msn-export hub`` wrote; give the outputs by name.
+
+    Args:
+        client: the runtime; its program begins with ``folder_``.
+        environment: the folder that ``installed`` gave.
+        folder: the model's.
+        pictures: files.
+        arguments: of the program.
+
+    Raises:
+        ClientError: it does not run the folder.
+    """
+    given = {"pictures": [str(picture.absolute()) for picture in pictures]}
+    return _run(environment, f"folder_{client.program}", folder, arguments, given, b"")
+
+
+def _run(
+    environment: Path | None, name: str, model: Path, arguments: Sequence[str],
+    given: dict[str, Any], content: bytes,
+) -> dict[str, NDArray[np.float64]]:  # fmt: skip
     with tempfile.TemporaryDirectory() as work:
-        given = {"name": name, "dtype": str(images.dtype), "shape": images.shape}
         (Path(work) / "input.json").write_text(json.dumps(given))
-        (Path(work) / "input.bin").write_bytes(np.ascontiguousarray(images).tobytes())
-        program = [PROGRAMS / client.program, graph.absolute(), work, *client.arguments]
+        (Path(work) / "input.bin").write_bytes(content)
         python = environment / "venv/bin/python" if environment else sys.executable
-        by = ["node"] if client.is_npm else [python, "-I"]
+        by = ["node"] if name.endswith(".mjs") else [python, "-I"]
+        program = [PROGRAMS / name, model.absolute(), work, *arguments]
         _call([*by, *program], environment or Path(work), RUN_WITHIN)
         outputs = json.loads((Path(work) / "outputs.json").read_text())
     return {

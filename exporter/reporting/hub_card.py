@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from msn_export.manifest import Manifest
 
 # transformers.js takes a graph by these names
-_JS_DTYPES = {Dtype.FP32: "fp32", Dtype.FP16: "fp16", Dtype.INT8: "q8"}
+JS_DTYPES = {Dtype.FP32: "fp32", Dtype.FP16: "fp16", Dtype.INT8: "q8"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,12 +137,12 @@ class HubCard:
 
     def _use(self) -> Iterator[str]:
         file = next(iter(self.manifests))
-        names = ", ".join(f"`{_JS_DTYPES[dtype]}`" for dtype in self.manifests)
+        names = ", ".join(f"`{JS_DTYPES[dtype]}`" for dtype in self.manifests)
         auto = "ImageClassification" if self.is_classifier else "FeatureExtraction"
         yield from (
             "```js", 'import { pipeline } from "@huggingface/transformers";',
             f'const run = await pipeline("{self.task}", "{self.name}", '
-            f'{{ dtype: "{_JS_DTYPES[file]}" }});', 'console.log(await run("photograph.jpg"));',
+            f'{{ dtype: "{JS_DTYPES[file]}" }});', 'console.log(await run("photograph.jpg"));',
             "```", "", f"`dtype` is one of {names}.", "",
             "```python", f"from optimum.onnxruntime import ORTModelFor{auto}", "",
             f'model = ORTModelFor{auto}.from_pretrained("{self.name}", subfolder="onnx", '
