@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ COMMANDS = {
     "fit": ("fit",),
     "report": ("report",),
     "triton": ("triton",),
+    "search": ("embed", "search"),
+    "openvino": ("embed", "evaluate"),
 }
 # Imports in a process where all distributions outside of an extra's are missing
 PROGRAM = """
@@ -112,4 +115,23 @@ def test_report_alone_writes_a_page(small_graph: Path, tmp_path: Path) -> None:
 
 def test_ort_alone_embeds_pictures(small_graph: Path, photographs: Path, tmp_path: Path) -> None:
     done = alone("ort", (), "embed", small_graph, photographs, "-o", tmp_path / "rows.npy")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(find_spec("openvino") is None, reason="OpenVINO is not installed")
+def test_openvino_alone_embeds_pictures(
+    small_graph: Path, photographs: Path, tmp_path: Path
+) -> None:
+    command = ("embed", small_graph, photographs, "-o", tmp_path / "rows.npy")
+    done = alone("openvino", (), *command, "--providers", "openvino")
+    assert done.returncode == 0, done.stderr
+
+
+def test_search_alone_writes_an_index_and_searches_it(
+    small_graph: Path, photographs: Path, tmp_path: Path
+) -> None:
+    index = tmp_path / "pictures.usearch"
+    done = alone("search", (), "embed", small_graph, photographs, "-o", index)
+    assert done.returncode == 0, done.stderr
+    done = alone("search", (), "search", index, next(photographs.iterdir()))
     assert done.returncode == 0, done.stderr
