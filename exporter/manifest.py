@@ -447,25 +447,28 @@ _ENLARGED = 16  # a picture's side before the crop, in sides of what is cut out
 def _require_possible(manifest: Manifest, path: Path) -> None:
     """Refuse numbers that no export writes: they decide how much memory is asked for."""
     wrong = None
-    made = manifest.preprocessing
+    preprocessing = manifest.preprocessing
     if len(manifest.profiles) > _PROFILES:
         wrong = f"{len(manifest.profiles):,} profiles, at most {_PROFILES} can be"
-    elif made is not None:
-        sides = (made.short_side or 1, *(dataclasses.astuple(made.squash) if made.squash else ()))
-        if max(sides) > _ENLARGED * max(made.size.height, made.size.width):
-            wrong = f"pictures resized to {max(sides)} pixels for a crop of {made.size}"
+    elif preprocessing is not None:
+        sides = (
+            preprocessing.short_side or 1,
+            *(dataclasses.astuple(preprocessing.squash) if preprocessing.squash else ()),
+        )
+        if max(sides) > _ENLARGED * max(preprocessing.size.height, preprocessing.size.width):
+            wrong = f"pictures resized to {max(sides)} pixels for a crop of {preprocessing.size}"
         elif manifest.inputs:
-            wrong = _misfit(manifest, made)
+            wrong = _misfit(manifest, preprocessing)
     if wrong is not None:
         raise ManifestError(f"{path} has {wrong}; export the artifact again")
 
 
-def _misfit(manifest: Manifest, made: Preprocessing) -> str | None:
+def _misfit(manifest: Manifest, preprocessing: Preprocessing) -> str | None:
     """Say where the input is another than preprocessing makes, or than the batches are."""
     taken = manifest.inputs[0]
-    images = (made.size.height, made.size.width, made.channels)
+    images = (preprocessing.size.height, preprocessing.size.width, preprocessing.channels)
     if taken.dtype != "uint8":
-        images = (made.channels, made.size.height, made.size.width)
+        images = (preprocessing.channels, preprocessing.size.height, preprocessing.size.width)
     batch, *rest = taken.shape if taken.shape else (0,)
     alike = len(rest) == 3 and all(
         isinstance(size, str) or size == one for size, one in zip(rest, images, strict=True)
