@@ -464,7 +464,7 @@ def _require_possible(manifest: Manifest, path: Path) -> None:
 
 
 def _misfit(manifest: Manifest, preprocessing: Preprocessing) -> str | None:
-    """Say where the input is another than preprocessing makes, or than the batches are."""
+    """Describe an input that differs from what preprocessing makes, or from the batches."""
     taken = manifest.inputs[0]
     images = (preprocessing.size.height, preprocessing.size.width, preprocessing.channels)
     if taken.dtype != "uint8":
