@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from msn_export import manifest as manifests
 from msn_export.errors import RunnerError
-from msn_export.manifest import manifest_path
 from msn_export.spec import Dtype
 
 if TYPE_CHECKING:
@@ -73,6 +72,7 @@ def graph_in(folder: Path, dtype: Dtype | None, *, on_gpu: bool) -> Path:
 
     Raises:
         RunnerError: the folder has no such graph, or the graphs of two models.
+        ManifestError: a graph of the folder is not what its manifest says.
     """
     graphs = {kind: folder / name for kind, name in GRAPHS.items() if (folder / name).is_file()}
     _require_one_model(folder, graphs)
@@ -99,10 +99,14 @@ def _require_one_model(folder: Path, graphs: dict[Dtype, Path]) -> None:
         )
     outside = [path for path in found if path.parent == folder]
     other = next(iter([*foreign, *outside]), None)
-    first, *rest = graphs.values()
+    first = next(iter(graphs.values()))
     if other is None:
-        identity = _identity(first)
-        other = next((path for path in rest if _identity(path) != identity), None)
+        models: dict[object, Path] = {}
+        for path in graphs.values():
+            models.setdefault(_identity(path), path)
+        models.pop(None, None)  # of a graph without a manifest nothing is known to differ
+        if len(models) > 1:
+            first, other = list(models.values())[:2]
     if other is not None:
         names = [str(path.relative_to(folder)) for path in (first, other)]
         raise RunnerError(
@@ -111,10 +115,10 @@ def _require_one_model(folder: Path, graphs: dict[Dtype, Path]) -> None:
 
 
 def _identity(graph: Path) -> object:
-    """Give what is the same of one model's graphs; of those without a manifest nothing differs."""
-    if not manifest_path(graph).is_file():
+    """Give what is the same of one model's graphs; None where there is no manifest to say it."""
+    manifest = manifests.read(graph)
+    if manifest is None:
         return None
-    manifest = manifests.read_unverified(manifest_path(graph))  # opening the graph verifies it
     weights = manifest.checkpoint.sha256 if manifest.checkpoint is not None else None
     fitted = manifest.fit.weights if manifest.fit is not None else None
     return weights, fitted, manifest.labels, tuple(spec.name for spec in manifest.outputs)

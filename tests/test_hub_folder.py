@@ -10,12 +10,11 @@ from transformers import ViTMSNConfig
 from msn_export.errors import RunnerError
 from msn_export.host import Device, Driver
 from msn_export.hub_folder import GRAPHS, graph_in, transformers_config
-from msn_export.manifest import CheckpointRecord, manifest_path, seal
+from msn_export.manifest import CheckpointRecord, manifest_path
 from msn_export.models.config import VARIANTS, named_variant
 from msn_export.runtime import open_runner, opening, providers
 from msn_export.spec import ComputeCapability, Dtype
-from tests.builders.artifacts import classifier, copy_of
-from tests.builders.manifests import example
+from tests.builders.artifacts import classifier, copy_of, rewrite
 
 EVERY = tuple(GRAPHS)
 ADA = Device(0, "NVIDIA L4", ComputeCapability(8, 9), 24 << 30)
@@ -73,11 +72,15 @@ def test_a_folder_of_two_models_is_refused(tmp_path, name) -> None:
 
 
 def test_graphs_of_other_weights_are_two_models(tmp_path) -> None:
-    folder = folder_with(tmp_path, Dtype.FP32, Dtype.FP16)
-    one = example(kind="onnx", engine=None)
-    for dtype, weights in ((Dtype.FP32, "a" * 64), (Dtype.FP16, "b" * 64)):
-        manifest = replace(one, checkpoint=CheckpointRecord("facebook/tiny", weights))
-        manifest_path(folder / GRAPHS[dtype]).write_text(seal(manifest))
+    folder, given = folder_with(tmp_path / "folder", Dtype.FP32, Dtype.FP16), tmp_path / "given"
+    given.mkdir()
+    path = copy_of(classifier(), given)
+    for dtype, weights in ((Dtype.FP32, "a" * 64), (Dtype.FP16, "a" * 64), (Dtype.FP16, "b" * 64)):
+        rewrite(path, checkpoint=CheckpointRecord("facebook/tiny", weights))
+        shutil.copy(path, folder / GRAPHS[dtype])
+        shutil.copy(manifest_path(path), manifest_path(folder / GRAPHS[dtype]))
+        if weights == "a" * 64:
+            assert graph_in(folder, None, on_gpu=False) == folder / GRAPHS[Dtype.FP32]
     assert "holds two models, onnx/model.onnx and onnx/model_fp16.onnx" in message_of(folder)
 
 
