@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from msn_export.errors import MsnExportError
 from msn_export.files import cache_folder, locked, write_whole
 
 _PREFIX = "openvino-"
@@ -78,7 +79,12 @@ class ModelCache:
         if damaged:
             for blob in found:
                 blob.unlink()
-        compiled = compile_model({"CACHE_DIR": str(path)})
+        try:
+            compiled = compile_model({"CACHE_DIR": str(path)})
+        except MsnExportError:  # of the graph, which it raises again, or of a full disk
+            compiled = compile_model({})
+            self.state = f"off: OpenVINO cannot use {path}"
+            return compiled
         blobs = _blobs(path)
         size = sum(blob.stat().st_size for blob in blobs)
         if compiled.get_property("LOADED_FROM_CACHE"):

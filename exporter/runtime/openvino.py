@@ -266,9 +266,8 @@ class OpenVinoRunner(Runner):
             for images in batches:
                 self._require_open()
                 require_fit(images.shape, element_of(images), self.inputs[0])
-                if (
-                    not self.batch.min <= len(images) <= self.batch.max
-                ):  # in several runs, or padded
+                if not self.batch.min <= len(images) <= self.batch.max:
+                    # to be split, or padded
                     yield from self._finished(under_way, 0)
                     yield self(images)
                     continue

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from msn_export import files
+from msn_export.errors import GraphError
 from msn_export.runtime import model_cache, open_runner
+from msn_export.runtime.model_cache import ModelCache
 from msn_export.runtime.openvino import OpenVinoRunner
 from tests.builders.artifacts import classifier, copy_of
 from tests.builders.networks import Network
@@ -155,6 +157,21 @@ def test_models_that_were_used_longest_ago_make_room(cache, model, tmp_path, mon
     assert len(list(cache.iterdir())) == 2
     assert first in set(cache.iterdir())
     assert second not in set(cache.iterdir())
+
+
+def test_a_cache_that_openvino_cannot_use_is_no_error(cache, model, monkeypatch) -> None:
+    run = ModelCache.compile
+
+    def on_a_full_disk(self, compile_model):
+        def failing(more):
+            if "CACHE_DIR" in more:
+                raise GraphError("No space left on device")
+            return compile_model(more)
+
+        return run(self, failing)
+
+    monkeypatch.setattr(ModelCache, "compile", on_a_full_disk)
+    assert re.fullmatch(r"off: OpenVINO cannot use \S+", opened(model))
 
 
 def test_a_graph_without_a_manifest_is_not_kept(cache, tmp_path) -> None:
