@@ -5,8 +5,11 @@ import fcntl
 import os
 import secrets
 import shutil
+import signal
 import tempfile
+import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -200,9 +203,10 @@ def _remove_abandoned(folder: Path) -> None:
 def publish(
     staged: Path, output: Path, manifest: str, *, beside: Sequence[Path] = (), force: bool
 ) -> None:
-    """Move a checked artifact to its place, then write its manifest beside it.
+    """Move a checked artifact to its place, then its manifest beside it.
 
-    The old manifest goes first: at no moment does one lie beside an artifact it does not describe.
+    The old manifest stays until then: it has the old artifact's hash, so nobody takes it for the
+    new one's, and an artifact is at no moment without any.
 
     ``beside`` are further files of the staging folder, which go to the output's under their names.
     """
@@ -212,19 +216,21 @@ def publish(
         staged_sidecar.write_text(manifest, encoding="utf-8")
         targets = [output.with_name(file.name) for file in beside]
         with placing([output, sidecar, *targets], force=force):
-            sidecar.unlink(missing_ok=True)
+            move(staged, output)
             for file, target in zip(beside, targets, strict=True):
-                file.replace(target)
-            staged.replace(output)
-            staged_sidecar.replace(sidecar)
+                move(file, target)
+            move(staged_sidecar, sidecar)
     except OSError as error:
         raise OutputError(f"cannot write {output}: {error.strerror}") from error
 
 
 @contextmanager
 def placing(outputs: Sequence[Path], *, force: bool) -> Iterator[None]:
-    """Have the outputs' folder alone while finished files are moved to their places."""
-    with _lock_on(outputs[0].parent):
+    """Have the outputs' folder alone while finished files are moved to their places.
+
+    An interrupt waits until all of them are there.
+    """
+    with _interrupts_later(), _lock_on(outputs[0].parent):
         for output in outputs:
             if os.path.lexists(output) and not force:
                 raise OutputError(
@@ -232,6 +238,40 @@ def placing(outputs: Sequence[Path], *, force: bool) -> Iterator[None]:
                     "-o writes elsewhere"
                 )
         yield
+
+
+_written: deque[Path] = deque(maxlen=100)  # by this process
+
+
+def move(staged: Path, output: Path) -> None:
+    """Move a finished file to its place; ``written`` names it from then on."""
+    staged.replace(output)
+    _written.append(output)
+
+
+def written() -> tuple[str, ...]:
+    """Name what this process has moved to its place, the last hundred of it."""
+    return tuple(dict.fromkeys(map(str, _written)))
+
+
+@contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back: between two files of a set there is a mixed one."""
+    if threading.current_thread() is not threading.main_thread():  # others are not interrupted
+        yield
+        return
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        signal.signal(number, lambda received, _frame: came.append(received))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def move_in(names: Sequence[str], stage: Path, folder: Path) -> None:
@@ -253,6 +293,7 @@ def move_in(names: Sequence[str], stage: Path, folder: Path) -> None:
                 target.rename(aside / name)
             moved.append(name)
             (stage / name).rename(target)
+            _written.append(target)
     except OSError as error:
         for name in reversed(moved):
             if (folder / name).exists():

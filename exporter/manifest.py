@@ -534,7 +534,7 @@ def _require_match(artifact: Path, manifest: Manifest, content: bytes | None) ->
         raise ManifestError(f"{artifact} cannot be read: {error.strerror}") from error
     raise ManifestError(
         f"{artifact} is not the file its manifest describes ({differs}); put the manifest that was "
-        "written with it beside it, or export it again"
+        f"written with it beside it, or make both again: {manifest.command or 'export it'}"
     )
 
 

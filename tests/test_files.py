@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ import pytest
 
 from msn_export import files
 from msn_export.errors import OutputError
-from msn_export.files import publish, require_writable, staging
+from msn_export.files import publish, require_writable, staging, written
 from msn_export.manifest import manifest_path
 
 
@@ -255,23 +256,51 @@ def umask() -> int:
     return now
 
 
-def test_at_no_moment_does_a_manifest_lie_beside_another_file(tmp_path, monkeypatch) -> None:
+def test_the_old_manifest_stays_until_the_new_artifact_is_there(tmp_path, monkeypatch) -> None:
     output = tmp_path / "m.onnx"
     output.write_text("old")
     manifest_path(output).write_text("of the old")
-    moves: list[tuple[str, bool]] = []
+    moves: list[tuple[str, str]] = []
     move = Path.replace
 
     def watched(self: Path, target: Path) -> Path:
-        moves.append((target.name, manifest_path(output).exists()))
+        moves.append((target.name, manifest_path(output).read_text()))
         return move(self, target)
 
     monkeypatch.setattr(Path, "replace", watched)
     with staging(tmp_path) as stage:
         (stage / "m.onnx").write_text("new")
         publish(stage / "m.onnx", output, "of the new", force=True)
-    assert moves == [("m.onnx", False), ("m.onnx.json", False)]
+    assert moves == [("m.onnx", "of the old"), ("m.onnx.json", "of the old")]
     assert (output.read_text(), manifest_path(output).read_text()) == ("new", "of the new")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_waits_until_a_set_is_whole(tmp_path, monkeypatch, number) -> None:
+    output, move = tmp_path / "m.onnx", Path.replace
+
+    def interrupted(self: Path, target: Path) -> Path:
+        signal.raise_signal(number)
+        return move(self, target)
+
+    def stop(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    def run() -> None:
+        with staging(tmp_path) as stage:
+            (stage / "m.onnx").write_text("new")
+            monkeypatch.setattr(Path, "replace", interrupted)
+            publish(stage / "m.onnx", output, "of the new", force=True)
+
+    before = signal.signal(number, stop)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        assert signal.getsignal(number) is stop
+    finally:
+        signal.signal(number, before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "m.onnx.json"]
+    assert written()[-2:] == (str(output), str(manifest_path(output)))
 
 
 def test_a_refused_move_is_told(tmp_path) -> None:

@@ -68,7 +68,7 @@ def test_another_file_is_not_what_it_describes(artifact) -> None:
     assert reading(artifact) == (
         f"m.engine is not the file its manifest describes (sha256 {sha256_of(artifact)[:12]}…, "
         f"manifest {known.sha256[:12]}…); put the manifest that was written with it beside it, or "
-        "export it again"
+        "make both again: msn-export trt m.onnx"
     )
     artifact.write_bytes(b"another engine")
     assert reading(artifact).startswith(

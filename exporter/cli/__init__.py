@@ -27,7 +27,7 @@ from msn_export.cli.commands import (
     trt,
     validate,
 )
-from msn_export.cli.options import OwnProcess
+from msn_export.cli.options import OwnProcess, is_interrupted
 from msn_export.errors import MsnExportError, SpecError
 
 _ARGUMENTS = "msn_export.cli.arguments"
@@ -56,7 +56,8 @@ class Commands(click.Group):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        signal.signal(signal.SIGTERM, _interrupt)  # so that staging folders are removed
+        if ctx.find_object(OwnProcess) is None:  # else it is done
+            signal.signal(signal.SIGTERM, _interrupt)  # so that staging folders are removed
         logging.lastResort = _remarks()
         try:
             for argument in ctx.meta[_ARGUMENTS]:
@@ -73,17 +74,21 @@ class Commands(click.Group):
             line = f"pip install 'msn-export[{'export' if needs else 'graph'}]'"
             self._fail(ctx, f"package {error.name} is not installed; {line}", 1)
         except OSError as error:  # of a file that no step expects to fail, as when a disk breaks
-            if error.errno == errno.EPIPE:
+            if error.errno == errno.EPIPE and not _placed():
                 raise  # whoever read our output is gone: click ends quietly
             where = f"{error.filename}: " if error.filename else ""
-            self._fail(ctx, _one_line(f"{where}{error.strerror or error}"), 1)
+            self._fail(ctx, _one_line(f"{where}{error.strerror or error}{_placed()}"), 1)
         except KeyboardInterrupt as stop:
-            self._fail(ctx, _one_line(str(stop)) or "interrupted; nothing was written", 130)
+            what = _placed() or "; nothing was written"
+            self._fail(ctx, _one_line(str(stop)) or _one_line(f"interrupted{what}"), 130)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise  # click's own: usage, and the end of a command
         except MemoryError:
             self._fail(ctx, "there is not enough memory; use a machine with more", 1)
         except Exception as error:  # noqa: BLE001  files are hostile, and libraries raise what they like
+            if is_interrupted(ctx):  # while a library was imported: it made another error of it
+                what = _placed() or "; nothing was written"
+                self._fail(ctx, _one_line(f"interrupted{what}"), 130)
             reason = _one_line(f"{type(error).__name__}: {error}")
             self._fail(ctx, f"unexpected {reason}; -v shows where, please report it", 1)
 
@@ -92,6 +97,14 @@ class Commands(click.Group):
             raise  # noqa: PLE0704  called from an except clause: -v shows the traceback
         click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)
         ctx.exit(code)
+
+
+def _placed() -> str:
+    """Name what was written before the end, for the line that tells it."""
+    from msn_export.files import written
+
+    names = written()
+    return f"; {', '.join(names)} {'was' if len(names) == 1 else 'were'} written" if names else ""
 
 
 def _require_text(argument: str) -> None:
@@ -148,8 +161,3 @@ GROUPS = {
 for _group in GROUPS.values():
     for _command in _group:
         main.add_command(_command)
-
-
-def run() -> None:
-    """Be the command line of a process of its own."""
-    main(prog_name="msn-export", obj=OwnProcess())

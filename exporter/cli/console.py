@@ -61,6 +61,15 @@ class Steps:
             self._console.print(f"          {_plain(detail)}")
 
 
+@contextmanager
+def _standard_output_named() -> Iterator[None]:
+    """Say which file it is that is full or closed."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from error
+
+
 class Console:
     """Prints one command's progress on stderr and its result, a table or JSON, on stdout."""
 
@@ -103,9 +112,13 @@ class Console:
         return f"{time.monotonic() - STARTED:.1f} s"
 
     def print(self, shown: Any) -> None:
-        self._stdout.print(shown)
+        with _standard_output_named():
+            self._stdout.print(shown)
+            sys.stdout.flush()
 
     def print_json(self, record: Any) -> None:
         """Print one JSON object on stdout, and nothing else there."""
         text = json.dumps(to_plain(record), ensure_ascii=False, allow_nan=False)
-        sys.stdout.write(text.translate(ESCAPES) + "\n")
+        with _standard_output_named():
+            sys.stdout.write(text.translate(ESCAPES) + "\n")
+            sys.stdout.flush()

@@ -191,7 +191,19 @@ class JobCommand(click.Command):
 
 
 class OwnProcess:
-    """Marks a run of the command line that has a process to itself."""
+    """Marks a run of the command line that has a process to itself.
+
+    ``signals`` receives the number of each interrupt.
+    """
+
+    def __init__(self, signals: list[int]) -> None:
+        self.signals = signals
+
+
+def is_interrupted(ctx: click.Context) -> bool:
+    """True where an interrupt came, whatever was made of it."""
+    process = ctx.find_object(OwnProcess)
+    return process is not None and bool(process.signals)
 
 
 def _options(field: Field[Any], one: One, opt: Opt) -> Iterator[click.Option]:

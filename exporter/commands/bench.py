@@ -33,7 +33,7 @@ from msn_export.benchmark.results import (
 from msn_export.benchmark.session import BenchSession, OpenContender, find_reference
 from msn_export.commands.jobs import BenchJob
 from msn_export.errors import BenchError, MissingPackageError, SpecError
-from msn_export.files import placing, require_writable, staging
+from msn_export.files import move, placing, require_writable, staging
 from msn_export.host import NoDriver, device_bytes, find_driver, physical_cores, this_machine
 from msn_export.manifest import manifest_path, versions_of
 from msn_export.metrics.evaluate import draw
@@ -239,4 +239,4 @@ def _write_page(bench: Bench, report: Path, progress: Progress, *, force: bool) 
     with progress.step(f"write {report}"), staging(report.parent) as stage:
         write_page(bench, stage / "page.html")
         with placing([report], force=force):
-            (stage / "page.html").replace(report)
+            move((stage / "page.html"), report)

@@ -17,7 +17,7 @@ from msn_export.embedding.accuracy import LabelledModel, OutputRows, run_labelle
 from msn_export.embedding.inference import reading_of, require_selftest
 from msn_export.errors import ImageError, MissingPackageError, SpecError, ToleranceError
 from msn_export.feed import feed_of
-from msn_export.files import placing, require_writable, staging
+from msn_export.files import move, placing, require_writable, staging
 from msn_export.image_folder import notes_on
 from msn_export.labelled import Labelled, read_labelled
 from msn_export.manifest import manifest_path
@@ -307,7 +307,7 @@ def _write_page(
     with progress.step(f"write {report}"), staging(report.parent) as stage:
         write_page(page, stage / "page.html")
         with placing([report], force=job.force):
-            (stage / "page.html").replace(report)
+            move((stage / "page.html"), report)
 
 
 def _wrong(judged: Labelled, answers: Answers) -> tuple[WrongImage, ...]:

@@ -23,7 +23,7 @@ from msn_export.errors import (
     RunnerError,
     SpecError,
 )
-from msn_export.files import placing, require_writable, staging
+from msn_export.files import move, placing, require_writable, staging
 from msn_export.manifest import CheckpointRecord, Manifest, manifest_path
 from msn_export.models.checkpoint import Choices
 from msn_export.progress import SILENT, Progress
@@ -80,7 +80,7 @@ def run_report(job: ReportJob, progress: Progress = SILENT) -> Page:
                 staged = stage / output.name
                 staged.write_text(text, encoding="utf-8")
                 with placing([output], force=job.force):
-                    staged.replace(output)
+                    move(staged, output)
     return page
 
 

@@ -24,7 +24,7 @@ from msn_export.embedding.index import (
 from msn_export.embedding.inference import read_rows, reading_of, stack
 from msn_export.errors import ImageError, MissingPackageError, OutputError, SpecError
 from msn_export.feed import Feed
-from msn_export.files import placing, require_writable, staging
+from msn_export.files import move, placing, require_writable, staging
 from msn_export.manifest import manifest_path, sha256_of
 from msn_export.preprocessing import Preprocessing
 from msn_export.progress import SILENT
@@ -264,7 +264,7 @@ def _write_page(job: SearchJob, output: Path, result: Searched, progress: Progre
     with progress.step(f"write {output}"), staging(output.parent) as stage:
         write_page(page, stage / "page.html")
         with placing([output], force=job.force):
-            (stage / "page.html").replace(output)
+            move((stage / "page.html"), output)
 
 
 def _below(folder: Path, name: str) -> Path:

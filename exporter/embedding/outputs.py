@@ -21,6 +21,7 @@ import numpy as np
 from msn_export.embedding.growing_array import GrowingArray
 from msn_export.embedding.inference import joined
 from msn_export.errors import MissingPackageError, OutputError
+from msn_export.files import move
 from msn_export.input_files import JOURNAL, read_bytes
 from msn_export.manifest import manifest_path
 from msn_export.schema import to_json, to_plain
@@ -389,6 +390,6 @@ def move_in(finished: Sequence[Path], output: Path) -> None:
     try:
         places[-1].unlink(missing_ok=True)
         for path, target in zip(finished, places, strict=True):
-            path.replace(target)
+            move(path, target)
     except OSError as error:
         raise OutputError(f"cannot write {output}: {error.strerror}") from error
