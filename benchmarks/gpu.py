@@ -48,6 +48,7 @@ from msn_export.models.checkpoint import load_checkpoint
 from msn_export.progress import Silent
 from msn_export.spec import BatchRange, ComputeCapability, Dtype, Head, InputFormat
 
+ROOT = Path(__file__).parent.parent
 MODELS = ("random:vit-msn-small:0", "random:vit-msn-base:0")
 BASE = "torch SDPA"
 SLOW = "torch.compile"  # compiles for each batch: warmed up last, so that a budget ends there
@@ -175,16 +176,9 @@ def measure_batch(
 
 def about(driver: Driver, measured: dict[str, float], rounds: int) -> dict[str, Any]:
     """Say where, when and with what this was measured."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     return {
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
-        "commit": commit.stdout.strip() or None,
+        "commit": commit() or None,
         "device": driver.devices[0].name,
         "capability": str(driver.devices[0].capability),
         "cuda_driver": driver.cuda,
@@ -197,6 +191,14 @@ def about(driver: Driver, measured: dict[str, float], rounds: int) -> dict[str, 
         "ceilings": measured,
         "rounds": rounds,
     }
+
+
+def commit() -> str:
+    """Give the commit of the tree; that of a bundle is in its ``commit.txt``."""
+    if (ROOT / "commit.txt").exists():
+        return (ROOT / "commit.txt").read_text().strip()
+    git = ["git", "rev-parse", "HEAD"]
+    return subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def over_after(seconds: float) -> Callable[[], bool]:

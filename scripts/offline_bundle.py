@@ -85,6 +85,13 @@ def lay_out(recipe: Recipe, wheels: list[Path], tree: Path) -> None:
         )  # fmt: skip
     if recipe.suite:
         copy(SUITE, tree / "suite")
+        (tree / "suite" / "commit.txt").write_text(commit() + "\n")
+
+
+def commit() -> str:
+    """Give the tree's commit, for the results: there is no git where they are made."""
+    git = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    return subprocess.run(git, cwd=TREE, capture_output=True, text=True, check=True).stdout.strip()
 
 
 @dataclass(frozen=True)

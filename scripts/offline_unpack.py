@@ -13,9 +13,6 @@ import tarfile
 from pathlib import Path
 from typing import IO, Any
 
-# all tests that need a card
-SUITE = "tests/gpu tests/runtime/test_tensorrt.py tests/runtime/test_tensorrt_lifetime.py"
-
 
 def verify(here: Path) -> tuple[dict[str, Any], list[Path]]:
     """Give the paths of all pieces, each with the size and SHA-256 that bundle.json states."""
@@ -81,7 +78,7 @@ def main(arguments: list[str]) -> None:
     else:
         print(f"use it with: export PYTHONPATH={target}/site")
     if (target / "suite").exists():
-        tests = f"python3 -m pytest -m gpu {SUITE}"
+        tests = "scripts/card.sh RESULTS"
         print(f"its tests: cd {target}/suite && PYTHONPATH={target}/site {tests}")
 
 

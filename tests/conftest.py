@@ -15,6 +15,7 @@ from tests.contracts.on_a_card import (  # noqa: F401  hooks of pytest
     pytest_addoption,
     pytest_collection_modifyitems,
     pytest_runtest_logreport,
+    pytest_runtest_logstart,
     pytest_runtest_setup,
     pytest_sessionstart,
 )

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -109,6 +110,7 @@ def test_what_a_suite_needs_is_pinned_as_it_was_tested() -> None:
 @in_the_tree
 def test_the_tree_is_copied_without_its_traces(tmp_path) -> None:
     offline_bundle.copy((*SUITE, *PACKAGE), tmp_path / "suite")
+    assert os.access(tmp_path / "suite" / "scripts" / "card.sh", os.X_OK)
     copied = {path.name for path in (tmp_path / "suite").rglob("*")}
     assert {"conftest.py", "gpu.py", "pyproject.toml", "vit.py", "py.typed"} <= copied
     assert "__pycache__" not in copied
@@ -120,8 +122,7 @@ def test_the_command_that_runs_the_suite_is_told(bundle, tmp_path) -> None:
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[-1] == (
         f"its tests: cd {tmp_path}/out/suite && PYTHONPATH={tmp_path}/out/site "
-        "python3 -m pytest -m gpu tests/gpu tests/runtime/test_tensorrt.py "
-        "tests/runtime/test_tensorrt_lifetime.py"
+        "scripts/card.sh RESULTS"
     )
 
 

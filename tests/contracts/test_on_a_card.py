@@ -2,29 +2,38 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import card
 import pytest
 
-from tests.contracts.on_a_card import ORDER, rank
+from tests.contracts.on_a_card import CANARY, DEADLINE, ORDER, lines_of, rank, write
+from tests.gpu.places import Built, Once
 
 ROOT = Path(__file__).parent.parent.parent
 FEW = """
 import os
+import signal
+import time
 import pytest
 pytestmark = pytest.mark.gpu
 
-def test_ends_the_process():
-    os._exit(7)
+@pytest.mark.parametrize("number", range(6))
+def test_ends_the_process(number):
+    os.kill(os.getpid(), signal.SIGSEGV) if number else os._exit(7)
+
+def test_hangs():
+    time.sleep(600)
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_counts(number):
     assert number == 1
 """
-NAMES = ("test_ends_the_process", "test_counts[1]", "test_counts[2]")
 
 
 def run(results: Path, *options: str | Path, cwd: Path = ROOT) -> list[dict[str, Any]]:
@@ -35,9 +44,11 @@ def run(results: Path, *options: str | Path, cwd: Path = ROOT) -> list[dict[str,
         cwd=cwd, capture_output=True, text=True, check=False,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    machine, *tests = [json.loads(line) for line in results.read_text().splitlines()]
+    machine = json.loads(results.read_text().splitlines()[0])
+    tests = [line for line in lines_of(results) if "outcome" in line]
     assert "reason" in machine["driver"] or machine["driver"]["devices"], done.stdout
     assert machine["versions"]["torch"]
+    assert re.fullmatch("[0-9a-f]{40}", machine["commit"])
     return tests
 
 
@@ -53,8 +64,9 @@ def test_every_row_of_the_order_finds_tests_and_the_telling_ones_are_first(tests
     ranks = [rank(name) for name in names]
     assert ranks == sorted(ranks)
     assert set(range(len(ORDER))) <= set(ranks)
-    assert "runtime/test_tensorrt" in names[0]
-    first = next(name for name in names if "runtime/test_tensorrt" not in name)
+    assert "test_gpu_canary" in names[0]
+    assert "runtime/test_tensorrt" in names[1]
+    first = next(name for name in names[1:] if "runtime/test_tensorrt" not in name)
     assert "agrees" in first
     assert "vit-msn-small" in first
     assert "fp16" in first
@@ -68,28 +80,94 @@ def test_without_a_card_each_is_skipped_with_the_reason(tests) -> None:
 
 
 @pytest.fixture
-def few(tmp_path: Path) -> tuple[str | Path, ...]:
-    """A suite of three tests that need no card."""
-    file = tmp_path / "test_few.py"
+def few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """A suite that needs no card, of tests that kill, hang, pass and fail; 2 seconds for each."""
+    file = tmp_path / "suite" / "test_few.py"
+    file.parent.mkdir()
     file.write_text(FEW)
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
-    return ("-p", "tests.contracts.on_a_card", file)
+    (file.parent / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(card, "seconds_of", lambda _: 2.0)
+    for name in (DEADLINE, CANARY):
+        monkeypatch.delenv(name, raising=False)
+    return ("-p", "tests.contracts.on_a_card", "-c", str(file.parent / "pytest.ini"), str(file))
 
 
-def test_what_does_not_begin_within_the_budget_is_skipped_and_written(few, tmp_path) -> None:
-    tests = run(tmp_path / "folder" / "results.jsonl", *few, "--budget", "0", cwd=tmp_path)
-    assert [test["outcome"] for test in tests] == ["skipped"] * 3
-    assert {test["why"] for test in tests} == {"Skipped: not begun: the 0 s of --budget are over"}
+def outcomes(folder: Path) -> dict[str, tuple[str, str]]:
+    lines = [line for line in lines_of(folder / "results.jsonl") if "outcome" in line]
+    return {line["test"].partition("::")[2]: (line["outcome"], line["why"]) for line in lines}
 
 
-def test_a_test_that_ends_its_process_is_written_and_the_next_goes_on(few, tmp_path) -> None:
-    options = ("-n", "1", "--budget", "600")
-    tests = run(tmp_path / "results.jsonl", *few, *options, cwd=tmp_path)
-    why = {test["test"].partition("::")[2]: (test["outcome"], test["why"]) for test in tests}
-    assert [outcome for outcome, _ in (why[name] for name in NAMES)] == [
-        "failed",
-        "passed",
-        "failed",
-    ]
-    assert "crashed while running" in why[NAMES[0]][1]
-    assert "assert 2 == 1" in why[NAMES[2]][1]
+def test_a_crash_or_a_hang_costs_one_test_and_the_order_stays(few, tmp_path) -> None:
+    card.run_tests(few, tmp_path, time.time() + 300)
+    found = outcomes(tmp_path)
+    killed = [f"test_ends_the_process[{number}]" for number in range(6)]
+    assert list(found) == [*killed, "test_hangs", "test_counts[1]", "test_counts[2]"]
+    assert found[killed[0]] == ("failed", "ended with exit code 7")
+    assert {found[name] for name in killed[1:]} == {("failed", "ended by SIGSEGV")}
+    assert re.fullmatch(r"killed after \d s: it hung \(its group has 2 s\)", found["test_hangs"][1])
+    assert found["test_counts[1]"][0] == "passed"
+    assert "assert 2 == 1" in found["test_counts[2]"][1]
+
+
+def test_the_deadline_holds_for_every_process(few, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv(DEADLINE, str(time.time() - 1))
+    card.run_tests(few, tmp_path, time.time() + 300)
+    why = {"Skipped: not begun: the time of the run is over"}
+    assert {why for _, why in outcomes(tmp_path).values()} == why
+    assert len(outcomes(tmp_path)) == 9
+
+
+def test_where_the_canary_died_no_engine_is_opened(few, tmp_path, monkeypatch) -> None:
+    write(tmp_path / "results.jsonl", {"test": "test_gpu_canary.py::test", "outcome": "failed",
+                                       "when": "call", "why": "ended by SIGSEGV"})  # fmt: skip
+    reason = card.died(tmp_path / "results.jsonl")
+    assert reason == "the canary failed: ended by SIGSEGV"
+    monkeypatch.setenv(CANARY, reason)
+    card.run_tests(few, tmp_path, time.time() + 300)
+    (_, *found) = outcomes(tmp_path).values()
+    assert set(found) == {("skipped", f"Skipped: not begun: {reason}")}
+
+
+def test_a_canary_that_did_not_run_is_no_good_sign(tmp_path) -> None:
+    assert card.died(tmp_path / "results.jsonl") == "the canary did not run"
+
+
+def test_tests_that_cannot_be_collected_end_the_run(few, tmp_path, capsys) -> None:
+    (tmp_path / "suite" / "test_few.py").write_text("import nothing_of_that_name")
+    card.run_tests(few, tmp_path, time.time() + 300)
+    assert "ended with exit code 2; log.txt has what it printed" in capsys.readouterr().err
+    assert "nothing_of_that_name" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.slow
+def test_the_first_questions_are_asked_where_there_is_no_card(tmp_path) -> None:
+    command = [ROOT / "scripts" / "card.sh", tmp_path, "--seconds", "240"]
+    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.partition(":")[0] for line in lines if "up to" in line] == [
+        "canary", "state machine", "vit-msn-small in fp16", "benchmark",
+    ]  # fmt: skip
+    assert "the canary skipped: " in done.stdout
+    assert re.fullmatch(r"\d+ skipped", lines[-1])
+    assert "nothing was measured: " in (tmp_path / "log.txt").read_text()
+
+
+def test_a_build_that_failed_or_killed_is_not_tried_again(tmp_path) -> None:
+    tried = []
+
+    def make(shape: str) -> Built:
+        tried.append(shape)
+        raise ValueError("no kernel")
+
+    for _ in range(2):  # the second is a process of its own
+        build = Once(make, tmp_path)
+        with pytest.raises((ValueError, pytest.fail.Exception), match="no kernel"):
+            build("small")
+    assert tried == ["small"]
+    (tmp_path / "base.begun").touch()
+    with pytest.raises(pytest.fail.Exception, match="base was not built: it ended the process"):
+        Once(make, tmp_path)("base")
+    assert tried == ["small"]

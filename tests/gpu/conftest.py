@@ -1,5 +1,6 @@
 """A place to run: an NVIDIA card (``-m gpu``), or a rehearsal of this suite on the CPU."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,9 @@ def place(
 ) -> Place:
     """The place a test's parameter names; skipped with the reason where it is not to be had."""
     if request.param not in places:
-        folder = tmp_path_factory.mktemp(request.param.replace(" ", "-"))
+        name = request.param.replace(" ", "-")
+        kept = os.environ.get("MSN_EXPORT_CARD_FOLDER")  # of scripts/card.py: for several processes
+        folder = Path(kept, name) if kept else tmp_path_factory.mktemp(name)
+        folder.mkdir(parents=True, exist_ok=True)
         places[request.param] = FOUND[request.param](folder, photographs)
     return places[request.param]

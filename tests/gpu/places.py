@@ -5,6 +5,7 @@ typed graph in place of the engine. It shows that the suite works, and says noth
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -46,6 +47,38 @@ class Built:
     manifest: Manifest
 
 
+class Once:
+    """What a function makes, made once: a failure is kept too, and so is the end of a process.
+
+    A build that fails takes as long as one that does not; where it ended its process, the next
+    process would end as well.
+    """
+
+    def __init__(self, make: Callable[..., Built], folder: Path) -> None:
+        self._make, self._folder = make, folder
+        self._kept: dict[tuple[Any, ...], Built] = {}
+
+    def __call__(self, *key: Any) -> Built:
+        if key in self._kept:
+            return self._kept[key]
+        name = ".".join(map(str, key))
+        failure, begun = self._folder / f"{name}.failure", self._folder / f"{name}.begun"
+        if begun.exists():
+            failure.write_text("it ended the process that built it")
+            begun.unlink()
+        if failure.exists():
+            pytest.fail(f"{name} was not built: {failure.read_text()}")
+        begun.touch()
+        try:
+            self._kept[key] = self._make(*key)
+        except (Exception, pytest.fail.Exception) as error:
+            failure.write_text(f"{type(error).__name__}: {error}"[-4000:])
+            raise
+        finally:
+            begun.unlink()
+        return self._kept[key]
+
+
 class Place(ABC):
     """Builds and runs artifacts; what was built once is kept."""
 
@@ -54,7 +87,7 @@ class Place(ABC):
     def __init__(self, folder: Path, photographs: Path) -> None:
         self.folder = folder
         self.photographs = photographs
-        self.build = cache(self._build)
+        self.build = Once(self._build, folder)
         self.checkpoint = cache(self._checkpoint)
         self.master = cache(self._master)
 
@@ -102,8 +135,17 @@ class Place(ABC):
         """Give the option that names the photographs."""
         return "--images", str(self.photographs)
 
+    def canary(self, shape: str) -> Path:
+        """Make an artifact in fp16 that has golden values, as a user does."""
+        graph = self.folder / f"{shape}.canary.onnx"
+        return self.run(
+            graph, "onnx", self.source(shape), "--head", "cls", "--batch", "1:4:8", *self.images()
+        )
+
     def run(self, output: Path, *arguments: str) -> Path:
-        """Run a command that writes a file."""
+        """Run a command that writes a file; what an earlier process wrote is kept."""
+        if output.exists() and manifests.manifest_path(output).exists():
+            return output
         done = self.command(*arguments, "-o", str(output))
         assert done.exit_code == 0, done.output
         return output
@@ -187,6 +229,13 @@ class Card(Bare):
         return self.run(
             engine, "trt", str(graph), *precision, "--backend", self.backend.name, *self.target(),
             *self.images(),
+        )  # fmt: skip
+
+    def canary(self, shape: str) -> Path:
+        graph = super().canary(shape)
+        return self.run(
+            graph.with_suffix(".engine"), "trt", str(graph), "--fp16", "--backend",
+            self.backend.name, *self.target(), *self.images(),
         )  # fmt: skip
 
     def target(self) -> tuple[str, ...]:

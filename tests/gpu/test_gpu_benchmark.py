@@ -190,7 +190,7 @@ def test_what_a_budget_leaves_out_is_told_and_the_rest_is_written(
 def test_an_engine_that_ends_its_process_is_a_reason(script, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(script, "find_driver", one_device)
     script.find_backend()  # skips nothing: the compiler of the tests is installed
-    with pytest.raises(MsnExportError, match=r"msn-export trt ended with 1: .*none\.onnx"):
+    with pytest.raises(MsnExportError, match=r"msn-export trt ended with 2: .*none\.onnx"):
         script.build(tmp_path / "none.onnx", tmp_path / "m.engine", tmp_path)
     assert script.target(True, ComputeCapability(8, 9)) == ["--compute-capability", "8.9"]
     assert script.target(True, ComputeCapability(9, 0)) == []
