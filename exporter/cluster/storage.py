@@ -115,8 +115,9 @@ def _bucket(uri: str, folder: str, found: list[Any], store: Any) -> Listing:
         raise ImageError(f"{uri} holds no picture that can be read{why}")
     pictures.sort(key=lambda one: one.path.split("/"))
     below = folder.rfind("/") + 1 if single else len(folder) + 1
-    paths, sizes = [one.path for one in pictures], [one.size for one in pictures]
-    return Listing.of(uri, paths, sizes, below, dict(sorted(skipped.items())))
+    paths = [one.path for one in pictures]
+    stats = ((one.size, -1 if one.mtime_ns is None else one.mtime_ns // 1000) for one in pictures)
+    return Listing.of(uri, paths, stats, below, dict(sorted(skipped.items())))
 
 
 def _reasons(paths: list[str], folder: str, store: Any) -> dict[str, str]:

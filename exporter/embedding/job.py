@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -28,13 +29,16 @@ class Listing:
 
     ``folder`` is what people call it, ``below`` how many characters of each path lead to it.
     ``sha256`` is over each one's name below the folder and its size in bytes: what can be known of
-    a million files without reading them.
+    a million files without reading them. ``sizes`` are those, and ``changed`` when each file was
+    written last, in microseconds since 1970; -1 where that is not known.
     """
 
     folder: Path | str
     paths: Sequence[Path | str]
     below: int
     sha256: str
+    sizes: Sequence[int]
+    changed: Sequence[int]
     skipped: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -42,14 +46,17 @@ class Listing:
         cls,
         folder: Path | str,
         paths: Sequence[Path | str],
-        sizes: Iterable[int],
+        stats: Iterable[tuple[int, int]],
         below: int,
         skipped: Mapping[str, int],
     ) -> Listing:
-        digest = hashlib.sha256()
-        for path, size in zip(paths, sizes, strict=True):
+        """List files with their ``stats``: the size of each, and when it was changed."""
+        digest, sizes, changed = hashlib.sha256(), array("q"), array("q")
+        for path, (size, time) in zip(paths, stats, strict=True):
             digest.update(os.fsencode(str(path)[below:]) + b"\0%d\n" % size)
-        return cls(folder, paths, below, digest.hexdigest(), skipped)
+            sizes.append(size)
+            changed.append(time)
+        return cls(folder, paths, below, digest.hexdigest(), sizes, changed, skipped)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -72,14 +79,15 @@ def listing_of(source: Path, found: Found) -> Listing:
     first = found.paths[0]
     inside = source.is_dir() or all(path.is_relative_to(found.base) for path in found.paths)
     below = len(str(first)) - len(found.name_of(first)) if inside else 0
-    return Listing.of(source, found.paths, map(_size, found.paths), below, found.skipped)
+    return Listing.of(source, found.paths, map(_stat, found.paths), below, found.skipped)
 
 
-def _size(path: Path) -> int:
+def _stat(path: Path) -> tuple[int, int]:
     try:
-        return path.stat().st_size
+        found = path.stat()
     except OSError:
-        return -1  # gone since it was listed: decoding it will say so
+        return -1, -1  # gone since it was listed: decoding it will say so
+    return found.st_size, found.st_mtime_ns // 1000
 
 
 def _ending(path: Path) -> Path:

@@ -13,6 +13,7 @@ import json
 import os
 import time
 from contextlib import suppress
+from datetime import UTC, datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Self
 
@@ -294,7 +295,10 @@ def write_npy(
     raw = about.get("scores") == Scores.RAW
     with lines.open("w", encoding="utf-8") as file:
         for number, row in enumerate(rows_of(journal, listing, labels, raw=raw)):
-            file.write(json.dumps({"row": number, **row}, ensure_ascii=False) + "\n")
+            text = json.dumps(
+                {"row": number, **row}, ensure_ascii=False, default=datetime.isoformat
+            )
+            file.write(text + "\n")
     return described, lines, journal.vectors.path
 
 
@@ -307,10 +311,11 @@ def write_parquet(
 ) -> tuple[Path, ...]:
     """Write one table, row group by row group.
 
-    Columns: ``path``, ``embedding`` (list of a fixed size, float32; null where there is an error),
-    ``error``, and for a classifier ``label``, ``score`` and ``probability`` (null where the score
-    is none). Where several classes were kept, ``labels`` and ``scores`` are lists of them. What it
-    was made from stands in the schema's metadata under ``msn-export``.
+    Columns: ``path``, the file's size in ``bytes`` and when it was ``changed``, ``embedding`` (list
+    of a fixed size, float32; null where there is an error), ``error``, and for a classifier
+    ``label``, ``score`` and ``probability`` (null where the score is none). Where several classes
+    were kept, ``labels`` and ``scores`` are lists of them. What it was made from stands in the
+    schema's metadata under ``msn-export``.
     """
     import pyarrow as pa
     from pyarrow import parquet
@@ -318,6 +323,8 @@ def write_parquet(
     (size,) = journal.vectors.read(0, 1).shape[1:]
     fields = {
         "path": pa.string(),
+        "bytes": pa.int64(),
+        "changed": pa.timestamp("us", tz="UTC"),
         "embedding": pa.list_(pa.float32(), size),
         "error": pa.string(),
     }
@@ -351,10 +358,11 @@ def write_parquet(
 def rows_of(
     journal: Journal, listing: Listing, labels: Sequence[str], *, raw: bool
 ) -> Iterator[dict[str, Any]]:
-    """Give each row's ``path`` and ``error``, and of a classifier its likeliest class.
+    """Give each row's path, file and ``error``, and of a classifier its likeliest class.
 
-    That is ``label``, ``score``, and ``probability``: the score, which a ``raw`` one is not. Where
-    several classes were kept, they are ``labels`` with their ``scores``, the likeliest first.
+    Of the file there are its size in ``bytes`` and when it was ``changed``. The class is ``label``,
+    ``score``, and ``probability``: the score, which a ``raw`` one is not. Where several classes
+    were kept, they are ``labels`` with their ``scores``, the likeliest first.
     """
     step = 1 << 16
     names = listing.names()
@@ -364,7 +372,13 @@ def rows_of(
         for number in range(start, stop):
             # an error has the path, whose bytes may be no text
             error = to_plain(journal.errors.get(number))
-            row: dict[str, Any] = {"path": next(names), "error": error}
+            size, changed = listing.sizes[number], listing.changed[number]
+            row: dict[str, Any] = {
+                "path": next(names),
+                "bytes": None if size < 0 else size,
+                "changed": None if changed < 0 else datetime.fromtimestamp(changed / 1e6, UTC),
+                "error": error,
+            }
             if best is not None and error is None:
                 guesses = best[number - start]
                 found = [

@@ -144,6 +144,8 @@ def test_parquet_holds_the_same(model, folder, tmp_path) -> None:
     kinds = {field.name: str(field.type) for field in table.schema}
     assert kinds == {
         "path": "string",
+        "bytes": "int64",
+        "changed": "timestamp[us, tz=UTC]",
         "embedding": "fixed_size_list<element: float>[64]",
         "error": "string",
         "label": "string",
@@ -155,6 +157,10 @@ def test_parquet_holds_the_same(model, folder, tmp_path) -> None:
     for row, line, vector in zip(table.to_pylist(), lines, vectors, strict=True):
         assert row["path"] == line["path"]
         assert row["error"] == line["error"]
+        assert row["bytes"] == line["bytes"] == (folder / row["path"]).stat().st_size
+        changed = int((folder / row["path"]).stat().st_mtime_ns) // 1000
+        assert round(row["changed"].timestamp() * 1e6) == changed
+        assert line["changed"] == row["changed"].isoformat()
         assert row["label"] == line.get("label")
         if row["error"] is None:
             np.testing.assert_array_equal(np.asarray(row["embedding"], np.float32), vector)
@@ -223,7 +229,7 @@ def test_uint8_and_fp16_models_are_fed_what_they_take(folder, wanted, tmp_path) 
             cosine = vector @ embedding / np.linalg.norm(vector) / np.linalg.norm(embedding)
             assert cosine > 0.999  # the gate of an fp16 graph
     lines = lines_of(tmp_path / "out.npy")
-    assert set(lines[0]) == {"row", "path", "error"}  # no classifier
+    assert set(lines[0]) == {"row", "path", "bytes", "changed", "error"}  # no classifier
 
 
 def test_file_names_that_are_no_text_do_not_stop_it(model, tmp_path) -> None:

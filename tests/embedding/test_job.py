@@ -20,6 +20,14 @@ def test_names_and_fingerprint_are_those_below_the_folder(tmp_path, monkeypatch)
     assert list_pictures(Path()).sha256 == one.sha256
 
 
+def test_the_size_of_each_file_and_when_it_was_written_are_kept(tmp_path) -> None:
+    found = list_pictures(pictures(tmp_path, 2))
+    os.utime(found.paths[1], ns=(0, 1_700_000_000_123_456_000))
+    found = list_pictures(tmp_path)
+    assert list(found.sizes) == [path.stat().st_size for path in found.paths]
+    assert found.changed[1] == 1_700_000_000_123_456
+
+
 def test_one_more_byte_or_another_name_is_another_fingerprint(tmp_path) -> None:
     before = list_pictures(pictures(tmp_path, 2))
     (path, _) = before.paths
