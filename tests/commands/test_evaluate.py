@@ -11,7 +11,6 @@ from click.testing import CliRunner
 from PIL import Image
 
 from msn_export.cli import main
-from msn_export.commands import evaluate
 from msn_export.commands.evaluate import EvaluateJob, run_evaluate
 from msn_export.errors import ImageError, MsnExportError
 from msn_export.metrics.accuracy import votes
@@ -276,7 +275,7 @@ def test_a_picture_that_is_gone_by_then_is_shown_as_such(graph, tmp_path, monkey
     def gone(path: Path, *_: object) -> None:
         raise ImageError(f"{path} is not a readable picture (No such file or directory)")
 
-    monkeypatch.setattr(evaluate, "read", gone)
+    monkeypatch.setattr("msn_export.reporting.gather.images.read", gone)
     run_evaluate(EvaluateJob(graph, folder, report=tmp_path / "page.html"))
     assert "cannot be read any more" in (tmp_path / "page.html").read_text("utf-8")
 
