@@ -201,7 +201,7 @@ class OpenVinoRunner(Runner):
         stated = manifest or metadata
         row = stated.row if stated is not None else None
         if (reason := too_old(row, Client.OPENVINO, VERSION)) is not None:
-            raise RunnerError(f"{model.name} {reason}")
+            raise RunnerError(f"{model.name} {reason} (pip install -U openvino)")
         require_bounded_loops(model)
         core = openvino.Core()
         _require_precision(core, options.precision)

@@ -419,7 +419,7 @@ def test_openvino_too_old_for_a_graph_is_told_with_what_takes_it(monkeypatch) ->
     with pytest.raises(
         RunnerError,
         match=rf"m\.onnx needs OpenVINO {least} or later, and here is 2025\.4\.1; upgrade it, or "
-        "export the model with --target portable, which 2025.4.1 loads",
+        r"export the model with --target portable, which 2025\.4\.1 loads \(pip install -U op",
     ):
         opened(classifier())
     with opened(classifier("--target", "portable")) as runner:
