@@ -7,8 +7,8 @@ _OBEYED = (
 )  # fmt: skip
 ESCAPES = {code: f"\\u{code:04x}" for code in _OBEYED}
 # Of a name that is not UTF-8 Python makes surrogates, which cannot be written anywhere
-_IN_A_LINE = ESCAPES | {ord("\n"): "\\n", ord("\t"): "\\t"}
-_IN_A_LINE |= dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
+IN_A_TEXT = ESCAPES | dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
+_IN_A_LINE = IN_A_TEXT | {ord("\n"): "\\n", ord("\t"): "\\t"}
 _LONGEST = 2000  # characters; a path or a label of a file may be of any length
 
 

@@ -28,6 +28,7 @@ from matplotlib.ticker import (
 
 from msn_export.benchmark.results import Bench, footnotes
 from msn_export.compare.drift import Drift
+from msn_export.errors import IN_A_TEXT
 from msn_export.graph.summary import PARTS
 from msn_export.metrics.diagnose import StageDrift
 from msn_export.metrics.tolerances import HEADROOM
@@ -307,13 +308,13 @@ def html(page: Page) -> str:
     """Render the page with its plots: one file that loads nothing."""
     drawn = {name: Markup(svg) for name, svg in _plots(page).items()}  # noqa: S704  ours
     template = environment(autoescape=True).get_template("report.html.j2")
-    return template.render(page=page, plots=drawn).lstrip()
+    return template.render(page=page, plots=drawn).lstrip().translate(IN_A_TEXT)
 
 
 def markdown(page: Page) -> str:
     """Render the same figures as Markdown, without plots and pictures."""
     text = environment(autoescape=False).get_template("model_card.md.j2").render(page=page)
-    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+    return re.sub(r"\n{3,}", "\n\n", text.translate(IN_A_TEXT)).strip() + "\n"
 
 
 def environment(*, autoescape: bool) -> Environment:
@@ -485,4 +486,4 @@ def write_page(bench: Bench, path: Path) -> None:
             data=Markup(data),  # noqa: S704  JSON with every "<" escaped
         )
     )
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page.translate(IN_A_TEXT), encoding="utf-8")

@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from msn_export.errors import SpecError
+from msn_export.errors import IN_A_TEXT, SpecError
 from msn_export.input_files import TRITON_LABELS, read_text
 from msn_export.spec import ComputeCapability
 from msn_export.triton_server.config import SIZES, ModelConfig, datatype_name, module
@@ -366,7 +366,7 @@ def _check_label_file(subject: ModelUnderLint, output: Any, where: str, root: Pa
 
 def one_line(label: str) -> str:
     """Write a class's name on one line, as a file of labels needs it."""
-    return " ".join(label.split())
+    return " ".join(label.split()).translate(IN_A_TEXT)
 
 
 def _check_warmup(subject: ModelUnderLint, root: Path) -> Findings:

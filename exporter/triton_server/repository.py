@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -58,6 +59,10 @@ def require_name(name: str) -> None:
 
 def require_free(repository: Path, names: Sequence[str], *, force: bool) -> None:
     """Refuse, before any work is done, a repository that the models could not be put into."""
+    if not repository.absolute().name.isprintable():
+        raise OutputError(
+            f"{str(repository)!r} is not printable; choose another repository with -o"
+        )
     folder = repository if repository.exists() else repository.parent
     if not folder.is_dir():
         raise OutputError(f"{folder} is no folder; choose another repository with -o")
@@ -248,6 +253,19 @@ def _literal(name: str) -> str:
     return json.dumps(name, ensure_ascii=False) if name.isprintable() else ascii(name)
 
 
+def _shell(folder: str) -> str:
+    """Write a folder's name into a command line, where it is one word and no option."""
+    return shlex.quote(f"./{folder}" if folder.startswith("-") else folder)
+
+
+def _mounted(folder: str) -> str:
+    """Write docker's option for a folder here; ``-v`` takes a colon for the end of its name."""
+    place = f'"$PWD"/{shlex.quote(folder)}'
+    if ":" in folder:
+        return f"--mount type=bind,source={place},target=/models,readonly"
+    return f"-v {place}:/models:ro"
+
+
 def _start_command(served: Served) -> str:
     settings = served.settings
     options = ["--disable-auto-complete-config"]
@@ -260,7 +278,7 @@ def _start_command(served: Served) -> str:
     return " \\\n    ".join(
         [
             "docker run --rm --gpus all -p 8000:8000 -p 8001:8001 -p 8002:8002",
-            f'-v "$PWD/{served.repository.name}:/models:ro" {settings.release.image}',
+            f"{_mounted(served.repository.name)} {settings.release.image}",
             "tritonserver --model-repository=/models",
             *options,
         ]
@@ -349,7 +367,9 @@ def _preprocessing(served: Served, imports: list[str]) -> list[str]:
     artifact, preprocessing = served.first, served.preprocessing
     file = f"{served.repository.name}/{served.name}/{served.file_of(artifact)}"
     call = "read" if artifact.manifest is not None else "read_stated"
-    read = [f'known = manifest.{call}(Path("{file}"))'] if artifact.stated is not None else []
+    read = (
+        [f"known = manifest.{call}(Path({_literal(file)}))"] if artifact.stated is not None else []
+    )
     if preprocessing is not None and preprocessing == artifact.preprocessing:
         first = ["from msn_export import images, manifest", *imports]
         return [*first, "", *read, "made = known.preprocessing"]
@@ -369,7 +389,7 @@ def _preprocessing(served: Served, imports: list[str]) -> list[str]:
 
 
 def _more(served: Served) -> list[str]:
-    repository, name = served.repository.name, served.name
+    repository, name = _shell(served.repository.name), served.name
     return [
         "## A new version", "", "```sh",
         f"msn-export triton NEW.onnx -o {repository} --name {name} --model-version 2",

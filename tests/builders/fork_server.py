@@ -67,6 +67,7 @@ class ForkServer:
         timeout: float = 60.0,
         memory: int | None = None,
         before: str = "",
+        environment: Mapping[str, str] | None = None,
     ) -> Outcome:
         """Run a command line.
 
@@ -76,10 +77,12 @@ class ForkServer:
             timeout: seconds after which it is killed.
             memory: bytes of address space that it may have.
             before: ``module:function`` to call first, as one that plants a fault.
+            environment: variables to set besides.
         """
         line = {
             "arguments": [os.fsencode(str(one)).hex() for one in arguments],
             "cwd": str(cwd), "timeout": timeout, "memory": memory, "before": before,
+            "environment": dict(environment or {}),
         }  # fmt: skip
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -147,6 +150,7 @@ def _be_child(request: Mapping[str, Any], out: int, err: int) -> None:
         sys.stdin = os.fdopen(0)
         sys.stdout = os.fdopen(1, "w", encoding="utf-8")
         sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace")
+        os.environ.update(request["environment"])
         arguments = [os.fsdecode(bytes.fromhex(one)) for one in request["arguments"]]
         sys.argv = ["msn-export", *arguments]
         if request["before"]:
