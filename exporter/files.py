@@ -250,8 +250,11 @@ def move(staged: Path, output: Path) -> None:
 
 
 def written() -> tuple[str, ...]:
-    """Name what this process has moved to its place, the last hundred of it."""
-    return tuple(dict.fromkeys(map(str, _written)))
+    """Name what this process has moved to its place and is there, the last hundred of it.
+
+    What was moved within a staging folder is gone with that.
+    """
+    return tuple(dict.fromkeys(str(path) for path in _written if os.path.lexists(path)))
 
 
 @contextmanager

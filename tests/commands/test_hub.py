@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -224,6 +225,21 @@ def test_a_graph_that_fails_its_gate_leaves_nothing(checkpoint, tmp_path, monkey
     monkeypatch.setattr(evaluate.Evaluation, "require", require)
     line = refused(checkpoint, "-o", tmp_path / "out", "--dtype", "fp32,fp16")
     assert line == "error: the fp16 graph differs"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_leaves_nothing_and_names_nothing(checkpoint, tmp_path, monkeypatch) -> None:
+    """Graphs that lay in the staging folder went with it."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("msn_export.files._written", deque())
+    monkeypatch.setattr("msn_export.commands.hub.HubCard", interrupted)
+    result = run(checkpoint, "-o", tmp_path / "out", "--dtype", "fp32")
+    assert result.exit_code == 130
+    line = result.stderr.strip().splitlines()[-1]
+    assert line == "error: interrupted; nothing was written"
     assert list(tmp_path.iterdir()) == []
 
 

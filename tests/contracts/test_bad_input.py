@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -307,18 +308,19 @@ def test_a_path_that_no_library_can_open_is_refused_at_once(tiny, tmp_path, outp
 
 def test_an_output_that_is_what_is_read_is_refused(checkpoint) -> None:
     weights = checkpoint / "model.safetensors"
-    before = weights.read_bytes()
-    result = CliRunner().invoke(main, ["onnx", str(weights), "-o", str(weights), "--force"])
-    assert f"output {weights} is what is read; choose another with -o" in last_line(result)
-    assert weights.read_bytes() == before
-    result = CliRunner().invoke(main, ["onnx", str(checkpoint), "-o", str(weights), "--force"])
-    assert f"output {weights} is what is read; choose another with -o" in last_line(result)
-    assert weights.read_bytes() == before
+    before, output = weights.read_bytes(), checkpoint / "m.onnx"
+    output.hardlink_to(weights)
+    for source in (weights, checkpoint):
+        result = CliRunner().invoke(main, ["onnx", str(source), "-o", str(output), "--force"])
+        assert f"output {output} is what is read; choose another with -o" in last_line(result)
+        assert weights.read_bytes() == before
 
 
-def test_a_device_is_never_replaced(tiny) -> None:
-    result = CliRunner().invoke(main, ["onnx", str(tiny), "-o", "/dev/null", "--force"])
-    assert "output /dev/null is a device or a pipe; name a file with -o" in last_line(result)
+def test_a_device_is_never_replaced(tiny, tmp_path) -> None:
+    output = tmp_path / "m.onnx"
+    output.symlink_to("/dev/null")
+    result = CliRunner().invoke(main, ["onnx", str(tiny), "-o", str(output), "--force"])
+    assert f"output {output} is a device or a pipe; name a file with -o" in last_line(result)
     assert Path("/dev/null").is_char_device()
 
 
@@ -355,8 +357,10 @@ def test_an_error_of_the_system_that_nobody_expects_is_one_line_too(
     def broken(path: Path, *_: object, **__: object) -> str:
         raise OSError(5, "Input/output error", str(path))
 
+    monkeypatch.setattr("msn_export.files._written", deque())  # of other tests in this process
     monkeypatch.setattr("msn_export.input_files.os.open", broken)
     assert refused(tiny, outputs).endswith("config.json cannot be read: Input/output error")
     monkeypatch.undo()
+    monkeypatch.setattr("msn_export.files._written", deque())
     monkeypatch.setattr("msn_export.commands.onnx.sha256_of", broken)
     assert refused(tiny, outputs).endswith("m.onnx: Input/output error")
