@@ -63,7 +63,7 @@ class Steps:
 
 @contextmanager
 def _standard_output_named() -> Iterator[None]:
-    """Say which file it is that is full or closed."""
+    """Name the file that is full or closed."""
     try:
         yield
     except OSError as error:
