@@ -5,11 +5,12 @@
 
 Recipes: ``tensorrt-rtx`` (1.6.1: the last that does not refuse SM 9.0 when it loads),
 ``tensorrt-rtx-1.7`` (1.7.1: what the tests compile with; for GeForce and RTX cards), ``onnxruntime-gpu``, and
-``tensorrt-8.6`` (8.6.0 with numpy and a CPython 3.10 of its own; g++ and a Python 3.10 are needed here).
+``tensorrt-8.6`` (8.6.0 with numpy, cuda-bindings and a CPython 3.10 of its own; g++ and a Python 3.10 are needed here).
 All comes from PyPI. The bundle holds a folder ``site`` for PYTHONPATH, with msn-export itself and what it
 needs beside the packages of a machine for machine learning (torch, transformers, onnx, onnxscript,
 scikit-image, pytest are taken from there), and ``suite``, from which the GPU's tests and benchmark run. For
-8.6 there is ``python`` in their place: msn-export needs Python 3.11, and the modules of 8.6 end at 3.10.
+8.6, whose modules end at Python 3.10, there is ``python``, which runs msn-export's compiler and runner (scripts/tensorrt_8_6.py)
+with what 3.10 lacks supplied (scripts/python_3_10.py).
 Compressed with xz and cut into pieces, beside ``bundle.json`` with the SHA-256 of every piece, and
 ``unpack.py``, which checks them before it unpacks anything and prints the command that runs the suite.
 Several bundles may be unpacked into one folder.
@@ -50,12 +51,11 @@ def fetch(recipe: Recipe, folder: Path) -> list[Path]:
         subprocess.run(
             [*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, source], check=True
         )
-    if recipe.suite:
-        with tempfile.TemporaryDirectory() as copied:  # a build leaves its traces in the tree
-            copy(PACKAGE, Path(copied))
-            subprocess.run(
-                [*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, copied], check=True
-            )
+    with tempfile.TemporaryDirectory() as copied:  # a build leaves its traces in the tree
+        copy(PACKAGE, Path(copied))
+        subprocess.run(
+            [*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, copied], check=True
+        )
     return sorted(folder.glob("*.whl"))
 
 
@@ -67,7 +67,7 @@ def copy(names: Iterable[str], target: Path) -> None:
         if (TREE / name).is_dir():
             shutil.copytree(TREE / name, target / name, ignore=skipped)
         else:
-            shutil.copy(TREE / name, target / name)
+            shutil.copy(TREE / name, target / Path(name).name)
 
 
 def lay_out(recipe: Recipe, wheels: list[Path], tree: Path) -> None:
@@ -83,6 +83,9 @@ def lay_out(recipe: Recipe, wheels: list[Path], tree: Path) -> None:
              site / "tensorrt" / library, HERE / "tensorrt_8_6_stubs.cpp"],
             check=True,
         )  # fmt: skip
+    if recipe.interpreter:
+        shutil.copy(HERE / "python_3_10.py", site / "sitecustomize.py")
+        copy(("scripts/tensorrt_8_6.py",), tree / "run")
     if recipe.suite:
         copy(SUITE, tree / "suite")
         (tree / "suite" / "commit.txt").write_text(commit() + "\n")

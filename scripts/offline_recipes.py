@@ -22,7 +22,7 @@ class Recipe:
 
     ``drop`` are library files of a wheel that are left out; ``stubs`` (library to C++ source)
     replace those that a module links and the path from ONNX to an engine never calls. ``suite``:
-    with msn-export itself and its tests.
+    with msn-export itself, its tests and what they need; else with msn-export alone.
     """
 
     python: str
@@ -53,7 +53,7 @@ RECIPES = {
     "tensorrt-rtx-1.7": rtx("1.7.1.116"),
     "tensorrt-8.6": Recipe(
         "3.10",
-        ("tensorrt==8.6.0", "numpy==1.26.4"),
+        ("tensorrt==8.6.0", "numpy==1.26.4", "cuda-bindings==13.4.4", "cuda-pathfinder==1.8.3"),
         drop=("libnvinfer_plugin.so.8", "libnvparsers.so.8"),
         stubs=("libnvinfer_plugin.so.8", "libnvparsers.so.8"),
         interpreter=True,

@@ -75,6 +75,8 @@ def main(arguments: list[str]) -> None:
     python = target / "python" / "bin" / f"python{about['python']}"
     if python.exists():
         print(f"run it with: PYTHONPATH={target}/site {python}")
+        run = f"{python} {target}/run/tensorrt_8_6.py run FOLDER"
+        print(f"its engine: PYTHONPATH={target}/site {run}")
     else:
         print(f"use it with: export PYTHONPATH={target}/site")
     if (target / "suite").exists():

@@ -12,7 +12,7 @@ from pathlib import Path
 import offline_bundle
 import offline_recipes
 import pytest
-from offline_recipes import BESIDE, PACKAGE, SUITE
+from offline_recipes import BESIDE, PACKAGE, SUITE, TREE
 from packaging.requirements import Requirement
 
 # comes with torch, onnx, onnxscript, transformers or scikit-image
@@ -140,3 +140,33 @@ def test_no_fixture_has_the_name_of_a_plugins() -> None:
                 marks = {ast.unparse(mark) for mark in node.decorator_list}
                 is_fixture = any(mark.startswith("pytest.fixture") for mark in marks)
                 assert not (is_fixture and node.name in of_plugins), f"{file.name}: {node.name}"
+
+
+def python_3_10() -> str | None:
+    """Find one that starts: a version manager may have the name and no such version."""
+    found = [shutil.which("python3.10"), *Path.home().glob(".pyenv/versions/3.10.*/bin/python3.10")]
+    for one in map(str, filter(None, found)):
+        done = subprocess.run([one, "-c", ""], capture_output=True, check=False)
+        if done.returncode == 0:
+            return one
+    return None
+
+
+@in_the_tree
+@pytest.mark.skipif(python_3_10() is None, reason="there is no Python 3.10 here")
+def test_python_3_10_gets_what_it_lacks(tmp_path) -> None:
+    shutil.copy(TREE / "scripts" / "python_3_10.py", tmp_path / "sitecustomize.py")
+    script = """
+import enum, hashlib, io, typing
+class Colour(enum.StrEnum):
+    RED = enum.auto()
+assert str(Colour.RED) == f"{Colour.RED}" == "red" == Colour("red")
+whole = io.BytesIO(bytes(range(256)) * 4096)
+assert hashlib.file_digest(whole, "sha256").digest() == hashlib.sha256(whole.getvalue()).digest()
+def same(self: typing.Self) -> typing.Self: ...
+"""
+    done = subprocess.run(
+        [str(python_3_10()), "-c", script], env={"PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
