@@ -5,7 +5,7 @@
 Each client is tried in the last release of every minor version, then in the patches between the
 last that failed and the first that ran. A trial is one graph in a process of its own; what came of
 it is kept in build/clients/trials.json, so that a run goes on where the last one ended. Writes
-exporter/version_table.json and the tables in README.md and docs/clients.md. ``--pages`` writes the
+exporter/version_table.json and the tables in docs/clients.md. ``--pages`` writes the
 pages alone.
 """
 
@@ -388,8 +388,8 @@ def evidence(cell: Cell) -> str:
 
 
 def write_pages(table: Table) -> None:
-    """Write the tables into README.md and docs/clients.md."""
-    replace_part(Path("README.md"), "versions", least_table(table))
+    """Write the tables into docs/clients.md."""
+    replace_part(Path("docs/clients.md"), "versions", least_table(table))
     replace_part(PAGE, "evidence", evidence_table(table))
 
 
