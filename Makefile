@@ -3,7 +3,7 @@ PYTHON ?= python3
 CLIENTS ?= tests/clients
 BIN := .venv/bin
 
-.PHONY: demo report test lint same slow mutants drills clients gpu performance wheel packaged clean
+.PHONY: demo report test lint same slow mutants drills faults fuzz clients gpu performance wheel packaged clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -74,6 +74,16 @@ drills: .venv/linked
 # In other runtimes of ONNX files, old and new; their environments are made in build/ on first use
 clients: .venv/linked
 	$(BIN)/python -m pytest -m 'slow or not slow' $(CLIENTS)
+
+# Every command killed before every change it makes to files
+faults: .venv/linked
+	$(BIN)/python -m pytest -m slow tests/contracts/test_kills.py
+
+# Files of every kind, mutated at random: FUZZ_CASES of each. python scripts/reliability.py runs both
+# and writes docs/reliability.md
+FUZZ_CASES ?= 1000
+fuzz: .venv/linked
+	FUZZ_CASES=$(FUZZ_CASES) $(BIN)/python -m pytest tests/contracts/test_fuzz.py
 
 gpu: .venv/linked
 	$(BIN)/python -m pytest -m gpu

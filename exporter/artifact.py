@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 from msn_export import manifest as manifests
-from msn_export.errors import EngineFileError, GraphError, ManifestError, SpecError
+from msn_export.errors import (
+    EngineFileError,
+    GraphError,
+    ManifestError,
+    MsnExportError,
+    SpecError,
+)
 from msn_export.host import require_memory
 from msn_export.input_files import ENGINE, artifact_kind, require_regular
 from msn_export.manifest import Described, Manifest, require_input, sha256_of
@@ -116,7 +122,8 @@ class Artifact(Described):
     def summary(self) -> GraphSummary:
         from msn_export.graph.summary import GraphSummary
 
-        return GraphSummary.of(self.written)
+        with named(self.path):
+            return GraphSummary.of(self.written)
 
     @cached_property
     def _understood(self) -> tuple[ir.Model, tuple[str, ...]]:
@@ -148,9 +155,9 @@ class Artifact(Described):
         from msn_export.graph.opset import raised_where_possible
 
         model, _ = self._understood
-        if self.manifest is None:
-            return raised_where_possible(model)
         with named(self.path):
+            if self.manifest is None:
+                return raised_where_possible(model)
             io.infer_shapes(model)
         return model
 
@@ -164,7 +171,8 @@ class Artifact(Described):
                 "built from"
             )
         try:
-            return find_stream(self.graph)
+            with named(self.path):
+                return find_stream(self.graph)
         except GraphError as error:
             return error
 
@@ -182,7 +190,8 @@ class Artifact(Described):
             return {}
         from msn_export.graph.summary import structure_of
 
-        return structure_of(self.graph, self._stream)
+        with named(self.path):
+            return structure_of(self.graph, self._stream)
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
@@ -359,6 +368,13 @@ def named(path: Path) -> Iterator[None]:
         if str(error).startswith(str(path)):
             raise
         raise GraphError(f"{path}: {error}") from error
+    except (MsnExportError, OSError, MemoryError):
+        raise
+    except Exception as error:  # onnx-ir raises what it likes for attributes of another type
+        raise GraphError(
+            f"{path} is not a valid graph ({type(error).__name__}: {error}); see what "
+            "onnx.checker says of it, and export it again"
+        ) from error
 
 
 _FLOATS = frozenset({"FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE"})

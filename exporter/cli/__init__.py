@@ -31,6 +31,7 @@ from msn_export.cli.options import OwnProcess, is_interrupted
 from msn_export.errors import MsnExportError, SpecError
 
 _ARGUMENTS = "msn_export.cli.arguments"
+_OF_GRAPHS = {"onnxruntime", "onnx", "onnx_ir", "google"}  # what they raise is about a graph
 _LONGEST = 2000  # characters of a message
 _OF_CHECKPOINTS = {"torch", "safetensors", "huggingface_hub"}  # what [export] adds to [graph]
 
@@ -86,17 +87,24 @@ class Commands(click.Group):
         except MemoryError:
             self._fail(ctx, "there is not enough memory; use a machine with more", 1)
         except Exception as error:  # noqa: BLE001  files are hostile, and libraries raise what they like
-            if is_interrupted(ctx):  # while a library was imported: it made another error of it
-                what = _placed() or "; nothing was written"
-                self._fail(ctx, _one_line(f"interrupted{what}"), 130)
-            reason = _one_line(f"{type(error).__name__}: {error}")
-            self._fail(ctx, f"unexpected {reason}; -v shows where, please report it", 1)
+            self._fail(ctx, *_unforeseen(ctx, error))
 
     def _fail(self, ctx: click.Context, message: str, code: int) -> None:
         if ctx.params.get("verbose"):
             raise  # noqa: PLE0704  called from an except clause: -v shows the traceback
         click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)
         ctx.exit(code)
+
+
+def _unforeseen(ctx: click.Context, error: Exception) -> tuple[str, int]:
+    """Give the message and the exit code for an error that no step expects."""
+    if is_interrupted(ctx):  # while a library was imported: it made another error of it
+        return _one_line(f"interrupted{_placed() or '; nothing was written'}"), 130
+    library = type(error).__module__.partition(".")[0]
+    if library in _OF_GRAPHS:
+        return _one_line(f"{library} refuses a graph that was made of what was given: {error}"), 1
+    reason = _one_line(f"{type(error).__name__}: {error}")
+    return f"unexpected {reason}; -v shows where, please report it", 1
 
 
 def _placed() -> str:

@@ -47,12 +47,26 @@ def load(path: Path) -> ir.Model:
     except Exception as error:  # protobuf and onnx-ir raise what they like for damaged files
         reason = _reason(error)
         raise GraphError(f"{path} is not an ONNX file ({reason}); export it again") from error
+    _require_made(model, path)
     if not model.graph.outputs:
         raise GraphError(f"{path} is not an ONNX file (no graph in it); export it again")
     if "" not in model.graph.opset_imports:
         raise GraphError(f"{path} names no version of ONNX's operators; export it again")
     _load_weights(model, path)
     return model
+
+
+def _require_made(model: ir.Model, path: Path) -> None:
+    """Refuse a graph whose nodes read what nothing makes, as one that has lost its weights."""
+    for node in RecursiveGraphIterator(model.graph):
+        for value in node.inputs:
+            if value is None or value.producer() is not None:
+                continue
+            if not (value.is_graph_input() or value.is_initializer()):
+                raise GraphError(
+                    f"{path} is not a whole ONNX file (nothing in it makes {value.name!r}, which "
+                    f"node {node.name!r} reads); export it again"
+                )
 
 
 def _reason(error: Exception) -> str:
@@ -82,6 +96,7 @@ def _load_weights(model: ir.Model, path: Path) -> None:
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
                 _require_beside(path, value.name, Path(value.const_value.location))
+            _require_size(path, value)
     try:
         load_to_model(model)
     except (OSError, ValueError) as error:  # shorter than the graph says, or not ours to read
@@ -89,6 +104,19 @@ def _load_weights(model: ir.Model, path: Path) -> None:
         raise GraphError(
             f"{path}: its weights cannot be read ({reason}); copy them again"
         ) from error
+
+
+def _require_size(path: Path, weight: ir.Value) -> None:
+    """Refuse a weight of more or fewer bytes than its sizes say."""
+    tensor = weight.const_value
+    proto = getattr(tensor, "raw", None)
+    if not isinstance(proto, onnx.TensorProto) or not proto.HasField("raw_data"):
+        return
+    if tensor is not None and len(proto.raw_data) != tensor.nbytes:
+        raise GraphError(
+            f"{path}: weight {weight.name!r} has {len(proto.raw_data)} bytes, and its sizes "
+            f"{list(proto.dims)} make {tensor.nbytes}; export it again"
+        )
 
 
 def _require_beside(path: Path, weight: str | None, location: Path) -> None:

@@ -39,6 +39,18 @@ class Outcome(NamedTuple):
         return self.stderr.strip().rpartition("\n")[2]
 
 
+COUNTS = "RELIABILITY_COUNTS"  # names the file that ``count`` adds a line of JSON to
+
+
+def count(kind: str, outcome: Outcome, left: int) -> None:
+    """Add a case to those that docs/reliability.md counts; ``left`` files were not removed."""
+    if COUNTS in os.environ:
+        line = {"kind": kind, "code": outcome.code, "left": left}
+        line["unexpected"] = "error: unexpected" in outcome.stderr or "Traceback" in outcome.stderr
+        with Path(os.environ[COUNTS]).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
 class ForkServer:
     """Runs ``msn-export`` with arguments; on the way out of its ``with`` it is dead."""
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from msn_export.manifest import sha256_of
 from tests.builders.checkpoints import hugging_face
-from tests.builders.fork_server import ForkServer, Outcome
+from tests.builders.fork_server import ForkServer, Outcome, count
 from tests.contracts.kills import AT, COUNT
 
 PICTURES = "../pictures"
@@ -148,7 +148,9 @@ def other(which: str) -> str:
     return "old" if which == "new" else "new"
 
 
-KILLED = {"commands killed": 0, "mixed sets met": 0}
+def left_over(work: Drill) -> list[Path]:
+    """List what lies in the folder beside the outputs."""
+    return [path for path in work.folder.iterdir() if path.name not in work.written.outputs]
 
 
 def require_sound(work: Drill, at: int, sets: Mapping[str, Mapping[str, str]]) -> None:
@@ -157,7 +159,6 @@ def require_sound(work: Drill, at: int, sets: Mapping[str, Mapping[str, str]]) -
     shutil.copytree(work.folder.with_name("before"), work.folder)
     killed = work.run("new", at)
     assert killed.code == -9, killed.stderr
-    KILLED["commands killed"] += 1
     left = work.files()
     for name, content in left.items():  # each is whole: a file's bytes are of one of the runs
         same = {sets[which].get(name) for which in sets}
@@ -166,12 +167,12 @@ def require_sound(work: Drill, at: int, sets: Mapping[str, Mapping[str, str]]) -
         read = work.server.run(*work.written.reader, cwd=work.folder)
         mixed = len(runs_of(work, sets)) > 1
         if mixed:
-            KILLED["mixed sets met"] += 1
             assert read.code == 1, f"a mixed set is believed at {at}: {read.stdout}"
-        assert "unexpected" not in read.stderr
+        assert "error: unexpected" not in read.stderr
         assert "Traceback" not in read.stderr
     healed = work.run("new")
     assert healed.code == 0, healed.stderr
+    count(f"kill: {work.written.command[0]}", healed, len(left_over(work)))
     entries = {path.name.partition("/")[0] for path in work.folder.iterdir()}
     assert entries == set(work.written.outputs), f"left at {at}"
     again = work.files()

@@ -85,6 +85,32 @@ def test_a_skeleton_that_asks_for_an_unknown_weight_is_refused() -> None:
         io.refill(proto, model)
 
 
+def test_a_graph_that_has_lost_its_weights_is_named(tmp_path) -> None:
+    path = tmp_path / "m.onnx"
+    made = onnx.helper.make_graph(
+        [onnx.helper.make_node("Add", ["x", "w"], ["y"], name="A")], "g",
+        [onnx.helper.make_tensor_value_info("x", 1, [1, 3, 4, 4])],
+        [onnx.helper.make_tensor_value_info("y", 1, [1, 3, 4, 4])],
+    )  # fmt: skip
+    onnx.save(onnx.helper.make_model(made), path)
+    with pytest.raises(GraphError, match=r"nothing in it makes 'w', which node 'A' reads"):
+        io.load(path)
+
+
+def test_a_weight_of_another_size_than_it_says_is_named(tmp_path) -> None:
+    path = tmp_path / "m.onnx"
+    weight = onnx.numpy_helper.from_array(np.zeros((2, 3), np.float32), "w")
+    weight.raw_data = weight.raw_data[:8]
+    made = onnx.helper.make_graph(
+        [onnx.helper.make_node("Add", ["x", "w"], ["y"])], "g",
+        [onnx.helper.make_tensor_value_info("x", 1, [2, 3])],
+        [onnx.helper.make_tensor_value_info("y", 1, [2, 3])], [weight],
+    )  # fmt: skip
+    onnx.save(onnx.helper.make_model(made), path)
+    with pytest.raises(GraphError, match=r"weight 'w' has 8 bytes, and its sizes \[2, 3\] make 24"):
+        io.load(path)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
