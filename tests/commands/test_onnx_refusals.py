@@ -76,7 +76,7 @@ BAD = {
     ),
     "islands file": (
         lambda tmp: (TINY_FOLDER(tmp), ["--dtype", "fp16", "--islands", str(tmp / "none.json")]),
-        "none.json cannot be read",
+        "none.json does not exist",
     ),
     "unknown variant": (
         lambda tmp: ("random:vit-msn-huge", []),
