@@ -87,8 +87,8 @@ def test_what_was_named_and_not_measured_has_infinity(sample, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "cannot be read: [Errno 2] No such file"),
-        ("{", "cannot be read: Expecting property name"),
+        (None, "does not exist; give another file"),
+        ("{", "is not JSON (Expecting property name"),
         ("[]", "is not a JSON object of tensor name to largest value; take the 'islands' of a"),
         ('{"large": "big"}', "is not a JSON object of tensor name to largest value"),
         ('{"large": true}', "is not a JSON object of tensor name to largest value"),
