@@ -7,6 +7,6 @@ from click.testing import CliRunner, Result
 from msn_export.cli import main
 
 
-def export(checkpoint: object, output: Path, *options: str) -> Result:
-    arguments = ["onnx", str(checkpoint), "-o", str(output), "--json", *options]
+def export(checkpoint: object, output: Path, *options: object) -> Result:
+    arguments = ["onnx", str(checkpoint), "-o", str(output), "--json", *map(str, options)]
     return CliRunner().invoke(main, arguments)

@@ -81,7 +81,9 @@ def test_an_engine_of_a_foreign_graph_keeps_its_inputs_name(tmp_path, dtype, inp
     copy = copy_of(engine(), tmp_path)
     known = manifest.read(copy)
     assert known is not None
-    taken = replace(known.inputs[0], name="x", dtype=dtype)
+    batch, *planes = known.inputs[0].shape
+    shape = (batch, *planes[1:], planes[0]) if dtype == "uint8" else (batch, *planes)
+    taken = replace(known.inputs[0], name="x", dtype=dtype, shape=shape)
     text = manifest.seal(replace(known, inputs=(taken,)))
     manifest.manifest_path(copy).write_text(text)
     assert open_artifact(str(copy)).input_format is input_format

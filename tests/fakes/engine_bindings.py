@@ -62,6 +62,8 @@ def declared_classes(source: str) -> frozenset[str]:
         if isinstance(node, ast.AnnAssign)
         and isinstance(node.target, ast.Name)
         and ast.unparse(node.annotation) == "TypeAlias"
+        and node.value is not None
+        and ast.unparse(node.value) == "Any"
     )
 
 
