@@ -170,11 +170,11 @@ class Artifact(Described):
                 f"{self.name}: an engine shows no tensors on its way; compare the graph it was "
                 "built from"
             )
-        try:
-            with named(self.path):
+        with named(self.path):
+            try:
                 return find_stream(self.graph)
-        except GraphError as error:
-            return error
+            except GraphError as error:
+                return error
 
     @property
     def stream(self) -> Stream:
