@@ -25,7 +25,6 @@ if TYPE_CHECKING:  # a group's help shows no options, and loads nothing that des
     from msn_export.options import One, Opt
 
 STARTED = time.monotonic()
-OUTPUT = "Output"  # as msn_export.options.WRITTEN, which a group's help must not load
 
 
 class _Named(click.Path):
@@ -153,12 +152,14 @@ class JobCommand(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options in their panels; what is written to comes last."""
+        from msn_export.options import WRITTEN
+
         panels: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
             if record is not None and not isinstance(param, click.Argument):
-                panels.setdefault(self._panels.get(str(param.name), OUTPUT), []).append(record)
-        for title in sorted(panels, key=lambda title: title == OUTPUT):
+                panels.setdefault(self._panels.get(str(param.name), WRITTEN), []).append(record)
+        for title in sorted(panels, key=lambda title: title == WRITTEN):
             with formatter.section(title):
                 formatter.write_dl(panels[title])
 

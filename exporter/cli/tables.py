@@ -21,7 +21,7 @@ from msn_export.reporting.describe import (
     validation_rows,
 )
 from msn_export.schema import to_plain
-from msn_export.spec import Target
+from msn_export.spec import Dtype, Target
 
 if TYPE_CHECKING:
     from msn_export.benchmark.results import Bench, Timing
@@ -81,9 +81,12 @@ def after(output: Path, manifest: Manifest) -> str:
         return f"msn-export bench {file}, on its GPU"
     if manifest.fit is not None and manifest.source is None:
         return f"msn-export evaluate {file} LABELLED"
-    if manifest.target is Target.ONNXRUNTIME:
+    quantised = manifest.quantization
+    for_cpu = quantised is not None and quantised.base == Dtype.FP32  # not compiled
+    if manifest.target is Target.ONNXRUNTIME or for_cpu:
         return f"msn-export bench {file}"
-    return f"msn-export trt {file} --images PICTURES"
+    half = " --fp16" if manifest.dtype is Dtype.FP32 else ""  # attention is fused in no fp32 engine
+    return f"msn-export trt {file}{half} --images PICTURES"
 
 
 def show_fit(console: Console, output: Path, manifest: Manifest) -> None:

@@ -15,6 +15,7 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
+from msn_export.errors import one_line
 from msn_export.files import cache_folder, locked, write_whole
 from msn_export.host import Device, driver_release
 from msn_export.runtime.versions import IHostMemory, IRuntimeCache, IRuntimeConfig
@@ -62,7 +63,7 @@ class RuntimeCache:
         try:
             self._attach(config)
         except Exception as error:  # noqa: BLE001  pybind raises what it likes
-            self._found = f"off: {_one_line(error)}"
+            self._found = f"off: {one_line(error)}"
 
     def _attach(self, config: IRuntimeConfig) -> None:
         if self._path is None:
@@ -88,7 +89,7 @@ class RuntimeCache:
             if content and _hash(content) != self._kept:
                 self._written = self._store(self._path, content)
         except Exception as error:  # noqa: BLE001  pybind raises what it likes
-            reason = getattr(error, "strerror", None) or _one_line(error)
+            reason = getattr(error, "strerror", None) or one_line(error)
             self._written = f"{self._path} cannot be written ({reason})"
 
     def _store(self, path: Path, content: bytes) -> str:
@@ -158,10 +159,6 @@ def _remove_oldest(folder: Path) -> None:
     files = sorted(folder.glob(f"{_PREFIX}*"), key=lambda file: file.stat().st_mtime_ns)
     for file in files[:-_FILES]:
         file.unlink(missing_ok=True)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _hash(content: bytes) -> bytes:

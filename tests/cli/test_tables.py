@@ -8,7 +8,7 @@ import pytest
 from msn_export.cli.console import Console
 from msn_export.cli.tables import show_artifact
 from msn_export.reporting.describe import artifact_rows
-from msn_export.spec import Target
+from msn_export.spec import Dtype, Target
 from tests.builders.manifests import check, engine, example
 
 
@@ -103,6 +103,10 @@ def test_json_is_the_manifest_with_the_path_that_was_written(capsys) -> None:
     ("changes", "command"),
     [
         ({"engine": None}, "msn-export trt 'my out.onnx' --images PICTURES"),
+        (
+            {"engine": None, "dtype": Dtype.FP32},
+            "msn-export trt 'my out.onnx' --fp16 --images PICTURES",
+        ),
         ({"engine": None, "target": Target.ONNXRUNTIME}, "msn-export bench 'my out.onnx'"),
         ({}, "msn-export bench 'my out.onnx', on its GPU"),
     ],

@@ -5,7 +5,6 @@ CI draws the same cases each time; ``make fuzz`` draws others, and many.
 
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.builders.checkpoints import hugging_face, processor
-from tests.builders.fork_server import ForkServer
 from tests.contracts.fuzz import TARGETS, try_one
 
 # of each kind in CI; the whole takes half a minute there
 CASES = {"graph": 24, "manifest": 24, "ranges": 6, "configuration": 12, "preprocessing": 10}
 MORE = int(os.environ.get("FUZZ_CASES", "0"))
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with ForkServer() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ CI kills each command at a few moments that a seed draws; ``make faults`` at all
 
 import random
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,12 +64,6 @@ COMMANDS: dict[str, Written] = {
         ("triton", "--lint", "repository"),
     ),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with ForkServer() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
