@@ -26,7 +26,7 @@ SOURCES = {"exporter": "msn_export", "models": "msn_export/models",
 PACKAGED = ("tests/contracts/test_architecture.py", "tests/cli/test_commands.py",
             "tests/commands/test_embed.py", "tests/commands/test_embed_resume.py",
             "tests/commands/test_embed_refusals.py", "tests/commands/test_triton.py",
-            "tests/reporting/test_render_bench.py")  # fmt: skip
+            "tests/reporting/test_bench.py")  # fmt: skip
 
 
 def differences(wheel: Path) -> list[str]:

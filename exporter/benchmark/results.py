@@ -71,8 +71,9 @@ class Agreed:
 class Timing:
     """One contender at one batch size; times are of one call, in milliseconds.
 
-    ``rounds_ms`` has the median of each round. ``peak_rss_bytes`` is the highest resident memory
-    of the contender's own process at this batch, ``device_bytes`` what it held of the GPU's.
+    ``rounds_ms`` has the median of each round, ``samples_ms`` every call of each. ``noisy`` says
+    why the figures cannot be used, where they cannot. ``peak_rss_bytes`` is the highest resident
+    memory of the contender's own process at this batch, ``device_bytes`` what it held of the GPU's.
     """
 
     contender: str
@@ -91,6 +92,8 @@ class Timing:
     device_bytes: int | None = None
     agreement: Agreed | None = None
     not_compared: str | None = None
+    samples_ms: tuple[tuple[float, ...], ...] = ()
+    noisy: str | None = None
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -125,6 +128,13 @@ class Bench(Result):
 
     def timing(self, contender: str, batch: int) -> Timing:
         return next(t for t in self.timings if (t.contender, t.batch) == (contender, batch))
+
+    def fastest(self, batch: int) -> str | None:
+        """Name the contender of the smallest ratio; None where any at this batch is too noisy."""
+        found = [timing for timing in self.timings if timing.batch == batch]
+        if len(found) < 2 or self.rounds < _QUARTILES or any(timing.noisy for timing in found):
+            return None
+        return min(found, key=lambda timing: timing.ratio.median).contender
 
     @property
     def timed(self) -> tuple[Contender, ...]:
@@ -180,6 +190,30 @@ def ratio_of(rounds: Rounds, baseline: Rounds) -> Ratio:
     return Ratio(float(median), float(q1), float(q3), len(ratios))
 
 
+# A ratio that half of the rounds put 20 % apart tells nothing of the 10 to 40 % that graphs differ
+# by. An idle machine stays below 1.05; two cores with six times their load came to 1.4 and 2.2.
+NOISY = 1.2
+
+
+def noise_of(ratio: Ratio, rounds: Rounds, *, alone: bool) -> str | None:
+    """Say why figures cannot be used; None where they can.
+
+    Args:
+        ratio: over the baseline's times.
+        rounds: the contender's own times.
+        alone: whether nothing else was timed, so that only the times themselves show a disturbance.
+    """
+    if len(rounds) < _QUARTILES:
+        return None  # no quartiles: ``footnotes`` says so
+    q1, q3, what, unit = ratio.q1, ratio.q3, "ratio", ""
+    if alone:
+        q1, q3 = map(float, np.percentile(medians(rounds), [25, 75]))
+        what, unit = "median of a round", " ms"
+    if q3 <= NOISY * q1:
+        return None
+    return f"quartiles of the {what} are {q1:.3g} and {q3:.3g}{unit}, more than {NOISY} times apart"
+
+
 def medians(rounds: Rounds) -> list[float]:
     """Give each round's median in milliseconds."""
     return [float(np.median(calls)) / 1e6 for calls in rounds]
@@ -198,9 +232,11 @@ def figures(rounds: Rounds, batch: int) -> dict[str, Any]:
         "p99_ms": float(np.percentile(times, 99)),
         "images_per_second": 1000 * batch / median,
         "rounds_ms": tuple(medians(rounds)),
+        "samples_ms": tuple(tuple(call / 1e6 for call in calls) for calls in rounds),
     }
 
 
+_QUARTILES = 3  # rounds from which quartiles are not the ends
 _FEW = 100  # calls, below which a p99 is little more than the slowest one
 
 
@@ -208,6 +244,12 @@ def footnotes(bench: Bench) -> list[str]:
     """List how ratios were made, what was compared, where it ran, and what is missing."""
     versions = ", ".join(f"{name} {version}" for name, version in bench.versions.items())
     lines = [
+        f"Too noisy, run again on an idle machine: {one.contender} at batch {one.batch}, "
+        f"{one.noisy}."
+        for one in bench.timings
+        if one.noisy
+    ]
+    lines += [
         f"time / {bench.baseline}: median over {_count(bench.rounds, 'round')} of the ratio within "
         "a round (quartiles).",
         f"Outputs compared with {bench.reference}, over {bench.pictures} inputs: "
@@ -220,6 +262,11 @@ def footnotes(bench: Bench) -> list[str]:
         counted = "counted" if True in transfers else "not counted"
         lines.append(f"Copies to and from the GPU are {counted}.")
     lines += [f"{one.name} left out: {one.skipped}" for one in bench.contenders if one.skipped]
+    if bench.rounds < _QUARTILES:
+        lines.append(
+            f"{_count(bench.rounds, 'round')} cannot show whether the machine was disturbed: take "
+            f"--rounds {_QUARTILES} or more."
+        )
     fewest = min(timing.calls for timing in bench.timings)
     if fewest < _FEW:
         lines.append(

@@ -203,8 +203,10 @@ def show_bench(console: Console, bench: Bench) -> None:
     console.print(_times(bench))
     if bench.preset == "paper":
         console.print(_paper(bench))
+    noisy = any(timing.noisy for timing in bench.timings)
     for line in footnotes(bench):
-        console.print(escape(line))
+        is_warning = noisy and line.startswith("Too noisy")
+        console.print(f"[bold yellow]{escape(line)}[/]" if is_warning else escape(line))
 
 
 def _contenders(bench: Bench) -> Table:

@@ -27,6 +27,7 @@ from msn_export.benchmark.results import (
     Rounds,
     Timing,
     figures,
+    noise_of,
     ratio_of,
     rotated,
 )
@@ -157,17 +158,20 @@ def _time_batch(
         reply = one.process.ask("memory")
         one.record = replace(one.record, cuda_graphs=reply["cuda_graphs"])
         on_gpu = session.placement.device is not None
+        own = rounds[one.name]
+        ratio = ratio_of(own, rounds[session.opened[0].name])
         timings.append(
             Timing(
                 contender=one.name,
                 batch=batch,
-                **figures(rounds[one.name], batch),
-                ratio=ratio_of(rounds[one.name], rounds[session.opened[0].name]),
+                **figures(own, batch),
+                ratio=ratio,
                 warm_up_seconds=round(seconds, 3),
                 peak_rss_bytes=reply["peak_rss_bytes"],
                 device_bytes=device_bytes(one.process.process.pid) if on_gpu else None,
                 agreement=agreement,
                 not_compared=why,
+                noisy=noise_of(ratio, own, alone=len(rounds) == 1),
             )
         )
     return timings
@@ -226,7 +230,7 @@ def _summary(
 
 def _require_page() -> None:
     try:
-        import msn_export.reporting.render  # noqa: F401
+        import msn_export.reporting.bench  # noqa: F401
     except ModuleNotFoundError as error:
         raise MissingPackageError(
             f"--report needs the package {error.name}; pip install 'msn-export[report]'"
@@ -234,7 +238,7 @@ def _require_page() -> None:
 
 
 def _write_page(bench: Bench, report: Path, progress: Progress, *, force: bool) -> None:
-    from msn_export.reporting.render import write_page
+    from msn_export.reporting.bench import write_page
 
     with progress.step(f"write {report}"), staging(report.parent) as stage:
         write_page(bench, stage / "page.html")

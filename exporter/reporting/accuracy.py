@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from markupsafe import Markup
 
 from msn_export.metrics.accuracy import Accuracy, WrongImage, wilson
-from msn_export.reporting import confusion
 from msn_export.reporting.confusion import MATRIX, label, visible
-from msn_export.reporting.render import SERIES, SOFT, draw, environment
+from msn_export.reporting.plots import SERIES, SOFT, WIDE, Plot, draw, matrix
+from msn_export.reporting.render import environment
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -86,22 +86,7 @@ def class_rows(found: Accuracy) -> list[ClassRow]:
     return sorted(rows, key=lambda row: (row.share, row.name))
 
 
-def matrix(found: Accuracy, by: str) -> str:
-    """Draw the confusion matrix: right answers in one colour, wrong ones in another.
-
-    The stronger a cell, the more of the class's images it holds.
-    """
-    assert found.confusion is not None, "above a thousand classes there is none"
-    pairs, names = found.confusion, tuple(found.per_class)
-
-    def paint(axes: Axes) -> None:
-        confusion.paint(axes, pairs, names, by, SERIES)
-
-    title = f"Confusion matrix of {len(names)} classes by {by}"
-    return draw("confusion", title, paint, confusion.size_of(len(names)))
-
-
-def shares(found: Accuracy) -> str:
+def shares(found: Accuracy) -> Plot:
     """Draw the accuracy of each class with its interval, the least right first."""
     rows = class_rows(found)[:PLOTTED]
 
@@ -118,13 +103,16 @@ def shares(found: Accuracy) -> str:
         axes.set(xlim=(-2, 102), ylim=(len(rows) - 0.4, -0.6), xlabel="% of the images are right")
         axes.grid(axis="x")
 
-    return draw("classes", "Accuracy of each class", paint, (10.4, 1.0 + 0.26 * len(rows)))
+    figures = ((row.name, row.images, row.right, row.share, *row.interval) for row in rows)
+    columns = ("class", "images", "right", "accuracy", "interval_low", "interval_high")
+    size = (WIDE, 1.0 + 0.26 * len(rows))
+    return draw("classes", "Accuracy of each class", paint, columns, figures, size)
 
 
-def _plots(page: AccuracyPage) -> Iterator[tuple[str, str]]:
+def _plots(page: AccuracyPage) -> Iterator[tuple[str, Plot]]:
     found = page.main
     if found.confusion is not None and len(found.per_class) <= MATRIX:
-        yield "matrix", matrix(found, page.by)
+        yield "matrix", matrix(found.confusion, tuple(found.per_class), page.by)
     yield "classes", shares(found)
 
 
@@ -133,9 +121,11 @@ def write_page(page: AccuracyPage, path: Path) -> None:
     opened = environment(autoescape=True)
     # whoever names a class or a file may have put anything in it
     opened.finalize = lambda value: value if isinstance(value, Markup) else visible(str(value))
-    drawn = {name: Markup(svg) for name, svg in _plots(page)}  # noqa: S704  ours
     text = opened.get_template("accuracy.html.j2").render(
-        page=page, plots=drawn, rows=_rows(page), limits={"plotted": PLOTTED, "listed": LISTED}
+        page=page,
+        plots=dict(_plots(page)),
+        rows=_rows(page),
+        limits={"plotted": PLOTTED, "listed": LISTED},
     )
     path.write_text(text.lstrip(), encoding="utf-8")
 

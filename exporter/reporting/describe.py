@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -461,6 +462,14 @@ def _layout(found: Inspection) -> str:
     places = found.layout_only[:4]
     more = f"; and {len(found.layout_only) - 4} more" if len(found.layout_only) > 4 else ""
     return f"{len(found.layout_only)} kernels ({'; '.join(places)}{more})"
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """Write a number with so many significant digits, and every digit before the point."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    places = digits - 1 - math.floor(math.log10(abs(value)))
+    return f"{value:,.{max(places, 0)}f}"
 
 
 def short(name: str) -> str:

@@ -38,7 +38,7 @@ from msn_export.metrics.evaluate import Evaluation
 from msn_export.metrics.metrics import embedding_of, nearest
 from msn_export.metrics.tolerances import GATES, in_words
 from msn_export.preprocessing import Preprocessing
-from msn_export.reporting.describe import counted_by, short
+from msn_export.reporting.describe import counted_by, short, significant
 from msn_export.schema import Result, from_plain
 
 State = Literal["passed", "partial", "failed"]
@@ -405,10 +405,12 @@ def timing_columns(bench: Bench) -> tuple[str, ...]:
 def timing_rows(bench: Bench) -> Iterator[list[str]]:
     """Lay a benchmark out in cells; a figure that was not measured is an empty one."""
     for one in bench.timings:
-        figures = [one.median_ms, one.p90_ms, one.p99_ms, one.images_per_second, one.ratio.median]
-        agreed = [one.agreement.cosine_min if one.agreement is not None else None]
-        shown = ["" if x is None else f"{x:.5g}" for x in figures + agreed]
-        yield [one.contender, str(one.batch), *shown][: len(timing_columns(bench))]
+        figures = (one.median_ms, one.p90_ms, one.p99_ms, one.images_per_second)
+        cosine = one.agreement.cosine_min if one.agreement is not None else None
+        cells = [one.contender, str(one.batch), *(significant(x, 4) for x in figures)]
+        cells += [f"{one.ratio.median:.3f} ({one.ratio.q1:.3f} to {one.ratio.q3:.3f})"]
+        cells += ["" if cosine is None else f"{cosine:.8f}"]
+        yield cells[: len(timing_columns(bench))]
 
 
 def timed_on(bench: Bench) -> str:

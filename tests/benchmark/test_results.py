@@ -1,11 +1,23 @@
 """Times become figures: robust to what disturbs a round, each contender first in turn."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msn_export.benchmark.results import figures, medians, ratio_of, rotated
+from msn_export.benchmark.results import (
+    NOISY,
+    Ratio,
+    figures,
+    footnotes,
+    medians,
+    noise_of,
+    ratio_of,
+    rotated,
+)
+from tests.builders.benches import made_up
 
 MS = 1_000_000
 
@@ -38,3 +50,54 @@ def test_figures_are_of_all_calls() -> None:
     assert found["images_per_second"] == pytest.approx(8 / 0.003)
     assert found["rounds_ms"] == (2, 52)
     assert medians(rounds) == [2, 52]
+    assert found["samples_ms"] == ((1, 2, 3), (4, 100))
+
+
+# --- noise ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("q3", "noisy"), [(0.59, False), (0.6, False), (0.61, True), (2.0, True)])
+def test_a_ratio_whose_quartiles_are_far_apart_cannot_be_used(q3, noisy) -> None:
+    assert NOISY == 1.2
+    found = noise_of(Ratio(0.55, 0.5, q3, 5), [[MS]] * 5, alone=False)
+    if noisy:
+        assert found == f"quartiles of the ratio are 0.5 and {q3:.3g}, more than 1.2 times apart"
+    else:
+        assert found is None
+
+
+def test_a_disturbed_round_is_no_noise_and_half_of_them_are() -> None:
+    base = [[10 * MS]] * 8
+    assert noise_of(ratio_of([[5 * MS]] * 7 + [[50 * MS]], base), base, alone=False) is None
+    mixed = [[5 * MS]] * 4 + [[9 * MS]] * 4
+    assert noise_of(ratio_of(mixed, base), mixed, alone=False) is not None
+
+
+def test_what_is_timed_alone_is_judged_by_its_own_rounds() -> None:
+    own = [[5 * MS]] * 4 + [[9 * MS]] * 4
+    assert ratio_of(own, own) == Ratio(1, 1, 1, 8)
+    assert noise_of(ratio_of(own, own), own, alone=True) == (
+        "quartiles of the median of a round are 5 and 9 ms, more than 1.2 times apart"
+    )
+    assert noise_of(ratio_of(own, own), own, alone=False) is None  # the baseline beside others
+
+
+def test_the_fastest_is_named_where_nothing_at_its_batch_is_noisy() -> None:
+    bench = made_up()
+    assert (bench.fastest(1), bench.fastest(8)) == ("model.onnx", "model.onnx")
+    noisy = replace(bench.timing("sdpa", 8), noisy="wide")
+    timings = tuple(noisy if t == bench.timing("sdpa", 8) else t for t in bench.timings)
+    told = replace(bench, timings=timings)
+    assert (told.fastest(1), told.fastest(8)) == ("model.onnx", None)
+    line = "Too noisy, run again on an idle machine: sdpa at batch 8, wide."
+    assert footnotes(told)[0] == line
+    assert line not in footnotes(bench)
+
+
+def test_too_few_rounds_have_no_quartiles_and_no_fastest() -> None:
+    assert noise_of(Ratio(1, 0.1, 9, 2), [[MS]] * 2, alone=False) is None
+    few = made_up(rounds=2)
+    assert few.fastest(1) is None
+    told = "2 rounds cannot show whether the machine was disturbed: take --rounds 3 or more."
+    assert told in footnotes(few)
+    assert not any("cannot show" in line for line in footnotes(made_up()))

@@ -1,10 +1,12 @@
 """``msn-export report``: one page that loads nothing and says of each artifact what is known."""
 
 import base64
+import csv
 import itertools
 import json
 import re
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+import report_screenshot
 from click.testing import CliRunner, Result
+from PIL import Image
 
 from msn_export import manifest as manifests
 from msn_export.cli import main
@@ -22,6 +26,7 @@ from msn_export.graph import blocks, io
 from msn_export.graph.blocks import find_stream
 from msn_export.manifest import CheckpointRecord, manifest_path
 from msn_export.metrics import evaluate
+from msn_export.reporting.describe import significant
 from msn_export.runtime import onnxruntime
 from msn_export.schema import to_plain
 from tests.builders.artifacts import classifier, copy_of, engine, no_driver
@@ -146,7 +151,7 @@ def test_it_shows_drift_census_precision_and_times(page) -> None:
     assert text.count(" attention fp16 ") == 2  # a kernel each block
     assert "qkv" in text[text.index("Precision") :]
     assert "median ms" in text
-    assert f"{made_up().timings[0].median_ms:.5g}" in text
+    assert significant(made_up().timings[0].median_ms, 4) in text
 
 
 def test_the_model_card_has_the_same_figures(page, folder) -> None:
@@ -249,12 +254,67 @@ def test_a_browser_shows_it_whole_without_an_error_and_fetches_nothing(page, dar
         assert min(brightness) > 110 if dark else max(brightness) < 110
 
 
-@pytest.mark.parametrize("width", [1200, 390])
+@pytest.mark.parametrize("width", [1200, 500, 390])
 def test_nothing_sticks_out_of_a_desktop_or_a_phone(page, width) -> None:
     with chromium(width) as opened:
         look_at(opened, page)
         assert opened.execute_script("return innerWidth") == width
         assert opened.execute_script("return document.documentElement.scrollWidth") <= width
+
+
+def test_text_in_plots_is_readable_on_a_narrow_page(page) -> None:
+    with chromium(500) as opened:
+        look_at(opened, page)
+        heights = opened.execute_script(
+            "return [...document.querySelectorAll('svg text')]"
+            ".map(e => [getComputedStyle(e).fontSize, e.getScreenCTM()])"
+            ".map(([size, to]) => parseFloat(size) * Math.hypot(to.a, to.b))"
+        )
+        assert len(heights) > 50
+        assert min(heights) >= 8  # pixels; numbers above bars are smaller than the rest
+        assert np.median(heights) >= 10
+
+
+def test_what_runs_it_wraps_between_words(page) -> None:
+    with chromium(500) as opened:
+        look_at(opened, page)
+        widths = opened.execute_script(
+            "return [...document.querySelectorAll('td.words')]"
+            ".map(e => e.getBoundingClientRect().width)"
+        )
+        assert len(widths) == 3
+        assert min(widths) >= 150  # pixels: several words a line
+
+
+def test_the_data_of_each_plot_can_be_downloaded(page, tmp_path) -> None:
+    with chromium() as opened:
+        folder = {"behavior": "allow", "downloadPath": str(tmp_path)}
+        opened.execute_cdp_cmd("Page.setDownloadBehavior", folder)
+        look_at(opened, page)
+        links = opened.find_elements("css selector", "figcaption a[download]")
+        assert len(links) == PLOTS
+        names = [link.get_attribute("download") for link in links]
+        for link in links:
+            link.click()
+        for _ in range(100):
+            if {path.name for path in tmp_path.iterdir()} == set(names):
+                break
+            time.sleep(0.1)
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+        assert opened.get_log("browser") == []
+    rows = list(csv.DictReader((tmp_path / "cosines.csv").read_text("utf-8").splitlines()))
+    assert len(rows) == 2 + 6 + 6  # the noise that m.onnx was checked on; the images
+    assert {row["candidate"] for row in rows} == {"m.onnx", "half.onnx", "typed graph of m.engine"}
+    assert all(float(row["cosine"]) > 0.999 for row in rows)
+
+
+def test_the_picture_of_the_readme_is_taken_of_it(page, tmp_path) -> None:
+    report_screenshot.main(page, tmp_path / "images" / "report.png")
+    with Image.open(tmp_path / "images" / "report.png") as picture:
+        assert picture.size == (report_screenshot.WIDTH, report_screenshot.HEIGHT)
+        assert len(picture.convert("RGB").getcolors(256)) > 50
+    with pytest.raises(SystemExit, match="make report writes it"):
+        report_screenshot.main(tmp_path / "none.html", tmp_path / "none.png")
 
 
 def test_it_prints_light_and_whole_from_a_dark_screen(page) -> None:

@@ -13,11 +13,11 @@ from msn_export.reporting.accuracy import (
     MATRIX,
     AccuracyPage,
     class_rows,
-    matrix,
     shares,
     visible,
     write_page,
 )
+from msn_export.reporting.plots import matrix
 from tests.builders.pages import read
 from tests.fakes.browser import chromium, look_at
 
@@ -135,9 +135,10 @@ def test_of_ten_thousand_classes_the_confused_pairs_are_listed(tmp_path) -> None
 @pytest.mark.parametrize("classes", [2, 20, 21, MATRIX])
 def test_the_matrix_is_drawn_in_the_pages_colours(classes) -> None:
     names = tuple(f"class {number}" for number in range(classes))
-    svg = matrix(measured(names, images=4 * classes, wrong=classes // 2), "the highest logit")
+    found = measured(names, images=4 * classes, wrong=classes // 2)
+    svg = matrix(found.confusion, names, "the highest logit").svg
     title = f"Confusion matrix of {classes} classes by the highest logit"
-    assert svg.startswith(f'<svg role="img" aria-label="{title}"')
+    assert f' role="img" aria-label="{title}"' in svg
     assert "fill: var(--series-0); fill-opacity:" in svg
     assert "fill: var(--series-1); fill-opacity:" in svg
     assert not re.search(r"#0[1-9]0[1-9]0[1-9]", svg)
@@ -149,8 +150,10 @@ def test_a_class_without_images_and_one_that_is_all_wrong_are_drawn() -> None:
     scores = np.eye(3)[[1, 1, 0]]
     found = accuracy(scores, np.array([0, 0, 0]), ("a", "b", "c"))
     assert [(row.name, row.right, row.images) for row in class_rows(found)] == [("a", 1, 3)]
-    assert "<svg" in matrix(found, "x")
-    assert "<svg" in shares(found)
+    plot = matrix(found.confusion, tuple(found.per_class), "x")
+    assert plot.rows == (("a", "a", 1), ("a", "b", 2))
+    ((name, images, right, share, *_),) = shares(found).rows
+    assert (name, images, right, share) == ("a", 3, 1, pytest.approx(1 / 3))
 
 
 def test_classes_come_least_right_first_with_wilsons_interval() -> None:
@@ -162,7 +165,7 @@ def test_classes_come_least_right_first_with_wilsons_interval() -> None:
 
 def test_a_long_name_is_cut_beside_a_plot_and_whole_in_the_table(tmp_path) -> None:
     names = ("n" * 60, "b", "c")
-    assert f"{'n' * 27}…</text>" in matrix(measured(names), "x")
+    assert f"{'n' * 27}…</text>" in matrix(measured(names).confusion, names, "x").svg
     write_page(page(logits=measured(names), neighbours=None), tmp_path / "p.html")
     assert "n" * 60 in text_of(tmp_path / "p.html")
 

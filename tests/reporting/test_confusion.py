@@ -46,6 +46,8 @@ def test_a_matrix_without_images_is_empty() -> None:
     assert len(cells.get_paths()) == 0
 
 
-@pytest.mark.parametrize(("classes", "height"), [(2, 3.24), (10, 5.8), (100, 10.0)])
-def test_the_plot_grows_up_to_a_page(classes, height) -> None:
-    assert confusion.size_of(classes) == (10.4, pytest.approx(height))
+@pytest.mark.parametrize(
+    ("classes", "width", "height"), [(2, 6.4, 3.08), (10, 6.4, 5.0), (100, 10.4, 10.0)]
+)
+def test_the_plot_grows_up_to_a_page(classes, width, height) -> None:
+    assert confusion.size_of(classes) == (width, pytest.approx(height))

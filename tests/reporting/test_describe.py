@@ -16,7 +16,7 @@ from msn_export.reporting import gather
 from msn_export.reporting.describe import accuracy_rows, check_rows, origin_of
 from msn_export.spec import Dtype, ImageSize
 from tests.builders.manifests import check, counted, example
-from tests.reporting.test_render import agreement, artifact, drift, stage
+from tests.reporting.test_plots import agreement, artifact, drift, stage
 
 PREPROCESSING = preset("hf", ImageSize(32, 32))
 AGREES = agreement(0.9999)

@@ -4,11 +4,13 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from msn_export.reporting.render import write_page
+from msn_export.reporting.bench import memory, ratios, write_page
+from msn_export.reporting.describe import significant
 from msn_export.schema import to_plain
 from tests.builders.benches import made_up
 from tests.builders.pages import read
@@ -23,7 +25,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_it_fetches_nothing_and_is_small(page) -> None:
     text = page.read_text()
-    assert all(target.startswith("#") for target in read(page).fetched)
+    assert all(target.startswith(("#", "data:")) for target in read(page).fetched)
     assert not re.search(r"https?://(?!www\.w3\.org/)|@import|url\((?!#)", text)
     assert page.stat().st_size < 1_000_000
 
@@ -34,8 +36,25 @@ def test_it_has_the_plots_and_a_row_for_each_time(page) -> None:
     assert len(reader.ids) == len(set(reader.ids))
     text = page.read_text()
     for timing in made_up().timings:
-        assert f"<td>{timing.median_ms:.2f}</td>" in text
-    assert text.count('class="best"') == 2  # the fastest of each batch
+        assert f'<td class="number">{significant(timing.median_ms, 4)}</td>' in text
+    assert text.count('class="best"') == text.count("(fastest)") == 2  # one of each batch
+
+
+def test_where_a_ratio_is_too_noisy_no_fastest_is_marked_and_it_says_why(tmp_path) -> None:
+    first, *rest = made_up().timings
+    noisy = replace(first, noisy="quartiles of the ratio are 0.7 and 1.1")
+    write_page(made_up(timings=(noisy, *rest)), tmp_path / "bench.html")
+    text = (tmp_path / "bench.html").read_text()
+    assert text.count("(fastest)") == 1  # of the other batch
+    assert "Too noisy, run again on an idle machine: eager at batch 1, quartiles of the" in text
+
+
+def test_the_data_of_each_plot_is_there_to_download(page) -> None:
+    links = re.findall(r'<a download="(\w+)\.csv" href="data:text/csv;', page.read_text())
+    assert links == ["times", "ratios", "memory"]
+    assert ratios(made_up()).rows[0] == ("eager", 1, 1, 1.0)
+    assert len(ratios(made_up()).rows) == 3 * 2 * 10
+    assert memory(made_up()).rows[0] == ("eager", 1, 10**8, None)
 
 
 def test_colours_are_those_of_the_page(page) -> None:
