@@ -57,6 +57,8 @@ def run_report(job: ReportJob, progress: Progress = SILENT) -> Page:
     """
     _require_outputs(job)
     require_packages()
+    if job.markdown is not None:
+        _require_hub()
     job = _with_pictures(job)
     from msn_export.reporting.render import html, markdown
 
@@ -106,6 +108,16 @@ def require_packages() -> None:
     except ModuleNotFoundError as error:
         raise MissingPackageError(
             f"a report needs {error.name}, which is not installed; pip install 'msn-export[report]'"
+        ) from error
+
+
+def _require_hub() -> None:
+    try:
+        import huggingface_hub  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(
+            "a model card needs huggingface_hub, which is not installed; "
+            "pip install 'msn-export[report]'"
         ) from error
 
 

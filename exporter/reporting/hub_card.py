@@ -1,9 +1,9 @@
-"""The README.md of a model's folder: YAML for the hub, and how its graphs are used."""
+"""Cards for the hub: the YAML of every card, and the README.md of a model's folder."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,72 @@ if TYPE_CHECKING:
 
 # transformers.js takes a graph by these names
 JS_DTYPES = {Dtype.FP32: "fp32", Dtype.FP16: "fp16", Dtype.INT8: "q8"}
+
+
+CLASSIFICATION = "image-classification"
+# of a checkpoint that was read from the hub: its id and the revision's hash
+_HUB_SOURCE = re.compile(r"([\w.-]+/[\w.-]+)@[0-9a-f]{40}")
+
+
+def task_of(manifest: Manifest) -> str:
+    """Give the task as hubs call it: the pipeline that runs the model."""
+    is_classifier = manifest.outputs[0].name == Head.LOGITS.output
+    return CLASSIFICATION if is_classifier else "image-feature-extraction"
+
+
+def hub_id(manifest: Manifest) -> str | None:
+    """Give the id of the checkpoint on the hub; None where it is not from a hub."""
+    origin = manifest.checkpoint
+    found = _HUB_SOURCE.fullmatch(origin.source) if origin is not None else None
+    return found[1] if found is not None else None
+
+
+def front_matter(
+    manifest: Manifest,
+    name: str,
+    base_model: str | None,
+    tags: Sequence[str],
+    library: str | None = None,
+) -> str:
+    """Write the YAML at the head of a card, which the hub reads, with its lines of dashes.
+
+    Args:
+        manifest: of the artifact that the card is of.
+        name: the model's, for the accuracy that was measured.
+        base_model: the checkpoint's id on the hub, if it has one.
+        tags: what the files are for the hub, as ``onnx``.
+        library: the hub's name of what loads them.
+    """
+    from huggingface_hub import ModelCardData
+
+    measured = _measured(manifest)
+    data = ModelCardData(
+        base_model=base_model,
+        library_name=library,
+        pipeline_tag=task_of(manifest),
+        tags=[*tags, "vit_msn", "msn-export"],
+        metrics=["accuracy"] if measured else None,
+        eval_results=measured,
+        model_name=name if measured else None,
+    )
+    return f"---\n{data.to_yaml(line_break=chr(10)).strip()}\n---"
+
+
+def _measured(manifest: Manifest) -> list[Any] | None:
+    from huggingface_hub import EvalResult
+
+    fit = manifest.fit
+    if fit is None or fit.accuracy is None:
+        return None
+    how = _on_this_machine(fit.accuracy.how)
+    return [
+        EvalResult(
+            task_type=task_of(manifest), dataset_type="imagefolder",
+            dataset_name=PurePath(fit.test or fit.labelled).name, metric_type="accuracy",
+            metric_value=round(fit.accuracy.top1, 4),
+            metric_name=f"top-1 of {fit.accuracy.images} images, {how}",
+        )
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +107,11 @@ class HubCard:
 
     @property
     def is_classifier(self) -> bool:
-        return self.first.outputs[0].name == Head.LOGITS.output
+        return self.task == CLASSIFICATION
 
     @property
     def task(self) -> str:
-        """The task as hubs call it: the pipeline that runs it."""
-        return "image-classification" if self.is_classifier else "image-feature-extraction"
+        return task_of(self.first)
 
     @property
     def fit(self) -> FitRecord | None:
@@ -54,40 +119,10 @@ class HubCard:
         return self.first.fit
 
     def __str__(self) -> str:
-        return "\n".join([*self._metadata(), *self._body()]) + "\n"
-
-    def _metadata(self) -> Iterator[str]:
-        from huggingface_hub import ModelCardData
-
-        measured = self._measured()
-        data = ModelCardData(
-            base_model=self.base_model,
-            library_name="transformers.js",
-            pipeline_tag=self.task,
-            tags=["onnx", "vit_msn", "msn-export"],
-            metrics=["accuracy"] if measured else None,
-            eval_results=measured,
-            model_name=self.name.rpartition("/")[2] if measured else None,
+        front = front_matter(
+            self.first, self.name.rpartition("/")[2], self.base_model, ("onnx",), "transformers.js"
         )
-        yield "---"
-        yield data.to_yaml(line_break="\n").strip()
-        yield "---"
-
-    def _measured(self) -> list[Any] | None:
-        from huggingface_hub import EvalResult
-
-        accuracy = self.fit.accuracy if self.fit is not None else None
-        if self.fit is None or accuracy is None:
-            return None
-        data = PurePath(self.fit.test or self.fit.labelled).name
-        how = _on_this_machine(accuracy.how)
-        return [
-            EvalResult(
-                task_type=self.task, dataset_type="imagefolder", dataset_name=data,
-                metric_type="accuracy", metric_value=round(accuracy.top1, 4),
-                metric_name=f"top-1 of {accuracy.images} images, {how}",
-            )
-        ]  # fmt: skip
+        return "\n".join([front, *self._body()]) + "\n"
 
     def _body(self) -> Iterator[str]:
         classes = f"image classifier of {len(self.first.labels)} classes"

@@ -21,6 +21,7 @@ from msn_export.reporting.gather import (
     timing_columns,
     timing_rows,
 )
+from msn_export.reporting.hub_card import front_matter, hub_id
 from msn_export.reporting.plots import Plot
 
 
@@ -31,9 +32,22 @@ def html(page: Page) -> str:
 
 
 def markdown(page: Page) -> str:
-    """Render the same figures as Markdown, without plots and pictures."""
+    """Render the same figures as Markdown, without plots and pictures: a model card.
+
+    It begins with the YAML that the hub reads, where a manifest says what the model is.
+    """
     text = environment(autoescape=False).get_template("model_card.md.j2").render(page=page)
-    return re.sub(r"\n{3,}", "\n\n", text.translate(IN_A_TEXT)).strip() + "\n"
+    text = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+    return f"{_front_matter(page)}{text}".translate(IN_A_TEXT)
+
+
+def _front_matter(page: Page) -> str:
+    manifests = [one.manifest for one in page.artifacts if one.manifest is not None]
+    if not manifests:
+        return ""
+    kinds = {manifest.kind for manifest in manifests}
+    tags = [tag for kind, tag in (("onnx", "onnx"), ("engine", "tensorrt")) if kind in kinds]
+    return f"{front_matter(manifests[0], page.title, hub_id(manifests[0]), tags)}\n\n"
 
 
 def environment(*, autoescape: bool) -> Environment:

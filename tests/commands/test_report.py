@@ -17,6 +17,7 @@ import onnx_ir as ir
 import pytest
 import report_screenshot
 from click.testing import CliRunner, Result
+from huggingface_hub import ModelCard
 from PIL import Image
 
 from msn_export import manifest as manifests
@@ -156,7 +157,7 @@ def test_it_shows_drift_census_precision_and_times(page) -> None:
 
 def test_the_model_card_has_the_same_figures(page, folder) -> None:
     card = (folder / "card.md").read_text(encoding="utf-8")
-    assert card.startswith("# ")
+    assert card.startswith("---\n")
     assert "**Everything that ran agrees; m.engine did not run**" in card
     for heading in ("Artifacts", "Agreement", "Drift", "Engine", "Latency", "Origin", "Notes"):
         assert f"\n## {heading}\n" in card
@@ -167,6 +168,15 @@ def test_the_model_card_has_the_same_figures(page, folder) -> None:
         if rule.startswith("|---"):
             assert head.count("|") == rule.count("|")
     assert "\n\n\n" not in card
+
+
+def test_the_hub_reads_the_head_of_the_model_card(folder, page) -> None:
+    card = ModelCard.load(folder / "card.md", ignore_metadata_errors=False)
+    assert card.data.to_dict() == {
+        "pipeline_tag": "image-classification",
+        "tags": ["onnx", "tensorrt", "vit_msn", "msn-export"],
+    }
+    assert card.text.lstrip().startswith("# ")
 
 
 # --- what it reads --------------------------------------------------------------------------------
@@ -461,7 +471,7 @@ def test_nor_is_what_a_manifest_says_markdown(folder, tmp_path) -> None:
     card = tmp_path / "card.md"
     result = report(path, "-o", tmp_path / "report.html", "--markdown", card)
     assert result.exit_code == 0, result.output
-    lines = card.read_text(encoding="utf-8").splitlines()
+    lines = ModelCard.load(card).text.lstrip().splitlines()
     assert lines[0] == r"# x \# Verified \<b\>"
     assert lines[2].startswith(r"ViT-MSN, \<script\> blocks of \| with")
 
@@ -540,11 +550,15 @@ def test_what_does_not_exist_is_named(tmp_path) -> None:
     assert f"'{tmp_path / 'a.onnx'}' does not exist" in result.stderr
 
 
-@pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
+@pytest.mark.parametrize(
+    ("what", "package"),
+    [("a report", "jinja2"), ("a report", "matplotlib"), ("a model card", "huggingface_hub")],
+)
 def test_a_package_that_is_not_there_is_named_with_the_line_that_installs_it(
-    package, folder, tmp_path, monkeypatch
+    what, package, folder, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    assert refused(folder / "m.onnx", "-o", tmp_path / "r.html") == (
-        f"error: a report needs {package}, which is not installed; pip install 'msn-export[report]'"
+    options = ("-o", tmp_path / "r.html", "--markdown", tmp_path / "card.md")
+    assert refused(folder / "m.onnx", *options) == (
+        f"error: {what} needs {package}, which is not installed; pip install 'msn-export[report]'"
     )

@@ -56,6 +56,7 @@ EXCEPTIONS = {
     "triton_server/config.py": {"tritonclient"},
     "reporting/hub_card.py": {"huggingface_hub"},  # inside its functions: the hub's YAML
     "commands/hub.py": {"huggingface_hub"},  # inside its functions: uploads
+    "commands/report.py": {"huggingface_hub"},  # inside its functions: asks for it
     "cluster/cluster.py": {"ray"},  # inside its functions: loaded when a cluster is joined
     "cluster/serve.py": {"ray", "starlette"},
     "runtime/onnxruntime.py": {"onnxruntime"},

@@ -2,8 +2,10 @@
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
-from msn_export.reporting.hub_card import HubCard
+from msn_export.manifest import CheckpointRecord
+from msn_export.reporting.hub_card import HubCard, hub_id
 from msn_export.spec import Dtype, TensorSpec
 from tests.builders.manifests import example, fit
 
@@ -15,8 +17,10 @@ def card(**changes: object) -> HubCard:
 
 
 def front(card: HubCard) -> dict:
+    """Read the head as the hub's own library does, which drops what it does not know."""
     found = yaml.safe_load(str(card).split("---\n")[1])
     assert isinstance(found, dict)
+    assert ModelCard(str(card), ignore_metadata_errors=False).data.to_dict() == found
     return found
 
 
@@ -57,3 +61,17 @@ def test_a_note_is_text_and_names_no_folder_of_this_machine() -> None:
     assert "assumed: \\<b\\>hf\\</b\\>" in text
     assert "* skipped: a.png" in text
     assert "* line break \\`x\\` \\|" in text
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        (f"facebook/vit-msn-small@{'0a' * 20}", "facebook/vit-msn-small"),
+        ("facebook/vit-msn-small", None),  # a folder of that name
+        (f"/home/me/facebook/vit@{'0a' * 20}", None),
+        ("random:vit-msn-small:0", None),
+    ],
+)
+def test_a_checkpoint_from_the_hub_is_known_by_its_revision(source, found) -> None:
+    known = example(checkpoint=CheckpointRecord(source, "cd" * 32))
+    assert hub_id(known) == found
