@@ -196,7 +196,7 @@ NOISY = 1.2
 
 
 def noise_of(ratio: Ratio, rounds: Rounds, *, alone: bool) -> str | None:
-    """Say why figures cannot be used; None where they can.
+    """Find the reason why figures cannot be used; None where they can.
 
     Args:
         ratio: over the baseline's times.
