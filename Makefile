@@ -3,7 +3,7 @@ PYTHON ?= python3
 CLIENTS ?= tests/clients
 BIN := .venv/bin
 
-.PHONY: demo report test lint same slow mutants drills faults fuzz clients gpu performance wheel packaged clean
+.PHONY: demo report docs figures test lint same slow mutants drills faults fuzz clients gpu performance wheel packaged clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -29,7 +29,7 @@ report: demo
 	$(BIN)/msn-export onnx random:vit-msn-small:0 --head tokens --dtype fp16 --images demo/photographs --output demo/vit-msn-small-fp16.onnx --force
 	$(BIN)/msn-export report demo/vit-msn-small.onnx demo/vit-msn-small-fp16.onnx demo/vit-msn-small.engine --images demo/photographs --output demo/report.html --markdown demo/report.md --force
 
-# The figures of docs/performance.md, on a machine that does nothing else
+# The results that docs/performance.md is written from (make docs), on a machine that does nothing else
 .venv-peer/installed: benchmarks/peer.txt
 	$(PYTHON) -m venv .venv-peer
 	.venv-peer/bin/pip install --quiet --requirement benchmarks/peer.txt
@@ -38,10 +38,23 @@ report: demo
 performance: .venv/linked .venv-peer/installed
 	$(BIN)/python benchmarks/forms.py
 	$(BIN)/python benchmarks/foldings.py
+	$(BIN)/python benchmarks/engine_kernels.py --optimum .venv-peer/bin/optimum-cli
 	$(BIN)/python benchmarks/export.py --optimum .venv-peer/bin/optimum-cli
 	$(BIN)/python benchmarks/graphs.py --optimum .venv-peer/bin/optimum-cli --compile
 	$(BIN)/python benchmarks/runtime_overhead.py
 	$(BIN)/python benchmarks/runtime_overhead.py --provider openvino
+
+# The pages that scripts write from results, docstrings and help, and the site of all pages in
+# build/site (its front page: build/site/index.html). make figures writes the pages alone
+figures: .venv/linked
+	$(BIN)/python scripts/performance.py
+	$(BIN)/python scripts/chart.py
+	$(BIN)/python scripts/commands.py
+	$(BIN)/python scripts/json_schemas.py
+	$(BIN)/python scripts/api.py
+
+docs: figures
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: .venv/linked
 	$(BIN)/ruff check .

@@ -47,8 +47,13 @@ def main() -> None:
         for who, found in runs.items()
     }
     ratios = {
-        who: {key: found[key] / medians["optimum"][key] for key in found}
-        for who, found in medians.items()
+        who: {
+            key: statistics.median(
+                mine[key] / other[key] for mine, other in zip(found, runs["optimum"], strict=True)
+            )
+            for key in found[0]
+        }
+        for who, found in runs.items()
     }
     told = {"machine": asdict(this_machine()), "load": os.getloadavg(), "runs": runs}
     options.json.parent.mkdir(parents=True, exist_ok=True)

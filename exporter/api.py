@@ -111,6 +111,9 @@ def export(
         progress: show the steps on stderr, or to an object with the methods of ``Progress``.
         options: the other fields of ``OnnxJob``.
 
+    Returns:
+        The file, and its manifest, whose ``check`` has the agreement with the checkpoint.
+
     Raises:
         MsnExportError: nothing was written; the message says why.
     """
@@ -164,6 +167,9 @@ def compile(
         progress: as of ``export``.
         options: the other fields of ``TrtJob``.
 
+    Returns:
+        The engine, and its manifest, whose ``engine`` has the kernels and what ran of it.
+
     Raises:
         MsnExportError: nothing was written; the message says why.
     """
@@ -191,6 +197,9 @@ def calibrate(
         output: the .onnx file to write; by default named after the graph.
         progress: as of ``export``.
         options: the other fields of ``CalibrateJob``.
+
+    Returns:
+        The graph, and its manifest, whose ``quantization`` has the cost and the gain.
 
     Raises:
         MsnExportError: nothing was written; the message says why.
@@ -268,6 +277,9 @@ def report(
         progress: as of ``export``.
         options: the other fields of ``ReportJob``.
 
+    Returns:
+        What the page shows.
+
     Raises:
         MsnExportError: nothing was written; the message says why.
     """
@@ -285,6 +297,9 @@ def bench(*artifacts: Name, progress: bool | Progress = False, **options: Any) -
         artifacts: .onnx files and engines.
         progress: as of ``export``.
         options: the other fields of ``BenchJob``.
+
+    Returns:
+        ``timings``: milliseconds of each contender at each batch, with quartiles and ratios.
 
     Raises:
         MsnExportError: nothing could be timed; the message says why.
@@ -306,6 +321,9 @@ def embed(
         output: the .npy, .parquet or .usearch file to write.
         progress: as of ``export``.
         options: the other fields of ``EmbedJob``.
+
+    Returns:
+        Where the rows are, their ``shape`` [images, dim], and what was skipped.
 
     Raises:
         MsnExportError: the message says why, and what of the rows is kept for ``resume=True``.
@@ -332,6 +350,9 @@ def evaluate(
         progress: as of ``export``.
         options: the other fields of ``EvaluateJob``.
 
+    Returns:
+        Counts and shares of top-1, top-5 and neighbours, with 95 % intervals, and the confusion.
+
     Raises:
         MsnExportError: nothing could be judged; the message says why.
     """
@@ -351,6 +372,9 @@ def search(
         pictures: files.
         progress: as of ``export``.
         options: the other fields of ``SearchJob``.
+
+    Returns:
+        For each picture its neighbours, the nearest first, with their cosine.
 
     Raises:
         MsnExportError: nothing could be searched; the message says why.
@@ -373,6 +397,9 @@ def triton(
         progress: as of ``export``.
         options: the other fields of ``TritonJob``.
 
+    Returns:
+        The models in the repository.
+
     Raises:
         MsnExportError: nothing was written; the message says why.
     """
@@ -394,6 +421,9 @@ def hub(
         progress: as of ``export``.
         options: the other fields of ``HubJob``.
 
+    Returns:
+        The graphs of the folder with their checks, and where it was uploaded.
+
     Raises:
         MsnExportError: nothing was written, or what was written was not uploaded; the message says
             why.
@@ -411,6 +441,9 @@ def inspect(artifact: Name, *, providers: Sequence[str] = ()) -> Inspection:
         artifact: the file.
         providers: ``["openvino"]`` compiles a graph there, and reads back what it computes in.
 
+    Returns:
+        What the file says, and what was counted in it.
+
     Raises:
         MsnExportError: it cannot be read; the message says why.
     """
@@ -422,6 +455,9 @@ def inspect(artifact: Name, *, providers: Sequence[str] = ()) -> Inspection:
 
 def doctor(*, progress: bool | Progress = False) -> Diagnosis:
     """Examine what this machine can export, build and run.
+
+    Returns:
+        What was found, and what to install for the rest.
 
     Raises:
         MissingPackageError: msn-export runs from a folder and was never installed.

@@ -220,7 +220,18 @@ Picture: TypeAlias = "Path | str | Image.Image | NDArray[np.uint8]"
 
 
 def decode(pictures: Iterable[Picture], preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    """Turn pictures into pixels [b, h, w, c]."""
+    """Turn pictures into pixels: decoded, turned by EXIF, resized and cropped.
+
+    Args:
+        pictures: files, Pillow images, or uint8 [h, w, 3] in RGB.
+        preprocessing: sizes in pixels, filter and order, as a manifest has them.
+
+    Returns:
+        uint8 [b, h, w, c], 0 to 255.
+
+    Raises:
+        ImageError: a picture cannot be read (it is named), or there is none.
+    """
     pixels = [
         read(Path(picture), preprocessing)
         if isinstance(picture, str | Path)
@@ -249,7 +260,18 @@ def _opened(picture: Any) -> Image.Image:
 
 
 def preprocess(pictures: Iterable[Picture], preprocessing: Preprocessing) -> NDArray[np.float32]:
-    """Turn pictures into a batch [b, c, h, w]."""
+    """Turn pictures into a batch of normalised planes.
+
+    Args:
+        pictures: as of ``decode``.
+        preprocessing: also scale, and mean and standard deviation of each channel.
+
+    Returns:
+        float32 [b, c, h, w]: (pixel * scale - mean) / std, where scale is 1/255 by default.
+
+    Raises:
+        ImageError: a picture cannot be read (it is named), or there is none.
+    """
     return normalize(decode(pictures, preprocessing), preprocessing)
 
 

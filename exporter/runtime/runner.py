@@ -231,7 +231,14 @@ class Runner(Described, ABC):
                 cupy or cuda-bindings) on which the images are made and the outputs are used.
 
         Returns:
-            The outputs, of the kind that was given.
+            The outputs, of the kind that was given: logits [b, classes], an embedding [b, dim],
+            tokens [b, n, dim]; float32, or what ``outputs`` of the runner names.
+
+        Raises:
+            InputError: images of another dtype or shape, or a stream without tensors on the GPU.
+            ImageError: a picture cannot be read.
+            RunnerError: the runner is closed.
+            DeviceError: CUDA, TensorRT or the runtime failed.
         """
 
     def map(self, batches: Iterable[NDArray[Any]]) -> Iterator[Outputs]:

@@ -10,7 +10,7 @@ PAGES = [
     ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md",
     *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").rglob("*.md")),
 ]  # fmt: skip
-LINK = re.compile(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"")
+LINK = re.compile(r"\]\(([^)\s]+)\)|src(?:set)?=\"([^\"]+)\"")
 FENCED = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 
 in_the_tree = pytest.mark.skipif(not PAGES[0].is_file(), reason="there are no docs here")

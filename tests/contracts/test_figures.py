@@ -1,0 +1,72 @@
+"""The figures of pages and of README's picture are those of benchmarks/results/."""
+
+import json
+import re
+from pathlib import Path
+
+import chart
+import performance
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "benchmarks").is_dir(), reason="there are no benchmarks here"
+)
+
+
+@pytest.mark.parametrize(("page", "name"), performance.PARTS, ids=lambda of: Path(of).stem)
+def test_a_page_has_the_figures_of_the_results(page, name) -> None:
+    text = page.read_text(encoding="utf-8")
+    written = text.split(f"<!-- measured: {name} -->\n")[1].split("\n<!-- /measured -->")[0]
+    again = "python scripts/performance.py writes it again"
+    assert written == performance.PARTS[page, name](), f"{page.name} is stale: {again}"
+
+
+@pytest.mark.parametrize("theme", chart.THEMES)
+def test_the_picture_of_readme_has_the_figures_of_the_results(theme, tmp_path) -> None:
+    chart.save(theme, tmp_path / "chart.svg")
+    written = (chart.IMAGES / f"cpu-{theme}.svg").read_bytes()
+    again = "python scripts/chart.py draws it again"
+    assert written == (tmp_path / "chart.svg").read_bytes(), f"cpu-{theme}.svg is stale: {again}"
+
+
+def test_the_picture_shows_the_times_and_kernels(monkeypatch) -> None:
+    texts = [text.get_text() for axes in chart.draw("light").axes for text in axes.texts]
+    found = performance.result("graphs")["batch 1"]
+    kernels = performance.result("kernels")["graphs"]
+    assert f"{found['optimum']['wall_ms']:.0f}" in texts
+    assert f"{found['msn-export']['wall_ms']:.0f}" in texts
+    assert f"{kernels['optimum']['kernels']}" in texts
+    monkeypatch.setattr(chart, "times", lambda: {"msn-export": 1.0, "other": 7.0})
+    changed = [text.get_text() for axes in chart.draw("light").axes for text in axes.texts]
+    assert "7" in changed
+
+
+def test_a_changed_result_makes_a_page_stale(monkeypatch) -> None:
+    before = performance.graphs("graphs", "")
+    found = performance.result("graphs")
+    found["batch 1"]["msn-export"]["wall x optimum"] = 0.5
+    monkeypatch.setattr(performance, "result", lambda name: found)
+    assert performance.graphs("graphs", "") != before
+
+
+def test_a_ratio_is_the_median_of_the_ratios_of_rounds() -> None:
+    found = json.loads((performance.RESULTS / "export.json").read_text(encoding="utf-8"))
+    ours, theirs = found["runs"]["msn-export"], found["runs"]["optimum"]
+    by_round = sorted(a["wall_s"] / b["wall_s"] for a, b in zip(ours, theirs, strict=True))
+    assert found["ratios"]["msn-export"]["wall_s"] == by_round[len(by_round) // 2]
+
+
+def test_no_other_page_gives_a_ratio_to_another_tool() -> None:
+    """A ratio stands in a part that a script writes, so that no two pages differ."""
+    ratio = re.compile(
+        r"\b[01]\.\d+ (?:times|of) (?:optimum|onnxruntime|torch|PyTorch|OpenVINO)", re.I
+    )
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = re.sub(
+            r"<!-- measured: .*?<!-- /measured -->",
+            "",
+            page.read_text(encoding="utf-8"),
+            flags=re.S,
+        )
+        assert not ratio.search(text), f"{page.name}: {ratio.search(text)}"
