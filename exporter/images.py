@@ -8,11 +8,13 @@ Shapes: ``b`` images, ``h`` and ``w`` pixels, ``c`` channels.
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeAlias
 
@@ -215,8 +217,8 @@ def model_input(
     return planes.astype(np.float16) if kind is InputFormat.HALF else planes
 
 
-# a file, a Pillow image, or decoded pixels: uint8 [h, w, 3] in RGB
-Picture: TypeAlias = "Path | str | Image.Image | NDArray[np.uint8]"
+# a file by its path, its bytes or an open file; a Pillow image; pixels: uint8 [h, w, 3] in RGB
+Picture: TypeAlias = "PathLike[str] | str | bytes | BinaryIO | Image.Image | NDArray[np.uint8]"
 
 
 def decode(pictures: Iterable[Picture], preprocessing: Preprocessing) -> NDArray[np.uint8]:
@@ -233,14 +235,24 @@ def decode(pictures: Iterable[Picture], preprocessing: Preprocessing) -> NDArray
         ImageError: a picture cannot be read (it is named), or there is none.
     """
     pixels = [
-        read(Path(picture), preprocessing)
-        if isinstance(picture, str | Path)
-        else fit(turn(_opened(picture), preprocessing)[0], preprocessing)
-        for picture in pictures
+        _decode_one(picture, number, preprocessing) for number, picture in enumerate(pictures, 1)
     ]
     if not pixels:
         raise ImageError("no picture to preprocess; give at least one")
     return np.stack(pixels)
+
+
+def _decode_one(picture: Any, number: int, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """Decode one picture, which is called by its number where it has no name."""
+    if isinstance(picture, str | PathLike):
+        return read(Path(picture), preprocessing)
+    if isinstance(picture, bytes | bytearray | memoryview):
+        return read_file(io.BytesIO(picture), f"picture {number}", preprocessing).pixels
+    if hasattr(picture, "read"):
+        name = getattr(picture, "name", None)
+        named = name if isinstance(name, str) else f"picture {number}"
+        return read_file(picture, named, preprocessing).pixels
+    return fit(turn(_opened(picture), preprocessing)[0], preprocessing)
 
 
 def _opened(picture: Any) -> Image.Image:
@@ -255,7 +267,8 @@ def _opened(picture: Any) -> Image.Image:
     else:
         found = f"{picture.dtype} {list(picture.shape)}"
     raise ImageError(
-        f"{found} is no picture; give a file, a Pillow image, or uint8 [h, w, 3] in RGB"
+        f"{found} is no picture; give a path, bytes, an open file, a Pillow image, or uint8 "
+        "[h, w, 3] in RGB"
     )
 
 
@@ -312,6 +325,7 @@ def _reason(error: Exception, file: Path | BinaryIO) -> str:
 
 
 def _unreadable_content(file: Path | BinaryIO) -> str | None:
+    header: Any
     try:
         if isinstance(file, Path):
             with file.open("rb") as opened:
@@ -321,6 +335,8 @@ def _unreadable_content(file: Path | BinaryIO) -> str | None:
             header = file.read(HEADER)
     except (OSError, ValueError):  # gone since, or closed by Pillow
         return None
+    if not isinstance(header, bytes):
+        return "it is open as text; open it in mode 'rb'"
     kind = kind_of(header)
     return unreadable(kind) if kind is not None else None
 

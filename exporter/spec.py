@@ -358,6 +358,9 @@ class TensorSpec:
     dtype: str
     shape: tuple[int | str, ...]
 
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype} [{', '.join(map(str, self.shape))}]"
+
 
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 

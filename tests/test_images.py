@@ -431,7 +431,7 @@ def test_damage_anywhere_raises_nothing_else(tmp_path, form) -> None:
 @pytest.mark.parametrize(
     ("picture", "message"),
     [
-        (np.zeros((8, 8, 3), np.float32), r"float32 \[8, 8, 3\] is no picture; give a file, a Pi"),
+        (np.zeros((8, 8, 3), np.float32), r"float32 \[8, 8, 3\] is no picture; give a path, byt"),
         (
             np.zeros((3, 8, 8), np.uint8),
             r"uint8 \[3, 8, 8\] is no picture; .* uint8 \[h, w, 3\] i",

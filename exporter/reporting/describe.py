@@ -435,9 +435,7 @@ def _size(found: Inspection) -> str:
 
 
 def _tensors(specs: tuple[TensorSpec, ...]) -> str:
-    return "; ".join(
-        f"{spec.name} {spec.dtype} [{', '.join(map(str, spec.shape))}]" for spec in specs
-    ) or "unknown"  # fmt: skip
+    return "; ".join(map(str, specs)) or "unknown"
 
 
 def counted_by(counts: Mapping[str, int], joint: str = " ") -> str:

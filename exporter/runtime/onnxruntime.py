@@ -199,6 +199,7 @@ class OrtRunner(Runner):
             profiles,
             metadata,
         )
+        self.file = model
         self._names = [spec.name for spec in self.outputs]
         self._through_numpy = all(
             OF_ONNX[spec.dtype].numpy for spec in (*inputs, *self.outputs) if spec.dtype in OF_ONNX

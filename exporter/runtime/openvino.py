@@ -227,6 +227,7 @@ class OpenVinoRunner(Runner):
             profiles_of(inputs[0], manifest),
             metadata,
         )
+        self.file = model
         if options.precision is not Dtype.FP32:
             self.rounds_as = options.precision
 

@@ -7,6 +7,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -187,10 +188,12 @@ class Runner(Described, ABC):
     Safe to share between threads. ``name`` says what runs it and on what. ``manifest`` is None
     where there is none, and ``metadata`` then what a graph's own file says. ``inputs`` and
     ``outputs`` are the artifact's tensors, a dynamic batch as a name. ``profiles`` are the batches
-    it accepts. ``precision`` is what was compiled, None where the runtime does not say.
-    ``rounds_as`` is a precision that was asked for, coarser than the artifact's own.
+    it accepts, ``file`` is what was opened. ``precision`` is what was compiled, None where the
+    runtime does not say. ``rounds_as`` is a precision that was asked for, coarser than the
+    artifact's own.
     """
 
+    file: Path | None = None
     precision: Precision | None = None
     rounds_as: Dtype | None = None
 
@@ -211,6 +214,12 @@ class Runner(Described, ABC):
         self.profiles = profiles
         self._is_open = True
 
+    def __repr__(self) -> str:
+        what = self.file or "an artifact"
+        taken, given = ", ".join(map(str, self.inputs)), ", ".join(map(str, self.outputs))
+        state = "" if self._is_open else "; closed"
+        return f"<Runner of {what}: {taken} -> {given}; batch {self.batch}; {self.name}{state}>"
+
     @property
     def batch(self) -> BatchRange:
         """The batches accepted, all profiles together; others are split or padded."""
@@ -226,7 +235,8 @@ class Runner(Described, ABC):
         Args:
             images: a NumPy array, or a tensor of a library with DLPack (torch, cupy, jax), on
                 the host or on the runner's GPU; of the dtype and shape of ``inputs``. Or pictures,
-                one or a list, as files or Pillow images: ``preprocess`` makes a batch of them.
+                one or a list, as paths, bytes, open files or Pillow images: ``preprocess`` makes
+                a batch of them.
             stream: for tensors on the GPU, the CUDA stream (a number, or an object of torch,
                 cupy or cuda-bindings) on which the images are made and the outputs are used.
 
@@ -272,8 +282,8 @@ class Runner(Described, ABC):
         """Turn pictures into a batch, as the manifest says, else the graph's own file.
 
         Args:
-            images: one or several: files, Pillow images, or uint8 [h, w, 3] in RGB (OpenCV's
-                arrays are BGR: ``array[..., ::-1]``).
+            images: one or several: paths, bytes of files, open files, Pillow images, or uint8
+                [h, w, 3] in RGB (OpenCV's arrays are BGR: ``array[..., ::-1]``).
 
         Returns:
             What the artifact takes: float32 [b, c, h, w], normalised, or uint8 [b, h, w, c].
@@ -298,7 +308,7 @@ class Runner(Described, ABC):
     def _pixels(self, images: Any) -> Any:
         """Preprocess pictures; arrays and tensors are pixels already."""
         first = images[0] if isinstance(images, list | tuple) and images else images
-        is_picture = isinstance(first, str | os.PathLike) or has(first, "getexif")
+        is_picture = isinstance(first, _FILES) or has(first, "getexif") or has(first, "read")
         return self.preprocess(images) if is_picture else images
 
     def top_k(self, logits: Any, k: int = 5) -> list[list[Guess]]:
@@ -347,11 +357,16 @@ class Runner(Described, ABC):
             raise RunnerError(f"this runner ({self.name}) is closed; open another")
 
 
+_FILES = (str, os.PathLike, bytes, bytearray, memoryview)
+
+
 def _is_one(images: object) -> bool:
     """True for one picture; an array of four dimensions is several."""
     if isinstance(images, np.ndarray):
         return images.ndim < 4
-    return isinstance(images, str | os.PathLike) or not isinstance(images, Iterable)
+    # the bytes of a file and its lines can be iterated over
+    is_file = isinstance(images, _FILES) or has(images, "read")
+    return is_file or not isinstance(images, Iterable)
 
 
 def require_fit(shape: Sequence[int], element: TensorType, spec: TensorSpec) -> None:

@@ -168,6 +168,7 @@ class TrtRunner(Runner):
         # also where nobody calls close(), and when the process ends
         self._end = finalize(self, _drop, gpu, loaded, self._memory, self._pool)
         super().__init__(str(host), engine.manifest, loaded.inputs, loaded.outputs, loaded.profiles)
+        self.file = engine.path
 
     def __call__(self, images: Any, *, stream: Any = None, profile: int | None = None) -> Outputs:
         """Run any number of images (see ``Runner``).

@@ -33,6 +33,11 @@ def test_the_examples_run_one_after_the_other(photographs, tmp_path, monkeypatch
         exec(compile(block, "docs/runtime.md", "exec"), names)  # noqa: S102  our own document
     told = capsys.readouterr().out
     assert re.search(r"class \d 0\.\d\d, class \d 0\.\d\d", told)
+    assert re.search(
+        r"<Runner of model\.onnx: .* -> logits float \[batch, 3\]; batch 1:8:32; onn", told
+    )
+    assert re.search(r"\(200, \{'class \d': 0\.\d+, 'class \d'", told)
+    assert "(400, {'error': 'picture 1 is not a readable picture (cannot identify" in told
     assert "selftest passed: output 'logits' of 2 seeded images on onnxruntime" in told
 
 

@@ -1,16 +1,19 @@
 """What all runners share: pictures, labels, the likeliest classes."""
 
+import io
+import tempfile
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import ViTMSNConfig
 from transformers.pipelines.image_classification import ImageClassificationPipeline
 
 from msn_export import image_folder, images
-from msn_export.errors import InputError, ManifestError
+from msn_export.errors import ImageError, InputError, ManifestError
 from msn_export.models.config import PROBLEM_TYPES
 from msn_export.runtime import open_runner
 from msn_export.runtime.onnxruntime import OrtRunner
@@ -21,8 +24,6 @@ from tests.builders.networks import Network
 
 
 def test_pictures_are_preprocessed_as_the_manifest_says(photographs) -> None:
-    from PIL import Image
-
     paths = image_folder.find(photographs).paths[:3]
     with open_runner(classifier()) as runner:
         known = runner.manifest.preprocessing
@@ -38,9 +39,66 @@ def test_pictures_are_preprocessed_as_the_manifest_says(photographs) -> None:
         assert runner(batch).logits.shape == (3, 3)
 
 
-def test_pictures_themselves_are_run(photographs) -> None:
-    from PIL import Image
+def test_a_picture_is_also_the_bytes_of_a_file_or_an_open_file(photographs, tmp_path) -> None:
+    paths = image_folder.find(photographs).paths[:2]
+    contents = [path.read_bytes() for path in paths]
+    with open_runner(classifier()) as runner:
+        batch = runner.preprocess(paths)
+        for kind in (bytes, bytearray, memoryview, io.BytesIO):
+            np.testing.assert_array_equal(runner.preprocess(kind(contents[0])), batch[:1])
+            np.testing.assert_array_equal(runner.preprocess([kind(c) for c in contents]), batch)
+        with paths[1].open("rb") as one, tempfile.SpooledTemporaryFile() as upload:
+            upload.write(contents[0])
+            upload.seek(0)
+            np.testing.assert_array_equal(runner.preprocess([upload, one]), batch)
+            assert not one.closed
+        wanted = runner(batch).logits
+        np.testing.assert_array_equal(runner(contents).logits, wanted)
+        np.testing.assert_allclose(runner(contents[0]).logits, wanted[:1], atol=1e-5)
+        np.testing.assert_allclose(runner(io.BytesIO(contents[1])).logits, wanted[1:], atol=1e-5)
 
+
+def test_bytes_and_files_that_are_no_picture_are_named(tmp_path) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(b"none")
+    with open_runner(classifier()) as runner:
+        with pytest.raises(
+            ImageError, match=r"^picture 1 is not a readable picture \(cannot ident"
+        ):
+            runner.preprocess(b"none")
+        with pytest.raises(ImageError, match=r"^picture 2 is not a readable picture"):
+            runner([photograph(), b""])
+        with path.open("rb") as opened, pytest.raises(ImageError, match=f"^{path} is not a reada"):
+            runner.preprocess(opened)
+        with (
+            path.open() as text,
+            pytest.raises(ImageError, match="it is open as text; open it in mode"),
+        ):
+            runner.preprocess(text)
+
+
+def photograph() -> bytes:
+    packed = io.BytesIO()
+    Image.fromarray(np.full((40, 40, 3), 99, np.uint8)).save(packed, "PNG")
+    return packed.getvalue()
+
+
+@pytest.mark.parametrize("providers", [["cpu"], ["openvino"]], ids=str)
+def test_it_is_shown_with_its_file_its_tensors_and_what_runs_it(providers) -> None:
+    if providers == ["openvino"]:
+        pytest.importorskip("openvino")
+    path = classifier()
+    with open_runner(path, providers=providers) as runner:
+        shown = repr(runner)
+        assert shown == (
+            f"<Runner of {path}: pixel_values float [batch, 3, 32, 32] -> logits float [batch, 3]; "
+            f"batch {runner.batch}; {runner.name}>"
+        )
+        assert ("OpenVINO" in shown) is (providers == ["openvino"])
+    assert repr(runner).endswith("; closed>")
+
+
+def test_pictures_themselves_are_run(photographs) -> None:
     paths = image_folder.find(photographs).paths[:2]
     with open_runner(classifier()) as runner:
         wanted = runner(runner.preprocess(paths)).logits
