@@ -32,7 +32,7 @@ CHOICES: tuple[tuple[str, ...], ...] = (
 )
 RESULTS = ROOT / "benchmarks" / "results"
 MEMORY = RESULTS / "calibration_memory.json"
-GRAPHS = RESULTS / "graphs.json"
+GRAPHS = RESULTS / "graphs-avx2.json"  # the page names a processor without VNNI
 GRAPHS_SHOWN = (
     "msn-export", "msn-export int8", "msn-export int8, the rest fp16", "optimum", "torch sdpa",
 )  # fmt: skip

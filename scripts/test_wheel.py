@@ -10,6 +10,7 @@ line from checkpoint to embeddings, each command's imports, the templates. Other
 pytest's; without any, all tests run.
 """
 
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,9 @@ from pathlib import Path
 ENVIRONMENT = Path("build/wheel")
 SOURCES = {"exporter": "msn_export", "models": "msn_export/models",
            "calibration": "msn_export/calibration"}  # fmt: skip
+DOCUMENTATION = "share/doc/msn-export"
+PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")
+SUFFIXES = {".md", ".json", ".png", ".svg"}  # of docs/: the site's own files stay in the tree
 # What the wheel could get wrong although its files are the tree's: entry point, extras, imports
 # under their installed names, data files
 PACKAGED = ("tests/contracts/test_architecture.py", "tests/cli/test_commands.py",
@@ -32,13 +36,20 @@ PACKAGED = ("tests/contracts/test_architecture.py", "tests/cli/test_commands.py"
 def differences(wheel: Path) -> list[str]:
     """Name the files in which a wheel and the tree differ; metadata aside."""
     with zipfile.ZipFile(wheel) as packed:
-        have = {name: packed.read(name) for name in packed.namelist() if ".dist-info/" not in name}
+        have = {
+            re.sub(r"^[^/]+\.data/data/", "", name): packed.read(name)
+            for name in packed.namelist()
+            if ".dist-info/" not in name and not name.endswith("/")
+        }
     wanted = {
         f"{package}/{path.relative_to(folder)}": path.read_bytes()
         for folder, package in SOURCES.items()
         for path in Path(folder).rglob("*")
         if path.is_file() and path.suffix != ".pyc"
     }
+    pages = [Path(name) for name in PAGES]
+    pages += [path for path in Path("docs").rglob("*") if path.suffix in SUFFIXES]
+    wanted |= {f"{DOCUMENTATION}/{page}": page.read_bytes() for page in pages if page.is_file()}
     return sorted(name for name in have.keys() | wanted if have.get(name) != wanted.get(name))
 
 

@@ -57,6 +57,17 @@ def test_a_ratio_is_the_median_of_the_ratios_of_rounds() -> None:
     assert found["ratios"]["msn-export"]["wall_s"] == by_round[len(by_round) // 2]
 
 
+def test_the_page_of_quantisation_has_the_same_figures() -> None:
+    found = performance.result("graphs-avx2")
+    page = (ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
+    for name in ("batch 1", "batch 8"):
+        for who in ("msn-export", "msn-export int8", "optimum"):
+            of = found[name][who]
+            ratios = f"{of['wall x optimum']:.2f} | {of['wall x torch sdpa']:.2f}"
+            start = f"| {name.removeprefix('batch ')} | {who} | {of['wall_ms']:.0f} | {ratios}"
+            assert start in page, "python scripts/quantization.py writes it again"
+
+
 def test_no_other_page_gives_a_ratio_to_another_tool() -> None:
     """A ratio stands in a part that a script writes, so that no two pages differ."""
     ratio = re.compile(
