@@ -146,6 +146,8 @@ class CheckRecord:
     are the reference's, None where not measured. ``gate`` holds the numbers that had to be reached
     beside the limits. ``skipped`` says by reason how many files of the folder are no pictures that
     can be read. ``accuracy`` is that of both sides on labelled images, where some were given.
+    ``images_apart`` says that every operator of the graph is known to keep the images of a batch
+    apart: then larger batches than ``batches`` were not run, for they compute the same.
     """
 
     images: int
@@ -176,6 +178,7 @@ class CheckRecord:
     limits_from: str = ""
     skipped: dict[str, int] = field(default_factory=dict)
     accuracy: AccuracyRecord | None = None
+    images_apart: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,9 @@
 import gc
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
@@ -22,12 +23,13 @@ from msn_export.compare.sides import (
 )
 from msn_export.files import apart, publish, staging
 from msn_export.graph import io
+from msn_export.graph.batch import find_mixing
 from msn_export.graph.cls_only import narrow_to_first_token
 from msn_export.graph.fuse import fuse_attention
 from msn_export.graph.opset import lower_opset
 from msn_export.graph.simplify import simplify
 from msn_export.graph.summary import GraphSummary
-from msn_export.graph.torch_reference import TorchRunner, shaken, trace
+from msn_export.graph.torch_reference import InThread, TorchRunner, shaken, trace
 from msn_export.host import peak_rss
 from msn_export.manifest import (
     AttentionRecord,
@@ -53,6 +55,7 @@ from msn_export.metrics.evaluate import (
     measure_rounding,
     require_different,
     run_reference,
+    sizes_without_largest,
 )
 from msn_export.metrics.tolerances import BYTES_ROUNDING, GATES, ROUNDED_MARGIN
 from msn_export.mixed_precision import Fp32Islands, convert, cpu_runner
@@ -88,13 +91,21 @@ class Traced:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A written, not yet published graph with what is known of it."""
+    """A written, not yet published graph with what is known of it.
+
+    ``mixing`` names what may join images of a batch, as ``find_mixing`` does.
+    """
 
     path: Path
+    sha256: str
     summary: GraphSummary
     fused: int
     simplified: str
     islands: Fp32Islands
+    mixing: str
+
+
+Run = InThread[tuple[Reference, GoldenRecord]]
 
 
 def run_onnx(job: OnnxJob, progress: Progress = SILENT) -> tuple[Path, Manifest]:
@@ -126,22 +137,28 @@ def run_onnx(job: OnnxJob, progress: Progress = SILENT) -> tuple[Path, Manifest]
         sample = _sample(job, preprocessing, max_batch)
         if job.check:
             require_different(sample)
-    with staging(output.parent) as stage:
-        reference = recorded = None
+    with staging(output.parent) as stage, ExitStack() as running:
+        with progress.step("trace"):
+            model = _trace(job, checkpoint, heads, sample)
+        run: Run | None = None
         if job.check:
-            with progress.step("run the PyTorch reference"):
-                reference, recorded = _run_reference(job, checkpoint, heads, sample)
-        traced = _trace(job, checkpoint, heads, sample, progress)
-        if reference is not None and job.dtype is not Dtype.FP32:
-            with progress.step("check the fp32 graph"):
-                reference = _check_fp32(job, traced.model, reference, heads, stage)
+            work = partial(_run_reference, job, checkpoint, heads, sample)
+            run = running.enter_context(InThread(checkpoint.model, work))
+        traced = _improve(job, checkpoint, heads, model, progress)
+        limits = None
+        if run is not None and job.dtype is not Dtype.FP32:
+            limits = _check_fp32(job, traced.model, run, heads, stage, progress)
         built = _write(job, checkpoint, traced, sample, stage / output.name, progress)
-        del traced
-        # The weights are in the file: while it is checked onnxruntime alone holds them. The graph
-        # is full of cycles, so it does not go by itself.
-        checkpoint.model.to("meta")
-        gc.collect()
-        check, recorded = _check(job, built, reference, recorded, heads, progress)
+        del traced, model
+        check = recorded = None
+        if run is not None:
+            with progress.step("run the PyTorch reference"):
+                reference, recorded = run.result()
+            # The weights are in the file: while it is checked onnxruntime alone holds them. The
+            # graph is full of cycles, so it does not go by itself.
+            checkpoint.model.to("meta")
+            gc.collect()
+            check, recorded = _check(job, built, limits or reference, recorded, heads, progress)
         manifest = replace(
             _describe(job, checkpoint, sample, built, check),
             golden=recorded,
@@ -195,20 +212,25 @@ def _run_reference(
 
 
 def _trace(
+    job: OnnxJob, checkpoint: Checkpoint, heads: tuple[Head, ...], sample: Sample
+) -> ir.Model:
+    return trace(
+        checkpoint.model,
+        heads=heads,
+        input_format=job.input_format,
+        batch=job.batch,
+        preprocessing=sample.preprocessing,
+    )
+
+
+def _improve(
     job: OnnxJob,
     checkpoint: Checkpoint,
     heads: tuple[Head, ...],
-    sample: Sample,
+    model: ir.Model,
     progress: Progress,
 ) -> Traced:
-    with progress.step("trace"):
-        model = trace(
-            checkpoint.model,
-            heads=heads,
-            input_format=job.input_format,
-            batch=job.batch,
-            preprocessing=sample.preprocessing,
-        )
+    """Simplify the graph and fuse its attention."""
     simplified = "not asked for"
     if job.simplify:
         with progress.step("simplify"):
@@ -240,28 +262,37 @@ def _write(
     with progress.step("write and check the file"):
         io.save(model, path)
         io.check(path)
-    return Built(path, GraphSummary.of(model), traced.fused, traced.simplified, islands)
+    return Built(
+        path, sha256_of(path), GraphSummary.of(model), traced.fused, traced.simplified, islands,
+        find_mixing(model),
+    )  # fmt: skip
 
 
 def _check_fp32(
     job: OnnxJob,
     model: ir.Model,
-    reference: Reference,
+    run: Run,
     heads: tuple[Head, ...],
     stage: Path,
+    progress: Progress,
 ) -> Reference:
     """Hold the fp32 graph to its own limit before it is typed, and measure what typing may cost."""
     path = apart(stage) / "fp32.onnx"
     io.save(model, path)
+    with progress.step("run the PyTorch reference"):
+        reference, _ = run.result()
     fixed = job.batch.max if job.batch.is_static else None
-    with OrtRunner(path) as runner:
-        size = fixed or min(8, reference.sample.max_batch, len(reference.sample))
-        found = _evaluate_fp32(job, runner, reference, heads, (size,))
-        found.require(f"the fp32 graph, before it was typed {job.dtype}")
-    path.unlink()
-    rough = replace(reference, exact={}, rounding={})  # the errors to come are far above fp32's
-    with open_rounded(model, job.dtype, reference.sample, job.input_format, stage) as runner:
-        return add_baseline(rough, runner, job.input_format, margin=ROUNDED_MARGIN, fixed=fixed)
+    with progress.step("check the fp32 graph"):
+        with OrtRunner(path) as runner:
+            size = fixed or min(8, reference.sample.max_batch, len(reference.sample))
+            found = _evaluate_fp32(job, runner, reference, heads, (size,))
+            found.require(f"the fp32 graph, before it was typed {job.dtype}")
+        path.unlink()
+        rough = replace(reference, exact={}, rounding={})  # errors to come are far above fp32's
+        with open_rounded(model, job.dtype, reference.sample, job.input_format, stage) as rounded:
+            return add_baseline(
+                rough, rounded, job.input_format, margin=ROUNDED_MARGIN, fixed=fixed
+            )
 
 
 def _metadata(job: OnnxJob, checkpoint: Checkpoint, sample: Sample) -> dict[str, str]:
@@ -303,18 +334,18 @@ def _evaluate_fp32(
 def _check(
     job: OnnxJob,
     built: Built,
-    reference: Reference | None,
-    recorded: GoldenRecord | None,
+    reference: Reference,
+    recorded: GoldenRecord,
     heads: tuple[Head, ...],
     progress: Progress,
-) -> tuple[CheckRecord | None, GoldenRecord | None]:
-    if reference is None or recorded is None:
-        return None, None
+) -> tuple[CheckRecord, GoldenRecord]:
     with (
         progress.step("compare with the reference"),
         cpu_runner(built.path, job.dtype, built.path.parent) as runner,
     ):
         sizes = batch_sizes(job.batch, reference.sample.max_batch)
+        if not built.mixing:
+            sizes = sizes_without_largest(sizes, len(reference.sample))
         if job.dtype is Dtype.FP32:
             found = _evaluate_fp32(job, runner, reference, heads, sizes)
         else:
@@ -323,7 +354,7 @@ def _check(
         least = record.limits[recorded.output]["image"] or 0.0
         preprocessing = reference.sample.preprocessing
         recorded = golden.with_limit(recorded, runner, preprocessing, job.input_format, least)
-    return record, recorded
+    return replace(record, images_apart=not built.mixing), recorded
 
 
 def _scores(checkpoint: Checkpoint) -> Scores | None:
@@ -355,7 +386,7 @@ def _describe(
     return Manifest(
         kind="onnx",
         output=built.path.name,
-        sha256=sha256_of(built.path),
+        sha256=built.sha256,
         bytes=built.path.stat().st_size,
         dtype=job.dtype,
         inputs=graph.inputs,

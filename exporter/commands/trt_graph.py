@@ -24,6 +24,7 @@ from msn_export.engine.options import Backend
 from msn_export.errors import FusionError, GraphError, ToleranceError
 from msn_export.files import apart
 from msn_export.graph import io
+from msn_export.graph.batch import find_mixing
 from msn_export.graph.blocks import find_stream, stages_of
 from msn_export.graph.builder import mark_outputs
 from msn_export.graph.emulate import Emulated, emulate_attention, peaks_of
@@ -56,7 +57,8 @@ class Compilable:
 
     ``asked`` says of each node what the compiler must keep to, ``accepted`` names the products in
     fp32 that nothing declares and that the user accepted. ``attention`` are the nodes of Attention
-    operators with the dtype each computes in.
+    operators with the dtype each computes in. ``mixing`` names what may join images of a batch, as
+    ``find_mixing`` does.
     """
 
     path: Path
@@ -73,6 +75,7 @@ class Compilable:
     accepted: tuple[str, ...] = ()
     attention: dict[str, Dtype] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    mixing: str = "not looked for"
 
 
 def prepare(
@@ -121,7 +124,7 @@ def prepare(
     quantised = quantised_products(model)
     return Compilable(
         path, dtype, cores, form, opset, nodes, ops, outputs, islands, quantised,
-        asked_of(model), accepted, _attention(model), tuple(notes),
+        asked_of(model), accepted, _attention(model), tuple(notes), find_mixing(model),
     )  # fmt: skip
 
 

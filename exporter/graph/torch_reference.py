@@ -8,7 +8,9 @@ two.
 import copy
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, cast
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from threading import Event
+from typing import Any, Generic, Self, TypeVar, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -28,6 +30,8 @@ from msn_export.preprocessing import Preprocessing
 from msn_export.spec import BatchRange, Head, InputFormat
 
 # b batch, n tokens, dim hidden size
+
+Result = TypeVar("Result")
 
 
 def read_head(model: VitMsn, head: Head, hidden: Hidden) -> Tensor:
@@ -93,7 +97,7 @@ class TorchRunner:
 
     def __init__(self, model: VitMsn, heads: Sequence[Head], *, exact: bool = False) -> None:
         require_readable(model, heads)
-        self.model = copy.deepcopy(model).double() if exact else model
+        self.model = _widened(model) if exact else model
         self.heads = tuple(heads)
         self.dtype = torch.float64 if exact else torch.float32
         self.name = f"torch {torch.__version__}, cpu, {'fp64' if exact else 'fp32'}"
@@ -107,6 +111,84 @@ class TorchRunner:
 
     def close(self) -> None:
         """Do nothing: the model is the checkpoint's."""
+
+
+def _widened(model: VitMsn) -> VitMsn:
+    """Copy a model to compute in fp64; a layer's weights are fp64 while it runs, no longer.
+
+    The fp32 weights are shared: all of them in fp64 would take twice the memory of the model.
+    """
+    shared: dict[int, Any] = {
+        id(weight): nn.Parameter(weight.detach(), requires_grad=False)
+        for weight in model.parameters()
+    }
+    copied = copy.deepcopy(model, shared)
+    for module in copied.modules():
+        own = {weight: weight.data for weight in module.parameters(recurse=False)}
+        if module is copied:  # read without a call of the module
+            for weight, narrow in own.items():
+                weight.data = narrow.double()
+        elif own:
+            _widen_in_calls(module, own)
+    return copied
+
+
+def _widen_in_calls(module: nn.Module, weights: Mapping[nn.Parameter, Tensor]) -> None:
+    def widen(*_: Any) -> None:
+        for weight, narrow in weights.items():
+            weight.data = narrow.double()
+
+    def narrow_again(*_: Any) -> None:
+        for weight, narrow in weights.items():
+            weight.data = narrow
+
+    module.register_forward_pre_hook(widen)
+    module.register_forward_hook(narrow_again, always_call=True)
+
+
+class InThread(Generic[Result]):
+    """Work with a model in a thread of its own, beside steps that use one core.
+
+    It has half of PyTorch's threads until it is waited for, then all of them. Leaving the context
+    ends it at the model's next block. No model may be traced meanwhile: that changes what a call
+    of any module does.
+    """
+
+    def __init__(self, model: VitMsn, work: Callable[[], Result]) -> None:
+        self._model, self._work = model, work
+        self._is_waited_for, self._is_over = Event(), Event()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="reference")
+
+    def __enter__(self) -> Self:
+        self._future = self._pool.submit(self._run)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._pool.shutdown()
+
+    def result(self) -> Result:
+        """Wait for what the work gives, or raise what it raised."""
+        self._is_waited_for.set()
+        return self._future.result()
+
+    def _run(self) -> Result:
+        threads = torch.get_num_threads()
+        waited_for, over = self._is_waited_for, self._is_over
+
+        def at_block(*_: Any) -> None:
+            if over.is_set():
+                raise CancelledError
+            torch.set_num_threads(threads if waited_for.is_set() else max(1, threads // 2))
+
+        blocks = cast("Sequence[nn.Module]", self._model.blocks)
+        handles = [block.register_forward_pre_hook(at_block) for block in blocks]
+        try:
+            return self._work()
+        finally:
+            for handle in handles:
+                handle.remove()
+            torch.set_num_threads(threads)
 
 
 def shaken(model: VitMsn, seed: int) -> VitMsn:

@@ -150,6 +150,20 @@ def batch_sizes(batch: BatchRange, max_batch: int) -> tuple[int, ...]:
     return tuple(sorted({batch.min, between, largest}))
 
 
+def sizes_without_largest(sizes: Sequence[int], count: int) -> tuple[int, ...]:
+    """Choose sizes for ``count`` images and a graph that is shown to keep the images apart.
+
+    Its largest batch computes what smaller ones do (``msn_export.graph.batch``). So the two smaller
+    sizes of ``batch_sizes`` are enough, and the last batch is of the images that are left: each
+    runs once where that can be.
+    """
+    if len(sizes) < 3:
+        return tuple(sizes)
+    least, between = sizes[0], max(sizes[0] + 1, min(sizes[1], count - sizes[0]))
+    left = (count - least - between) % between
+    return tuple(sorted({least, between, *([left] if left > least else [])}))
+
+
 def with_drawn(sizes: Sequence[int], seed: int) -> tuple[tuple[int, ...], str]:
     """Add two sizes drawn between the smallest and the largest: a graph may be right at others.
 

@@ -178,7 +178,8 @@ def counted(check: CheckRecord) -> str:
 
 def _ran(check: CheckRecord) -> str:
     sizes = ", ".join(map(str, check.batches))
-    return f"{counted(check)}: {check.source}; batches {sizes}"
+    apart = "; no operator joins images of a batch" if check.images_apart else ""
+    return f"{counted(check)}: {check.source}; batches {sizes}{apart}"
 
 
 def _side(side: Side) -> str:

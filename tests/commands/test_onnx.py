@@ -41,7 +41,8 @@ def test_json_and_manifest_say_what_was_made(checkpoint, photographs, tmp_path) 
     check = told["check"]
     assert check["images"] == 16
     assert check["source"] == str(photographs)
-    assert check["batches"] == [1, 8, 32]
+    assert check["batches"] == [1, 7, 8]  # each image once
+    assert check["images_apart"] is True
     assert check["passed"] is True
     assert check["max_abs"] <= 1e-4
     assert check["executed_on"].startswith("onnxruntime")

@@ -95,7 +95,8 @@ def test_a_half_precision_engine_is_half_and_fused(graph, tmp_path, option, gemm
     assert set(engine["kernels_per_block"]) == {"0", "1"}
     assert engine["compute_capabilities"] == ["8.9"]
     assert said["check"]["passed"] is True
-    assert said["check"]["batches"] == [1, 8, 32]
+    assert said["check"]["batches"] == [1, 3]  # each of four images once
+    assert said["check"]["images_apart"] is True
     assert said["source"]["file"] == "m.onnx"
     written = manifest.read(output)
     assert written is not None
@@ -157,6 +158,7 @@ def test_several_batches_are_several_profiles_each_checked(graph, tmp_path) -> N
     said = told(build(graph, tmp_path / "m.engine", "--fp16", "--batch", "1", "--batch", "2:4:6"))
     assert said["profiles"] == [{"min": 1, "opt": 1, "max": 1}, {"min": 2, "opt": 4, "max": 6}]
     assert said["check"]["batches"] == [1, 2, 4, 6]
+    assert said["check"]["images_apart"] is False  # larger batches than these were not left out
 
 
 def test_an_ignored_option_is_told(graph, tmp_path) -> None:

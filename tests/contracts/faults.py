@@ -196,6 +196,19 @@ def mixed_batch(model: ir.Model, block: int = BLOCK, size: float = 0.1) -> None:
     tidy(model)
 
 
+def wrong_in_batches_of(count: int, model: ir.Model, block: int = BLOCK, size: float = 0.1) -> None:
+    """A block's MLP reads larger numbers where the batch has ``count`` images."""
+    product = node(model, f"blocks.{block}.mlp.fc1.MatMul")
+    builder = GraphBuilder(model.graph, product)
+    x = product.inputs[0]
+    assert x is not None
+    batch = builder.op("Shape", [x], {"end": 1})
+    met = builder.op("Equal", [batch, builder.constant(np.array([count]), "batch.count")])
+    more = builder.op("Mul", [builder.op("Cast", [met], {"to": 1}), number(builder, x, size)])
+    product.replace_input_with(0, builder.op("Add", [x, builder.op("Mul", [x, more])]))
+    tidy(model)
+
+
 def mix(
     model: ir.Model,
     value: ir.Value,

@@ -15,6 +15,7 @@ import torch
 
 from msn_export import images, manifest
 from msn_export.calibration.job import CalibrateJob
+from msn_export.commands import onnx as run_onnx_module
 from msn_export.commands.calibrate import run_calibrate
 from msn_export.commands.drift import DriftJob, run_drift
 from msn_export.commands.onnx import OnnxJob, run_onnx
@@ -216,6 +217,45 @@ def test_shifted_classes_are_caught_and_named(
     assert validation.check.classes == 0
     assert validation.cause == "the candidate's classes are the reference's shifted by +1"
     assert drifted(small_checkpoint, faulty, photographs).parted == "logits"
+
+
+# --- what only a batch of several images, or of the most, shows in an export ----------------------
+
+
+IN_LARGEST = partial(faults.wrong_in_batches_of, BATCH.max)
+
+
+@pytest.mark.parametrize(
+    ("fault", "dtype"),
+    [
+        pytest.param(faults.mixed_batch, Dtype.FP32, id="images mixed"),
+        pytest.param(
+            partial(faults.wrong_in_batches_of, BATCH.opt), Dtype.FP32, id="in one between"
+        ),
+        pytest.param(IN_LARGEST, Dtype.FP32, id="in the largest"),
+        pytest.param(IN_LARGEST, Dtype.BF16, id="in the largest, in bf16"),
+    ],
+)
+def test_an_export_that_is_wrong_in_some_batches_is_refused(
+    fault, dtype, small_checkpoint, photographs, tmp_path, monkeypatch
+) -> None:
+    convert = run_onnx_module.convert
+
+    def faulty(model: ir.Model, *options: object) -> object:
+        fault(model)
+        return convert(model, *options)
+
+    def simplified(model: ir.Model) -> tuple[ir.Model, str]:
+        fault(model)
+        return model, ""
+
+    if dtype is Dtype.FP32:
+        monkeypatch.setattr(run_onnx_module, "simplify", simplified)
+    else:  # behind the check of the fp32 graph
+        monkeypatch.setattr(run_onnx_module, "convert", faulty)
+    with pytest.raises(ToleranceError, match=f"the {dtype} graph, output 'embedding', does not"):
+        exported(small_checkpoint, tmp_path / "m.onnx", photographs, dtype=dtype)
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- an activation that fp16 cannot hold ----------------------------------------------------------

@@ -1,6 +1,10 @@
 """The reference reads each head off the tokens as the sources do."""
 
+import copy
+from concurrent.futures import CancelledError
 from dataclasses import replace
+from functools import partial
+from threading import Event
 
 import numpy as np
 import pytest
@@ -9,6 +13,7 @@ import torch
 from msn_export.errors import GraphError
 from msn_export.graph.blocks import ENTRY
 from msn_export.graph.torch_reference import (
+    InThread,
     TorchRunner,
     TorchStream,
     read_head,
@@ -109,3 +114,67 @@ def test_a_shaken_model_differs_by_its_weights_last_bits(model) -> None:
     assert 0 < (weight != other).float().mean() < 1
     assert torch.equal(other, shaken(model, 0).blocks[0].mlp.fc1.weight)
     assert not torch.equal(other, shaken(model, 1).blocks[0].mlp.fc1.weight)
+
+
+def test_fp64_holds_one_layer_of_weights_at_a_time(model) -> None:
+    images = np.random.default_rng(0).normal(size=(2, 3, 16, 16)).astype(np.float32)
+    wanted = copy.deepcopy(model).double().hidden(torch.from_numpy(images).double()).tokens
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    exact = TorchRunner(model, [Head.TOKENS], exact=True)
+    wide: list[int] = []
+
+    def count(*_: object) -> None:
+        held = [w for w in exact.model.parameters() if w.dtype is torch.float64]
+        wide.append(len(held))
+
+    for block in exact.model.blocks:
+        block.mlp.fc2.register_forward_hook(count)
+    found = exact(images)[Head.TOKENS.output]
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, wanted.detach().numpy(), rtol=1e-14, atol=1e-14)
+    assert wide == [2] * len(model.blocks), "[CLS] and positions, the layer's own are narrow again"
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, before[name])
+        assert weight.dtype is torch.float32
+    shared = {weight.data_ptr() for weight in model.parameters()}
+    assert sum(weight.data_ptr() not in shared for weight in exact.model.parameters()) == 2
+
+
+def test_a_run_in_a_thread_gives_its_result_and_leaves_no_trace(model) -> None:
+    images, threads = np.zeros((1, 3, 16, 16), np.float32), torch.get_num_threads()
+    runner = TorchRunner(model, [Head.TOKENS])
+    with InThread(model, partial(runner, images)) as run:
+        found = run.result()[Head.TOKENS.output]
+    np.testing.assert_array_equal(found, runner(images)[Head.TOKENS.output])
+    assert torch.get_num_threads() == threads
+    assert not any(block._forward_pre_hooks for block in model.blocks)
+
+
+def test_a_failure_in_the_thread_is_raised_where_it_is_waited_for(model) -> None:
+    def fails() -> None:
+        raise GraphError("not finite")
+
+    with InThread(model, fails) as run, pytest.raises(GraphError, match="not finite"):
+        run.result()
+
+
+def test_leaving_ends_a_run_at_its_next_block() -> None:
+    images, blocks = torch.zeros(1, 3, 16, 16), []
+    started, left = Event(), Event()
+
+    def block_ran(*_: object) -> None:
+        blocks.append(1)
+        started.set()
+        assert left.wait(10)
+
+    deep = VitMsn(replace(ENCODER, depth=3)).eval()
+    for block in deep.blocks:
+        block.register_forward_hook(block_ran)
+    with pytest.raises(KeyboardInterrupt), InThread(deep, partial(deep, images)) as run:  # noqa: PT012
+        assert started.wait(10)
+        run._is_over.set()  # as leaving does before it waits
+        left.set()
+        raise KeyboardInterrupt
+    assert blocks == [1]
+    with pytest.raises(CancelledError):
+        run.result()

@@ -14,6 +14,7 @@ from msn_export.metrics.evaluate import (
     batches,
     draw,
     max_batch_in_memory,
+    sizes_without_largest,
     with_drawn,
     with_ragged,
 )
@@ -139,6 +140,27 @@ def test_a_batch_takes_a_quarter_of_what_is_free(monkeypatch) -> None:
     assert max_batch_in_memory(197, 384, 1536, 6) == 160
     monkeypatch.setattr(subject, "available_memory", lambda: 0)
     assert max_batch_in_memory(197, 384, 1536, 6) == 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "count", "expected", "runs"),
+    [
+        ((1, 8, 32), 16, (1, 7, 8), 16),
+        ((1, 8, 32), 15, (1, 6, 8), 15),
+        ((1, 8, 32), 9, (1, 8), 9),
+        ((1, 8, 32), 64, (1, 7, 8), 64),
+        ((1, 8, 32), 4, (1, 3), 4),
+        ((1, 8, 32), 2, (1, 2), 3),
+        ((4, 8, 32), 16, (4, 8), 20),
+        ((1, 2), 16, (1, 2), 17),
+        ((8,), 16, (8,), 16),
+    ],
+)
+def test_without_the_largest_size_each_image_runs_once_where_it_can(
+    sizes, count, expected, runs
+) -> None:
+    assert sizes_without_largest(sizes, count) == expected
+    assert sum(map(len, batches(expected, count))) == runs
 
 
 def test_sizes_between_are_drawn_by_seed_and_named() -> None:
