@@ -54,7 +54,7 @@ class Pictures:
             if count == self.limit:
                 break
             try:
-                decoded, turned = images.read_file(path, str(path), self.preprocessing)
+                decoded, turned, _ = images.read_file(path, str(path), self.preprocessing)
             except ImageError as error:
                 self.broken[path] = str(error)
                 continue
@@ -133,7 +133,7 @@ def _hold_out(
     while rest and len(held_out) < wanted:
         path = rest.pop(0)
         try:
-            decoded, turned = images.read_file(path, str(path), pictures.preprocessing)
+            decoded, turned, _ = images.read_file(path, str(path), pictures.preprocessing)
         except ImageError as error:
             pictures.broken[path] = str(error)
             continue

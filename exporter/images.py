@@ -294,10 +294,14 @@ def read(path: Path, preprocessing: Preprocessing) -> NDArray[np.uint8]:
 
 
 class Fitted(NamedTuple):
-    """A decoded file: uint8 [h, w, c], and whether its EXIF orientation turned it."""
+    """A decoded file: uint8 [h, w, c], and whether its EXIF orientation turned it.
+
+    ``sha256`` is of the file's bytes, where those were read as a whole; else empty.
+    """
 
     pixels: NDArray[np.uint8]
     turned: bool
+    sha256: bytes = b""
 
 
 def read_file(file: Path | BinaryIO, name: str, preprocessing: Preprocessing) -> Fitted:

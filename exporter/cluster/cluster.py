@@ -102,8 +102,7 @@ class Reader:
     def __call__(self, record: Record) -> Record:
         sources = [self._store.source(path) for path in record["sources"]]
         size, channels = self._preprocessing.size, self._preprocessing.channels
-        pixels, errors, turned = stack(list(self._decoder(sources)), size, channels)
-        return encode_pixels(record["start"], pixels, errors, turned)
+        return encode_pixels(record["start"], stack(list(self._decoder(sources)), size, channels))
 
 
 class Embedder:
@@ -123,9 +122,9 @@ class Embedder:
         self._feed, self._reading = feed, reading
 
     def run(self, record: Record) -> Record:
-        start, pixels, errors, turned = decode_pixels(record)
-        outputs = self._runner(self._feed(pixels))
-        return encode_rows(start, read_rows(outputs, self._reading, len(pixels), errors, turned))
+        start, pictures = decode_pixels(record)
+        outputs = self._runner(self._feed(pictures.pixels))
+        return encode_rows(start, read_rows(outputs, self._reading, pictures))
 
 
 # providers that need a GPU, however they are spelled

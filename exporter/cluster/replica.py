@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any, Self, get_args
 import numpy as np
 
 from msn_export.embedding.decode import Decoder, decoded_or_reason
-from msn_export.embedding.inference import read_rows, reading_of, require_selftest
+from msn_export.embedding.inference import (
+    SHA256,
+    PictureBatch,
+    read_rows,
+    reading_of,
+    require_selftest,
+)
 from msn_export.errors import ImageError, SpecError
 from msn_export.feed import feed_of
 from msn_export.preprocessing import Exif
@@ -163,8 +169,10 @@ class Replica:
 
     def run(self, pictures: Sequence[NDArray[np.uint8]]) -> list[dict[str, Any]]:
         """Run decoded pictures together; give each one's answer."""
-        outputs = self._runner(self._feed(np.stack(pictures)))
-        rows = read_rows(outputs, self._reading, len(pictures), {})
+        pixels = np.stack(pictures)
+        unknown = np.zeros((len(pixels), SHA256), np.uint8)
+        batch = PictureBatch(pixels, {}, 0, unknown)
+        rows = read_rows(self._runner(self._feed(pixels)), self._reading, batch)
         answers: list[dict[str, Any]] = []
         for index, vector in enumerate(rows.vectors):
             if index in rows.errors:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -18,8 +17,9 @@ import numpy as np
 
 from msn_export import errors as failures
 from msn_export import image_folder, images
-from msn_export.embedding.decode import decoded_or_reason
-from msn_export.embedding.inference import BEST, Rows
+from msn_export.embedding import decode
+from msn_export.embedding.decode import decoded_content, read
+from msn_export.embedding.inference import BEST, SHA256, PictureBatch, Rows
 from msn_export.embedding.job import Listing, list_pictures
 from msn_export.errors import (
     ClusterError,
@@ -31,7 +31,7 @@ from msn_export.errors import (
 from msn_export.manifest import manifest_path, sha256_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 SCHEMES = ("s3", "gs", "gcs")
 _LOOKING = 32  # objects whose first bytes are read at once, where no ending tells what they are
-_LARGEST = 2**30  # bytes of one picture: it is in memory while it is decoded
 # What pyarrow passes on where one object is at fault; anything else is a failure of the store
 _OF_ONE_OBJECT = ("ACCESS_DENIED", "NO_SUCH_KEY", "Permission denied")
 
@@ -155,23 +154,20 @@ def _is_of_one(error: OSError) -> bool:
 
 def read_source(source: PictureAddress, *, store: Store, preprocessing: Preprocessing) -> Decoded:
     if store.filesystem is None:
-        return decoded_or_reason(Path(source.path), source.name, preprocessing)
+        return read(Path(source.path), preprocessing, source.name)
     try:
         content = _fetch(source, store.filesystem)
     except ImageError as error:
         return str(error)
-    return decoded_or_reason(io.BytesIO(content), source.name, preprocessing)
+    return decoded_content(content, source.name, preprocessing)
 
 
 def _fetch(source: PictureAddress, filesystem: Any) -> bytes:
     try:
         with filesystem.open_input_file(source.path) as file:
             size = file.size()
-            if size > _LARGEST:
-                raise ImageError(
-                    f"{source} is not a readable picture (it has {size} bytes; at most "
-                    f"{_LARGEST} are read)"
-                )
+            if size > decode.LARGEST:
+                raise ImageError(decode.too_large(str(source), size))
             return bytes(file.read())
     except OSError as error:
         text = first_line(error)
@@ -241,23 +237,24 @@ def unpacked(model: ArtifactBytes) -> Iterator[Path]:
 Record: TypeAlias = "dict[str, Any]"
 
 
-def encode_pixels(
-    start: int, pixels: NDArray[np.uint8], errors: Mapping[int, str], turned: int
-) -> Record:
-    """Write a batch of pictures [b, h, w, c] and why some are black."""
+def encode_pixels(start: int, pictures: PictureBatch) -> Record:
+    """Write a batch of pictures and why some are black."""
     return {
         "start": start,
-        "shape": json.dumps(pixels.shape),
-        "pixels": pixels.tobytes(),
-        "errors": json.dumps(errors),
-        "turned": turned,
+        "shape": json.dumps(pictures.pixels.shape),
+        "pixels": pictures.pixels.tobytes(),
+        "hashes": pictures.hashes.tobytes(),
+        "errors": json.dumps(pictures.errors),
+        "turned": pictures.turned,
     }
 
 
-def decode_pixels(record: Record) -> tuple[int, NDArray[np.uint8], dict[int, str], int]:
+def decode_pixels(record: Record) -> tuple[int, PictureBatch]:
     pixels = np.frombuffer(record["pixels"], np.uint8).reshape(json.loads(record["shape"]))
+    hashes = np.frombuffer(record["hashes"], np.uint8).reshape(-1, SHA256)
     # copied: a runner may refuse read-only memory
-    return int(record["start"]), pixels.copy(), _errors(record), int(record["turned"])
+    pictures = PictureBatch(pixels.copy(), _errors(record), int(record["turned"]), hashes)
+    return int(record["start"]), pictures
 
 
 def encode_rows(start: int, rows: Rows) -> Record:
@@ -266,6 +263,7 @@ def encode_rows(start: int, rows: Rows) -> Record:
         "shape": json.dumps(rows.vectors.shape),
         "vectors": rows.vectors.tobytes(),
         "best": b"" if rows.best is None else rows.best.tobytes(),
+        "hashes": b"" if rows.hashes is None else rows.hashes.tobytes(),
         "errors": json.dumps(rows.errors),
         "turned": rows.turned,
         "failure": "",
@@ -293,7 +291,10 @@ def decode_rows(record: Record) -> tuple[int, Rows]:
     best = None
     if record["best"]:
         best = np.frombuffer(record["best"], BEST).reshape(len(vectors), -1)
-    rows = Rows(vectors, best, _errors(record), int(record["turned"]))
+    hashes = None
+    if record["hashes"]:
+        hashes = np.frombuffer(record["hashes"], np.uint8).reshape(-1, SHA256)
+    rows = Rows(vectors, best, _errors(record), int(record["turned"]), hashes)
     return int(record["start"]), rows
 
 

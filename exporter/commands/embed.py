@@ -249,6 +249,7 @@ class EmbedRun:
             "listing": f"{len(pictures)} pictures, sha256 {pictures.sha256}",
             "batch": self.batch,
             "runner": self.model.name,
+            "hash": "sha256",
         }
 
     def fill(self, parts: Journal, progress: Progress) -> None:

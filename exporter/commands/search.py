@@ -169,8 +169,8 @@ def _embed(
     errors: dict[int, str] = {}
     for start in range(0, len(job.queries), batch):
         decoded = [read(path, preprocessing) for path in job.queries[start : start + batch]]
-        pixels, broken, _ = stack(decoded, preprocessing.size, preprocessing.channels)
-        rows = read_rows(runner(taken(pixels)), reading, len(decoded), broken)
+        pictures = stack(decoded, preprocessing.size, preprocessing.channels)
+        rows = read_rows(runner(taken(pictures.pixels)), reading, pictures)
         if rows.vectors.shape[1:] != (record.dim,):
             raise OutputError(
                 f"{job.index} has vectors of {record.dim} numbers, and {reading.vector} gives "

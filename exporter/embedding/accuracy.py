@@ -105,15 +105,14 @@ def run_labelled(
     kept = [_Kept(model, labelled) for model in models]
     errors, withheld, turned, total = dict[int, str](), set[int](), 0, len(labelled)
     batches = [range(start, min(start + batch, total)) for start in range(0, total, batch)]
-    for one, pixels, broken, more in decoded(
-        labelled.paths, models[0].feed, batch, decoders(), batches
-    ):
-        errors |= {one.start + row: text for row, text in broken.items()}
+    for one, pictures in decoded(labelled.paths, models[0].feed, batch, decoders(), batches):
+        errors |= {one.start + row: text for row, text in pictures.errors.items()}
         if withhold is not None:
-            withheld |= {one.start + row for row, each in enumerate(pixels) if withhold(each)}
+            pixels = enumerate(pictures.pixels)
+            withheld |= {one.start + row for row, each in pixels if withhold(each)}
         for each in kept:
-            each.run(pixels, one)
-        turned += more
+            each.run(pictures.pixels, one)
+        turned += pictures.turned
         progress.advance(one.stop, total, f"{one.stop} of {total}, {len(errors)} broken")
     if len(errors) == total:
         raise ImageError(

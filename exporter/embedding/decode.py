@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import multiprocessing
 import os
 import signal
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 Decoded: TypeAlias = images.Fitted | str  # or why there is no picture
 _SAFE_PATH = "PYTHONSAFEPATH"  # docs.python.org/3/using/cmdline: as -P does
 _STARTING = threading.Lock()
+LARGEST = 2**30  # bytes of one picture: it is in memory while it is decoded
 Source = TypeVar("Source")  # what names a picture to its reader; str() of it names it to people
 
 
@@ -42,8 +45,31 @@ def decoded_or_reason(file: Path | BinaryIO, name: str, preprocessing: Preproces
         return str(error)
 
 
-def read(path: Path, preprocessing: Preprocessing) -> Decoded:
-    return decoded_or_reason(path, str(path), preprocessing)
+def decoded_content(content: bytes, name: str, preprocessing: Preprocessing) -> Decoded:
+    """Decode the bytes of a file, and hash them."""
+    found = decoded_or_reason(io.BytesIO(content), name, preprocessing)
+    if isinstance(found, str):
+        return found
+    return found._replace(sha256=hashlib.sha256(content).digest())
+
+
+def read(path: Path, preprocessing: Preprocessing, name: str | None = None) -> Decoded:
+    """Read a file once: what is decoded is what is hashed. ``name`` is what people call it."""
+    name = name or str(path)
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > LARGEST:
+                return too_large(name, size)
+            content = file.read(LARGEST)
+    except OSError as error:
+        return f"{name} is not a readable picture ({error.strerror or type(error).__name__})"
+    return decoded_content(content, name, preprocessing)
+
+
+def too_large(name: str, size: int) -> str:
+    """Give the reason why a file is not read."""
+    return f"{name} is not a readable picture (it has {size} bytes; at most {LARGEST} are read)"
 
 
 class Decoder(Generic[Source]):

@@ -44,14 +44,15 @@ class Rows:
 
     ``vectors`` is float32 [k, ...], NaN where ``errors`` (by position) says why; ``best`` is the
     best classes of each and their scores, [k, n] of ``BEST``, the best first, where the model has a
-    classifier. ``turned``
-    counts the pictures that their EXIF orientation turned.
+    classifier. ``turned`` counts the pictures that their EXIF orientation turned. ``hashes`` are
+    the sha256 of the files, as in ``PictureBatch``.
     """
 
     vectors: NDArray[np.float32]
     best: NDArray[Any] | None = None
     errors: Mapping[int, str] = field(default_factory=dict)
     turned: int = 0
+    hashes: NDArray[np.uint8] | None = None
 
 
 def joined(batches: Iterable[tuple[int, Rows]]) -> Iterator[tuple[int, Rows]]:
@@ -78,8 +79,10 @@ def _concatenated(batches: list[Rows]) -> Rows:
         row += len(rows.vectors)
     bests = [rows.best for rows in batches if rows.best is not None]
     best = np.concatenate(bests) if bests else None
+    hashed = [rows.hashes for rows in batches if rows.hashes is not None]
+    hashes = np.concatenate(hashed) if hashed else None
     vectors = np.concatenate([rows.vectors for rows in batches])
-    return Rows(vectors, best, errors, sum(rows.turned for rows in batches))
+    return Rows(vectors, best, errors, sum(rows.turned for rows in batches), hashes)
 
 
 # Outputs that an image's vector is read from, best first; the last is that of other exporters
@@ -140,18 +143,31 @@ def _require_rows(model: str, spec: TensorSpec) -> None:
         )
 
 
-def stack(
-    chunk: Sequence[Decoded], size: ImageSize, channels: int
-) -> tuple[NDArray[np.uint8], dict[int, str], int]:
-    """Stack decoded pictures to [b, h, w, c], black where one is broken.
+@dataclass(frozen=True, slots=True)
+class PictureBatch:
+    """Decoded pictures: ``pixels`` uint8 [b, h, w, c], black where one is broken.
+
+    ``errors`` says by position why. ``turned`` counts the pictures that their EXIF orientation
+    turned. ``hashes`` uint8 [b, 32] are the sha256 of the files, zeros where one is not known.
+    """
+
+    pixels: NDArray[np.uint8]
+    errors: dict[int, str]
+    turned: int
+    hashes: NDArray[np.uint8]
+
+
+SHA256 = 32  # bytes
+
+
+def stack(chunk: Sequence[Decoded], size: ImageSize, channels: int) -> PictureBatch:
+    """Stack decoded pictures.
 
     The row of a black one is thrown away. So every batch but the last has the same size, and a
     picture's row does not depend on whether its neighbours are broken.
-
-    Returns:
-        The stack, by position why a picture is broken, and how many EXIF turned.
     """
     pixels = np.zeros((len(chunk), size.height, size.width, channels), np.uint8)
+    hashes = np.zeros((len(chunk), SHA256), np.uint8)
     errors: dict[int, str] = {}
     turned = 0
     for index, picture in enumerate(chunk):
@@ -160,20 +176,17 @@ def stack(
         else:
             pixels[index] = picture.pixels
             turned += picture.turned
-    return pixels, errors, turned
+            if picture.sha256:
+                hashes[index] = np.frombuffer(picture.sha256, np.uint8)
+    return PictureBatch(pixels, errors, turned, hashes)
 
 
-def read_rows(
-    outputs: Mapping[str, Any],
-    reading: Reading,
-    count: int,
-    errors: dict[int, str],
-    turned: int = 0,
-) -> Rows:
+def read_rows(outputs: Mapping[str, Any], reading: Reading, batch: PictureBatch) -> Rows:
     """Read a batch's rows off the model's outputs.
 
     NaN or infinity in a vector or in the logits is an error, as a broken picture is.
     """
+    count, errors = len(batch.pixels), dict(batch.errors)
     vectors = np.array(outputs[reading.vector], np.float32)
     if vectors.ndim < 2 or len(vectors) != count:
         raise GraphError(
@@ -197,7 +210,7 @@ def read_rows(
             errors.setdefault(index, f"the model's {reading.vector} is zero: it has no direction")
         vectors = (vectors / np.where(lengths == 0, 1, lengths)).astype(np.float32)
     vectors[list(errors)] = np.nan
-    return Rows(vectors, best, errors, turned)
+    return Rows(vectors, best, errors, batch.turned, batch.hashes)
 
 
 def _note_infinite(name: str, values: NDArray[Any], errors: dict[int, str]) -> None:
@@ -276,16 +289,16 @@ class LocalExecutor:
     ) -> Iterator[tuple[int, Rows]]:
         """Make the rows of each batch of ``missing``, in order, with the first's number."""
         paths = self.pictures.paths
-        under_way: deque[tuple[range, dict[int, str], int]] = deque()
+        under_way: deque[tuple[range, PictureBatch]] = deque()
 
         def batches() -> Iterator[NDArray[Any]]:
-            for one, pixels, errors, turned in decoded(paths, feed, batch, self.workers, missing):
-                under_way.append((one, errors, turned))
-                yield feed(pixels)
+            for one, pictures in decoded(paths, feed, batch, self.workers, missing):
+                under_way.append((one, pictures))
+                yield feed(pictures.pixels)
 
         for outputs in self._runner.map(batches()):
-            one, errors, turned = under_way.popleft()
-            yield one.start, read_rows(outputs, reading, len(one), errors, turned)
+            one, pictures = under_way.popleft()
+            yield one.start, read_rows(outputs, reading, pictures)
 
 
 def decoders() -> int:
@@ -295,7 +308,7 @@ def decoders() -> int:
 
 def decoded(
     paths: Sequence[Path | str], feed: Feed, batch: int, workers: int, missing: Sequence[range]
-) -> Iterator[tuple[range, NDArray[np.uint8], dict[int, str], int]]:
+) -> Iterator[tuple[range, PictureBatch]]:
     """Decode batches of pictures ahead of a model.
 
     Args:
@@ -306,7 +319,7 @@ def decoded(
         missing: the batches to decode, as ranges of ``paths``.
 
     Returns:
-        For each batch its range, its pixels [b, h, w, c], and what ``stack`` says of them.
+        Each batch with its range.
     """
     chosen = chain.from_iterable(paths[one.start : one.stop] for one in missing)
     preprocessing = feed.preprocessing
@@ -315,4 +328,4 @@ def decoded(
         pictures = decoder(map(Path, chosen))
         for one in missing:
             few = list(islice(pictures, len(one)))
-            yield one, *stack(few, preprocessing.size, preprocessing.channels)
+            yield one, stack(few, preprocessing.size, preprocessing.channels)

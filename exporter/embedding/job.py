@@ -58,6 +58,18 @@ class Listing:
             changed.append(time)
         return cls(folder, paths, below, digest.hexdigest(), sizes, changed, skipped)
 
+    @property
+    def root(self) -> str:
+        """The folder or bucket that each name is below; empty where names are whole paths."""
+        first = str(self.paths[0])
+        if isinstance(self.folder, str):
+            scheme = self.folder.partition("://")[0]
+            return f"{scheme}://{first[: self.below].rstrip('/')}"
+        if not self.below and os.path.isabs(first):  # noqa: PTH117  of a text
+            return ""
+        above = Path(first[: self.below]).absolute()
+        return os.fsencode(above).decode("utf-8", "backslashreplace")
+
     def __len__(self) -> int:
         return len(self.paths)
 

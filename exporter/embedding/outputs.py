@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
     from msn_export.embedding.inference import Rows
     from msn_export.embedding.job import Listing
 
@@ -56,6 +58,7 @@ class Journal:
         self.folder, self.total, self._start_over = folder, total, start_over
         self.vectors = GrowingArray(folder / "vectors.npy", total)
         self.best = GrowingArray(folder / "best.npy", total)
+        self.hashes = GrowingArray(folder / "hashes.npy", total)
         self.journal = folder / "parts.jsonl"
         self.errors: dict[int, str] = {}
         self.turned = 0
@@ -138,6 +141,8 @@ class Journal:
             self.vectors.write(start, rows.vectors)
             if rows.best is not None:
                 self.best.write(start, rows.best)
+            if rows.hashes is not None:
+                self.hashes.write(start, rows.hashes)
             errors |= {start + index: text for index, text in rows.errors.items()}
             spans.append((start, start + len(rows.vectors)))
         again = sum(np.count_nonzero(self._is_done[start:stop]) for start, stop in spans)
@@ -172,7 +177,7 @@ class Journal:
             ) from error
 
     def _clear(self) -> None:
-        for path in (self.vectors.path, self.best.path, self.journal):
+        for path in (self.vectors.path, self.best.path, self.hashes.path, self.journal):
             path.unlink(missing_ok=True)
 
     def _continue(self, origin: Mapping[str, Any], *, resume: bool) -> None:
@@ -218,8 +223,8 @@ class Journal:
 
     def _require_rows(self, held: int) -> None:
         last = int(np.flatnonzero(self._is_done).max(initial=-1)) + 1
-        best = not self.has_best or self.best.holds(last)
-        if self.done != held or not self.vectors.holds(last) or not best:
+        rest = [one for one in (self.best, self.hashes) if one.path.exists()]
+        if self.done != held or not all(one.holds(last) for one in (self.vectors, *rest)):
             raise OutputError(
                 f"{self.folder} is damaged: its journal counts {held} rows and the arrays "
                 f"have fewer; {self._start_over}"
@@ -311,8 +316,9 @@ def write_parquet(
 ) -> tuple[Path, ...]:
     """Write one table, row group by row group.
 
-    Columns: ``path``, the file's size in ``bytes`` and when it was ``changed``, ``embedding`` (list
-    of a fixed size, float32; null where there is an error), ``error``, and for a classifier
+    Columns: ``root`` and ``path`` below it, the file's size in ``bytes``, when it was ``changed``
+    and its ``sha256``, ``embedding`` (list of a fixed size, float32; null where there is an
+    error), ``error``, and for a classifier
     ``label``, ``score`` and ``probability`` (null where the score is none). Where several classes
     were kept, ``labels`` and ``scores`` are lists of them. What it was made from stands in the
     schema's metadata under ``msn-export``.
@@ -322,9 +328,11 @@ def write_parquet(
 
     (size,) = journal.vectors.read(0, 1).shape[1:]
     fields = {
+        "root": pa.string(),
         "path": pa.string(),
         "bytes": pa.int64(),
         "changed": pa.timestamp("us", tz="UTC"),
+        "sha256": pa.string(),
         "embedding": pa.list_(pa.float32(), size),
         "error": pa.string(),
     }
@@ -336,15 +344,17 @@ def write_parquet(
     table = stage / "table.parquet"
     step = max(1, _CHUNK // (4 * size))
     rows = rows_of(journal, listing, labels, raw=about.get("scores") == Scores.RAW)
-    # vectors are noise to a dictionary, and nothing reads their least and greatest number
+    # vectors and hashes are noise to a dictionary, and nothing reads their least and greatest
     texts = ["path", "error", "label"]
     with parquet.ParquetWriter(
-        table, schema, use_dictionary=["label"], write_statistics=texts, compression="zstd"
+        table, schema, use_dictionary=["root", "label"], write_statistics=texts, compression="zstd"
     ) as writer:
         for start in range(0, journal.total, step):
             chunk = list(islice(rows, step))
             vectors = pa.array(journal.vectors.read(start, start + len(chunk)).ravel())
             broken = pa.array([row["error"] is not None for row in chunk])
+            for row in chunk:
+                row["root"] = listing.root
             columns = [
                 pa.FixedSizeListArray.from_arrays(vectors, size, mask=broken)
                 if name == "embedding"
@@ -360,7 +370,8 @@ def rows_of(
 ) -> Iterator[dict[str, Any]]:
     """Give each row's path, file and ``error``, and of a classifier its likeliest class.
 
-    Of the file there are its size in ``bytes`` and when it was ``changed``. The class is ``label``,
+    Of the file there are its size in ``bytes``, when it was ``changed``, and the ``sha256`` of what
+    was decoded, None of a picture that could not be. The class is ``label``,
     ``score``, and ``probability``: the score, which a ``raw`` one is not. Where several classes
     were kept, they are ``labels`` with their ``scores``, the likeliest first.
     """
@@ -369,6 +380,7 @@ def rows_of(
     for start in range(0, journal.total, step):
         stop = min(start + step, journal.total)
         best = journal.best.read(start, stop) if journal.has_best else None
+        hashes = journal.hashes.read(start, stop) if journal.hashes.path.exists() else None
         for number in range(start, stop):
             # an error has the path, whose bytes may be no text
             error = to_plain(journal.errors.get(number))
@@ -377,6 +389,7 @@ def rows_of(
                 "path": next(names),
                 "bytes": None if size < 0 else size,
                 "changed": None if changed < 0 else datetime.fromtimestamp(changed / 1e6, UTC),
+                "sha256": None if hashes is None else _hex(hashes[number - start]),
                 "error": error,
             }
             if best is not None and error is None:
@@ -392,6 +405,11 @@ def rows_of(
                 if len(found) > 1:
                     row |= {"labels": found, "scores": scores}
             yield row
+
+
+def _hex(digest: NDArray[np.uint8]) -> str | None:
+    """Write a hash in hexadecimal; None where all is zero: the picture could not be decoded."""
+    return digest.tobytes().hex() if digest.any() else None
 
 
 def move_in(finished: Sequence[Path], output: Path) -> None:

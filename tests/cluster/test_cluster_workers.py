@@ -98,12 +98,12 @@ def test_a_broken_picture_is_black_on_its_way(model, folder) -> None:
     reader = Reader(store, feed.preprocessing, 1, BATCH)
     with closing(reader._decoder):
         record = reader({"start": 0, "sources": [bytes(path) for path in found.paths]})
-    _, pixels, errors, turned = decode_pixels(record)
-    assert turned == 0
-    (row,) = errors
-    assert "002.png is not a readable picture" in errors[row]
-    assert not pixels[row].any()
-    assert all(pixels[other].any() for other in range(COUNT) if other != row)
+    _, batch = decode_pixels(record)
+    assert batch.turned == 0
+    (row,) = batch.errors
+    assert "002.png is not a readable picture" in batch.errors[row]
+    assert not batch.pixels[row].any()
+    assert all(batch.pixels[other].any() for other in range(COUNT) if other != row)
 
 
 def test_machines_that_run_the_model_by_something_else_are_refused(model) -> None:

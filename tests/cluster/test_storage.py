@@ -1,5 +1,6 @@
 """Pictures of a folder or a bucket: listed in one order, and never taken for another's failure."""
 
+import hashlib
 import pickle
 
 import pyarrow.fs
@@ -53,6 +54,7 @@ def test_a_bucket_is_listed_as_a_copy_of_it_would_be(bucket, folder, uri) -> Non
     assert found.sha256 == local.sha256
     assert len(found) == len(local) == COUNT + 1
     assert str(found.folder) == uri
+    assert found.root == uri.rstrip("/")
     assert bucket == [uri]
     assert store.scheme == uri[:2]
 
@@ -70,6 +72,7 @@ def test_a_bucket_and_its_copy_give_the_same_pixels_and_errors(bucket, folder) -
             assert one.replace(f"s3://{far}", "") == other.replace(str(near), "")
             continue
         assert (one.pixels == other.pixels).all()
+        assert one.sha256 == other.sha256 == hashlib.sha256(near.read_bytes()).digest()
         assert (other.pixels == images.read(near, HF)).all()
     assert broken == 1
 

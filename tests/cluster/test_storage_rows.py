@@ -10,7 +10,7 @@ from msn_export.cluster.storage import (
     encode_pixels,
     encode_rows,
 )
-from msn_export.embedding.inference import BEST, Rows
+from msn_export.embedding.inference import BEST, PictureBatch, Rows
 from msn_export.errors import ClusterError, DeviceError
 
 
@@ -20,12 +20,14 @@ def plain(record: dict) -> bool:
 
 def test_pixels_come_back() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (3, 4, 5, 3), dtype=np.uint8)
-    record = encode_pixels(12, pixels, {1: "broken"}, 2)
+    hashes = np.random.default_rng(1).integers(0, 256, (3, 32), dtype=np.uint8)
+    record = encode_pixels(12, PictureBatch(pixels, {1: "broken"}, 2, hashes))
     assert plain(record)
-    start, got, errors, turned = decode_pixels(record)
-    np.testing.assert_array_equal(got, pixels)
-    assert got.flags.writeable  # a runner may refuse what is not
-    assert (start, errors, turned) == (12, {1: "broken"}, 2)
+    start, got = decode_pixels(record)
+    np.testing.assert_array_equal(got.pixels, pixels)
+    np.testing.assert_array_equal(got.hashes, hashes)
+    assert got.pixels.flags.writeable  # a runner may refuse what is not
+    assert (start, got.errors, got.turned) == (12, {1: "broken"}, 2)
 
 
 @pytest.mark.parametrize("classified", [True, False])
@@ -34,7 +36,8 @@ def test_rows_come_back(shape, classified) -> None:
     vectors = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     vectors[0] = np.nan
     best = np.zeros((shape[0], 2), BEST) if classified else None
-    record = encode_rows(7, Rows(vectors, best, {0: "no picture"}, 3))
+    hashes = np.full((shape[0], 32), 7, np.uint8) if classified else None
+    record = encode_rows(7, Rows(vectors, best, {0: "no picture"}, 3, hashes))
     assert plain(record)
     start, got = decode_rows(record)
     assert start == 7
@@ -42,8 +45,10 @@ def test_rows_come_back(shape, classified) -> None:
     assert (got.errors, got.turned) == ({0: "no picture"}, 3)
     if classified:
         np.testing.assert_array_equal(got.best, best)
+        np.testing.assert_array_equal(got.hashes, hashes)
     else:
         assert got.best is None
+        assert got.hashes is None
 
 
 def test_a_failure_comes_as_a_record_and_is_raised_where_it_is_read() -> None:

@@ -1,6 +1,7 @@
 """``msn-export embed``: a folder through a model, a row for each picture."""
 
 import base64
+import hashlib
 import json
 import os
 import shutil
@@ -143,9 +144,11 @@ def test_parquet_holds_the_same(model, folder, tmp_path) -> None:
     table = parquet.read_table(tmp_path / "out.parquet")
     kinds = {field.name: str(field.type) for field in table.schema}
     assert kinds == {
+        "root": "string",
         "path": "string",
         "bytes": "int64",
         "changed": "timestamp[us, tz=UTC]",
+        "sha256": "string",
         "embedding": "fixed_size_list<element: float>[64]",
         "error": "string",
         "label": "string",
@@ -161,6 +164,10 @@ def test_parquet_holds_the_same(model, folder, tmp_path) -> None:
         changed = int((folder / row["path"]).stat().st_mtime_ns) // 1000
         assert round(row["changed"].timestamp() * 1e6) == changed
         assert line["changed"] == row["changed"].isoformat()
+        assert row["root"] == str(folder.absolute())
+        content = Path(row["root"], row["path"]).read_bytes()
+        digest = None if is_broken(row["path"]) else hashlib.sha256(content).hexdigest()
+        assert row["sha256"] == line["sha256"] == digest
         assert row["label"] == line.get("label")
         if row["error"] is None:
             np.testing.assert_array_equal(np.asarray(row["embedding"], np.float32), vector)
@@ -229,7 +236,7 @@ def test_uint8_and_fp16_models_are_fed_what_they_take(folder, wanted, tmp_path) 
             cosine = vector @ embedding / np.linalg.norm(vector) / np.linalg.norm(embedding)
             assert cosine > 0.999  # the gate of an fp16 graph
     lines = lines_of(tmp_path / "out.npy")
-    assert set(lines[0]) == {"row", "path", "bytes", "changed", "error"}  # no classifier
+    assert set(lines[0]) == {"row", "path", "bytes", "changed", "sha256", "error"}  # no classifier
 
 
 def test_file_names_that_are_no_text_do_not_stop_it(model, tmp_path) -> None:

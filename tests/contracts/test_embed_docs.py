@@ -52,5 +52,23 @@ def test_other_programs_read_what_is_written(written, monkeypatch, capsys, packa
         assert first.startswith("a/002.png 1.0") or first.startswith("a/002.png 0.99999")
 
 
+def test_the_whole_path_and_the_source_of_the_rows_are_read(written, monkeypatch, capsys) -> None:
+    (block,) = [text for text in blocks() if "schema.metadata" in text]
+    monkeypatch.chdir(written)
+    names: dict[str, object] = {}
+    exec(block, names)  # noqa: S102  our own document
+    assert names["picture"] == written / "photographs" / "a" / "002.png"
+    assert capsys.readouterr().out.startswith(f"{names['picture']} ")
+
+
+@pytest.mark.slow
+def test_the_line_that_finds_the_same_picture_twice_is_run(written, monkeypatch) -> None:
+    duckdb = pytest.importorskip("duckdb", reason="make slow installs it")
+    (line,) = re.findall(r"^`(SELECT sha256, .*)`\.$", DOCUMENT.read_text(), re.MULTILINE)
+    monkeypatch.chdir(written)
+    assert duckdb.sql(line).fetchall() == []
+    assert len(duckdb.sql(line.replace("> 1", "= 1")).fetchall()) == COUNT - 1
+
+
 def test_every_example_is_run() -> None:
-    assert len(blocks()) == len(READERS)
+    assert len(blocks()) == len(READERS) + 1

@@ -1,5 +1,6 @@
 """Pictures are decoded in order, never too far ahead, and a crash costs one picture."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -47,6 +48,33 @@ def test_pixels_are_those_of_the_one_preprocessing(tmp_path) -> None:
     got = list(decode(paths, partial(read, preprocessing=HF), workers=1, ahead=2))
     for path, fitted in zip(paths, got, strict=True):
         np.testing.assert_array_equal(fitted.pixels, images.read(path, HF))
+        assert fitted.sha256 == hashlib.sha256(path.read_bytes()).digest()
+
+
+def test_a_file_is_read_once_for_its_pixels_and_its_hash(tmp_path, monkeypatch) -> None:
+    (path,) = image_folder.find(pictures(tmp_path, 1)).paths
+    opened = []
+    whole = Path.open
+
+    def counted(self, *arguments):
+        opened.append(self)
+        return whole(self, *arguments)
+
+    monkeypatch.setattr(Path, "open", counted)
+    assert not isinstance(read(path, HF), str)
+    assert opened == [path]
+
+
+def test_a_file_too_large_for_a_picture_is_not_read(tmp_path) -> None:
+    path = tmp_path / "a.png"
+    with path.open("wb") as file:
+        file.truncate(2**30 + 1)
+    assert read(path, HF) == (
+        f"{path} is not a readable picture (it has {2**30 + 1} bytes; at most {2**30} are read)"
+    )
+    assert read(tmp_path / "gone.png", HF, "gone") == (
+        "gone is not a readable picture (No such file or directory)"
+    )
 
 
 def test_a_broken_picture_is_its_reason(tmp_path) -> None:

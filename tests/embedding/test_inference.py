@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from msn_export.embedding.inference import Reading, Rows, joined, read_rows, reading_of, stack
+from msn_export.embedding.inference import (
+    PictureBatch,
+    Reading,
+    Rows,
+    joined,
+    read_rows,
+    reading_of,
+    stack,
+)
 from msn_export.errors import GraphError, SpecError
 from msn_export.images import Fitted
 from msn_export.spec import ImageSize, Scores, TensorSpec
@@ -28,27 +36,37 @@ def test_the_vector_is_the_embedding_or_what_comes_nearest() -> None:
 
 
 def test_a_broken_picture_is_black_in_its_stack() -> None:
-    white = Fitted(np.full((2, 3, 1), 255, np.uint8), turned=True)
-    pixels, errors, turned = stack([white, "broken", white], ImageSize(2, 3), 1)
-    assert pixels.shape == (3, 2, 3, 1)
-    assert [picture.any() for picture in pixels] == [True, False, True]
-    assert (errors, turned) == ({1: "broken"}, 2)
+    white = Fitted(np.full((2, 3, 1), 255, np.uint8), turned=True, sha256=b"h" * 32)
+    batch = stack([white, "broken", white], ImageSize(2, 3), 1)
+    assert batch.pixels.shape == (3, 2, 3, 1)
+    assert [picture.any() for picture in batch.pixels] == [True, False, True]
+    assert (batch.errors, batch.turned) == ({1: "broken"}, 2)
+    assert [row.tobytes() for row in batch.hashes] == [b"h" * 32, bytes(32), b"h" * 32]
 
 
 def test_batches_that_follow_each_other_are_joined_whatever_their_order() -> None:
     def rows(*values: float, **more: object) -> Rows:
         return Rows(np.array([values], np.float32).T, **more)
 
-    first, second = rows(1.0, 2.0, turned=1), rows(3.0, 4.0, errors={1: "broken"})
+    hashes = np.arange(128, dtype=np.uint8).reshape(4, 32)
+    first = rows(1.0, 2.0, turned=1, hashes=hashes[:2])
+    second = rows(3.0, 4.0, errors={1: "broken"}, hashes=hashes[2:])
     (start, whole), (apart, _) = joined([(8, rows(9.0)), (2, second), (0, first)])
     assert (start, apart) == (0, 8)
     assert whole.vectors.ravel().tolist() == [1, 2, 3, 4]
     assert (whole.errors, whole.turned, whole.best) == ({3: "broken"}, 1, None)
+    np.testing.assert_array_equal(whole.hashes, hashes)
+
+
+def of(count: int) -> PictureBatch:
+    """Make a batch of pictures that were all decoded."""
+    pixels = np.zeros((count, 2, 3, 1), np.uint8)
+    return PictureBatch(pixels, {}, 0, np.zeros((count, 32), np.uint8))
 
 
 def test_logits_that_are_none_are_errors_too() -> None:
     outputs = {"embedding": np.ones((2, 4)), "logits": np.array([[0, 1], [0, np.nan]])}
-    rows = read_rows(outputs, Reading("embedding", "logits"), 2, {})
+    rows = read_rows(outputs, Reading("embedding", "logits"), of(2))
     assert rows.errors == {1: "the model's logits has NaN or infinity"}
     assert np.isnan(rows.vectors[1]).all()
     assert not np.isnan(rows.vectors[0]).any()
@@ -56,7 +74,7 @@ def test_logits_that_are_none_are_errors_too() -> None:
 
 def test_a_vector_of_zeros_cannot_be_normalised() -> None:
     outputs = {"embedding": np.array([[3.0, 4.0], [0, 0]], np.float32)}
-    rows = read_rows(outputs, Reading("embedding", None, normalize=True), 2, {})
+    rows = read_rows(outputs, Reading("embedding", None, normalize=True), of(2))
     assert rows.vectors[0].tolist() == pytest.approx([0.6, 0.8])
     assert rows.errors == {1: "the model's embedding is zero: it has no direction"}
     assert np.isnan(rows.vectors[1]).all()
@@ -64,7 +82,7 @@ def test_a_vector_of_zeros_cannot_be_normalised() -> None:
 
 def test_of_few_classes_no_more_are_kept() -> None:
     outputs = {"embedding": np.ones((1, 4)), "logits": np.array([[0.0, 2.0, 1.0]])}
-    rows = read_rows(outputs, Reading("embedding", "logits", top=5), 1, {})
+    rows = read_rows(outputs, Reading("embedding", "logits", top=5), of(1))
     assert rows.best["class"].tolist() == [[1, 2, 0]]
     assert rows.best["score"].sum() == pytest.approx(1)
 
@@ -73,7 +91,7 @@ def test_of_few_classes_no_more_are_kept() -> None:
 def test_logits_of_another_shape_are_refused(shape) -> None:
     outputs = {"embedding": np.ones((2, 4)), "logits": np.zeros(shape)}
     with pytest.raises(GraphError) as raised:
-        read_rows(outputs, Reading("embedding", "logits"), 2, {})
+        read_rows(outputs, Reading("embedding", "logits"), of(2))
     assert str(raised.value) == (
         f"output 'logits' is {list(shape)} for 2 images; expected [images, classes]"
     )

@@ -28,6 +28,25 @@ def test_the_size_of_each_file_and_when_it_was_written_are_kept(tmp_path) -> Non
     assert found.changed[1] == 1_700_000_000_123_456
 
 
+def test_names_are_below_the_root_wherever_the_command_runs(tmp_path, monkeypatch) -> None:
+    folder = pictures(tmp_path / "some/pictures", 2)
+    listed = tmp_path / "list.txt"
+    listed.write_text("some/pictures/a/000.png\n")
+    away = tmp_path / "away"
+    away.mkdir()
+    (away / "list.txt").write_text(f"{folder}/b/001.png\n")
+    monkeypatch.chdir(folder)
+    for given in (folder, Path(), Path("../pictures"), folder / "a/000.png", listed):
+        found = list_pictures(given)
+        assert [
+            (Path(found.root) / name).samefile(path)
+            for name, path in zip(found.names(), found.paths, strict=True)
+        ] == [True] * len(found)
+        assert Path(found.root).is_absolute()
+    outside = list_pictures(away / "list.txt")  # whole paths
+    assert (outside.root, *outside.names()) == ("", f"{folder}/b/001.png")
+
+
 def test_one_more_byte_or_another_name_is_another_fingerprint(tmp_path) -> None:
     before = list_pictures(pictures(tmp_path, 2))
     (path, _) = before.paths

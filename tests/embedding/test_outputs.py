@@ -1,6 +1,7 @@
 """Finished parts survive any end of the run that wrote them, and serve no other run."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -32,6 +33,21 @@ def interrupted(tmp_path) -> None:
     parts.add(0, rows(0, 1))
     parts.add(2, rows(2, 3, errors={1: "broken"}))
     parts.close()
+
+
+def test_hashes_are_kept_with_their_rows_and_asked_for_when_it_goes_on(tmp_path) -> None:
+    hashes = np.arange(6 * 32, dtype=np.uint8).reshape(6, 32)
+    parts = begin(tmp_path)
+    parts.add(0, replace(rows(0, 1), hashes=hashes[:2]))
+    parts.close()
+    parts = begin(tmp_path, resume=True)
+    parts.add(2, replace(rows(2, 3, 4, 5), hashes=hashes[2:]))
+    np.testing.assert_array_equal(parts.hashes.read(0, 6), hashes)
+    parts.close()
+    path = tmp_path / "parts" / "hashes.npy"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(OutputError, match="the arrays have fewer; --force without --resume start"):
+        begin(tmp_path, resume=True)
 
 
 def test_a_run_goes_on_where_another_stopped(tmp_path) -> None:
