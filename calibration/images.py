@@ -1,7 +1,7 @@
 """Images to calibrate on and images that are held out, decoded a few at a time."""
 
 import hashlib
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from msn_export.spec import InputFormat
 HELD_OUT_SHARE, HELD_OUT_MOST = 4, 64
 # Below this a range says little: the report warns.
 FEW = 32
+
+Decoded = tuple[NDArray[np.uint8], tuple[str, ...]]  # pixels [b, h, w, c], and their names
 
 
 def hash_of(pixels: NDArray[np.uint8]) -> str:
@@ -45,7 +47,7 @@ class Pictures:
     turned: set[Path] = field(default_factory=set)
     skipped: Mapping[str, int] = field(default_factory=dict)
 
-    def decode(self, batch: int) -> Iterator[tuple[NDArray[np.uint8], tuple[str, ...]]]:
+    def decode(self, batch: int) -> Iterator[Decoded]:
         """Decode up to ``limit`` readable images in batches: pixels [b, h, w, c], names."""
         pixels: list[NDArray[np.uint8]] = []
         names: list[str] = []
@@ -73,9 +75,14 @@ class Pictures:
         if pixels:
             yield np.stack(pixels), tuple(names)
 
-    def batches(self, batch: int) -> Iterator[tuple[NDArray[Any], tuple[str, ...]]]:
-        for pixels, names in self.decode(batch):
-            yield images.model_input(pixels, self.preprocessing, self.input_format), names
+    def batches(
+        self, batch: int, decoded: Iterable[Decoded] | None = None
+    ) -> Iterator[tuple[NDArray[Any], Sequence[str]]]:
+        """Make the graph's input, up to ``batch`` pictures, of all or of those ``decoded``."""
+        for pixels, names in self.decode(batch) if decoded is None else decoded:
+            for at in range(0, len(names), batch):
+                few, labels = pixels[at : at + batch], names[at : at + batch]
+                yield images.model_input(few, self.preprocessing, self.input_format), labels
 
     def first(self, count: int) -> "Pictures":
         limit = min(count, self.limit)

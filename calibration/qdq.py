@@ -212,6 +212,13 @@ class Format:
     onnx: ir.DataType
     largest: float
 
+    @property
+    def levels(self) -> NDArray[np.float64]:
+        """All numbers of the format from 0 to ``largest``, in order."""
+        codes = np.arange(128, dtype=np.uint8)
+        numbers = codes.view(self.onnx.numpy()).astype(np.float64)
+        return numbers[numbers <= self.largest]  # E4M3's last code is NaN
+
     def encode(self, scaled: NDArray[Any]) -> NDArray[Any]:
         clipped: NDArray[Any] = np.clip(scaled, -self.largest, self.largest)
         if self.dtype is Dtype.INT8:

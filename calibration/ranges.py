@@ -28,6 +28,7 @@ from msn_export.calibration.smoothquant import LARGEST_EXPONENT
 from msn_export.errors import GraphError, ManifestError, SpecError
 from msn_export.graph import io
 from msn_export.graph.builder import sizes_of
+from msn_export.graph.precision import add_maxima
 from msn_export.input_files import RANGES, read_json
 from msn_export.preprocessing import Preprocessing
 from msn_export.schema import from_plain, to_plain
@@ -108,28 +109,42 @@ def _mse(histogram: Histogram, form: Format) -> float:
     A centre errs in place of its bin by width² / 12 at most, which is nothing against a step of
     several bins; where the steps are narrower than a bin their own step² / 12 is the error.
     """
-    centres = ((np.arange(BINS) + 0.5) * histogram.width).astype(np.float32)
     held = histogram.counts > 0
-    centres, weights = centres[held], histogram.counts[held].astype(np.float64)
+    centres = ((np.arange(BINS) + 0.5) * histogram.width)[held]
+    weights = histogram.counts[held].astype(np.float64)
     # 256 candidates a factor of 2**(1/32) apart: from the peak down to a 256th of it
-    candidates = histogram.peak * 2.0 ** (-np.arange(257) / 32)
-    errors = []
-    for candidate in candidates:
-        step = candidate / form.largest
-        moved = np.square(centres - form.carry(centres, step), dtype=np.float64)
-        inside = centres <= candidate
-        moved[inside] = np.maximum(moved[inside], _floor(centres[inside], step, histogram, form))
-        errors.append(float(weights @ moved))
+    candidates = histogram.peak * 2.0 ** (-np.arange(257) / 32)  # [k]
+    steps = (candidates / form.largest).astype(np.float32).astype(np.float64)[:, None]
+    values = steps * form.levels  # [k, levels]
+    # the bins between two midpoints go to one level: sums of w, w c and w c² give their error
+    ends = np.searchsorted(centres, (values[:, 1:] + values[:, :-1]) / 2)
+    ends = np.pad(ends, ((0, 0), (1, 1)), constant_values=((0, 0), (0, len(centres))))
+    count, first, second = (
+        np.diff(np.concatenate([[0.0], np.cumsum(weights * centres**power)])[ends])
+        for power in (0, 1, 2)
+    )
+    errors = (second - 2 * values * first + values**2 * count).sum(axis=1)
+    if form is INT8:
+        errors += _unseen(centres, weights, candidates[:, None], steps, histogram.width)
     return float(candidates[int(np.argmin(errors))])
 
 
-def _floor(
-    centres: NDArray[np.float32], step: float, histogram: Histogram, form: Format
+def _unseen(
+    centres: NDArray[Any],
+    weights: NDArray[Any],
+    candidates: NDArray[Any],
+    steps: NDArray[Any],
+    width: float,
 ) -> NDArray[np.float64]:
-    """The error inside a bin that its centre cannot show: 0 where bins resolve the steps."""
-    if form is not INT8 or step > 2 * histogram.width:
-        return np.zeros(len(centres))
-    return np.full(len(centres), step * step / 12)
+    """Sum the errors inside bins that their centres cannot show: 0 where bins resolve the steps."""
+    errors = np.zeros(len(steps))
+    fine = steps[:, 0] <= 2 * width
+    few = centres <= np.max(candidates[fine], initial=0.0)
+    at, steps = centres[few], steps[fine]
+    shown = np.square(at - np.rint(at / steps) * steps)
+    missing = np.maximum(np.square(steps) / 12 - shown, 0.0) * (at <= candidates[fine])
+    errors[fine] = missing @ weights[few]
+    return errors
 
 
 def _entropy(histogram: Histogram, form: Format) -> float:
@@ -191,15 +206,25 @@ _FLOAT = ir.DataType.FLOAT
 
 
 class Watch:
-    """A session over a copy of ``model``, an fp32 graph, whose outputs are the values ``names``."""
+    """A session over a copy of ``model``, an fp32 graph, whose outputs are the values ``names``.
 
-    def __init__(self, model: ir.Model, names: Sequence[str], stage: Path) -> None:
+    With ``maxima`` it keeps in that the largest absolute value of each float of the graph, by
+    name, over all that was run.
+    """
+
+    def __init__(
+        self, model: ir.Model, names: Sequence[str], stage: Path, *, maxima: bool = False
+    ) -> None:
         copy = model.clone()
+        self.names = tuple(dict.fromkeys(names))
         values = {value.name: value for node in copy.graph for value in node.outputs}
         values |= {value.name: value for value in copy.graph.inputs}
-        self.names = tuple(dict.fromkeys(names))
+        seen = [values[name] for name in self.names]
+        self.maxima = dict.fromkeys(add_maxima(copy) if maxima else (), 0.0)
+        if maxima:
+            seen.append(copy.graph[-1].outputs[0])
         copy.graph.outputs.clear()
-        copy.graph.outputs.extend(values[name] for name in self.names)
+        copy.graph.outputs.extend(seen)
         RemoveUnusedNodesPass()(copy)
         self._fixed = next(iter(sizes_of(copy.graph.inputs[0])), None)
         self.batch = self._fixed or _affordable(copy)
@@ -213,7 +238,10 @@ class Watch:
         count = len(images)
         if self._fixed:
             images = images[np.arange(self._fixed) % count]
-        outputs = self._session.run(list(self.names), {self._input: images})
+        outputs = self._session.run(None, {self._input: images})
+        if self.maxima:
+            peaks = np.maximum(list(self.maxima.values()), outputs.pop())
+            self.maxima = dict(zip(self.maxima, peaks.tolist(), strict=True))
         return {name: values[:count] for name, values in zip(self.names, outputs, strict=True)}
 
 
@@ -260,6 +288,8 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
     # a memory pattern is kept for each batch shape, and onnxruntime's memory never shrinks: off, so
     # that memory does not depend on how many images come
     options.enable_mem_pattern = False
+    # maxima are taken where their values are computed (msn_export.mixed_precision.measure)
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     # a quantised graph computes what is written in it, on every processor the same
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -276,27 +306,22 @@ def _affordable(model: ir.Model) -> int:
     return max(1, min(8, _BATCH_BYTES // max(each, 1)))
 
 
-def channel_maxima(watch: Watch, batches: Iterable[tuple[NDArray[Any], Sequence[str]]]) -> Seen:
-    """Largest absolute value of each channel, the last axis, of every watched value."""
-    maxima: dict[str, NDArray[np.float32]] = {}
-    for images, labels in batches:
-        for name, values in finite(watch(images), labels).items():
-            peaks = np.abs(values).reshape(-1, values.shape[-1]).max(axis=0)
-            maxima[name] = np.maximum(maxima.get(name, peaks), peaks)
-    return maxima
-
-
 def histograms(
     watch: Watch,
     batches: Iterable[tuple[NDArray[Any], Sequence[str]]],
     progress: Callable[[int], None] | None = None,
+    found: dict[str, Histogram] | None = None,
 ) -> dict[str, Histogram]:
-    """Count the absolute values of every watched value; ``progress`` receives the images so far."""
-    found = {name: Histogram() for name in watch.names}
+    """Count the absolute values of every watched value, or on in ``found`` of those it has.
+
+    ``progress`` receives the images so far.
+    """
+    found = {name: Histogram() for name in watch.names} if found is None else found
     count = 0
     for images, labels in batches:
-        for name, values in finite(watch(images), labels).items():
-            found[name].add(values)
+        seen = finite(watch(images), labels)
+        for name, histogram in found.items():
+            histogram.add(seen[name])
         count += len(labels)
         if progress is not None:
             progress(count)

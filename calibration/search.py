@@ -1,7 +1,9 @@
 """Ranges from images or a file, and the choice of how a graph is quantised."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,38 +13,32 @@ from numpy.typing import NDArray
 
 from msn_export.artifact import GraphFile, max_batch_of
 from msn_export.calibration import ranges as ranges_file
-from msn_export.calibration.images import Pictures
+from msn_export.calibration.images import Decoded, Pictures
 from msn_export.calibration.job import AUTO, OFF, CalibrateJob
 from msn_export.calibration.plan import Plan, corrections
 from msn_export.calibration.ranges import (
     Histogram,
     ImagesRecord,
     Ranges,
+    Seen,
     SmoothingRecord,
     TensorRange,
     Watch,
-    channel_maxima,
     histograms,
     require_finite,
 )
-from msn_export.calibration.smoothquant import factors, find_smoothing_sites, fold
+from msn_export.calibration.smoothing import ActivationSample, replay, smooth
 from msn_export.errors import GraphError
 from msn_export.graph.opset import raise_opset
+from msn_export.graph.precision import choose, floats_of
 from msn_export.manifest import sha256_of
 from msn_export.metrics.evaluate import Sample
 from msn_export.metrics.metrics import Comparison
-from msn_export.metrics.tolerances import Gate
+from msn_export.metrics.tolerances import HEADROOM, Gate
 from msn_export.mixed_precision import MEASURED, choose_fp32_islands
 from msn_export.progress import Progress
-from msn_export.spec import Dtype, Observer
+from msn_export.spec import Dtype
 
-# Strengths that --smooth auto tries beside none; SmoothQuant's own default is 0.5 (arXiv
-# 2211.10438, section 5.1).
-STRENGTHS = (0.25, 0.5, 0.75)
-# How much less error than without it a strength must leave to be taken. By the choice of the images
-# alone one leaves 0.91 to 1.19 of the error; where int8 needs it 0.05 to 0.07
-# (docs/quantization.md, planted outliers).
-GAIN = 0.1
 # Images that a choice is measured on: each costs a run of the whole graph.
 PROBED = 16
 
@@ -58,10 +54,26 @@ class SensitivitySample:
 
     @classmethod
     def of(
-        cls, model: ir.Model, images: NDArray[Any], names: Sequence[str], stage: Path
+        cls,
+        model: ir.Model,
+        images: NDArray[Any],
+        names: Sequence[str],
+        stage: Path,
+        watch: Watch | None = None,
+        receive: Callable[[Seen], None] | None = None,
     ) -> "SensitivitySample":
-        reference = _outputs(model, images, stage)
-        require_finite(model, reference, names, lambda at: images[at : at + 1], stage)
+        """Run the fp32 graph; a ``watch`` may see more than its outputs, for ``receive``."""
+        outputs = _output_names(model)
+        watch = watch or Watch(model, outputs, stage)
+        parts = []
+        for at in range(0, len(images), watch.batch):
+            few, labels = images[at : at + watch.batch], names[at : at + watch.batch]
+            seen = watch(few)
+            require_finite(model, seen, labels, partial(_only, few), stage)
+            if receive is not None:
+                receive(seen)
+            parts.append({name: seen[name] for name in outputs})
+        reference = {name: np.concatenate([part[name] for part in parts]) for name in outputs}
         return cls(images, tuple(names), reference, stage)
 
     def batches(self, size: int) -> Iterator[tuple[NDArray[Any], Sequence[str]]]:
@@ -87,59 +99,48 @@ class SensitivitySample:
         return failures
 
 
+def _output_names(model: ir.Model) -> list[str]:
+    return [value.name or "" for value in model.graph.outputs]
+
+
+def _only(images: NDArray[Any], index: int) -> NDArray[Any]:
+    return images[index : index + 1]
+
+
 def _outputs(model: ir.Model, images: NDArray[Any], stage: Path) -> dict[str, NDArray[np.float32]]:
-    watch = Watch(model, [value.name or "" for value in model.graph.outputs], stage)
+    watch = Watch(model, _output_names(model), stage)
     parts = [watch(images[at : at + watch.batch]) for at in range(0, len(images), watch.batch)]
     return {name: np.concatenate([part[name] for part in parts]) for name in watch.names}
 
 
-def smooth(
-    plan: Plan, strength: float | None, probe: SensitivitySample, observer: Observer
-) -> tuple[Plan, SmoothingRecord]:
-    """Smooth a plan's graph; ``strength`` None takes the best of ``STRENGTHS``, or none.
+@dataclass(frozen=True, slots=True)
+class FirstRun:
+    """One run of a plan's graph on the first images.
 
-    None where the best leaves no ``GAIN`` less error: what is no better needs no changed weights.
+    ``maxima``: the largest absolute value of each float of the graph, where asked for.
     """
-    sites = find_smoothing_sites(plan.model, plan.projections)
-    watch = Watch(plan.model, [site.name for site in sites], probe.stage)
-    maxima = channel_maxima(watch, probe.batches(watch.batch)) if sites else {}
-    tried = {"off": (plan, SmoothingRecord())}
-    for choice in STRENGTHS if strength is None else (strength,):
-        exponents = {
-            site.name: tuple(
-                int(power)
-                for power in np.log2(factors(plan.model, site, maxima[site.name], choice))
-            )
-            for site in sites
-        }
-        record = SmoothingRecord(choice, exponents)
-        tried[f"{choice:g}"] = (replay(plan, record), record)
-    if strength is not None:
-        return tried[f"{strength:g}"]
-    errors = {name: probe.error(_on(probe, plan, observer)) for name, (plan, _) in tried.items()}
-    best = min(errors, key=lambda name: errors[name])
-    gained = errors[best] < (1 - GAIN) * errors["off"]
-    chosen, record = tried[best if gained else "off"]
-    return chosen, replace(record, errors=errors)
 
+    probe: SensitivitySample
+    histograms: dict[str, Histogram]
+    activations: ActivationSample
+    maxima: Mapping[str, float]
 
-def replay(plan: Plan, record: SmoothingRecord) -> Plan:
-    if not record.exponents:
-        return plan
-    model = plan.model.clone()
-    sites = {site.name: site for site in find_smoothing_sites(model, plan.projections)}
-    for name, exponents in record.exponents.items():
-        if name not in sites:
-            raise GraphError(f"{name!r} cannot be smoothed here; leave --ranges out")
-        fold(model, sites[name], np.exp2(np.asarray(exponents, np.float32)))
-    return replace(plan, model=model)
+    @classmethod
+    def of(
+        cls, plan: Plan, images: NDArray[Any], names: Sequence[str], stage: Path, *, maxima: bool
+    ) -> "FirstRun":
+        found = {name: Histogram() for name in plan.watched}
+        activations = ActivationSample.of(plan)
+        wanted = [*activations.names, *plan.watched, *_output_names(plan.model)]
+        watch = Watch(plan.model, wanted, stage, maxima=maxima)
 
+        def receive(seen: Seen) -> None:
+            activations.add(seen)
+            for name, histogram in found.items():
+                histogram.add(seen[name])
 
-def _on(probe: SensitivitySample, plan: Plan, observer: Observer) -> ir.Model:
-    """Quantise all of a plan, its ranges taken from the probe's images alone."""
-    watch = Watch(plan.model, list(plan.watched), probe.stage)
-    seen = histograms(watch, probe.batches(watch.batch))
-    return plan.measured(seen, observer).quantised()
+        probe = SensitivitySample.of(plan.model, images, names, stage, watch, receive)
+        return cls(probe, found, activations, watch.maxima)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,15 +156,15 @@ EVERYTHING = Exclusion((), {})
 
 def exclusions(
     plan: Plan, probe: SensitivitySample, gate: Gate, progress: Progress
-) -> Iterator[Exclusion]:
+) -> Iterator[tuple[Exclusion, ir.Model]]:
     """Yield the exclusions that reach ``gate`` on the probe's images, the fewest blocks kept first.
 
-    Only when quantising everything does not reach it are the blocks measured, one quantised at a
-    time; they are kept in the order of the error that each brings alone. At least one block is
-    quantised.
+    With each comes the fp32 graph with its Q/DQ. Only when quantising everything does not reach it
+    are the blocks measured, one quantised at a time; they are kept in the order of the error that
+    each brings alone. At least one block is quantised.
     """
-    if not probe.failures(plan.quantised(), gate):
-        yield EVERYTHING
+    if not probe.failures(model := plan.quantised(), gate):
+        yield EVERYTHING, model
     drift = {}
     blocks = range(plan.depth)
     for block in blocks:
@@ -172,19 +173,21 @@ def exclusions(
     order = sorted(blocks, key=lambda block: -drift[block])
     for count in range(1, plan.depth):
         kept = tuple(sorted(order[:count]))
-        if not probe.failures(plan.quantised(kept), gate):
-            yield Exclusion(kept, drift)
+        if not probe.failures(model := plan.quantised(kept), gate):
+            yield Exclusion(kept, drift), model
 
 
 @dataclass(frozen=True, slots=True)
 class CollectedRanges:
     """A plan with its ranges and islands.
 
+    ``unquantised`` is its graph without Q/DQ, fp32, to be typed as the rest is.
     ``islands`` stay fp32, each with its largest absolute value; ``overflowing`` are projections
     that stay unquantised because they write one.
     """
 
     plan: Plan
+    unquantised: ir.Model
     ranges: Ranges
     probe: SensitivitySample
     islands: dict[str, float]
@@ -216,57 +219,82 @@ def collect_ranges(
     plan = Plan.of(
         raise_opset(source.graph), job.scheme, attention=job.quantize_attention, extra=job.extra
     )
-    if job.rest is Dtype.FP32:
-        plan.unquantised()  # refuses now what it would refuse after the ranges were taken
-    pixels, names = next(pictures.first(PROBED).decode(PROBED))
+    # refuses now what it would refuse after the ranges were taken
+    unquantised = plan.unquantised() if job.rest is Dtype.FP32 else None
+    chunks = (pictures if given is None else pictures.first(PROBED)).decode(PROBED)
+    pixels, names = next(chunks)
     sample = Sample(
         pixels, names, str(job.images), source.preprocessing, max_batch=max_batch_of(plan.model)
     )
-    with progress.step("run the fp32 graph on a few images"):
-        images = sample.preprocess(range(len(sample)), source.input_format)
-        probe = SensitivitySample.of(plan.model, images, names, stage)
+    images = sample.preprocess(range(len(sample)), source.input_format)
+    maxima: Mapping[str, float] = {}
     if given is not None and job.ranges is not None:
+        with progress.step("run the fp32 graph on a few images"):
+            probe = SensitivitySample.of(plan.model, images, names, stage)
         plan, ranges = replay(plan, given.smoothing), given
         seen = given.histograms(plan.watched, job.ranges)
     else:
-        plan, smoothing = _smooth(job, plan, probe, progress)
-        seen = _observe(plan, pictures, stage, progress)
+        with progress.step("run the fp32 graph on a few images"):
+            first = FirstRun.of(plan, images, names, stage, maxima=job.rest is Dtype.FP16)
+        probe, seen = first.probe, first.histograms
+        plan, smoothing = _smooth(job, plan, first.activations, progress)
+        if smoothing.strength is None:
+            maxima = first.maxima
+        else:
+            chunks, seen = pictures.decode(PROBED), {}
+        seen = _observe(plan, pictures, chunks, seen, stage, progress)
         ranges = _ranges(job, source, pictures, smoothing, seen)
     plan = plan.measured(seen, job.observer)
-    islands = {}
-    if job.rest is not Dtype.FP32:
+    islands: dict[str, float] = {}
+    if unquantised is None:
         with progress.step("measure what overflows"):
-            islands = choose_fp32_islands(
-                plan.unquantised(), MEASURED, job.rest, sample, source.input_format, stage
-            )
+            unquantised = plan.unquantised()
+            floats = floats_of(unquantised)
+            if maxima.keys() >= set(floats):
+                peaks = {name: maxima[name] for name in floats}
+                islands = choose(peaks, job.rest, headroom=HEADROOM)
+            else:
+                islands = choose_fp32_islands(
+                    unquantised, MEASURED, job.rest, sample, source.input_format, stage
+                )
     plan, overflowing = _without_islands(plan, islands)
     if job.bias_correction:
         with progress.step("measure biases"):
             plan = _corrected(plan, probe)
-    return CollectedRanges(plan, ranges, probe, islands, overflowing)
+    return CollectedRanges(plan, unquantised, ranges, probe, islands, overflowing)
 
 
 def _smooth(
-    job: CalibrateJob, plan: Plan, probe: SensitivitySample, progress: Progress
+    job: CalibrateJob, plan: Plan, activations: ActivationSample, progress: Progress
 ) -> tuple[Plan, SmoothingRecord]:
     if job.smooth == OFF:
         return plan, SmoothingRecord()
     strength = None if job.smooth in {None, AUTO} else float(job.smooth or 0)
     title = "choose a smoothing" if strength is None else f"smooth at {strength:g}"
     with progress.step(title):
-        return smooth(plan, strength, probe, job.observer)
+        return smooth(plan, strength, activations, job.observer)
 
 
 def _observe(
-    plan: Plan, pictures: Pictures, stage: Path, progress: Progress
+    plan: Plan,
+    pictures: Pictures,
+    decoded: Iterator[Decoded],
+    seen: dict[str, Histogram],
+    stage: Path,
+    progress: Progress,
 ) -> dict[str, Histogram]:
-    of = min(pictures.limit, len(pictures.paths))
+    """Count the values of the pictures that are left, on in the histograms ``seen``."""
+    chunk = next(decoded, None)
+    if chunk is None:
+        return seen
+    of, before = min(pictures.limit, len(pictures.paths)), PROBED if seen else 0
     with progress.step(f"take ranges on up to {of} images"):
         watch = Watch(plan.model, list(plan.watched), stage)
         return histograms(
             watch,
-            pictures.batches(watch.batch),
-            lambda count: progress.advance(count, of, f"{count} images"),
+            pictures.batches(watch.batch, chain([chunk], decoded)),
+            lambda count: progress.advance(before + count, of, f"{before + count} images"),
+            seen or None,
         )
 
 

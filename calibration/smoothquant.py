@@ -261,20 +261,26 @@ def _width(value: ir.Value | None) -> int | None:
     return size if isinstance(size, int) else None
 
 
+def largest_weights(model: ir.Model, site: SmoothingSite) -> NDArray[np.float32]:
+    """Give the largest absolute value of each row (input channel) of all weights that read it."""
+    nodes = {node.name: node for node in model.graph}
+    largest = np.zeros(len(site.columns), np.float32)
+    for (name, index), axis in zip(site.read, site.axis, strict=True):
+        rows = np.moveaxis(array_of(operand(nodes[name], index)), axis, 0)
+        largest = np.maximum(largest, np.abs(rows).reshape(len(rows), -1).max(axis=1))
+    return largest
+
+
 def factors(
-    model: ir.Model, site: SmoothingSite, maxima: NDArray[np.float32], strength: float
+    maxima: NDArray[np.float32], weights: NDArray[np.float32], strength: float
 ) -> NDArray[np.float32]:
     """Compute s_j = max|X_j| ** strength / max|W_j| ** (1 - strength), as powers of two.
 
     SmoothQuant, equation 4. A channel that is zero in all images, or in the weights, stays.
-    ``maxima`` are the largest absolute values of each channel of ``site.name``. ``strength`` 0
-    leaves all outliers to the activations, 1 gives all to the weights.
+    ``maxima`` are the largest absolute values of each channel of a site, ``weights`` those of
+    ``largest_weights``. ``strength`` 0 leaves all outliers to the activations, 1 gives all to the
+    weights.
     """
-    nodes = {node.name: node for node in model.graph}
-    weights = np.zeros(len(maxima), np.float32)
-    for (name, index), axis in zip(site.read, site.axis, strict=True):
-        rows = np.moveaxis(array_of(operand(nodes[name], index)), axis, 0)
-        weights = np.maximum(weights, np.abs(rows).reshape(len(rows), -1).max(axis=1))
     moved = (maxima > 0) & (weights > 0)
     exponents = np.zeros(len(maxima))
     exponents[moved] = strength * np.log2(maxima[moved]) - (1 - strength) * np.log2(weights[moved])

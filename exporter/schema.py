@@ -24,12 +24,16 @@ from msn_export.errors import ManifestError, SpecError
 
 T = TypeVar("T")
 
+_PLAIN = {int, bool, type(None)}
+
 
 def to_plain(value: Any) -> Any:
     """Turn a record into dicts, lists, numbers and text; what is no number becomes None.
 
     A path's bytes that are no UTF-8 become U+FFFD: JSON has no other place for them.
     """
+    if type(value) in _PLAIN:  # of a ranges file's two hundred thousand counts, each
+        return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = dataclasses.fields(value)
         return {field.name: to_plain(getattr(value, field.name)) for field in fields}

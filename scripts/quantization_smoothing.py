@@ -12,7 +12,8 @@ from quantization_bench import FORMS, Bench, row
 
 from msn_export.calibration.plan import Plan
 from msn_export.calibration.qdq import FORMATS, Scheme
-from msn_export.calibration.search import PROBED, STRENGTHS, SensitivitySample, smooth
+from msn_export.calibration.search import PROBED, FirstRun
+from msn_export.calibration.smoothing import STRENGTHS, smooth
 from msn_export.graph import io
 from msn_export.spec import Dtype, Observer
 from tests.builders import digits
@@ -49,8 +50,9 @@ def left(graph: Path, form: Dtype) -> list[list[float]]:
         plan = Plan.of(model, Scheme(FORMATS[form], Dtype.FP16), attention=False)
         with tempfile.TemporaryDirectory() as stage:
             names = [str(index) for index in range(at, at + PROBED)]
-            probe = SensitivitySample.of(plan.model, planes[at : at + PROBED], names, Path(stage))
-            errors = smooth(plan, None, probe, Observer.MSE)[1].errors or {}
+            images = planes[at : at + PROBED]
+            first = FirstRun.of(plan, images, names, Path(stage), maxima=False)
+        errors = smooth(plan, None, first.activations, Observer.MSE)[1].errors or {}
         shares.append([errors[f"{strength:g}"] / errors["off"] for strength in STRENGTHS])
         print(graph.name, form, shares[-1], flush=True)
     return shares

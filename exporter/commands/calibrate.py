@@ -55,11 +55,12 @@ from msn_export.manifest import (
 )
 from msn_export.metrics.accuracy import notes as notes_of
 from msn_export.metrics.evaluate import Evaluation, Reference, Sample, evaluate, run_reference
-from msn_export.metrics.tolerances import GATES
+from msn_export.metrics.tolerances import GATES, Gate
 from msn_export.mixed_precision import cpu_runner
 from msn_export.onnx_header import GraphMetadata
 from msn_export.progress import SILENT, Progress
 from msn_export.runtime.onnxruntime import OrtRunner
+from msn_export.runtime.runner import Runner
 from msn_export.spec import Dtype, InputFormat
 from msn_export.version_table import least_versions, row_of
 
@@ -247,14 +248,14 @@ def run_calibrate(job: CalibrateJob, progress: Progress = SILENT) -> tuple[Path,
         collected = collect_ranges(job, source, split_images.calibration, given, stage, progress)
         counted = _run_labelled(source, labelled, collected, progress) if labelled else None
         fp32 = _Fp32(source, reference, counted)
-        chosen = _choose(job, fp32, collected, stage / output.name, progress)
+        chosen, recorded = _choose(job, fp32, collected, stage / output.name, progress)
         baseline = _baseline(job, fp32, collected, stage, progress)
         counts = _notes_on_labelled(counted) if counted else ()
         done = Calibrated(source, split_images, collected, chosen, baseline, tuple(counts))
         manifest = to_manifest(done, job, stage, ranges.name, progress)
         manifest = replace(
             manifest,
-            golden=_golden(job, source, chosen, stage),
+            golden=recorded,
             seconds=round(time.monotonic() - started, 3),
             peak_rss_bytes=peak_rss(),
         )
@@ -263,18 +264,17 @@ def run_calibrate(job: CalibrateJob, progress: Progress = SILENT) -> tuple[Path,
     return output, manifest
 
 
-def _golden(job: CalibrateJob, source: GraphFile, chosen: Candidate, stage: Path) -> GoldenRecord:
+def _golden(source: GraphFile, runner: Runner, evaluation: Evaluation) -> GoldenRecord:
     """Record what the quantised graph itself makes of seeded noise.
 
     Noise is no picture: what 8 bits cost on it says nothing. Another machine has to reproduce it,
     to within what 8 bits cost a picture: where a sum is rounded elsewhere, whole steps change.
     """
-    with cpu_runner(chosen.path, job.dtype, stage) as runner:
-        max_batch = max_batch_of(source.graph)
-        recorded = golden.record(
-            runner, runner.name, source.preprocessing, source.input_format, max_batch
-        )
-    costs = [figures["image"] or 0.0 for figures in chosen.evaluation.check.outputs.values()]
+    max_batch = max_batch_of(source.graph)
+    recorded = golden.record(
+        runner, runner.name, source.preprocessing, source.input_format, max_batch
+    )
+    costs = [figures["image"] or 0.0 for figures in evaluation.check.outputs.values()]
     return replace(recorded, limit=golden.MARGIN * max(costs))
 
 
@@ -364,19 +364,27 @@ class _Fp32:
     reference: Reference
     labelled: LabelledReference | None
 
+    @property
+    def batch(self) -> int:
+        """Images that a graph is run on at once, to be judged."""
+        sample = self.reference.sample
+        return self.source.fixed_batch or min(8, sample.max_batch, len(sample))
+
 
 def _choose(
     job: CalibrateJob, fp32: _Fp32, collected: CollectedRanges, path: Path, progress: Progress
-) -> Candidate:
+) -> tuple[Candidate, GoldenRecord]:
     """Quantise as many blocks as reach the gate, on calibration images and on held-out ones."""
+    plan, probe = collected.plan, collected.probe
     failed: Evaluation | None = None
     with progress.step(f"quantise to {job.dtype} and judge"):
-        for exclusion in exclusions(collected.plan, collected.probe, job.gate, progress):
-            model = collected.plan.quantised(exclusion.kept)
+        for exclusion, model in exclusions(plan, probe, job.gate, progress):
             _write(model, collected, job.rest, path, _metadata(job, fp32.source))
-            evaluation = _evaluate(job, path, job.dtype, fp32, progress)
-            if not evaluation.failures:
-                return Candidate(path, model, evaluation, exclusion)
+            with cpu_runner(path, job.dtype, path.parent) as runner:
+                evaluation = _evaluate(job, runner, job.gate, fp32, progress)
+                if not evaluation.failures:
+                    recorded = _golden(fp32.source, runner, evaluation)
+                    return Candidate(path, model, evaluation, exclusion), recorded
             failed = evaluation
     if failed is not None and not failed.disagreements:
         raise ToleranceError(
@@ -386,7 +394,7 @@ def _choose(
     where, failures = "held-out", failed.failures if failed is not None else ()
     if not failures:
         where = "calibration"
-        failures = tuple(collected.probe.failures(collected.plan.quantised(), job.gate))
+        failures = tuple(probe.failures(plan.quantised(), job.gate))
     raise ToleranceError(
         f"no choice of blocks reaches --gate-cosine {job.gate.cosine_p1} in {job.dtype} on {where} "
         f"images ({failures[0]}); keep {job.rest}, or lower the gate"
@@ -394,18 +402,14 @@ def _choose(
 
 
 def _evaluate(
-    job: CalibrateJob, path: Path, dtype: Dtype, fp32: _Fp32, progress: Progress
+    job: CalibrateJob, runner: Runner, gate: Gate, fp32: _Fp32, progress: Progress
 ) -> Evaluation:
     """Judge a graph on held-out images; on labelled pictures too, once it agrees on those."""
-    source, reference = fp32.source, fp32.reference
-    size = source.fixed_batch or min(8, reference.sample.max_batch, len(reference.sample))
-    gate = job.gate if dtype is job.dtype else GATES[dtype]
-    with cpu_runner(path, dtype, path.parent) as runner:
-        found = evaluate(runner, reference, source.input_format, (size,), gate)
-        if fp32.labelled is None or found.failures:
-            return found
-        accuracy = fp32.labelled.accuracy_of(runner, job.accuracy_drop, progress)
-        return replace(found, accuracy=accuracy)
+    found = evaluate(runner, fp32.reference, fp32.source.input_format, (fp32.batch,), gate)
+    if fp32.labelled is None or found.failures:
+        return found
+    accuracy = fp32.labelled.accuracy_of(runner, job.accuracy_drop, progress)
+    return replace(found, accuracy=accuracy)
 
 
 def _baseline(
@@ -414,9 +418,10 @@ def _baseline(
     """Make the same graph in the base type, which is what quantising has to be better than."""
     path = apart(stage) / f"baseline.{job.rest}.onnx"
     with progress.step(f"judge the {job.rest} graph beside it"):
-        model = collected.plan.unquantised()
+        model = collected.unquantised
         _write(model, collected, job.rest, path, _metadata(job, fp32.source))
-        evaluation = _evaluate(job, path, job.rest, fp32, progress)
+        with cpu_runner(path, job.rest, path.parent) as runner:
+            evaluation = _evaluate(job, runner, GATES[job.rest], fp32, progress)
     return Candidate(path, model, evaluation)
 
 

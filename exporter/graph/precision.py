@@ -362,15 +362,32 @@ def observe(model: ir.Model) -> Observed:
     """
     copy = model.clone()
     infer_shapes(copy)
-    graph = copy.graph
-    watched = [value for node in graph for value in node.outputs if value.dtype in _WATCHED]
+    names = add_maxima(copy)
+    maxima = copy.graph[-1].outputs[0]
+    copy.graph.outputs.clear()
+    copy.graph.outputs.append(maxima)
+    return Observed(copy, names)
+
+
+def floats_of(model: ir.Model) -> tuple[str, ...]:
+    """Name the values of fp32 and fp16 that nodes of a graph with types compute."""
+    values = (value for node in model.graph for value in node.outputs)
+    return tuple(value.name or "" for value in values if value.dtype in _WATCHED)
+
+
+def add_maxima(model: ir.Model) -> tuple[str, ...]:
+    """Add a value ``maxima`` [count] to a graph with types: the largest |value| of each float.
+
+    It becomes no output. Returns the names of the values.
+    """
+    graph = model.graph
+    names = floats_of(model)
+    values = {value.name: value for node in graph for value in node.outputs}
     builder = GraphBuilder(graph)
-    peaks = [_peak(builder, value) for value in watched]
+    peaks = [_peak(builder, values[name]) for name in names]
     joined = builder.after(graph[-1]).op("Concat", peaks, {"axis": 0}, name=MAXIMA)
-    joined.type, joined.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([len(watched)])
-    graph.outputs.clear()
-    graph.outputs.append(joined)
-    return Observed(copy, tuple(value.name or "" for value in watched))
+    joined.type, joined.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([len(names)])
+    return names
 
 
 def _peak(builder: GraphBuilder, value: ir.Value) -> ir.Value:

@@ -11,12 +11,13 @@ from msn_export.calibration import ranges
 from msn_export.calibration.ranges import (
     Histogram,
     Watch,
-    channel_maxima,
     finite,
     histograms,
     require_finite,
 )
 from msn_export.errors import GraphError
+from msn_export.graph import io
+from msn_export.graph.precision import floats_of
 from tests.builders.calibrated_graphs import feeds, planned, vit
 from tests.builders.graphs import parse, run
 
@@ -78,11 +79,33 @@ def test_ranges_are_those_of_all_values_at_once(tmp_path) -> None:
         assert np.abs(np.cumsum(found[name].counts - whole.counts)).max() <= 2
 
 
-def test_maxima_are_those_of_each_channel(tmp_path) -> None:
+def test_the_largest_of_every_float_is_kept_where_asked_for(tmp_path) -> None:
     plan = planned(tmp_path)
-    found = channel_maxima(Watch(plan.model, ["blocks.0.norm2_out"], tmp_path), batches(4))
-    want = np.abs(observed(plan.model, "blocks.0.norm2_out")).reshape(-1, 32).max(axis=0)
-    np.testing.assert_allclose(found["blocks.0.norm2_out"], want, rtol=1e-5)
+    watch = Watch(plan.model, ["blocks.0.norm2_out"], tmp_path, maxima=True)
+    for images, _ in batches(4):
+        assert list(watch(images)) == ["blocks.0.norm2_out"]
+    assert tuple(watch.maxima) == floats_of(plan.model)
+    for name in ("blocks.0.norm2_out", "blocks.1.gelu_out", "norm_out"):
+        want = np.abs(observed(plan.model, name)).max()
+        assert watch.maxima[name] == pytest.approx(want, rel=1e-5)
+    assert Watch(plan.model, ["norm_out"], tmp_path).maxima == {}
+
+
+def test_a_maximum_that_is_no_number_stays_none(tmp_path) -> None:
+    model = parse("g (float[b,2] x) => (float[b,2] y) { m = Log (x)  y = Relu (m) }")
+    io.infer_shapes(model)
+    watch = Watch(model, ["y"], tmp_path, maxima=True)
+    watch(np.array([[-1.0, 2.0]], np.float32))
+    watch(np.array([[1.0, 2.0]], np.float32))
+    assert np.isnan(watch.maxima["m"])
+
+
+def test_counts_go_on_in_histograms_of_earlier_images(tmp_path) -> None:
+    watch = Watch(vit(tmp_path), ["x", "blocks.0.norm1_out"], tmp_path)
+    found = {"x": histograms(watch, batches(4))["x"]}
+    more = histograms(watch, batches(5, IMAGES[:5]), found=found)
+    assert more is found
+    assert found["x"].counts.sum() == IMAGES.size * 3 // 2
 
 
 def test_progress_hears_of_every_batch(tmp_path) -> None:
@@ -149,8 +172,6 @@ def test_a_value_that_is_not_finite_names_tensor_and_image(tmp_path, text, what)
     )
     with pytest.raises(GraphError, match=re.escape(message)):
         histograms(watch, batches(2, images))
-    with pytest.raises(GraphError, match=re.escape(message)):
-        channel_maxima(watch, batches(2, images))
 
 
 def test_finite_values_pass_through() -> None:

@@ -1,6 +1,5 @@
-"""Smoothing and the blocks that stay are chosen by what each choice costs, measured on images."""
+"""The blocks that stay are chosen by what each choice costs, measured on images."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,22 +7,15 @@ import onnx_ir as ir
 import pytest
 
 from msn_export.calibration.plan import Plan
-from msn_export.calibration.ranges import Observer, SmoothingRecord, Watch, histograms
-from msn_export.calibration.search import (
-    STRENGTHS,
-    Exclusion,
-    SensitivitySample,
-    exclusions,
-    replay,
-    smooth,
-)
-from msn_export.calibration.smoothquant import find_smoothing_sites, fold
+from msn_export.calibration.ranges import Observer, Watch, histograms
+from msn_export.calibration.search import Exclusion, FirstRun, SensitivitySample, exclusions
 from msn_export.errors import GraphError
-from msn_export.graph.precision import quantised_products
+from msn_export.graph.precision import floats_of, quantised_products
 from msn_export.metrics.tolerances import Gate
 from msn_export.progress import Silent
 from tests.builders.calibrated_graphs import feeds, planned
 from tests.builders.graphs import run
+from tests.calibration.test_smoothing import with_outliers
 
 IMAGES = feeds(6)["x"]
 NAMES = [f"{i}.png" for i in range(len(IMAGES))]
@@ -36,20 +28,6 @@ def probe_of(plan: Plan, folder: Path) -> SensitivitySample:
 def measured(plan: Plan, folder: Path, observer: Observer = Observer.MAX) -> Plan:
     watch = Watch(plan.model, list(plan.watched), folder)
     return plan.measured(histograms(watch, [(IMAGES, NAMES)]), observer)
-
-
-def with_outliers(plan: Plan, *names: str) -> Plan:
-    """Make three channels of a seam 64 times as large, and what reads them as much smaller."""
-    model = plan.model.clone()
-    for site in find_smoothing_sites(model, plan.projections):
-        if site.name in names:
-            scale = np.ones(len(site.columns), np.float32)
-            scale[[3, 11, 20]] = 1 / 64
-            fold(model, site, scale)
-    return replace(plan, model=model)
-
-
-EVERY_NORM = tuple(f"blocks.{block}.norm{which}_out" for block in (0, 1) for which in (1, 2))
 
 
 def test_error_is_the_relative_distance_of_the_worst_output(tmp_path) -> None:
@@ -82,74 +60,27 @@ def test_a_reference_that_is_not_finite_is_refused_with_its_image(tmp_path) -> N
         SensitivitySample.of(plan.model, bad, NAMES, tmp_path)
 
 
-def test_auto_smooths_planted_outliers_and_lowers_the_error(tmp_path) -> None:
-    plan = with_outliers(planned(tmp_path), *EVERY_NORM)
-    probe = probe_of(plan, tmp_path)
-    smoothed, record = smooth(plan, None, probe, Observer.MAX)
-    assert record.strength in STRENGTHS
-    assert record.errors is not None
-    assert set(record.errors) == {"off", "0.25", "0.5", "0.75"}
-    assert record.errors[f"{record.strength:g}"] == min(record.errors.values())
-    assert record.errors["off"] > 4 * min(record.errors.values())
-    after = probe.error(measured(smoothed, tmp_path).quantised())
-    assert after == pytest.approx(min(record.errors.values()), rel=0.05)
-
-
-@pytest.mark.parametrize(
-    ("errors", "strength"),
-    [
-        ((0.1, 0.1, 0.1, 0.1), None),
-        ((0.1, 0.095, 0.091, 0.099), None),  # as images differ; docs/quantization.md
-        ((0.1, 0.095, 0.089, 0.099), 0.5),
-        ((np.inf, 0.1, 0.2, 0.3), 0.25),
-        ((np.inf,) * 4, None),
-    ],
-)
-def test_auto_leaves_a_graph_alone_unless_a_strength_leaves_a_tenth_less_error(
-    tmp_path, monkeypatch, errors, strength
-) -> None:
+def test_one_run_gives_outputs_histograms_and_maxima(tmp_path) -> None:
     plan = planned(tmp_path)
-    probe = probe_of(plan, tmp_path)
-    told = iter(errors)
-    monkeypatch.setattr(SensitivitySample, "error", lambda self, model: next(told))
-    chosen, record = smooth(plan, None, probe, Observer.MAX)
-    assert record.strength == strength
-    assert (chosen is plan) == (strength is None)
-    assert (record.exponents is None) == (strength is None)
-    assert record.errors == dict(zip(("off", "0.25", "0.5", "0.75"), errors, strict=True))
-
-
-def test_a_strength_is_taken_as_it_is_said_and_tried_on_nothing(tmp_path) -> None:
-    plan = with_outliers(planned(tmp_path), *EVERY_NORM)
-    smoothed, record = smooth(plan, 0.5, probe_of(plan, tmp_path), Observer.MAX)
-    assert (record.strength, record.errors) == (0.5, None)
-    np.testing.assert_array_equal(
-        run(smoothed.model, {"x": IMAGES}), run(plan.model, {"x": IMAGES})
+    first = FirstRun.of(plan, IMAGES, NAMES, tmp_path, maxima=True)
+    np.testing.assert_allclose(
+        first.probe.reference["norm_out"], run(plan.model, {"x": IMAGES}), atol=1e-5
     )
-
-
-def test_a_record_gives_the_same_graph_again(tmp_path) -> None:
-    plan = with_outliers(planned(tmp_path), *EVERY_NORM)
-    smoothed, record = smooth(plan, 0.75, probe_of(plan, tmp_path), Observer.MAX)
-    again = replay(plan, record)
-    for name, value in smoothed.model.graph.initializers.items():
-        other = again.model.graph.initializers[name].const_value
-        assert value.const_value is not None
-        assert other is not None
-        assert value.const_value.tobytes() == other.tobytes()
-    assert replay(plan, SmoothingRecord()) is plan
-
-
-def test_a_record_of_another_graph_is_refused(tmp_path) -> None:
-    record = SmoothingRecord(0.5, {"elsewhere": (0,)})
-    with pytest.raises(GraphError, match="'elsewhere' cannot be smoothed here; leave --ranges out"):
-        replay(planned(tmp_path), record)
+    alone = histograms(Watch(plan.model, list(plan.watched), tmp_path), [(IMAGES, NAMES)])
+    assert first.histograms.keys() == alone.keys()
+    for name, histogram in alone.items():
+        assert first.histograms[name].counts.sum() == histogram.counts.sum()
+        assert first.histograms[name].peak == pytest.approx(histogram.peak, rel=1e-5)
+        assert first.maxima[name] == first.histograms[name].peak
+    assert set(first.maxima) == set(floats_of(plan.unquantised()))
+    assert not FirstRun.of(plan, IMAGES, NAMES, tmp_path, maxima=False).maxima
 
 
 def test_everything_is_quantised_where_that_reaches_the_gate(tmp_path) -> None:
     plan = measured(planned(tmp_path), tmp_path)
-    found = next(exclusions(plan, probe_of(plan, tmp_path), Gate(cosine_p1=0.9), Silent()))
+    found, model = next(exclusions(plan, probe_of(plan, tmp_path), Gate(cosine_p1=0.9), Silent()))
     assert found == Exclusion((), {})
+    assert len(quantised_products(model)) == 8
 
 
 @pytest.mark.parametrize("sick", [0, 1])
@@ -159,10 +90,10 @@ def test_the_block_that_costs_most_is_kept_first(tmp_path, sick) -> None:
     probe = probe_of(plan, tmp_path)
     assert probe.failures(plan.quantised(), Gate(cosine_p1=0.999))
     found = list(exclusions(plan, probe, Gate(cosine_p1=0.999), Silent()))
-    assert [choice.kept for choice in found] == [(sick,)]
-    drift = found[0].drift
-    assert drift[sick] > 3 * drift[1 - sick]
-    names = quantised_products(plan.quantised(found[0].kept))
+    assert [choice.kept for choice, _ in found] == [(sick,)]
+    choice, model = found[0]
+    assert choice.drift[sick] > 3 * choice.drift[1 - sick]
+    names = quantised_products(model)
     assert {name.split(".")[1] for name in names} == {str(1 - sick)}
 
 
@@ -174,5 +105,5 @@ def test_no_choice_is_given_where_none_reaches_the_gate(tmp_path) -> None:
 def test_a_later_choice_is_measured_when_the_first_fails_elsewhere(tmp_path) -> None:
     plan = measured(planned(tmp_path), tmp_path)
     found = list(exclusions(plan, probe_of(plan, tmp_path), Gate(cosine_p1=0.9), Silent()))
-    assert [len(choice.kept) for choice in found] == [0, 1]
-    assert set(found[1].drift) == {0, 1}
+    assert [len(choice.kept) for choice, _ in found] == [0, 1]
+    assert set(found[1][0].drift) == {0, 1}

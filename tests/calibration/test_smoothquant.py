@@ -15,6 +15,7 @@ from msn_export.calibration.smoothquant import (
     factors,
     find_smoothing_sites,
     fold,
+    largest_weights,
 )
 from msn_export.errors import GraphError
 from tests.builders.calibrated_graphs import PACKINGS, block, feeds, planned
@@ -84,7 +85,7 @@ def test_a_planted_outlier_is_moved_away(tmp_path) -> None:
     fold(plan.model, site, planted)  # channel 7 is 64 times as large from here on
     maxima = np.abs(observed(plan.model, site.name, feeds())).reshape(-1, 32).max(axis=0)
     assert maxima[7] > 30 * np.median(maxima)
-    fold(plan.model, site, factors(plan.model, site, maxima, 0.5))
+    fold(plan.model, site, factors(maxima, largest_weights(plan.model, site), 0.5))
     after = np.abs(observed(plan.model, site.name, feeds())).reshape(-1, 32).max(axis=0)
     assert after.max() < 4 * np.median(after)
 
@@ -98,7 +99,7 @@ def test_factors_are_those_of_the_paper_to_the_nearest_power_of_two(tmp_path) ->
         # arXiv 2211.10438, equation 4, and all by one factor so that the median channel stays
         wanted = maxima**strength / np.abs(weight).max(axis=1) ** (1 - strength)
         wanted /= 2 ** np.median(np.log2(wanted))
-        got = factors(plan.model, site, maxima, strength)
+        got = factors(maxima, largest_weights(plan.model, site), strength)
         assert np.isin(np.log2(got), np.arange(-10, 11)).all()
         assert np.abs(np.log2(got / wanted)).max() <= 0.5 + 1e-3
 
@@ -108,10 +109,11 @@ def test_channels_that_are_zero_stay_and_none_moves_too_far(tmp_path) -> None:
     site = seams_of(plan)["blocks.0.norm2_out"]
     maxima = np.ones(32, np.float32)
     maxima[3], maxima[4] = 0.0, 1e30
-    got = factors(plan.model, site, maxima, 1.0)
+    weights = largest_weights(plan.model, site)
+    got = factors(maxima, weights, 1.0)
     assert got[3] == 1.0
     assert got[4] == 2.0**LARGEST_EXPONENT
-    assert factors(plan.model, site, np.zeros(32, np.float32), 0.5).tolist() == [1.0] * 32
+    assert factors(np.zeros(32, np.float32), weights, 0.5).tolist() == [1.0] * 32
 
 
 def test_a_norm_that_something_else_reads_is_no_seam(tmp_path) -> None:
