@@ -373,7 +373,7 @@ class SmoothingRecord:
     """Smoothing of a graph: a strength from 0 to 1, or None where it was not.
 
     ``exponents`` are the powers of two by which each channel of a value was divided. ``errors`` are
-    the relative errors of the embedding that each strength was measured to have.
+    the relative errors of the products, each quantised by itself, that each strength leaves.
     """
 
     strength: float | None = None

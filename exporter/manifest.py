@@ -266,8 +266,8 @@ class QuantizationRecord:
 
     Shares are from 0 to 1, sizes in bytes. ``kept`` names the blocks that stay in ``base`` with
     why; ``drift`` is the relative error of the embedding with one block quantised at a time, where
-    that was measured. ``twin`` is the same graph in ``base``, ``compiled`` what TensorRT made of
-    both, or why it did not.
+    that was measured; ``smoothing_errors`` are those of the products at each strength. ``twin`` is
+    the same graph in ``base``, ``compiled`` what TensorRT made of both, or why it did not.
     """
 
     format: str

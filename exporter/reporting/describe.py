@@ -62,7 +62,7 @@ def quantization_rows(record: QuantizationRecord) -> Iterator[tuple[str, str]]:
     yield "", f"{what}; the rest in {record.base}"
     if record.smoothing_errors:
         errors = ", ".join(f"{name} {error:.2%}" for name, error in record.smoothing_errors.items())
-        yield "", f"error by smoothing: {errors}"
+        yield "", f"error of the products by smoothing: {errors}"
     for name, reason in record.kept.items():
         yield "kept", f"{name} in {reason}"
     images = f"{record.calibration_images} calibrated on, {len(record.held_out)} held out"
