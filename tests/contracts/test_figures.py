@@ -57,6 +57,18 @@ def test_a_ratio_is_the_median_of_the_ratios_of_rounds() -> None:
     assert found["ratios"]["msn-export"]["wall_s"] == by_round[len(by_round) // 2]
 
 
+def test_the_page_of_few_labels_has_its_table_and_plot(tmp_path, monkeypatch) -> None:
+    lowshot = pytest.importorskip("lowshot", reason="torch is not installed")
+    results = performance.result("lowshot")
+    again = "python scripts/lowshot.py --from-json writes it again"
+    assert lowshot.table(results) in (ROOT / lowshot.PAGE).read_text(encoding="utf-8"), again
+    monkeypatch.setattr(lowshot, "PLOT", tmp_path / "lowshot.svg")
+    with lowshot.plt.rc_context():
+        lowshot.draw(results)
+    written = (ROOT / "docs" / "images" / "lowshot.svg").read_bytes()
+    assert (tmp_path / "lowshot.svg").read_bytes() == written, again
+
+
 def test_the_page_of_quantisation_has_the_same_figures() -> None:
     found = performance.result("graphs-avx2")
     page = (ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
