@@ -2,6 +2,7 @@
 
 import functools
 import shutil
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,6 +96,26 @@ def test_transformers_js_classifies(folders, at_size, name, version, dtype) -> N
     np.testing.assert_allclose(found["scores"], scores, atol=1e-3)
     if dtype is Dtype.FP32:
         assert (found["scores"].argmax(1) == right.argmax(1)).all()
+
+
+def test_the_example_in_node_classifies_by_transformers_js(folders, at_size, tmp_path) -> None:
+    checkpoint, folder = folders["classifier"]
+    client = CLIENTS["transformers.js"]
+    example = Path("examples/node_classifier/node_classifier.mjs").absolute()
+    project = clients.installed(client, TESTED[client.name])
+    own = shutil.copy(example, tmp_path)  # as into a project: Node looks for packages from there
+    (tmp_path / "node_modules").symlink_to(project / "node_modules")
+    command = ["node", own, folder, at_size[0]]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    scores, labels = zip(*(line.split("  ") for line in ran.stdout.splitlines()), strict=True)
+    logits = expected(ViTMSNForImageClassification, checkpoint, at_size[:1])[0]
+    order = np.argsort(-logits)[:5]
+    names = ViTMSNForImageClassification.from_pretrained(checkpoint).config.id2label
+    assert list(labels) == [names[index] for index in order.tolist()]
+    chances = np.exp(logits - logits.max())
+    np.testing.assert_allclose(
+        [float(score) for score in scores], (chances / chances.sum())[order], atol=2e-3
+    )
 
 
 @pytest.mark.parametrize(("name", "version"), JS)
