@@ -1,14 +1,16 @@
 """An artifact that was just written, as a person reads it, or a program."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from msn_export.cli.console import Console
-from msn_export.cli.tables import show_artifact
+from msn_export.cli.tables import show_artifact, show_bench
 from msn_export.reporting.describe import artifact_rows
 from msn_export.spec import Dtype, Target
+from tests.builders.benches import made_up
 from tests.builders.manifests import check, engine, example
 
 
@@ -125,3 +127,18 @@ def test_a_verdict_stands_out_in_colour_and_in_letters(capsys, monkeypatch, pass
     monkeypatch.delenv("NO_COLOR", raising=False)
     show_artifact(Console(as_json=False), Path("m.onnx"), example(check=check(passed=passed)))
     assert code in capsys.readouterr().out
+
+
+def test_a_benchmark_that_is_too_noisy_says_so_before_all_else_below_its_tables(capsys) -> None:
+    first, *rest = made_up().timings
+    noisy = made_up(timings=(replace(first, noisy="quartiles of the ratio are 0.7 and 1.1"), *rest))
+    for bench, expected in ((noisy, True), (made_up(), False)):
+        show_bench(Console(as_json=False), bench)
+        _, _, below = capsys.readouterr().out.rpartition("model.onnx")
+        lines = [line for line in below.splitlines() if line and line[0].isalpha()]
+        assert lines[0].startswith("Too noisy, run again on an idle machine: eager") is expected
+    show_bench(Console(as_json=True), noisy)
+    timings = json.loads(capsys.readouterr().out)["timings"]
+    assert timings[0]["noisy"] == "quartiles of the ratio are 0.7 and 1.1"
+    assert [len(calls) for calls in timings[0]["samples_ms"]] == [5] * 10
+    assert timings[1]["noisy"] is None
