@@ -37,6 +37,7 @@ report: demo
 
 performance: .venv/linked .venv-peer/installed
 	$(BIN)/python benchmarks/forms.py
+	$(BIN)/python benchmarks/block_forms.py
 	$(BIN)/python benchmarks/foldings.py
 	$(BIN)/python benchmarks/engine_kernels.py --optimum .venv-peer/bin/optimum-cli
 	$(BIN)/python benchmarks/export.py --optimum .venv-peer/bin/optimum-cli
@@ -50,6 +51,7 @@ performance: .venv/linked .venv-peer/installed
 figures: .venv/linked
 	$(BIN)/python scripts/performance.py
 	$(BIN)/python scripts/chart.py
+	$(BIN)/python scripts/evidence.py
 	$(BIN)/python scripts/commands.py
 	$(BIN)/python scripts/json_schemas.py
 	$(BIN)/python scripts/api.py

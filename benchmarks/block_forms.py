@@ -10,7 +10,7 @@ scripts/engines.py writes.
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,31 +159,45 @@ class Log(trt.ILogger):  # type: ignore[misc]  # the bindings have no types
         self.messages.append(message)
 
 
-def build(form: str, batch: str, capability: ComputeCapability) -> dict[str, Any]:
-    """Compile a form; its kernels, or why there are none."""
-    blocks = Blocks(form, batch)
+def compiled(
+    model: ir.Model,
+    capability: ComputeCapability,
+    shapes: Mapping[str, Sequence[Any]] | None = None,
+) -> tuple[bytes | None, list[str]]:
+    """Compile a graph: the engine, None where it was refused, and all messages.
+
+    ``shapes`` are the least, usual and largest of each input with a dynamic axis.
+    """
     log = Log()
     builder = trt.Builder(log)
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, log)
-    row: dict[str, Any] = {"form": form, "batch": batch}
-    if not parser.parse(ir.to_proto(blocks.model).SerializeToString()):
-        return row | {"refused": parser.get_error(0).desc()}
+    if not parser.parse(ir.to_proto(model).SerializeToString()):
+        return None, [*log.messages, parser.get_error(0).desc()]
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.num_compute_capabilities = 1
     number = getattr(trt.ComputeCapability, f"SM{capability.major}{capability.minor}")
     config.set_compute_capability(number, 0)
-    profile = builder.create_optimization_profile()
-    shapes = [
-        (TOKENS, size, DIM) if blocks.sequence_major else (size, TOKENS, DIM)
-        for size in BATCHES[batch]
-    ]
-    profile.set_shape("x", *shapes)
-    config.add_optimization_profile(profile)
-    if builder.build_serialized_network(network, config) is None:
-        return row | {"refused": next(m for m in log.messages if "rror" in m)}
-    kernels = read_log(log.messages)
+    if shapes:
+        profile = builder.create_optimization_profile()
+        for name, sizes in shapes.items():
+            profile.set_shape(name, *sizes)
+        config.add_optimization_profile(profile)
+    engine = builder.build_serialized_network(network, config)
+    return (None if engine is None else bytes(engine)), log.messages
+
+
+def build(form: str, batch: str, capability: ComputeCapability) -> dict[str, Any]:
+    """Compile a form; its kernels, or why there are none."""
+    blocks = Blocks(form, batch)
+    sizes = BATCHES[batch]
+    shapes = [(TOKENS, b, DIM) if blocks.sequence_major else (b, TOKENS, DIM) for b in sizes]
+    engine, messages = compiled(blocks.model, capability, {"x": shapes})
+    row: dict[str, Any] = {"form": form, "batch": batch}
+    if engine is None:
+        return row | {"refused": next((m for m in messages[::-1] if "rror" in m), messages[-1])}
+    kernels = read_log(messages)
     return row | {
         "kernels": len(kernels),
         "fused": sum(map(is_fused_attention, kernels)),
