@@ -293,7 +293,7 @@ def test_what_runs_it_wraps_between_words(page) -> None:
             ".map(e => e.getBoundingClientRect().width)"
         )
         assert len(widths) == 3
-        assert min(widths) >= 150  # pixels: several words a line
+        assert min(widths) >= 250  # pixels: several words a line
 
 
 def test_the_data_of_each_plot_can_be_downloaded(page, tmp_path) -> None:
