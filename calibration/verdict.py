@@ -1,8 +1,10 @@
 """Cost and benefit of quantising a graph, on images it was not calibrated on."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -14,9 +16,16 @@ from msn_export.benchmark.session import time_engines, time_graphs
 from msn_export.calibration.images import Split
 from msn_export.calibration.job import CalibrateJob
 from msn_export.calibration.search import EVERYTHING, CollectedRanges, Exclusion
-from msn_export.engine.build import build_engine
+from msn_export.engine.build import BuildResult, build_engine
 from msn_export.engine.census import ALLOWED, not_multiplied_in
-from msn_export.engine.options import BuildSpec, check_options, find_backend, require_capable
+from msn_export.engine.options import (
+    Backend,
+    BuildSpec,
+    BuildStep,
+    check_options,
+    find_backend,
+    require_capable,
+)
 from msn_export.errors import BuildError, MissingPackageError
 from msn_export.files import apart
 from msn_export.graph.precision import quantised_products
@@ -188,10 +197,14 @@ def _compile(done: Calibrated, job: CalibrateJob, stage: Path) -> dict[str, Any]
             own = _CAPABILITY if isinstance(driver, NoDriver) else driver.devices[0].capability
             capabilities = (job.capability or own,)
             compiled["compiler"] += f" for SM {capabilities[0]}"
-        for dtype, graph in ((job.rest, done.baseline), (job.dtype, done.chosen)):
+        sides = {job.rest: done.baseline, job.dtype: done.chosen}
+        specs = [
+            BuildSpec(graph.path, (done.source.batch,), capabilities, precision=dtype)
+            for dtype, graph in sides.items()
+        ]
+        found = _build_together(specs, backend, stage)
+        for (dtype, graph), built in zip(sides.items(), found, strict=True):
             products = quantised_products(graph.model)
-            spec = BuildSpec(graph.path, (done.source.batch,), capabilities, precision=dtype)
-            built = build_engine(spec, backend, stage / f"{dtype}.engine")
             census = built.census
             wrong = not_multiplied_in(census, ALLOWED[dtype][0], products)
             compiled[str(dtype)] = {
@@ -205,6 +218,29 @@ def _compile(done: Calibrated, job: CalibrateJob, stage: Path) -> dict[str, Any]
     except (BuildError, MissingPackageError) as error:
         return {"reason": f"not compiled: {error}"}
     return compiled
+
+
+def _build_together(specs: Sequence[BuildSpec], backend: Backend, stage: Path) -> list[BuildResult]:
+    """Build engines at the same time, each in its process: the compiler has one thread.
+
+    One after the other where the compiler times kernels on the GPU. Where one fails or this is
+    interrupted, the compilers of the others end too.
+    """
+    ended = Event()
+
+    def build(spec: BuildSpec) -> BuildResult:
+        return build_engine(spec, backend, stage / f"{spec.precision}.engine", progress=go_on)
+
+    def go_on(_step: BuildStep) -> None:
+        if ended.is_set():
+            raise BuildError("another build failed")
+
+    with ThreadPoolExecutor(len(specs) if backend.row.targets_capabilities else 1) as pool:
+        try:
+            return list(pool.map(build, specs))
+        except BaseException:
+            ended.set()
+            raise
 
 
 def _batch(done: Calibrated) -> NDArray[Any]:

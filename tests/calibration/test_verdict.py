@@ -1,15 +1,20 @@
 """A verdict says what quantising costs and saves, and plainly where nothing is gained."""
 
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from msn_export.calibration import verdict
 from msn_export.calibration.verdict import CostBenefit, neighbours_of, summary
+from msn_export.engine.options import BuildSpec, BuildStep
+from msn_export.errors import BuildError
 from msn_export.metrics.evaluate import Evaluation, Reference, Sample, evaluate
 from msn_export.metrics.tolerances import Gate
 from msn_export.preprocessing import preset
-from msn_export.spec import ImageSize, InputFormat
+from msn_export.spec import BatchRange, Dtype, ImageSize, InputFormat
 
 SAMPLE = Sample(
     np.zeros((4, 8, 8, 3), np.uint8), tuple("abcd"), "here", preset("hf", ImageSize(8, 8))
@@ -118,3 +123,27 @@ def test_a_single_image_has_no_neighbours() -> None:
     }
     alone = replace(ALIKE, outputs=agreements)
     assert "agree" not in summary(savings(), alone, alone, kept=0, depth=12)
+
+
+@pytest.mark.parametrize("module", ["tensorrt_rtx", "tensorrt"])
+def test_where_one_build_fails_the_other_ends(tmp_path, monkeypatch, module) -> None:
+    begun: list[Dtype] = []
+
+    def build(spec: BuildSpec, _backend, _output, *, progress) -> None:
+        begun.append(spec.precision)
+        if spec.precision is Dtype.FP16:
+            raise BuildError("no kernel for this")
+        for _ in range(1000):
+            time.sleep(0.01)
+            progress(BuildStep("tactics", 1, 2, 0.5))
+        pytest.fail("nothing ended it")
+
+    monkeypatch.setattr(verdict, "build_engine", build)
+    specs = [
+        BuildSpec(tmp_path / "m.onnx", (BatchRange(),), precision=dtype)
+        for dtype in (Dtype.FP16, Dtype.INT8)
+    ]
+    row = SimpleNamespace(targets_capabilities=module == "tensorrt_rtx")
+    with pytest.raises(BuildError, match="no kernel for this"):
+        verdict._build_together(specs, SimpleNamespace(row=row), tmp_path)
+    assert begun[0] is Dtype.FP16
