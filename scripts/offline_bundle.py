@@ -4,6 +4,7 @@
     (there) python3 bundle/unpack.py /opt/msn-export-gpu
 
 Recipes: ``tensorrt-rtx`` (1.6.1: the last that does not refuse SM 9.0 when it loads),
+``tensorrt-rtx-cu12`` (the same, built for CUDA 12: for a driver that refuses what CUDA 13.4 generates),
 ``tensorrt-rtx-1.7`` (1.7.1: what the tests compile with; for GeForce and RTX cards), ``onnxruntime-gpu``, and
 ``tensorrt-8.6`` (8.6.0 with numpy, cuda-bindings and a CPython 3.10 of its own; g++ and a Python 3.10 are needed here).
 All comes from PyPI. The bundle holds a folder ``site`` for PYTHONPATH, with msn-export itself and what it

@@ -34,22 +34,27 @@ class Recipe:
     suite: bool = True
 
 
-def rtx(version: str) -> Recipe:
-    """Give the recipe of a version of TensorRT-RTX."""
+def rtx(version: str, cuda: int = 13) -> Recipe:
+    """Give the recipe of a version of TensorRT-RTX, built with the NVRTC of CUDA ``cuda``.
+
+    A driver takes PTX of its own CUDA version at most. The bindings of the driver API are those of
+    CUDA 13 for both: a driver of CUDA 13.0 answers them.
+    """
     return Recipe(
         "3.12",
         (
-            f"tensorrt-rtx-cu13-libs=={version}",
-            f"tensorrt-rtx-cu13-bindings=={version}",
+            f"tensorrt-rtx-cu{cuda}-libs=={version}",
+            f"tensorrt-rtx-cu{cuda}-bindings=={version}",
             "cuda-bindings==13.5.0",
             "cuda-pathfinder==1.9.0",
         ),
-        sources=(f"tensorrt-rtx-cu13=={version}", f"tensorrt-rtx=={version}"),
+        sources=(f"tensorrt-rtx-cu{cuda}=={version}", f"tensorrt-rtx=={version}"),
     )
 
 
 RECIPES = {
     "tensorrt-rtx": rtx("1.6.1.120"),
+    "tensorrt-rtx-cu12": rtx("1.6.1.120", cuda=12),
     "tensorrt-rtx-1.7": rtx("1.7.1.116"),
     "tensorrt-8.6": Recipe(
         "3.10",

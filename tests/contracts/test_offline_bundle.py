@@ -131,6 +131,14 @@ def test_every_recipe_is_pinned() -> None:
         assert all("==" in package for package in (*recipe.wheels, *recipe.sources))
 
 
+def test_a_bundle_has_the_parts_of_one_cuda() -> None:
+    for name, recipe in offline_bundle.RECIPES.items():
+        parts = {part for one in (*recipe.wheels, *recipe.sources) for part in one.split("-")}
+        cuda = {part.partition("==")[0] for part in parts} & {"cu12", "cu13"}
+        wanted = {"cu12" if name.endswith("cu12") else "cu13"}
+        assert cuda == (wanted if name.startswith("tensorrt-rtx") else set()), name
+
+
 def test_no_fixture_has_the_name_of_a_plugins() -> None:
     """A machine has plugins that ours has not; pytest-benchmark ends the run over another's."""
     of_plugins = {"benchmark", "benchmark_weave", "mocker", "cov", "no_cover", "worker_id", "faker"}
