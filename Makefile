@@ -91,9 +91,9 @@ drills: .venv/linked
 clients: .venv/linked
 	$(BIN)/python -m pytest -m 'slow or not slow' $(CLIENTS)
 
-# Every command killed before every change it makes to files
+# Every command killed before every change it makes to files, and run in little memory
 faults: .venv/linked
-	$(BIN)/python -m pytest -m slow tests/contracts/test_kills.py
+	$(BIN)/python -m pytest -m slow tests/contracts/test_kills.py tests/contracts/test_low_memory.py
 
 # Files of every kind, mutated at random: FUZZ_CASES of each. python scripts/reliability.py runs both
 # and writes docs/reliability.md

@@ -25,6 +25,7 @@ def run() -> None:
     """Be the command line of a process: its streams may be closed, an interrupt may come early."""
     _open_streams()
     signals: list[int] = []
+    own: Any = None
 
     def stop(number: int, _frame: Any) -> NoReturn:
         signals.append(number)
@@ -38,16 +39,20 @@ def run() -> None:
         from msn_export.cli import main
         from msn_export.cli.options import OwnProcess
 
-        main(prog_name="msn-export", obj=OwnProcess(signals))
+        own = OwnProcess(signals)
+        main(prog_name="msn-export", obj=own)
     except SystemExit as end:
         code = end.code
     except OSError as error:  # of click's own output, as of --help
         print(f"error: {error.strerror or error}", file=sys.stderr)  # noqa: T201
-    except BaseException:  # while packages are imported an interrupt becomes any error
-        if not signals:
+    except BaseException as error:  # while packages are imported an interrupt becomes any error
+        if signals:
+            print("error: interrupted; nothing was written", file=sys.stderr)  # noqa: T201
+            code = 130
+        elif _is_out_of_memory(error):
+            print("error: there is not enough memory to begin", file=sys.stderr)  # noqa: T201
+        else:
             raise
-        print("error: interrupted; nothing was written", file=sys.stderr)  # noqa: T201
-        code = 130
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -55,7 +60,17 @@ def run() -> None:
             print(f"error: standard output: {error.strerror}", file=sys.stderr)  # noqa: T201
         code = code or 1
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes once more
+    if own is not None:
+        own.tell(code if isinstance(code, int) else int(code is not None))
     sys.exit(code)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError):  # where the import below would fail too
+        return True
+    from msn_export.errors import out_of_memory
+
+    return out_of_memory(error) is not None
 
 
 def _open_streams() -> None:

@@ -1,5 +1,7 @@
 """Every error a user can meet; ``str(error)`` is one line: what, where, expected, what to do."""
 
+import re
+
 # What a terminal obeys or what turns text around: names in files are hostile. As JSON escapes them.
 _OBEYED = (
     *(code for code in range(0x20) if chr(code) not in "\n\t"), *range(0x7F, 0xA0),
@@ -15,6 +17,31 @@ _LONGEST = 2000  # characters; a path or a label of a file may be of any length
 def one_line(error: Exception | str) -> str:
     """Give a library's message as a part of one of ours: one line, 300 characters at most."""
     return " ".join(str(error).split())[:300]
+
+
+# As the C library, the loader of libraries, C++, PyTorch, onnxruntime and Python say it
+_OUT_OF_MEMORY = re.compile(
+    "failed to map segment|allocate memory|bad_?alloc|enough memory|out of memory|"
+    "start new thread|pthread_create",
+    re.IGNORECASE,
+)
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """Give what an error says of memory, or address space, that did not suffice; None of others.
+
+    Libraries make errors of their own of it, and we of theirs: the causes are looked at too.
+    """
+    while True:
+        found = _OUT_OF_MEMORY.search(str(error))
+        if found is not None:
+            start, end = max(0, found.start() - 80), found.end() + 80
+            return " ".join(found.string[start:end].split())
+        if isinstance(error, MemoryError):
+            return " ".join(str(error).split())[:200]
+        if error.__cause__ is None:
+            return None
+        error = error.__cause__
 
 
 class MsnExportError(Exception):

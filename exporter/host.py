@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import re
+import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -142,6 +143,11 @@ def rss(process: int | str = "self") -> int:
     return _field("VmRSS:", process)
 
 
+def size(process: int | str = "self") -> int:
+    """Read a process' address space, in bytes; 0 where it cannot be read."""
+    return _field("VmSize:", process)
+
+
 def reset_peak() -> None:
     """Let the peak of this process start again from what it holds now, where that is allowed."""
     with suppress(OSError):
@@ -155,6 +161,22 @@ def _field(name: str, process: int | str) -> int:
         return 0
     found = next((line for line in lines if line.startswith(name)), None)
     return int(found.split()[1]) * 1024 if found else 0
+
+
+def address_space() -> int | None:
+    """Give the bytes of address space that this process may have (``ulimit -v``), None for all."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+def ticks(process: int) -> tuple[int, int]:
+    """Read what a process has used of processors, as a user and as the system; 0 once it ended."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+        user, system = fields.rpartition(")")[2].split()[11:13]  # proc_pid_stat(5)
+    except (OSError, ValueError):
+        return 0, 0
+    return int(user), int(system)
 
 
 def end_with(parent: int) -> None:

@@ -26,6 +26,8 @@ PROMISES = (
     "for.",
     "After a kill each output is whole. An artifact beside the manifest of another is refused with "
     "the command that makes both again, and the next run removes what was left.",
+    "Where memory or address space (`ulimit -v`) does not suffice, also for an import, the exit code "
+    "is 1, the last line says so, and nothing half-written is left. Nothing waits for ever.",
     "With standard output full or closed the exit code is 1, and what was written is named.",
     "Names of folders, tensors and labels are quoted where they stand in shell commands, Python, "
     "pbtxt and pages.",
@@ -33,12 +35,13 @@ PROMISES = (
 
 
 def counts_of(lines: Iterable[str]) -> dict[str, dict[str, int]]:
-    """Count cases by kind: tried, hung, crashed, without a message of ours, leftovers."""
+    """Count cases by kind: tried, failed, hung, crashed, without a message of ours, leftovers."""
     found: dict[str, Counter[str]] = defaultdict(Counter)
     for line in lines:
         case = json.loads(line)
         counted = found[case["kind"]]
         counted["tried"] += 1
+        counted["failed"] += case["code"] == 1
         counted["hung"] += case["code"] is None
         counted["crashed"] += case["code"] is not None and case["code"] < 0
         counted["unexpected"] += case["unexpected"]
@@ -59,8 +62,9 @@ def _lines(counts: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
     yield "## Promises"
     yield ""
     yield from (f"* {promise}" for promise in PROMISES)
-    fuzzed = {kind: of for kind, of in counts.items() if not kind.startswith("kill: ")}
+    fuzzed = {kind: of for kind, of in counts.items() if ": " not in kind}
     killed = {kind: of for kind, of in counts.items() if kind.startswith("kill: ")}
+    limited = {kind: of for kind, of in counts.items() if kind.startswith("memory: ")}
     yield ""
     yield "## Mutated files"
     yield ""
@@ -79,7 +83,7 @@ def _lines(counts: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
     yield ""
     yield (
         "A command that replaces its own outputs is killed (SIGKILL) before its n-th rename, unlink "
-        "or mkdir, for each n. Then every file must be whole, a set of which two runs wrote parts "
+        "or mkdir (`make faults`: for each n). Then every file must be whole, a set of which two runs wrote parts "
         "must be refused, and the next run must leave the outputs alone."
     )
     yield ""
@@ -87,6 +91,24 @@ def _lines(counts: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
     yield "|---|---|---|"
     for kind, of in killed.items():
         yield f"| `{kind.removeprefix('kill: ')}` | {of['tried']} | {of['left']} |"
+    yield ""
+    yield "## Little memory"
+    yield ""
+    yield (
+        "A command runs with its address space limited, from 60 MiB to 1.3 GiB. Then it "
+        "must end with a result, or with exit code 1 and a last line that names memory."
+    )
+    yield ""
+    yield "| command | limits | failed | other errors | leftovers |"
+    yield "|---|---|---|---|---|"
+    for kind, of in limited.items():
+        cells = (
+            of["tried"],
+            of["failed"],
+            of["hung"] + of["crashed"] + of["unexpected"],
+            of["left"],
+        )
+        yield f"| `{kind.removeprefix('memory: ')}` | {' | '.join(map(str, cells))} |"
 
 
 def main() -> None:

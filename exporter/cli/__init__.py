@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import signal
+import sys
+import threading
+from pathlib import Path
 from typing import Any
 
 import click
 
 from msn_export import __version__
+from msn_export.cli.child import go_on_in_child, too_little
 from msn_export.cli.commands import (
     bench,
     calibrate,
@@ -28,7 +33,7 @@ from msn_export.cli.commands import (
     validate,
 )
 from msn_export.cli.options import OwnProcess, is_interrupted
-from msn_export.errors import MsnExportError, SpecError
+from msn_export.errors import MsnExportError, SpecError, out_of_memory
 
 _ARGUMENTS = "msn_export.cli.arguments"
 _OF_GRAPHS = {"onnxruntime", "onnx", "onnx_ir", "google"}  # what they raise is about a graph
@@ -63,9 +68,13 @@ class Commands(click.Group):
         try:
             for argument in ctx.meta[_ARGUMENTS]:
                 _require_text(argument)
+            _guard_memory(ctx)
             return super().invoke(ctx)
         except MsnExportError as error:
-            self._fail(ctx, _one_line(str(error)), 1)
+            message = str(error)
+            if "memory" not in message:
+                message = _out_of_memory(error) or message
+            self._fail(ctx, _one_line(message), 1)
         except ModuleNotFoundError as error:
             if (error.name or "").startswith("msn_export"):
                 raise
@@ -84,8 +93,6 @@ class Commands(click.Group):
             self._fail(ctx, _one_line(str(stop)) or _one_line(f"interrupted{what}"), 130)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise  # click's own: usage, and the end of a command
-        except MemoryError:
-            self._fail(ctx, "there is not enough memory; use a machine with more", 1)
         except Exception as error:  # noqa: BLE001  files are hostile, and libraries raise what they like
             self._fail(ctx, *_unforeseen(ctx, error))
 
@@ -100,11 +107,51 @@ def _unforeseen(ctx: click.Context, error: Exception) -> tuple[str, int]:
     """Give the message and the exit code for an error that no step expects."""
     if is_interrupted(ctx):  # while a library was imported: it made another error of it
         return _one_line(f"interrupted{_placed() or '; nothing was written'}"), 130
+    if (memory := _out_of_memory(error)) is not None:
+        return _one_line(memory), 1
     library = type(error).__module__.partition(".")[0]
     if library in _OF_GRAPHS:
         return _one_line(f"{library} refuses a graph that was made of what was given: {error}"), 1
     reason = _one_line(f"{type(error).__name__}: {error}")
+    from msn_export.host import address_space
+
+    limit = address_space()
+    if limit is not None:  # SystemError, AttributeError: a library is half loaded
+        return f"{reason}; {too_little(limit)}", 1
     return f"unexpected {reason}; -v shows where, please report it", 1
+
+
+def _out_of_memory(error: BaseException) -> str | None:
+    """Give the message for an error whose cause is that memory did not suffice."""
+    reason = out_of_memory(error)
+    if reason is None:
+        return None
+    from msn_export.host import address_space
+
+    more = "use a machine with more" if address_space() is None else "allow more (ulimit -v)"
+    return f"there is not enough memory{f' ({reason})' if reason else ''}; {more}{_placed()}"
+
+
+def _guard_memory(ctx: click.Context) -> None:
+    """Go on in a child where the address space is limited: libraries end their process then."""
+    from msn_export.host import address_space
+
+    own, memory = ctx.find_object(OwnProcess), address_space()
+    if own is not None and memory is not None:
+        outputs = {Path(argument).parent for argument in ctx.meta[_ARGUMENTS]} | {Path()}
+        own.tell = go_on_in_child([], None, outputs, memory)
+        threading.excepthook = _end_without_memory
+        # libraries, and processes of theirs that lose their parent, print what they like
+        sys.stderr = os.fdopen(os.dup(2), "w", 1, encoding="utf-8", errors="backslashreplace")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+def _end_without_memory(failed: threading.ExceptHookArgs) -> None:
+    """End a process that lost a thread of a library's: it would wait for what that had to do."""
+    if failed.exc_value is None or out_of_memory(failed.exc_value) is None:
+        threading.__excepthook__(failed)
+    else:
+        os._exit(1)  # this one's parent says why
 
 
 def _placed() -> str:

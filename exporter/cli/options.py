@@ -186,19 +186,22 @@ class JobCommand(click.Command):
         if "timeout" not in (self._opts or {}):
             ctx.params.pop("timeout")
         graphs = graphs_of_others(ctx.params.values())
-        if graphs and ctx.find_object(OwnProcess) is not None:
+        own = ctx.find_object(OwnProcess)
+        if graphs and own is not None:
             output = ctx.params.get("output")
-            go_on_in_child(graphs, limit, Path.cwd() if output is None else Path(output).parent)
+            folder = Path.cwd() if output is None else Path(output).parent
+            own.tell = go_on_in_child(graphs, limit, [folder])
 
 
 class OwnProcess:
     """Marks a run of the command line that has a process to itself.
 
-    ``signals`` receives the number of each interrupt.
+    ``signals`` receives the number of each interrupt, ``tell`` the exit code of the command.
     """
 
     def __init__(self, signals: list[int]) -> None:
         self.signals = signals
+        self.tell: Callable[[int], object] = lambda _code: None
 
 
 def is_interrupted(ctx: click.Context) -> bool:

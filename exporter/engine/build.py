@@ -21,15 +21,18 @@ from msn_export.host import (
     ChildProcess,
     Driver,
     NoDriver,
+    address_space,
     find_driver,
     last_line,
     peak_rss,
     signal_name,
+    ticks,
 )
 from msn_export.schema import from_plain, to_plain
 from msn_export.spec import AMPERE, Targets
 
 _POLL = 0.05  # seconds between two looks at clock and memory
+_IDLE = 20.0  # seconds without any work: without memory TensorRT-RTX 1.7 ends in a deadlock
 
 
 def run_child(
@@ -66,19 +69,28 @@ def _events(
     child: ChildProcess, timeout: float | None, memory: int | None
 ) -> Iterator[dict[str, Any]]:
     started = time.monotonic()
-    pending = b""
+    pending, used, idle = b"", (0, 0), 0
+    is_limited = address_space() is not None
     with selectors.DefaultSelector() as selector:
         selector.register(child.messages, selectors.EVENT_READ)
         while True:
             if timeout is not None and time.monotonic() - started > timeout:
                 raise BuildError(f"the build took longer than its limit of {timeout:g} s")
-            if memory is not None and (used := peak_rss(child.process.pid)) > memory:
+            if memory is not None and (peak := peak_rss(child.process.pid)) > memory:
                 raise BuildError(
                     f"the build needs more than its memory limit of {_gib(memory)} "
-                    f"(it was at {_gib(used)}); raise the limit or lower --batch"
+                    f"(it was at {_gib(peak)}); raise the limit or lower --batch"
                 )
             if not selector.select(_POLL):
+                before, used = used, ticks(child.process.pid)
+                idle = idle + 1 if used == before else 0
+                if is_limited and idle * _POLL > _IDLE:
+                    raise BuildError(
+                        "the TensorRT compiler waits for itself, most likely because there is not "
+                        "enough memory: its address space is limited; allow more (ulimit -v)"
+                    )
                 continue
+            idle = 0
             chunk = os.read(child.messages.fileno(), 1 << 16)
             if not chunk:
                 return

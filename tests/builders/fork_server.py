@@ -119,7 +119,8 @@ def _import_everything() -> None:
     for module in pkgutil.walk_packages(msn_export.__path__, "msn_export."):
         if module.name not in {"msn_export.__main__"} and ".cluster.serve" not in module.name:
             importlib.import_module(module.name)
-    for name in ("onnx", "onnxsim", "PIL.Image", "onnxruntime", "rich.table", "onnx.checker"):
+    libraries = ("onnx", "onnxsim", "PIL.Image", "onnxruntime", "rich.table", "onnx.checker")
+    for name in (*libraries, "sklearn.linear_model", "sklearn.model_selection"):
         importlib.import_module(name)
 
 

@@ -18,13 +18,14 @@ from msn_export.files import STAGING_PREFIX
 
 COMMAND = [sys.executable, "-m", "msn_export"]
 GO_ON = """
+MEMORY = None
 import os, signal, sys
 from pathlib import Path
 from msn_export.cli.child import go_on_in_child
 from msn_export.errors import RunnerError
 before = os.getpid()
 try:
-    go_on_in_child([Path("a.onnx")], 300, Path())
+    tell = go_on_in_child([Path("a.onnx")], 300, [Path()], MEMORY)
 except RunnerError as error:
     sys.exit(str(error))
 assert os.getpid() != before
@@ -126,9 +127,43 @@ def test_a_crash_is_one_line_with_its_signal(tmp_path) -> None:
 
 
 def test_the_exit_code_and_the_output_are_the_childs(tmp_path) -> None:
-    code = f"{GO_ON}\nprint('done')\nsys.exit(3)"
+    code = f"{GO_ON}\nprint('done', flush=True)\ntell(3)\nos.abort()"  # when all is done
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)  # noqa: PLW1510
     assert (run.returncode, run.stdout, run.stderr) == (3, "done\n", "")
+
+
+@pytest.mark.parametrize(
+    ("memory", "message"),
+    [
+        (None, "the run of a.onnx crashed (exit code 0); msn-export did not write it: "),
+        (300 * 2**20, "a library ended the process (exit code 0); most likely there is not enough "
+         "memory: the address space is limited to 300 MiB; allow more (ulimit -v)"),
+    ],
+)  # fmt: skip
+def test_an_end_by_a_library_is_no_success(tmp_path, memory, message) -> None:
+    code = f"{GO_ON.replace('MEMORY = None', f'MEMORY = {memory}')}\nos._exit(0)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)  # noqa: PLW1510
+    assert run.returncode == 1
+    assert message in run.stderr
+
+
+@pytest.mark.parametrize("work", ["os.urandom(2**16)", "import time; time.sleep(1)"])
+def test_a_library_that_asks_for_memory_for_ever_is_ended(tmp_path, work) -> None:
+    code = f"""
+from msn_export.cli import child
+child._STUCK = 2
+{GO_ON.replace("MEMORY = None", "MEMORY = 2**20")}
+while True:  # much of the system, or nothing
+    {work}
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
+        timeout=60,
+    )  # fmt: skip
+    assert run.stderr == (
+        "the command stands still; most likely there is not enough memory: the address "
+        "space is limited to 1 MiB; allow more (ulimit -v)\n"
+    )
 
 
 def test_graphs_with_a_manifest_and_other_files_stay_in_their_process(tmp_path) -> None:

@@ -216,6 +216,11 @@ def fail_with(monkeypatch, error: BaseException) -> None:
     monkeypatch.setattr("msn_export.compare.inspection.inspect", broken)
 
 
+def raised(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -225,6 +230,14 @@ def fail_with(monkeypatch, error: BaseException) -> None:
         ),
         (RecursionError("too deep"), "unexpected RecursionError: too deep; -v shows where, please"),
         (MemoryError(), "there is not enough memory; use a machine with more"),
+        (
+            ImportError("libtorch.so: failed to map segment from shared object"),
+            "there is not enough memory (libtorch.so: failed to map segment from shared object); ",
+        ),
+        (
+            raised(GraphError("onnxruntime refuses g.onnx"), RuntimeError("\n" * 9 + "bad_alloc")),
+            "there is not enough memory (bad_alloc); use a machine with more",
+        ),
     ],
 )
 def test_what_nobody_expects_is_one_line_too(monkeypatch, tmp_path, error, message) -> None:

@@ -20,6 +20,7 @@ from tests.contracts.kills import AT, COUNT
 
 PICTURES = "../pictures"
 MODELS = "../models"  # each has the outputs of two commands that differ
+LABELLED = "../labelled"
 RTX = ("--fp16", "--backend", "tensorrt-rtx", "--compute-capability", "8.9", "--no-check")
 
 
@@ -37,6 +38,12 @@ COMMANDS: dict[str, Written] = {
         ("onnx", "{source}", "-o", "m.onnx", "--no-check"),
         ("m.onnx", "m.onnx.json"),
         ("inspect", "m.onnx"),
+    ),
+    "fit": Written(
+        ("fit", "{source}", "{labelled}", "-o", "m.onnx", "--images", PICTURES),
+        ("m.onnx", "m.onnx.json"),
+        ("inspect", "m.onnx"),
+        1,
     ),
     "calibrate": Written(
         ("calibrate", "{graph}", "--int8", "--images", PICTURES, "--no-compile", "-o", "m.onnx"),
@@ -63,18 +70,26 @@ COMMANDS: dict[str, Written] = {
         ("repository",),
         ("triton", "--lint", "repository"),
     ),
+    "hub": Written(
+        ("hub", "{source}", "-o", "folder", "--dtype", "fp32", "--images", PICTURES),
+        ("folder",),
+        ("inspect", "folder/onnx/model.onnx"),
+        1,
+    ),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def place(server, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two checkpoints, their graphs, and pictures."""
+    """Two checkpoints, their graphs, and pictures: of no class, of two and of three."""
     folder = tmp_path_factory.mktemp("kills")
-    (folder / "pictures").mkdir()
     generator = np.random.default_rng(0)
     for index in range(6):
-        pixels = generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "pictures" / f"{index}.png")
+        picture = Image.fromarray(generator.integers(0, 256, (40, 40, 3), dtype=np.uint8))
+        labelled = (f"labelled/old/{index % 2}", f"labelled/new/{index % 3}")
+        for inside in ("pictures", *labelled):
+            (folder / inside).mkdir(parents=True, exist_ok=True)
+            picture.save(folder / inside / f"{index}.png")
     for name, labels in (("old", 3), ("new", 4)):
         source = folder / "models" / name
         source.mkdir(parents=True)
@@ -86,7 +101,8 @@ def place(server, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command_of(written: Written, which: str) -> list[str]:
-    words = {"source": f"{MODELS}/{which}", "graph": f"{MODELS}/{which}.onnx"}
+    model, labelled = f"{MODELS}/{which}", f"{LABELLED}/{which}"
+    words = {"source": model, "graph": f"{model}.onnx", "labelled": labelled}
     return [part.format(**words) for part in written.command] + ["--force"]
 
 

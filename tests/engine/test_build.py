@@ -278,6 +278,18 @@ def test_a_crash_is_told(
             build_engine(spec_of(Vit()), backend, tmp_path / "x.engine", log)
 
 
+def test_a_compiler_that_waits_for_itself_without_memory_is_ended(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "waiting.py").write_text("import time; time.sleep(1000)")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setattr("msn_export.engine.build._IDLE", 1.0)
+    monkeypatch.setattr("msn_export.engine.build.address_space", lambda: 2**29)
+    backend = Backend(replace(rtx().row, module="waiting"), "1.7")
+    with pytest.raises(BuildError, match=r"waits for itself, most likely .* not enough memory"):
+        build_engine(spec_of(Vit()), backend, tmp_path / "x.engine")
+
+
 def test_an_engine_that_cannot_be_written_is_an_os_error(tmp_path: Path) -> None:
     """The caller's staging folder turns a full disk into its own message."""
     with pytest.raises(FileNotFoundError):
