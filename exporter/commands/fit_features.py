@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from msn_export.embedding import job as embed_job
 from msn_export.embedding.growing_array import GrowingArray
 from msn_export.embedding.job import EmbedJob, Listing
 from msn_export.errors import ImageError, OutputError
-from msn_export.files import no_room_reported
+from msn_export.files import STAGING_PREFIX, no_room_reported, sweep
 from msn_export.image_folder import Found
 from msn_export.input_files import JOURNAL, read_json
 from msn_export.labelled import Labelled, read_labelled
@@ -94,6 +95,7 @@ def work_folder(folder: Path, origin: Mapping[str, Any], *, force: bool) -> Iter
         force: delete a folder of another origin.
     """
     wanted = json.loads(json.dumps(to_plain(origin)))
+    sweep(folder.parent)
     with no_room_reported(folder.parent):
         folder.mkdir(exist_ok=True)
     # not the folder itself, which is locked while a file is put in place
@@ -110,15 +112,22 @@ def work_folder(folder: Path, origin: Mapping[str, Any], *, force: bool) -> Iter
             with no_room_reported(folder.parent):
                 yield folder
         except ImageError:  # the pictures must change: their features are of no use
-            shutil.rmtree(folder)
+            _remove(folder)
             raise
         except BaseException:
             if not any(folder.glob("*.parts")):
-                shutil.rmtree(folder)
+                _remove(folder)
             raise
-        shutil.rmtree(folder)
+        _remove(folder)
     finally:
         os.close(lock)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder so that a kill leaves it whole, or as what the next run removes."""
+    gone = folder.with_name(f"{STAGING_PREFIX}{secrets.token_hex(8)}")
+    folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)  # another run may sweep it
 
 
 def _begin(folder: Path, wanted: Mapping[str, Any], *, force: bool) -> None:
