@@ -1,5 +1,6 @@
 """Progress on stderr, and the result as a table or JSON on stdout."""
 
+import gc
 import io
 import json
 import sys
@@ -62,6 +63,18 @@ class Steps:
 
 
 @contextmanager
+def _without_collections() -> Iterator[None]:
+    """Import without searching for garbage: torch makes little, and the search took 0.3 s."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
 def _standard_output_named() -> Iterator[None]:
     """Name the file that is full or closed."""
     try:
@@ -100,11 +113,12 @@ class Console:
     @contextmanager
     def loading(self, package: str) -> Iterator[None]:
         """Show on a terminal that packages are imported; on a slow disk that takes many seconds."""
-        if not self._stderr.is_terminal:  # a log has the steps of the work alone
-            yield
-            return
-        with self.progress() as progress, progress.step(f"load {package}"):
-            yield
+        with _without_collections():
+            if not self._stderr.is_terminal:  # a log has the steps of the work alone
+                yield
+                return
+            with self.progress() as progress, progress.step(f"load {package}"):
+                yield
 
     @property
     def took(self) -> str:
