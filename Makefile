@@ -41,6 +41,7 @@ performance: .venv/linked .venv-peer/installed
 	$(BIN)/python benchmarks/foldings.py
 	$(BIN)/python benchmarks/engine_kernels.py --optimum .venv-peer/bin/optimum-cli
 	$(BIN)/python benchmarks/export.py --optimum .venv-peer/bin/optimum-cli
+	$(BIN)/python benchmarks/calibrate.py --base e88d61d
 	$(BIN)/python benchmarks/graphs.py --optimum .venv-peer/bin/optimum-cli --compile
 	$(BIN)/python benchmarks/runtime_overhead.py
 	$(BIN)/python benchmarks/runtime_overhead.py --provider openvino

@@ -3,13 +3,16 @@
     python benchmarks/export.py --optimum VENV/bin/optimum-cli [--rounds 3]
 
 Ours checks its graph on 16 photographs (and runs without a check besides), optimum's on two random images,
-torch.onnx.export not at all. Whole commands by turns, each a process of its own: wall time, processor time,
-and peak resident memory as the kernel counts them.
+torch.onnx.export not at all. Whole commands, each a process of its own that writes new files, in random order
+every round, with a pause before each: wall time, processor time, and peak resident memory as the kernel counts
+them.
 """
 
 import argparse
 import json
 import os
+import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -33,13 +36,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--optimum", type=Path, required=True, help="optimum-cli of its own venv")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pause", type=float, default=5.0, help="seconds before each run")
     parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         commands = prepare(Path(name), options.optimum)
         runs: dict[str, list[Figures]] = {who: [] for who in commands}
         for _ in range(options.rounds):
-            for who, command in commands.items():
+            for who, command in random.sample(list(commands.items()), len(commands)):
+                time.sleep(options.pause)
+                written = Path(name) / "written"
+                shutil.rmtree(written, ignore_errors=True)  # to replace a file takes longer
+                written.mkdir()
                 runs[who].append(measure(command, Path(name) / f"{who}.log"))
                 print(who, runs[who][-1], file=sys.stderr, flush=True)
     medians = {
@@ -73,15 +81,15 @@ def prepare(folder: Path, optimum: Path) -> dict[str, list[str]]:
     photographs = folder / "photographs"
     script = ROOT / "scripts" / "photographs.py"
     subprocess.run([sys.executable, str(script), str(photographs)], check=True, stdout=sys.stderr)
-    model = str(folder / "hf")
-    ours = [sys.executable, "-m", "msn_export", "onnx", model, "-o", str(folder / "m.onnx")]
+    model, written = str(folder / "hf"), folder / "written"
+    ours = [sys.executable, "-m", "msn_export", "onnx", model, "-o", str(written / "m.onnx")]
     theirs = [str(optimum), "export", "onnx", "--model", model, "--task", "feature-extraction"]
     torchs = [sys.executable, str(Path(__file__).with_name("torch_export.py")), model]
     return {
-        "msn-export": [*ours, "--images", str(photographs), "--force"],
-        "msn-export --no-check": [*ours, "--no-check", "--force"],
-        "optimum": [*theirs, str(folder / "peer")],
-        "torch.onnx.export": [*torchs, str(folder / "torch.onnx")],
+        "msn-export": [*ours, "--images", str(photographs)],
+        "msn-export --no-check": [*ours, "--no-check"],
+        "optimum": [*theirs, str(written / "peer")],
+        "torch.onnx.export": [*torchs, str(written / "torch.onnx")],
     }
 
 

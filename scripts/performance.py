@@ -130,6 +130,27 @@ def export() -> str:
     return f"Measured on {machine(found)}; {len(runs['optimum'])} rounds.\n\n{table(head, rows)}"
 
 
+def calibrate() -> str:
+    """Lay out the time and memory of a calibration, beside an earlier commit."""
+    found = result("calibrate")
+    rows = []
+    for who, name in (("this", "msn-export"), ("base", f"commit {found['base']}")):
+        of, ratio = found["medians"][who], found["ratios"] if who == "this" else {}
+        rows.append(
+            (
+                name,
+                f"{of['wall_s']:.1f}",
+                f"{ratio.get('wall_s', 1):.2f}",
+                f"{of['cpu_s']:.1f}",
+                f"{of['peak_gb']:.2f}",
+                f"{ratio.get('peak_gb', 1):.2f}",
+            )
+        )
+    head = ("", "wall, s", "ratio", "processor, s", "peak memory, GB", "ratio")
+    about = f"Measured on {machine(found)}; {len(found['runs']['base'])} rounds."
+    return f"{about}\n\n{table(head, rows)}"
+
+
 BASES = {
     "optimum": "against optimum's graph",
     "torch sdpa": "against torch SDPA",
@@ -206,6 +227,7 @@ PARTS = {
     (PERFORMANCE, "forms"): forms,
     (PERFORMANCE, "foldings"): foldings,
     (PERFORMANCE, "export"): export,
+    (PERFORMANCE, "calibrate"): calibrate,
     (PERFORMANCE, "graphs"): lambda: graphs("graphs", ""),
     (PERFORMANCE, "graphs-avx2"): lambda: graphs("graphs-avx2", "AVX2 alone"),
     (PERFORMANCE, "choices"): choices,
