@@ -114,7 +114,7 @@ def test_inspect_and_report_show_the_classifier(trained, graph, tmp_path) -> Non
     invoke("report", graph, "-o", page, "--markdown", card)
     html = page.read_text()
     assert '<section id="classifier">' in html
-    assert 'aria-label="Confusion matrix of 4 classes"' in html
+    assert 'aria-label="Confusion matrix of 4 classes by the highest logit"' in html
     assert "## Classifier" in card.read_text()
     assert "* accuracy: " in card.read_text()
 
