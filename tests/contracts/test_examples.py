@@ -232,6 +232,7 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(
     with mpl.rc_context({"backend": "agg"}):
         from matplotlib import pyplot
 
+        pyplot.close("all")  # of tests before this one
         monkeypatch.setattr(pyplot, "show", lambda: shown.append(len(pyplot.get_fignums())))
         for cell in cells:
             exec(compile(cell, "checkpoint_to_engine.ipynb", "exec"), names)  # noqa: S102  ours
