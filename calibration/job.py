@@ -66,7 +66,7 @@ class CalibrateJob(Job):
     smooth: Annotated[
         Literal["auto", "off"] | Annotated[float, Within(0, 1)] | None,
         Opt(
-            "Move channel outliers into the weights; default auto, the measured best.",
+            "Move channel outliers into the weights; default auto, by the error of each product.",
             read=_strength,
             form="auto|0..1|off",
         ),

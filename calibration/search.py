@@ -241,7 +241,7 @@ def collect_ranges(
         if smoothing.strength is None:
             maxima = first.maxima
         else:
-            chunks, seen = pictures.decode(PROBED), {}
+            chunks, seen = chain([(pixels, names)], chunks), {}
         seen = _observe(plan, pictures, chunks, seen, stage, progress)
         ranges = _ranges(job, source, pictures, smoothing, seen)
     plan = plan.measured(seen, job.observer)

@@ -143,7 +143,7 @@ def rss(process: int | str = "self") -> int:
     return _field("VmRSS:", process)
 
 
-def size(process: int | str = "self") -> int:
+def address_space_used(process: int | str = "self") -> int:
     """Read a process' address space, in bytes; 0 where it cannot be read."""
     return _field("VmSize:", process)
 
@@ -163,7 +163,7 @@ def _field(name: str, process: int | str) -> int:
     return int(found.split()[1]) * 1024 if found else 0
 
 
-def address_space() -> int | None:
+def address_space_limit() -> int | None:
     """Give the bytes of address space that this process may have (``ulimit -v``), None for all."""
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     return None if limit == resource.RLIM_INFINITY else limit

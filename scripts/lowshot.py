@@ -168,6 +168,7 @@ def draw(results: dict[str, Any]) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(PLOT, metadata={"Date": None})
+    plt.close(figure)
 
 
 def main() -> None:

@@ -173,6 +173,7 @@ def draw(found: list[Planted]) -> None:
     axes.set_ylabel("share caught")
     axes.legend()
     figure.savefig(CURVE, metadata={"Date": None})
+    plt.close(figure)
 
 
 def processor() -> str:

@@ -193,6 +193,7 @@ def ratio_of(rounds: Rounds, baseline: Rounds) -> Ratio:
 # A ratio that half of the rounds put 20 % apart tells nothing of the 10 to 40 % that graphs differ
 # by. An idle machine stays below 1.05; two cores with six times their load came to 1.4 and 2.2.
 NOISY = 1.2
+TOO_NOISY = "Too noisy"  # begins the line that says so
 
 
 def noise_of(ratio: Ratio, rounds: Rounds, *, alone: bool) -> str | None:
@@ -244,7 +245,7 @@ def footnotes(bench: Bench) -> list[str]:
     """List how ratios were made, what was compared, where it ran, and what is missing."""
     versions = ", ".join(f"{name} {version}" for name, version in bench.versions.items())
     lines = [
-        f"Too noisy, run again on an idle machine: {one.contender} at batch {one.batch}, "
+        f"{TOO_NOISY}, run again on an idle machine: {one.contender} at batch {one.batch}, "
         f"{one.noisy}."
         for one in bench.timings
         if one.noisy

@@ -113,9 +113,9 @@ def _unforeseen(ctx: click.Context, error: Exception) -> tuple[str, int]:
     if library in _OF_GRAPHS:
         return _one_line(f"{library} refuses a graph that was made of what was given: {error}"), 1
     reason = _one_line(f"{type(error).__name__}: {error}")
-    from msn_export.host import address_space
+    from msn_export.host import address_space_limit
 
-    limit = address_space()
+    limit = address_space_limit()
     if limit is not None:  # SystemError, AttributeError: a library is half loaded
         return f"{reason}; {too_little(limit)}", 1
     return f"unexpected {reason}; -v shows where, please report it", 1
@@ -126,17 +126,17 @@ def _out_of_memory(error: BaseException) -> str | None:
     reason = out_of_memory(error)
     if reason is None:
         return None
-    from msn_export.host import address_space
+    from msn_export.host import address_space_limit
 
-    more = "use a machine with more" if address_space() is None else "allow more (ulimit -v)"
+    more = "use a machine with more" if address_space_limit() is None else "allow more (ulimit -v)"
     return f"there is not enough memory{f' ({reason})' if reason else ''}; {more}{_placed()}"
 
 
 def _guard_memory(ctx: click.Context) -> None:
     """Go on in a child where the address space is limited: libraries end their process then."""
-    from msn_export.host import address_space
+    from msn_export.host import address_space_limit
 
-    own, memory = ctx.find_object(OwnProcess), address_space()
+    own, memory = ctx.find_object(OwnProcess), address_space_limit()
     if own is not None and memory is not None:
         outputs = {Path(argument).parent for argument in ctx.meta[_ARGUMENTS]} | {Path()}
         own.tell = go_on_in_child([], None, outputs, memory)

@@ -144,7 +144,7 @@ def _wait(child: int, limit: float | None) -> int | None:
 
 def _watch(child: int, until: float, memory: int) -> int | None:
     """Wait as ``_wait`` does; None also where the child is stuck for want of memory."""
-    from msn_export.host import size, ticks
+    from msn_export.host import address_space_used, ticks
 
     before, stuck = (0, 0), 0
     while stuck < _STUCK and time.monotonic() < until:
@@ -153,7 +153,7 @@ def _watch(child: int, until: float, memory: int) -> int | None:
             return code
         now = ticks(child)
         idle = now[1] - before[1] >= now[0] - before[0] and not _children(child)
-        stuck = stuck + 1 if idle and size(child) > memory - _ASKED else 0
+        stuck = stuck + 1 if idle and address_space_used(child) > memory - _ASKED else 0
         before = now
     return None
 

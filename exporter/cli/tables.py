@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from msn_export.benchmark.results import footnotes
+from msn_export.benchmark.results import TOO_NOISY, footnotes
 from msn_export.cli.console import Console
 from msn_export.reporting.describe import (
     UNIMPORTANT,
@@ -203,10 +203,9 @@ def show_bench(console: Console, bench: Bench) -> None:
     console.print(_times(bench))
     if bench.preset == "paper":
         console.print(_paper(bench))
-    noisy = any(timing.noisy for timing in bench.timings)
     for line in footnotes(bench):
-        is_warning = noisy and line.startswith("Too noisy")
-        console.print(f"[bold yellow]{escape(line)}[/]" if is_warning else escape(line))
+        text = escape(line)
+        console.print(f"[bold yellow]{text}[/]" if line.startswith(TOO_NOISY) else text)
 
 
 def _contenders(bench: Bench) -> Table:

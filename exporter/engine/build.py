@@ -21,7 +21,7 @@ from msn_export.host import (
     ChildProcess,
     Driver,
     NoDriver,
-    address_space,
+    address_space_limit,
     find_driver,
     last_line,
     peak_rss,
@@ -70,7 +70,7 @@ def _events(
 ) -> Iterator[dict[str, Any]]:
     started = time.monotonic()
     pending, used, idle = b"", (0, 0), 0
-    is_limited = address_space() is not None
+    is_limited = address_space_limit() is not None
     with selectors.DefaultSelector() as selector:
         selector.register(child.messages, selectors.EVENT_READ)
         while True:

@@ -284,7 +284,7 @@ def test_a_compiler_that_waits_for_itself_without_memory_is_ended(
     (tmp_path / "waiting.py").write_text("import time; time.sleep(1000)")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.setattr("msn_export.engine.build._IDLE", 1.0)
-    monkeypatch.setattr("msn_export.engine.build.address_space", lambda: 2**29)
+    monkeypatch.setattr("msn_export.engine.build.address_space_limit", lambda: 2**29)
     backend = Backend(replace(rtx().row, module="waiting"), "1.7")
     with pytest.raises(BuildError, match=r"waits for itself, most likely .* not enough memory"):
         build_engine(spec_of(Vit()), backend, tmp_path / "x.engine")
