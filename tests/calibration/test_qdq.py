@@ -7,6 +7,8 @@ import pytest
 from msn_export.calibration.plan import Plan
 from msn_export.calibration.qdq import (
     INT8_ATTENTION_TOKENS,
+    Projection,
+    Role,
     find_operands,
     quantise_projections,
     require_fusable,
@@ -125,19 +127,19 @@ g (float[b,5,4] x) => (float[b,5,12] y)
 """
 
 
-def test_projections_of_one_value_share_its_pair() -> None:
-    from msn_export.calibration.qdq import Projection, Role
-
+@pytest.mark.parametrize("base", [Dtype.FP16, Dtype.FP32])
+def test_projections_of_one_value_become_one_product(base) -> None:
     model = parse(SEPARATE)
     found = [Projection(Role.QKV, 0, f"MatMul{i}", "x", f"w{i}", 1) for i in range(3)]
     given = {"x": np.random.default_rng(0).uniform(-1, 1, (2, 5, 4)).astype(np.float32)}
     before = run(model, given)
-    quantise_projections(model, found, {"x": 1.0}, scheme())
-    assert op_types(model).count("QuantizeLinear") == 1
+    quantise_projections(model, found, {"x": 1.0}, scheme(Dtype.INT8, base))
+    types = op_types(model)
+    assert (types.count("QuantizeLinear"), types.count("MatMul"), types.count("Split")) == (1, 1, 1)
     got = run(model, given)
     # a step of x is 1/127, and 16 + 12 + 8 + 4 of w0's largest column add up half of it each,
-    # with half a step of the weights (16/254) times |x| <= 1 four times over
-    assert np.abs(got - before).max() <= 40 / 254 + 4 * 16 / 254
+    # with half a step of the weights (16/128, or 16/254) times |x| <= 1 four times over
+    assert np.abs(got - before).max() <= 40 / 254 + 4 * 16 / 128
     assert not got[..., 8:].any()  # a weight that is zero stays zero, and nothing is NaN
 
 

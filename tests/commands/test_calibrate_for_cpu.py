@@ -18,6 +18,7 @@ from msn_export.runtime import open_runner
 from msn_export.spec import Dtype, Target
 from tests.builders.calibrations import PRODUCTS, QUICK, calibrate, done, refused
 from tests.builders.checkpoints import hugging_face
+from tests.builders.foreign import Reading, cls, encoder, scripted
 from tests.builders.tiny_artifacts import classifier, pictures
 
 
@@ -63,6 +64,19 @@ def test_onnxruntime_multiplies_such_a_graph_in_8_bits(cpu_graph, images, tmp_pa
     done(cpu_graph, images, output, "--int8", *QUICK)
     found = optimised_operators(output, tmp_path / "optimised.onnx")
     assert (found["MatMulIntegerToFloat"], found["MatMul"]) == (PRODUCTS, 0)
+
+
+def test_separate_projections_of_another_tool_become_one_product_in_8_bits(
+    images, tmp_path
+) -> None:
+    """onnxruntime would multiply queries, keys and values that share an input in fp32."""
+    graph = scripted(tmp_path / "theirs.onnx", Reading(encoder("eager"), cls))
+    separate = Counter(node.op_type for node in io.load(graph).graph)["MatMul"]
+    assert separate == 2 * 6 + 2 * 2  # blocks of six, and attention's own products
+    output = tmp_path / "m.onnx"
+    done(graph, images, output, "--int8", "--base", "fp32", *QUICK)
+    found = optimised_operators(output, tmp_path / "optimised.onnx")
+    assert (found["MatMulIntegerToFloat"], found["MatMul"] + found["FusedMatMul"]) == (PRODUCTS, 4)
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
