@@ -46,6 +46,8 @@ performance: .venv/linked .venv-peer/installed
 	$(BIN)/python benchmarks/runtime_overhead.py
 	$(BIN)/python benchmarks/runtime_overhead.py --provider openvino
 	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/embed_speed.py
+	$(BIN)/python benchmarks/cpu_forms.py
 
 # The pages that scripts write from results, docstrings and help, and the site of all pages in
 # build/site (its front page: build/site/index.html). make figures writes the pages alone

@@ -1,22 +1,28 @@
 """Compare the speed of ``msn-export embed`` with what its two parts take by themselves.
 
-    python benchmarks/embed_speed.py MODEL.onnx PICTURES/ [--count 400] [--threads 2]
+    python benchmarks/embed_speed.py [MODEL.onnx PICTURES/] [--count 400] [--threads 2]
+
+Without arguments the model is vit-msn-small with random weights and [CLS] output, and the pictures are
+scikit-image's photographs.
 
 For onnxruntime and OpenVINO, and with ``--bf16`` for OpenVINO in bf16: seconds an image of ``embed``
 over ``seconds of decoding an image / cores + seconds of the bare model an image``. Nothing can be
 faster than the larger of the two parts where there are idle cores, and on few cores nothing faster
 than their sum. ``embed`` runs over a folder of copies and over one twice as large; the difference
-leaves its start out. The parts are timed alone, one after the other. Writes
+leaves its start out. Each round times decoding, the bare model and ``embed`` one after the other, for
+the runtimes in random order; the ratio is the median of the rounds' ratios. Writes
 benchmarks/results/embed_speed.json.
 """
 
 import argparse
 import json
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +35,29 @@ from msn_export.preprocessing import Preprocessing
 from msn_export.runtime import open_runner
 
 RESULTS = Path(__file__).parent / "results" / "embed_speed.json"
+
+
+def small(path: Path) -> Path:
+    """Export vit-msn-small as a server on a CPU would take it."""
+    command = [
+        sys.executable,
+        "-m",
+        "msn_export",
+        "onnx",
+        "random:vit-msn-small:0",
+        "-o",
+        str(path),
+    ]
+    command += ["--target", "onnxruntime", "--head", "cls", "--no-check"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return path
+
+
+def folder_of_photographs(folder: Path) -> Path:
+    """Write scikit-image's photographs."""
+    script = Path(__file__).parent.parent / "scripts" / "photographs.py"
+    subprocess.run([sys.executable, str(script), str(folder)], check=True)
+    return folder
 
 
 def make_folder(photographs: Path, folder: Path, count: int) -> Path:
@@ -51,7 +80,7 @@ def decoding(folder: Path, preprocessing: Preprocessing) -> float:
     return (time.perf_counter() - started) / len(paths)
 
 
-def bare_model(model: Path, options: dict[str, Any], rounds: int) -> tuple[float, str, int]:
+def bare_model(model: Path, options: dict[str, Any], calls: int) -> tuple[float, str, int]:
     """Run the model alone at the batch of ``embed``; median seconds an image."""
     with open_runner(model, **options) as runner:
         preprocessing = runner.manifest.preprocessing if runner.manifest else None
@@ -63,7 +92,7 @@ def bare_model(model: Path, options: dict[str, Any], rounds: int) -> tuple[float
         else:
             given = drawn.standard_normal((batch, *spec.shape[1:])).astype(np.float32)
         times = []
-        for _ in range(rounds + 2):
+        for _ in range(calls + 2):
             started = time.perf_counter()
             # as embed runs it: where the runtime can, several batches at a time
             for _outputs in runner.map([given] * 4):
@@ -82,13 +111,39 @@ def embedding(model: Path, folder: Path, output: Path, options: list[str]) -> fl
     return float(json.loads(done.stdout)["seconds"])
 
 
+def timed(
+    model: Path,
+    options: dict[str, Any],
+    preprocessing: Preprocessing,
+    folders: tuple[Path, Path],
+    calls: int,
+) -> dict[str, Any]:
+    """Time the parts and the whole once: milliseconds an image, and the ratio."""
+    few, many = folders
+    count = len(list(few.iterdir()))
+    decode = 1e3 * decoding(few, preprocessing)
+    bare, runs, batch = bare_model(model, options, calls)
+    asked = ["--providers", options["providers"][0]]
+    asked += ["--precision", "bf16"] if options.get("precision") else []
+    asked += ["--threads", str(options["threads"])] if options["threads"] else []
+    output = few.parent / "out.npy"
+    seconds = [embedding(model, folder, output, asked) for folder in (few, many)]
+    whole = 1e3 * (seconds[1] - seconds[0]) / count
+    parts = decode / len(usable_cores()) + 1e3 * bare
+    return {
+        "runs": runs, "batch": batch, "decode_ms": decode, "model_ms": 1e3 * bare,
+        "embed_ms": whole, "ratio": whole / parts,
+    }  # fmt: skip
+
+
 def main() -> None:
     """Time the parts and the whole for each runtime, print and write the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("photographs", type=Path)
+    parser.add_argument("model", type=Path, nargs="?")
+    parser.add_argument("photographs", type=Path, nargs="?")
     parser.add_argument("--count", type=int, default=400)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--calls", type=int, default=10, help="of the bare model in a round")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--json", type=Path, default=RESULTS)
@@ -99,38 +154,36 @@ def main() -> None:
     }
     if given.bf16:
         runtimes["OpenVINO bf16"] = {**runtimes["OpenVINO"], "precision": "bf16"}
-    with open_runner(given.model, providers=["cpu"]) as runner:
-        assert runner.manifest is not None
-        preprocessing = runner.manifest.preprocessing
-        assert preprocessing is not None
     found: dict[str, Any] = {
-        "model": given.model.name,
+        "model": given.model.name if given.model else "vit-msn-small",
         "count": given.count,
-        "machine": str(this_machine()),
+        "machine": asdict(this_machine()),
         "versions": versions_of("onnxruntime-gpu", "onnxruntime", "openvino", "pillow"),
         "load": Path("/proc/loadavg").read_text().split()[0],
     }
-    with tempfile.TemporaryDirectory() as scratch:
-        few = make_folder(given.photographs, Path(scratch) / "few", given.count)
-        many = make_folder(given.photographs, Path(scratch) / "many", 2 * given.count)
-        found["decode_ms"] = 1e3 * decoding(few, preprocessing)
-        cores = len(usable_cores())
-        for name, options in runtimes.items():
-            options["threads"] = given.threads
-            model, runs, batch = bare_model(given.model, options, given.rounds)
-            asked = ["--providers", options["providers"][0]]
-            asked += ["--precision", "bf16"] if options.get("precision") else []
-            asked += ["--threads", str(given.threads)] if given.threads else []
-            output = Path(scratch) / "out.npy"
-            seconds = [embedding(given.model, folder, output, asked) for folder in (few, many)]
-            whole = 1e3 * (seconds[1] - seconds[0]) / given.count
-            parts = found["decode_ms"] / cores + 1e3 * model
-            found[name] = {
-                "runs": runs, "batch": batch, "model_ms": round(1e3 * model, 2),
-                "embed_ms": round(whole, 2), "parts_ms": round(parts, 2),
-                "ratio": round(whole / parts, 3),
-            }  # fmt: skip
-            print(f"{name}: {found[name]}", flush=True)
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in runtimes}
+    with tempfile.TemporaryDirectory() as held:
+        scratch = Path(held)
+        model = given.model or small(scratch / "vit-msn-small.onnx")
+        photographs = given.photographs or folder_of_photographs(scratch / "photographs")
+        with open_runner(model, providers=["cpu"]) as runner:
+            assert runner.manifest is not None
+            preprocessing = runner.manifest.preprocessing
+            assert preprocessing is not None
+        few = make_folder(photographs, scratch / "few", given.count)
+        many = make_folder(photographs, scratch / "many", 2 * given.count)
+        for _ in range(given.rounds):
+            for name in random.sample(list(runtimes), len(runtimes)):
+                options = runtimes[name] | {"threads": given.threads}
+                one = timed(model, options, preprocessing, (few, many), given.calls)
+                rounds[name].append(one)
+                print(f"{name}: {one}", flush=True)
+    for name, of in rounds.items():
+        figures = ("decode_ms", "model_ms", "embed_ms", "ratio")
+        medians = {figure: statistics.median(one[figure] for one in of) for figure in figures}
+        about = {key: of[0][key] for key in ("runs", "batch")}
+        found[name] = about | {key: round(value, 3) for key, value in medians.items()}
+        found[name]["rounds"] = of
     given.json.parent.mkdir(parents=True, exist_ok=True)
     given.json.write_text(json.dumps(found, indent=2) + "\n")
 

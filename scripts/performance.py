@@ -7,6 +7,7 @@ both sides. Nothing is measured here.
 """
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from pages import replace_part
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
 RESULTS = ROOT / "benchmarks" / "results"
 PERFORMANCE, CHOOSE = ROOT / "docs" / "performance.md", ROOT / "docs" / "choose.md"
 INSTRUCTIONS = {
@@ -151,6 +153,55 @@ def calibrate() -> str:
     return f"{about}\n\n{table(head, rows)}"
 
 
+def growth() -> str:
+    """Lay out how time and memory of each command grow with its images and with the model."""
+    from growth import AXES, FIGURES, exponents
+
+    found = result("growth")
+    commits = ", ".join(sorted({run["commit"] for run in found["runs"]}))
+    head, *rows = exponents(found)
+    about = f"Measured on {machine(found)}; commit {commits}; {len(found['runs'])} runs."
+    assert head[2:] == tuple(FIGURES.values())
+    assert {row[1] for row in rows} == set(AXES.values())
+    return f"{about}\n\n{table(head, rows)}"
+
+
+def embed() -> str:
+    """Lay out the time of ``embed`` beside that of its parts."""
+    found = result("embed_speed")
+    rows = [
+        (
+            name,
+            of["batch"],
+            *(f"{of[figure]:.1f}" for figure in ("decode_ms", "model_ms", "embed_ms")),
+            f"{of['ratio']:.2f}",
+        )
+        for name, of in found.items()
+        if isinstance(of, dict) and "ratio" in of
+    ]
+    head = ("runtime", "batch", "decoding, ms", "bare model, ms", "`embed`, ms", "ratio")
+    rounds = len(found["onnxruntime"]["rounds"])
+    about = f"{found['model']}, {found['count']} and {2 * found['count']} pictures"
+    return f"{about}; {machine(found)}; {rounds} rounds.\n\n{table(head, rows)}"
+
+
+def cpu_forms() -> str:
+    """Lay out other forms of the graph for a CPU, in both runtimes."""
+    found = result("cpu_forms")
+    by: dict[tuple[str, str], dict[tuple[str, int], str]] = {}
+    for row in found["rows"]:
+        if row["ratio"] != 1:
+            cells = by.setdefault((row["precision"], row["form"]), {})
+            cells[row["runtime"], row["batch"]] = f"{row['ratio']:.2f}"
+    columns = [(runtime, batch) for runtime in ("onnxruntime", "openvino") for batch in (1, 8)]
+    rounds = " and ".join(str(count) for count in sorted({row["rounds"] for row in found["rows"]}))
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    names = {"openvino": "OpenVINO"}
+    head = ("", "form", *(f"{names.get(one, one)}, batch {batch}" for one, batch in columns))
+    rows = [(*key, *(cells.get(column, "") for column in columns)) for key, cells in by.items()]
+    return f"{machine(found)}; {versions}; {rounds} rounds.\n\n{table(head, rows)}"
+
+
 BASES = {
     "optimum": "against optimum's graph",
     "torch sdpa": "against torch SDPA",
@@ -232,6 +283,9 @@ PARTS = {
     (PERFORMANCE, "graphs-avx2"): lambda: graphs("graphs-avx2", "AVX2 alone"),
     (PERFORMANCE, "choices"): choices,
     (PERFORMANCE, "products"): products,
+    (PERFORMANCE, "growth"): growth,
+    (PERFORMANCE, "embed"): embed,
+    (PERFORMANCE, "cpu-forms"): cpu_forms,
     (CHOOSE, "ratios"): summary,
 }
 
