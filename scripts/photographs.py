@@ -1,10 +1,14 @@
-"""Copy the photographs that ship inside scikit-image into a folder."""
+"""Copy the photographs that ship inside scikit-image into a folder.
 
+    python scripts/photographs.py FOLDER
+
+Needs scikit-image; the folder is made. Nothing is downloaded.
+"""
+
+import argparse
 import shutil
 import sys
 from pathlib import Path
-
-import skimage
 
 PHOTOGRAPHS = (
     "astronaut.png", "brick.png", "camera.png", "chelsea.png", "clock_motion.png", "coffee.png",
@@ -15,6 +19,12 @@ PHOTOGRAPHS = (
 
 def main(folder: Path) -> None:
     """Copy them, and say how many."""
+    try:
+        import skimage
+    except ModuleNotFoundError:
+        sys.exit(
+            "scikit-image, which has the photographs, is not installed; pip install scikit-image"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     data = Path(skimage.__file__).parent / "data"
     for name in PHOTOGRAPHS:
@@ -23,4 +33,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description="Copy sixteen photographs into a folder.")
+    parser.add_argument("folder", type=Path)
+    main(parser.parse_args().folder)
