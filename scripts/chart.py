@@ -21,7 +21,7 @@ TIMES = {
     "msn-export, OpenVINO bf16": "msn-export, OpenVINO bf16",
     "torch bf16": "PyTorch, bf16",
     "msn-export, OpenVINO": "msn-export, OpenVINO",
-    "bare OpenVINO": "OpenVINO alone, our graph",
+    "bare OpenVINO": "OpenVINO alone, held to fp32",
     "msn-export": "msn-export",
     "torch.onnx.export": "torch.onnx.export",
     "optimum": "optimum",

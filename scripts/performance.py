@@ -202,6 +202,8 @@ def cpu_forms() -> str:
     return f"{machine(found)}; {versions}; {rounds} rounds.\n\n{table(head, rows)}"
 
 
+# contenders of the results that tables name otherwise
+NAMES = {"bare OpenVINO": "bare OpenVINO, held to fp32"}
 BASES = {
     "optimum": "against optimum's graph",
     "torch sdpa": "against torch SDPA",
@@ -221,7 +223,10 @@ def graphs(name: str, instructions: str) -> str:
                 continue
             times = (f"{of['wall_ms']:.0f}", f"{of['cpu_ms']:.0f}")
             ratios = [f"{of[f'wall x {base}']:.2f}" for base in bases]
-            rows.append((key.removeprefix("batch "), who, *times, *ratios, f"{of['cosine']:.5f}"))
+            name_of = NAMES.get(who, who)
+            rows.append(
+                (key.removeprefix("batch "), name_of, *times, *ratios, f"{of['cosine']:.5f}")
+            )
     head = ("batch", "contender", "ms", "processor ms", *(BASES[base] for base in bases), "cosine")
     rounds = " and ".join(f"{found[key]['rounds']} rounds at {key}" for key in batches)
     where = machine(found) + (f", {instructions}" if instructions else "")
@@ -243,7 +248,7 @@ def choices() -> str:
          *ratio("msn-export, OpenVINO bf16", "msn-export")),
         ("… of the int8 graph", "int8 in onnxruntime",
          *ratio("msn-export int8, OpenVINO", "msn-export int8")),
-        ("our runner on OpenVINO", "OpenVINO alone on the same graph",
+        ("our runner on OpenVINO, fp32", "OpenVINO alone on the same graph, held to fp32",
          *ratio("msn-export, OpenVINO", "bare OpenVINO")),
     ]  # fmt: skip
     return table(("", "time against", "batch 1", "batch 8"), rows)
@@ -258,19 +263,47 @@ def products() -> str:
     return table(("plain matrix products, GFLOP/s", "onnxruntime", "PyTorch"), rows)
 
 
+PRECISIONS = {
+    "fp32": (
+        "msn-export", "msn-export, OpenVINO", "bare OpenVINO", "optimum", "torch.onnx.export", "torch compile",
+        "torch sdpa",
+    ),
+    "bf16": ("msn-export, OpenVINO bf16", "torch bf16"),
+    "int8": ("msn-export int8", "msn-export int8, OpenVINO"),
+}  # fmt: skip
+
+
 def summary() -> str:
-    """Give the ratios that a reader compares tools by, on both processors."""
+    """Give the ratios that a reader compares tools by, on both processors, precision by precision."""
     rows = []
-    for name, where in (("graphs", "AVX512, VNNI, BF16"), ("graphs-avx2", "AVX2")):
-        found = result(name)
-        for who in (
-            "msn-export", "msn-export, OpenVINO", "msn-export, OpenVINO bf16", "bare OpenVINO",
-            "msn-export int8", "torch.onnx.export", "torch compile", "torch bf16", "torch sdpa",
-        ):  # fmt: skip
-            if who in found["batch 1"]:
+    for precision, contenders in PRECISIONS.items():
+        for name, where in (("graphs", "AVX512, VNNI, BF16"), ("graphs-avx2", "AVX2")):
+            found = result(name)
+            for who in (one for one in contenders if one in found["batch 1"]):
                 of = [f"{found[f'batch {n}'][who]['wall x optimum']:.2f}" for n in (1, 8)]
-                rows.append((where, who, *of))
-    return table(("processor", "contender", "batch 1", "batch 8"), rows)
+                rows.append((precision, where, NAMES.get(who, who), *of))
+    return table(("precision", "processor", "contender", "batch 1", "batch 8"), rows)
+
+
+def precisions() -> str:
+    """Say what a lower precision costs and gains on a CPU, against our fp32 graph in onnxruntime."""
+    found = result("graphs")
+    batches = [found["batch 1"], found["batch 8"]]
+    rows = [
+        (precision, how, *(f"{of[who]['wall x msn-export']:.2f}" for of in batches),
+         f"{min(min(of[who]['cosine'], 1) for of in batches):.5f}",
+         f"{max(of[who]['max_abs'] for of in batches):.0e}")
+        for who, precision, how in (
+            ("msn-export", "fp32", "onnxruntime, the default"),
+            ("msn-export, OpenVINO", "fp32", "OpenVINO"),
+            ("msn-export, OpenVINO bf16", "bf16", "OpenVINO with `--precision bf16`; the same fp32 file"),
+            ("msn-export int8", "int8", "`calibrate --int8`, onnxruntime"),
+            ("msn-export int8, OpenVINO", "int8", "`calibrate --int8`, OpenVINO"),
+            ("msn-export int8, the rest fp16", "int8 beside fp16", "onnxruntime; this form is for TensorRT"),
+        )
+    ]  # fmt: skip
+    head = ("precision", "how", "time, batch 1", "time, batch 8", "least cosine", "max_abs")
+    return table(head, rows)
 
 
 PARTS = {
@@ -287,6 +320,7 @@ PARTS = {
     (PERFORMANCE, "embed"): embed,
     (PERFORMANCE, "cpu-forms"): cpu_forms,
     (CHOOSE, "ratios"): summary,
+    (CHOOSE, "precisions"): precisions,
 }
 
 

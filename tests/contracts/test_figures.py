@@ -50,6 +50,34 @@ def test_a_changed_result_makes_a_page_stale(monkeypatch) -> None:
     assert performance.graphs("graphs", "") != before
 
 
+def test_tools_are_compared_precision_by_precision() -> None:
+    """OpenVINO by itself is named as what was measured: held to fp32."""
+    rows = [line.split(" | ") for line in performance.summary().splitlines()[2:]]
+    precisions = [precision.removeprefix("| ") for precision, *_ in rows]
+    assert list(dict.fromkeys(precisions)) == ["fp32", "bf16", "int8"]
+    assert precisions == sorted(precisions, key=["fp32", "bf16", "int8"].index)
+    found = performance.result("graphs")["batch 1"]
+    for precision, _, contender, *_ in rows:
+        for eight in ("bf16", "int8"):
+            assert (eight in contender) == (precision.removeprefix("| ") == eight), contender
+    texts = performance.summary(), performance.graphs("graphs", ""), str(chart.TIMES)
+    assert "bare OpenVINO" in found
+    assert all(("OpenVINO alone" in text) | ("bare OpenVINO" in text) for text in texts)
+    assert all(text.count("bare OpenVINO |") == 0 and "held to fp32" in text for text in texts)
+
+
+def test_a_lower_precision_shows_what_it_costs_and_gains() -> None:
+    rows = [line.strip("| ").split(" | ") for line in performance.precisions().splitlines()[2:]]
+    found = performance.result("graphs")
+    for precision, how, one, eight, cosine, _ in rows:
+        assert how, precision
+        assert float(one) > 0 < float(eight)
+        assert float(cosine) <= 1
+    least = min(found[f"batch {n}"]["msn-export int8"]["cosine"] for n in (1, 8))
+    assert next(row[4] for row in rows if row[0] == "int8") == f"{least:.5f}"
+    assert rows[0][:4] == ["fp32", "onnxruntime, the default", "1.00", "1.00"]
+
+
 def test_a_ratio_is_the_median_of_the_ratios_of_rounds() -> None:
     found = json.loads((performance.RESULTS / "export.json").read_text(encoding="utf-8"))
     ours, theirs = found["runs"]["msn-export"], found["runs"]["optimum"]
