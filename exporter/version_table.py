@@ -35,6 +35,15 @@ class Client(StrEnum):
         """Its name as its makers write it."""
         return _NAMES.get(self, self.value)
 
+    @property
+    def is_compiler(self) -> bool:
+        """True for what ``msn-export trt`` compiles with.
+
+        A graph that such a client's own parser does not take has attention in fp32, for which
+        TensorRT has no kernel; ``trt`` types it, or lets the builder split the operator.
+        """
+        return self in {Client.TENSORRT, Client.TENSORRT_RTX}
+
 
 _NAMES = {
     Client.OPENVINO: "OpenVINO",
@@ -121,11 +130,20 @@ def least_versions(row: Row) -> dict[str, str | None]:
     return {client.value: cell.least for client, cell in row.items()}
 
 
+NO_KERNEL = "no kernel for attention in fp32"
+
+
 def in_words(row: Row) -> str:
     """Name the clients that take a graph, each with its least version, then those that do not."""
     taking = [f"{client.full_name} {cell}" for client, cell in row.items() if cell.least]
-    without = [client.full_name for client, cell in row.items() if not cell.least]
-    return ", ".join(taking) + (f"; not in {', '.join(without)}" if without else "")
+    without = [client for client, cell in row.items() if not cell.least]
+    text = ", ".join(taking)
+    if others := [client.full_name for client in without if not client.is_compiler]:
+        text += f"; not in {', '.join(others)}"
+    if compilers := [client.full_name for client in without if client.is_compiler]:
+        text += f"; not as it is in a plain parser of {', '.join(compilers)} ({NO_KERNEL}):"
+        text += " msn-export trt builds it"
+    return text
 
 
 def too_old(row: Row | None, client: Client, here: str) -> str | None:

@@ -108,6 +108,14 @@ def test_tensorrt_is_as_the_compiler_takes_it() -> None:
     assert numbers(table()[Target.PORTABLE][Dtype.FP32][Client.TENSORRT].least)[:2] == reads_17
 
 
+def test_what_no_parser_of_tensorrt_takes_has_attention_in_fp32() -> None:
+    """The reason that ``inspect`` and ``doctor`` give is that of every such cell."""
+    for target, dtype, client in cells():
+        cell = table()[target][dtype][client]
+        if client.is_compiler and cell.least is None:
+            assert "fp32 has no fused kernel" in cell.note or "dedicated kernel" in cell.fails
+
+
 def test_eight_bits_beside_bf16_take_what_bf16_does() -> None:
     row = row_of(Target.TENSORRT, Dtype.INT8, Dtype.BF16)
     assert row is not None
@@ -131,8 +139,13 @@ def test_a_row_in_words_ends_with_what_does_not_take_it() -> None:
         Client.ONNXRUNTIME: Cell("1.23.0", "run"), Client.OPENVINO: Cell("2025.4.0", "run"),
         Client.TENSORRT: Cell(None, "read"), Client.TENSORRT_RTX: Cell(None, "run"),
     }  # fmt: skip
-    words = "onnxruntime ≥ 1.23.0, OpenVINO ≥ 2025.4.0; not in TensorRT, TensorRT-RTX"
+    words = (
+        "onnxruntime ≥ 1.23.0, OpenVINO ≥ 2025.4.0; not as it is in a plain parser of TensorRT, "
+        "TensorRT-RTX (no kernel for attention in fp32): msn-export trt builds it"
+    )
     assert in_words(row) == words
+    bf16 = {Client.OPENVINO: Cell("2026.1.0", "run"), Client.NODE: Cell(None, "run")}
+    assert in_words(bf16) == "OpenVINO ≥ 2026.1.0; not in onnxruntime-node"
     assert least_versions(row) == {
         "onnxruntime": "1.23.0", "openvino": "2025.4.0", "tensorrt": None, "tensorrt-rtx": None,
     }  # fmt: skip

@@ -536,9 +536,15 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
 
 def _graphs(found: GraphSupport) -> str:
     """Name the graphs that an installed runtime does not load, by target and dtype."""
+    from msn_export.version_table import NO_KERNEL
+
     if not found.refuses:
         return "every graph that is written here"
-    needs = [f"{name} ({least or 'no version'})" for name, least in found.refuses.items()]
+    others = {name: found.refuses[name] for name in found.refuses if name not in found.built_by_trt}
+    needs = [f"{name} ({least or 'no version'})" for name, least in others.items()]
+    if found.built_by_trt:
+        built = ", ".join(found.built_by_trt)
+        needs.append(f"{built} as they are ({NO_KERNEL}; msn-export trt builds them)")
     return f"every graph but {', '.join(needs)}"
 
 

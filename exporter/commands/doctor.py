@@ -273,12 +273,14 @@ class GraphSupport:
     """An installed runtime of ONNX files: the graphs that its version takes, and the others.
 
     A graph is named by its target and dtype; of the others it says the least version, or none.
+    ``built_by_trt`` are those of the others that no version takes as they are and ``trt`` builds.
     """
 
     client: str
     version: str
     takes: tuple[str, ...]
     refuses: dict[str, str | None]
+    built_by_trt: tuple[str, ...] = ()
 
 
 # What a distribution is in the version table
@@ -305,7 +307,8 @@ def graph_support() -> Iterator[GraphSupport]:
         version = distribution.version
         takes = tuple(graph for graph, cell in cells.items() if cell.takes(version))
         others = {graph: cell.least for graph, cell in cells.items() if graph not in takes}
-        yield GraphSupport(client.full_name, version, takes, others)
+        built = tuple(graph for graph, least in others.items() if client.is_compiler and not least)
+        yield GraphSupport(client.full_name, version, takes, others, built)
 
 
 @dataclass(frozen=True, slots=True, repr=False)

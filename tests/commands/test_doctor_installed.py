@@ -90,6 +90,21 @@ def test_an_installed_runtime_is_compared_with_the_version_table(monkeypatch) ->
     assert (new.client, new.refuses) == ("OpenVINO", {})
 
 
+def test_the_doctor_says_what_trt_builds_and_tensorrt_s_own_parser_does_not(monkeypatch) -> None:
+    versions = {"onnxruntime": "1.23.2", "tensorrt": "10.13.3", "tensorrt-rtx": "1.7.1.116"}
+    installed = {name: SimpleNamespace(version=version) for name, version in versions.items()}
+    monkeypatch.setattr(doctor, "_installed", installed.get)
+    ort, trt, rtx = doctor.graph_support()
+    assert (ort.built_by_trt, "msn-export trt" in _graphs(ort)) == ((), False)
+    assert _graphs(rtx) == (
+        "every graph but tensorrt fp32, onnxruntime fp32, onnxruntime int8, onnxruntime fp8 as "
+        "they are (no kernel for attention in fp32; msn-export trt builds them)"
+    )
+    assert trt.refuses["tensorrt fp16"] == "10.14"
+    assert "every graph but tensorrt fp16 (10.14), " in _graphs(trt)
+    assert _graphs(trt).endswith(_graphs(rtx).removeprefix("every graph but "))
+
+
 def test_the_doctor_says_what_this_onnxruntime_does_not_load() -> None:
     (ours,) = [one for one in doctor.graph_support() if one.client == "onnxruntime"]
     rows = {f"{target} {dtype}": row for target, of in table().items() for dtype, row in of.items()}
