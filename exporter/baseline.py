@@ -62,7 +62,7 @@ from msn_export.metrics.tolerances import MARGIN
 from msn_export.mixed_precision import MEASURED, choose_fp32_islands, cpu_runner
 from msn_export.preprocessing import Preprocessing
 from msn_export.runtime.onnxruntime import OrtRunner
-from msn_export.spec import AttentionForm, Dtype, InputFormat, Observer
+from msn_export.spec import AttentionForm, Dtype, InputFormat, Observer, Target
 
 # Pictures that ranges are measured anew on, and the fewest that are judged by them. On 4 pictures
 # one whose attention flips decides: with q and k times 30 and 100 sound int8 graphs err 3 and 19
@@ -278,7 +278,11 @@ def quantise_like(
     pairs = _matched(mine, copy, plain, frozenset(quantised_products(candidate)))
     nodes = {node.name: node for node in candidate.graph}
     reduced = all(_reduced(nodes[other.node]) for _, other in pairs)
-    scheme = Scheme(FORMATS[dtype], rest, reduced=reduced)
+    # of opset 17 every scale is fp32 and a number of fp16: with other scales the weights would be
+    # rounded otherwise, which is another error, of twice the size in three logits
+    steps = [_constant_of(nodes[other.node], index, 1) for _, other in pairs for index in (0, 1)]
+    runs_on = Target.PORTABLE if rest is Dtype.FP32 and all(map(_fits_fp16, steps)) else None
+    scheme = Scheme(FORMATS[dtype], rest, reduced, runs_on)
     _smooth_like(copy, plain, mine, pairs)
     thresholds = {own.x: _scale(nodes[other.node]) * scheme.form.largest for own, other in pairs}
     cores = _quantised_cores(copy, candidate) if form is AttentionForm.PLAIN else []
@@ -339,6 +343,11 @@ def _reduced(product: ir.Node) -> bool:
             "those"
         )
     return bool(np.abs(_constant_of(product, 1, 0).astype(np.float32)).max() <= 64)
+
+
+def _fits_fp16(steps: NDArray[np.float32]) -> bool:
+    with np.errstate(over="ignore"):
+        return bool((steps.astype(np.float16) == steps).all())
 
 
 def _constant_of(product: ir.Node, index: int, at: int) -> NDArray[np.float32]:

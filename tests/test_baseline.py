@@ -56,9 +56,9 @@ def export(folder) -> Callable[..., Path]:
 
 @pytest.fixture(scope="module")
 def quantised(folder, export) -> Callable[..., Path]:
-    def made(name: str, **options) -> Path:
+    def made(name: str, written_for: Target = Target.ONNXRUNTIME, **options) -> Path:
         output = folder / f"{name}.onnx"
-        source = export("fp32-ort", target=Target.ONNXRUNTIME)
+        source = export(f"fp32-{written_for}", target=written_for)
         if not output.exists():
             run_calibrate(CalibrateJob(
                 source, Dtype.INT8, images=folder / "images", output=output, compile=False,
@@ -150,7 +150,7 @@ def test_typing_costs_the_reference_what_it_costs_the_candidate(
 @pytest.mark.parametrize(
     "options",
     [{}, {"smooth": 0.5}, {"base": Dtype.FP16}, {"quantize_attention": True},
-     {"quantize_head": True, "quantize_patch": True}],
+     {"quantize_head": True, "quantize_patch": True}, {"written_for": Target.PORTABLE}],
     ids=str,
 )  # fmt: skip
 def test_eight_bits_cost_the_reference_what_they_cost_the_candidate(
