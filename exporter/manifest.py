@@ -427,6 +427,7 @@ def read_unverified(path: Path) -> Manifest:
         plain = json.loads(text)
         if "\\ud" in text.lower():  # half of a surrogate pair is no text: nothing could write it
             json.dumps(plain, ensure_ascii=False).encode()
+        _require_manifest(plain, path)
         _require_seal(plain, path)
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"{path} is not JSON ({error}); export the artifact again") from error
@@ -507,6 +508,20 @@ def seal(manifest: Manifest) -> str:
     """
     plain = to_plain(manifest)
     return json.dumps({**plain, "seal": _hash_of(plain)}, indent=2, ensure_ascii=False) + "\n"
+
+
+def _require_manifest(plain: Any, path: Path) -> None:
+    """Refuse another JSON file of this package, which has a kind of its own and no seal."""
+    kind = plain.get("kind") if isinstance(plain, dict) and "seal" not in plain else None
+    if kind == "ranges":
+        graph = path.with_name(f"{path.name.removesuffix('.json').removesuffix('.ranges')}.onnx")
+        give = str(graph) if graph.is_file() else "the .onnx file that was written with it"
+        raise ManifestError(f"{path} is a ranges file of calibrate, not a manifest; give {give}")
+    if kind == "bench":
+        raise ManifestError(
+            f"{path} is a benchmark of msn-export bench, not a manifest; give an .onnx or .engine "
+            "file"
+        )
 
 
 def _require_seal(plain: Any, path: Path) -> None:

@@ -148,6 +148,34 @@ def test_what_is_no_artifact_is_named(name, content, message, tmp_path) -> None:
     assert message in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("kind", "beside", "message"),
+    [
+        (
+            "ranges", True,
+            "is a ranges file of calibrate, not a manifest; give {folder}/m.int8.onnx",
+        ),
+        (
+            "ranges", False,
+            "is a ranges file of calibrate, not a manifest; give the .onnx file that was written "
+            "with it",
+        ),
+        (
+            "bench", True,
+            "is a benchmark of msn-export bench, not a manifest; give an .onnx or .engine file",
+        ),
+    ],
+)  # fmt: skip
+def test_another_json_file_is_called_what_it_is(kind, beside, message, tmp_path) -> None:
+    path = tmp_path / "m.int8.ranges.json"
+    path.write_text(json.dumps({"kind": kind, "schema": 1, "tensors": {}}))
+    if beside:
+        (tmp_path / "m.int8.onnx").write_bytes(b"")
+    result = CliRunner().invoke(main, ["inspect", str(path)])
+    assert result.exit_code == 1
+    assert " ".join(result.stderr.split()).endswith(f"{path} {message.format(folder=tmp_path)}")
+
+
 def mutate(path: Path, other: Path, kind: str, generator: random.Random) -> None:
     data = bytearray(path.read_bytes())
     if kind == "truncated":
