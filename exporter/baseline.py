@@ -280,8 +280,8 @@ def quantise_like(
     reduced = all(_reduced(nodes[other.node]) for _, other in pairs)
     # of opset 17 every scale is fp32 and a number of fp16: with other scales the weights would be
     # rounded otherwise, which is another error, of twice the size in three logits
-    steps = [_constant_of(nodes[other.node], index, 1) for _, other in pairs for index in (0, 1)]
-    runs_on = Target.PORTABLE if rest is Dtype.FP32 and all(map(_fits_fp16, steps)) else None
+    held = [_constant_of(nodes[other.node], index, 1) for _, other in pairs for index in (0, 1)]
+    runs_on = Target.PORTABLE if rest is Dtype.FP32 and all(map(_fits_fp16, held)) else None
     scheme = Scheme(FORMATS[dtype], rest, reduced, runs_on)
     _smooth_like(copy, plain, mine, pairs)
     thresholds = {own.x: _scale(nodes[other.node]) * scheme.form.largest for own, other in pairs}
