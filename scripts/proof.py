@@ -147,12 +147,16 @@ def table(found: list[Planted], refused: dict[Dtype, list[tuple[str, ...]]]) -> 
 
 def missed(found: list[Planted]) -> str:
     """Name what had to be caught and was not, and the kinds that ``drift`` locates elsewhere."""
-    escaped = [str(one.row) for one in found if one.row.must_be_caught and not one.is_caught]
+    large = [one for one in found if one.row.must_be_caught]
+    escaped = [str(one.row) for one in large if not one.is_caught]
     elsewhere: dict[str, list[str]] = {}
     for one in found:
         if one.found is not None and not one.is_located:
             elsewhere.setdefault(one.row.fault.kind, []).append(f"{one.row.dtype}: {one.found}")
-    lines = [f"Not detected at {LEAST:g} and more: {'; '.join(escaped) or 'none'}.", ""]
+    lines = [
+        f"Not detected of {len(large)} at {LEAST:g} and more: {'; '.join(escaped) or 'none'}.",
+        "",
+    ]
     lines += ["| kind that `drift` locates elsewhere | times | where |", "|---|---|---|"]
     for name, places in sorted(elsewhere.items()):
         lines.append(f"| {name} | {len(places)} | {', '.join(sorted(set(places)))} |")
