@@ -71,16 +71,32 @@ class Placement:
 
 
 def artifacts(paths: Sequence[Path], placement: Placement) -> list[ContenderSpec]:
-    """Enter files under their names, or their paths where names are alike."""
+    """Enter files under their names, or their paths where names are alike, with their runtime."""
     names = Counter(path.name for path in paths)
     found = [
-        artifact(path, placement, path.name if names[path.name] == 1 else str(path))
+        artifact(
+            path,
+            placement,
+            (path.name if names[path.name] == 1 else str(path))
+            + (_mark(placement) if path.suffix == ".onnx" else ""),
+        )
         for path in paths
     ]
     twice = [name for name, count in Counter(entry.name for entry in found).items() if count > 1]
     if twice:
         raise GraphError(f"{twice[0]} is given twice; name each artifact once")
     return found
+
+
+def _mark(placement: Placement) -> str:
+    """Mark graphs that run in OpenVINO, with what fp32 is computed in where that is not fp32."""
+    if OPENVINO not in placement.providers:
+        return ""
+    precision = placement.precision or Dtype.FP32
+    return " (ov)" if precision == Dtype.FP32 else f" (ov {precision})"
+
+
+_IN_ONNXRUNTIME = " (ort)"  # the mark of a graph that runs in OpenVINO beside it
 
 
 def artifact(path: Path, placement: Placement, name: str) -> ContenderSpec:
@@ -111,7 +127,8 @@ def source_graphs(
         here = replace(placement, providers=("cpu",), precision=None)
         for entry in entries:
             if entry.kind == "onnx" and entry.file is not None:
-                yield artifact(entry.file, here, f"{entry.name}, onnxruntime")
+                name = entry.name.removesuffix(_mark(placement))
+                yield artifact(entry.file, here, f"{name}{_IN_ONNXRUNTIME}")
         return
     engines = [entry for entry in entries if entry.kind == "engine"]
     if not engines:

@@ -15,7 +15,7 @@ from msn_export.input_files import BENCH, read_bytes
 from msn_export.schema import Result, from_plain
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
 
 SCHEMA = 1
@@ -72,8 +72,9 @@ class Timing:
     """One contender at one batch size; times are of one call, in milliseconds.
 
     ``rounds_ms`` has the median of each round, ``samples_ms`` every call of each. ``noisy`` says
-    why the figures cannot be used, where they cannot. ``peak_rss_bytes`` is the highest resident
-    memory of the contender's own process at this batch, ``device_bytes`` what it held of the GPU's.
+    why the figures cannot be used, where they cannot. ``split`` says how a batch is run that the
+    artifact does not take at once. ``peak_rss_bytes`` is the highest resident memory of the
+    contender's own process at this batch, ``device_bytes`` what it held of the GPU's.
     """
 
     contender: str
@@ -94,6 +95,7 @@ class Timing:
     not_compared: str | None = None
     samples_ms: tuple[tuple[float, ...], ...] = ()
     noisy: str | None = None
+    split: str | None = None
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -101,7 +103,7 @@ class Bench(Result):
     """A whole run.
 
     ``baseline`` is the contender whose time is 1, ``reference`` what outputs were compared with.
-    ``load`` is the load average when the run began: of others, on a busy machine.
+    ``load`` is the load average over one minute when the run began: that of other processes.
     """
 
     product: str
@@ -129,10 +131,19 @@ class Bench(Result):
     def timing(self, contender: str, batch: int) -> Timing:
         return next(t for t in self.timings if (t.contender, t.batch) == (contender, batch))
 
+    @property
+    def busy(self) -> str | None:
+        """The reason why no figure can be used, where other processes used the machine."""
+        return busy(self.load, self.machine.cores)
+
+    def noise(self, timing: Timing) -> str | None:
+        """Give the reason why a timing cannot be used; None where it can."""
+        return timing.noisy or self.busy
+
     def fastest(self, batch: int) -> str | None:
         """Name the contender of the smallest ratio; None where any at this batch is too noisy."""
         found = [timing for timing in self.timings if timing.batch == batch]
-        if len(found) < 2 or self.rounds < _QUARTILES or any(timing.noisy for timing in found):
+        if len(found) < 2 or self.rounds < _QUARTILES or any(map(self.noise, found)):
             return None
         return min(found, key=lambda timing: timing.ratio.median).contender
 
@@ -196,6 +207,27 @@ NOISY = 1.2
 TOO_NOISY = "Too noisy"  # begins the line that says so
 
 
+# Load average per core from which figures are not to be trusted. An idle machine has about 0.1 in
+# all. From half a core each on, contenders share cores: ratios between two runtimes moved from 0.98
+# to 1.21 between runs, each with narrow quartiles.
+BUSY = 0.5
+
+
+def busy(load: float, cores: int) -> str | None:
+    """Find the reason why nothing can be timed under a load; None on an idle machine.
+
+    Args:
+        load: the load average over one minute before the first contender ran.
+        cores: those of the machine.
+    """
+    if load <= BUSY * cores:
+        return None
+    return (
+        f"load average {load:.1f} on {_count(cores, 'core')} when the run began, more than "
+        f"{BUSY * cores:g}"
+    )
+
+
 def noise_of(ratio: Ratio, rounds: Rounds, *, alone: bool) -> str | None:
     """Find the reason why figures cannot be used; None where they can.
 
@@ -244,15 +276,12 @@ _FEW = 100  # calls, below which a p99 is little more than the slowest one
 def footnotes(bench: Bench) -> list[str]:
     """List how ratios were made, what was compared, where it ran, and what is missing."""
     versions = ", ".join(f"{name} {version}" for name, version in bench.versions.items())
-    lines = [
-        f"{TOO_NOISY}, run again on an idle machine: {one.contender} at batch {one.batch}, "
-        f"{one.noisy}."
-        for one in bench.timings
-        if one.noisy
-    ]
+    lines = list(noise_lines(bench))
+    marked = "; * too noisy to be used" if lines else ""
     lines += [
-        f"time / {bench.baseline}: median over {_count(bench.rounds, 'round')} of the ratio within "
-        "a round (quartiles).",
+        f"ratio: time / {bench.baseline}, median over {_count(bench.rounds, 'round')} of the ratio "
+        f"within a round (quartiles){marked}.",
+        "Quartiles show the spread within this run, not between runs.",
         f"Outputs compared with {bench.reference}, over {bench.pictures} inputs: "
         f"{bench.pictures_from}.",
         f"{bench.machine}; {_count(bench.threads, 'thread')} a contender; {versions}.",
@@ -279,6 +308,24 @@ def footnotes(bench: Bench) -> list[str]:
         f"{name} not compared: {why}" for name, why in sorted(apart) if why != bench.reference
     ]
     return [*lines, *bench.notes]
+
+
+def noise_lines(bench: Bench) -> Iterator[str]:
+    """Name the figures that cannot be used, and why: all of them under load, or single ones."""
+    if bench.busy is not None:
+        yield f"{TOO_NOISY}, run again on an idle machine: every figure, {bench.busy}. {UNDER_LOAD}"
+    for one in bench.timings:
+        if one.noisy and one.noisy != bench.busy:
+            yield (
+                f"{TOO_NOISY}, run again on an idle machine: {one.contender} at batch "
+                f"{one.batch}, {one.noisy}."
+            )
+
+
+UNDER_LOAD = (
+    "Under load, ratios between different runtimes change from run to run too, even with narrow "
+    "quartiles. The average is over one minute: wait that long after another run."
+)
 
 
 def _count(number: int, noun: str) -> str:

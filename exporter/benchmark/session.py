@@ -123,14 +123,13 @@ class OpenContender:
         return self.entry.name
 
     def splits(self, batch: int) -> str | None:
-        """Note that a batch is not run at once, where it is not."""
+        """Say how a batch is run that the artifact does not take at once."""
         takes = BatchRange.parse(self.reply["batch"]) if "batch" in self.reply else None
         if takes is None or takes.min <= batch <= takes.max:
             return None
-        return (
-            f"{self.name} takes batches of {takes.min} to {takes.max}: {batch} is run in pieces "
-            "or padded"
-        )
+        if batch < takes.min:
+            return f"padded to {takes.min}"
+        return f"in pieces of {takes.max}"
 
 
 @dataclass(slots=True)

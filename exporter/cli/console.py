@@ -3,6 +3,7 @@
 import gc
 import io
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -11,7 +12,9 @@ from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
 from rich.text import Text
 
 from msn_export.cli.options import STARTED
@@ -19,6 +22,7 @@ from msn_export.errors import ESCAPES
 from msn_export.schema import to_plain
 
 _TELL = 30.0  # seconds between two lines of a long step in a log
+_ANY_WIDTH = 10_000  # columns
 
 
 class _Shown(RichConsole):
@@ -83,6 +87,17 @@ def _standard_output_named() -> Iterator[None]:
         raise OSError(error.errno, error.strerror, "standard output") from error
 
 
+def _least(table: Table) -> int:
+    """Count the terminal's columns that a table takes with each of its columns at its least width.
+
+    rich counts the longest word, and a word may be folded.
+    """
+    _, right, _, left = table.padding
+    columns = len(table.columns)
+    padding = columns * (left + right) - (0 if table.pad_edge else left + right)
+    return sum(column.min_width or 1 for column in table.columns) + padding + columns + 1
+
+
 class Console:
     """Prints one command's progress on stderr and its result, a table or JSON, on stdout."""
 
@@ -91,9 +106,12 @@ class Console:
         if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may have no "…" and no "≠"
             sys.stdout.reconfigure(errors="backslashreplace")
         self._stderr = _Shown(stderr=True, highlight=False, emoji=False)
-        # a pipe or a file gets a fixed width
+        # a pipe or a file gets a fixed width, and tables of figures as much as they need
+        self._is_open_ended = (
+            not sys.stdout.isatty() and not os.environ.get("COLUMNS", "").isdigit()
+        )
         self._stdout = _Shown(
-            highlight=False, emoji=False, width=None if sys.stdout.isatty() else 100
+            highlight=False, emoji=False, width=100 if self._is_open_ended else None
         )
 
     @contextmanager
@@ -129,6 +147,24 @@ class Console:
         with _standard_output_named():
             self._stdout.print(shown)
             sys.stdout.flush()
+
+    def fits(self, table: Table) -> bool:
+        """Check whether a table can be shown with every cell whole."""
+        return self._is_open_ended or _least(table) <= self._stdout.width
+
+    def print_whole(self, table: Table) -> None:
+        """Print a table and clip none of its lines: in a pipe they are as long as they need be."""
+        width, least = self._stdout.width, _least(table)
+        if self._is_open_ended:
+            options = self._stdout.options.update(width=_ANY_WIDTH)
+            least = Measurement.get(self._stdout, options, table).maximum
+        self._stdout.width = max(width, least)  # a terminal breaks lines that are longer
+        try:
+            with _standard_output_named():
+                self._stdout.print(table)
+                sys.stdout.flush()
+        finally:
+            self._stdout.width = width
 
     def print_json(self, record: Any) -> None:
         """Print one JSON object on stdout, and nothing else there."""

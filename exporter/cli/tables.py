@@ -24,6 +24,8 @@ from msn_export.schema import to_plain
 from msn_export.spec import Dtype, Target
 
 if TYPE_CHECKING:
+    from rich.console import JustifyMethod
+
     from msn_export.benchmark.results import Bench, Timing
     from msn_export.commands.evaluate import Evaluated
     from msn_export.commands.hub import HubFolder
@@ -199,20 +201,23 @@ def show_bench(console: Console, bench: Bench) -> None:
     if console.as_json:
         console.print_json(bench)
         return
-    console.print(_contenders(bench))
-    console.print(_times(bench))
+    console.print_whole(_contenders(bench))
+    whole = _times(bench, _AGREEMENT)
+    for table in [whole] if console.fits(whole) else [_times(bench), _agreements(bench)]:
+        console.print_whole(table)
     if bench.preset == "paper":
-        console.print(_paper(bench))
+        console.print_whole(_paper(bench))
     for line in footnotes(bench):
         text = escape(line)
         console.print(f"[bold yellow]{text}[/]" if line.startswith(TOO_NOISY) else text)
 
 
 def _contenders(bench: Bench) -> Table:
-    table = Table(
-        "contender", "runs in", "dtype", "takes", "CUDA graphs", "opened", "peak MB",
-        box=box.SIMPLE_HEAD,
-    )  # fmt: skip
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for title in ("contender", "runs in", "dtype", "takes"):
+        table.add_column(title, overflow="fold", min_width=len(title))
+    for title in ("CUDA graphs", "opened", "peak MB"):
+        table.add_column(title, no_wrap=True, min_width=len(title))
     for one in bench.timed:
         found = [timing for timing in bench.timings if timing.contender == one.name]
         peak = max(timing.device_bytes or timing.peak_rss_bytes for timing in found)
@@ -228,40 +233,72 @@ def _contenders(bench: Bench) -> Table:
     return table
 
 
-def _times(bench: Bench) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("batch", justify="right")
-    table.add_column("contender", no_wrap=True)
-    for title in ("median ms", "p90", "p99", "images/s"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column(escape(f"time / {bench.baseline}"), no_wrap=True)
-    table.add_column("cosine", no_wrap=True)
-    table.add_column("max_abs", no_wrap=True)
+_AGREEMENT = ("cosine", "max_abs")
+_FOLDED = 13  # columns that a contender's name is folded to where there is no more room
+
+
+def _times(bench: Bench, more: tuple[str, ...] = ()) -> Table:
+    """Lay out times and ratios; ``more`` are columns of agreement."""
+    titles = ("median ms", "p90", "p99", "images/s", "ratio", *more)
+    rows = [
+        (timing, (*_figures(timing, bench), *(_agreement(timing) if more else ())))
+        for timing in bench.timings
+    ]
+    return _by_batch(bench, titles, rows)
+
+
+def _agreements(bench: Bench) -> Table:
+    return _by_batch(bench, _AGREEMENT, [(one, _agreement(one)) for one in bench.timings])
+
+
+def _by_batch(
+    bench: Bench, titles: Sequence[str], rows: Sequence[tuple[Timing, Sequence[str]]]
+) -> Table:
+    """Lay out a row a timing; figures are never clipped, names are folded."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    names = [_name(timing) for timing, _ in rows]
+    widest = max(map(len, (*names, "contender")))
+    table.add_column("batch", justify="right", no_wrap=True, min_width=len("batch"))
+    table.add_column("contender", overflow="fold", min_width=min(widest, _FOLDED))
+    for place, title in enumerate(titles):
+        least = max(len(title), *(len(cells[place]) for _, cells in rows))
+        justify: JustifyMethod = "left" if title in {"ratio", *_AGREEMENT} else "right"
+        table.add_column(title, justify=justify, no_wrap=True, min_width=least)
     for batch in bench.batches:
-        for timing in (one for one in bench.timings if one.batch == batch):
-            table.add_row(*_row(timing))
+        for timing, cells in rows:
+            if timing.batch == batch:
+                table.add_row(str(batch), escape(_name(timing)), *cells)
         table.add_section()
     return table
 
 
-def _row(timing: Timing) -> list[str]:
-    ratio, agreement = timing.ratio, timing.agreement
-    if agreement is None:
-        compared = ["-", "-"]
-    else:
-        compared = [f"{agreement.cosine_min:.6f}", f"{agreement.max_abs:.1e}"]
-    return [
-        str(timing.batch),
-        escape(timing.contender),
+def _name(timing: Timing) -> str:
+    return timing.contender if timing.split is None else f"{timing.contender}, {timing.split}"
+
+
+def _figures(timing: Timing, bench: Bench) -> tuple[str, ...]:
+    ratio = timing.ratio
+    mark = " *" if bench.noise(timing) else ""
+    return (
         *(_ms(time) for time in (timing.median_ms, timing.p90_ms, timing.p99_ms)),
         f"{timing.images_per_second:.1f}",
-        f"{ratio.median:.3f} ({ratio.q1:.3f}-{ratio.q3:.3f})",
-        *compared,
-    ]
+        f"{ratio.median:.3f} ({ratio.q1:.3f}-{ratio.q3:.3f}){mark}",
+    )
+
+
+def _agreement(timing: Timing) -> tuple[str, str]:
+    found = timing.agreement
+    if found is None:
+        return "-", "-"
+    return f"{found.cosine_min:.6f}", f"{found.max_abs:.1e}"
 
 
 def _ms(time: float) -> str:
     return f"{time:.0f}" if time >= 1000 else f"{time:.1f}" if time >= 100 else f"{time:.2f}"
+
+
+_OF_PAPER = 9  # columns of a figure, as 1234567.8
+_OF_NAMES = 24  # columns that two names above a figure are folded to
 
 
 def _paper(bench: Bench) -> Table:
@@ -269,13 +306,19 @@ def _paper(bench: Bench) -> Table:
     names = [one.name for one in bench.timed]
     titles = [f"{name}, ms" for name in names]
     titles += [f"{names[0]} / {name}, x" for name in names[1:]]
-    table = Table("batch", *map(escape, titles))
+    table = Table()
+    table.add_column("batch", no_wrap=True, min_width=len("batch"))
+    for title in titles:  # long names are folded, and figures are shorter
+        table.add_column(escape(title), overflow="fold", min_width=_OF_PAPER, max_width=_OF_NAMES)
     for batch in bench.batches:
         found = [bench.timing(name, batch) for name in names]
         table.add_row(
             str(batch),
             *(f"{timing.median_ms:.1f}" for timing in found),
-            *(f"{1 / timing.ratio.median:.2f}" for timing in found[1:]),
+            *(
+                f"{1 / timing.ratio.median:.2f}{' *' if bench.noise(timing) else ''}"
+                for timing in found[1:]
+            ),
         )
     table.title = "median time of a call, and the speed-up: median of the rounds"
     return table

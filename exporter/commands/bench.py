@@ -26,6 +26,7 @@ from msn_export.benchmark.results import (
     Contender,
     Rounds,
     Timing,
+    busy,
     figures,
     noise_of,
     ratio_of,
@@ -60,7 +61,6 @@ PACKAGES = (
     "numpy",
 )
 _GPU = re.compile("cuda|tensorrt", re.IGNORECASE)  # in the name of an execution provider
-_BUSY = 0.5  # load average, per core, from which a time is not to be trusted
 
 
 def run_bench(job: BenchJob, progress: Progress = SILENT) -> Bench:
@@ -77,7 +77,7 @@ def run_bench(job: BenchJob, progress: Progress = SILENT) -> Bench:
         read = [*job.artifacts, *map(manifest_path, job.artifacts)]
         require_writable([job.report], force=job.force, sources=read)
         _require_page()
-    load = os.getloadavg()[0]
+    load = round(os.getloadavg()[0], 2)
     where = _where(job)
     with tempfile.TemporaryDirectory(prefix="msn-export-bench-") as folder, ExitStack() as stack:
         choices = Choices(job.variant, job.weights)
@@ -96,7 +96,9 @@ def run_bench(job: BenchJob, progress: Progress = SILENT) -> Bench:
         _enter(job, session, progress)
         timings: list[Timing] = []
         for batch in job.batches:
-            timings += _time_batch(job, session, reference, batch, progress)
+            found = _time_batch(job, session, reference, batch, progress)
+            loaded = busy(load, physical_cores())
+            timings += [replace(one, noisy=one.noisy or loaded) for one in found]
     bench = _summary(job, session, sample, reference, timings, load)
     if job.report is not None:
         _write_page(bench, job.report, progress, force=job.force)
@@ -148,8 +150,6 @@ def _time_batch(
         for one in session.opened:
             outputs, seconds = session.outputs(one, batch)
             compared[one.name] = (*reference.compare(one.entry, outputs), seconds)
-            if (note := one.splits(batch)) is not None:
-                session.notes.append(note)
     with progress.step(f"batch {batch}: time"):
         rounds = _run_rounds(job, session, batch, progress)
     timings = []
@@ -172,6 +172,7 @@ def _time_batch(
                 agreement=agreement,
                 not_compared=why,
                 noisy=noise_of(ratio, own, alone=len(rounds) == 1),
+                split=one.splits(batch),
             )
         )
     return timings
@@ -199,17 +200,11 @@ def _summary(
     timings: list[Timing],
     load: float,
 ) -> Bench:
-    machine = this_machine()
-    if load > _BUSY * machine.cores:
-        session.notes.append(
-            f"Other processes were using the machine (load average {load:.1f} on {machine.cores} "
-            "cores when the run began): compare ratios, not milliseconds."
-        )
     return Bench(
         product=f"msn-export {__version__}",
         command=job.command,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        machine=machine,
+        machine=this_machine(),
         versions=versions_of(*PACKAGES),
         batches=job.batches,
         rounds=job.rounds,
@@ -220,7 +215,7 @@ def _summary(
         preprocessing=sample.preprocessing.name,
         baseline=session.opened[0].name,
         reference=reference.name,
-        load=round(load, 2),
+        load=load,
         contenders=(*(one.record for one in session.opened), *session.absent),
         timings=tuple(timings),
         notes=tuple(dict.fromkeys(session.notes)),

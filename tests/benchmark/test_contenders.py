@@ -1,5 +1,6 @@
 """Contenders are found and named; one that cannot take part says why."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,12 @@ def test_the_graph_of_an_engine_must_lie_beside_it(model, tmp_path) -> None:
 def test_a_graph_in_openvino_is_entered_in_onnxruntime_too(model) -> None:
     placement = Placement(1, providers=("openvino",), precision="bf16")
     (entry,) = source_graphs([artifact(model, placement, "tiny.onnx")], placement)
-    assert (entry.name, entry.file) == ("tiny.onnx, onnxruntime", model)
+    assert (entry.name, entry.file) == ("tiny.onnx (ort)", model)
+    (own,) = artifacts([model], placement)
+    assert own.name == "tiny.onnx (ov bf16)"
+    assert [one.name for one in source_graphs([own], placement)] == ["tiny.onnx (ort)"]
+    assert artifacts([model], replace(placement, precision="fp32"))[0].name == "tiny.onnx (ov)"
+    assert artifacts([model], Placement(1))[0].name == "tiny.onnx"
     there = entry.opening["placement"]
     assert (there["providers"], there["precision"]) == (["cpu"], None)
 

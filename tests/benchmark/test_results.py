@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from msn_export.benchmark.results import (
+    BUSY,
     NOISY,
     Ratio,
+    busy,
     figures,
     footnotes,
     medians,
@@ -101,3 +103,40 @@ def test_too_few_rounds_have_no_quartiles_and_no_fastest() -> None:
     told = "2 rounds cannot show whether the machine was disturbed: take --rounds 3 or more."
     assert told in footnotes(few)
     assert not any("cannot show" in line for line in footnotes(made_up()))
+
+
+@pytest.mark.parametrize(
+    ("load", "cores", "reason"),
+    [
+        (0.0, 2, None),
+        (1.0, 2, None),
+        (1.01, 2, "load average 1.0 on 2 cores when the run began, more than 1"),
+        (2.8, 1, "load average 2.8 on 1 core when the run began, more than 0.5"),
+        (8.0, 16, None),
+    ],
+)
+def test_a_machine_with_other_work_cannot_time_anything(load, cores, reason) -> None:
+    assert BUSY == 0.5
+    assert busy(load, cores) == reason
+
+
+def test_under_load_no_figure_is_to_be_used() -> None:
+    loaded = made_up(load=2.8)
+    assert all(map(loaded.noise, loaded.timings))
+    assert loaded.fastest(1) is None
+    first, second = footnotes(loaded)[:2]
+    assert first == (
+        "Too noisy, run again on an idle machine: every figure, load average 2.8 on 2 cores when "
+        "the run began, more than 1. Under load, ratios between different runtimes change from run "
+        "to run too, even with narrow quartiles. The average is over one minute: wait that long "
+        "after another run."
+    )
+    assert second == (
+        "ratio: time / eager, median over 10 rounds of the ratio within a round (quartiles); * too "
+        "noisy to be used."
+    )
+    both = replace(loaded.timings[0], noisy="wide")
+    same = replace(loaded.timings[1], noisy=loaded.busy)
+    told = footnotes(replace(loaded, timings=(both, same, *loaded.timings[2:])))
+    assert told[:2] == [first, "Too noisy, run again on an idle machine: eager at batch 1, wide."]
+    assert told[2] == second

@@ -142,3 +142,58 @@ def test_a_benchmark_that_is_too_noisy_says_so_before_all_else_below_its_tables(
     assert timings[0]["noisy"] == "quartiles of the ratio are 0.7 and 1.1"
     assert [len(calls) for calls in timings[0]["samples_ms"]] == [5] * 10
     assert timings[1]["noisy"] is None
+
+
+LONG = (
+    "facebook-vit-msn-base-flowers102.onnx (ort)",
+    "facebook-vit-msn-base-flowers102.int8.onnx (ort)",
+    "facebook-vit-msn-base-flowers102.onnx (ov)",
+    "facebook-vit-msn-base-flowers102.int8.onnx (ov)",
+)
+
+
+@pytest.mark.parametrize("columns", ["80", "100", "160", "30", None])
+def test_every_figure_of_a_benchmark_is_whole_at_any_width(capsys, monkeypatch, columns) -> None:
+    if columns is None:  # a pipe
+        monkeypatch.delenv("COLUMNS", raising=False)
+    else:
+        monkeypatch.setenv("COLUMNS", columns)
+    bench = made_up(names=LONG, load=1.5, preset="paper")
+    show_bench(Console(as_json=False), bench)
+    out = capsys.readouterr().out
+    assert "…" not in out
+    tables = out[: out.index("Too noisy")]
+    for timing in bench.timings:
+        ratio = timing.ratio
+        assert f"{timing.images_per_second:.1f}" in tables
+        assert f"{ratio.median:.3f} ({ratio.q1:.3f}-{ratio.q3:.3f}) *" in tables
+    assert tables.count("1.000000  1.0e-06") == len(bench.timings)
+    words = ("median ms", "p90", "p99", "images/s", "ratio", "cosine", "max_abs", "opened")
+    assert all(word in tables for word in words)
+    if columns in {"160", None}:  # there is room for each name
+        assert all(tables.count(name) >= 3 for name in LONG)
+        assert "batch  contender" in tables
+    if columns in {"80", "100", "160"}:
+        above, _, _ = out.partition("median time of a call")  # which has a column a contender
+        above = above.rpartition("\n")[0]
+        assert max(map(len, above.splitlines())) <= int(columns)
+    rows = [line for line in tables.splitlines() if line.strip()[:1] in {"1", "8"}]
+    assert len(rows) >= len(bench.timings)  # each row begins with its batch
+
+
+def test_the_basis_of_the_ratios_is_said_under_the_table(capsys) -> None:
+    show_bench(Console(as_json=False), made_up())
+    told = " ".join(capsys.readouterr().out.split())
+    assert "time / eager" not in told[: told.index("ratio: ")]
+    assert (
+        "ratio: time / eager, median over 10 rounds of the ratio within a round (quartiles). "
+        "Quartiles show the spread within this run, not between runs." in told
+    )
+
+
+def test_a_batch_that_is_run_in_pieces_says_so_in_its_row(capsys, monkeypatch) -> None:
+    first, *rest = made_up().timings
+    split = made_up(timings=(replace(first, split="in pieces of 32"), *rest))
+    monkeypatch.setenv("COLUMNS", "120")
+    show_bench(Console(as_json=False), split)
+    assert capsys.readouterr().out.count(" 1  eager, in pieces of 32 ") == 1

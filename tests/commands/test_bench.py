@@ -234,6 +234,17 @@ def test_an_artifact_that_is_none_is_an_error(tmp_path, model) -> None:
     assert "tiny.onnx is given twice" in bench(model, model).stderr
 
 
+def test_a_load_at_the_start_marks_every_figure(model, monkeypatch) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (999.0, 1.0, 1.0))
+    result = bench(model, "--against", "none", "--batch", "2", "--batch", "16", "--json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told["load"] == 999.0
+    for timing in told["timings"]:
+        assert "load average 999.0 on " in timing["noisy"] or "quartiles" in timing["noisy"]
+    assert [one["split"] for one in told["timings"]] == [None, "in pieces of 8"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_no_process_outlives_the_run(model, tmp_path, number) -> None:
     command = [sys.executable, "-m", "msn_export", "bench", str(model), "--against", "none"]
@@ -289,10 +300,12 @@ def test_a_graph_in_openvino_is_timed_beside_itself_in_onnxruntime(
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
     by_name = {one["name"]: one for one in told["contenders"]}
-    assert list(by_name) == ["tiny.onnx, onnxruntime", "sdpa", "tiny.onnx"]
-    assert by_name["tiny.onnx"]["runs"].startswith("OpenVINO ")
-    assert by_name["tiny.onnx, onnxruntime"]["runs"].startswith("onnxruntime ")
-    assert by_name["tiny.onnx"]["precision"] == "10 of 10 products in fp32, 2 attention in fp32"
+    assert list(by_name) == ["tiny.onnx (ort)", "sdpa", "tiny.onnx (ov)"]
+    assert by_name["tiny.onnx (ov)"]["runs"].startswith("OpenVINO ")
+    assert by_name["tiny.onnx (ort)"]["runs"].startswith("onnxruntime ")
+    assert (
+        by_name["tiny.onnx (ov)"]["precision"] == "10 of 10 products in fp32, 2 attention in fp32"
+    )
     assert by_name["sdpa"]["precision"] is None
     assert all(timing["agreement"]["cosine_min"] > 0.9999 for timing in told["timings"])
     assert {"openvino", "torch"} <= told["versions"].keys()
