@@ -3,6 +3,7 @@
 A fixture that needs torch imports it: with transformers it takes seconds of every pytest process.
 """
 
+import os
 from pathlib import Path
 
 import photographs as photographs_script
@@ -24,6 +25,8 @@ from tests.fakes import real_bindings
 # the same examples each time, and no clock: the machine may be busy
 settings.register_profile("seeded", derandomize=True, deadline=None)
 settings.load_profile("seeded")
+
+os.environ.pop("COLUMNS", None)  # xdist sets the width of its own terminal; tables would follow it
 
 
 @pytest.fixture(scope="session")
