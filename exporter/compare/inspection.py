@@ -38,7 +38,8 @@ class Inspection(Result):
 
     ``described`` says whether a manifest vouches for the rest: only one whose hash is that of the
     file is believed; ``distrusted`` says why one is not. ``gemm_dtypes`` counts matrix products by
-    what they multiply in, ``accumulators`` fused attention kernels by what they sum in.
+    what they multiply in, ``convolution_dtypes`` convolutions, ``accumulators`` fused attention
+    kernels by what they sum in.
     """
 
     file: str
@@ -62,6 +63,7 @@ class Inspection(Result):
     attention_expected: int | None = None
     attention_fused: int | None = None
     gemm_dtypes: dict[str, int] = field(default_factory=dict)
+    convolution_dtypes: dict[str, int] = field(default_factory=dict)
     accumulators: dict[str, int] = field(default_factory=dict)
     kernels: int | None = None
     kernels_per_block: dict[str, int] = field(default_factory=dict)
@@ -169,15 +171,16 @@ def _of_graph(artifact: Artifact, stated: dict[str, Any]) -> dict[str, Any]:
         "weight_bytes": artifact.weight_bytes,
         "precision": str(graph_dtype(model)),
         "multiply_adds": macs(model),
-        "gemm_dtypes": _product_dtypes(model),
+        "gemm_dtypes": _product_dtypes(model, {"MatMul", "Gemm"}),
+        "convolution_dtypes": _product_dtypes(model, {"Conv"}),
     }
 
 
-def _product_dtypes(model: ir.Model) -> dict[str, int]:
-    """Count matrix products by what they multiply in; a dequantised operand counts as quantised."""
+def _product_dtypes(model: ir.Model, operators: set[str]) -> dict[str, int]:
+    """Count products by what they multiply in; a dequantised operand counts as quantised."""
     counts: Counter[str] = Counter()
     for node in model.graph:
-        if node.op_type not in {"MatMul", "Gemm"} or node.inputs[1] is None:
+        if node.op_type not in operators or node.inputs[1] is None:
             continue
         value = node.inputs[1]
         producer = value.producer()
@@ -236,6 +239,7 @@ def _census_facts(manifest: Manifest) -> dict[str, Any]:
         census = from_plain(Census, engine.census[0], "census")
         figures = summary(census)
         facts["kernel_kinds"] = figures["kinds"]
+        facts["convolution_dtypes"] = figures["convolution_dtypes"]
         facts["layout_only"] = tuple(
             f"{_where(kernel.block)}: {' '.join(kernel.layers) or kernel.name}"
             for kernel in census.layout_only

@@ -89,7 +89,7 @@ def _compiled(record: QuantizationRecord) -> Iterator[tuple[str, str]]:
     for name in (record.base, record.format):
         one = compiled[name]
         eight = f", {one['multiplied']} of {one['products']} in {name}" if one["products"] else ""
-        kernels = f"{one['kernels']} kernels, {one['fused_attention']} fused attention"
+        kernels = f"{kernels_of(one['kernels'])}, {one['fused_attention']} fused attention"
         products = f"products {counted_by(one['gemm_dtypes'])}{eight}"
         yield "", f"{name}: {kernels}, {products}, {one['bytes'] / 1e6:.1f} MB"
     yield "timed", _timed(record)
@@ -117,8 +117,10 @@ def file_rows(found: Inspection, manifest: Manifest | None) -> Iterator[tuple[st
     if found.multiply_adds is not None:
         yield "multiply-adds", f"{found.multiply_adds / 1e9:.2f} billion an image"
     if found.accumulators:
-        sums = ", ".join(f"{dtype} in {count}" for dtype, count in found.accumulators.items())
-        yield "attention sums in", f"{sums} fused attention kernels"
+        sums = ", ".join(
+            f"{dtype} in {kernels_of(count)}" for dtype, count in found.accumulators.items()
+        )
+        yield "attention sums in", sums
     if manifest is None:
         return
     if manifest.source is not None:
@@ -316,7 +318,10 @@ def _engine_rows(engine: EngineRecord) -> Iterator[tuple[str, str]]:
     gemms, sums = counted_by(engine.gemm_dtypes, " in "), counted_by(engine.accumulators, " in ")
     eight = f"; {engine.quantised_products} of {engine.quantised_products} quantised ones so"
     yield "matrix products", gemms + (eight if engine.quantised_products else "")
-    yield "fused attention", f"{engine.fused_attention} kernels{f'; sums: {sums}' if sums else ''}"
+    yield (
+        "fused attention",
+        f"{kernels_of(engine.fused_attention)}{f'; sums: {sums}' if sums else ''}",
+    )
     if engine.attention is not None:
         yield from _attention_rows(engine.attention)
     yield "executed", f"{'yes' if engine.executed else 'no'}: {engine.reason}"
@@ -399,6 +404,8 @@ def inspection_rows(found: Inspection) -> Iterator[tuple[str, str]]:
     yield "runs on", found.runs_on
     yield "precision", found.precision or "unknown"
     yield "matrix products", counted_by(found.gemm_dtypes) or "unknown"
+    if found.convolution_dtypes:
+        yield "convolutions", counted_by(found.convolution_dtypes)
     yield "fused attention", fused(found)
     for runtime, precision in found.compiled.items():
         yield f"in {runtime}", str(precision)
@@ -444,6 +451,11 @@ def counted_by(counts: Mapping[str, int], joint: str = " ") -> str:
     return ", ".join(f"{count}{joint}{name}" for name, count in counts.items())
 
 
+def kernels_of(count: int) -> str:
+    """Count kernels."""
+    return f"{count} kernel" if count == 1 else f"{count} kernels"
+
+
 def fused(found: Inspection) -> str:
     """Count the fused attention cores, of how many there are."""
     if found.attention_fused is None:
@@ -460,7 +472,7 @@ def _layout(found: Inspection) -> str:
         return "unknown"
     places = found.layout_only[:4]
     more = f"; and {len(found.layout_only) - 4} more" if len(found.layout_only) > 4 else ""
-    return f"{len(found.layout_only)} kernels ({'; '.join(places)}{more})"
+    return f"{kernels_of(len(found.layout_only))} ({'; '.join(places)}{more})"
 
 
 def significant(value: float, digits: int = 3) -> str:

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from click.testing import CliRunner
 from msn_export.cli import main
 from msn_export.compare.inspection import inspect
 from msn_export.errors import MsnExportError
+from msn_export.reporting.describe import file_rows, inspection_rows
 from tests.builders.checkpoints import hugging_face
 from tests.builders.engine_builds import NEEDS_RTX
 
@@ -38,6 +40,7 @@ def test_an_engine_tells_what_it_is_made_of(artifacts) -> None:
     assert found.described == "m.engine.json, hash verified"
     assert found.runs_on.endswith("on SM 8.6")
     assert found.gemm_dtypes == {"Half": 8}
+    assert found.convolution_dtypes == {"Half": 1}
     assert (found.attention_fused, found.attention_expected) == (2, 2)
     assert found.accumulators == {"fp16": 2}
     assert found.kernels == sum(found.kernel_kinds.values())
@@ -49,10 +52,30 @@ def test_an_engine_tells_what_it_is_made_of(artifacts) -> None:
     assert found.executed.startswith(("compiled, not executed", "yes"))
 
 
+def test_the_patch_convolution_has_a_row_beside_the_products(artifacts) -> None:
+    for name, products, convolutions in (
+        ("m.engine", "8 Half", "1 Half"), ("m.onnx", "8 float", "1 float")
+    ):  # fmt: skip
+        rows = dict(inspection_rows(inspect(artifacts / name)))
+        assert (rows["matrix products"], rows["convolutions"]) == (products, convolutions)
+    shutil.copy(artifacts / "m.engine", artifacts / "alone.engine")  # its kernels are unknown
+    assert "convolutions" not in dict(inspection_rows(inspect(artifacts / "alone.engine")))
+
+
+def test_one_kernel_is_not_called_kernels(artifacts) -> None:
+    found = inspect(artifacts / "m.engine")
+    one = replace(found, layout_only=found.layout_only[:1], accumulators={"fp16": 2, "fp32": 1})
+    rows = dict(inspection_rows(one))
+    assert rows["layout only"].startswith("1 kernel (")
+    sums = dict(file_rows(one, None))["attention sums in"]
+    assert sums == "fp16 in 2 kernels, fp32 in 1 kernel"
+
+
 def test_a_graph_is_counted_from_the_file_itself(artifacts) -> None:
     found = inspect(artifacts / "m.onnx")
     assert found.precision == "fp32"
     assert found.gemm_dtypes == {"float": 8}
+    assert found.convolution_dtypes == {"float": 1}
     assert (found.attention_fused, found.attention_expected) == (2, 2)
     assert found.multiply_adds is not None
     assert found.multiply_adds > 0
