@@ -123,7 +123,7 @@ class OpenContender:
         return self.entry.name
 
     def splits(self, batch: int) -> str | None:
-        """Say how a batch is run that the artifact does not take at once."""
+        """Describe how a batch is run that the artifact does not take at once."""
         takes = BatchRange.parse(self.reply["batch"]) if "batch" in self.reply else None
         if takes is None or takes.min <= batch <= takes.max:
             return None

@@ -171,6 +171,28 @@ def _gate(validation: Validation) -> Iterator[tuple[str, str]]:
         yield "", check.limits_from
 
 
+def gate_words(check: CheckRecord, numbers: Mapping[str, float], reason: str = "") -> str:
+    """Put what a check was held to in words: the limits measured on its images, or fixed numbers.
+
+    Args:
+        check: what was measured.
+        numbers: the fixed ones of its gate, which count where nothing was measured.
+        reason: why they are what they are.
+    """
+    measured = {name: limits.get("relative") for name, limits in check.limits.items()}
+    most = {name: limit for name, limit in measured.items() if limit is not None}
+    if not most:
+        fixed = in_words(check.gate or numbers)
+        return f"{fixed}, because {reason}" if reason else fixed
+    several = len(most) > 1
+    limits = ", ".join(
+        f"{limit:.1e}{f' in {name}' if several else ''}" for name, limit in most.items()
+    )
+    source = f": {check.limits_from}" if check.limits_from else ""
+    asked = f"; {in_words(check.gate)}" if check.gate else ""
+    return f"relative error at most {limits} (measured{source}){asked}"
+
+
 def counted(check: CheckRecord) -> str:
     """Count what a check ran, of how many there were."""
     what = "inputs" if check.source.startswith("seeded noise") else "images"

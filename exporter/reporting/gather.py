@@ -36,9 +36,9 @@ from msn_export.graph.summary import BlockPrecision, precision_map
 from msn_export.manifest import CheckRecord, ImageRecord, Manifest
 from msn_export.metrics.evaluate import Evaluation
 from msn_export.metrics.metrics import embedding_of, nearest
-from msn_export.metrics.tolerances import GATES, in_words
+from msn_export.metrics.tolerances import GATES
 from msn_export.preprocessing import Preprocessing
-from msn_export.reporting.describe import counted_by, short, significant
+from msn_export.reporting.describe import counted_by, gate_words, short, significant
 from msn_export.schema import Result, from_plain
 
 State = Literal["passed", "partial", "failed"]
@@ -192,7 +192,8 @@ def live_agreement(validation: Validation, ran: Evaluation) -> ReportedAgreement
         short(validation.candidate.name),
         short(validation.reference.name),
         validation.check,
-        f"{validation.gate_name}: {validation.gate}, because {validation.gate.reason}",
+        f"{validation.gate_name}: "
+        + gate_words(validation.check, validation.gate.numbers, validation.gate.reason),
         validation,
         _worst(ran),
         len(ran.reference.sample),
@@ -245,7 +246,7 @@ def recorded_agreement(name: str, manifest: Manifest) -> ReportedAgreement:
     """Show the comparison that a manifest holds: what ran when the artifact was made."""
     check = manifest.check
     assert check is not None
-    gate = in_words(check.gate or GATES[manifest.dtype].numbers)
+    gate = gate_words(check, GATES[manifest.dtype].numbers)
     if manifest.engine is not None and not manifest.engine.executed:
         name = f"typed graph of {name}"  # no engine agrees with anything before it ran
     return ReportedAgreement(
@@ -394,7 +395,10 @@ def spelled(dtype: str) -> str:
     return _DTYPES.get(dtype, dtype)
 
 
-_COLUMNS = ("what", "batch", "median ms", "p90 ms", "p99 ms", "images/s", "time / baseline")
+_COLUMNS = (
+    "what", "runs in", "precision", "threads", "batch", "median ms", "p90 ms", "p99 ms", "images/s",
+    "time / baseline",
+)  # fmt: skip
 
 
 def timing_columns(bench: Bench) -> tuple[str, ...]:
@@ -403,12 +407,22 @@ def timing_columns(bench: Bench) -> tuple[str, ...]:
 
 
 def timing_rows(bench: Bench) -> Iterator[list[str]]:
-    """Lay a benchmark out in cells; a figure that was not measured is an empty one."""
+    """Lay a benchmark out in cells; a figure that was not measured is an empty one.
+
+    A ratio that is too noisy to be used ends in ``*``.
+    """
+    contenders = {one.name: one for one in bench.timed}
     for one in bench.timings:
+        what = contenders[one.contender]
+        # read back where the runtime says it, else the artifact's own
+        precision = what.precision or what.dtype or "unknown"
+        batch = f"{one.batch}, {one.split}" if one.split else str(one.batch)
         figures = (one.median_ms, one.p90_ms, one.p99_ms, one.images_per_second)
         cosine = one.agreement.cosine_min if one.agreement is not None else None
-        cells = [one.contender, str(one.batch), *(significant(x, 4) for x in figures)]
-        cells += [f"{one.ratio.median:.3f} ({one.ratio.q1:.3f} to {one.ratio.q3:.3f})"]
+        cells = [one.contender, what.runs, precision, str(what.threads or ""), batch]
+        cells += [significant(x, 4) for x in figures]
+        mark = " *" if bench.noise(one) else ""
+        cells += [f"{one.ratio.median:.3f} ({one.ratio.q1:.3f} to {one.ratio.q3:.3f}){mark}"]
         cells += ["" if cosine is None else f"{cosine:.8f}"]
         yield cells[: len(timing_columns(bench))]
 

@@ -6,6 +6,7 @@ import re
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from msn_export.benchmark.results import footnotes
 from msn_export.errors import IN_A_TEXT
 from msn_export.graph.summary import PARTS
 from msn_export.metrics.tolerances import HEADROOM
@@ -65,7 +66,7 @@ def environment(*, autoescape: bool) -> Environment:
     }  # fmt: skip
     opened.globals |= {
         "accuracy_rows": accuracy_rows, "file_rows": file_rows, "fit_rows": fit_rows,
-        "fused": fused, "multiplied": multiplied, "strips": strips,
+        "footnotes": footnotes, "fused": fused, "multiplied": multiplied, "strips": strips,
         "timed_on": timed_on, "timing_columns": timing_columns, "timing_rows": timing_rows,
         "PARTS": PARTS, "HEADROOM": HEADROOM,
     }  # fmt: skip

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
+from msn_export.benchmark.results import footnotes
 from msn_export.manifest import CheckpointRecord
 from msn_export.reporting.gather import Page
 from msn_export.reporting.render import html, markdown
@@ -59,3 +60,18 @@ def test_an_accuracy_is_in_the_head_under_whatever_title(title) -> None:
     assert result.metric_type == "accuracy"
     assert result.dataset_name == "flowers"
     assert data.get("license") is None
+
+
+def test_page_and_card_mark_noisy_rows_and_say_why() -> None:
+    loaded = page(latency=made_up(load=2.8))
+    text = markdown(loaded)
+    rows = [line for line in text.splitlines() if line.startswith("| sdpa |")]
+    assert len(rows) == 2
+    assert all(row.split(" | ")[-2].endswith(r" \*") for row in rows)
+    assert rows[0].startswith("| sdpa | somewhere | fp32 | 2 | 1 |")
+    for line in footnotes(made_up(load=2.8)):
+        assert line in html(loaded)
+        assert line.replace("*", r"\*") in text
+    quiet = markdown(page(latency=made_up()))
+    assert "Too noisy" not in quiet
+    assert r"\* |" not in quiet
