@@ -37,6 +37,7 @@ class Opt:
         read: makes the value of text, or of the path; raises SpecError or ValueError.
         form: what ``read`` takes, in a few words.
         words: those of its type's values that may be given; ``none`` is one more, for None.
+        elsewhere: words that are refused, each with what to do instead.
         exists: it is a file or a folder that is there.
         metavar: what stands for its value in the help.
         bare: the value where the flag has none behind it.
@@ -51,6 +52,7 @@ class Opt:
     read: Callable[[Any], Any] | None = None
     form: str = ""
     words: tuple[str, ...] = ()
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
     none: str | None = None
     exists: bool = False
     metavar: str | None = None
@@ -176,6 +178,10 @@ def names(text: str) -> tuple[str, ...]:
 
 
 DTYPES = ("fp32", "fp16", "bf16")  # those that are no matter of calibration
+EIGHT_BITS = {
+    dtype: f"8 bits take ranges: export fp32, and quantise it with msn-export calibrate --{dtype}"
+    for dtype in ("int8", "fp8")
+}
 
 # how pictures become a model's input
 Preprocess = Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections import Counter
@@ -201,7 +202,11 @@ VARIANTS = {
 
 def named_variant(name: str) -> VitConfig:
     if name not in VARIANTS:
-        raise CheckpointError(f"variant {name!r} is unknown; expected one of {', '.join(VARIANTS)}")
+        close = difflib.get_close_matches(name, VARIANTS, 1)
+        meant = f"; did you mean {close[0]}?" if close else ""
+        raise CheckpointError(
+            f"variant {name!r} is unknown; expected one of {', '.join(VARIANTS)}{meant}"
+        )
     return VARIANTS[name]
 
 

@@ -85,8 +85,9 @@ def fit(as_json: bool, **options: Any) -> None:
 @click.argument("model", type=EXISTING)
 @click.option("--int8", "quantised", is_flag=True, hidden=True)
 @click.option("--fp8", "quantised", is_flag=True, hidden=True)
+@click.option("--dtype", "typed", hidden=True)
 @json_option
-def trt(as_json: bool, quantised: bool, **options: Any) -> None:
+def trt(as_json: bool, quantised: bool, typed: str | None, **options: Any) -> None:
     """Compile the ONNX graph MODEL into a TensorRT engine.
 
     \b
@@ -94,7 +95,9 @@ def trt(as_json: bool, quantised: bool, **options: Any) -> None:
       msn-export trt small.onnx --fp16 --images pictures
       msn-export trt small.onnx --fp16 --backend tensorrt-rtx --compute-capability 8.9
     """
-    if quantised:
+    if typed is not None and typed.lower() not in {"int8", "fp8"}:
+        raise click.UsageError("No such option '--dtype' of trt; use --fp32, --fp16 or --bf16")
+    if quantised or typed is not None:
         raise click.UsageError(
             "8 bits take ranges: quantise the fp32 graph with msn-export calibrate --int8 or --fp8,"
             " and compile what that writes"

@@ -8,7 +8,7 @@ import pkgutil
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from enum import Enum
 from pathlib import Path
@@ -54,6 +54,20 @@ class _Source(click.ParamType[str]):
         except CheckpointError as error:
             self.fail(str(error), *args)
         return str(value)
+
+
+class _Words(click.Choice[str]):
+    """A choice of words; of some others it says what to do instead."""
+
+    def __init__(self, words: Sequence[str], elsewhere: Mapping[str, str]) -> None:
+        super().__init__(words, case_sensitive=False)
+        self.elsewhere = elsewhere
+
+    def convert(self, value: Any, *args: Any) -> str:
+        instead = self.elsewhere.get(str(value).lower())
+        if instead is not None:
+            self.fail(f"{value!r} is not one of {', '.join(self.choices)}; {instead}", *args)
+        return super().convert(value, *args)
 
 
 IMAGES = _Named(exists=True, path_type=Path)
@@ -109,7 +123,7 @@ def _type_of(one: One, opt: Opt) -> click.ParamType[Any]:
         return click.STRING
     meanings = {word: kind(word) if one.is_enum else word for word in words}
     meanings = {**({opt.none: None} if opt.none else {}), **meanings}
-    choice = click.Choice(list(meanings), case_sensitive=False)
+    choice = _Words(list(meanings), opt.elsewhere)
     return Parsed("", meanings.__getitem__, choice)
 
 

@@ -13,7 +13,7 @@ from msn_export.files import require_writable
 from msn_export.manifest import manifest_path
 from msn_export.models.checkpoint import MEMORY, WEIGHTS, Choices, files_of, kind_of
 from msn_export.models.config import LinearClassifier
-from msn_export.options import DTYPES, OUTPUT, Opt
+from msn_export.options import DTYPES, EIGHT_BITS, OUTPUT, Opt
 from msn_export.processor_config import require_choice
 from msn_export.schema import Count, Job, Within
 from msn_export.spec import (
@@ -90,7 +90,9 @@ class OnnxJob(Job):
         InputFormat,
         Opt("Normalised planes, or bytes [b, h, w, 3].", "--input", words=("float", "uint8")),
     ] = InputFormat.FLOAT
-    dtype: Annotated[Dtype, Opt("Type of weights and arithmetic.", words=DTYPES)] = Dtype.FP32
+    dtype: Annotated[
+        Dtype, Opt("Type of weights and arithmetic.", words=DTYPES, elsewhere=EIGHT_BITS)
+    ] = Dtype.FP32
     batch: Annotated[
         BatchRange, Opt("Images at a time: a fixed number, or a range and what it is tuned for.")
     ] = BatchRange()

@@ -31,6 +31,18 @@ def invoke(*arguments: str):
         (["onnx", "x", "--images", "nowhere"], "'--images': Path 'nowhere' does not exist"),
         (["onnx"], "Missing argument 'CHECKPOINT'"),
         (["trt", "x", "--compute-capability", "ada"], "capability 'ada' is not a version"),
+        (
+            ["onnx", "x", "--dtype", "INT8"],
+            "'INT8' is not one of fp32, fp16, bf16; 8 bits take ranges: export fp32, and quantise "
+            "it with msn-export calibrate --int8",
+        ),
+        (["fit", "x", ".", "--dtype", "fp8"], "quantise it with msn-export calibrate --fp8"),
+        (["onnx", "x", "--dtype", "fp64"], "'fp64' is not one of 'fp32', 'fp16', 'bf16'."),
+        (
+            ["trt", str(HERE), "--dtype", "fp16"],
+            "No such option '--dtype' of trt; use --fp32, --fp16 or --bf16",
+        ),
+        (["trt", str(HERE), "--dtype", "int8"], "quantise the fp32 graph with msn-export calib"),
         (["trt", str(HERE), "--int8"], "quantise the fp32 graph with msn-export calibrate"),
         (["trt", "x", "--workspace", "much"], "'much' is no amount of memory"),
         (["trt", "x", "--optimization-level", "9"], "Invalid value for '--optimization-level'"),

@@ -102,6 +102,13 @@ def test_a_config_is_plain_json() -> None:
     }
 
 
+def test_a_mistyped_variant_is_met_with_the_nearest_name() -> None:
+    with pytest.raises(CheckpointError, match=r"vit-msn-large-7; did you mean vit-msn-base\?$"):
+        named_variant("vit-msn-bse")
+
+
 def test_an_unknown_variant_lists_what_is_known() -> None:
     with pytest.raises(CheckpointError, match=r"variant 'vits16' is unknown; expected one of vit-"):
         named_variant("vits16")
+    with pytest.raises(CheckpointError, match=r"vit-msn-large-7$"):  # nothing is near it
+        named_variant("resnet50")
