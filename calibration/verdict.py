@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from msn_export.artifact import GraphFile
 from msn_export.benchmark.session import time_engines, time_graphs
-from msn_export.calibration.images import Split
+from msn_export.calibration.images import FEW, Split
 from msn_export.calibration.job import CalibrateJob
 from msn_export.calibration.search import EVERYTHING, CollectedRanges, Exclusion
 from msn_export.engine.build import BuildResult, build_engine
@@ -84,8 +84,15 @@ class CostBenefit:
 
 
 def summary(
-    benefit: CostBenefit, quantised: Evaluation, baseline: Evaluation, *, kept: int, depth: int
+    benefit: CostBenefit,
+    quantised: Evaluation,
+    baseline: Evaluation,
+    *,
+    kept: int,
+    depth: int,
+    calibrated: int,
 ) -> str:
+    """Summarise what quantising saved and cost; ``calibrated`` counts images."""
     what = "engine" if benefit.engine else "file"
     share = benefit.size_share
     change = f"{1 - share:.0%} smaller" if share <= 1 else f"{share - 1:.0%} larger"
@@ -115,6 +122,8 @@ def summary(
         )
     if kept:
         shares.append(f"{kept} of {depth} blocks kept in {benefit.base}")
+    if calibrated < FEW:
+        shares.append(f"only {calibrated} images were calibrated on")
     detail = "; ".join([cost, *shares, *benefit.faults, _times(benefit)])
     if not benefit.worthwhile:
         return f"keep {benefit.base}: {saved}; {detail}"

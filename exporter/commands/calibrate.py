@@ -163,7 +163,14 @@ def _quantization(
         compiled=compiled,
         latency=latency,
         worthwhile=benefit.worthwhile,
-        verdict=summary(benefit, evaluation, baseline, kept=len(exclusion.kept), depth=plan.depth),
+        verdict=summary(
+            benefit,
+            evaluation,
+            baseline,
+            kept=len(exclusion.kept),
+            depth=plan.depth,
+            calibrated=len(taken.images.sha256),
+        ),
     )
 
 

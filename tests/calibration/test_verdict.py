@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from msn_export.calibration import verdict
+from msn_export.calibration.images import FEW
 from msn_export.calibration.verdict import CostBenefit, neighbours_of, summary
 from msn_export.engine.options import BuildSpec, BuildStep
 from msn_export.errors import BuildError
@@ -74,8 +75,13 @@ def savings(**said) -> CostBenefit:
     })  # fmt: skip
 
 
-def said(saved: CostBenefit, kept: int = 0) -> str:
-    return summary(saved, ALIKE, ALIKE, kept=kept, depth=12)
+def said(saved: CostBenefit, kept: int = 0, calibrated: int = FEW) -> str:
+    return summary(saved, ALIKE, ALIKE, kept=kept, depth=12, calibrated=calibrated)
+
+
+def test_ranges_of_few_images_stand_in_the_summary() -> None:
+    assert "; only 12 images were calibrated on; time not measured" in said(savings(), 0, 12)
+    assert "calibrated on" not in said(savings())
 
 
 def test_a_gain_in_bytes_is_a_gain_where_no_time_was_measured() -> None:
@@ -122,7 +128,7 @@ def test_a_single_image_has_no_neighbours() -> None:
         name: replace(one, neighbours=None, classes=None) for name, one in ALIKE.outputs.items()
     }
     alone = replace(ALIKE, outputs=agreements)
-    assert "agree" not in summary(savings(), alone, alone, kept=0, depth=12)
+    assert "agree" not in summary(savings(), alone, alone, kept=0, depth=12, calibrated=FEW)
 
 
 @pytest.mark.parametrize("module", ["tensorrt_rtx", "tensorrt"])
