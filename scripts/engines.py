@@ -40,10 +40,10 @@ compiled by the same backend. *Fused* is the number of fused attention kernels. 
 engines run in the requested precision. Weights are random; kernels do not depend on them.
 
 The 112 kernels of README's picture were counted for SM 8.9. Name the SM of your GPU, as in `--compute-capability 8.9`. Without it,
-TensorRT compiles for the GPU of the machine, and TensorRT-RTX writes one engine for every GPU from SM 8.0 on, except SM 9.0 and
-10.0. Such an engine has the code for SM 8.0: for vit-msn-small in fp16 it differs from the engine for 8.9 in 26 bytes, while the
-engine for 12.0 has the same list of kernels and other code. An engine for a named SM is refused on another GPU, with the command
-that rebuilds it. A precision that the named SM does not have is refused before the engine is compiled.
+TensorRT-RTX writes one engine for every GPU from SM 8.0 on, except SM 9.0 and 10.0. Such an engine has the code for SM 8.0: for
+vit-msn-small in fp16 it differs from the engine for 8.9 in 26 bytes, while the engine for 12.0 has the same list of kernels and
+other code. An engine for a named SM is refused on another GPU, with the command that rebuilds it. A precision that the named SM
+does not have is refused before the engine is compiled. TensorRT takes no SM: it compiles for the GPU of the machine.
 
     python scripts/engines.py
 

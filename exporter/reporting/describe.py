@@ -197,7 +197,7 @@ def counted(check: CheckRecord) -> str:
     """Count what a check ran, of how many there were."""
     what = "inputs" if check.source.startswith("seeded noise") else "images"
     of = f" of {check.given:,}" if check.given > check.images else ""
-    return f"{check.images}{of} {what}"
+    return f"{check.images}{of} {what if max(check.images, check.given) != 1 else what[:-1]}"
 
 
 def _ran(check: CheckRecord) -> str:

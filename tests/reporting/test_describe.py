@@ -13,7 +13,7 @@ from msn_export.metrics.evaluate import Evaluation, Reference, Sample
 from msn_export.metrics.tolerances import GATES, Gate
 from msn_export.preprocessing import preset
 from msn_export.reporting import gather
-from msn_export.reporting.describe import accuracy_rows, check_rows, origin_of
+from msn_export.reporting.describe import accuracy_rows, artifact_rows, check_rows, origin_of
 from msn_export.spec import Dtype, ImageSize
 from tests.builders.manifests import check, counted, example
 from tests.reporting.test_plots import agreement, artifact, drift, stage
@@ -123,3 +123,15 @@ def test_accuracy_is_both_sides_the_images_and_the_test() -> None:
 def test_a_loss_that_is_allowed_is_named_with_what_is() -> None:
     *_, (_, last) = accuracy_rows(counted(conclusion="allowed loss", allowed=0.01))
     assert last.startswith("allowed loss, 1 points are allowed: 4 lost, 1 gained, ")
+
+
+@pytest.mark.parametrize(
+    ("images", "given", "source", "words"),
+    [
+        (1, 1, "one", "1 image"), (1, 9, "many", "1 of 9 images"), (4, 4, "four", "4 images"),
+        (1, 1, "seeded noise", "1 input"), (0, 0, "none", "0 images"),
+    ],
+)  # fmt: skip
+def test_one_image_is_not_called_images(images, given, source, words) -> None:
+    rows = dict(artifact_rows(example(check=check(images=images, given=given, source=source))))
+    assert rows["verdict"] == f"passed on {words}"
