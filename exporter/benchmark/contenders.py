@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from msn_export.models.vit import AttentionKind
 
 
+INPUTS = 4  # different batches that calls go through in turn: one alone would stay in the caches
+
 # PyTorch contenders: the form of attention, and whether torch.compile gets the model
 TORCH: dict[str, tuple[AttentionKind, bool]] = {
     "eager": ("eager", False),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from msn_export import images
-from msn_export.benchmark.contenders import TORCH, Origin, Placement
+from msn_export.benchmark.contenders import INPUTS, TORCH, Origin, Placement
 from msn_export.errors import CheckpointError, SpecError
 from msn_export.host import peak_rss, reset_peak, serve
 from msn_export.preprocessing import Preprocessing
@@ -175,7 +175,6 @@ def open_reference(origin: Origin, attention: AttentionKind) -> Heads:
 
 
 Timed: TypeAlias = ArtifactContender | TorchContender
-_INPUTS = 4  # different batches that calls go through in turn: one alone would stay in the caches
 
 
 class Server:
@@ -210,7 +209,7 @@ class Server:
         }
         with Path(request["outputs"]).open("wb") as file:
             np.savez(file, **outputs)  # type: ignore[arg-type]
-        starts = [start * batch for start in range(_INPUTS)]
+        starts = [start * batch for start in range(INPUTS)]
         self._inputs = [self._input(range(start, start + batch)) for start in starts]
         return {"seconds": time.monotonic() - started}
 

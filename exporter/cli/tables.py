@@ -224,7 +224,7 @@ def _contenders(bench: Bench) -> Table:
         table.add_row(
             escape(one.name),
             escape(one.runs),
-            one.dtype or "unknown",
+            ": ".join(filter(None, (one.dtype or "unknown", one.precision))),
             escape(one.takes),
             one.cuda_graphs or "-",
             f"{one.open_seconds:.1f} s",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from msn_export import __version__
 from msn_export.benchmark.contenders import (
+    INPUTS,
     TORCH,
     ContenderSpec,
     Placement,
@@ -36,14 +37,23 @@ from msn_export.benchmark.session import BenchSession, OpenContender, find_refer
 from msn_export.commands.jobs import BenchJob
 from msn_export.errors import BenchError, MissingPackageError, SpecError
 from msn_export.files import move, placing, require_writable, staging
-from msn_export.host import NoDriver, device_bytes, find_driver, physical_cores, this_machine
+from msn_export.host import (
+    NoDriver,
+    available_memory,
+    device_bytes,
+    find_driver,
+    physical_cores,
+    this_machine,
+)
 from msn_export.manifest import manifest_path, versions_of
 from msn_export.metrics.evaluate import draw
 from msn_export.models.checkpoint import Choices
 from msn_export.progress import SILENT
+from msn_export.spec import InputFormat
 
 if TYPE_CHECKING:
     from msn_export.benchmark.session import BenchReference
+    from msn_export.feed import Feed
     from msn_export.metrics.evaluate import Sample
     from msn_export.progress import Progress
     from msn_export.spec import Dtype
@@ -87,6 +97,7 @@ def run_bench(job: BenchJob, progress: Progress = SILENT) -> Bench:
             with progress.step(f"open {entry.name}"):
                 session.opened.append(session.start(entry))
         feed = session.agree(job.image_size, job.preprocess, job.exif)
+        _require_room(job, feed)
         with progress.step("read images"):
             sample = draw(job.images, feed.preprocessing)
             session.notes += sample.notes
@@ -103,6 +114,21 @@ def run_bench(job: BenchJob, progress: Progress = SILENT) -> Bench:
     if job.report is not None:
         _write_page(bench, job.report, progress, force=job.force)
     return bench
+
+
+def _require_room(job: BenchJob, feed: Feed) -> None:
+    """Refuse batches whose inputs alone do not fit into memory, before anything runs."""
+    size, batch = feed.preprocessing.size, max(job.batches)
+    number = 1 if feed.input_format is InputFormat.UINT8 else 4  # bytes
+    contenders = len(job.artifacts) + len(job.against)
+    needed = INPUTS * contenders * batch * 3 * size.height * size.width * number
+    free = available_memory()
+    if needed > free:
+        raise SpecError(
+            f"--batch {batch}: the inputs alone take {needed / 2**30:.1f} GiB ({INPUTS} batches "
+            f"for each of {contenders} contenders), and {free / 2**30:.1f} GiB are free; choose a "
+            "smaller --batch"
+        )
 
 
 def _where(job: BenchJob) -> Placement:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -381,11 +382,19 @@ Against = Literal["eager", "sdpa", "compile", "onnxruntime"]
 AGAINST: tuple[Against, ...] = get_args(Against)
 
 
+# other names of what a graph can be compared with
+_RUNTIMES = {"ort": "onnxruntime", "torch": "sdpa", "pytorch": "sdpa"}
+
+
 def _against(text: str) -> tuple[str, ...]:
     names = options.names(text)
     unknown = [name for name in names if name not in (*AGAINST, "none")]
     if unknown:
-        raise SpecError(f"{unknown[0]!r} is none of {', '.join(AGAINST)}, none")
+        known = [*AGAINST, "none"]
+        close = difflib.get_close_matches(unknown[0].lower(), known, 1)
+        meant = _RUNTIMES.get(unknown[0].lower(), close[0] if close else "")
+        offer = f"; did you mean {meant}?" if meant else ""
+        raise SpecError(f"{unknown[0]!r} is none of {', '.join(known)}{offer}")
     return tuple(dict.fromkeys(name for name in names if name != "none"))
 
 
@@ -413,7 +422,11 @@ class BenchJob(Job):
     seconds: Annotated[
         float,
         Within(0, above=True),
-        Opt("Seconds for each contender at each batch, at most.", metavar="SECONDS"),
+        Opt(
+            "Seconds for each contender at each batch. Slow calls take longer: about 2 x rounds x "
+            "call.",
+            metavar="SECONDS",
+        ),
     ] = 10.0
     threads: Annotated[Count | None, Opt("Threads of each contender. Default: physical cores.")] = (
         None

@@ -108,7 +108,9 @@ _MOST_THREADS = 4096  # of a call; onnxruntime starts them all
 def _require_unasked(**options: str | None) -> None:
     for name, value in options.items():
         if value is not None:
-            raise RunnerError(f"{name} is for a graph with providers=['{OPENVINO}']; leave it out")
+            raise RunnerError(
+                f"{name} is for OpenVINO: add providers=['{OPENVINO}'], or leave {name} out"
+            )
 
 
 def _require_file(path: str | os.PathLike[str]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 from collections import Counter
@@ -52,7 +53,7 @@ def choose(
         raise RunnerError(f"no provider is asked for; give one of {', '.join(_SHORT)}")
     names = list(dict.fromkeys(_SHORT.get(name, name) for name in asked))
     for name in names:
-        _require_available(name, available)
+        _require_available(name, available, driver)
         if name in ON_GPU:
             _require_device(name, device or 0, driver)
     if device is not None and not ON_GPU.intersection(names):
@@ -77,12 +78,24 @@ def require_obtained(asked: Sequence[str], obtained: Sequence[str], file: str) -
             )
 
 
-def _require_available(name: str, available: Sequence[str]) -> None:
-    if name not in available:
-        short = {full: short for short, full in _SHORT.items()}
-        names = ", ".join(short.get(one, one) for one in available)
-        hint = "; pip install onnxruntime-gpu instead of onnxruntime" if name == CUDA else ""
-        raise RunnerError(f"this onnxruntime has no provider {name!r}; it has {names}{hint}")
+_OPENVINO = "openvino"  # a runtime of its own: ``opening`` leads to it
+
+
+def _require_available(name: str, available: Sequence[str], driver: Driver | NoDriver) -> None:
+    """Require a provider to be one of this onnxruntime's; name those that can be chosen here."""
+    if name in available:
+        return
+    short = {full: short for short, full in _SHORT.items()}
+    here = [one for one in available if one not in ON_GPU or isinstance(driver, Driver)]
+    names = [short.get(one, one) for one in here]
+    more = "; pip install onnxruntime-gpu instead of onnxruntime" if name == CUDA else ""
+    if name not in short:
+        has_openvino = importlib.util.find_spec(_OPENVINO) is not None
+        others = [_OPENVINO] if has_openvino and name != _OPENVINO else []
+        close = difflib.get_close_matches(name.lower(), [*names, *others], 1)
+        more += "".join(f", and {one} is a runtime of its own" for one in others)
+        more += f"; did you mean {close[0]}?" if close else ""
+    raise RunnerError(f"this onnxruntime has no provider {name!r}; it has {', '.join(names)}{more}")
 
 
 def _require_device(name: str, device: int, driver: Driver | NoDriver) -> None:

@@ -18,6 +18,7 @@ from onnx import numpy_helper
 from msn_export import manifest
 from msn_export.cli import main
 from msn_export.manifest import CheckpointRecord
+from tests.builders.artifacts import engine
 from tests.builders.tiny_artifacts import classifier, foreign
 
 
@@ -203,6 +204,8 @@ def test_artifacts_of_other_image_sizes_are_refused(model, tmp_path) -> None:
     ("options", "code", "message"),
     [
         (["--against", "jax"], 2, "'--against': 'jax' is none of eager, sdpa, compile"),
+        (["--against", "ort"], 2, "compile, onnxruntime, none; did you mean onnxruntime?"),
+        (["--against", "egaer"], 2, "compile, onnxruntime, none; did you mean eager?"),
         (["--batch", "0"], 2, "Invalid value for '--batch'"),
         (["--rounds", "0"], 2, "Invalid value for '--rounds'"),
         (["--preset", "big"], 2, "Invalid value for '--preset'"),
@@ -214,6 +217,46 @@ def test_usage_and_settings_are_checked_first(model, options, code, message) -> 
     result = CliRunner().invoke(main, ["bench", str(model), *options])
     assert result.exit_code == code, result.output
     assert message in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--precision", "bf16"],
+            "precision is for OpenVINO: add --providers openvino, or leave precision out",
+        ),
+        (
+            ["--providers", "openvno"],
+            "this onnxruntime has no provider 'openvno'; it has cpu, and openvino is a runtime of "
+            "its own; did you mean openvino?",
+        ),
+        (
+            ["--batch", "1", "--batch", "100000000"],
+            "--batch 100000000: the inputs alone take 9155.3 GiB (4 batches for each of 2 "
+            "contenders), and ",
+        ),
+    ],
+)
+def test_what_cannot_run_is_refused_with_the_option_that_helps(
+    model, monkeypatch, options, message
+) -> None:
+    def no_reference(*_: object) -> None:
+        raise AssertionError("the reference ran")
+
+    monkeypatch.setattr("msn_export.commands.bench.find_reference", no_reference)
+    result = CliRunner().invoke(main, ["bench", str(model), *options])
+    assert result.exit_code == 1, result.output
+    told = " ".join(result.stderr.split())
+    assert message in told.replace("tensorrt, cuda, cpu", "cpu")
+    assert "providers=[" not in told
+
+
+def test_an_engine_without_a_gpu_names_the_option_that_runs_its_graph() -> None:
+    result = CliRunner().invoke(main, ["bench", str(engine())])
+    assert result.exit_code == 1
+    told = " ".join(result.stderr.split())
+    assert "run its .onnx with --providers cpu, or this where the GPU is" in told
 
 
 def test_a_report_replaces_no_artifact(model, tmp_path) -> None:

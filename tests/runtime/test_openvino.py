@@ -318,6 +318,15 @@ def test_quantised_products_run_in_int8(int8) -> None:
 
 
 @needs_bf16
+def test_what_an_int8_graph_does_not_quantise_is_computed_in_bf16_where_asked(int8) -> None:
+    with opened(int8, precision="bf16") as runner:
+        told = str(runner.precision)
+    assert told == (
+        "8 of 8 quantised products in int8, 2 of 10 products in bf16, 2 attention in bf16"
+    )
+
+
+@needs_bf16
 def test_bf16_is_computed_in_bf16_and_held_to_bf16s_gate() -> None:
     path = classifier()
     with opened(path, precision="bf16") as runner, opened(path) as fp32:
@@ -375,11 +384,11 @@ def test_a_processor_without_bf16_is_told(monkeypatch) -> None:
         ({"hint": "fast"}, "hint is 'fast'; expected latency or throughput"),
         (
             {"providers": ["cpu"], "precision": "bf16"},
-            r"precision is for a graph with providers=\['openvino'\];",
+            r"precision is for OpenVINO: add providers=\['openvino'\], or leave precision out",
         ),
         (
             {"providers": None, "hint": "latency"},
-            r"hint is for a graph with providers=\['openvino'\]; leave it",
+            r"hint is for OpenVINO: add providers=\['openvino'\], or leave hint out",
         ),
         ({"threads": 0}, "threads is 0; expected a whole number from 1 to 4096"),
     ],

@@ -55,6 +55,16 @@ def test_which_providers_are_opened(asked, device, available, driver, expected) 
         (["cuda"], None, BOTH, NO_CARD, "CUDAExecutionProvider was asked for, and here: no NVID"),
         (["cuda"], None, (CPU,), CARD, "has cpu; pip install onnxruntime-gpu instead of onnxru"),
         (["openvino"], None, BOTH, CARD, "has no provider 'openvino'; it has tensorrt, cuda, cpu"),
+        (
+            ["openvno"],
+            None,
+            BOTH,
+            NO_CARD,
+            r"no provider 'openvno'; it has cpu, and openvino is a "
+            r"runtime of its own; did you mean openvino\?",
+        ),
+        (["cdua"], None, BOTH, CARD, r"it has tensorrt, cuda, cpu, and .*; did you mean cuda\?"),
+        (["rocm"], None, BOTH, NO_CARD, "it has cpu, and openvino is a runtime of its own$"),
         ([], None, BOTH, CARD, "no provider is asked for; give one of cpu, cuda"),
         (["cpu"], 0, BOTH, CARD, r"device 0 is a GPU and the providers asked for \(cpu\) use none"),
         (["cuda"], 3, BOTH, CARD, "device 3 does not exist; here are 0: Stand-in GPU"),
