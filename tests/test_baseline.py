@@ -9,6 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from msn_export import baseline
+from msn_export.baseline import Ranges
 from msn_export.calibration.qdq import find_projections
 from msn_export.calibration.ranges import Observer
 from msn_export.commands.calibrate import CalibrateJob, run_calibrate
@@ -232,7 +233,7 @@ def test_ranges_of_the_images_stand_in_for_the_candidates(
 
     def costs(candidate: ir.Model, observer: Observer) -> list[float]:
         opened = baseline.open_quantised(
-            written.clone(), candidate, sample, InputFormat.FLOAT, tmp_path, observer
+            written.clone(), candidate, sample, InputFormat.FLOAT, tmp_path, Ranges(observer)
         )
         runners = list(opened)
         assert f"with ranges of 6 of the images by {observer}, in" in runners[1].name
@@ -243,6 +244,31 @@ def test_ranges_of_the_images_stand_in_for_the_candidates(
     assert wrong > 4 * sound  # a wrong range is in the baseline that takes it
     assert same == again
     assert costs(graph, Observer.MAX)[1] != again
+
+
+def test_a_candidate_of_few_pictures_may_err_as_ranges_of_either_half_do(
+    quantised, export, reference, sample, tmp_path
+) -> None:
+    graph = io.load(quantised("int8-"))
+    io.infer_shapes(graph)
+    written = baseline.write_like(
+        io.load(export("fp32")), InputFormat.FLOAT, sample.preprocessing, attention_form(graph)
+    )
+    enough, few = (
+        list(baseline.open_quantised(
+            written.clone(), graph, sample, InputFormat.FLOAT, tmp_path,
+            Ranges(Observer.MSE, few=few),
+        ))
+        for few in (False, True)
+    )  # fmt: skip
+    assert (len(enough), len(few)) == (2, 4)
+    names = {runner.name.partition(", in ")[0] for runner in few[1:]}
+    assert names == {
+        "the reference in int8 with ranges of 6 of the images, or of half of them, by mse"
+    }
+    costs = [errors(runner, reference, InputFormat.FLOAT)["logits"] for runner in (*enough, *few)]
+    assert costs[:2] == costs[2:4]
+    assert len({costs[3], *costs[4:]}) == 3, "either half has ranges of its own"
 
 
 # --- limits, and what has no baseline -------------------------------------------------------------

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
+from itertools import chain, repeat
 from pathlib import Path
 
 import onnx_ir as ir
@@ -152,7 +153,9 @@ class _Trials:
         self.notes = list(own.notes) if own is not None else []
         self.sizes: tuple[int, ...] = ()
         self._first: Reference | None = None
-        self._baselines: list[tuple[_Baseline, Trial]] = []  # the second has ranges of its own
+        self._baselines: list[
+            tuple[_Baseline, Trial]
+        ] = []  # all but the first have ranges of their own
 
     @property
     def reference(self) -> Reference:
@@ -163,8 +166,11 @@ class _Trials:
             errors, name, margin = trial.errors(), each.runner.name, each.margin
             if index == 0:
                 found = replace(found, baseline=errors, baseline_name=name, margin=margin)
-            else:
-                found = replace(found, recalibrated=Recalibrated(errors, name, margin))
+                continue
+            if found.recalibrated is not None:  # of several sound ranges the largest errors
+                before = found.recalibrated.errors
+                errors = {key: value.at_least(before[key]) for key, value in errors.items()}
+            found = replace(found, recalibrated=Recalibrated(errors, name, margin))
         return found
 
     def run(self, sample: Sample, runner: OutputsOf, progress: Progress) -> None:
@@ -347,10 +353,10 @@ def _open_baselines(
             (quantization.observer, quantization.calibration_images) if quantization else ("", 0)
         )
         observer = next((one for one in Observer if one == named), Observer.MSE)
-        margins = MARGIN, RANGES_MARGIN if images >= ENOUGH else FEW_RANGES_MARGIN
-        runners = baseline.open_quantised(
-            model, graph, sample, taken, stage, observer if with_ranges else None
-        )
+        few = images < ENOUGH
+        margins = chain([MARGIN], repeat(FEW_RANGES_MARGIN if few else RANGES_MARGIN))
+        ranges = baseline.Ranges(observer, few) if with_ranges else None
+        runners = baseline.open_quantised(model, graph, sample, taken, stage, ranges)
         yield from map(_Baseline, runners, margins)
     elif candidate.kind == "engine" and dtype is not Dtype.FP32:
         runner = baseline.open_rounded(model, dtype, sample, taken, stage)
