@@ -12,6 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from msn_export.artifact import GraphFile
+from msn_export.benchmark.results import busy, milliseconds
 from msn_export.benchmark.session import time_engines, time_graphs
 from msn_export.calibration.images import FEW, Split
 from msn_export.calibration.job import CalibrateJob
@@ -29,7 +30,7 @@ from msn_export.engine.options import (
 from msn_export.errors import BuildError, MissingPackageError
 from msn_export.files import apart
 from msn_export.graph.precision import quantised_products
-from msn_export.host import NoDriver, find_driver
+from msn_export.host import NoDriver, find_driver, physical_cores
 from msn_export.metrics.evaluate import Evaluation
 from msn_export.progress import Progress
 from msn_export.spec import BatchRange, ComputeCapability, Dtype, Head
@@ -57,8 +58,8 @@ class CostBenefit:
     """Bytes and time of the baseline in ``base``, and of the graph in ``form`` after it.
 
     Sizes are bytes of the files and, where they were compiled, of the engines. ``latency`` is in
-    milliseconds a batch, or the reason why nothing was timed. ``faults`` are what the compiled
-    engine should be and is not.
+    milliseconds a batch, or the reason why nothing was timed; ``spread`` describes how far that
+    can be relied on. ``faults`` are what the compiled engine should be and is not.
     """
 
     base: str
@@ -67,6 +68,7 @@ class CostBenefit:
     engine: tuple[int, int] | None
     latency: tuple[float, float] | str
     faults: tuple[str, ...] = ()
+    spread: str = ""
 
     @property
     def size_share(self) -> float:
@@ -134,7 +136,9 @@ def _times(benefit: CostBenefit) -> str:
     if isinstance(benefit.latency, str):
         return f"time not measured: {benefit.latency}"
     before, after = benefit.latency
-    return f"{after:.2f} ms a batch ({benefit.base}: {before:.2f})"
+    spread = f"; {benefit.spread}" if benefit.spread else ""
+    times = f"{milliseconds(after)} ms a batch ({benefit.base}: {milliseconds(before)})"
+    return f"{times}{spread}"
 
 
 def _figure(value: float | None, form: str) -> str:
@@ -158,7 +162,7 @@ def require_target(capability: ComputeCapability, dtypes: Sequence[Dtype]) -> No
 class Calibrated:
     """Results of a calibration: the quantised graph, and its baseline in the base type.
 
-    ``notes`` are those on labelled pictures.
+    ``notes`` are those on labelled pictures. ``load`` is the load average before any work began.
     """
 
     source: GraphFile
@@ -167,6 +171,7 @@ class Calibrated:
     chosen: Candidate
     baseline: Candidate
     notes: tuple[str, ...] = ()
+    load: float = 0.0
 
 
 def measure(
@@ -179,7 +184,7 @@ def measure(
         with progress.step("time both in onnxruntime"):
             paths = {str(job.rest): done.baseline.path, str(job.dtype): done.chosen.path}
             latency = time_graphs(paths, _batch(done), str(job.rest))
-        return {"reason": f"{job.dtype} beside fp32 is for onnxruntime"}, latency
+        return {"reason": f"{job.dtype} beside fp32 is for onnxruntime"}, _loaded(done, latency)
     stage = apart(stage)
     with progress.step("compile both and count kernels"):
         compiled = _compile(done, job, stage)
@@ -187,7 +192,15 @@ def measure(
         return compiled, compiled
     with progress.step("time both, where a GPU is"):
         engines = {name: stage / f"{name}.engine" for name in (str(job.rest), str(job.dtype))}
-        return compiled, time_engines(engines, _batch(done), str(job.rest))
+        return compiled, _loaded(done, time_engines(engines, _batch(done), str(job.rest)))
+
+
+def _loaded(done: Calibrated, latency: dict[str, Any]) -> dict[str, Any]:
+    """Add the load of other processes, and mark times that it makes unusable."""
+    if "reason" in latency:
+        return latency
+    noisy = latency.get("noisy") or busy(done.load, physical_cores())
+    return {**latency, "load": done.load, "noisy": noisy}
 
 
 def _compile(done: Calibrated, job: CalibrateJob, stage: Path) -> dict[str, Any]:

@@ -310,6 +310,25 @@ def footnotes(bench: Bench) -> list[str]:
     return [*lines, *bench.notes]
 
 
+def milliseconds(time: float) -> str:
+    """Give three significant digits: the times of a few calls have no more."""
+    rounded = float(f"{time:.3g}")
+    return f"{rounded:.0f}" if rounded >= 100 else f"{rounded:#.3g}"
+
+
+def spread_of(latency: Mapping[str, Any], name: str) -> str:
+    """Describe how far a ratio can be relied on that a manifest holds; older ones do not say it."""
+    if "quartiles" not in latency:
+        return ""
+    q1, q3 = latency["quartiles"][name]
+    text = (
+        f"time ratio {latency['ratio'][name]:.3g} (quartiles {q1:.3g} to {q3:.3g}) over "
+        f"{_count(latency['rounds'], 'round')}"
+    )
+    noisy = latency.get("noisy")
+    return f"{text}; {TOO_NOISY}, use bench on an idle machine: {noisy}" if noisy else text
+
+
 def noise_lines(bench: Bench) -> Iterator[str]:
     """Name the figures that cannot be used, and why: all of them under load, or single ones."""
     if bench.busy is not None:

@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from msn_export.benchmark.contenders import Origin, Placement, origin_of, torch_entry
-from msn_export.benchmark.results import Agreed, Contender, figures, ratio_of, rotated
+from msn_export.benchmark.results import (
+    Agreed,
+    Contender,
+    figures,
+    noise_of,
+    ratio_of,
+    rotated,
+)
 from msn_export.engine_header import parse_header
 from msn_export.errors import (
     BenchError,
@@ -345,9 +352,10 @@ def time_engines(
     Copies to and from the GPU are in the times: they are the same for all.
 
     Returns:
-        By name the median milliseconds of a call; with it ``batch``, ``device`` and, for those
-        beside the baseline, ``ratio``: their time over the baseline's, the median of the rounds.
-        Or ``reason``, why nothing was timed.
+        By name the median milliseconds of a call; with it ``batch``, ``device``, ``rounds`` and,
+        for those beside the baseline, ``ratio``: their time over the baseline's, the median of the
+        rounds, ``quartiles`` of it, and ``noisy``, why it cannot be used, or None. Or ``reason``,
+        why nothing was timed.
     """
     driver = find_driver()
     if isinstance(driver, NoDriver):
@@ -374,13 +382,18 @@ def _timed(
         runners = {name: stack.enter_context(open_(path)) for name, path in artifacts.items()}
         rounds = _rounds(runners, images, effort)
         device = runners[baseline].name
+    ratios = {
+        name: ratio_of(times, rounds[baseline])
+        for name, times in rounds.items()
+        if name != baseline
+    }
+    reasons = (noise_of(ratio, rounds[name], alone=False) for name, ratio in ratios.items())
     return {
         **{name: figures(times, len(images))["median_ms"] for name, times in rounds.items()},
-        "ratio": {
-            name: ratio_of(times, rounds[baseline]).median
-            for name, times in rounds.items()
-            if name != baseline
-        },
+        "ratio": {name: ratio.median for name, ratio in ratios.items()},
+        "quartiles": {name: [ratio.q1, ratio.q3] for name, ratio in ratios.items()},
+        "rounds": effort.rounds,
+        "noisy": next(filter(None, reasons), None),
         "batch": len(images),
         "device": device,
     }

@@ -1,5 +1,6 @@
 """The steps of ``msn-export calibrate``: ranges, Q/DQ, the blocks that stay, verdict."""
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from msn_export import __version__, golden
 from msn_export.artifact import GraphFile, max_batch_of
+from msn_export.benchmark.results import spread_of
 from msn_export.calibration import ranges as ranges_file
 from msn_export.calibration.images import FEW, Split, hash_of, split
 from msn_export.calibration.job import CalibrateJob, settled
@@ -138,7 +140,8 @@ def _quantization(
     engines = (compiled[base]["bytes"], compiled[form]["bytes"]) if form in compiled else None
     times = latency["reason"] if "reason" in latency else (latency[base], latency[form])
     faults = tuple(_faults(compiled[form], form, plan.depth)) if form in compiled else ()
-    benefit = CostBenefit(base, form, (both[base], both[form]), engines, times, faults)
+    spread = spread_of(latency, form)
+    benefit = CostBenefit(base, form, (both[base], both[form]), engines, times, faults, spread)
     return QuantizationRecord(
         format=form,
         base=base,
@@ -226,7 +229,7 @@ def run_calibrate(job: CalibrateJob, progress: Progress = SILENT) -> tuple[Path,
     Raises:
         MsnExportError: whatever kept the graph from its gate; the output paths are as they were.
     """
-    started = time.monotonic()
+    started, load = time.monotonic(), round(os.getloadavg()[0], 2)
     output = job.output or Path(f"{job.model.stem}.{job.dtype}.onnx")
     ranges = job.ranges or output.with_name(f"{output.stem}.ranges.json")
     outputs = [output, manifest_path(output), *([] if job.ranges else [ranges])]
@@ -258,7 +261,7 @@ def run_calibrate(job: CalibrateJob, progress: Progress = SILENT) -> tuple[Path,
         chosen, recorded = _choose(job, fp32, collected, stage / output.name, progress)
         baseline = _baseline(job, fp32, collected, stage, progress)
         counts = _notes_on_labelled(counted) if counted else ()
-        done = Calibrated(source, split_images, collected, chosen, baseline, tuple(counts))
+        done = Calibrated(source, split_images, collected, chosen, baseline, tuple(counts), load)
         manifest = to_manifest(done, job, stage, ranges.name, progress)
         manifest = replace(
             manifest,

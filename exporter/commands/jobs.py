@@ -390,11 +390,11 @@ def _against(text: str) -> tuple[str, ...]:
     names = options.names(text)
     unknown = [name for name in names if name not in (*AGAINST, "none")]
     if unknown:
-        known = [*AGAINST, "none"]
-        close = difflib.get_close_matches(unknown[0].lower(), known, 1)
-        meant = _RUNTIMES.get(unknown[0].lower(), close[0] if close else "")
-        offer = f"; did you mean {meant}?" if meant else ""
-        raise SpecError(f"{unknown[0]!r} is none of {', '.join(known)}{offer}")
+        accepted = [*AGAINST, "none"]
+        close = difflib.get_close_matches(unknown[0].lower(), accepted, 1)
+        nearest = _RUNTIMES.get(unknown[0].lower(), close[0] if close else "")
+        offer = f"; did you mean {nearest}?" if nearest else ""
+        raise SpecError(f"{unknown[0]!r} is none of {', '.join(accepted)}{offer}")
     return tuple(dict.fromkeys(name for name in names if name != "none"))
 
 

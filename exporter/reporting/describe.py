@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msn_export.artifact import is_checkpoint
+from msn_export.benchmark.results import milliseconds, spread_of
 from msn_export.manifest import (
     AccuracyRecord,
     CheckRecord,
@@ -99,9 +100,12 @@ def _timed(record: QuantizationRecord) -> str:
     latency = record.latency
     if "reason" in latency:
         return f"no: {latency['reason']}"
-    times = ", ".join(f"{latency[name]:.2f} ms {name}" for name in (record.base, record.format))
+    names = (record.base, record.format)
+    times = ", ".join(f"{milliseconds(latency[name])} ms {name}" for name in names)
     copies = "" if "reason" in record.compiled else ", copies included"  # to a GPU and back
-    return f"batch {latency['batch']}{copies}: {times}; on {latency['device']}"
+    spread = spread_of(latency, record.format)
+    text = f"batch {latency['batch']}{copies}: {times}; on {latency['device']}"
+    return f"{text}; {spread}" if spread else text
 
 
 def file_rows(found: Inspection, manifest: Manifest | None) -> Iterator[tuple[str, str]]:

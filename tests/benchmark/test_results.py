@@ -15,9 +15,11 @@ from msn_export.benchmark.results import (
     figures,
     footnotes,
     medians,
+    milliseconds,
     noise_of,
     ratio_of,
     rotated,
+    spread_of,
 )
 from tests.builders.benches import made_up
 
@@ -140,3 +142,23 @@ def test_under_load_no_figure_is_to_be_used() -> None:
     told = footnotes(replace(loaded, timings=(both, same, *loaded.timings[2:])))
     assert told[:2] == [first, "Too noisy, run again on an idle machine: eager at batch 1, wide."]
     assert told[2] == second
+
+
+@pytest.mark.parametrize(
+    ("time", "text"),
+    [(1.0, "1.00"), (0.01234, "0.0123"), (99.96, "100"), (369.4, "369"), (6914.28, "6910")],
+)
+def test_times_of_a_few_calls_have_three_digits(time, text) -> None:
+    assert milliseconds(time) == text
+
+
+def test_the_spread_of_a_ratio_in_a_manifest_is_described() -> None:
+    latency = {"ratio": {"int8": 0.614}, "quartiles": {"int8": [0.6, 0.6249]}, "rounds": 5}
+    text = "time ratio 0.614 (quartiles 0.6 to 0.625) over 5 rounds"
+    assert spread_of(latency, "int8") == text
+    loaded = {**latency, "noisy": busy(2.8, 2)}
+    assert spread_of(loaded, "int8") == (
+        f"{text}; Too noisy, use bench on an idle machine: load average 2.8 on 2 cores when the "
+        "run began, more than 1"
+    )
+    assert spread_of({"ratio": {"int8": 0.614}}, "int8") == ""  # of an earlier version

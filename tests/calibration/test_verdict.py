@@ -103,6 +103,11 @@ def test_the_file_counts_where_nothing_was_compiled() -> None:
         ({"engine": (100, 95)}, "the int8 engine is 5% smaller"),
         ({"engine": (100, 120)}, "the int8 engine is 20% larger"),
         ({"latency": (1.0, 1.25)}, "1.25 ms a batch (fp16: 1.00)"),
+        ({"latency": (4219.12, 6914.28)}, "6910 ms a batch (fp16: 4220)"),
+        (
+            {"latency": (1.0, 1.25), "spread": "time ratio 1.25"},
+            "1.25 ms a batch (fp16: 1.00); time ratio 1.25",
+        ),
         ({"latency": (1.0, float("nan"))}, "nan ms a batch"),
         ({"faults": ("fused attention in 0 of 12 blocks",)}, "; fused attention in 0 of 12 blocks"),
     ],
@@ -116,7 +121,7 @@ def test_keep_fp16_is_said_plainly_where_nothing_is_gained(saved, detail) -> Non
 
 def test_less_time_and_fewer_bytes_are_a_gain() -> None:
     assert savings(latency=(1.0, 0.8)).worthwhile
-    assert said(savings(latency=(1.0, 0.8))).endswith("; 0.80 ms a batch (fp16: 1.00)")
+    assert said(savings(latency=(1.0, 0.8))).endswith("; 0.800 ms a batch (fp16: 1.00)")
 
 
 def test_blocks_that_stay_are_told() -> None:

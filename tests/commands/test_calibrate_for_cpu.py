@@ -1,6 +1,7 @@
 """``msn-export calibrate`` for onnxruntime on a CPU: int8 beside fp32."""
 
 import json
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -33,8 +34,9 @@ def cpu_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_int8_for_onnxruntime_leaves_the_rest_in_fp32_and_is_timed_there(
-    cpu_graph, images, tmp_path
+    cpu_graph, images, tmp_path, monkeypatch
 ) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (999.0, 1.0, 1.0))
     output = tmp_path / "m.onnx"
     told = done(cpu_graph, images, output, "--int8", "--smooth", "off")
     assert (told["target"], told["quantization"]["base"]) == ("onnxruntime", "fp32")
@@ -47,6 +49,12 @@ def test_int8_for_onnxruntime_leaves_the_rest_in_fp32_and_is_timed_there(
     assert times["batch"] == 8
     assert (times["int8"] < times["fp32"]) == told["quantization"]["worthwhile"]
     assert times["ratio"]["int8"] > 0
+    q1, q3 = times["quartiles"]["int8"]
+    assert q1 <= times["ratio"]["int8"] <= q3
+    assert times["rounds"] == 5
+    assert times["load"] == 999.0
+    assert "load average 999.0 on " in times["noisy"] or "quartiles" in times["noisy"]
+    assert "Too noisy, use bench on an idle machine: " in told["quantization"]["verdict"]
 
 
 def optimised_operators(graph: Path, optimised: Path) -> Counter[str]:
