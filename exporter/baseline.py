@@ -206,7 +206,7 @@ def open_exact(model: ir.Model, stage: Path) -> OrtRunner:
 
 
 @dataclass(frozen=True, slots=True)
-class Ranges:
+class OwnRanges:
     """Ranges of activations on the check's own pictures, chosen by ``observer``.
 
     With ``few`` also those of either half of them, for a candidate of few pictures: its ranges, or
@@ -224,7 +224,7 @@ def open_quantised(
     sample: Sample,
     input_format: InputFormat,
     stage: Path,
-    ranges: Ranges | None = None,
+    ranges: OwnRanges | None = None,
 ) -> Iterator[OrtRunner]:
     """Quantise an fp32 graph, written as ``candidate`` is (``write_like``), and open it.
 

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from msn_export import baseline
-from msn_export.baseline import Ranges
+from msn_export.baseline import OwnRanges
 from msn_export.calibration.qdq import find_projections
 from msn_export.calibration.ranges import Observer
 from msn_export.commands.calibrate import CalibrateJob, run_calibrate
@@ -233,7 +233,7 @@ def test_ranges_of_the_images_stand_in_for_the_candidates(
 
     def costs(candidate: ir.Model, observer: Observer) -> list[float]:
         opened = baseline.open_quantised(
-            written.clone(), candidate, sample, InputFormat.FLOAT, tmp_path, Ranges(observer)
+            written.clone(), candidate, sample, InputFormat.FLOAT, tmp_path, OwnRanges(observer)
         )
         runners = list(opened)
         assert f"with ranges of 6 of the images by {observer}, in" in runners[1].name
@@ -257,7 +257,7 @@ def test_a_candidate_of_few_pictures_may_err_as_ranges_of_either_half_do(
     enough, few = (
         list(baseline.open_quantised(
             written.clone(), graph, sample, InputFormat.FLOAT, tmp_path,
-            Ranges(Observer.MSE, few=few),
+            OwnRanges(Observer.MSE, few=few),
         ))
         for few in (False, True)
     )  # fmt: skip

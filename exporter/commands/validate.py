@@ -355,7 +355,7 @@ def _open_baselines(
         observer = next((one for one in Observer if one == named), Observer.MSE)
         few = images < ENOUGH
         margins = chain([MARGIN], repeat(FEW_RANGES_MARGIN if few else RANGES_MARGIN))
-        ranges = baseline.Ranges(observer, few) if with_ranges else None
+        ranges = baseline.OwnRanges(observer, few) if with_ranges else None
         runners = baseline.open_quantised(model, graph, sample, taken, stage, ranges)
         yield from map(_Baseline, runners, margins)
     elif candidate.kind == "engine" and dtype is not Dtype.FP32:
