@@ -389,8 +389,10 @@ def _by_input(projections: Sequence[Projection]) -> dict[str, list[Projection]]:
 
 
 def _can_join(nodes: Mapping[str | None, ir.Node], readers: Sequence[Projection]) -> bool:
-    matrices = all(nodes[reader.node].op_type == "MatMul" for reader in readers)
-    return len(readers) > 1 and matrices
+    """Check that all are queries, keys or values: two classifiers may read one value too."""
+    return len(readers) > 1 and all(
+        reader.role is Role.QKV and nodes[reader.node].op_type == "MatMul" for reader in readers
+    )
 
 
 def _join(

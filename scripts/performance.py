@@ -155,14 +155,12 @@ def calibrate() -> str:
 
 def growth() -> str:
     """Lay out how time and memory of each command grow with its images and with the model."""
-    from growth import AXES, FIGURES, exponents
+    from growth import exponents
 
     found = result("growth")
     commits = ", ".join(sorted({run["commit"] for run in found["runs"]}))
     head, *rows = exponents(found)
     about = f"Measured on {machine(found)}; commit {commits}; {len(found['runs'])} runs."
-    assert head[2:] == tuple(FIGURES.values())
-    assert {row[1] for row in rows} == set(AXES.values())
     return f"{about}\n\n{table(head, rows)}"
 
 
@@ -190,7 +188,7 @@ def cpu_forms() -> str:
     found = result("cpu_forms")
     by: dict[tuple[str, str], dict[tuple[str, int], str]] = {}
     for row in found["rows"]:
-        if row["ratio"] != 1:
+        if row["form"] != "as written":
             cells = by.setdefault((row["precision"], row["form"]), {})
             cells[row["runtime"], row["batch"]] = f"{row['ratio']:.2f}"
     columns = [(runtime, batch) for runtime in ("onnxruntime", "openvino") for batch in (1, 8)]

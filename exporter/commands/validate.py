@@ -153,9 +153,8 @@ class _Trials:
         self.notes = list(own.notes) if own is not None else []
         self.sizes: tuple[int, ...] = ()
         self._first: Reference | None = None
-        self._baselines: list[
-            tuple[_Baseline, Trial]
-        ] = []  # all but the first have ranges of their own
+        # all but the first have ranges of their own
+        self._baselines: list[tuple[_Baseline, Trial]] = []
 
     @property
     def reference(self) -> Reference:

@@ -143,6 +143,16 @@ def test_projections_of_one_value_become_one_product(base) -> None:
     assert not got[..., 8:].any()  # a weight that is zero stays zero, and nothing is NaN
 
 
+def test_two_classifiers_of_one_value_keep_their_names_and_share_its_pair() -> None:
+    text = SEPARATE.replace("(float[b,5,12] y)", "(float[b,5,4] a, float[b,5,4] c)")
+    model = parse(text.replace("    y = Concat <axis = 2> (a, b2, c)\n", ""))
+    found = [Projection(Role.HEAD, None, f"MatMul{i}", "x", f"w{i}", 1) for i in (0, 2)]
+    quantise_projections(model, found, {"x": 1.0}, scheme())
+    types = op_types(model)
+    assert (types.count("QuantizeLinear"), types.count("Split")) == (1, 0)
+    assert [value.name for value in model.graph.outputs] == ["a", "c"]
+
+
 def test_a_range_of_zero_gives_a_graph_that_runs(tmp_path) -> None:
     plan = planned(tmp_path)
     model = plan.measured({name: Histogram() for name in plan.watched}, Observer.MSE).quantised()
