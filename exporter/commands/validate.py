@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import chain, repeat
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from msn_export import baseline, image_folder
@@ -25,6 +26,7 @@ from msn_export.embedding.accuracy import (
 )
 from msn_export.errors import GraphError, ImageError
 from msn_export.feed import Feed
+from msn_export.graph.batch import find_mixing
 from msn_export.graph.fuse import attention_form
 from msn_export.image_folder import notes_on
 from msn_export.labelled import Labelled, read_labelled
@@ -32,6 +34,7 @@ from msn_export.manifest import AccuracyRecord
 from msn_export.metrics.accuracy import notes as notes_of
 from msn_export.metrics.diagnose import diagnose
 from msn_export.metrics.evaluate import (
+    ALONE,
     Evaluation,
     OutputsOf,
     Recalibrated,
@@ -39,6 +42,7 @@ from msn_export.metrics.evaluate import (
     Sample,
     Trial,
     batch_sizes,
+    compare_alone,
     draw,
     draw_parts,
     measure_rounding,
@@ -47,6 +51,7 @@ from msn_export.metrics.evaluate import (
     with_drawn,
     with_ragged,
 )
+from msn_export.metrics.metrics import Agreement
 from msn_export.metrics.tolerances import (
     ENOUGH,
     FEW_RANGES_MARGIN,
@@ -109,6 +114,7 @@ def validate_in_full(
         with progress.step("compare"):
             reference, sizes = trials.reference, trials.sizes
             same = trials.same.evaluation(reference, sizes, runner.name, gate)
+            same = replace(same, alone=trials.compare_alone(runner))
             fed = None
             if own is not None:
                 sample = replace(reference.sample, preprocessing=own)
@@ -247,6 +253,24 @@ class _Trials:
         if len(shared.sample) < len(sample):
             self.notes.append(f"{len(shared.sample)} pictures can be read with both preprocessings")
         self.mine.run(runner, shared, self.pair.candidate.input_format, self.sizes)
+
+    def compare_alone(self, runner: OutputsOf) -> dict[str, Agreement]:
+        """Compare images alone and beside others, where the graph may join those of a batch.
+
+        Nothing is compared where its operators show that it does not, or where it takes one image.
+        """
+        side = self.pair.candidate
+        joins = find_mixing(side.graph) if side.graph is not None else ""
+        if not joins or self.sizes[-1] < 2:
+            return {}
+        sample = self.reference.sample
+        found = compare_alone(runner, sample, side.input_format, self.sizes, self.pair.outputs)
+        most = np.max([agreement.relative for agreement in found.values()])
+        self.notes.append(
+            f"{min(ALONE, len(sample))} images beside others and alone differ by {most:.1e}; they "
+            f"were compared because {joins} is not shown to keep them apart"
+        )
+        return found
 
     def count(
         self, labelled: Labelled, shared: Preprocessing, runner: OutputsOf, progress: Progress

@@ -357,7 +357,7 @@ def decide(
             notes.append(
                 f"the preprocessing differs and the verdict is that of both together: {shown}"
             )
-    reasons += same.losses
+    reasons += [*same.dependences, *same.losses]
     reasons += label_faults(pair.reference.labels, pair.candidate.labels)
     contradictions = [*differences(pair.reference.structure, pair.candidate.structure), *pair.alone]
     if numbers_only:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 PART = 256  # pictures of a large set that are in memory at once, with what models make of them
 LIMIT = 16  # pictures a check decodes at most: its cost must stay near that of the export
+ALONE = 8  # pictures that are run alone and together, where a graph may join those of a batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +273,13 @@ class Reference:
             return limit.at_most(again.margin * again.errors[name].relative) if again else limit
         return None if rounding is None else Limit.of_rounding(rounding, self.rounding_margin)
 
+    def limit_alone(self, name: str) -> Limit | None:
+        """Give what an image may change in an output when others join it; None as in ``limit``.
+
+        A candidate is compared with itself there, so it rounds at the same places in both.
+        """
+        return replace(self, margin=min(self.margin, MARGIN), recalibrated=None).limit(name)
+
     @property
     def limits_from(self) -> str:
         """Describe what the limits were measured on; nothing where they were not."""
@@ -376,12 +384,46 @@ def _rounding(
     return rounding
 
 
+def compare_alone(
+    runner: OutputsOf,
+    sample: Sample,
+    input_format: InputFormat,
+    sizes: Sequence[int],
+    names: Iterable[str],
+) -> dict[str, Agreement]:
+    """Compare the first ``ALONE`` pictures beside others with the same pictures alone.
+
+    A candidate is compared with itself here, in the outputs called ``names``. So this shows what no
+    reference shows where a fault is about as large as the rounding, which may cancel it. ``sizes``
+    are the batches that the runner takes, smallest first: a picture alone fills the smallest with
+    its copies.
+    """
+    few = sample.first(ALONE)
+    alone = [
+        run_reference(
+            runner, replace(few, pixels=few.pixels[i : i + 1]), input_format, fixed=sizes[0]
+        )
+        for i in range(len(few))
+    ]
+    largest = max(sizes[0], min(sizes[-1], ALONE))
+    beside = run_reference(runner, few, input_format, fixed=largest)
+    found = {}
+    for name in names:
+        comparison = Comparison()
+        rows = np.concatenate([reference.outputs[name] for reference in alone])
+        comparison.add(rows, beside.outputs[name])
+        found[name] = comparison.agreement()
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """Agreement of a candidate with its reference at the sizes that ran, output by output.
 
     ``gate`` is what was asked of each. ``vectors`` are the candidate's embeddings, [count, dim] by
-    output. ``accuracy`` is that of both on labelled images, where some were given.
+    output. ``accuracy`` is that of both on labelled images, where some were given. ``alone`` is
+    the agreement of the candidate's images in a batch with the same images alone, by output, where
+    that was measured.
     """
 
     outputs: Mapping[str, Agreement]
@@ -392,10 +434,11 @@ class Evaluation:
     per_image: tuple[ImageRecord, ...] = ()
     vectors: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     accuracy: AccuracyRecord | None = None
+    alone: Mapping[str, Agreement] = field(default_factory=dict)
 
     @property
     def failures(self) -> tuple[str, ...]:
-        return self.disagreements + self.losses
+        return self.disagreements + self.dependences + self.losses
 
     @property
     def disagreements(self) -> tuple[str, ...]:
@@ -405,6 +448,18 @@ class Evaluation:
             for name, agreement in self.outputs.items()
             for failure in self.gate.failures(agreement, self.reference.limit(name))
         )
+
+    @property
+    def dependences(self) -> tuple[str, ...]:
+        """Name each output in which an image's result depends on the batch, with one figure."""
+        asked = Limit(Errors.uniform(np.inf if self.gate.relative is None else self.gate.relative))
+        found = []
+        for name, agreement in self.alone.items():
+            measured = self.reference.limit_alone(name) if self.gate.is_measured else None
+            if failures := (measured or asked).failures(agreement):
+                why = f"an image's result depends on the batch it is in: {failures[0]}"
+                found.append(f"output {name!r}: {why}")
+        return tuple(found)
 
     @property
     def losses(self) -> tuple[str, ...]:

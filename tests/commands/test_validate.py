@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -406,3 +407,56 @@ def test_a_graph_whose_blocks_are_not_found_says_that_its_structure_was_not_comp
         "residual stream with attention in its branches: it is no transformer, or was fused into "
         "operators of one runtime; export it again without"
     ) in told(graph, graph, "--images", images)["notes"]
+
+
+# --- images that change each other's results ------------------------------------------------------
+
+
+def test_a_graph_that_joins_images_fails_where_its_reference_joins_the_same(
+    images, tmp_path
+) -> None:
+    """All five in one batch, as the reference runs them: no figure of theirs differs."""
+    joining = faults.plant(classifier(), tmp_path / "m.onnx", partial(faults.mixed_batch, block=1))
+    found = told(joining, joining, "--images", images, "--batch", 5)
+    (reason,) = found["reasons"]
+    assert re.fullmatch(
+        r"output 'logits': an image's result depends on the batch it is in: relative error "
+        r"\S+, \S+ allowed",
+        reason,
+    )
+    assert "they were compared because ReduceMean 'blocks.1" in compared_alone(found)
+
+
+def compared_alone(found: dict[str, Any]) -> str:
+    (note,) = (note for note in found["notes"] if "alone" in note)
+    return str(note)
+
+
+def test_a_graph_that_keeps_images_apart_in_an_unknown_way_passes_and_says_they_were_compared(
+    images, tmp_path
+) -> None:
+    in_none = partial(faults.wrong_in_batches_of, 99, block=1)
+    graph = faults.plant(classifier(), tmp_path / "m.onnx", in_none)
+    found = told(checkpoint(), graph, "--images", images)
+    assert found["passed"]
+    assert re.fullmatch(
+        r"5 images beside others and alone differ by \S+; they were compared because Shape "
+        r"'\S*' is not shown to keep them apart",
+        compared_alone(found),
+    )
+
+
+def test_of_a_fixed_batch_images_were_compared_with_their_copies(images) -> None:
+    found = told(checkpoint(), classifier("--batch", "4"), "--images", images)
+    assert found["passed"]
+    assert "the graph takes other than one input of an open batch" in compared_alone(found)
+
+
+def test_a_graph_that_keeps_images_apart_has_nothing_to_compare(images) -> None:
+    found = told(checkpoint(), classifier(), "--images", images)
+    assert not any("alone" in note for note in found["notes"])
+
+
+def test_a_graph_of_one_image_has_nothing_to_compare(images, tmp_path) -> None:
+    graph = foreign(tmp_path / "means.onnx", [1, 3, 32, 32], {"logits": 3})
+    assert not any("alone" in note for note in told(graph, graph, "--images", images)["notes"])

@@ -12,6 +12,7 @@ from msn_export.metrics.evaluate import (
     Sample,
     Trial,
     add_rounding,
+    compare_alone,
     draw,
     evaluate,
     measure_rounding,
@@ -175,3 +176,51 @@ def test_a_missing_output_and_a_shape_of_its_own_are_told(sample) -> None:
 
     with pytest.raises(ToleranceError, match=r"output has shape \[8, 47\] and its reference"):
         evaluate(Short(), reference_of(sample), InputFormat.FLOAT, [8], GATE)
+
+
+# --- images that change each other's results ------------------------------------------------------
+
+
+class Joining(Doubling):
+    """Adds a share of the batch's mean to each image: what an image gives alone stays right."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__(outputs=("a",))
+        self.share = share
+
+    def __call__(self, images):
+        (found,) = super().__call__(images).values()
+        return {"a": found + self.share * (found.mean(axis=0) - found)}
+
+
+def test_pictures_run_alone_in_the_smallest_batch_and_beside_others_in_a_larger(sample) -> None:
+    runner = Doubling()
+    found = compare_alone(runner, sample, InputFormat.FLOAT, (2, 4, 16), ("a",))
+    assert runner.batches == [2] * 8 + [8]
+    assert list(found) == ["a"]
+    assert found["a"].relative == 0
+
+
+def test_a_batch_of_one_size_alone_holds_a_picture_and_its_copies(sample) -> None:
+    runner = Joining(0.1)
+    found = compare_alone(runner, sample, InputFormat.FLOAT, (3,), ("a",))
+    assert runner.batches == [3] * 8 + [3, 3, 3]
+    assert found["a"].relative > 0.01
+
+
+@pytest.mark.parametrize(("margin", "allowed"), [(1.0, 1e-3), (1.5, 1.5e-3), (2.5, 1.5e-3)])
+def test_an_image_may_change_by_what_its_precision_costs_and_no_more(
+    sample, margin, allowed
+) -> None:
+    reference = run_reference(Doubling(outputs=("a",)), sample)
+    reference = replace(reference, baseline={"a": Errors(1e-3, 1.0)}, margin=margin)
+    found = compare_alone(Joining(0.1), sample, InputFormat.FLOAT, (1, 8), ("a",))
+    right = Doubling(outputs=("a",))
+    evaluation = replace(evaluate(right, reference, InputFormat.FLOAT, (1, 8), GATE), alone=found)
+    assert evaluation.disagreements == ()
+    assert evaluation.dependences == (
+        "output 'a': an image's result depends on the batch it is in: relative error "
+        f"{found['a'].relative:.2e}, {allowed:.1e} allowed",
+    )
+    assert evaluation.failures == evaluation.dependences
+    assert not evaluation.check.passed
