@@ -136,14 +136,10 @@ class Bench(Result):
         """The reason why no figure can be used, where other processes used the machine."""
         return busy(self.load, self.machine.cores)
 
-    def noise(self, timing: Timing) -> str | None:
-        """Give the reason why a timing cannot be used; None where it can."""
-        return timing.noisy or self.busy
-
     def fastest(self, batch: int) -> str | None:
         """Name the contender of the smallest ratio; None where any at this batch is too noisy."""
         found = [timing for timing in self.timings if timing.batch == batch]
-        if len(found) < 2 or self.rounds < _QUARTILES or any(map(self.noise, found)):
+        if len(found) < 2 or self.rounds < _QUARTILES or any(one.noisy for one in found):
             return None
         return min(found, key=lambda timing: timing.ratio.median).contender
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import re
 import signal
 import sys
 import threading
@@ -39,7 +38,6 @@ from msn_export.errors import MsnExportError, SpecError, out_of_memory
 _ARGUMENTS = "msn_export.cli.arguments"
 _OF_GRAPHS = {"onnxruntime", "onnx", "onnx_ir", "google"}  # what they raise is about a graph
 _LONGEST = 2000  # characters of a message
-_PROVIDERS = re.compile(r"providers=\['([\w-]+)'\]")  # as the library names what to choose
 _OF_CHECKPOINTS = {"torch", "safetensors", "huggingface_hub"}  # what [export] adds to [graph]
 
 
@@ -76,8 +74,6 @@ class Commands(click.Group):
             message = str(error)
             if "memory" not in message:
                 message = _out_of_memory(error) or message
-            if self._takes_providers(ctx):
-                message = _PROVIDERS.sub(r"--providers \1", message)
             self._fail(ctx, _one_line(message), 1)
         except ModuleNotFoundError as error:
             if (error.name or "").startswith("msn_export"):
@@ -99,11 +95,6 @@ class Commands(click.Group):
             raise  # click's own: usage, and the end of a command
         except Exception as error:  # noqa: BLE001  files are hostile, and libraries raise what they like
             self._fail(ctx, *_unforeseen(ctx, error))
-
-    def _takes_providers(self, ctx: click.Context) -> bool:
-        """Check whether the command has the option that messages of the library name."""
-        command = self.commands.get(ctx.invoked_subcommand or "")
-        return command is not None and any(one.name == "providers" for one in command.params)
 
     def _fail(self, ctx: click.Context, message: str, code: int) -> None:
         if ctx.params.get("verbose"):

@@ -241,7 +241,7 @@ def _times(bench: Bench, more: tuple[str, ...] = ()) -> Table:
     """Lay out times and ratios; ``more`` are columns of agreement."""
     titles = ("median ms", "p90", "p99", "images/s", "ratio", *more)
     rows = [
-        (timing, (*_figures(timing, bench), *(_agreement(timing) if more else ())))
+        (timing, (*_figures(timing), *(_agreement(timing) if more else ())))
         for timing in bench.timings
     ]
     return _by_batch(bench, titles, rows)
@@ -276,9 +276,9 @@ def _name(timing: Timing) -> str:
     return timing.contender if timing.split is None else f"{timing.contender}, {timing.split}"
 
 
-def _figures(timing: Timing, bench: Bench) -> tuple[str, ...]:
+def _figures(timing: Timing) -> tuple[str, ...]:
     ratio = timing.ratio
-    mark = " *" if bench.noise(timing) else ""
+    mark = " *" if timing.noisy else ""
     return (
         *(_ms(time) for time in (timing.median_ms, timing.p90_ms, timing.p99_ms)),
         f"{timing.images_per_second:.1f}",
@@ -316,7 +316,7 @@ def _paper(bench: Bench) -> Table:
             str(batch),
             *(f"{timing.median_ms:.1f}" for timing in found),
             *(
-                f"{1 / timing.ratio.median:.2f}{' *' if bench.noise(timing) else ''}"
+                f"{1 / timing.ratio.median:.2f}{' *' if timing.noisy else ''}"
                 for timing in found[1:]
             ),
         )

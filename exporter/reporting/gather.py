@@ -421,7 +421,7 @@ def timing_rows(bench: Bench) -> Iterator[list[str]]:
         cosine = one.agreement.cosine_min if one.agreement is not None else None
         cells = [one.contender, what.runs, precision, str(what.threads or ""), batch]
         cells += [significant(x, 4) for x in figures]
-        mark = " *" if bench.noise(one) else ""
+        mark = " *" if one.noisy else ""
         cells += [f"{one.ratio.median:.3f} ({one.ratio.q1:.3f} to {one.ratio.q3:.3f}){mark}"]
         cells += ["" if cosine is None else f"{cosine:.8f}"]
         yield cells[: len(timing_columns(bench))]

@@ -109,7 +109,7 @@ def _require_unasked(**options: str | None) -> None:
     for name, value in options.items():
         if value is not None:
             raise RunnerError(
-                f"{name} is for OpenVINO: add providers=['{OPENVINO}'], or leave {name} out"
+                f"{name} is for OpenVINO: add the provider {OPENVINO}, or leave {name} out"
             )
 
 
@@ -206,7 +206,8 @@ def _open_in_openvino(
 ) -> Runner:
     if list(providers) != [OPENVINO]:
         raise RunnerError(
-            f"providers is {providers!r}; OpenVINO runs a graph alone: providers=['{OPENVINO}']"
+            f"providers is {providers!r}; OpenVINO runs a graph alone: choose the "
+            f"provider {OPENVINO}"
         )
     if device is not None:
         raise RunnerError(f"device {device} is a GPU, and OpenVINO runs on the CPU; leave it out")
@@ -225,7 +226,7 @@ def require_device(engine: VerifiedEngine, driver: Driver | NoDriver, device: in
     if isinstance(driver, NoDriver):
         raise RunnerError(
             f"engine {engine.path} ({engine}) needs an NVIDIA GPU, and here: {driver.reason}; run "
-            "its .onnx with providers=['cpu'], or this where the GPU is"
+            "its .onnx with the provider cpu, or this where the GPU is"
         )
     if device is not None:
         driver.require_index(device)

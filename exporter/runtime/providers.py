@@ -74,7 +74,7 @@ def require_obtained(asked: Sequence[str], obtained: Sequence[str], file: str) -
             raise RunnerError(
                 f"{file}: {name} was asked for and onnxruntime could not load it (it runs on "
                 f"{', '.join(obtained)}); install what it needs (for CUDA: cuDNN and the CUDA "
-                "libraries, see 'msn-export doctor'), or ask for providers=['cpu']"
+                "libraries, see 'msn-export doctor'), or ask for the provider cpu"
             )
 
 
@@ -101,7 +101,7 @@ def _require_available(name: str, available: Sequence[str], driver: Driver | NoD
 def _require_device(name: str, device: int, driver: Driver | NoDriver) -> None:
     if isinstance(driver, NoDriver):
         raise RunnerError(
-            f"{name} was asked for, and here: {driver.reason}; ask for providers=['cpu'], or run "
+            f"{name} was asked for, and here: {driver.reason}; ask for the provider cpu, or run "
             "where an NVIDIA GPU is"
         )
     driver.require_index(device)
@@ -153,7 +153,7 @@ def _load_plugin() -> None:
         raise RunnerError(
             f"{_PLUGIN} is installed, and onnxruntime {onnxruntime.__version__} cannot load it: "
             f"{one_line(error)}; install the CUDA libraries it needs and an onnxruntime of its "
-            "release, or ask for providers=['cpu']"
+            "release, or ask for the provider cpu"
         ) from error
     if name != CUDA:
         raise RunnerError(

@@ -124,7 +124,7 @@ def test_a_machine_with_other_work_cannot_time_anything(load, cores, reason) -> 
 
 def test_under_load_no_figure_is_to_be_used() -> None:
     loaded = made_up(load=2.8)
-    assert all(map(loaded.noise, loaded.timings))
+    assert all(one.noisy for one in loaded.timings)
     assert loaded.fastest(1) is None
     first, second = footnotes(loaded)[:2]
     assert first == (

@@ -1,5 +1,6 @@
 """A benchmark's record, made up: three contenders, two batch sizes, ten rounds."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -43,4 +44,6 @@ def made_up(**changes: Any) -> Bench:
         "reference": "a checkpoint, torch, fp32", "load": 0.0, "contenders": tuple(contenders),
         "timings": tuple(timings),
     }  # fmt: skip
-    return Bench(**{**fields, **changes})
+    bench = Bench(**{**fields, **changes})
+    timings = tuple(replace(one, noisy=one.noisy or bench.busy) for one in bench.timings)
+    return replace(bench, timings=timings)

@@ -224,7 +224,7 @@ def test_usage_and_settings_are_checked_first(model, options, code, message) -> 
     [
         (
             ["--precision", "bf16"],
-            "precision is for OpenVINO: add --providers openvino, or leave precision out",
+            "precision is for OpenVINO: add the provider openvino, or leave precision out",
         ),
         (
             ["--providers", "openvno"],
@@ -256,7 +256,7 @@ def test_an_engine_without_a_gpu_names_the_option_that_runs_its_graph() -> None:
     result = CliRunner().invoke(main, ["bench", str(engine())])
     assert result.exit_code == 1
     told = " ".join(result.stderr.split())
-    assert "run its .onnx with --providers cpu, or this where the GPU is" in told
+    assert "run its .onnx with the provider cpu, or this where the GPU is" in told
 
 
 def test_a_report_replaces_no_artifact(model, tmp_path) -> None:

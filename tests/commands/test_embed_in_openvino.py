@@ -108,7 +108,7 @@ def test_bf16_is_a_runner_of_its_own(model, folder, tmp_path) -> None:
 def test_a_precision_of_onnxruntime_is_refused(model, folder, tmp_path) -> None:
     result = embed(model, folder, tmp_path / "o.npy", "--providers", "cpu", "--precision", "bf16")
     assert result.exit_code == 1
-    assert "precision is for OpenVINO: add --providers openvino, or leave pre" in result.output
+    assert "precision is for OpenVINO: add the provider openvino, or leave pre" in result.output
 
 
 def test_the_table_says_what_was_computed_in(model, folder, tmp_path) -> None:

@@ -378,17 +378,20 @@ def test_a_processor_without_bf16_is_told(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"providers": ["openvino", "cpu"]}, r"OpenVINO runs a graph alone: providers=\['openvino"),
+        (
+            {"providers": ["openvino", "cpu"]},
+            r"OpenVINO runs a graph alone: choose the provider openvino",
+        ),
         ({"device": 0}, "device 0 is a GPU, and OpenVINO runs on the CPU; leave it out"),
         ({"precision": "fp16"}, "precision is 'fp16'; expected fp32 or bf16"),
         ({"hint": "fast"}, "hint is 'fast'; expected latency or throughput"),
         (
             {"providers": ["cpu"], "precision": "bf16"},
-            r"precision is for OpenVINO: add providers=\['openvino'\], or leave precision out",
+            r"precision is for OpenVINO: add the provider openvino, or leave precision out",
         ),
         (
             {"providers": None, "hint": "latency"},
-            r"hint is for OpenVINO: add providers=\['openvino'\], or leave hint out",
+            r"hint is for OpenVINO: add the provider openvino, or leave hint out",
         ),
         ({"threads": 0}, "threads is 0; expected a whole number from 1 to 4096"),
     ],
