@@ -59,7 +59,8 @@ class CostBenefit:
 
     Sizes are bytes of the files and, where they were compiled, of the engines. ``latency`` is in
     milliseconds a batch, or the reason why nothing was timed; ``spread`` describes how far that
-    can be relied on. ``faults`` are what the compiled engine should be and is not.
+    can be relied on, and ``noisy`` says that it cannot: then the times decide nothing. ``faults``
+    are what the compiled engine should be and is not.
     """
 
     base: str
@@ -69,6 +70,7 @@ class CostBenefit:
     latency: tuple[float, float] | str
     faults: tuple[str, ...] = ()
     spread: str = ""
+    noisy: bool = False
 
     @property
     def size_share(self) -> float:
@@ -77,11 +79,11 @@ class CostBenefit:
 
     @property
     def worthwhile(self) -> bool:
-        """Bytes are gained, and no time is lost where that was measured.
+        """Bytes are gained, and no time is lost where that was measured on an idle machine.
 
         A kernel that was taken apart, or multiplies in another type, loses time on any GPU.
         """
-        faster = isinstance(self.latency, str) or self.latency[1] < self.latency[0]
+        faster = self.noisy or isinstance(self.latency, str) or self.latency[1] < self.latency[0]
         return self.size_share <= 1 - WORTHWHILE and faster and not self.faults
 
 

@@ -141,7 +141,10 @@ def _quantization(
     times = latency["reason"] if "reason" in latency else (latency[base], latency[form])
     faults = tuple(_faults(compiled[form], form, plan.depth)) if form in compiled else ()
     spread = spread_of(latency, form)
-    benefit = CostBenefit(base, form, (both[base], both[form]), engines, times, faults, spread)
+    benefit = CostBenefit(
+        base, form, (both[base], both[form]), engines, times, faults, spread,
+        noisy=bool(latency.get("noisy")),
+    )  # fmt: skip
     return QuantizationRecord(
         format=form,
         base=base,

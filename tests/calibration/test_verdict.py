@@ -124,6 +124,15 @@ def test_less_time_and_fewer_bytes_are_a_gain() -> None:
     assert said(savings(latency=(1.0, 0.8))).endswith("; 0.800 ms a batch (fp16: 1.00)")
 
 
+def test_times_of_a_busy_machine_do_not_decide() -> None:
+    slower = {"latency": (1.0, 1.25), "spread": "time ratio 1.25; Too noisy", "noisy": True}
+    assert savings(**slower).worthwhile
+    assert said(savings(**slower)).endswith(
+        "1.25 ms a batch (fp16: 1.00); time ratio 1.25; Too noisy"
+    )
+    assert not savings(engine=(100, 95), **slower).worthwhile
+
+
 def test_blocks_that_stay_are_told() -> None:
     assert "3 of 12 blocks kept in fp16; " in said(savings(), kept=3)
 
