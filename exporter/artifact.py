@@ -284,8 +284,13 @@ class Artifact(Described):
         return super().labels
 
     def require_comparable(self) -> None:
-        """Refuse outputs that no check can judge: those of integers, and of one axis."""
+        """Refuse outputs that no check can judge: of integers, of one axis, and without numbers."""
         for spec in self.written.graph.outputs:
+            if 0 in (spec.shape or ()):
+                raise GraphError(
+                    f"output {spec.name!r} has the shape {spec.shape}, which holds no numbers to "
+                    "compare; export it again with every size above 0"
+                )
             axes = None if spec.shape is None else len(spec.shape)
             if (spec.dtype is None or spec.dtype.name in _FLOATS) and (axes is None or axes > 1):
                 continue

@@ -208,6 +208,12 @@ FOREIGN = {
         "{ y = ReduceMean <keepdims = 0> (x, axes) }",
         "output 'y' is float[b]; a check compares floats of two axes or more",
     ),
+    "no numbers": (
+        "g (float[b,3,8,8] x) => (float[b,3,8,0] y) <int64[1] start = {0}, int64[1] axis = {3}> "
+        "{ y = Slice (x, start, start, axis) }",
+        "output 'y' has the shape [b,3,8,0], which holds no numbers to compare; export it "
+        "again with every size above 0",
+    ),
     "dynamic": (
         "g (float[b,3,h,8] x) => (float[b,3,h,8] y) { y = Relu (x) }",
         "input 'x' is FLOAT[b,3,h,8]; height, width and channels must be fixed, batch alone may be "

@@ -263,6 +263,10 @@ class Comparison:
                 f"output has shape {list(candidate.shape)} and its reference "
                 f"{list(reference.shape)}; they must be the same"
             )
+        if len(reference) and not reference.size:
+            raise ToleranceError(
+                f"output has shape {list(reference.shape)}, which holds no numbers to compare"
+            )
         kinds = [_is_float(side) for side in (candidate, reference)]
         if kinds[0] != kinds[1]:
             raise ToleranceError(

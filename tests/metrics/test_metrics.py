@@ -114,6 +114,12 @@ def test_nothing_is_broadcast(shape) -> None:
     )
 
 
+def test_outputs_without_numbers_agree_in_nothing() -> None:
+    with pytest.raises(ToleranceError) as raised:
+        Comparison().add(np.ones((2, 0)), np.ones((2, 0)))
+    assert str(raised.value) == "output has shape [2, 0], which holds no numbers to compare"
+
+
 def test_an_empty_set_agrees_with_nothing() -> None:
     with pytest.raises(ToleranceError, match="no image was compared; an empty set is not a pass"):
         Comparison().agreement()
