@@ -21,7 +21,15 @@ import numpy as np
 
 from msn_export.artifact import Artifact
 from msn_export.commands.jobs import DriftJob, TrtJob
-from msn_export.compare.drift import Costs, Drift, Matched, match, open_costs, smoothing, suspect_of
+from msn_export.compare.drift import (
+    Costs,
+    Drift,
+    Matched,
+    inside_notes,
+    match,
+    open_costs,
+    suspect_of,
+)
 from msn_export.compare.sides import Pair, open_pair, open_side
 from msn_export.compare.streams import open_blocks, open_stream, what_is_shown
 from msn_export.engine_header import read_header
@@ -128,7 +136,9 @@ def _compare(job: DriftJob, pair: Pair, progress: Progress) -> Drift:
         inside,
         look.check(dtype, second),
         look.how,
-        tuple(dict.fromkeys((*pair.notes, *smoothing(pair), *look.notes(second), *sample.notes))),
+        tuple(
+            dict.fromkeys((*pair.notes, *inside_notes(pair), *look.notes(second), *sample.notes))
+        ),
     )
 
 

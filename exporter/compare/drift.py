@@ -23,7 +23,7 @@ from msn_export.graph.emulate import in_fp64, widen
 from msn_export.graph.fuse import attention_form
 from msn_export.graph.precision import type_graph
 from msn_export.graph.simplify import simplify
-from msn_export.graph.summary import differences_by_block
+from msn_export.graph.summary import differences_by_block, lost_epsilons
 from msn_export.manifest import CheckRecord
 from msn_export.metrics.diagnose import StageDrift, TensorDrift, is_block, most_of
 from msn_export.mixed_precision import MEASURED, choose_fp32_islands
@@ -194,9 +194,9 @@ def suspect_of(stages: tuple[StageDrift, ...], parted: StageDrift | None) -> str
     return most.name if most is not None else None
 
 
-def smoothing(pair: Pair) -> tuple[str, ...]:
-    """Warn of what differs inside the blocks of a smoothed graph and is right all the same."""
-    return tuple(
+def inside_notes(pair: Pair) -> tuple[str, ...]:
+    """Warn of what differs inside the blocks and is right all the same."""
+    smoothed = tuple(
         f"{side.name} was smoothed: some channels inside a block are scaled and scaled back, so "
         "tensors there differ by more than the block's output does"
         for side in (pair.reference, pair.candidate)
@@ -204,6 +204,7 @@ def smoothing(pair: Pair) -> tuple[str, ...]:
         and side.manifest.quantization is not None
         and side.manifest.quantization.smoothing
     )
+    return (*smoothed, *lost_epsilons(pair.reference.structure, pair.candidate.structure))
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from msn_export.artifact import Artifact, ImageInput, is_checkpoint, named
 from msn_export.errors import CheckpointError, RunnerError, SpecError, ToleranceError
 from msn_export.graph import io
 from msn_export.graph.classifier import fitted_classifier
-from msn_export.graph.summary import differences, structure_of_module
+from msn_export.graph.summary import differences, lost_epsilons, structure_of_module
 from msn_export.host import NoDriver, find_driver
 from msn_export.manifest import CheckRecord
 from msn_export.metrics.diagnose import label_faults
@@ -359,7 +359,9 @@ def decide(
             )
     reasons += [*same.dependences, *same.losses]
     reasons += label_faults(pair.reference.labels, pair.candidate.labels)
-    contradictions = [*differences(pair.reference.structure, pair.candidate.structure), *pair.alone]
+    structures = pair.reference.structure, pair.candidate.structure
+    notes += lost_epsilons(*structures)
+    contradictions = [*differences(*structures), *pair.alone]
     if numbers_only:
         notes += contradictions
     else:

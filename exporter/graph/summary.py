@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -190,11 +190,16 @@ def _of(node: ir.Node | None) -> str:
     return _SHORT.get(value.dtype, value.dtype.name.lower()) if value.dtype is not None else ""
 
 
-Structure = Mapping[str, float | str]
+# a number that half precision stores is a scalar of that type
+Stated = float | str | np.generic
+Structure = Mapping[str, Stated]
 
 _EPS = 1e-5  # onnx.ai operators, LayerNormalization, attribute epsilon
 _QUICK = 1.702  # hendrycks/GELUs, "x * sigmoid(1.702 x)"
 _ORDER = "norm, attention, norm, MLP"  # of a pre-norm block
+# What converters write for a positive number below it, which fp16 would round to 0: onnxruntime's
+# and onnxconverter-common's convert_float_to_float16, argument min_positive_val
+_LEAST = (5.96e-8, 1e-7)
 _TAIL = "the tail: number of residual additions"
 _PRESENT, _MISSING = "present", "missing"
 # transformers' activation names by the function they are; others are not told apart here
@@ -211,30 +216,51 @@ _ACTIVATION_NAMES = {
 
 def structure_of(model: ir.Model, stream: Stream) -> Structure:
     """Read a graph's epsilons, activations, additions and norms; the rest is left out."""
-    found: dict[str, float | str] = {}
+    found: dict[str, Stated] = {}
     inside: set[ir.Node] = set()
+    halves = _half_types(model)
     for block in stream.blocks:
         inside.update(block.nodes)
         for name, value in parts_of(block).items():
             node = value.producer()
             if node is not None and node.op_type == "LayerNormalization":
-                found[f"{name}: epsilon"] = node.attributes.get_float("epsilon", _EPS)
+                found[f"{name}: epsilon"] = _epsilon(node, halves)
         activation = activation_of(block)
         if activation:
             found[f"block {block.number}: activation"] = activation
         found |= _layout(block)
     final = [n for n in model.graph if n.op_type == "LayerNormalization" and n not in inside]
     if len(final) == 1:
-        found["final norm: epsilon"] = final[0].attributes.get_float("epsilon", _EPS)
+        found["final norm: epsilon"] = _epsilon(final[0], halves)
     found[_TAIL] = str(len(stream.tail))
     return found
+
+
+def _half_types(model: ir.Model) -> tuple[ir.DataType, ...]:
+    computed = {value.dtype for node in model.graph for value in node.outputs}
+    return tuple(t for t in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) if t in computed)
+
+
+def _epsilon(norm: ir.Node, halves: tuple[ir.DataType, ...]) -> float | np.generic:
+    """Read an epsilon, in the half precision type of the graph that holds it exactly.
+
+    A norm that was written out has it as a constant, which a converter rounds as all others: the
+    1e-6 of a ViT is subnormal in fp16, and 1.3 % larger there.
+    """
+    held = norm.attributes.get_float("epsilon", _EPS)
+    for dtype in halves:
+        rounded = np.asarray([held]).astype(dtype.numpy())[0]
+        if float(rounded) == held:
+            half: np.generic = rounded
+            return half
+    return held
 
 
 def structure_of_module(model: Any) -> Structure:
     """Read the same of the PyTorch reference (``VitMsn``)."""
     # the last LayerNorm is the classifier's own where there is no final one
     last: Any = model.norm or model.fc_norm or model.classifier.norm
-    found: dict[str, float | str] = {"final norm: epsilon": last.eps, _TAIL: "0"}
+    found: dict[str, Stated] = {"final norm: epsilon": last.eps, _TAIL: "0"}
     activation = next(
         (kind for kind, names in _ACTIVATION_NAMES.items() if model.config.activation in names), ""
     )
@@ -247,7 +273,7 @@ def structure_of_module(model: Any) -> Structure:
     return found
 
 
-def _layout(block: Block) -> dict[str, float | str]:
+def _layout(block: Block) -> dict[str, Stated]:
     """Read which branches are added to the stream, and where the norms are."""
     index_of = {node: index for index, node in enumerate(block.nodes)}
     core = index_of[block.core]
@@ -268,8 +294,8 @@ def _layout(block: Block) -> dict[str, float | str]:
     return _described(block.number, attention, mlp, order)
 
 
-def _described(number: int, attention: str, mlp: str, order: str) -> dict[str, float | str]:
-    found: dict[str, float | str] = {
+def _described(number: int, attention: str, mlp: str, order: str) -> dict[str, Stated]:
+    found: dict[str, Stated] = {
         f"block {number}: addition of attention to the stream": attention,
         f"block {number}: addition of the MLP to the stream": mlp,
     }
@@ -278,10 +304,30 @@ def _described(number: int, attention: str, mlp: str, order: str) -> dict[str, f
 
 def differences(reference: Structure, candidate: Structure) -> list[str]:
     """List contradictions of two structures; what only one of them has is none."""
-    found: dict[str, list[str]] = {}
-    for where, what in _contradictions(reference, candidate):
-        found.setdefault(what, []).append(where)
-    return [f"{what} in {_some(sorted(where, key=_order))}" for what, where in found.items()]
+    return _with_places(_contradictions(reference, candidate))
+
+
+def lost_epsilons(reference: Structure, candidate: Structure) -> list[str]:
+    """List epsilons that are too small for fp16 and are no contradiction, though they differ."""
+    found = []
+    for name, want in reference.items():
+        have = candidate.get(name, want)
+        if isinstance(want, str) or isinstance(have, str) or not _is_same(want, have):
+            continue
+        small, large = sorted((float(want), float(have)))
+        if large > 2 * small:
+            where, _, what = name.partition(": ")
+            told = f"{what} is {float(have):g}, the reference's {float(want):g}"
+            found.append((where, f"{told} (fp16 holds none so small; the numbers decide)"))
+    return _with_places(found)
+
+
+def _with_places(found: Iterable[tuple[str, str]]) -> list[str]:
+    """Say each thing once, with all places that it was found at."""
+    places: dict[str, list[str]] = {}
+    for where, what in found:
+        places.setdefault(what, []).append(where)
+    return [f"{what} in {_some(sorted(where, key=_order))}" for what, where in places.items()]
 
 
 def differences_by_block(reference: Structure, candidate: Structure) -> dict[str, tuple[str, ...]]:
@@ -297,14 +343,28 @@ def differences_by_block(reference: Structure, candidate: Structure) -> dict[str
 def _contradictions(reference: Structure, candidate: Structure) -> Iterator[tuple[str, str]]:
     for name, want in reference.items():
         have = candidate.get(name, want)
-        if isinstance(want, float) and isinstance(have, float):
-            same = abs(want - have) <= 1e-3 * want  # both went through a float32
-        else:
-            same = want == have
-        if not same:
+        if not _is_same(want, have):
             where, _, what = name.partition(": ")
-            shown = (f"{x:g}" if isinstance(x, float) else x for x in (have, want))
+            shown = (x if isinstance(x, str) else f"{float(x):g}" for x in (have, want))
             yield where, "{} is {}, the reference's {}".format(what, *shown)
+
+
+def _is_same(one: Stated, other: Stated) -> bool:
+    """Compare texts, and numbers as far as the types that hold them tell them apart."""
+    if isinstance(one, str) or isinstance(other, str):
+        return one == other
+    if abs(float(one) - float(other)) <= 1e-3 * float(one):
+        return True  # both went through a float32
+    return _rounds_to(float(one), other) or _rounds_to(float(other), one)
+
+
+def _rounds_to(number: float, held: float | np.generic) -> bool:
+    """Check whether a number in half precision is what a converter makes of ``number``."""
+    if not isinstance(held, np.generic):
+        return False
+    least = _LEAST if held.dtype == np.float16 and number > 0 else ()
+    written = np.array([number, *(max(number, smallest) for smallest in least)])
+    return bool((written.astype(held.dtype) == held).any())
 
 
 def _order(where: str) -> tuple[int, str]:

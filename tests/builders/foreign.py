@@ -118,11 +118,12 @@ def scripted(
     opset: int = 17,
     images: Tensor = IMAGES,
     axes: dict[int, str] = BATCH,
+    output: str = "out",
 ) -> Path:
     """Export through TorchScript, as most files were made."""
     _quietly(
         model, images, path, dynamo=False, opset_version=opset, input_names=["pixel_values"],
-        output_names=["out"], dynamic_axes={"pixel_values": axes, "out": {0: "batch"}},
+        output_names=[output], dynamic_axes={"pixel_values": axes, output: {0: "batch"}},
     )  # fmt: skip
     return path
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
@@ -23,6 +24,7 @@ from msn_export.spec import ImageSize
 from tests.builders.artifacts import alone as without_manifest
 from tests.builders.artifacts import classifier, copy_of, engine, no_driver, pretend
 from tests.builders.checkpoints import hugging_face
+from tests.builders.foreign import Reading, halved, scripted
 from tests.builders.networks import Network
 from tests.builders.tiny_artifacts import foreign, pictures
 from tests.contracts import faults
@@ -407,6 +409,49 @@ def test_a_graph_whose_blocks_are_not_found_says_that_its_structure_was_not_comp
         "residual stream with attention in its branches: it is no transformer, or was fused into "
         "operators of one runtime; export it again without"
     ) in told(graph, graph, "--images", images)["notes"]
+
+
+# --- what converters make of a graph --------------------------------------------------------------
+
+
+def halved_at_opset_14(folder: Path, epsilon: float, reference: float) -> tuple[Path, Path]:
+    """Save a checkpoint, and its graph with LayerNorm written out and put into fp16."""
+    model = hugging_face(folder / "hf", layer_norm_eps=reference)
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = epsilon
+    path = scripted(
+        folder / "m.onnx", Reading(model, patches_and_cls), opset=14, output="last_hidden_state"
+    )
+    return folder / "hf", halved(path, keep_io_types=True)
+
+
+def patches_and_cls(model: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    tokens: torch.Tensor = model(pixels).last_hidden_state
+    return tokens
+
+
+def test_an_epsilon_that_a_converter_rounded_to_fp16_is_the_same(images, tmp_path) -> None:
+    found = told(*halved_at_opset_14(tmp_path, 1e-6, 1e-6), "--images", images)
+    assert found["reasons"] == []
+    assert not any(note.startswith("epsilon") for note in found["notes"])
+
+
+def test_another_epsilon_is_refused_in_fp16_too(images, tmp_path) -> None:
+    found = told(*halved_at_opset_14(tmp_path, 1e-5, 1e-6), "--images", images)
+    assert any(
+        "epsilon is 1.00136e-05, the reference's 1e-06 in" in why for why in found["reasons"]
+    )
+
+
+def test_an_epsilon_that_fp16_cannot_hold_is_told_and_the_numbers_decide(images, tmp_path) -> None:
+    found = told(*halved_at_opset_14(tmp_path, 1e-12, 1e-12), "--images", images)
+    assert found["reasons"] == []
+    (note,) = (note for note in found["notes"] if note.startswith("epsilon"))
+    assert note.startswith(
+        "epsilon is 5.96046e-08, the reference's 1e-12 (fp16 holds none so small; the numbers "
+        "decide) in block 0 norm before MLP, block 0 norm before attention"
+    )
 
 
 # --- images that change each other's results ------------------------------------------------------

@@ -26,6 +26,7 @@ from msn_export.graph.summary import (
     Structure,
     differences,
     differences_by_block,
+    lost_epsilons,
     precision_map,
     structure_of,
     structure_of_module,
@@ -121,6 +122,53 @@ def test_contradictions_are_told_once_for_all_their_places() -> None:
     ]
     assert differences(reference, {}) == []
     assert differences(reference, dict.fromkeys(reference, float(np.float32(1e-6)))) == []
+
+
+HALF = [
+    (1e-6, float(np.float16(1e-6)), ir.DataType.FLOAT16, True),  # subnormal there: 1.3 % more
+    (1e-5, float(np.float16(1e-5)), ir.DataType.FLOAT16, True),
+    (1e-6, 1e-5, ir.DataType.FLOAT16, False),
+    (1e-6, float(np.float16(1e-5)), ir.DataType.FLOAT16, False),
+    (1e-6, 1e-12, ir.DataType.FLOAT16, False),
+    (1e-6, 0.0, ir.DataType.FLOAT16, False),
+    (1e-6, float(np.float16(1e-6)), ir.DataType.FLOAT, False),
+    (1e-6, float(np.float16(1e-6)), ir.DataType.BFLOAT16, False),
+    (3e-6, 2.995133399963379e-06, ir.DataType.BFLOAT16, True),
+    (1e-12, 0.0, ir.DataType.FLOAT16, True),
+    (1e-12, float(np.float16(5.96e-8)), ir.DataType.FLOAT16, True),
+    (1e-12, float(np.float16(1e-7)), ir.DataType.FLOAT16, True),
+    (1e-12, float(np.float16(1e-6)), ir.DataType.FLOAT16, False),
+    (1e-12, 0.0, ir.DataType.FLOAT, False),
+    (1e-12, 0.0, ir.DataType.BFLOAT16, False),  # which holds 1e-12
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("want", "have", "dtype", "same"), HALF)
+def test_an_epsilon_may_be_rounded_to_the_type_of_its_graph(want, have, dtype, same) -> None:
+    def with_epsilon(epsilon: float) -> ir.Model:
+        model = text()
+        for node in model.graph:
+            if node.op_type == "LayerNormalization":
+                node.attributes.add(ir.AttrFloat32("epsilon", epsilon))
+        return model
+
+    reference, candidate = with_epsilon(want), with_epsilon(have)
+    for node in candidate.graph:
+        node.outputs[0].dtype = dtype
+    sides = [structure_of_graph(model) for model in (reference, candidate)]
+    for pair in (sides, sides[::-1]):  # either may be the reference
+        found, lost = differences(*pair), lost_epsilons(*pair)
+        assert (found == []) is same, found
+        shown = [f"{x:g}" for x in ((have, want) if pair is sides else (want, have))]
+        assert lost == (
+            [
+                f"epsilon is {shown[0]}, the reference's {shown[1]} (fp16 holds none so small; the "
+                "numbers decide) in block 0 norm before MLP, block 0 norm before attention, final "
+                "norm"
+            ]
+            if same and want == 1e-12
+            else []
+        )
 
 
 @pytest.mark.parametrize(
