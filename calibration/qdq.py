@@ -381,6 +381,18 @@ def quantise_projections(
     infer_shapes(model)
 
 
+def quantise_weights(model: ir.Model, projections: Sequence[Projection], scheme: Scheme) -> None:
+    """Quantise the weights of ``projections`` alone, in place; their inputs stay floats."""
+    nodes = {node.name: node for node in model.graph}
+    for projection in projections:
+        node = nodes[projection.node]
+        held = _encoded(node, projection, scheme)
+        builder = GraphBuilder(model.graph, node)
+        node.replace_input_with(1, _held(builder, held, projection.weight, projection.axis))
+    RemoveUnusedNodesPass()(model)
+    infer_shapes(model)
+
+
 def _by_input(projections: Sequence[Projection]) -> dict[str, list[Projection]]:
     found: dict[str, list[Projection]] = {}
     for projection in projections:

@@ -31,6 +31,7 @@ from msn_export.calibration.qdq import (
     find_projections,
     quantise_attention,
     quantise_projections,
+    quantise_weights,
 )
 from msn_export.calibration.ranges import Watch, histograms, threshold
 from msn_export.calibration.smoothquant import find_smoothing_sites, fold
@@ -52,8 +53,10 @@ from msn_export.graph.emulate import in_fp64, round_values, widen
 from msn_export.graph.fuse import attention_form, fuse_attention
 from msn_export.graph.opset import raise_opset
 from msn_export.graph.precision import (
+    has_quantised_activations,
     is_quantised_core,
     overflowing_weights,
+    products_of_quantised_weights,
     quantised_dtype,
     quantised_products,
     type_graph,
@@ -229,7 +232,8 @@ def open_quantised(
     """Quantise an fp32 graph, written as ``candidate`` is (``write_like``), and open it.
 
     ``sample`` is what fp32 islands are measured on. Yields the graph with the candidate's scales,
-    and with ``ranges`` one more, or three, with ranges of ``RANGED`` pictures of their own.
+    and with ``ranges`` one more, or three, with ranges of ``RANGED`` pictures of their own, unless
+    the candidate has quantised weights alone.
     """
     rest = rest_of(candidate)
     dtype = quantised_dtype(candidate) or rest
@@ -247,8 +251,10 @@ def open_quantised(
         assert ranges is not None
         return {name: threshold(seen[name], ranges.observer, FORMATS[dtype]) for name in names}
 
-    ways: list[tuple[str, Measure | None]] = [("the candidate's scales", None)]
-    if ranges is not None:
+    in_8_bits = has_quantised_activations(candidate)
+    first = "the candidate's scales" if in_8_bits else "quantised weights alone"
+    ways: list[tuple[str, Measure | None]] = [(first, None)]
+    if ranges is not None and in_8_bits:
         halves = ", or of half of them," if ranges.few else ""
         name = f"ranges of {len(pictures)} of the images{halves} by {ranges.observer}"
         shares = [pictures, pictures[::2], pictures[1::2]] if ranges.few else [pictures]
@@ -279,6 +285,8 @@ def quantise_like(
 ) -> ir.Model:
     """Copy an fp32 graph with Q/DQ where a candidate has it; attention has the same form.
 
+    A product of which the candidate quantises the weight alone has a quantised weight alone.
+
     ``rest`` is the type of what is not quantised: scales are numbers that it holds. ``measure``
     gives the ranges of activations in place of the candidate's.
     """
@@ -292,16 +300,23 @@ def quantise_like(
     fuse_attention(copy, found_in)
     fuse_attention(plain, found_in, partial=True)
     mine = find_projections(copy)
-    pairs = _matched(mine, copy, plain, frozenset(quantised_products(candidate)))
+    chosen = frozenset(products_of_quantised_weights(candidate))
+    in_8_bits = frozenset(quantised_products(candidate))
+    pairs = _matched(mine, copy, plain, chosen)
     nodes = {node.name: node for node in candidate.graph}
     reduced = all(_reduced(nodes[other.node]) for _, other in pairs)
     # of opset 17 every scale is fp32 and a number of fp16: with other scales the weights would be
     # rounded otherwise, which is another error, of twice the size in three logits
-    held = [_constant_of(nodes[other.node], index, 1) for _, other in pairs for index in (0, 1)]
+    held = [
+        _constant_of(nodes[other.node], index, 1)
+        for _, other in pairs
+        for index in ((0, 1) if other.node in in_8_bits else (1,))
+    ]
     runs_on = Target.PORTABLE if rest is Dtype.FP32 and all(map(_fits_fp16, held)) else None
     scheme = Scheme(FORMATS[dtype], rest, reduced, runs_on)
     _smooth_like(copy, plain, mine, pairs)
-    thresholds = {own.x: _scale(nodes[other.node]) * scheme.form.largest for own, other in pairs}
+    whole = [(own, other) for own, other in pairs if other.node in in_8_bits]
+    thresholds = {own.x: _scale(nodes[other.node]) * scheme.form.largest for own, other in whole}
     cores = _quantised_cores(copy, candidate) if form is AttentionForm.PLAIN else []
     for own, softmax in cores:
         names = (own.q, own.k, own.p, own.v)
@@ -311,7 +326,8 @@ def quantise_like(
         thresholds = dict(measure(copy, tuple(thresholds)))
         if dtype is not Dtype.INT8:  # fp8's steps are relative: a probability's range is 1
             thresholds |= {own.p: 1.0 for own, _ in cores}
-    quantise_projections(copy, [own for own, _ in pairs], thresholds, scheme)
+    quantise_projections(copy, [own for own, _ in whole], thresholds, scheme)
+    quantise_weights(copy, [own for own, other in pairs if other.node not in in_8_bits], scheme)
     quantise_attention(copy, [own for own, _ in cores], thresholds, scheme)
     fuse_attention(copy, form)
     return copy

@@ -25,6 +25,7 @@ from msn_export.metrics.tolerances import MARGIN, Gate
 from msn_export.mixed_precision import cpu_runner
 from msn_export.runtime.onnxruntime import OrtRunner
 from msn_export.spec import AttentionForm, Dtype, Head, InputFormat, Target
+from tests.builders.calibrated_graphs import drop_activation_pairs
 from tests.builders.checkpoints import hugging_face, processor
 from tests.builders.tiny_artifacts import pictures
 from tests.contracts import faults
@@ -269,6 +270,27 @@ def test_a_candidate_of_few_pictures_may_err_as_ranges_of_either_half_do(
     costs = [errors(runner, reference, InputFormat.FLOAT)["logits"] for runner in (*enough, *few)]
     assert costs[:2] == costs[2:4]
     assert len({costs[3], *costs[4:]}) == 3, "either half has ranges of its own"
+
+
+@pytest.mark.parametrize("options", [{}, {"base": Dtype.FP16}], ids=str)
+def test_weights_alone_in_8_bits_cost_the_reference_what_they_cost_the_candidate(
+    options, quantised, export, reference, sample, tmp_path
+) -> None:
+    graph = io.load(quantised("int8-" + "-".join(map(str, options.values())), **options))
+    drop_activation_pairs(graph)
+    candidate = tmp_path / "weights.onnx"
+    io.save(graph, candidate)
+    io.infer_shapes(graph)
+    have = errors(cpu_runner(candidate, Dtype.INT8, tmp_path), reference, InputFormat.FLOAT)
+    written = baseline.write_like(
+        io.load(export("fp32")), InputFormat.FLOAT, sample.preprocessing, attention_form(graph)
+    )
+    # nothing has a range to measure
+    (runner,) = baseline.open_quantised(
+        written, graph, sample, InputFormat.FLOAT, tmp_path, OwnRanges(Observer.MSE, few=True)
+    )
+    assert "the reference in int8 with quantised weights alone, in" in runner.name
+    assert have == pytest.approx(errors(runner, reference, InputFormat.FLOAT), rel=0.05)
 
 
 # --- limits, and what has no baseline -------------------------------------------------------------

@@ -28,6 +28,7 @@ from msn_export.errors import GraphError, ImageError
 from msn_export.feed import Feed
 from msn_export.graph.batch import find_mixing
 from msn_export.graph.fuse import attention_form
+from msn_export.graph.precision import has_quantised_activations
 from msn_export.image_folder import notes_on
 from msn_export.labelled import Labelled, read_labelled
 from msn_export.manifest import AccuracyRecord
@@ -211,7 +212,10 @@ class _Trials:
         pair = self.pair
         # ranges of noise say nothing of a candidate that was calibrated on pictures
         with_ranges = self.job.images is not None and len(sample) >= baseline.RANGED
-        if self.dtype.is_quantised and self.job.images is not None and not with_ranges:
+        graph = pair.candidate.graph
+        has_ranges = graph is None or has_quantised_activations(graph)
+        has_ranges &= self.dtype.is_quantised and self.job.images is not None
+        if has_ranges and not with_ranges:
             self.notes.append(
                 f"ranges of activations were not bounded: that takes {baseline.RANGED} pictures"
             )

@@ -92,16 +92,31 @@ def type_beside(model: ir.Model) -> Dtype:
 
 
 def quantised_products(model: ir.Model) -> tuple[str, ...]:
-    """Name the matrix products and convolutions with a dequantised weight."""
+    """Name the matrix products and convolutions that compute in 8 bits: input and weight are."""
     return tuple(
         node.name or ""
         for node in model.graph
-        if node.op_type in WEIGHTED_PRODUCTS
-        and _is_dequantised(node.inputs[0])
-        and (weight := producer_of(node.inputs[1], "DequantizeLinear"))
-        and weight.inputs[0] is not None
-        and weight.inputs[0].is_initializer()
+        if _has_quantised_weight(node) and _is_dequantised(node.inputs[0])
     )
+
+
+def products_of_quantised_weights(model: ir.Model) -> tuple[str, ...]:
+    """Name the products with a dequantised weight, those of a float input too."""
+    return tuple(node.name or "" for node in model.graph if _has_quantised_weight(node))
+
+
+def _has_quantised_weight(node: ir.Node) -> bool:
+    weight = (
+        producer_of(node.inputs[1], "DequantizeLinear")
+        if node.op_type in WEIGHTED_PRODUCTS
+        else None
+    )
+    return weight is not None and weight.inputs[0] is not None and weight.inputs[0].is_initializer()
+
+
+def has_quantised_activations(model: ir.Model) -> bool:
+    """Check whether anything is quantised while the graph runs, and not weights alone."""
+    return any(node.op_type == "QuantizeLinear" for node in model.graph)
 
 
 def is_quantised_core(softmax: ir.Node) -> bool:

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from msn_export.calibration.plan import Plan
 from msn_export.calibration.qdq import FORMATS, Scheme
 from msn_export.graph import io
+from msn_export.graph.builder import array_of, operand, producer_of, replace
 from msn_export.spec import Dtype
 from tests.builders.engine_graphs import Vit, save
 from tests.builders.graphs import parse
@@ -31,6 +33,25 @@ def planned(folder: Path, dtype: Dtype = Dtype.INT8, *, attention: bool = False,
 def feeds(count: int = 3, seed: int = 0) -> dict[str, np.ndarray]:
     pixels = np.random.default_rng(seed).standard_normal((count, 3, 32, 32))
     return {"x": pixels.astype(np.float32)}
+
+
+def drop_activation_pairs(model: ir.Model) -> None:
+    """Take out each Q/DQ of an activation, in place: weights alone stay quantised."""
+    for node in list(model.graph):
+        rounded = producer_of(node.inputs[0], "QuantizeLinear") if node.inputs else None
+        if node.op_type == "DequantizeLinear" and rounded is not None:
+            replace(node.outputs[0], operand(rounded, 0))
+    RemoveUnusedNodesPass()(model)
+
+
+def scale_weights(model: ir.Model, factor: float, block: int = 1) -> None:
+    """Multiply the scales of a block's 8-bit weights, in place."""
+    for node in model.graph:
+        held = node.inputs[0] if node.op_type == "DequantizeLinear" else None
+        if held is not None and held.is_initializer() and f"blocks.{block}." in str(held.name):
+            scale = operand(node, 1)
+            steps = array_of(scale)
+            scale.const_value = ir.tensor((steps * factor).astype(steps.dtype), name=scale.name)
 
 
 # One block of dim 4, two heads of 2; how the 12 columns of qkv are split is the test's to say.

@@ -11,11 +11,16 @@ from msn_export.calibration.qdq import (
     Role,
     find_operands,
     quantise_projections,
+    quantise_weights,
     require_fusable,
 )
 from msn_export.calibration.ranges import Histogram, Observer
 from msn_export.errors import GraphError
-from msn_export.graph.precision import quantised_dtype, quantised_products
+from msn_export.graph.precision import (
+    products_of_quantised_weights,
+    quantised_dtype,
+    quantised_products,
+)
 from msn_export.spec import Dtype
 from tests.builders.calibrated_graphs import feeds, planned, scheme, vit
 from tests.builders.graphs import op_types, parse, run
@@ -105,6 +110,19 @@ def test_the_blocks_products_are_quantised_and_nothing_else(tmp_path, dtype) -> 
     assert (types.count("QuantizeLinear"), types.count("DequantizeLinear")) == (8, 16)
     assert (types.count("Attention"), types.count("Conv")) == (2, 1)
     assert node_of(model, "patch.Conv").inputs[1].is_initializer()
+
+
+def test_weights_alone_are_quantised_where_that_is_asked_for(tmp_path) -> None:
+    plan, whole = planned(tmp_path), quantised(planned(tmp_path))
+    quantise_weights(plan.model, plan.projections, plan.scheme)
+    types = op_types(plan.model)
+    assert (types.count("QuantizeLinear"), types.count("DequantizeLinear")) == (0, 8)
+    assert quantised_products(plan.model) == ()
+    assert products_of_quantised_weights(plan.model) == quantised_products(whole)
+    for name in quantised_products(whole):
+        alone, beside = (dequantised(node_of(m, name).inputs[1]) for m in (plan.model, whole))
+        for one, other in zip(alone.inputs, beside.inputs, strict=True):
+            np.testing.assert_array_equal(one.const_value.numpy(), other.const_value.numpy())
 
 
 def test_blocks_that_are_kept_have_none(tmp_path) -> None:

@@ -23,6 +23,7 @@ from msn_export.metrics.tolerances import DRIFT, HEADROOM
 from msn_export.progress import Silent
 from msn_export.spec import Dtype
 from tests.builders.artifacts import classifier, copy_of, engine, no_driver
+from tests.builders.calibrated_graphs import drop_activation_pairs, scale_weights
 from tests.builders.checkpoints import hugging_face
 from tests.builders.tiny_artifacts import foreign, pictures
 from tests.contracts import faults
@@ -157,6 +158,17 @@ def test_8_bits_err_as_the_reference_does_with_the_same_scales(
     # eight bits are not sixteen: by fp16's own number they part
     assert told(half, candidate, "--images", images, "--tolerance", 5e-3)["parted"]
     assert any("q.onnx was smoothed: some channels inside" in note for note in typed["notes"])
+
+
+def test_weights_alone_in_8_bits_err_as_the_references_do(images, tmp_path) -> None:
+    whole = quantised("int8", images, tmp_path / "q.onnx", "--smooth", "off", "--no-compile")
+    sound = faults.plant(whole, tmp_path / "weights.onnx", drop_activation_pairs)
+    found = told(checkpoint(), sound, "--images", images)
+    assert found["passed"]
+    times = [s["own"]["relative"] / s["own"]["cost"] for s in found["stages"]]
+    assert all(0.7 < ratio < 1.2 for ratio in times), times
+    wrong = faults.plant(sound, tmp_path / "wrong.onnx", partial(scale_weights, factor=1.3))
+    assert told(checkpoint(), wrong, "--images", images)["parted"] == "block 1"
 
 
 def test_8_bits_with_other_scales_are_judged_by_the_other_blocks(images, tmp_path) -> None:

@@ -23,6 +23,7 @@ from msn_export.runtime import open_runner
 from msn_export.spec import ImageSize
 from tests.builders.artifacts import alone as without_manifest
 from tests.builders.artifacts import classifier, copy_of, engine, no_driver, pretend
+from tests.builders.calibrated_graphs import drop_activation_pairs, scale_weights
 from tests.builders.checkpoints import hugging_face
 from tests.builders.foreign import Reading, halved, scripted
 from tests.builders.networks import Network
@@ -398,6 +399,35 @@ def test_an_engine_is_run_where_its_gpu_is_and_its_outputs_judged(
     assert "Stand-in GPU" in found["check"]["executed_on"]
     assert found["check"]["batches"] == [1, 5, 8, 15, 30, 32]
     assert recorder.live() == {}  # nothing of the GPU is kept
+
+
+# --- 8 bits ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Quantise the classifier to int8 on the eight pictures beside it."""
+    folder = tmp_path_factory.mktemp("eight")
+    options = ("--int8", "--images", str(pictures(folder / "images", 8)), "--no-compile")
+    made = CliRunner().invoke(
+        main, ["calibrate", str(classifier()), "-o", str(folder / "int8.onnx"), *options]
+    )
+    assert made.exit_code == 0, made.output
+    return folder / "int8.onnx"
+
+
+@pytest.mark.parametrize("limit", ["8", "4"])
+def test_weights_alone_in_8_bits_are_held_to_what_they_cost(eight, limit, tmp_path) -> None:
+    options = ("--images", eight.parent / "images", "--limit", limit)
+    sound = faults.plant(eight, tmp_path / "weights.onnx", drop_activation_pairs)
+    found = told(checkpoint(), sound, *options)
+    assert found["passed"]
+    assert found["check"]["limits_from"].startswith(
+        "1.5 times the errors of the reference in int8 with quantised weights alone, in onnxruntime"
+    )
+    assert not any("ranges of activations" in note for note in found["notes"])
+    wrong = faults.plant(sound, tmp_path / "wrong.onnx", partial(scale_weights, factor=1.3))
+    assert "relative error" in told(checkpoint(), wrong, *options)["reasons"][0]
 
 
 def test_a_graph_whose_blocks_are_not_found_says_that_its_structure_was_not_compared(
