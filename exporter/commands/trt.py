@@ -337,6 +337,7 @@ def _check(
     ):
         gate = GATES[graph.dtype]
         found = evaluate(runner, reference, source.input_format, sizes, gate)
+        found = found.with_alone(runner, source.input_format, sizes, graph.mixing)
         record = found.require(f"the {graph.dtype} graph")
         record = replace(record, images_apart=apart)
         if recorded.output in record.limits:
@@ -387,8 +388,9 @@ def _with_limit(
         elif graph.dtype is Dtype.FP32:
             with open_exact(given, stage) as exact:
                 return measure_rounding(
-                    reference, exact, EXACT, source.input_format, fixed=source.fixed_batch
-                )
+                    reference, exact, EXACT, source.input_format, fixed=source.fixed_batch,
+                    joins=graph.mixing,
+                )  # fmt: skip
         else:
             runner = open_rounded(given, graph.dtype, reference.sample, source.input_format, stage)
     except GraphError as error:  # a graph of another tool that only simplifying makes plain

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from itertools import chain, repeat
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 
 from msn_export import baseline, image_folder
@@ -35,7 +34,6 @@ from msn_export.manifest import AccuracyRecord
 from msn_export.metrics.accuracy import notes as notes_of
 from msn_export.metrics.diagnose import diagnose
 from msn_export.metrics.evaluate import (
-    ALONE,
     Evaluation,
     OutputsOf,
     Recalibrated,
@@ -43,7 +41,6 @@ from msn_export.metrics.evaluate import (
     Sample,
     Trial,
     batch_sizes,
-    compare_alone,
     draw,
     draw_parts,
     measure_rounding,
@@ -52,7 +49,6 @@ from msn_export.metrics.evaluate import (
     with_drawn,
     with_ragged,
 )
-from msn_export.metrics.metrics import Agreement
 from msn_export.metrics.tolerances import (
     ENOUGH,
     FEW_RANGES_MARGIN,
@@ -115,7 +111,11 @@ def validate_in_full(
         with progress.step("compare"):
             reference, sizes = trials.reference, trials.sizes
             same = trials.same.evaluation(reference, sizes, runner.name, gate)
-            same = replace(same, alone=trials.compare_alone(runner))
+            afforded = sizes if max(sizes) > 1 or pair.candidate.batch.max == 1 else (1, 2)
+            graph = pair.candidate.graph
+            joins = find_mixing(graph) if graph is not None else ""
+            same = same.with_alone(runner, pair.candidate.input_format, afforded, joins)
+            trials.notes += [same.about_joins] if same.alone else []
             fed = None
             if own is not None:
                 sample = replace(reference.sample, preprocessing=own)
@@ -258,24 +258,6 @@ class _Trials:
             self.notes.append(f"{len(shared.sample)} pictures can be read with both preprocessings")
         self.mine.run(runner, shared, self.pair.candidate.input_format, self.sizes)
 
-    def compare_alone(self, runner: OutputsOf) -> dict[str, Agreement]:
-        """Compare images alone and beside others, where the graph may join those of a batch.
-
-        Nothing is compared where its operators show that it does not, or where it takes one image.
-        """
-        side = self.pair.candidate
-        joins = find_mixing(side.graph) if side.graph is not None else ""
-        if not joins or self.sizes[-1] < 2:
-            return {}
-        sample = self.reference.sample
-        found = compare_alone(runner, sample, side.input_format, self.sizes, self.pair.outputs)
-        most = np.max([agreement.relative for agreement in found.values()])
-        self.notes.append(
-            f"{min(ALONE, len(sample))} images beside others and alone differ by {most:.1e}; they "
-            f"were compared because {joins} is not shown to keep them apart"
-        )
-        return found
-
     def count(
         self, labelled: Labelled, shared: Preprocessing, runner: OutputsOf, progress: Progress
     ) -> AccuracyRecord:
@@ -335,8 +317,9 @@ def run_pair_reference(pair: Pair, sample: Sample, stage: Path, *, exact: bool) 
     try:
         with baseline.open_exact(side.graph, stage) as runner:
             return measure_rounding(
-                reference, runner, EXACT, side.input_format, fixed=side.fixed_batch
-            )
+                reference, runner, EXACT, side.input_format, fixed=side.fixed_batch,
+                joins=find_mixing(side.graph),
+            )  # fmt: skip
     except GraphError as error:
         return replace(reference, unmeasured=str(error))
 

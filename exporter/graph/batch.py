@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
+from contextlib import suppress
 
 import onnx_ir as ir
 
+from msn_export.errors import GraphError
+from msn_export.graph import io
 from msn_export.graph.builder import constant_of, sizes_of
 
 # Operators' definitions: onnx.ai/onnx/operators
@@ -28,11 +31,14 @@ _BROADCASTING = frozenset(
 def find_mixing(model: ir.Model) -> str:
     """Name the first node that is not shown to keep the images apart; nothing where all are.
 
-    The graph needs one input, of an open batch, and the shapes that inference gives its values.
+    The graph needs one input, and the shapes that inference gives its values. A fixed batch is
+    looked at as an open one: a size alone does not say which axis counts images.
     """
     taken = [value for value in model.graph.inputs if not value.is_initializer()]
-    if len(taken) != 1 or sizes_of(taken[0])[:1] != [None]:
-        return "the graph takes other than one input of an open batch"
+    if len(taken) != 1 or not sizes_of(taken[0]):
+        return "the graph takes other than one input of images"
+    if sizes_of(taken[0])[0] is not None:
+        return find_mixing(_opened(model))
     images = set(taken)
     for node in model.graph:
         rule = _RULES.get(node.op_type)
@@ -43,6 +49,19 @@ def find_mixing(model: ir.Model) -> str:
             images.update(node.outputs)
     constant = [value.name for value in model.graph.outputs if value not in images]
     return f"output {constant[0]!r} does not depend on the images" if constant else ""
+
+
+def _opened(model: ir.Model) -> ir.Model:
+    """Give a copy of a graph whose batch is open; values whose shape that leaves open have none."""
+    copied = model.clone()
+    for node in copied.graph:
+        for value in node.outputs:
+            value.shape = None
+    (taken,) = (value for value in copied.graph.inputs if not value.is_initializer())
+    taken.shape = ir.Shape([None, *sizes_of(taken)[1:]])
+    with suppress(GraphError):
+        io.infer_shapes(copied)
+    return copied
 
 
 def _is_graph(attribute: ir.Attr) -> bool:

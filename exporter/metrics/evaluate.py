@@ -29,7 +29,7 @@ from msn_export.preprocessing import Preprocessing
 from msn_export.spec import BatchRange, Head, InputFormat
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 
 PART = 256  # pictures of a large set that are in memory at once, with what models make of them
 LIMIT = 16  # pictures a check decodes at most: its cost must stay near that of the export
-ALONE = 8  # pictures that are run alone and together, where a graph may join those of a batch
+# Pictures that are run alone and beside others, where a graph may join those of a batch: at most
+# ALONE, and at least 2 whatever the smallest batch, which is filled with copies.
+ALONE, COPIES = 8, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,12 +351,18 @@ def measure_rounding(
     input_format: InputFormat = InputFormat.FLOAT,
     *,
     fixed: int | None = None,
+    joins: str = "",
 ) -> Reference:
     """Run the first ``images`` pictures in fp64 too: what is right, and how far fp32 is from it.
 
-    ``exact`` is the reference in fp64, which takes twice the time.
+    ``exact`` is the reference in fp64, which takes twice the time. Where ``joins`` names what may
+    join images of a batch, fp64 runs in full batches of fp32's: in others, what differs would be
+    the images' company and not the rounding.
     """
     few = reference.sample.first(images, at_once=4)  # fp64 takes twice the memory
+    if joins:
+        batch = fixed or min(8, reference.sample.max_batch)
+        few = reference.sample.first(max(batch, images - images % batch))
     truth = run_reference(exact, few, input_format, fixed=fixed).outputs
     return replace(reference, exact=truth, rounding=_rounding(truth, reference.outputs))
 
@@ -389,29 +397,38 @@ def compare_alone(
     sample: Sample,
     input_format: InputFormat,
     sizes: Sequence[int],
-    names: Iterable[str],
+    names: Collection[str],
 ) -> dict[str, Agreement]:
-    """Compare the first ``ALONE`` pictures beside others with the same pictures alone.
+    """Compare the first pictures beside others with the same pictures alone.
 
     A candidate is compared with itself here, in the outputs called ``names``. So this shows what no
-    reference shows where a fault is about as large as the rounding, which may cancel it. ``sizes``
-    are the batches that the runner takes, smallest first: a picture alone fills the smallest with
-    its copies.
+    reference shows: a fault about as large as the rounding, which may cancel it, and one that the
+    reference has too. ``sizes`` are the batches that the runner takes, smallest first. A picture
+    alone fills the smallest with its copies; beside others it is at a place of the largest that a
+    seed draws, as the others are.
     """
-    few = sample.first(ALONE)
-    alone = [
-        run_reference(
-            runner, replace(few, pixels=few.pixels[i : i + 1]), input_format, fixed=sizes[0]
-        )
-        for i in range(len(few))
-    ]
-    largest = max(sizes[0], min(sizes[-1], ALONE))
-    beside = run_reference(runner, few, input_format, fixed=largest)
+    least, largest = min(sizes), max(sizes)
+    count = min(len(sample), max(2, min(ALONE, COPIES // least)))
+    drawn = random.Random(0)  # noqa: S311
+    alone: dict[str, list[NDArray[Any]]] = defaultdict(list)
+    beside: dict[str, list[NDArray[Any]]] = defaultdict(list)
+    for index in range(count):
+        outputs = runner(sample.preprocess([index] * least, input_format))
+        for name in names:
+            alone[name].append(np.asarray(outputs[name])[:1])
+    for start in range(0, count, largest):
+        compared = range(start, min(count, start + largest))
+        others = [drawn.randrange(len(sample)) for _ in range(largest - len(compared))]
+        places = drawn.sample(range(largest), largest)
+        batch = np.empty(largest, np.intp)
+        batch[places] = [*compared, *others]
+        outputs = runner(sample.preprocess(batch.tolist(), input_format))
+        for name in names:
+            beside[name].append(np.asarray(outputs[name])[places[: len(compared)]])
     found = {}
-    for name in names:
+    for name, rows in alone.items():
         comparison = Comparison()
-        rows = np.concatenate([reference.outputs[name] for reference in alone])
-        comparison.add(rows, beside.outputs[name])
+        comparison.add(np.concatenate(rows), np.concatenate(beside[name]))
         found[name] = comparison.agreement()
     return found
 
@@ -423,7 +440,7 @@ class Evaluation:
     ``gate`` is what was asked of each. ``vectors`` are the candidate's embeddings, [count, dim] by
     output. ``accuracy`` is that of both on labelled images, where some were given. ``alone`` is
     the agreement of the candidate's images in a batch with the same images alone, by output, where
-    that was measured.
+    ``joins`` names what may join them.
     """
 
     outputs: Mapping[str, Agreement]
@@ -435,6 +452,16 @@ class Evaluation:
     vectors: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     accuracy: AccuracyRecord | None = None
     alone: Mapping[str, Agreement] = field(default_factory=dict)
+    joins: str = ""
+
+    def with_alone(
+        self, runner: OutputsOf, input_format: InputFormat, sizes: Sequence[int], joins: str
+    ) -> Evaluation:
+        """Compare images alone and beside others, where ``joins`` names what may join them."""
+        if not joins or max(sizes) < 2:
+            return self
+        alone = compare_alone(runner, self.reference.sample, input_format, sizes, self.outputs)
+        return replace(self, alone=alone, joins=joins)
 
     @property
     def failures(self) -> tuple[str, ...]:
@@ -452,14 +479,24 @@ class Evaluation:
     @property
     def dependences(self) -> tuple[str, ...]:
         """Name each output in which an image's result depends on the batch, with one figure."""
-        asked = Limit(Errors.uniform(np.inf if self.gate.relative is None else self.gate.relative))
         found = []
         for name, agreement in self.alone.items():
-            measured = self.reference.limit_alone(name) if self.gate.is_measured else None
-            if failures := (measured or asked).failures(agreement):
+            if failures := self.gate.failures(agreement, self.reference.limit_alone(name)):
                 why = f"an image's result depends on the batch it is in: {failures[0]}"
                 found.append(f"output {name!r}: {why}")
         return tuple(found)
+
+    @property
+    def about_joins(self) -> str:
+        """Say what was compared alone, and why; nothing where nothing was."""
+        if not self.alone:
+            return ""
+        most = np.max([agreement.relative for agreement in self.alone.values()])
+        count = next(iter(self.alone.values())).images
+        return (
+            f"{count} images beside others and alone differ by {most:.1e}; they were compared "
+            f"because {self.joins} is not shown to keep them apart"
+        )
 
     @property
     def losses(self) -> tuple[str, ...]:
@@ -469,6 +506,8 @@ class Evaluation:
     def require(self, what: str) -> CheckRecord:
         for name, agreement in self.outputs.items():
             self.gate.require(agreement, f"{what}, output {name!r},", self.reference.limit(name))
+        if self.dependences:
+            raise ToleranceError(f"{what}, {self.dependences[0]}; {self.about_joins}")
         return self.check
 
     @property

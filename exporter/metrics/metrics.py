@@ -108,6 +108,11 @@ class Errors:
             *(None if value is None else value * factor for value in self.values())  # type: ignore[arg-type]
         )
 
+    def plus(self, other: Errors) -> Errors:
+        """Add each figure; what either side has not measured stays unknown."""
+        pairs = zip(self.values(), other.values(), strict=True)
+        return Errors(*(None if None in pair else sum(pair) for pair in pairs))  # type: ignore[arg-type]
+
     def at_least(self, other: Errors | float) -> Errors:
         """Take the larger of each figure; what was not measured here stays unknown."""
         least = Errors.uniform(other) if isinstance(other, float) else other
@@ -140,7 +145,7 @@ class Agreement:
     figure it touches.
 
     None where it was not measured: ``rounding``, ``relative`` as a multiple of the reference's own
-    rounding error; ``others``, the worst image among those whose reference is not in fp64 where
+    rounding error; ``others``, the errors of those images whose reference is not in fp64 where
     others' is; ``neighbours`` and ``classes``, the shares of images whose nearest neighbour and
     whose class are the reference's.
     """
@@ -158,7 +163,7 @@ class Agreement:
     nan: int
     inf: int
     image: float = 0.0
-    others: float | None = None
+    others: Errors | None = None
     cls: float | None = None
     cls_image: float | None = None
     cls_cosine: float | None = None
@@ -177,7 +182,9 @@ class Agreement:
         )
 
     def to_json(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__slots__}
+        """Give the figures by name; of ``others`` the worst image's error."""
+        figures = {name: getattr(self, name) for name in self.__slots__}
+        return {**figures, "others": None if self.others is None else self.others.image}
 
 
 @dataclass(slots=True)
@@ -313,7 +320,7 @@ class Comparison:
         cosines, ratios = np.asarray(self.cosines), np.asarray(self.ratios)
         exact = np.asarray(self._exact)
         rows = exact if exact.any() else np.ones(len(exact), bool)
-        tokens = self._token_errors(rows) if self._tokens else None
+        errors = self._errors(rows)
         spread, centred = self._spread()
         # numpy's max keeps NaN; Python's max(0.0, nan) is 0.0
         return Agreement(
@@ -326,18 +333,31 @@ class Comparison:
             norm_ratio_min=float(np.min(ratios)),
             norm_ratio_max=float(np.max(ratios)),
             reference_rms=float(np.sqrt(np.sum(self._image.reference) / self._size)),
-            relative=self._image.together(rows),
+            relative=errors.relative,
             nan=self._nan,
             inf=self._inf,
-            image=self._image.worst(rows),
-            others=None if rows.all() else self._image.worst(~rows),
-            cls=self._cls.together(rows) if tokens is not None else None,
-            cls_image=self._cls.worst(rows) if tokens is not None else None,
-            cls_cosine=float(np.min(self._cls_cosines)) if tokens is not None else None,
-            token=None if tokens is None else float(np.percentile(tokens, TOKEN_PERCENTILE)),
-            worst_token=None if tokens is None else float(np.max(tokens)),
+            image=errors.image,
+            others=None if rows.all() else self._errors(~rows),
+            cls=errors.cls,
+            cls_image=errors.cls_image,
+            cls_cosine=float(np.min(self._cls_cosines)) if self._tokens else None,
+            token=errors.token,
+            worst_token=errors.worst_token,
             spread=spread,
             centred=centred,
+        )
+
+    def _errors(self, rows: NDArray[np.bool_]) -> Errors:
+        image = self._image.together(rows), self._image.worst(rows)
+        if not self._tokens:
+            return Errors(*image)
+        tokens = self._token_errors(rows)
+        return Errors(
+            *image,
+            self._cls.together(rows),
+            self._cls.worst(rows),
+            float(np.percentile(tokens, TOKEN_PERCENTILE)),
+            float(np.max(tokens)),
         )
 
     def _token_errors(self, rows: NDArray[np.bool_]) -> NDArray[Any]:
@@ -371,7 +391,7 @@ _SUMMED = frozenset({"nan", "inf"})
 
 
 def worst_of(agreements: list[Agreement]) -> Agreement:
-    """Combine several outputs into the figures that none of them is worse than."""
+    """Combine several outputs into the figures that none of them is worse than, but ``others``."""
     if not agreements:
         raise ToleranceError("no output was compared; an empty set is not a pass")
 
@@ -384,7 +404,8 @@ def worst_of(agreements: list[Agreement]) -> Agreement:
             return float(measured.sum())
         return float(measured.min() if name in _SMALLEST else measured.max())
 
-    figures: dict[str, Any] = {part.name: combined(part.name) for part in fields(Agreement)}
+    names = (part.name for part in fields(Agreement) if part.name != "others")
+    figures: dict[str, Any] = {name: combined(name) for name in names}
     for name in ("images", "nan", "inf"):
         figures[name] = int(figures[name])
     return Agreement(**figures)

@@ -174,11 +174,11 @@ class Gate:
 class Limit:
     """The largest errors allowed in one output on these images, as they were measured.
 
-    ``others`` is for the worst of those images whose reference is not in fp64 where others' is.
+    ``others`` is for those images whose reference is not in fp64 where others' is.
     """
 
     errors: Errors
-    others: float | None = None
+    others: Errors | None = None
 
     @classmethod
     def of(cls, baseline: Errors, rounding: Errors | None = None, margin: float = MARGIN) -> Limit:
@@ -186,25 +186,19 @@ class Limit:
 
         ``rounding`` are errors of the reference's own fp32 arithmetic, where fp64 says them.
         """
-        errors = replace(
-            baseline.times(margin),
-            worst_token=None if baseline.worst_token is None
-            else baseline.worst_token * TOKEN_MARGIN,
-        )  # fmt: skip
+        errors = _times(baseline, margin, TOKEN_MARGIN)
         if rounding is None:
             return cls(errors)
         # a reference in fp32 has errors of its own, which add to the candidate's
-        return cls(errors.at_least(rounding), errors.image + margin * rounding.image)
+        others = errors.plus(_times(rounding, margin, TOKEN_MARGIN))
+        return cls(errors.at_least(rounding), others)
 
     @classmethod
     def of_rounding(cls, rounding: Errors, times: float) -> Limit:
         """Allow a multiple of the reference's own fp32 rounding, where there is no baseline."""
-        errors = rounding.times(times)
-        token = errors.worst_token
-        return cls(
-            replace(errors, worst_token=None if token is None else token * TOKEN_MARGIN / MARGIN),
-            (1 + times) * rounding.image,
-        )
+        own = TOKEN_MARGIN / MARGIN
+        errors = _times(rounding, times, times * own)
+        return cls(errors, _times(rounding, 1 + times, (1 + times) * own))
 
     def at_most(self, relative: float) -> Limit:
         """Allow no larger error over all images together than ``relative``."""
@@ -215,8 +209,16 @@ class Limit:
     def failures(self, agreement: Agreement) -> list[str]:
         found = _past(agreement.errors, self.errors)
         if agreement.others is not None and self.others is not None:
-            found += _past(Errors(0.0, agreement.others), Errors(math.inf, self.others))
+            past = _past(agreement.others, self.others)
+            found += [f"images without fp64: {each}" for each in past]
         return found
+
+
+def _times(errors: Errors, factor: float, of_worst_token: float) -> Errors:
+    worst = errors.worst_token
+    return replace(
+        errors.times(factor), worst_token=None if worst is None else worst * of_worst_token
+    )
 
 
 def _past(have: Errors, allowed: Errors) -> list[str]:

@@ -521,10 +521,16 @@ def test_a_graph_that_keeps_images_apart_in_an_unknown_way_passes_and_says_they_
     )
 
 
-def test_of_a_fixed_batch_images_were_compared_with_their_copies(images) -> None:
-    found = told(checkpoint(), classifier("--batch", "4"), "--images", images)
+def test_of_a_fixed_batch_images_were_compared_with_their_copies(images, tmp_path) -> None:
+    in_none = partial(faults.wrong_in_batches_of, 99, block=1)
+    graph = faults.plant(classifier("--batch", "4"), tmp_path / "m.onnx", in_none)
+    found = told(checkpoint(), graph, "--images", images)
     assert found["passed"]
-    assert "the graph takes other than one input of an open batch" in compared_alone(found)
+    assert "because Shape '" in compared_alone(found)
+    joining = partial(faults.mixed_batch, block=1)
+    graph = faults.plant(classifier("--batch", "4"), tmp_path / "m.onnx", joining)
+    found = told(graph, graph, "--images", images)
+    assert "an image's result depends on the batch it is in" in found["reasons"][-1]
 
 
 def test_a_graph_that_keeps_images_apart_has_nothing_to_compare(images) -> None:

@@ -106,12 +106,20 @@ def test_a_constant_output_does_not_depend_on_the_images() -> None:
     assert "does not depend on the images" in find_mixing(model("y = Add (images, one)"))
 
 
-@pytest.mark.parametrize("batch", ["8", "b"])
-def test_a_fixed_batch_has_nothing_to_show(batch) -> None:
-    found = find_mixing(model("y = Relu (x)", x=f"float[{batch}, 6, 4]"))
-    assert found == (
-        "" if batch == "b" else "the graph takes other than one input of an open batch"
-    )
+@pytest.mark.parametrize(
+    ("body", "culprit"),
+    [
+        ("y = Relu (x)", ""),
+        ("y = MatMul (x, square)", ""),
+        ("y = ReduceMean <keepdims = 1> (x, first)", "ReduceMean"),
+        ("y = Add (x, images)", "Add"),  # a constant with a row for each
+        ("y = Reshape (x, fixed)", "Reshape"),  # by sizes alone it may be any axis
+    ],
+)
+def test_a_fixed_batch_is_looked_at_as_an_open_one(body, culprit) -> None:
+    found = model(body, x="float[8, 6, 4]")
+    assert find_mixing(found).split(" ")[0] == culprit
+    assert [*found.graph.inputs[0].shape] == [8, 6, 4]
 
 
 def test_a_body_may_read_what_its_node_does_not_list() -> None:

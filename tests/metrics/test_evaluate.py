@@ -125,7 +125,7 @@ def test_only_pictures_that_were_computed_in_fp64_are_judged_as_such(sample) -> 
     reference = replace(reference, exact={"a": exact})
     found = evaluate(Doubling(), reference, InputFormat.FLOAT, [1], GATE).outputs
     assert found["a"].relative == pytest.approx(np.sqrt(3 * 48 / np.square(exact).sum()))
-    assert (found["a"].others, found["b"].others) == (0, None)
+    assert (found["a"].others, found["b"].others) == (Errors(0, 0), None)
 
 
 def test_images_in_another_order_do_not_agree(sample) -> None:
@@ -193,34 +193,86 @@ class Joining(Doubling):
         return {"a": found + self.share * (found.mean(axis=0) - found)}
 
 
-def test_pictures_run_alone_in_the_smallest_batch_and_beside_others_in_a_larger(sample) -> None:
+def test_pictures_run_alone_in_the_smallest_batch_and_beside_others_in_the_largest(sample) -> None:
     runner = Doubling()
     found = compare_alone(runner, sample, InputFormat.FLOAT, (2, 4, 16), ("a",))
-    assert runner.batches == [2] * 8 + [8]
+    assert runner.batches == [2] * 8 + [16]
     assert list(found) == ["a"]
+    assert (found["a"].images, found["a"].relative) == (8, 0)
+
+
+def test_a_largest_batch_below_eight_is_filled_several_times(sample) -> None:
+    runner = Doubling()
+    found = compare_alone(runner, sample, InputFormat.FLOAT, (1, 3), ("a",))
+    assert runner.batches == [1] * 8 + [3, 3, 3]
     assert found["a"].relative == 0
 
 
-def test_a_batch_of_one_size_alone_holds_a_picture_and_its_copies(sample) -> None:
+@pytest.mark.parametrize(("size", "images"), [(3, 8), (16, 4), (64, 2)])
+def test_a_batch_of_one_size_alone_holds_a_picture_and_its_copies(sample, size, images) -> None:
     runner = Joining(0.1)
-    found = compare_alone(runner, sample, InputFormat.FLOAT, (3,), ("a",))
-    assert runner.batches == [3] * 8 + [3, 3, 3]
+    found = compare_alone(runner, sample, InputFormat.FLOAT, (size,), ("a",))
+    assert runner.batches[:images] == [size] * images
+    assert found["a"].images == images
     assert found["a"].relative > 0.01
+
+
+@pytest.mark.parametrize("apart", [1, 8, 16, 31])
+def test_images_that_are_any_number_of_places_apart_are_seen_to_join(sample, apart) -> None:
+    class Rolling(Doubling):
+        def __call__(self, images):
+            (found,) = super().__call__(images).values()
+            return {"a": found + 0.1 * np.roll(found, apart, axis=0)}
+
+    runner = Rolling(outputs=("a",))
+    found = compare_alone(runner, sample, InputFormat.FLOAT, (1, 32), ("a",))
+    assert found["a"].image > 0.01
 
 
 @pytest.mark.parametrize(("margin", "allowed"), [(1.0, 1e-3), (1.5, 1.5e-3), (2.5, 1.5e-3)])
 def test_an_image_may_change_by_what_its_precision_costs_and_no_more(
     sample, margin, allowed
 ) -> None:
-    reference = run_reference(Doubling(outputs=("a",)), sample)
+    right, joining = Doubling(outputs=("a",)), Joining(0.1)
+    reference = run_reference(right, sample)
     reference = replace(reference, baseline={"a": Errors(1e-3, 1.0)}, margin=margin)
-    found = compare_alone(Joining(0.1), sample, InputFormat.FLOAT, (1, 8), ("a",))
-    right = Doubling(outputs=("a",))
-    evaluation = replace(evaluate(right, reference, InputFormat.FLOAT, (1, 8), GATE), alone=found)
-    assert evaluation.disagreements == ()
-    assert evaluation.dependences == (
+    sizes = (1, 8)
+    found = evaluate(right, reference, InputFormat.FLOAT, sizes, Gate(relative=1.0))
+    assert found.with_alone(joining, InputFormat.FLOAT, sizes, "") is found  # none may join them
+    found = found.with_alone(joining, InputFormat.FLOAT, sizes, "ReduceMean 'm'")
+    assert found.disagreements == ()
+    assert found.dependences == (
         "output 'a': an image's result depends on the batch it is in: relative error "
-        f"{found['a'].relative:.2e}, {allowed:.1e} allowed",
+        f"{found.alone['a'].relative:.2e}, {allowed:.1e} allowed",
     )
-    assert evaluation.failures == evaluation.dependences
-    assert not evaluation.check.passed
+    assert found.failures == found.dependences
+    assert not found.check.passed
+    about = (
+        f"8 images beside others and alone differ by {found.alone['a'].relative:.1e}; they were "
+        "compared because ReduceMean 'm' is not shown to keep them apart"
+    )
+    assert found.about_joins == about
+    with pytest.raises(ToleranceError) as raised:
+        found.require("the fp16 graph")
+    assert str(raised.value) == f"the fp16 graph, {found.dependences[0]}; {about}"
+
+
+@pytest.mark.parametrize("asked", [{"max_abs": 1e-4}, {"cosine_p1": 0.9999}])
+def test_numbers_that_were_asked_for_are_asked_of_images_alone_too(sample, asked) -> None:
+    right = Doubling(outputs=("a",))
+    gate = Gate(**asked, asked=tuple(asked))
+    found = evaluate(right, run_reference(right, sample), InputFormat.FLOAT, (1, 8), gate)
+    assert found.with_alone(Joining(0.3), InputFormat.FLOAT, (1, 8), "a node").dependences
+    assert not found.with_alone(right, InputFormat.FLOAT, (1, 8), "a node").dependences
+
+
+def test_where_images_may_join_fp64_runs_in_the_batches_of_fp32(sample) -> None:
+    """Else the rounding would hold what the images do to each other."""
+    joining = Joining(0.1)
+    pixels = np.random.default_rng(0).integers(0, 256, sample.pixels.shape, np.uint8)
+    reference = run_reference(joining, replace(sample, pixels=pixels))
+    exact = measure_rounding(reference, joining, 19, joins="a node")
+    assert len(exact.exact["a"]) == 16
+    assert exact.rounding["a"].relative < 1e-6
+    assert measure_rounding(reference, joining, 4, joins="a node").rounding["a"].relative < 1e-6
+    assert measure_rounding(reference, joining, 4).rounding["a"].relative > 1e-3

@@ -236,10 +236,13 @@ def test_rows_whose_reference_is_in_fp64_are_judged_and_the_others_apart() -> No
     assert found.cls_image == pytest.approx(0.1 * np.linalg.norm(want[0, 0]) / first)
     largest = np.linalg.norm(want[0], axis=1).max()
     assert found.worst_token == pytest.approx(0.1 * largest / (size / np.sqrt(3)))
-    assert found.others == pytest.approx(0.5 * np.linalg.norm(want[3]) / size)
+    assert found.others.image == pytest.approx(0.5 * np.linalg.norm(want[3]) / size)
+    last = np.linalg.norm(want[2:, 0])
+    assert found.others.cls == pytest.approx(0.5 * np.linalg.norm(want[3, 0]) / last)
+    assert found.to_json()["others"] == found.others.image
     whole = added(want, have)
     assert whole.others is None
-    assert whole.image == found.others
+    assert whole.image == found.others.image
 
 
 def test_numbers_and_indices_are_not_compared() -> None:

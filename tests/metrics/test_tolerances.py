@@ -212,10 +212,28 @@ def test_no_limit_is_below_the_references_own_rounding() -> None:
     limit = Limit.of(Errors(1e-3, 2e-3), rounding)
     assert limit.errors == Errors(5e-3, pytest.approx(MARGIN * 2e-3))
     # where the reference is not in fp64, it errs too
-    assert limit.others == pytest.approx(MARGIN * (2e-3 + 1e-3))
-    assert limit.failures(agreement(relative=5e-3, image=3e-3, others=4.5e-3)) == []
-    (failure,) = limit.failures(agreement(others=4.6e-3))
-    assert failure == "relative error of the worst image 4.60e-03, 4.5e-03 allowed"
+    assert limit.others == Errors(
+        pytest.approx(MARGIN * (1e-3 + 5e-3)), pytest.approx(MARGIN * (2e-3 + 1e-3))
+    )
+    right = agreement(relative=5e-3, image=3e-3, others=Errors(8e-3, 4.5e-3))
+    assert limit.failures(right) == []
+    (failure,) = limit.failures(agreement(others=Errors(8e-3, 4.6e-3)))
+    assert failure == (
+        "images without fp64: relative error of the worst image 4.60e-03, 4.5e-03 allowed"
+    )
+
+
+def test_cls_and_tokens_of_images_without_fp64_have_limits_too() -> None:
+    one, rounding = Errors.uniform(1e-3), Errors.uniform(5e-4)
+    limit = Limit.of(one, rounding)
+    allowed = MARGIN * 1.5e-3
+    assert limit.others == Errors(
+        *(pytest.approx(allowed) for _ in range(5)), pytest.approx(TOKEN_MARGIN * 1.5e-3)
+    )
+    for name in ("cls", "cls_image", "token"):
+        past = replace(Errors.uniform(1e-3), **{name: 1.01 * allowed})
+        (failure,) = limit.failures(agreement(others=past))
+        assert failure.startswith("images without fp64: ")
 
 
 def test_where_only_the_rounding_is_known_a_multiple_of_it_is_allowed() -> None:
@@ -224,7 +242,10 @@ def test_where_only_the_rounding_is_known_a_multiple_of_it_is_allowed() -> None:
         *(pytest.approx(4 * rounding) for rounding in (1e-7, 2e-7, 3e-7, 4e-7, 5e-7)),
         worst_token=pytest.approx(4 * 6e-7 * TOKEN_MARGIN / MARGIN),
     )
-    assert limit.others == pytest.approx(5 * 2e-7)
+    assert limit.others == Errors(
+        *(pytest.approx(5 * rounding) for rounding in (1e-7, 2e-7, 3e-7, 4e-7, 5e-7)),
+        worst_token=pytest.approx(5 * 6e-7 * TOKEN_MARGIN / MARGIN),
+    )
 
 
 @pytest.mark.parametrize("name", ["cosine", "max_abs", "relative"])
