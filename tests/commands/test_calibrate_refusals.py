@@ -1,5 +1,6 @@
 """``msn-export calibrate``: what is wrong with its input is one line, and nothing is left."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from onnx import numpy_helper
 from PIL import Image
 
 from msn_export.cli import main
+from tests.builders.artifacts import classifier as exported
 from tests.builders.calibrations import PRODUCTS, QUICK, calibrate, done, ranges_of, refused
 from tests.builders.checkpoints import hugging_face
 from tests.builders.tiny_artifacts import classifier, foreign, pictures
+from tests.contracts import faults
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +42,18 @@ def test_a_folder_without_images_is_refused(graph, tmp_path) -> None:
     assert message.startswith(
         f"error: image folder {tmp_path / 'empty'} holds no picture that can be read"
     )
+
+
+@pytest.mark.parametrize("batch", [(), ("--batch", "4")])
+def test_a_graph_in_which_images_change_each_other_is_refused(batch, images, tmp_path) -> None:
+    joining = partial(faults.mixed_batch, block=1)
+    graph = faults.plant(exported(*batch), tmp_path / "m.onnx", joining)
+    message = refused(graph, images, tmp_path / "q.onnx", "--int8")
+    assert message.startswith(
+        f"error: {graph}: output 'logits': an image's result depends on the batch it is in: max_abs"
+    )
+    assert "; ReduceMean 'blocks.1." in message
+    assert message.endswith(" is not shown to keep images apart")
 
 
 def test_fewer_than_32_images_are_a_warning(graph, images, tmp_path) -> None:

@@ -5,6 +5,7 @@ The engine is real, compiled by TensorRT-RTX; what stands in runs the graph it w
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,19 @@ from msn_export.spec import ComputeCapability
 from tests.builders.artifacts import TARGET, classifier, pretend, run
 from tests.builders.engine_builds import NEEDS_RTX
 from tests.builders.networks import Network
+from tests.builders.tiny_artifacts import pictures
 from tests.builders.trt_bench import one_device
+from tests.contracts import faults
 
 pytestmark = NEEDS_RTX
 PROFILES = ((1, 1, 1), (2, 4, 6))
 NETWORK = Network(profiles=PROFILES, outputs=(("logits", "float", 3),), sizes=(3, 32, 32))
 BATCHES = ("--batch", "1", "--batch", "2:4:6")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pictures(tmp_path_factory.mktemp("pictures"), 8)
 
 
 class Graph:
@@ -161,3 +169,24 @@ def test_the_engine_passes_its_selftest_with_the_checkpoints_golden_values(
         told = runner.selftest()
         assert not told.passed
         assert "selftest failed (relative error" in str(told)
+
+
+# --- images that change each other's results ------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["--fp32", "--bf16"])
+def test_a_graph_that_joins_images_is_refused_where_one_batch_is_compared(
+    dtype, images, tmp_path
+) -> None:
+    """The given graph and the typed one join the same images in the same way."""
+    graph = tmp_path / "m.onnx"
+    faults.plant(classifier(), graph, partial(faults.mixed_batch, block=1, size=0.5))
+    output = tmp_path / "m.engine"
+    arguments = [str(graph), "-o", str(output), dtype, "--batch", "8", *TARGET]
+    result = CliRunner().invoke(main, ["trt", *arguments, "--images", str(images)])
+    assert result.exit_code == 1, result.output
+    assert f"error: the {dtype[2:]} graph, output 'logits': an image's result depends on the " in (
+        result.stderr
+    )
+    assert "because ReduceMean 'blocks.1" in result.stderr
+    assert not output.exists()

@@ -17,6 +17,7 @@ from PIL import Image
 from msn_export import manifest
 from msn_export.cli import main
 from msn_export.graph import io
+from msn_export.metrics import evaluate
 from msn_export.onnx_header import UNSEALED
 from msn_export.preprocessing import assumed
 from msn_export.runtime import open_runner
@@ -541,3 +542,13 @@ def test_a_graph_that_keeps_images_apart_has_nothing_to_compare(images) -> None:
 def test_a_graph_of_one_image_has_nothing_to_compare(images, tmp_path) -> None:
     graph = foreign(tmp_path / "means.onnx", [1, 3, 32, 32], {"logits": 3})
     assert not any("alone" in note for note in told(graph, graph, "--images", images)["notes"])
+
+
+def test_where_memory_affords_one_image_two_are_compared(images, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(evaluate, "available_memory", lambda: 1)
+    joining = faults.plant(classifier(), tmp_path / "m.onnx", partial(faults.mixed_batch, block=1))
+    found = told(checkpoint(), joining, "--images", images)
+    assert found["check"]["batches"] == [1]
+    assert found["check"]["passed"] is False
+    (reason,) = found["reasons"]
+    assert "an image's result depends on the batch it is in" in reason
