@@ -317,13 +317,13 @@ def lost_epsilons(reference: Structure, candidate: Structure) -> list[str]:
         small, large = sorted((float(want), float(have)))
         if large > 2 * small:
             where, _, what = name.partition(": ")
-            told = f"{what} is {float(have):g}, the reference's {float(want):g}"
-            found.append((where, f"{told} (fp16 holds none so small; the numbers decide)"))
+            differs = f"{what} is {float(have):g}, the reference's {float(want):g}"
+            found.append((where, f"{differs} (fp16 holds none so small; the numbers decide)"))
     return _with_places(found)
 
 
 def _with_places(found: Iterable[tuple[str, str]]) -> list[str]:
-    """Say each thing once, with all places that it was found at."""
+    """Name each thing once, with all places that it was found at."""
     places: dict[str, list[str]] = {}
     for where, what in found:
         places.setdefault(what, []).append(where)

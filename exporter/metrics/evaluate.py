@@ -488,7 +488,7 @@ class Evaluation:
 
     @property
     def about_joins(self) -> str:
-        """Say what was compared alone, and why; nothing where nothing was."""
+        """Describe what was compared alone, and why; nothing where nothing was."""
         if not self.alone:
             return ""
         most = np.max([agreement.relative for agreement in self.alone.values()])

@@ -1,6 +1,7 @@
 """``msn-export calibrate``: a graph with its ranges and verdict, and what TensorRT makes of it."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,7 @@ def test_time_that_is_lost_is_told_with_both_engines_times(
     monkeypatch.setattr(verdict, "_compile", lambda *_: compiled)
     timed = {"fp16": 1.0, "int8": 1.5, "ratio": {"int8": 1.5}, "batch": 8, "device": "a GPU"}
     asked = []
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))  # else no time decides
     monkeypatch.setattr(verdict, "time_engines", lambda *given: asked.append(given) or timed)
     output = tmp_path / "m.onnx"
     result = calibrate(graph, images, output, "--int8", "--smooth", "off")
