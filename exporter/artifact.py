@@ -202,6 +202,10 @@ class Artifact(Described):
         if isinstance(self._stream, GraphError):
             what = "its epsilons, activations and additions were not compared"
             found.append(f"{what}: {self._stream}")
+        elif self.graph is not None:
+            from msn_export.graph.summary import unread
+
+            found += unread(self.graph, self._stream)
         return tuple(f"{self.path.name}: {note}" for note in found)
 
     @cached_property

@@ -77,7 +77,7 @@ FORMS = (
     Form("float [b, h, w, c] input", "refused", "float images are taken as [b, c, h, w]"),
     Form("output of one axis, or of integers", "refused", "export the scores before argmax"),
     Form("operators of onnxruntime (com.microsoft)", "refused",
-         "export it again without onnxruntime's optimiser"),
+         "validate and drift read it; else export it again without onnxruntime's optimiser"),
 )  # fmt: skip
 
 

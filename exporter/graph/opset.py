@@ -10,6 +10,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNod
 from msn_export.errors import GraphError
 from msn_export.graph.builder import GraphBuilder, operand, replace
 from msn_export.graph.fuse import write_plainly
+from msn_export.graph.fused_operators import DOMAIN, is_plain, write_fused
 from msn_export.graph.io import infer_shapes, refill, skeleton
 from msn_export.graph.precision import graph_dtype
 from msn_export.graph.simplify import fix_image_size, resolve_shapes, simplify
@@ -152,9 +153,11 @@ def tidy(model: ir.Model) -> tuple[ir.Model, str]:
 
 
 def raised_where_possible(model: ir.Model) -> ir.Model:
-    """Write an understood graph in opset 23, its attention plainly; else give it as it is."""
+    """Write an understood graph in opset 23, its operators plainly; else give it as it is."""
     try:
         raised = raise_opset(model)
+        if write_fused(raised):
+            resolve_shapes(raised)
         write_plainly(raised)
     except GraphError:
         return model
@@ -164,10 +167,10 @@ def raised_where_possible(model: ir.Model) -> ir.Model:
 def require_plain_operators(model: ir.Model) -> None:
     """Refuse operators that only one runtime has."""
     for node in model.graph:
-        if node.domain in {"", "ai.onnx"}:
+        if is_plain(node):
             continue
         hint = "no TensorRT parser reads it; export it again from the checkpoint"
-        if node.domain == "com.microsoft":
+        if node.domain == DOMAIN:
             hint = "it was optimised by onnxruntime; export it again without"
             if node.op_type.startswith("QLinear"):
                 hint = (

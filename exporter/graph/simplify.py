@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from msn_export.graph.builder import GraphBuilder
+from msn_export.graph.fused_operators import SHAPED_OUTPUTS, is_plain, shape_of_fused
 from msn_export.graph.io import refill, skeleton
 from msn_export.graph.precision import WEIGHTED_PRODUCTS
 from msn_export.graph.summary import operators
@@ -109,9 +110,11 @@ def _walk(
             value.const_value.dtype.value, list(value.const_value.shape.numpy())
         )
     for node in model.graph:
-        if node.domain in {"", "ai.onnx"}:
+        if is_plain(node):
             _infer(node, walk)
             _fold(node, walk, done)
+        else:
+            _infer_fused(node, walk)
     return walk
 
 
@@ -140,6 +143,17 @@ def _infer(node: ir.Node, walk: _Walk) -> None:
     for value in node.outputs:
         if value.name in found:
             walk.types[value] = found[value.name]
+
+
+def _infer_fused(node: ir.Node, walk: _Walk) -> None:
+    read = [None if value is None else walk.sizes(value) for value in node.inputs]
+    sizes = shape_of_fused(node, read)
+    if sizes is None or node.inputs[0] is None:
+        return
+    kind = walk.types[node.inputs[0]].tensor_type.elem_type
+    for index in SHAPED_OUTPUTS:
+        if index < len(node.outputs):
+            walk.types[node.outputs[index]] = onnx.helper.make_tensor_type_proto(kind, list(sizes))
 
 
 def _fold(node: ir.Node, walk: _Walk, done: dict[ir.Node, Any]) -> None:

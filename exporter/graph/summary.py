@@ -27,6 +27,7 @@ from msn_export.graph.blocks import (
     parts_of,
 )
 from msn_export.graph.builder import constant_of, producer
+from msn_export.graph.fused_operators import is_plain
 from msn_export.spec import TensorSpec
 
 
@@ -200,6 +201,8 @@ _ORDER = "norm, attention, norm, MLP"  # of a pre-norm block
 # What converters write for a positive number below it, which fp16 would round to 0: onnxruntime's
 # and onnxconverter-common's convert_float_to_float16, argument min_positive_val
 _LEAST = (5.96e-8, 1e-7)
+_READ = frozenset({"QuickGelu"})  # operators of another domain that are read as they are
+_BEHIND = "what follows the blocks"
 _TAIL = "the tail: number of residual additions"
 _PRESENT, _MISSING = "present", "missing"
 # transformers' activation names by the function they are; others are not told apart here
@@ -218,9 +221,11 @@ def structure_of(model: ir.Model, stream: Stream) -> Structure:
     """Read a graph's epsilons, activations, additions and norms; the rest is left out."""
     found: dict[str, Stated] = {}
     inside: set[ir.Node] = set()
-    halves = _half_types(model)
+    halves, opaque = _half_types(model), _unread_places(model, stream)
     for block in stream.blocks:
         inside.update(block.nodes)
+        if f"block {block.number}" in opaque:
+            continue
         for name, value in parts_of(block).items():
             node = value.producer()
             if node is not None and node.op_type == "LayerNormalization":
@@ -230,9 +235,35 @@ def structure_of(model: ir.Model, stream: Stream) -> Structure:
             found[f"block {block.number}: activation"] = activation
         found |= _layout(block)
     final = [n for n in model.graph if n.op_type == "LayerNormalization" and n not in inside]
-    if len(final) == 1:
-        found["final norm: epsilon"] = _epsilon(final[0], halves)
-    found[_TAIL] = str(len(stream.tail))
+    if _BEHIND not in opaque:
+        if len(final) == 1:
+            found["final norm: epsilon"] = _epsilon(final[0], halves)
+        found[_TAIL] = str(len(stream.tail))
+    return found
+
+
+def unread(model: ir.Model, stream: Stream) -> list[str]:
+    """List places whose structure is not read, each with the operator that prevents it."""
+    what = "its epsilons, activations and additions were not compared, {} is not read:"
+    places = _unread_places(model, stream).items()
+    return _with_places((place, what.format(operator)) for place, operator in places)
+
+
+def _unread_places(model: ir.Model, stream: Stream) -> dict[str, str]:
+    """Give the first operator of another domain of each block, and of what is behind the blocks.
+
+    One that holds attention may be a whole block that is not counted: no place is sure then.
+    """
+    nodes = list(model.graph)
+    places = {f"block {block.number}": list(block.nodes) for block in stream.blocks}
+    last = stream.blocks[-1]  # where it ends is not sure if it has such an operator
+    places[_BEHIND] = [*last.nodes, *nodes[nodes.index(producer(last.output)) + 1 :]]
+    everywhere = [node for node in nodes if "Attention" in node.op_type]
+    found: dict[str, str] = {}
+    for place, there in places.items():
+        for node in (*everywhere, *there):
+            if not is_plain(node) and node.op_type not in _READ:
+                found.setdefault(place, f"{node.domain}.{node.op_type}")
     return found
 
 

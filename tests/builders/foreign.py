@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import torch
 import torch.nn.functional as F
 from onnxruntime.quantization import (
@@ -18,6 +19,7 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 from onnxruntime.transformers.float16 import convert_float_to_float16
+from onnxruntime.transformers.optimizer import optimize_model
 from torch import Tensor, nn
 from transformers import ViTMSNConfig, ViTMSNForImageClassification, ViTMSNModel
 
@@ -128,12 +130,12 @@ def scripted(
     return path
 
 
-def exported(path: Path, model: nn.Module, opset: int = 18) -> Path:
+def exported(path: Path, model: nn.Module, opset: int = 18, output: str = "out") -> Path:
     """Export through torch.export, torch's exporter since 2.9."""
     batch = torch.export.Dim("batch")
     _quietly(
         model, IMAGES, path, dynamo=True, opset_version=opset, input_names=["pixel_values"],
-        output_names=["out"], dynamic_shapes=({0: batch},), verbose=False, external_data=False,
+        output_names=[output], dynamic_shapes=({0: batch},), verbose=False, external_data=False,
     )  # fmt: skip
     return path
 
@@ -204,6 +206,30 @@ def _replace_softmax(
         nodes += write(node.input[0], node.output[0]) if node.op_type == "Softmax" else [node]
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+def fused_by_onnxruntime(path: Path, level: str = "EXTENDED") -> Path:
+    """Optimise with onnxruntime: its session's level, or else its tool for transformers."""
+    target = path.with_name(f"fused.{path.name}")
+    if level == "transformers":
+        logging.getLogger("onnxruntime.transformers").setLevel(logging.ERROR)
+        optimize_model(str(path), "vit", num_heads=2, hidden_size=64).save_model_to_file(
+            str(target)
+        )
+        return target
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = getattr(
+        onnxruntime.GraphOptimizationLevel, f"ORT_ENABLE_{level}"
+    )
+    options.optimized_model_filepath, options.log_severity_level = str(target), 3
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return target
+
+
+def without_last_skip(graph: onnx.GraphProto) -> None:
+    """Lose the last residual addition, which onnxruntime fused with the norm behind it."""
+    last = [node for node in graph.node if node.op_type == "SkipLayerNormalization"][-1]
+    last.input[1] = last.input[0]
 
 
 def halved(path: Path, *, keep_io_types: bool, **options: Any) -> Path:

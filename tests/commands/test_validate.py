@@ -26,7 +26,15 @@ from tests.builders.artifacts import alone as without_manifest
 from tests.builders.artifacts import classifier, copy_of, engine, no_driver, pretend
 from tests.builders.calibrated_graphs import drop_activation_pairs, scale_weights
 from tests.builders.checkpoints import hugging_face
-from tests.builders.foreign import Reading, halved, scripted
+from tests.builders.foreign import (
+    Reading,
+    exported,
+    fused_by_onnxruntime,
+    halved,
+    rewritten,
+    scripted,
+    without_last_skip,
+)
 from tests.builders.networks import Network
 from tests.builders.tiny_artifacts import foreign, pictures
 from tests.contracts import faults
@@ -482,6 +490,31 @@ def test_an_epsilon_that_fp16_cannot_hold_is_told_and_the_numbers_decide(images,
     assert note.startswith(
         "epsilon is 5.96046e-08, the reference's 1e-12 (fp16 holds none so small; the numbers "
         "decide) in block 0 norm before MLP, block 0 norm before attention"
+    )
+
+
+def fused(folder: Path) -> tuple[Path, Path, Path]:
+    """Save a checkpoint, its graph, and what onnxruntime's optimiser made of that."""
+    model = Reading(hugging_face(folder / "hf"), patches_and_cls)
+    path = exported(folder / "m.onnx", model, output="last_hidden_state")
+    return folder / "hf", path, fused_by_onnxruntime(path)
+
+
+def test_a_graph_that_onnxruntime_optimised_agrees(images, tmp_path) -> None:
+    checkpoint, graph, optimised = fused(tmp_path)
+    for reference in (checkpoint, graph):
+        found = told(reference, optimised, "--images", images)
+        assert found["reasons"] == []
+        assert not any("not compared" in note for note in found["notes"])
+    assert told(optimised, graph, "--images", images)["reasons"] == []
+
+
+def test_an_addition_that_an_optimised_graph_lacks_is_named(images, tmp_path) -> None:
+    checkpoint, _, optimised = fused(tmp_path)
+    found = told(checkpoint, rewritten(optimised, without_last_skip), "--images", images)
+    assert (
+        "addition of the MLP to the stream is missing, the reference's present in block 1"
+        in found["reasons"]
     )
 
 

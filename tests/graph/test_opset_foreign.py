@@ -30,6 +30,7 @@ from tests.builders.foreign import (
     cls,
     encoder,
     exported,
+    fused_by_onnxruntime,
     halved,
     quantised,
     quantised_dynamically,
@@ -168,20 +169,10 @@ REFUSED: dict[str, tuple[Writer, str]] = {
         "output 'out' is int64[batch]; a check compares floats of two axes or more",
     ),
     "operators of onnxruntime (com.microsoft)": (
-        lambda path: optimised(eager(path, 17)),
+        lambda path: fused_by_onnxruntime(eager(path, 17)),
         "it was optimised by onnxruntime; export it again without",
     ),
 }
-
-
-def optimised(path: Path) -> Path:
-    target = path.with_name(f"optimised.{path.name}")
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(target)
-    level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.graph_optimization_level = level
-    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return target
 
 
 def test_every_form_is_tested_as_what_it_is_listed_as() -> None:
