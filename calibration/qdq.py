@@ -31,6 +31,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from msn_export.errors import GraphError
 from msn_export.graph.attention import AttentionCore, match
 from msn_export.graph.builder import GraphBuilder, array_of, operand, producer
+from msn_export.graph.builder import replace as replace_value
 from msn_export.graph.io import infer_shapes
 from msn_export.spec import AttentionForm, Dtype, Target
 
@@ -124,6 +125,36 @@ def find_by_weight(
         for own, row in zip(projections, agreed, strict=True)
         if row.max() >= _SAME
     ]
+
+
+def find_parts(
+    own: Projection, model: ir.Model, other: ir.Model, among: Collection[str]
+) -> tuple[str, ...]:
+    """Name the products of another graph that make up one of a graph of floats, in its order.
+
+    It is one product, be it packed or not, or the three that a packed one stands for.
+    """
+    products = [
+        _describe(node, own.role, own.block)
+        for node in other.graph
+        if node.name in among and _is_product(node)
+    ]
+    mine, theirs = _signs(model, own), [_signs(other, product) for product in products]
+    for count in (1, 3):
+        if len(mine) % count:
+            continue
+        thirds = np.split(mine, count)
+        alike = [len(signs) in {len(thirds[0]), 3 * len(mine)} for signs in theirs]
+        agreed = np.asarray([
+            [_agreement(part, signs) if same else 0.0
+             for same, signs in zip(alike, theirs, strict=True)]
+            for part in thirds
+        ])  # fmt: skip
+        if agreed.size and agreed.max(axis=1).mean() >= _SAME:
+            return tuple(products[int(row.argmax())].node for row in agreed)
+    raise GraphError(
+        f"product {own.node!r} of the reference has the weight of none of the candidate"
+    )
 
 
 def _signs(model: ir.Model, projection: Projection) -> NDArray[np.float32]:
@@ -442,9 +473,25 @@ def quantise_attention(
     infer_shapes(model)
 
 
+def quantise_results(
+    model: ir.Model, names: Collection[str], thresholds: Mapping[str, float], scheme: Scheme
+) -> None:
+    """Quantise values for all that reads them, in place."""
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    for name in names:
+        value = values[name]
+        builder = GraphBuilder(model.graph).after(producer(value))
+        pair = _rounded(builder, value, thresholds[name], scheme)
+        replace_value(value, pair)
+        producer(producer(pair).inputs[0]).replace_input_with(0, value)
+    infer_shapes(model)
+
+
 def _pair(model: ir.Model, node: ir.Node, index: int, limit: float, scheme: Scheme) -> ir.Value:
-    x = operand(node, index)
-    builder = GraphBuilder(model.graph, node)
+    return _rounded(GraphBuilder(model.graph, node), operand(node, index), limit, scheme)
+
+
+def _rounded(builder: GraphBuilder, x: ir.Value, limit: float, scheme: Scheme) -> ir.Value:
     step = builder.constant(scales(limit, scheme.form, scheme.scale), f"{x.name}.scale")
     nothing = scheme.form.encode(np.zeros((), np.float32))
     zero = builder.constant(nothing, f"zero.{scheme.form.dtype}")

@@ -25,12 +25,15 @@ from msn_export.calibration.qdq import (
     FORMATS,
     Operands,
     Projection,
+    Role,
     Scheme,
     find_by_weight,
     find_operands,
+    find_parts,
     find_projections,
     quantise_attention,
     quantise_projections,
+    quantise_results,
     quantise_weights,
 )
 from msn_export.calibration.ranges import Watch, histograms, threshold
@@ -61,6 +64,7 @@ from msn_export.graph.precision import (
     quantised_products,
     type_graph,
 )
+from msn_export.graph.qdq_places import output_scale, require_matched, result_of
 from msn_export.metrics.evaluate import OutputsOf, Reference, Sample, Trial
 from msn_export.metrics.tolerances import MARGIN
 from msn_export.mixed_precision import MEASURED, choose_fp32_islands, cpu_runner
@@ -302,7 +306,7 @@ def quantise_like(
     mine = find_projections(copy)
     chosen = frozenset(products_of_quantised_weights(candidate))
     in_8_bits = frozenset(quantised_products(candidate))
-    pairs = _matched(mine, copy, plain, chosen)
+    pairs, stands_for = _matched(mine, copy, plain, chosen)
     nodes = {node.name: node for node in candidate.graph}
     reduced = all(_reduced(nodes[other.node]) for _, other in pairs)
     # of opset 17 every scale is fp32 and a number of fp16: with other scales the weights would be
@@ -318,6 +322,14 @@ def quantise_like(
     whole = [(own, other) for own, other in pairs if other.node in in_8_bits]
     thresholds = {own.x: _scale(nodes[other.node]) * scheme.form.largest for own, other in whole}
     cores = _quantised_cores(copy, candidate) if form is AttentionForm.PLAIN else []
+    in_cores = [product for _, softmax in cores for product in _core_products(softmax)]
+    products = {nodes[name] for own, _ in pairs for name in stands_for[own.node]}
+    require_matched(candidate, {*products, *in_cores})
+    results = _results_like(copy, plain, pairs, stands_for, nodes)
+    if measure is not None:  # three logits of 8 pictures have no range that holds those of others
+        shown = {value.name for value in copy.graph.outputs}
+        results = {name: step for name, step in results.items() if name not in shown}
+    thresholds |= {name: step * scheme.form.largest for name, step in results.items()}
     for own, softmax in cores:
         names = (own.q, own.k, own.p, own.v)
         steps = (step * scheme.form.largest for step in _core_scales(softmax))
@@ -326,6 +338,7 @@ def quantise_like(
         thresholds = dict(measure(copy, tuple(thresholds)))
         if dtype is not Dtype.INT8:  # fp8's steps are relative: a probability's range is 1
             thresholds |= {own.p: 1.0 for own, _ in cores}
+    quantise_results(copy, results, thresholds, scheme)
     quantise_projections(copy, [own for own, _ in whole], thresholds, scheme)
     quantise_weights(copy, [own for own, other in pairs if other.node not in in_8_bits], scheme)
     quantise_attention(copy, [own for own, _ in cores], thresholds, scheme)
@@ -335,16 +348,24 @@ def quantise_like(
 
 def _matched(
     mine: tuple[Projection, ...], model: ir.Model, plain: ir.Model, chosen: frozenset[str]
-) -> list[tuple[Projection, Projection]]:
+) -> tuple[list[tuple[Projection, Projection]], dict[str, frozenset[str]]]:
     """Pair the reference's projections with the candidate's that are quantised.
 
-    A fault may hide the structure; the weights still identify the products.
+    A fault may hide the structure; the weights still identify the products. Also gives, by the
+    projections' nodes, the products of the candidate that each may stand for.
     """
     try:
-        pairs = _matched_by_role(mine, find_projections(plain))
+        theirs = find_projections(plain)
+        pairs = _matched_by_role(mine, theirs)
     except GraphError:
         pairs = find_by_weight(mine, model, plain, chosen)
-    return [(own, other) for own, other in pairs if other.node in chosen]
+        return pairs, {own.node: chosen for own, _ in pairs}
+    stands_for = {
+        own.node: frozenset(p.node for p in theirs if (p.role, p.block) == (own.role, own.block))
+        & chosen
+        for own in mine
+    }
+    return [(own, other) for own, other in pairs if other.node in chosen], stands_for
 
 
 def _matched_by_role(
@@ -422,6 +443,55 @@ def _smooth_like(
             fold(model, site, np.exp2(powers).astype(np.float32))
 
 
+def _results_like(
+    model: ir.Model,
+    plain: ir.Model,
+    pairs: Sequence[tuple[Projection, Projection]],
+    stands_for: Mapping[str, frozenset[str]],
+    nodes: Mapping[str | None, ir.Node],
+) -> dict[str, float]:
+    """Name the results of products that the candidate quantises too, each with its scale.
+
+    Where a packed projection stands for three of the candidate, its result is taken apart in place,
+    for each of the three has a scale of its own.
+    """
+    own_nodes = {node.name: node for node in model.graph}
+    found: dict[str, float] = {}
+    for own, other in pairs:
+        among = stands_for[own.node] if own.role is Role.QKV else {other.node}
+        for biased in (False, True):
+            scales = {name: output_scale(nodes[name], biased=biased) for name in among}
+            if not any(scales.values()):
+                continue
+            names = find_parts(own, model, plain, among) if own.role is Role.QKV else (other.node,)
+            steps = [scales[name] for name in names]
+            if not any(steps):
+                continue
+            result = result_of(own_nodes[own.node], biased=biased)
+            results = [result] if len(steps) == 1 else _taken_apart(model, result, len(steps))
+            for value, step in zip(results, steps, strict=True):
+                if step is None:
+                    raise GraphError(f"the results of {', '.join(names)} are not quantised alike")
+                found[value.name or ""] = step
+    return found
+
+
+def _taken_apart(model: ir.Model, value: ir.Value, count: int) -> Sequence[ir.Value]:
+    """Split a value along its last axis and join it again, in place; give the parts."""
+    width = sizes_of(value)[-1]
+    if width is None:
+        raise GraphError(f"the width of {value.name!r} is open")
+    builder = GraphBuilder(model.graph).after(producer(value))
+    sizes = builder.constant([width // count] * count, "parts.sizes")
+    parts = builder.ops(
+        "Split", [value, sizes], {"axis": -1}, outputs=count, name=f"{value.name}.parts"
+    )
+    replace_value(value, builder.op("Concat", parts, {"axis": -1}, name=f"{value.name}.joined"))
+    producer(parts[0]).replace_input_with(0, value)
+    io.infer_shapes(model)
+    return parts
+
+
 def _lengths(model: ir.Model, readers: Mapping[str, int]) -> NDArray[np.float64]:
     """Length of each input channel's weights over nodes, by their output axis."""
     nodes = {node.name: node for node in model.graph}
@@ -451,13 +521,17 @@ def _quantised_cores(model: ir.Model, candidate: ir.Model) -> list[tuple[Operand
     return [(own, softmax) for own, softmax in pairs if is_quantised_core(softmax)]
 
 
-def _core_scales(softmax: ir.Node) -> Iterator[float]:
-    """Scales of a quantised core's operands: q, k, probabilities, v."""
-    scores = producer(softmax.inputs[0])
+def _core_products(softmax: ir.Node) -> tuple[ir.Node, ir.Node]:
+    """Give a quantised core's products: that of q and k, that of probabilities and v."""
     product = softmax
     for _ in range(3):  # QuantizeLinear, DequantizeLinear, the product
         product = next(iter(product.outputs[0].uses())).node
-    for node in (scores, product):
+    return producer(softmax.inputs[0]), product
+
+
+def _core_scales(softmax: ir.Node) -> Iterator[float]:
+    """Scales of a quantised core's operands: q, k, probabilities, v."""
+    for node in _core_products(softmax):
         for index in range(2):
             yield float(np.max(_constant_of(node, index, 1)))
 

@@ -1,16 +1,18 @@
 """The baseline is the reference in the candidate's precision, written as the candidate is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
+from transformers import ViTMSNForImageClassification
 
 from msn_export import baseline
+from msn_export.artifact import Artifact
 from msn_export.baseline import OwnRanges
-from msn_export.calibration.qdq import find_projections
+from msn_export.calibration.qdq import Projection, find_projections
 from msn_export.calibration.ranges import Observer
 from msn_export.commands.calibrate import CalibrateJob, run_calibrate
 from msn_export.commands.onnx import OnnxJob, run_onnx
@@ -27,6 +29,8 @@ from msn_export.runtime.onnxruntime import OrtRunner
 from msn_export.spec import AttentionForm, Dtype, Head, InputFormat, Target
 from tests.builders.calibrated_graphs import drop_activation_pairs
 from tests.builders.checkpoints import hugging_face, processor
+from tests.builders.foreign import Reading, scripted
+from tests.builders.foreign import quantised as quantise_in_onnxruntime
 from tests.builders.tiny_artifacts import pictures
 from tests.contracts import faults
 from tests.contracts.fault_kinds import Graph, widen_range
@@ -291,6 +295,52 @@ def test_weights_alone_in_8_bits_cost_the_reference_what_they_cost_the_candidate
     )
     assert "the reference in int8 with quantised weights alone, in" in runner.name
     assert have == pytest.approx(errors(runner, reference, InputFormat.FLOAT), rel=0.05)
+
+
+@pytest.fixture(scope="module")
+def theirs(folder) -> ir.Model:
+    """Give the classifier as torch exports it (a product each for query, key and value) in int8.
+
+    onnxruntime quantises the results of products too.
+    """
+    model = ViTMSNForImageClassification.from_pretrained(folder / "hf", attn_implementation="eager")
+    path = scripted(folder / "theirs.onnx", Reading(model, lambda m, x: m(x).logits))
+    return Artifact.open(quantise_in_onnxruntime(path)).graph
+
+
+def steps_of(model: ir.Model) -> list[float]:
+    nodes = [node for node in model.graph if node.op_type == "QuantizeLinear"]
+    return sorted(node.inputs[1].const_value.numpy().item() for node in nodes)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_results_of_products_are_quantised_as_the_candidates_are(
+    hidden, theirs, export, sample, monkeypatch
+) -> None:
+    written = baseline.write_like(
+        io.load(export("fp32")), InputFormat.FLOAT, sample.preprocessing, AttentionForm.PLAIN
+    )
+    if hidden:  # products are found by their weights
+
+        def find(model: ir.Model) -> tuple[Projection, ...]:
+            if any(node.name == "classifier.Gemm" for node in model.graph):
+                return find_projections(model)
+            raise GraphError("a fault hides it")
+
+        monkeypatch.setattr(baseline, "find_projections", find)
+    made = baseline.quantise_like(written, theirs, Dtype.FP32)
+    assert steps_of(made) == pytest.approx(steps_of(theirs), rel=1e-6)
+    assert [node.op_type for node in made.graph].count("Split") == 2 + 2  # thirds in each block
+    # of the images a range of their logits is not taken
+    seen: list[str] = []
+
+    def measure(model: ir.Model, names: Sequence[str]) -> dict[str, float]:
+        seen.extend(names)
+        return dict.fromkeys(names, 1.0)
+
+    baseline.quantise_like(written, theirs, Dtype.FP32, measure)
+    assert "blocks.0.mlp.fc1.MatMul" in seen
+    assert "logits" not in seen
 
 
 # --- limits, and what has no baseline -------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -243,12 +243,13 @@ def halved(path: Path, *, keep_io_types: bool, **options: Any) -> Path:
 
 
 class Reader(CalibrationDataReader):
-    """Four batches of noise."""
+    """Four batches of noise, or those that are given."""
 
-    def __init__(self) -> None:
+    def __init__(self, given: Sequence[np.ndarray[Any, Any]] = ()) -> None:
         generator = np.random.default_rng(0)
         shape = tuple(IMAGES.shape)
-        self.left = [generator.standard_normal(shape, np.float32) for _ in range(4)]
+        noise = [generator.standard_normal(shape, np.float32) for _ in range(4)]
+        self.left = list(given) or noise
 
     def get_next(self) -> dict[str, Any] | None:
         return {"pixel_values": self.left.pop()} if self.left else None
@@ -260,8 +261,12 @@ def quantised(
     attention: bool = False,
     symmetric: bool = True,
     form: QuantFormat = QuantFormat.QDQ,
+    reader: CalibrationDataReader | None = None,
 ) -> Path:
-    """Quantise with onnxruntime: products with weights, or all it knows, attention included."""
+    """Quantise with onnxruntime: products with weights, or all it knows, attention included.
+
+    It writes Q/DQ behind products too.
+    """
     target = path.with_name(f"quantised.{path.name}")
     options: dict[str, Any] = {}
     if not attention:
@@ -271,7 +276,7 @@ def quantised(
         }
     logging.getLogger().setLevel(logging.ERROR)  # it advises to preprocess the graph
     quantize_static(
-        path, target, Reader(), quant_format=form, per_channel=True,
+        path, target, Reader() if reader is None else reader, quant_format=form, per_channel=True,
         activation_type=QuantType.QInt8, weight_type=QuantType.QInt8,
         extra_options={"ActivationSymmetric": symmetric, "WeightSymmetric": True}, **options,
     )  # fmt: skip

@@ -10,7 +10,10 @@ from msn_export.calibration.qdq import (
     Projection,
     Role,
     find_operands,
+    find_parts,
+    find_projections,
     quantise_projections,
+    quantise_results,
     quantise_weights,
     require_fusable,
 )
@@ -123,6 +126,41 @@ def test_weights_alone_are_quantised_where_that_is_asked_for(tmp_path) -> None:
         alone, beside = (dequantised(node_of(m, name).inputs[1]) for m in (plan.model, whole))
         for one, other in zip(alone.inputs, beside.inputs, strict=True):
             np.testing.assert_array_equal(one.const_value.numpy(), other.const_value.numpy())
+
+
+def test_a_result_is_quantised_for_all_that_reads_it(tmp_path) -> None:
+    model = vit(tmp_path)
+    value = node_of(model, "blocks.0.fc2.MatMul").outputs[0]
+    name, readers = value.name, [use.node for use in value.uses()]
+    output = model.graph.outputs[0].name
+    quantise_results(model, [name, output], {name: RANGE, output: RANGE}, scheme())
+    assert op_types(model).count("QuantizeLinear") == 2
+    (rounded,) = (use.node for use in value.uses())
+    assert rounded.op_type == "QuantizeLinear"
+    (pair,) = (use.node for use in rounded.outputs[0].uses())
+    assert [use.node for use in pair.outputs[0].uses()] == readers
+    assert model.graph.outputs[0].name == output
+    assert model.graph.outputs[0].producer().op_type == "DequantizeLinear"
+
+
+def test_the_parts_of_a_packed_product_are_found_by_their_weights(tmp_path) -> None:
+    model = vit(tmp_path)
+    own = next(p for p in find_projections(model) if p.role is Role.QKV)
+    weight = model.graph.initializers[own.weight].const_value.numpy()
+    parts = dict(zip("qkv", np.split(weight, 3, axis=own.axis), strict=True))
+    held = ", ".join(
+        f"float[32,32] w{name} = {{{', '.join(map(str, 2 * part.ravel()))}}}"
+        for name, part in parts.items()
+    )
+    other = parse(f"""
+    g (float[b,5,32] x) => (float[b,5,32] y) <{held}>
+    {{ k = MatMul (x, wk)  v = MatMul (x, wv)  q = MatMul (x, wq)  y = Sum (k, v, q) }}""")
+    names = {node.outputs[0].name: node.name for node in other.graph}
+    wanted = tuple(names[name] for name in "qkv")
+    assert find_parts(own, model, other, set(wanted)) == wanted
+    assert find_parts(own, model, model, {own.node}) == (own.node,)
+    with pytest.raises(GraphError, match=f"{own.node!r} of the reference has the weight of none"):
+        find_parts(own, model, other, {names["k"]})
 
 
 def test_blocks_that_are_kept_have_none(tmp_path) -> None:

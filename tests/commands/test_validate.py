@@ -3,7 +3,8 @@
 import json
 import re
 import shutil
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,23 @@ from msn_export import manifest
 from msn_export.cli import main
 from msn_export.graph import io
 from msn_export.metrics import evaluate
+from msn_export.metrics.evaluate import draw
 from msn_export.onnx_header import UNSEALED
 from msn_export.preprocessing import assumed
 from msn_export.runtime import open_runner
-from msn_export.spec import ImageSize
+from msn_export.spec import ImageSize, InputFormat
 from tests.builders.artifacts import alone as without_manifest
 from tests.builders.artifacts import classifier, copy_of, engine, no_driver, pretend
 from tests.builders.calibrated_graphs import drop_activation_pairs, scale_weights
 from tests.builders.checkpoints import hugging_face
 from tests.builders.foreign import (
+    Reader,
     Reading,
+    encoder,
     exported,
     fused_by_onnxruntime,
     halved,
+    quantised,
     rewritten,
     scripted,
     without_last_skip,
@@ -437,6 +442,61 @@ def test_weights_alone_in_8_bits_are_held_to_what_they_cost(eight, limit, tmp_pa
     assert not any("ranges of activations" in note for note in found["notes"])
     wrong = faults.plant(sound, tmp_path / "wrong.onnx", partial(scale_weights, factor=1.3))
     assert "relative error" in told(checkpoint(), wrong, *options)["reasons"][0]
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Give an encoder of torch's exporter, as it is or in int8 as onnxruntime quantises it."""
+    folder = tmp_path_factory.mktemp("theirs")
+    pictures(folder / "images", 8)
+    path = scripted(folder / "tokens.onnx", Reading(encoder("eager"), lambda m, x: m(x)[0]))
+
+    @cache
+    def made(*, attention: bool) -> Path:
+        sample = draw(folder / "images", assumed(ImageSize(32, 32), 3))
+        batches = [sample.preprocess(range(at, at + 4), InputFormat.FLOAT) for at in (0, 4)]
+        return quantised(path, attention=attention, reader=Reader(batches)).rename(
+            folder / f"int8-{attention}.onnx"
+        )
+
+    return made
+
+
+def test_pairs_behind_products_are_part_of_what_8_bits_cost(theirs, tmp_path) -> None:
+    sound = theirs(attention=False)
+    options = ("--images", sound.parent / "images")
+    plain = sound.parent / "tokens.onnx"
+    found = told(plain, sound, *options)
+    assert found["passed"]
+    (figures,), (limits,) = (found["check"][key].values() for key in ("outputs", "limits"))
+    # the baseline has all of them: it errs as the candidate does
+    assert figures["image"] == pytest.approx(limits["image"] / 1.5, rel=0.05)
+
+    def narrow(model: ir.Model) -> None:
+        for node in model.graph:
+            name = node.inputs[0].name if node.op_type == "QuantizeLinear" else ""
+            if "layers.1" in name and "fc1" in name:
+                scale = node.inputs[1]
+                scale.const_value = ir.tensor(scale.const_value.numpy() / 4, name=scale.name)
+
+    model = io.load(sound)
+    narrow(model)
+    io.save(model, tmp_path / "narrow.onnx")
+    (reason,) = told(plain, tmp_path / "narrow.onnx", *options)["reasons"]
+    assert re.fullmatch(r"output 'out': relative error \S+, \S+ allowed", reason)
+
+
+def test_pairs_that_the_baseline_cannot_have_leave_fixed_numbers(theirs) -> None:
+    found = told(
+        theirs(attention=False).parent / "tokens.onnx", theirs(attention=True),
+        "--images", theirs(attention=False).parent / "images",
+    )  # fmt: skip
+    assert re.fullmatch(
+        "fixed numbers: the candidate also quantises '.*', where the reference cannot be quantised "
+        "alike",
+        found["check"]["limits_from"],
+    )
+    assert not found["check"]["limits"]
 
 
 def test_a_graph_whose_blocks_are_not_found_says_that_its_structure_was_not_compared(
