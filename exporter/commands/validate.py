@@ -171,7 +171,10 @@ class _Trials:
         for index, (each, trial) in enumerate(self._baselines):
             errors, name, margin = trial.errors(), each.runner.name, each.margin
             if index == 0:
-                found = replace(found, baseline=errors, baseline_name=name, margin=margin)
+                found = replace(
+                    found, baseline=errors, baseline_others=trial.others(), baseline_name=name,
+                    margin=margin,
+                )  # fmt: skip
                 continue
             if found.recalibrated is not None:  # of several sound ranges the largest errors
                 before = found.recalibrated.errors

@@ -249,10 +249,11 @@ class Reference:
     ``exact`` holds the outputs of the first pictures in fp64, where they were computed; they are
     what a candidate is compared with then. ``rounding`` is the error of the reference's own fp32
     arithmetic by output, as they show it. ``baseline`` are the errors of the reference in the
-    candidate's precision, ``baseline_name`` says what ran for them, and ``margin`` how many times
-    them a candidate may err; ``rounding_margin`` how many times the rounding, where there is no
-    baseline. ``recalibrated`` bounds the same once more, for a candidate of 8 bits. ``unmeasured``
-    says why there are none, where that needs saying.
+    candidate's precision, ``baseline_others`` those on pictures without fp64, ``baseline_name``
+    says what ran for them, and ``margin`` how many times them a candidate may err;
+    ``rounding_margin`` how many times the rounding, where there is no baseline. ``recalibrated``
+    bounds the same once more, for a candidate of 8 bits. ``unmeasured`` says why there are none,
+    where that needs saying.
     """
 
     outputs: Mapping[str, NDArray[Any]]
@@ -261,6 +262,7 @@ class Reference:
     exact: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     rounding: Mapping[str, Errors] = field(default_factory=dict)
     baseline: Mapping[str, Errors] = field(default_factory=dict)
+    baseline_others: Mapping[str, Errors] = field(default_factory=dict)
     baseline_name: str = ""
     margin: float = MARGIN
     rounding_margin: float = ROUNDING
@@ -271,7 +273,8 @@ class Reference:
         """Give what a candidate's errors may be in an output; None where nothing was measured."""
         baseline, rounding = self.baseline.get(name), self.rounding.get(name)
         if baseline is not None:
-            limit, again = Limit.of(baseline, rounding, self.margin), self.recalibrated
+            others, again = self.baseline_others.get(name), self.recalibrated
+            limit = Limit.of(baseline, rounding, self.margin, others)
             return limit.at_most(again.margin * again.errors[name].relative) if again else limit
         return None if rounding is None else Limit.of_rounding(rounding, self.rounding_margin)
 
@@ -608,6 +611,11 @@ class Trial:
 
     def errors(self) -> dict[str, Errors]:
         return {name: found.agreement().errors for name, found in self.comparisons.items()}
+
+    def others(self) -> dict[str, Errors]:
+        """Give the errors on pictures without fp64, where others are in fp64."""
+        found = {name: each.agreement().others for name, each in self.comparisons.items()}
+        return {name: errors for name, errors in found.items() if errors is not None}
 
     def evaluation(
         self, reference: Reference, sizes: Sequence[int], executed_on: str, gate: Gate

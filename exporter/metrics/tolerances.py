@@ -181,17 +181,26 @@ class Limit:
     others: Errors | None = None
 
     @classmethod
-    def of(cls, baseline: Errors, rounding: Errors | None = None, margin: float = MARGIN) -> Limit:
+    def of(
+        cls,
+        baseline: Errors,
+        rounding: Errors | None = None,
+        margin: float = MARGIN,
+        others: Errors | None = None,
+    ) -> Limit:
         """Allow ``margin`` times the baseline's errors, and never less than the rounding.
 
-        ``rounding`` are errors of the reference's own fp32 arithmetic, where fp64 says them.
+        ``rounding`` are errors of the reference's own fp32 arithmetic, where fp64 says them, and
+        ``others`` the baseline's on the images that are not in fp64.
         """
         errors = _times(baseline, margin, TOKEN_MARGIN)
         if rounding is None:
             return cls(errors)
         # a reference in fp32 has errors of its own, which add to the candidate's
-        others = errors.plus(_times(rounding, margin, TOKEN_MARGIN))
-        return cls(errors.at_least(rounding), others)
+        allowed = errors.plus(_times(rounding, margin, TOKEN_MARGIN))
+        if others is not None:  # some images round worse than those that are in fp64
+            allowed = allowed.at_least(_times(others, margin, TOKEN_MARGIN))
+        return cls(errors.at_least(rounding), allowed)
 
     @classmethod
     def of_rounding(cls, rounding: Errors, times: float) -> Limit:

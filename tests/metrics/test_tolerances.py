@@ -223,6 +223,13 @@ def test_no_limit_is_below_the_references_own_rounding() -> None:
     )
 
 
+def test_images_without_fp64_that_the_baseline_rounds_worse_are_allowed_that() -> None:
+    one, rounding = Errors(1e-3, 1e-3), Errors(5e-4, 5e-4)
+    limit = Limit.of(one, rounding, MARGIN, Errors(1e-4, 4e-3))
+    assert limit.others == Errors(pytest.approx(MARGIN * 1.5e-3), pytest.approx(MARGIN * 4e-3))
+    assert limit.errors == Limit.of(one, rounding).errors
+
+
 def test_cls_and_tokens_of_images_without_fp64_have_limits_too() -> None:
     one, rounding = Errors.uniform(1e-3), Errors.uniform(5e-4)
     limit = Limit.of(one, rounding)
