@@ -168,6 +168,20 @@ class Models:
     def __init__(self, folder: Path, photographs: Path) -> None:
         self.folder = folder
         self._few, self._more = (self._smaller(photographs, count) for count in (4, 8))
+        self.parts = self._parts(photographs)
+
+    def _parts(self, photographs: Path) -> Path:
+        """Cut three corners of each photograph: more pictures than run in fp64."""
+        folder = self.folder / "parts"
+        folder.mkdir()
+        for path in sorted(photographs.iterdir()):
+            with Image.open(path) as opened:
+                picture = opened.convert("RGB")
+            x, y = picture.width // 2, picture.height // 2
+            for left, top in ((0, 0), (x, 0), (0, y)):
+                part = picture.crop((left, top, left + x, top + y)).resize((224, 224))
+                part.save(folder / f"{path.stem}-{left}-{top}.png")
+        return folder
 
     def _smaller(self, photographs: Path, count: int) -> Path:
         folder = self.folder / f"photographs-{count}"
@@ -254,6 +268,23 @@ def require_passes(case: Case, models: Models) -> None:
 @pytest.mark.parametrize("case", drawn(), ids=str)
 def test_what_is_sound_passes_a_part_of_the_grid(case, models) -> None:
     require_passes(case, models)
+
+
+# One failed once: the pictures behind the sixteenth are compared with fp32, and some of them
+# round worse than those that are in fp64.
+FAILED_ONCE = Case("small", Dtype.FP32, *FORMS[1], "sharp 100")
+IN_FP32 = [Case("small", Dtype.FP32, *form, kind) for kind in TRAINED for form in FORMS]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=() if case == FAILED_ONCE else pytest.mark.slow) for case in IN_FP32],
+    ids=str,
+)
+def test_more_pictures_than_run_in_fp64_pass(case, models) -> None:
+    asked = ValidateJob(models.checkpoint(case), str(models.graph(case)), images=models.parts)
+    validation = run_validate(asked)
+    assert (validation.check.images, validation.reasons) == (48, ())
 
 
 @pytest.mark.slow
