@@ -19,11 +19,12 @@ from msn_export.errors import (
     ManifestError,
     MsnExportError,
     SpecError,
+    ToleranceError,
 )
 from msn_export.host import require_memory
 from msn_export.input_files import ENGINE, artifact_kind, require_regular
 from msn_export.manifest import Described, Manifest, require_input, sha256_of
-from msn_export.metrics.evaluate import max_batch_in_memory
+from msn_export.metrics.evaluate import OutputsOf, max_batch_in_memory
 from msn_export.onnx_header import UNSEALED, GraphMetadata
 from msn_export.preprocessing import Exif, Preprocessing, preset
 from msn_export.processor_config import choose
@@ -347,6 +348,29 @@ class GraphFile(Artifact):
         )
         opened.notes = (*notes, *opened.preprocessing.notes)
         return opened
+
+    def require_golden(self, runner: OutputsOf) -> float | None:
+        """Require the graph, opened as ``runner``, to give the golden result in its manifest.
+
+        What is made of another graph would be judged by a wrong one, and pass.
+
+        Returns:
+            What its relative error may be there; None where the manifest holds no golden result.
+
+        Raises:
+            ToleranceError: it gives another result.
+        """
+        if self.manifest is None or self.manifest.golden is None:
+            return None
+        from msn_export.runtime.runner import selftest
+
+        found = selftest(runner, runner.name, self.manifest, self.input_format)
+        if not found.passed:
+            raise ToleranceError(
+                f"{self.path} does not give the golden result in its manifest: {found}; export it "
+                "again"
+            )
+        return found.agreement.errors.image if found.limit is None else found.limit
 
 
 def is_checkpoint(name: str) -> bool:

@@ -11,12 +11,13 @@ from click.testing import CliRunner
 from msn_export import manifest
 from msn_export.artifact import DYNAMIC, Artifact, GraphFile
 from msn_export.cli import main
-from msn_export.errors import GraphError, ManifestError
+from msn_export.errors import GraphError, ManifestError, ToleranceError
 from msn_export.graph import io
 from msn_export.onnx_header import UNSEALED, GraphMetadata
 from msn_export.preprocessing import assumed, preset
+from msn_export.runtime.onnxruntime import OrtRunner
 from msn_export.spec import BatchRange, Dtype, ImageSize, InputFormat, Target
-from tests.builders.artifacts import alone
+from tests.builders.artifacts import alone, classifier
 from tests.builders.checkpoints import hugging_face, processor
 from tests.builders.graphs import parse
 
@@ -144,6 +145,18 @@ def test_a_manifest_without_profiles_does_not_keep_the_file_from_being_read(ours
     assert written is not None
     manifest.manifest_path(path).write_text(manifest.seal(replace(written, profiles=())))
     assert GraphFile.read(path).batch == DYNAMIC
+
+
+def test_a_graph_is_asked_for_its_golden_result_where_it_has_one(ours) -> None:
+    path = classifier()
+    source, limit = GraphFile.read(path), manifest.read(path).golden.limit
+    with OrtRunner(path) as runner:
+        assert source.require_golden(runner) == limit
+        source.manifest = replace(source.manifest, golden=replace(source.manifest.golden, limit=0))
+        with pytest.raises(ToleranceError, match=r"m\.onnx does not give the golden result in its"):
+            source.require_golden(runner)
+    with OrtRunner(ours / "m.onnx") as runner:  # exported without a check
+        assert GraphFile.read(ours / "m.onnx").require_golden(runner) is None
 
 
 # --- graphs of other tools ------------------------------------------------------------------------

@@ -335,6 +335,7 @@ def _run_fp32(
     title = f"run the fp32 graph on {len(sample)} held-out images"
     with progress.step(title), OrtRunner(source.path) as runner:
         runner.name = f"{source.path.name} in {runner.name}"
+        source.require_golden(runner)
         reference = run_reference(runner, sample, source.input_format, fixed=source.fixed_batch)
         _require_apart(source, runner, sample)
     again = partial(_one, sample, source.input_format)

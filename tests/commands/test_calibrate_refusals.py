@@ -129,6 +129,18 @@ def test_a_typed_graph_is_refused(graph, images, tmp_path) -> None:
     assert message == f"error: {typed} is typed fp16; calibrate takes the fp32 graph"
 
 
+def test_a_graph_that_does_not_give_its_own_golden_result_is_refused(
+    graph, images, tmp_path
+) -> None:
+    wrong = faults.plant(graph, tmp_path / "wrong.onnx", faults.scaled("embedding", 1.5))
+    message = refused(wrong, images, tmp_path / "m.onnx", "--int8")
+    assert message.startswith(
+        f"error: {wrong} does not give the golden result in its manifest: selftest failed "
+        "(relative error 5.00e-01, "
+    )
+    assert message.endswith("; export it again")
+
+
 def changed(graph: Path, output: Path, **scale: Any) -> Path:
     """Copy a graph, without its manifest, with constants multiplied whose names end so."""
     model = onnx.load(graph)

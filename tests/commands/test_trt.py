@@ -26,6 +26,7 @@ from msn_export.spec import AttentionForm, Dtype
 from tests.builders.checkpoints import hugging_face
 from tests.builders.engine_builds import NEEDS_RTX
 from tests.builders.graphs import parse, run
+from tests.contracts import faults
 
 pytestmark = NEEDS_RTX
 RTX = ("--backend", "tensorrt-rtx", "--compute-capability", "8.9")
@@ -79,6 +80,37 @@ def test_what_the_compiler_cannot_take_is_refused_before_anything_is_run(
     result = build(graph, tmp_path / "m.engine", "--fp16", target=options)
     assert result.exit_code == 1
     assert message in result.stderr
+
+
+@pytest.mark.parametrize("option", ["--fp32", "--fp16"])
+def test_a_graph_that_does_not_give_its_own_golden_result_is_refused(
+    graph, tmp_path, option
+) -> None:
+    wrong = faults.plant(graph, tmp_path / "wrong.onnx", faults.scaled("last_hidden_state", 1.5))
+    result = build(wrong, tmp_path / "m.engine", option)
+    assert result.exit_code == 1
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.startswith(
+        f"error: {wrong} does not give the golden result in its manifest: selftest failed "
+        "(relative error 5.00e-01, "
+    )
+    assert message.endswith("; export it again")
+    assert not (tmp_path / "m.engine").exists()
+
+
+def test_the_golden_limit_is_not_above_the_graphs_own_and_the_cost(graph, tmp_path) -> None:
+    said = told(build(graph, tmp_path / "m.engine", "--fp16"))
+    allowed = said["check"]["limits"]["last_hidden_state"]["image"]
+    own = manifest.read(graph).golden.limit
+    assert allowed <= said["golden"]["limit"] <= own + allowed
+
+
+def test_another_normalisation_has_a_golden_result_of_its_own(graph, tmp_path) -> None:
+    said = told(build(graph, tmp_path / "m.engine", "--fp16", "--preprocess", "raw"))
+    golden, sealed = said["golden"], manifest.read(graph).golden
+    assert golden["values"] != sealed.values
+    assert golden["reference"].startswith("m.onnx in onnxruntime ")
+    assert golden["limit"] == said["check"]["limits"]["last_hidden_state"]["image"]
 
 
 @pytest.mark.parametrize(
