@@ -265,13 +265,27 @@ class Artifact(Described):
 
     @cached_property
     def dtype(self) -> Dtype:
-        """Its type; of an engine the one whose gate its figures must reach."""
-        if self.manifest is not None:
-            return self.manifest.dtype if self.kind == "onnx" else self.manifest.rounds_as
-        from msn_export.graph.precision import graph_dtype
+        """Its type; of an engine the one whose gate its figures must reach.
+
+        A manifest may say no other type of a graph than the graph's own values have: its checks
+        would allow the errors of another precision.
+        """
+        if self.kind != "onnx" and self.manifest is not None:
+            return self.manifest.rounds_as
+        from msn_export.graph.precision import graph_dtype, is_typed
 
         assert self.graph is not None  # no engine is compared without a manifest
-        return graph_dtype(self.graph)
+        manifest = self.manifest
+        with named(self.path):
+            found = graph_dtype(self.graph)
+            if manifest is None or manifest.dtype is found:
+                return found
+            if found is Dtype.FP32 and is_typed(self.graph, manifest.dtype, manifest.islands):
+                return manifest.dtype
+        raise ManifestError(
+            f"{manifests.manifest_path(self.path)} says {manifest.dtype}, and {self.path} computes "
+            f"in {found}; export it again"
+        )
 
     @cached_property
     def preprocessing(self) -> Preprocessing | None:

@@ -13,11 +13,12 @@ from msn_export.artifact import DYNAMIC, Artifact, GraphFile
 from msn_export.cli import main
 from msn_export.errors import GraphError, ManifestError, ToleranceError
 from msn_export.graph import io
+from msn_export.graph.precision import PRODUCTS, graph_dtype
 from msn_export.onnx_header import UNSEALED, GraphMetadata
 from msn_export.preprocessing import assumed, preset
 from msn_export.runtime.onnxruntime import OrtRunner
 from msn_export.spec import BatchRange, Dtype, ImageSize, InputFormat, Target
-from tests.builders.artifacts import alone, classifier
+from tests.builders.artifacts import alone, classifier, copy_of, rewrite
 from tests.builders.checkpoints import hugging_face, processor
 from tests.builders.graphs import parse
 
@@ -145,6 +146,40 @@ def test_a_manifest_without_profiles_does_not_keep_the_file_from_being_read(ours
     assert written is not None
     manifest.manifest_path(path).write_text(manifest.seal(replace(written, profiles=())))
     assert GraphFile.read(path).batch == DYNAMIC
+
+
+@pytest.mark.parametrize(
+    ("name", "held", "stated"),
+    [("m.onnx", "fp32", Dtype.FP16), ("m.onnx", "fp32", Dtype.BF16), ("m.onnx", "fp32", Dtype.INT8),
+     ("bytes.onnx", "fp16", Dtype.BF16), ("bytes.onnx", "fp16", Dtype.FP32)],
+)  # fmt: skip
+def test_a_type_that_the_graph_does_not_have_is_refused(ours, tmp_path, name, held, stated) -> None:
+    path = copy_of(ours / name, tmp_path)
+    names = [value.name for node in io.load(path).graph for value in node.outputs]
+    rewrite(path, dtype=stated, islands=dict.fromkeys(names, 1e5))
+    with pytest.raises(ManifestError) as raised:
+        _ = Artifact.open(path).dtype
+    assert str(raised.value) == (
+        f"{path}.json says {stated}, and {path} computes in {held}; export it again"
+    )
+    with pytest.raises(ManifestError):
+        GraphFile.read(path)
+
+
+def test_an_fp16_graph_may_have_most_weights_in_fp32_islands(ours, tmp_path) -> None:
+    graph = Artifact.open(ours / "m.onnx").graph
+    products = [node.outputs[0].name for node in graph.graph if node.op_type in PRODUCTS]
+    (tmp_path / "islands.json").write_text(json.dumps(dict.fromkeys(products[1:], 1e5)))
+    path = tmp_path / "islands.onnx"
+    arguments = ["onnx", str(ours / "hf"), "-o", str(path), "--no-check", "--dtype", "fp16"]
+    result = CliRunner().invoke(main, [*arguments, "--islands", str(tmp_path / "islands.json")])
+    assert result.exit_code == 0, result.output
+    opened = Artifact.open(path)
+    assert graph_dtype(opened.graph) is Dtype.FP32
+    assert opened.dtype is GraphFile.read(path).dtype is Dtype.FP16
+    rewrite(path, islands={})
+    with pytest.raises(ManifestError, match=r"says fp16, and .*islands\.onnx computes in fp32;"):
+        _ = Artifact.open(path).dtype
 
 
 def test_a_graph_is_asked_for_its_golden_result_where_it_has_one(ours) -> None:

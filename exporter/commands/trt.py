@@ -375,11 +375,11 @@ def _run_given(
 
 def _golden_of(source: GraphFile) -> GoldenRecord | None:
     """Give the graph's golden result; None where its input is made by another preprocessing."""
-    known = source.manifest
-    if known is None or known.preprocessing is None:
+    manifest = source.manifest
+    if manifest is None or manifest.preprocessing is None:
         return None
-    same = source.preprocessing.normalises_as(known.preprocessing)
-    return known.golden if same or source.input_format is InputFormat.UINT8 else None
+    same = source.preprocessing.normalises_as(manifest.preprocessing)
+    return manifest.golden if same or source.input_format is InputFormat.UINT8 else None
 
 
 def _targets(spec: BuildSpec, backend: Backend) -> tuple[ComputeCapability, ...]:

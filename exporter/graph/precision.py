@@ -244,16 +244,25 @@ def _products_of(model: ir.Model, weights: Collection[str]) -> set[str]:
 
 
 def graph_dtype(model: ir.Model) -> Dtype:
-    """Find the type of most of a graph's weights; one with Q/DQ is of their type."""
+    """Find the type of most weights that a graph reads; one with Q/DQ is of their type."""
     quantised = quantised_dtype(model)
     if quantised is not None:
         return quantised
     held: dict[Dtype, int] = dict.fromkeys(Dtype, 0)
     names = {_FLOAT: Dtype.FP32, **{onnx: dtype for dtype, onnx in _ONNX.items()}}
     for value in model.graph.initializers.values():
-        if value.dtype in names and value.const_value is not None:
+        if value.dtype in names and value.const_value is not None and value.uses():
             held[names[value.dtype]] += value.const_value.size
     return max(held, key=lambda dtype: held[dtype])
+
+
+def is_typed(model: ir.Model, dtype: Dtype, islands: Collection[str]) -> bool:
+    """Check whether products of a graph compute in ``dtype``, all but those of ``islands``.
+
+    Where many values are islands, most of the weights may be fp32: ``graph_dtype`` is fp32 then.
+    """
+    computed = {node.outputs[0].dtype for node in model.graph if node.op_type in PRODUCTS}
+    return _ONNX.get(dtype) in computed and not fp32_products(model, islands)
 
 
 def fp32_nodes(model: ir.Model) -> tuple[str, ...]:

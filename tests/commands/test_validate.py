@@ -23,9 +23,9 @@ from msn_export.metrics.evaluate import draw
 from msn_export.onnx_header import UNSEALED
 from msn_export.preprocessing import assumed
 from msn_export.runtime import open_runner
-from msn_export.spec import ImageSize, InputFormat
+from msn_export.spec import Dtype, ImageSize, InputFormat
 from tests.builders.artifacts import alone as without_manifest
-from tests.builders.artifacts import classifier, copy_of, engine, no_driver, pretend
+from tests.builders.artifacts import classifier, copy_of, engine, no_driver, pretend, rewrite
 from tests.builders.calibrated_graphs import drop_activation_pairs, scale_weights
 from tests.builders.checkpoints import hugging_face
 from tests.builders.foreign import (
@@ -142,6 +142,15 @@ def test_without_pictures_the_noise_is_called_noise() -> None:
 
 
 # --- what never passes ----------------------------------------------------------------------------
+
+
+def test_a_manifest_does_not_choose_a_coarser_limit_than_its_graph_has(images, tmp_path) -> None:
+    path = with_fault(tmp_path, faults.scaled("logits", 1.0005))
+    assert not told(checkpoint(), path, "--images", images)["passed"]
+    rewrite(path, dtype=Dtype.FP16)
+    assert refused(checkpoint(), path, "--images", images) == (
+        f"error: {path}.json says fp16, and {path} computes in fp32; export it again"
+    )
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

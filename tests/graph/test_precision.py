@@ -11,6 +11,7 @@ from msn_export.graph.precision import (
     fp32_nodes,
     fp32_products,
     graph_dtype,
+    is_typed,
     observe,
     overflowing_weights,
     type_graph,
@@ -75,6 +76,30 @@ def test_only_the_ends_are_cast(dtype, onnx, tolerance) -> None:
     assert graph_dtype(model) is dtype
     if dtype is Dtype.FP16:  # onnxruntime has no bf16 kernels on the CPU
         np.testing.assert_allclose(run(model, feeds), before, atol=tolerance)
+
+
+PAIR = """
+g (float[b,2] x) => (float[b,2] y)
+<float[2,2] w = {1,2,3,4}, float[2,2] v = {1,0,0,1}>
+{ h = MatMul (x, w)  y = MatMul (h, v) }
+"""
+
+
+def test_typed_are_all_products_but_those_of_islands() -> None:
+    plain, typed = parse(PAIR), parse(PAIR)
+    type_graph(typed, Dtype.FP16, ["y"])  # as many weights in either type
+    assert not is_typed(plain, Dtype.FP16, {"h", "y"})  # whatever is called an island
+    assert is_typed(typed, Dtype.FP16, {"y"})
+    assert not is_typed(typed, Dtype.FP16, {})
+    assert not is_typed(typed, Dtype.BF16, {"y"})
+    assert not is_typed(typed, Dtype.INT8, {"y"})
+
+
+def test_a_weight_that_nothing_reads_says_nothing_of_the_type() -> None:
+    model = parse(PAIR)
+    unread = ir.tensor(np.zeros(99, np.float16), name="unread")
+    model.graph.register_initializer(ir.val("unread", const_value=unread))
+    assert graph_dtype(model) is Dtype.FP32
 
 
 def test_an_island_is_neither_written_nor_read_in_fp16() -> None:
