@@ -335,9 +335,9 @@ def _run_fp32(
     title = f"run the fp32 graph on {len(sample)} held-out images"
     with progress.step(title), OrtRunner(source.path) as runner:
         runner.name = f"{source.path.name} in {runner.name}"
-        source.require_golden(runner)
         reference = run_reference(runner, sample, source.input_format, fixed=source.fixed_batch)
         _require_apart(source, runner, sample)
+        source.require_golden(runner)
     again = partial(_one, sample, source.input_format)
     require_finite(source.graph, reference.outputs, held.names, again, stage)
     return reference

@@ -20,7 +20,7 @@ from msn_export.errors import MissingPackageError
 from msn_export.host import Device, NoDriver
 from msn_export.runtime import open_runner, opening
 from msn_export.spec import ComputeCapability
-from tests.builders.artifacts import TARGET, classifier, pretend, run
+from tests.builders.artifacts import TARGET, classifier, pretend, rewrite, run
 from tests.builders.engine_builds import NEEDS_RTX
 from tests.builders.networks import Network
 from tests.builders.tiny_artifacts import pictures
@@ -181,6 +181,7 @@ def test_a_graph_that_joins_images_is_refused_where_one_batch_is_compared(
     """The given graph and the typed one join the same images in the same way."""
     graph = tmp_path / "m.onnx"
     faults.plant(classifier(), graph, partial(faults.mixed_batch, block=1, size=0.5))
+    rewrite(graph, golden=None)  # which shows that the graph is wrong too
     output = tmp_path / "m.engine"
     arguments = [str(graph), "-o", str(output), dtype, "--batch", "8", *TARGET]
     result = CliRunner().invoke(main, ["trt", *arguments, "--images", str(images)])
