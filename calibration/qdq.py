@@ -112,6 +112,8 @@ def find_by_weight(
         for node in other.graph
         if node.name in chosen and (_is_product(node) or _is_convolution(node))
     ]
+    if not products:
+        raise GraphError("the candidate has no product with its 8-bit weight right in front of it")
     theirs = [_signs(other, product) for product in products]
     mine = [_signs(model, own) for own in projections]
     agreed = np.asarray([[_agreement(one, two) for two in theirs] for one in mine])

@@ -358,6 +358,26 @@ def test_what_the_precision_costs_becomes_the_limit(export, reference, sample, t
     assert reference.limit("embedding") is None
 
 
+def test_weights_that_are_transposed_behind_their_scales_have_no_baseline(
+    quantised, export, sample
+) -> None:
+    graph = io.load(quantised("int8-"))
+    drop_activation_pairs(graph)
+    for product in [node for node in graph.graph if node.op_type == "MatMul"]:
+        held = product.inputs[1].producer()
+        if held is not None and held.op_type == "DequantizeLinear":
+            builder = GraphBuilder(graph.graph, product)
+            turned = builder.op("Transpose", [held.outputs[0]], {"perm": [1, 0]})
+            back = builder.op("Transpose", [turned], {"perm": [1, 0]})
+            product.replace_input_with(1, back)
+    io.infer_shapes(graph)
+    written = baseline.write_like(
+        io.load(export("fp32")), InputFormat.FLOAT, sample.preprocessing, attention_form(graph)
+    )
+    with pytest.raises(GraphError, match="has no product with its 8-bit weight right in front of"):
+        baseline.quantise_like(written, graph, Dtype.FP32)
+
+
 def test_weights_of_one_scale_have_no_baseline(quantised, export, sample) -> None:
     graph = io.load(quantised("int8-"))
     product = next(p for p in graph.graph if p.op_type == "MatMul")
