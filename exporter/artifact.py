@@ -24,7 +24,14 @@ from msn_export.errors import (
 from msn_export.host import require_memory
 from msn_export.input_files import ENGINE, artifact_kind, require_regular
 from msn_export.manifest import Described, Manifest, require_input, sha256_of
-from msn_export.metrics.evaluate import OutputsOf, max_batch_in_memory
+from msn_export.metrics.evaluate import (
+    ALONE,
+    OutputsOf,
+    Sample,
+    compare_alone,
+    max_batch_in_memory,
+)
+from msn_export.metrics.tolerances import GATES
 from msn_export.onnx_header import UNSEALED, GraphMetadata
 from msn_export.preprocessing import Exif, Preprocessing, preset
 from msn_export.processor_config import choose
@@ -362,6 +369,30 @@ class GraphFile(Artifact):
         )
         opened.notes = (*notes, *opened.preprocessing.notes)
         return opened
+
+    def require_apart(self, runner: OutputsOf, sample: Sample) -> None:
+        """Require that no image's result depends on the others of its batch.
+
+        What is made of the graph is compared with it in the same batches, which does not show it.
+        Images run alone and beside others where an operator may join them. No baseline says what
+        the graph's precision costs: the limits are its type's fixed numbers.
+
+        Raises:
+            ToleranceError: one does; names the first operator that may be why.
+        """
+        from msn_export.graph.batch import find_mixing
+
+        joins, fixed = find_mixing(self.graph), self.fixed_batch
+        sizes = (fixed,) if fixed else (self.batch.min, min(ALONE, self.batch.max))
+        if not joins or max(sizes) < 2:
+            return
+        alone = compare_alone(runner, sample, self.input_format, sizes, self.outputs)
+        for name, agreement in alone.items():
+            for failure in GATES[self.dtype].failures(agreement):
+                raise ToleranceError(
+                    f"{self.path}: output {name!r}: an image's result depends on the batch it is "
+                    f"in: {failure}; {joins} is not shown to keep images apart"
+                )
 
     def require_golden(self, runner: OutputsOf) -> float | None:
         """Require the graph, opened as ``runner``, to give the golden result in its manifest.

@@ -39,7 +39,6 @@ from msn_export.errors import GraphError, ImageError, SpecError, ToleranceError
 from msn_export.feed import Feed
 from msn_export.files import apart, publish, require_writable, staging
 from msn_export.graph import io
-from msn_export.graph.batch import find_mixing
 from msn_export.graph.precision import quantised_products, type_graph
 from msn_export.graph.summary import GraphSummary
 from msn_export.host import peak_rss
@@ -57,15 +56,7 @@ from msn_export.manifest import (
     versions_of,
 )
 from msn_export.metrics.accuracy import notes as notes_of
-from msn_export.metrics.evaluate import (
-    ALONE,
-    Evaluation,
-    Reference,
-    Sample,
-    compare_alone,
-    evaluate,
-    run_reference,
-)
+from msn_export.metrics.evaluate import Evaluation, Reference, Sample, evaluate, run_reference
 from msn_export.metrics.tolerances import GATES, Gate
 from msn_export.mixed_precision import cpu_runner
 from msn_export.onnx_header import GraphMetadata
@@ -336,29 +327,11 @@ def _run_fp32(
     with progress.step(title), OrtRunner(source.path) as runner:
         runner.name = f"{source.path.name} in {runner.name}"
         reference = run_reference(runner, sample, source.input_format, fixed=source.fixed_batch)
-        _require_apart(source, runner, sample)
+        source.require_apart(runner, sample)
         source.require_golden(runner)
     again = partial(_one, sample, source.input_format)
     require_finite(source.graph, reference.outputs, held.names, again, stage)
     return reference
-
-
-def _require_apart(source: GraphFile, runner: Runner, sample: Sample) -> None:
-    """Refuse a graph in which an image's result depends on the others of its batch.
-
-    Both sides of every later comparison have the same batches, so none of them shows it.
-    """
-    joins, fixed = find_mixing(source.graph), source.fixed_batch
-    sizes = (fixed,) if fixed else (1, min(ALONE, source.batch.max))
-    if not joins or max(sizes) < 2:
-        return
-    alone = compare_alone(runner, sample, source.input_format, sizes, source.outputs)
-    for name, agreement in alone.items():
-        for failure in GATES[Dtype.FP32].failures(agreement):
-            raise ToleranceError(
-                f"{source.path}: output {name!r}: an image's result depends on the batch it is in: "
-                f"{failure}; {joins} is not shown to keep images apart"
-            )
 
 
 def _one(sample: Sample, input_format: InputFormat, index: int) -> NDArray[Any]:

@@ -321,7 +321,7 @@ def _check(
     if not job.check:
         return Checked(None, None, _golden_of(source))
     with progress.step("run the given graph"):
-        reference, recorded, own = _run_given(source, sample, graph.path.parent)
+        reference, recorded = _run_given(source, sample, graph.path.parent)
     with progress.step("measure what the precision costs"):
         reference = _with_limit(source, graph, reference, graph.path.parent)
     max_batch = sample.max_batch
@@ -342,35 +342,27 @@ def _check(
         if recorded.output in record.limits:
             least = record.limits[recorded.output]["image"] or 0.0
             recorded = golden.with_limit(
-                recorded, runner, source.preprocessing, source.input_format, least, own + least
+                recorded, runner, source.preprocessing, source.input_format, least
             )
     return Checked(record, reference, recorded)
 
 
-def _run_given(
-    source: GraphFile, sample: Sample, stage: Path
-) -> tuple[Reference, GoldenRecord, float]:
+def _run_given(source: GraphFile, sample: Sample, stage: Path) -> tuple[Reference, GoldenRecord]:
     """Run the graph that was given; its session is closed before the next one opens.
 
     The run that measured what overflows gives no reference: that graph had been rewritten by then
     (opset, form of attention), and what rewriting breaks is to be found here. One run for both
     would save a third of the two.
-
-    Returns:
-        Its outputs, a golden result, and how far the graph itself may be from that.
     """
     with cpu_runner(source.path, source.dtype, stage) as runner:
         runner.name = f"{source.path.name} in {runner.name}"
-        own = source.require_golden(runner)
+        source.require_golden(runner)
         reference = run_reference(runner, sample, source.input_format, fixed=source.fixed_batch)
         reference = reference.require_finite()
-        recorded = _golden_of(source)
-        if own is not None and recorded is not None:
-            return reference, recorded, own
-        recorded = golden.record(
+        source.require_apart(runner, sample)
+        return reference, _golden_of(source) or golden.record(
             runner, runner.name, source.preprocessing, source.input_format, sample.max_batch
         )
-        return reference, recorded, 0.0
 
 
 def _golden_of(source: GraphFile) -> GoldenRecord | None:

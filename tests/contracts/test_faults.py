@@ -135,6 +135,7 @@ def test_a_fault_in_8_bits_is_placed_even_where_it_is_lost_in_them(
     """An error below what 8 bits cost is no proof, but its block is the one to look into."""
     larger = partial(faults.larger_gain, block=block, factor=gain)
     faulty = plant(small_graph, tmp_path / "m.onnx", larger)
+    describe(small_graph, faulty, golden=None)  # it is another graph's
     output = tmp_path / "q.onnx"
     job = CalibrateJob(faulty, Dtype.INT8, photographs, output, smooth=0.5, compile=False)
     run_calibrate(job, Silent())
