@@ -100,7 +100,9 @@ def test_after_a_failure_hardly_anything_is_computed_again(model, folder, wanted
     command = ("embed", model, folder, "-o", output, "--ray", "local", "--json")
     run = drill(DRILLS / "noted.py", notes, "fail", BATCHES // 2, *command)
     assert run.returncode == 1
-    assert run.stderr.splitlines()[-1] == "error: the drill's model failed"
+    # Ray may write of its own shutdown behind it
+    errors = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == ["error: the drill's model failed"]
     assert "Traceback" not in run.stderr
     assert not output.exists()
     refused = CliRunner().invoke(main, ["embed", str(model), str(folder), "-o", str(output)])
