@@ -336,7 +336,6 @@ def _check(
     ):
         gate = GATES[graph.dtype]
         found = evaluate(runner, reference, source.input_format, sizes, gate)
-        found = found.with_alone(runner, source.input_format, sizes, graph.mixing)
         record = found.require(f"the {graph.dtype} graph")
         record = replace(record, images_apart=apart)
         if recorded.output in record.limits:

@@ -18,7 +18,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from msn_export.graph.builder import GraphBuilder, constant_of, operand, replace, sizes_of
 
 DOMAIN = "com.microsoft"
-_QUICK = 1.702  # attribute alpha of QuickGelu
+QUICK = 1.702  # attribute alpha of QuickGelu; hendrycks/GELUs, "x * sigmoid(1.702 x)"
 _SKIP_EPS = {"SkipLayerNormalization": 1e-12, "SkipSimplifiedLayerNormalization": 1e-6}
 _SUM = 3  # of the outputs of SkipLayerNormalization: what it normalises
 SHAPED_OUTPUTS = (0, _SUM)  # the results that have the shape of the first
@@ -127,7 +127,7 @@ def _quick_gelu(builder: GraphBuilder, node: ir.Node) -> bool:
     x = operand(node, 0)
     if x.dtype is None:
         return False
-    scaled = _times(builder, x, node.attributes.get_float("alpha", _QUICK), x.dtype)
+    scaled = _times(builder, x, node.attributes.get_float("alpha", QUICK), x.dtype)
     replace(node.outputs[0], builder.op("Mul", [x, builder.op("Sigmoid", [scaled])]))
     return True
 

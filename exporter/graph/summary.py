@@ -27,7 +27,7 @@ from msn_export.graph.blocks import (
     parts_of,
 )
 from msn_export.graph.builder import constant_of, producer
-from msn_export.graph.fused_operators import is_plain
+from msn_export.graph.fused_operators import QUICK, is_plain
 from msn_export.spec import TensorSpec
 
 
@@ -196,7 +196,6 @@ Stated = float | str | np.generic
 Structure = Mapping[str, Stated]
 
 _EPS = 1e-5  # onnx.ai operators, LayerNormalization, attribute epsilon
-_QUICK = 1.702  # hendrycks/GELUs, "x * sigmoid(1.702 x)"
 _ORDER = "norm, attention, norm, MLP"  # of a pre-norm block
 # What converters write for a positive number below it, which fp16 would round to 0: onnxruntime's
 # and onnxconverter-common's convert_float_to_float16, argument min_positive_val
@@ -427,7 +426,7 @@ def activation_of(block: Block) -> str | None:
 
 def _sigmoid_unit(factor: float) -> str:
     """Name x * sigmoid(factor * x); half precision stores 1.702 with an error of 0.1 %."""
-    for name, exact in (("gelu, sigmoid form", _QUICK), ("silu", 1.0)):
+    for name, exact in (("gelu, sigmoid form", QUICK), ("silu", 1.0)):
         if abs(factor - exact) <= 2e-3 * exact:
             return name
     return f"x * sigmoid({factor:.4g} x)"
@@ -440,7 +439,7 @@ def _sigmoid_factor(node: ir.Node) -> float | None:
     """
     if node.op_type in {"QuickGelu", "Swish"}:
         # com.microsoft QuickGelu has 1.702 where nothing is said, onnx.ai Swish 1
-        default = _QUICK if node.op_type == "QuickGelu" else 1.0
+        default = QUICK if node.op_type == "QuickGelu" else 1.0
         return node.attributes.get_float("alpha", default)
     if node.op_type not in {"Exp", "Sigmoid"} or node.inputs[0] is None:
         return None

@@ -252,9 +252,6 @@ def test_an_image_may_change_by_what_its_precision_costs_and_no_more(
         "compared because ReduceMean 'm' is not shown to keep them apart"
     )
     assert found.about_joins == about
-    with pytest.raises(ToleranceError) as raised:
-        found.require("the fp16 graph")
-    assert str(raised.value) == f"the fp16 graph, {found.dependences[0]}; {about}"
 
 
 @pytest.mark.parametrize("asked", [{"max_abs": 1e-4}, {"cosine_p1": 0.9999}])
